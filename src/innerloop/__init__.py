@@ -1,0 +1,24 @@
+"""innerloop: train, run, measure and look inside language models that reason in latent space."""
+
+__version__ = "0.1.0"
+
+from innerloop.errors import InputError
+from innerloop.examples import Example, read_examples, write_examples
+from innerloop.methods import Coconut, Cot, NoCot, Pause, Slr
+from innerloop.model import LatentModel
+from innerloop.trainer import LatentTrainer, LatentTrainingArguments
+
+__all__ = [
+    "Coconut",
+    "Cot",
+    "Example",
+    "InputError",
+    "LatentModel",
+    "LatentTrainer",
+    "LatentTrainingArguments",
+    "NoCot",
+    "Pause",
+    "Slr",
+    "read_examples",
+    "write_examples",
+]

@@ -1,0 +1,287 @@
+"""Folders on disk: an ordinary Hugging Face checkpoint plus what the method trained.
+
+    config.json, model.safetensors, tokenizer.json ...   plain `transformers` loads these
+    innerloop.json                                        method, settings, versions
+    innerloop.safetensors                                 the method's parts, and LoRA weights if any
+
+LoRA weights are merged into model.safetensors, so that the folder is complete in itself. Folders are written aside and
+renamed: a write that fails leaves the old folder as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import innerloop
+from innerloop.backbone import Backbone
+from innerloop.errors import InputError, nearest
+from innerloop.methods import Method, method_named
+
+if TYPE_CHECKING:
+    from innerloop.model import LatentModel
+
+SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
+MARKER_COPIES = "<<"  # new rows start as copies of this token's row (cot.md, section 0)
+RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
+ADAPTER = "lora"
+LORA_TARGETS = "all-linear"
+
+
+def add_markers(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
+    """Add marker tokens to the tokenizer and their rows to the embeddings, copied from the row of ``<<``.
+
+    Where ``<<`` is not one known token, the new rows are drawn around the mean row of the table.
+    """
+    known = tokenizer.get_vocab()
+    new = [marker for marker in markers if marker not in known]
+    if not new:
+        return
+    source = tokenizer.encode(MARKER_COPIES, add_special_tokens=False)
+    tokenizer.add_tokens(new, special_tokens=True)
+    lm = backbone.lm
+    if len(tokenizer) > lm.get_input_embeddings().weight.shape[0]:
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = tokenizer.convert_tokens_to_ids(new)
+    tables = {id(t.weight): t.weight for t in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    with torch.no_grad():
+        for weight in tables.values():
+            if len(source) == 1 and source[0] != tokenizer.unk_token_id:
+                weight[ids] = weight[source[0]].clone()
+            else:
+                old = weight[: min(ids)].float()
+                noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(0))
+                weight[ids] = (old.mean(0) + old.std(0) * noise.to(old.device)).to(weight.dtype)
+
+
+def add_lora(model: LatentModel, settings: Mapping[str, Any]) -> None:
+    """Freeze the backbone and train low-rank updates of its linear layers instead, plus the rows of the markers.
+
+    Args:
+        model: the model.
+        settings: fields of peft's LoraConfig, such as r, lora_alpha, lora_dropout, target_modules.
+    """
+    lm = model.backbone.lm
+    markers = lm.get_input_embeddings().weight.shape[0], model.tokenizer.convert_tokens_to_ids([*model.method.markers])
+    try:
+        config = LoraConfig(
+            **{"target_modules": LORA_TARGETS, "trainable_token_indices": markers[1] or None, **settings},
+            task_type="CAUSAL_LM",
+        )
+    except TypeError as error:
+        raise InputError(f"backbone.lora: {error}; its fields are those of peft.LoraConfig") from None
+    lm.add_adapter(config, adapter_name=ADAPTER)
+
+
+def save(model: LatentModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
+    """Write a complete folder aside, then put it in place of what was there; ``record`` goes into innerloop.json."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(model, aside, record)
+        replaced = path.with_name(f".{path.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)
+        aside.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"could not save to {path}: {error}; what was there before is untouched") from error
+
+
+def write(model: LatentModel, folder: Path, record: Mapping[str, Any] | None = None) -> None:
+    """Write the files of a checkpoint into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lm = model.backbone.lm
+    lm.save_pretrained(folder, state_dict=merged_state(lm))
+    (folder / "adapter_config.json").unlink(missing_ok=True)
+    model.tokenizer.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in trained_parts(model).items()}, folder / PARTS)
+    settings = {"innerloop": innerloop.__version__, "method": method_settings(model.method), **(record or {})}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def method_settings(method: Method) -> dict[str, Any]:
+    """Return a method as a recipe writes it: its name and fields."""
+    return {"name": method.name, **asdict(method)}
+
+
+def trained_parts(model: LatentModel) -> dict[str, Tensor]:
+    """Return what belongs to innerloop alone: the loop's weights and the LoRA weights before merging."""
+    parts = {f"loop.{name}": tensor for name, tensor in model.loop.state_dict().items()}
+    if adapted(model.backbone.lm):
+        state = model.backbone.lm.state_dict()
+        parts |= {f"lm.{name}": tensor for name, tensor in state.items() if f".{ADAPTER}" in name}
+    return parts
+
+
+def adapted(lm: torch.nn.Module) -> bool:
+    """Tell whether LoRA has been added."""
+    return any(isinstance(module, BaseTunerLayer) for module in lm.modules())
+
+
+def merged_state(lm: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the state dict under the base model's own names, with LoRA merged in."""
+    if not adapted(lm):
+        return lm.state_dict()
+    layers = [m for m in lm.modules() if isinstance(m, BaseTunerLayer)]
+    kept = {name: p.detach().clone() for name, p in lm.named_parameters() if ".base_layer." in name}
+    for layer in layers:
+        layer.merge()
+    state = {
+        name.replace(".base_layer", ""): tensor.clone()
+        for name, tensor in lm.state_dict().items()
+        if f".{ADAPTER}" not in name
+    }
+    for layer in layers:
+        layer.unmerge()
+    for name, p in lm.named_parameters():  # unmerging subtracts and so rounds; put the exact weights back
+        if name in kept:
+            p.data.copy_(kept[name])
+    return state
+
+
+def load_parts(model: LatentModel, folder: Path) -> None:
+    """Load the method's parts, and LoRA weights where the model has LoRA, from a checkpoint folder."""
+    stored = load_file(folder / PARTS)
+    if adapted(model.backbone.lm):
+        weights = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.")}
+        model.backbone.lm.load_state_dict(weights, strict=False)
+    own = {name.removeprefix("loop."): tensor for name, tensor in stored.items() if name.startswith("loop.")}
+    problem = model.loop.load_state_dict(own, strict=False)
+    if problem.missing_keys or problem.unexpected_keys:
+        raise InputError(
+            f"{folder / PARTS} does not fit the method '{model.method.name}' with these settings: "
+            f"missing {problem.missing_keys}, unexpected {problem.unexpected_keys}"
+        )
+
+
+def load(
+    path: str | Path,
+    method: Method | None = None,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> LatentModel:
+    """Load a saved run, or put a method on any Hugging Face model.
+
+    Args:
+        path: a folder or a Hub name.
+        method: how to reason. None: as the folder says. With a saved folder, another method starts from its weights.
+        lora: fields of peft's LoraConfig; trains low-rank updates instead of the backbone.
+        dtype: the backbone's type; "auto" keeps the file's.
+        device: where to put the model; None chooses a GPU if there is one.
+        trust_remote_code: let the model's own code run; off unless you say so.
+        options: further arguments of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        InputError: the folder or model does not exist, or is no innerloop run and no method is given.
+    """
+    from innerloop.model import LatentModel
+
+    folder = Path(path)
+    if (folder / RUN_CHECKPOINT / SETTINGS).exists():
+        path = folder = folder / RUN_CHECKPOINT
+    saved = read_settings(folder) if (folder / SETTINGS).exists() else None
+    if folder.is_dir() and saved is None and method is None:
+        raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
+    if not folder.is_dir() and method is None and (folder.is_absolute() or str(path).startswith((".", "runs/"))):
+        raise InputError(f"there is no folder {folder}{_sibling(folder)}")
+    source = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot load a model from '{path}'{_sibling(folder)}: {reason}") from error
+    backbone = Backbone(lm)
+    backbone.check()
+    chosen = method or (_method_of(saved, folder) if saved else None)
+    if chosen is None:
+        raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
+    model = LatentModel(backbone, tokenizer, chosen)
+    if saved and method_settings(chosen) == saved["method"]:
+        load_parts(model, folder)
+    if lora is not None:
+        add_lora(model, lora)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def from_scratch(
+    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, method: Method, seed: int = 0
+) -> LatentModel:
+    """Make a backbone with fresh weights.
+
+    Args:
+        settings: ``type`` (a transformers model type such as llama or gpt2) and fields of its configuration.
+        tokenizer: sets the vocabulary.
+        method: how to reason.
+        seed: of the initial weights.
+    """
+    from innerloop.model import LatentModel
+
+    settings = dict(settings)
+    model_type = settings.pop("type", "llama")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        raise InputError(
+            f"transformers has no model type '{model_type}'{nearest(model_type, CONFIG_MAPPING_NAMES)}"
+        ) from None
+    for name in settings:
+        if not hasattr(known, name):
+            raise InputError(f"backbone.scratch: a {model_type} has no '{name}'{nearest(name, vars(known))}")
+    new = [marker for marker in method.markers if marker not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new, special_tokens=True)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **settings
+    )
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    lm = AutoModelForCausalLM.from_config(config)
+    torch.random.set_rng_state(state)
+    return LatentModel(Backbone(lm), tokenizer, method)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read innerloop.json."""
+    if not (folder / SETTINGS).exists():
+        raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run")
+    try:
+        return json.loads((folder / SETTINGS).read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / SETTINGS} is not valid JSON ({error}); restore it or save the run again") from None
+
+
+def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
+    fields = dict(saved["method"])
+    try:
+        return method_named(fields.pop("name"))(**fields)
+    except TypeError as error:
+        raise InputError(f"{folder / SETTINGS} was written by another version of innerloop: {error}") from None
+
+
+def _sibling(path: Path) -> str:
+    parent = path.parent
+    names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    return nearest(path.name, names)

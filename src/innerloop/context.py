@@ -1,0 +1,124 @@
+"""`Context`: what a batch of rows has read so far - the `C` of the method cards - and how it reads more.
+
+Every pass of every method goes through `Context.read`, which keeps masks and position ids explicit, counts the cost and
+checkpoints the pass if asked. Reading *ahead* (`peek`) leaves the context as it was: so a block of latents can be
+refined over and over on one cached prefix.
+
+Shapes: `B` rows, `L` new positions, `P` earlier columns, `D` width.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from innerloop.backbone import Backbone
+from innerloop.cache import fork, select_rows
+from innerloop.cost import Meter
+
+
+class Context:
+    """The cache, mask and positions of a batch of rows.
+
+    Args:
+        backbone: what reads.
+        n_rows: the number of rows `B`.
+        meter: where passes and positions are counted.
+        checkpoint_passes: keep no activations inside a pass; recompute them in the backward pass.
+    """
+
+    def __init__(self, backbone: Backbone, n_rows: int, meter: Meter | None = None, checkpoint_passes: bool = False):
+        self.backbone = backbone
+        self.cache = backbone.empty_cache()
+        self.mask_BP: Tensor | None = None  # None: no column read so far is padding
+        self.length = 0
+        self.next_position_B = torch.zeros(n_rows, dtype=torch.long, device=backbone.device)
+        self.rows: Tensor | None = None  # which rows of the meter these are; None: all of them, in order
+        self.meter = meter
+        self.checkpoint_passes = checkpoint_passes
+
+    def fork(self) -> Context:
+        """Return a context with the same past that reads on by itself; nothing is copied."""
+        twin = copy.copy(self)
+        twin.cache = fork(self.cache)
+        return twin
+
+    def keep_rows(self, rows: Tensor) -> Context:
+        """Return the context of the rows ``rows`` (R,) alone."""
+        part = copy.copy(self)
+        part.cache = select_rows(self.cache, rows)
+        part.mask_BP = None if self.mask_BP is None else self.mask_BP[rows]
+        part.next_position_B = self.next_position_B[rows]
+        part.rows = rows if self.rows is None else self.rows[rows]
+        return part
+
+    def read(
+        self,
+        embeds_BLD: Tensor,
+        mask_BL: Tensor | None = None,
+        all_states: bool = False,
+        counted_B: Tensor | None = None,
+    ):
+        """Read new positions in one pass and remember them.
+
+        Args:
+            embeds_BLD: their input embeddings.
+            mask_BL: 1 where real, 0 where padding; None when all are real. Padding takes no position and is never
+                attended to; its own output is meaningless.
+            all_states: return the states after every layer, not only the last.
+            counted_B: the rows whose cost counts; None: all. A row that has ended rides along without being charged.
+
+        Returns:
+            The final-norm states (B, L, D), or the tuple of all states (see `Backbone.forward`).
+        """
+        n_rows, n_new, _ = embeds_BLD.shape
+        if mask_BL is None:
+            new_B: Tensor | int = n_new
+            positions_BL = self.next_position_B[:, None] + torch.arange(n_new, device=embeds_BLD.device)
+        else:
+            mask_BL = mask_BL.long()
+            new_B = mask_BL.sum(1)
+            positions_BL = (self.next_position_B[:, None] + mask_BL.cumsum(1) - 1).clamp(min=0)
+        if self.meter is not None:
+            charged_B = new_B if counted_B is None else counted_B * new_B
+            self.meter.count(self.rows, charged_B, self.next_position_B)
+        self._extend_mask(mask_BL, n_rows, n_new)
+        self.next_position_B = self.next_position_B + new_B
+        self.length += n_new
+        return self._pass(embeds_BLD, positions_BL, all_states)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Count the time of a block towards a phase, if anything is counted."""
+        return nullcontext() if self.meter is None else self.meter.phase(name)
+
+    def peek(self, embeds_BLD: Tensor, mask_BL: Tensor | None = None, all_states: bool = False):
+        """Read as `read` does, but forget it again."""
+        return self.fork().read(embeds_BLD, mask_BL, all_states)
+
+    def _extend_mask(self, mask_BL: Tensor | None, n_rows: int, n_new: int) -> None:
+        if mask_BL is None and self.mask_BP is None:
+            return
+        ones = torch.ones(n_rows, 1, dtype=torch.long, device=self.next_position_B.device)
+        past = ones.expand(-1, self.length) if self.mask_BP is None else self.mask_BP
+        self.mask_BP = torch.cat([past, ones.expand(-1, n_new) if mask_BL is None else mask_BL], dim=1)
+
+    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, all_states: bool):
+        mask = self.mask_BP
+        if not (self.checkpoint_passes and torch.is_grad_enabled()):
+            return self.backbone(
+                embeds_BLD, mask=mask, positions_BL=positions_BL, cache=self.cache, all_states=all_states
+            )
+        past, grown = self.cache, []
+
+        def run(embeds: Tensor):
+            cache = fork(past)
+            grown.append(cache)
+            return self.backbone(embeds, mask=mask, positions_BL=positions_BL, cache=cache, all_states=all_states)
+
+        states = checkpoint(run, embeds_BLD, use_reentrant=False)
+        self.cache = grown[0]
+        return states

@@ -1,0 +1,106 @@
+"""What a generation or a loss cost: passes, positions, FLOPs and seconds per phase, row by row.
+
+A *pass* is one call of the decoder; a *position* is one real (not padded) token or latent in a pass. Both are counted
+where the decoder is called (`Context.read`), never estimated. Counters stay on the device, so counting does not
+synchronise it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from innerloop.backbone import Backbone
+
+PHASES = ("prefill", "thought", "answer")
+
+
+@dataclass
+class Cost:
+    """What one example cost. ``seconds`` are its share of the batch it ran in."""
+
+    passes: int = 0
+    positions: int = 0
+    flops: float = 0.0
+    thought_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+
+def mean_cost(costs: list[Cost]) -> dict:
+    """Average the costs of examples into the ``cost`` object of result.json."""
+    n = max(len(costs), 1)
+    means = {
+        name: sum(getattr(c, name) for c in costs) / n for name in ("passes", "positions", "flops", "thought_tokens")
+    }
+    return means | {"seconds": {phase: sum(c.seconds[phase] for c in costs) / n for phase in PHASES}}
+
+
+class Meter:
+    """Counts the work of a batch of ``n_rows`` rows while it runs."""
+
+    def __init__(self, n_rows: int, device: torch.device):
+        zeros = torch.zeros(n_rows, dtype=torch.long, device=device)
+        self.passes, self.positions, self.keys, self.logits = zeros, zeros.clone(), zeros.clone(), zeros.clone()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    def count(self, rows: Tensor | None, new_B: Tensor | int, past_B: Tensor | int) -> None:
+        """Count one pass of ``new_B`` positions over ``past_B`` earlier ones, for the rows ``rows`` (None: all).
+
+        A row without a real position in the pass is not charged for it.
+        """
+        new = torch.as_tensor(new_B, device=self.passes.device)
+        keys = new * past_B + new * (new + 1) // 2
+        for counter, amount in ((self.passes, (new > 0).long()), (self.positions, new), (self.keys, keys)):
+            if rows is None:
+                counter += amount
+            else:
+                counter.index_add_(0, rows, amount.expand(len(rows)))
+
+    def count_logits(self, rows: Tensor | None, counted_B: Tensor | None) -> None:
+        """Count one position per row at which the head was applied."""
+        amount = torch.ones((), dtype=torch.long, device=self.logits.device) if counted_B is None else counted_B.long()
+        if rows is None:
+            self.logits += amount
+        else:
+            self.logits.index_add_(0, rows, amount.expand(len(rows)))
+
+    def now(self) -> float:
+        """Return the time once the device has done what was asked of it."""
+        if self.passes.device.type == "cuda":
+            torch.cuda.synchronize(self.passes.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to a phase; synchronises a GPU at both ends, outside any loop."""
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+    def costs(self, backbone: Backbone) -> list[Cost]:
+        """Return what each row cost so far, batch seconds shared equally."""
+        flops = flops_of(backbone, self.positions, self.keys, self.logits)
+        n = len(self.passes)
+        share = {phase: seconds / n for phase, seconds in self.seconds.items()}
+        columns = zip(self.passes.tolist(), self.positions.tolist(), flops.tolist())
+        return [Cost(passes, positions, f, 0, dict(share)) for passes, positions, f in columns]
+
+
+def flops_of(backbone: Backbone, positions: Tensor, keys: Tensor, logits: Tensor) -> Tensor:
+    """Return forward FLOPs (float64) of passes.
+
+    They are 2 per weight of the layers and position, 4 d_attention per layer and key read, and 2 D V per row of logits.
+    """
+    config = backbone.config
+    layer_weights = sum(p.numel() for p in backbone.layers.parameters())
+    head_dim = getattr(config, "head_dim", None) or backbone.width // config.num_attention_heads
+    attention = 4 * backbone.n_layers * head_dim * config.num_attention_heads
+    head = 2 * backbone.width * config.vocab_size
+    return 2.0 * layer_weights * positions.double() + attention * keys.double() + head * logits.double()

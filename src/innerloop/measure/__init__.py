@@ -1,0 +1,5 @@
+"""Measuring: accuracy with its interval, and what it cost."""
+
+from innerloop.measure.accuracy import Prediction, evaluate, result_of, wilson
+
+__all__ = ["Prediction", "evaluate", "result_of", "wilson"]

@@ -1,0 +1,140 @@
+"""Accuracy on a task: generate, extract, compare; with a 95 % interval and the cost per example."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from innerloop.cost import Cost, mean_cost
+from innerloop.examples import Example
+from innerloop.tasks import Task
+
+if TYPE_CHECKING:
+    from innerloop.model import LatentModel
+
+Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered example. ``predicted`` is None where the text holds no answer."""
+
+    id: str
+    question: str
+    text: str
+    predicted: str | None
+    gold: str
+    correct: bool
+    cost: Cost
+
+
+def evaluate(
+    model: LatentModel,
+    task: Task,
+    examples: Sequence[Example],
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    stage: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Answer examples greedily and check the answers.
+
+    Args:
+        model: the model.
+        task: extracts and checks answers.
+        examples: what to answer.
+        max_new_tokens: the most tokens to write; None: as the task says.
+        batch_size: rows per batch.
+        stage: the curriculum's stage whose layout is used; None: the last.
+        progress: called with the number of examples answered since the last call.
+    """
+    generations = model.generate(
+        [example.question for example in examples],
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        batch_size=batch_size,
+        stage=stage,
+        progress=progress,
+    )
+    predictions = []
+    for example, generation in zip(examples, generations):
+        predicted = task.extract(generation.text)
+        correct = predicted is not None and task.is_correct(predicted, example.answer)
+        predictions.append(
+            Prediction(
+                example.id, example.question, generation.text, predicted, example.answer, correct, generation.cost
+            )
+        )
+    return predictions
+
+
+def wilson(n_correct: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share ``n_correct / n``."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = n_correct / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def accuracy_of(predictions: Sequence[Prediction]) -> float:
+    """Return the share of correct predictions."""
+    return sum(p.correct for p in predictions) / max(len(predictions), 1)
+
+
+def result_of(
+    model: LatentModel, task: Task, split: str, predictions: Sequence[Prediction], seed: int | None, name: str
+) -> dict[str, Any]:
+    """Return result.json: accuracy, interval, cost, and what produced them.
+
+    Args:
+        model: what answered.
+        task: what it answered.
+        split: which examples.
+        predictions: its answers.
+        seed: the seed it was trained with, where known.
+        name: the model's name or folder.
+    """
+    n, n_correct = len(predictions), sum(p.correct for p in predictions)
+    result: dict[str, Any] = {
+        "task": {"name": task.name, "version": task.version, **asdict(task)},
+        "split": split,
+        "n": n,
+        "accuracy": n_correct / max(n, 1),
+        "ci95": list(wilson(n_correct, n)),
+        "unparsable": sum(p.predicted is None for p in predictions),
+    }
+    if hasattr(task, "match"):
+        result["accuracy_by_match"] = {match: _rematch(task, match, predictions) for match in ("number", "string")}
+    return result | {
+        "cost": mean_cost([p.cost for p in predictions]),
+        "method": {"name": model.method.name, **asdict(model.method)},
+        "model": name,
+        "seed": seed,
+        "versions": versions(),
+        "device": device_name(model.device),
+    }
+
+
+def _rematch(task: Task, match: str, predictions: Sequence[Prediction]) -> float:
+    other = replace(task, match=match)  # type: ignore[call-arg]
+    found = [(other.extract(p.text), p.gold) for p in predictions]
+    return sum(text is not None and other.is_correct(text, gold) for text, gold in found) / max(len(found), 1)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that numbers depend on."""
+    return {"python": platform.python_version()} | {n: version(n) for n in ("innerloop", "torch", "transformers")}
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

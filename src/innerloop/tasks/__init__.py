@@ -1,0 +1,59 @@
+"""Tasks: where examples come from and how answers are checked, one file a task.
+
+task_named("chain")(n_ops=3).examples("train", limit=10)
+"""
+
+from innerloop.errors import InputError, nearest
+from innerloop.tasks.arithmetic import GsmHard, MultiArith, Svamp
+from innerloop.tasks.chain import Chain
+from innerloop.tasks.competition_math import Math
+from innerloop.tasks.gsm8k import Gsm8k
+from innerloop.tasks.prontoqa import ProntoQA
+from innerloop.tasks.prosqa import ProsQA
+from innerloop.tasks.strategyqa import StrategyQA
+from innerloop.tasks.synthetic import Igsm, Mult4x4, Mult5x5, PHop
+from innerloop.tasks.task import FileTask, Task
+
+__all__ = [
+    "TASKS",
+    "Chain",
+    "FileTask",
+    "Gsm8k",
+    "GsmHard",
+    "Igsm",
+    "Math",
+    "Mult4x4",
+    "Mult5x5",
+    "MultiArith",
+    "PHop",
+    "ProntoQA",
+    "ProsQA",
+    "StrategyQA",
+    "Svamp",
+    "Task",
+    "task_named",
+]
+
+_CLASSES: tuple[type[Task], ...] = (
+    Chain,
+    ProsQA,
+    ProntoQA,
+    Gsm8k,
+    GsmHard,
+    Svamp,
+    MultiArith,
+    Math,
+    StrategyQA,
+    Mult4x4,
+    Mult5x5,
+    Igsm,
+    PHop,
+)
+TASKS: dict[str, type[Task]] = {task.name: task for task in _CLASSES}
+
+
+def task_named(name: str) -> type[Task]:
+    """Return the task class of that name."""
+    if name not in TASKS:
+        raise InputError(f"no task '{name}'{nearest(name, TASKS)}: choose one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,77 @@
+"""MATH: competition problems with LaTeX answers, compared as mathematics by math-verify (the ``eval`` extra).
+
+Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH Dataset", arXiv 2103.03874.
+"""
+
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from innerloop.errors import InputError
+from innerloop.tasks.task import FileTask, after_mark
+
+BOX = "\\boxed{"
+# A sentence ends before a space, after . ? or ! outside mathematics or just within its end, or at a blank line.
+SENTENCE = re.compile(
+    r"(?:\$\$.+?\$\$|\$(?:\\.|[^$\\])+\$|\\\[.+?\\\]|\\begin\{([a-z]+\*?)\}.+?\\end\{\1\}|\\.|.)+?"
+    r"(?:(?:(?<=[.?!])|(?<=[.?!]\$)|(?<=[.?!]\$\$)|(?<=[.?!]\\\]))(?=\s)|(?=\n\s*\n)|\Z)",
+    re.DOTALL,
+)
+SECONDS_TO_COMPARE = 5  # some expressions would keep sympy busy for ever
+
+
+@dataclass(frozen=True)
+class Math(FileTask):
+    """MATH: competition problems; rows {"problem", "solution"} are read as published, their sentences as steps."""
+
+    name: ClassVar[str] = "math"
+    summary: ClassVar[str] = "competition problems with LaTeX answers (MATH)"
+    max_new_tokens: ClassVar[int] = 512
+    hub: ClassVar[str] = "HuggingFaceH4/MATH-500"
+
+    def parse_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Read a published row; the answer is the last box of the solution unless the row names it."""
+        if not isinstance(row.get("problem"), str) or not isinstance(row.get("solution"), str):
+            return row
+        answer = row.get("answer") or last_box(row["solution"])
+        if answer is None:
+            raise InputError("the solution has no \\boxed{ANSWER}")
+        rest = {name: value for name, value in row.items() if name not in ("problem", "solution", "unique_id")}
+        steps = [" ".join(found.group().split()) for found in SENTENCE.finditer(row["solution"].strip())]
+        return {**rest, "id": row.get("unique_id"), "question": row["problem"], "steps": steps, "answer": answer}
+
+    def extract(self, text: str) -> str | None:
+        """Return what follows the last '###', or what the last box holds."""
+        if "###" in text:
+            answer = after_mark(text)
+            return answer and (last_box(answer) or answer)
+        return last_box(text)
+
+    def is_correct(self, predicted: str, gold: str) -> bool:
+        """Compare as text, then as mathematics."""
+        if predicted.strip() == gold.strip():
+            return True
+        try:
+            from math_verify import parse, verify
+        except ModuleNotFoundError:
+            raise InputError("task 'math' compares answers by math-verify: pip install innerloop[eval]") from None
+        # math-verify stops itself by a signal, which only the main thread can receive.
+        seconds = SECONDS_TO_COMPARE if threading.current_thread() is threading.main_thread() else None
+        expressions = [parse(f"${text.strip().strip('$')}$", parsing_timeout=seconds) for text in (gold, predicted)]
+        return verify(*expressions, timeout_seconds=seconds)
+
+
+def last_box(text: str) -> str | None:
+    r"""Return what the last ``\boxed{...}`` in ``text`` holds; None if there is none or it is never closed."""
+    start = text.rfind(BOX)
+    if start < 0:
+        return None
+    depth = 1
+    for end in range(start + len(BOX), len(text)):
+        escaped = text[end - 1] == "\\"
+        depth += 0 if escaped else {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len(BOX) : end].strip() or None
+    return None

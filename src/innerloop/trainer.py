@@ -1,0 +1,344 @@
+"""Training on `transformers.Trainer`: curricula, losses over the global batch, validation by generation.
+
+accelerate, mixed precision, gradient accumulation, checkpoints, resuming and `report_to` come with it. What is our
+own: examples are laid out when their optimizer step begins, so the curriculum's stage and the draws of stage mixing
+depend on nothing but the step and the seed, and a resumed run sees what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from innerloop import checkpoint
+from innerloop.errors import InputError, nearest
+from innerloop.examples import Example, from_rows
+from innerloop.layout import Batch, Row, collate
+from innerloop.measure.accuracy import accuracy_of, evaluate
+from innerloop.model import LatentModel
+from innerloop.progress import MetricsFile, StopOnInterrupt
+from innerloop.tasks import Task
+
+DIVERGED = 3.0  # a loss this many times that of guessing uniformly means training has gone wrong
+
+
+class DivergedError(InputError):
+    """The loss is not finite, or far above that of guessing."""
+
+
+@dataclass
+class LatentTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the field's usual defaults, and a few of our own.
+
+    Args:
+        batch_size: examples per device and forward pass.
+        max_length: leave out examples longer than this many positions (counted); None: refuse them.
+        eval_limit: validation examples to answer at each evaluation.
+        max_new_tokens: the most tokens to write per validation example; None: as the task says.
+    """
+
+    learning_rate: float = field(default=1e-4)
+    lr_scheduler_type: str = field(default="constant")
+    weight_decay: float = field(default=0.01)
+    seed: int = field(default=0)
+    logging_steps: float = field(default=10)
+    save_steps: float = field(default=500)
+    save_total_limit: int | None = field(default=2)
+    report_to: str | list[str] | None = field(default="none")
+    logging_nan_inf_filter: bool = field(default=False)
+    remove_unused_columns: bool = field(default=False)
+    disable_tqdm: bool | None = field(default=True)
+    dataloader_pin_memory: bool = field(default=False)  # examples are laid out later; there is no tensor to pin
+
+    batch_size: int = field(default=32, metadata={"help": "examples per device and forward pass"})
+    max_length: int | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
+    eval_limit: int = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
+
+    def __post_init__(self) -> None:
+        self.per_device_train_batch_size = self.batch_size
+        super().__post_init__()
+
+
+def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> LatentTrainingArguments:
+    """Make training arguments from a recipe's ``train:`` section, naming the nearest field for an unknown one."""
+    known = {f.name: f for f in fields(LatentTrainingArguments) if f.init}
+    for name, value in settings.items():
+        if name not in known:
+            raise InputError(f"train.{name} is not a training argument{nearest(name, known)}")
+        default = known[name].default
+        wrong = isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str)
+        if wrong or (isinstance(default, bool) and not isinstance(value, (bool, str))):
+            raise InputError(f"train.{name} is {value!r}, but must be of type {type(default).__name__}")
+    try:
+        return LatentTrainingArguments(output_dir=str(output_dir), **settings)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the train section cannot be used: {error}") from error
+
+
+class LatentTrainer(Trainer):
+    """Trains a `LatentModel` on examples.
+
+    Args:
+        model: the model.
+        args: how to train; ``output_dir`` receives metrics.jsonl, checkpoint-<step>/ and the best model, checkpoint/.
+        train_dataset: examples, or a data set with the columns question, steps and answer.
+        eval_dataset: examples to validate on by generation.
+        task: extracts and checks answers; needed for validation.
+        callbacks: transformers' TrainerCallbacks.
+    """
+
+    model: LatentModel
+    args: LatentTrainingArguments
+
+    def __init__(
+        self,
+        model: LatentModel,
+        args: LatentTrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        task: Task | None = None,
+        callbacks: Sequence[Any] = (),
+    ):
+        self.task = task
+        self.curriculum = model.method.curriculum
+        self.n_left_out = 0
+        train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
+        valid = None if eval_dataset is None else _examples(eval_dataset, "eval_dataset")[: args.eval_limit]
+        if valid and task is None:
+            raise InputError("validation by generation needs a task that checks answers: pass task=...")
+        if valid is None and args.eval_strategy != "no":
+            raise InputError(f"eval_strategy={args.eval_strategy} needs validation examples: pass eval_dataset=...")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_as_they_are,
+            train_dataset=train,  # type: ignore[arg-type]
+            eval_dataset=valid,  # type: ignore[arg-type]
+            callbacks=[MetricsFile(), StopOnInterrupt(), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, Tensor] = {}
+        self._n_logged_steps = 0
+        self._finite = torch.ones((), dtype=torch.bool, device=args.device)
+
+    # Data: examples become rows when their step begins.
+
+    def _fitting(self, model: LatentModel, examples: list[Example], max_length: int | None) -> list[Example]:
+        method, stages = model.method, {self.curriculum.first_stage, self.curriculum.last_stage}
+        if method.needs_steps and not any(example.steps for example in examples):
+            raise InputError(
+                f"no training example has steps, but '{method.name}' learns from them; "
+                "give data with steps, or choose a method that needs only answers (no_cot, pause)"
+            )
+        limit = max_length or model.backbone.context_length
+        if limit is None:
+            return examples
+        lengths = [max(len(method.lay_out(example, model.spell, stage)) for stage in stages) for example in examples]
+        if max_length is None and max(lengths) > limit:
+            worst = examples[lengths.index(max(lengths))]
+            raise InputError(
+                f"example '{worst.id}' takes {max(lengths)} positions but the model reads at most {limit}; "
+                f"set train.max_length={limit} to leave longer examples out"
+            )
+        kept = [example for example, length in zip(examples, lengths) if length <= limit]
+        self.n_left_out = len(examples) - len(kept)
+        if not kept:
+            raise InputError(f"every training example is longer than max_length={limit}; raise it")
+        return kept
+
+    def steps_per_epoch(self) -> int:
+        """Return the number of optimizer steps in an epoch."""
+        n_batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        return max(math.ceil(n_batches / self.args.gradient_accumulation_steps), 1)
+
+    def stage_at(self, step: int) -> int:
+        """Return the curriculum's stage at an optimizer step."""
+        return self.curriculum.stage_at(step, step / self.steps_per_epoch())
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Lay out the next step's micro-batches, and count the supervised items of the global batch."""
+        step = self.state.global_step
+        stage = self.stage_at(step)
+        self._maybe_reset_optimizer(step, stage)
+        micro_batches = []
+        for i, examples in zip(range(num_batches), epoch_iterator):
+            seed = f"{self.args.seed}/{step}/{self.args.process_index}/{i}"
+            micro_batches.append(self._collate(self.model.rows(examples, stage, seed)))
+        if not micro_batches:
+            return [], None
+        totals: dict[str, int] = {}
+        for batch in micro_batches:
+            for name, n in batch.counts().items():
+                totals[name] = totals.get(name, 0) + n
+        n_items = {name: self._over_processes(n, device) for name, n in totals.items()}
+        return [{"batch": batch, "n_items": n_items} for batch in micro_batches], None
+
+    def _collate(self, rows: list[Row]) -> Batch:
+        return collate(rows, self.model.spell.pad_id).to(self.args.device)
+
+    def _over_processes(self, n: int, device: torch.device) -> Any:
+        if self.args.world_size == 1:
+            return n
+        return self.accelerator.gather(torch.tensor([n], device=device)).sum()
+
+    def _maybe_reset_optimizer(self, step: int, stage: int) -> None:
+        if step == 0:
+            return
+        policy = self.curriculum.reset_optimizer
+        new_stage = stage != self.stage_at(step - 1)
+        if (policy == "stage" and new_stage) or (policy == "epoch" and step % self.steps_per_epoch() == 0):
+            self.optimizer.state.clear()  # type: ignore[union-attr]
+
+    # Loss: its terms are summed on the device and looked at only when logged.
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one micro-batch, normalised over the global batch."""
+        out = model(inputs["batch"], n_items=inputs["n_items"])
+        self._finite &= torch.isfinite(out.loss.detach())
+        for name, mean in out.terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=mean.device)) + mean
+        loss = out.loss * self.accelerator.num_processes  # data-parallel gradients are averaged; the mean is global
+        return (loss, out) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch; its loss is already scaled for gradient accumulation."""
+        self.loss_is_scaled_for_ga = True
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with each term of the loss and the stage; stop if training has gone wrong."""
+        if "loss" in logs:
+            n_steps = max(self.state.global_step - self._n_logged_steps, 1)
+            logs |= {f"loss_{name}": total.item() / n_steps for name, total in self._sums.items()}
+            self._sums, self._n_logged_steps = {}, self.state.global_step
+            if self.curriculum.last_stage:
+                logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
+            self._check_health(logs["loss"])
+        super().log(logs, start_time)
+
+    def _check_health(self, loss: float | None = None) -> None:
+        finite = bool(self._finite) and (loss is None or math.isfinite(loss))
+        guess = sum(self.model.method.term_weights.values()) * math.log(self.model.backbone.config.vocab_size)
+        if finite and (loss is None or loss <= DIVERGED * guess):
+            return
+        saved = self._saved_checkpoints()
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        what = "is not a finite number" if not finite else f"has grown to {loss:.3g}, far above guessing ({guess:.3g})"
+        raise DivergedError(
+            f"training stopped at step {self.state.global_step}: the loss {what}; {kept}; "
+            "lower train.learning_rate or train.max_grad_norm, or steady the loop (residual, alpha, rescale)"
+        )
+
+    # Validation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer the validation examples at the current stage's layout; keep the best model of the last stage."""
+        examples = self.eval_dataset if eval_dataset is None else _examples(eval_dataset, "eval_dataset")
+        if not examples or self.task is None:
+            raise InputError("there is nothing to validate on: pass eval_dataset=... and task=...")
+        stage = self.stage_at(max(self.state.global_step - 1, 0))
+        predictions = evaluate(
+            self.model, self.task, examples, self.args.max_new_tokens, self.args.eval_batch_size, stage
+        )
+        accuracy = accuracy_of(predictions)
+        metrics = {
+            f"{metric_key_prefix}_accuracy": accuracy,
+            f"{metric_key_prefix}_unparsable": sum(p.predicted is None for p in predictions),
+        }
+        self.log(dict(metrics))
+        if stage == self.curriculum.last_stage:
+            self._keep_if_best(accuracy)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def best_folder(self) -> Path:
+        """Where the best model is kept."""
+        return Path(self.args.output_dir) / checkpoint.RUN_CHECKPOINT
+
+    def _keep_if_best(self, accuracy: float) -> None:
+        best = checkpoint.read_settings(self.best_folder).get("validation") if self.best_folder.exists() else None
+        if self.args.should_save and (best is None or accuracy >= best["accuracy"]):
+            self._check_health()
+            record = {"accuracy": accuracy, "n": len(self.eval_dataset), "step": self.state.global_step}
+            checkpoint.save(self.model, self.best_folder, {"validation": record, "seed": self.args.seed})
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, and leave the best model (without validation: the last) in ``output_dir/checkpoint``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint-<step> folder, or True for the newest complete one.
+            kwargs: see transformers.
+        """
+        if resume_from_checkpoint is True:
+            saved = self._saved_checkpoints()
+            if not saved:
+                raise InputError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
+            resume_from_checkpoint = str(saved[-1])
+        elif not resume_from_checkpoint:
+            shutil.rmtree(self.best_folder, ignore_errors=True)
+        output = super().train(resume_from_checkpoint, **kwargs)
+        if self.args.should_save and not self.best_folder.exists() and not self.interrupted:
+            checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed})
+        return output
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended training early."""
+        return self.state.global_step < self.state.max_steps
+
+    def _saved_checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first; the trainer's state is what is written last."""
+        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+        return sorted((p.parent for p in folders), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_health()
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            saved = self._saved_checkpoints()
+            kept = f"; {saved[-1]} is untouched: make room and resume from it" if saved else ""
+            raise InputError(f"could not save {folder}: {error}{kept}") from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        checkpoint.write(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        checkpoint.read_settings(folder)
+        lm = self.model.backbone.lm
+        if not checkpoint.adapted(lm):
+            lm.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype).state_dict())
+        checkpoint.load_parts(self.model, folder)
+
+
+def _as_they_are(examples: list[Example]) -> list[Example]:
+    """Collate nothing: rows are laid out when their step begins."""
+    return examples
+
+
+def _examples(source: Any, name: str) -> list[Example]:
+    examples = list(source)
+    if not examples:
+        raise InputError(f"{name} is empty; give at least one example")
+    return examples if isinstance(examples[0], Example) else from_rows(examples, name)
