@@ -285,3 +285,18 @@ def _sibling(path: Path) -> str:
     parent = path.parent
     names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
     return nearest(path.name, names)
+
+
+def is_run(path: str | Path) -> bool:
+    """Tell whether a folder was saved by innerloop, itself or as a run."""
+    folder = Path(path)
+    return any((f / SETTINGS).exists() for f in (folder, folder / RUN_CHECKPOINT))
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run, folder or Hub model."""
+    folder = Path(path) / RUN_CHECKPOINT
+    try:
+        return AutoTokenizer.from_pretrained(folder if folder.exists() else path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a tokenizer from '{path}': {str(error).strip().splitlines()[0]}") from error

@@ -75,14 +75,7 @@ class LatentModel(nn.Module):
 
     def rows(self, examples: Sequence[Example], stage: int | None = None, seed: str = "") -> list[Row]:
         """Lay out training examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing."""
-        curriculum, rows = self.method.curriculum, []
-        scheduled = curriculum.last_stage if stage is None else stage
-        for i, example in enumerate(examples):
-            drawn = curriculum.stage_of(scheduled, len(example.steps), f"{seed}/{i}")
-            row = self.method.lay_out(example, self.spell, drawn)
-            row.n_loops = self.method.n_loops(drawn)
-            rows.append(row)
-        return rows
+        return self.method.rows(examples, self.spell, stage, seed)
 
     def prompts(self, questions: Sequence[str], stage: int | None = None) -> list[Row]:
         """Lay out questions to be answered at a stage (None: the last)."""

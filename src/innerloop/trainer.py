@@ -72,17 +72,25 @@ class LatentTrainingArguments(TrainingArguments):
 def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> LatentTrainingArguments:
     """Make training arguments from a recipe's ``train:`` section, naming the nearest field for an unknown one."""
     known = {f.name: f for f in fields(LatentTrainingArguments) if f.init}
+    values = {}
     for name, value in settings.items():
         if name not in known:
             raise InputError(f"train.{name} is not a training argument{nearest(name, known)}")
-        default = known[name].default
-        wrong = isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str)
-        if wrong or (isinstance(default, bool) and not isinstance(value, (bool, str))):
-            raise InputError(f"train.{name} is {value!r}, but must be of type {type(default).__name__}")
+        values[name] = _number(name, value, known[name].default)
     try:
-        return LatentTrainingArguments(output_dir=str(output_dir), **settings)
+        return LatentTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as error:
         raise InputError(f"the train section cannot be used: {error}") from error
+
+
+def _number(name: str, value: Any, default: Any) -> Any:
+    """Read ``1e-3``, which YAML takes for text, as a number where a number belongs."""
+    if isinstance(value, str) and isinstance(default, (int, float)) and not isinstance(default, bool):
+        try:
+            return type(default)(float(value))
+        except ValueError:
+            raise InputError(f"train.{name} is '{value}', but must be a number") from None
+    return value
 
 
 class LatentTrainer(Trainer):

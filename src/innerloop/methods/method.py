@@ -7,6 +7,7 @@ sequence and how often they are refined. The weights it trains live in the model
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -53,6 +54,16 @@ class Method:
     @abstractmethod
     def prompt(self, question: str, spell: Speller, stage: int) -> Row:
         """Lay out a question to be answered: the row of `lay_out` up to the first written token."""
+
+    def rows(self, examples: Sequence[Example], spell: Speller, stage: int | None = None, seed: str = "") -> list[Row]:
+        """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing."""
+        scheduled, rows = self.curriculum.last_stage if stage is None else stage, []
+        for i, example in enumerate(examples):
+            drawn = self.curriculum.stage_of(scheduled, len(example.steps), f"{seed}/{i}")
+            row = self.lay_out(example, spell, drawn)
+            row.n_loops = self.n_loops(drawn)
+            rows.append(row)
+        return rows
 
     # Where the inner loop works. A method without latents keeps these.
     @property

@@ -1,0 +1,333 @@
+"""The command line, `innerloop VERB`: each verb is a typed function, its signature is its arguments."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from innerloop import checkpoint
+from innerloop.demo import demo
+from innerloop.errors import InputError, nearest
+from innerloop.examples import read_examples, write_examples
+from innerloop.layout import Speller
+from innerloop.measure import evaluate, result_of
+from innerloop.methods import METHODS, Cot, Method, method_named
+from innerloop.model import LatentModel
+from innerloop.progress import LiveProgress, bar
+from innerloop.recipe import field_parser, load_recipe, named, parse_overrides, parse_recipe, read_recipe, typed
+from innerloop.run import CONFIG, run_recipe
+from innerloop.show import print_rows, trace_view
+from innerloop.tasks import TASKS, Task, task_named
+from innerloop.tokenizer import train_tokenizer
+
+console = Console()
+
+
+def methods() -> None:
+    """List the methods: family, paper, what they need."""
+    table = Table("method", "family", "what it does", "paper", "needs")
+    for method in METHODS.values():
+        table.add_row(method.name, method.family, method.summary, method.paper, method.needs)
+    console.print(table)
+
+
+def data_list() -> None:
+    """List the tasks."""
+    table = Table("task", "what it is")
+    for task in TASKS.values():
+        table.add_row(task.name, task.summary)
+    console.print(table)
+
+
+def data_make(name: str, out: str, fields: Sequence[str] = ()) -> None:
+    """Write the splits of a task as JSONL, generated or converted.
+
+    Args:
+        name: the task.
+        out: the folder for train.jsonl, valid.jsonl and test.jsonl.
+        fields: the task's own options, written --field value.
+    """
+    task = typed(task_named(name), dict(parse_overrides(fields)), "task")
+    written = 0
+    for split in ("train", "valid", "test"):
+        if getattr(task, split, "made") is None and any(getattr(task, s, None) for s in ("train", "valid", "test")):
+            continue  # files were given, but none for this split
+        path = Path(out) / f"{split}.jsonl"
+        examples = task.examples(split)
+        write_examples(examples, path)
+        console.print(f"{path}: {len(examples)} examples")
+        written += 1
+    if not written:
+        raise InputError(f"task '{name}' has nothing to write: give --train FILE, --valid FILE or --test FILE")
+
+
+def data_show(
+    file: str, method: str = "cot", tokenizer: str | None = None, stage: int | None = None, n: int = 2
+) -> None:
+    """Show how a method lays out examples: tokens, slots, labels and positions, in colour.
+
+    Args:
+        file: a JSONL file of examples.
+        method: a method's name, or {name: ..., field: value}.
+        tokenizer: a model folder or Hub name; by default a word tokenizer is trained on the file.
+        stage: the curriculum's stage; by default the last.
+        n: how many examples.
+    """
+    chosen = named(yaml.safe_load(method), "method", method_named)
+    examples = read_examples(file, limit=None if tokenizer is None else n)
+    words = train_tokenizer(examples) if tokenizer is None else checkpoint.load_tokenizer(tokenizer)
+    words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)
+    print_rows(console, chosen.rows(examples[:n], Speller(words), stage), words)
+
+
+def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> None:
+    """Train a recipe; every field can be overridden: --section.field value.
+
+    Args:
+        recipe: a YAML recipe.
+        resume: go on where an earlier run of the same folder was interrupted.
+        overrides: fields of the recipe, written --section.field value.
+    """
+    loaded = load_recipe(recipe, overrides)
+    folder = run_recipe(loaded, resume, lambda stage, title: [LiveProgress(title, console)])
+    if not (folder / checkpoint.RUN_CHECKPOINT).exists():
+        raise InputError(f"interrupted; go on with: innerloop train {recipe} --resume")
+    console.print(f"the trained model is in {folder}; next: innerloop eval {folder}")
+
+
+def eval_(
+    run: str,
+    task: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    out: str | None = None,
+    method: str | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+) -> None:
+    """Measure accuracy with its 95 % interval, and the cost per example.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
+        data: a file or Hub data set to read the split from.
+        split: train, valid or test.
+        limit: answer only the first examples.
+        out: the folder for result.json and predictions.jsonl; by default the run's own.
+        method: reason by another method than the run was trained with.
+        batch_size: rows per batch.
+        max_new_tokens: the most tokens to write per example; by default as the task says.
+    """
+    chosen = _task(run, task, data, split)
+    examples = chosen.examples(split, limit)
+    model = LatentModel.from_pretrained(run, _method(method))
+    with bar(console) as progress:
+        row = progress.add_task(f"eval {chosen.name}", total=len(examples), note="")
+        predictions = evaluate(
+            model, chosen, examples, max_new_tokens, batch_size, progress=lambda n: progress.advance(row, n)
+        )
+    result = result_of(model, chosen, split, predictions, _seed(run), run)
+    folder = Path(out or run)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
+    (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    low, high = result["ci95"]
+    cost = result["cost"]
+    console.print(
+        f"{model.method.name} on {chosen.name}/{split}: accuracy {result['accuracy']:.1%} "
+        f"(95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable {result['unparsable']}); "
+        f"per example {cost['passes']:.1f} passes, {cost['positions']:.1f} positions, "
+        f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}"
+    )
+
+
+def ask(
+    run: str, question: str, method: str | None = None, max_new_tokens: int = 128, temperature: float = 0.0
+) -> None:
+    """Answer one question, and show what the latents held at each loop.
+
+    Args:
+        run: a run's folder, or any model; a plain model writes freely.
+        question: the question.
+        method: reason by another method than the run was trained with.
+        max_new_tokens: the most tokens to write.
+        temperature: 0 writes the likeliest tokens.
+    """
+    chosen = _method(method)
+    if chosen is None and not checkpoint.is_run(run):
+        chosen = Cot()
+    model = LatentModel.from_pretrained(run, chosen)
+    answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
+    if answer.trace is not None and answer.trace.iterations:
+        console.print(trace_view(answer.trace, model.tokenizer))
+    console.print(answer.text, markup=False, highlight=False)
+    cost = answer.cost
+    console.print(
+        f"{cost.passes} passes, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
+        + ("" if answer.ended else f"; stopped at max_new_tokens={max_new_tokens}"),
+        style="dim",
+    )
+
+
+def _task(run: str, task: str | None, data: str | None, split: str) -> Task:
+    """Return the task asked for, or the one a run was trained on, with ``data`` as the source of the split."""
+    if task is not None:
+        section = yaml.safe_load(task)
+    elif (Path(run) / CONFIG).exists():
+        section = read_recipe(Path(run) / CONFIG)["task"]
+    else:
+        raise InputError(f"{run} does not say what task it was trained on: give --task NAME")
+    section = {"name": section} if isinstance(section, str) else dict(section)
+    if data is not None:
+        if split not in getattr(task_named(section.get("name", "")), "__dataclass_fields__", {}):
+            raise InputError(f"task '{section['name']}' makes its own examples and reads no --data")
+        section[split] = data
+    return named(section, "task", task_named)
+
+
+def _method(text: str | None) -> Method | None:
+    """Return the method written as a name or as {name: ..., field: value}."""
+    return None if text is None else named(yaml.safe_load(text), "method", method_named)
+
+
+def _seed(run: str) -> int | None:
+    path = Path(run) / CONFIG
+    return parse_recipe(read_recipe(path)).train.get("seed", 0) if path.exists() else None
+
+
+VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
+    "demo": demo,
+    "methods": methods,
+    "data": {"list": data_list, "make": data_make, "show": data_show},
+    "train": train,
+    "eval": eval_,
+    "ask": ask,
+}
+OPEN_ENDED = {("train",): "overrides", ("data", "make"): "fields"}  # verbs that take any --field, and where these go
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser of all verbs."""
+    parser = ArgumentParser(
+        prog="innerloop", exit_on_error=False, description="Language models that reason in latents."
+    )
+    verbs = parser.add_subcommands(dest="verb", metavar="VERB", title="verbs")
+    for name, verb in VERBS.items():
+        if callable(verb):
+            verbs.add_subcommand(name, _verb_parser(verb), help=_first_line(verb))
+            continue
+        group = ArgumentParser(exit_on_error=False)
+        verbs.add_subcommand(name, group, help="list, make and look at examples")
+        inner = group.add_subcommands(dest="action", metavar="ACTION")
+        for action, function in verb.items():
+            inner.add_subcommand(action, _verb_parser(function), help=_first_line(function))
+    return parser
+
+
+def _verb_parser(function: Callable[..., None]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, description=_first_line(function))
+    parser.add_function_arguments(function, as_positional=True, skip=set(OPEN_ENDED.values()))
+    return parser
+
+
+def _first_line(function: Callable[..., None]) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; return the exit code. Errors are one sentence on stderr; --debug shows where they arose."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        _run(arguments)
+    except (InputError, ArgumentError) as error:
+        if debug:
+            traceback.print_exc()
+        print(
+            f"innerloop: {' '.join(str(error).split()) if isinstance(error, ArgumentError) else error}", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("innerloop: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"innerloop: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments:
+        arguments = ["--help"]
+    words = [a for a in arguments[:2] if not a.startswith("-")]
+    if words and words[0] not in VERBS:
+        raise InputError(f"there is no verb '{words[0]}'{nearest(words[0], VERBS)}; the verbs are {', '.join(VERBS)}")
+    key = next((k for k in OPEN_ENDED if tuple(arguments[: len(k)]) == k), None)
+    extra: list[str] = []
+    if key is not None:
+        arguments, extra = _split_open(key, arguments)
+    parsed = build_parser().parse_args(arguments)
+    settings: dict[str, Any] = parsed.as_dict()
+    verb = VERBS[settings["verb"]]
+    values = settings[settings["verb"]] or {}
+    if isinstance(verb, dict):
+        if values.get("action") is None:
+            raise InputError(f"innerloop {settings['verb']} needs one of {', '.join(verb)}")
+        verb, values = verb[values["action"]], values[values["action"]] or {}
+    if key is not None:
+        values[OPEN_ENDED[key]] = extra
+    verb(**values)
+
+
+def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Take the open-ended overrides out of a verb's arguments; with --help after a recipe or task, show its fields."""
+    own = {"--resume", "--out"} if key == ("data", "make") else {"--resume"}
+    kept, rest = list(key), list(arguments[len(key) :])
+    extra: list[str] = []
+    while rest:
+        argument = rest.pop(0)
+        name = argument.partition("=")[0]
+        if not argument.startswith("-") or name in ("-h", "--help"):
+            kept.append(argument)
+        else:
+            target = kept if name in own else extra
+            target.append(argument)
+            if "=" not in argument and name != "--resume" and rest:
+                target.append(rest.pop(0))
+    subject = [a for a in kept[len(key) :] if not a.startswith("-")]
+    if subject and {"-h", "--help"} & set(kept):
+        _print_fields(key, subject[0], extra)
+        raise SystemExit(0)
+    return kept, extra
+
+
+def _print_fields(key: tuple[str, ...], subject: str, extra: Sequence[str]) -> None:
+    """Print the fields that a recipe's sections, or a task, take."""
+    if key == ("train",):
+        recipe = load_recipe(subject, extra)
+        sections = {"task": type(recipe.task), "backbone": type(recipe.backbone), "method": type(recipe.method)}
+        field_parser(sections, f"innerloop train {subject}").print_help()
+        print("train:\n  --train.NAME VALUE    transformers' TrainingArguments by name, and batch_size, max_length,")
+        print("                        eval_limit, max_new_tokens")
+    else:
+        parser = ArgumentParser(prog=f"innerloop data make {subject} --out DIR")
+        parser.add_class_arguments(task_named(subject))
+        parser.print_help()

@@ -1,0 +1,214 @@
+"""Recipes: one YAML form for every method, typed by the same dataclasses that the Python interface uses.
+
+    task: {name: chain, n_ops: 5}
+    backbone: {scratch: {type: llama, hidden_size: 64, num_hidden_layers: 2}}   # or {model: NAME, lora: {r: 16}}
+    method: {name: slr, n_slots: 4}
+    train: {learning_rate: 1.0e-3, max_steps: 2000, batch_size: 64, seed: 0}
+    out: runs/chain-slr
+
+A recipe of several stages lists them; each overrides a part, and starts from the weights of the one before:
+
+    stages:
+      - {method: {name: cot}, train: {max_steps: 400}}
+      - {method: {name: coconut, max_stage: 3}}
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from innerloop.errors import InputError, nearest
+from innerloop.methods import Method, method_named
+from innerloop.tasks import Task, task_named
+
+SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
+
+
+@dataclass(frozen=True)
+class BackboneChoice:
+    """Which decoder a recipe trains: one made from scratch, or a model or run to start from.
+
+    Args:
+        scratch: make one with fresh weights: its transformers model ``type`` and fields of its configuration.
+        model: folder, run or Hub name to start from.
+        lora: train low-rank updates instead of all weights: fields of peft's LoraConfig, such as r and lora_alpha.
+        dtype: type of the weights.
+        vocab_size: the most words of the tokenizer that a scratch backbone gets from the training data.
+        trust_remote_code: let the model's own code run.
+    """
+
+    scratch: dict[str, Any] | None = None
+    model: str | None = None
+    lora: dict[str, Any] | None = None
+    dtype: str = "float32"
+    vocab_size: int = 8192
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.scratch is None) == (self.model is None):
+            raise InputError("backbone: give either 'scratch: {type: llama, ...}' or 'model: NAME_OR_PATH'")
+        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise InputError(f"backbone.dtype is '{self.dtype}'; choose float32, bfloat16, float16 or auto")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, on what, how, and where to put it. ``stages`` are complete recipes, in order."""
+
+    task: Task
+    backbone: BackboneChoice
+    method: Method
+    train: dict[str, Any]
+    out: str
+    stages: tuple[Recipe, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recipe as it would be written, every field spelled out."""
+        written: dict[str, Any] = {
+            "task": {"name": self.task.name, **asdict(self.task)},
+            "backbone": asdict(self.backbone),
+            "method": {"name": self.method.name, **asdict(self.method)},
+            "train": dict(self.train),
+            "out": self.out,
+        }
+        if self.stages:
+            written["stages"] = [{"method": s.as_dict()["method"], "train": s.train} for s in self.stages]
+        return written
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as ``["--method.n_slots", "8", "--out=runs/x"]``."""
+    return parse_recipe(read_recipe(path, overrides))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe file and apply overrides, without interpreting it."""
+    path = Path(path)
+    if not path.is_file():
+        known = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise InputError(f"there is no recipe {path}{nearest(str(path), known)}")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds no recipe: it must have the sections {', '.join(SECTIONS)}")
+    for name, value in parse_overrides(overrides):
+        _set(raw, name, value)
+    return raw
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Split ``--a.b value`` and ``--a.b=value`` into (name, value) pairs; values are read as YAML."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--"):
+            raise InputError(f"cannot read '{name}': overrides are written --section.field value")
+        name, has_value, value = name[2:].partition("=")
+        if not has_value:
+            if not rest:
+                raise InputError(f"--{name} has no value; write --{name} VALUE")
+            value = rest.pop(0)
+        pairs.append((name, yaml.safe_load(value)))
+    return pairs
+
+
+def _set(raw: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    if (parents or [last])[0] not in SECTIONS:
+        raise InputError(f"--{name}: a recipe has no '{(parents or [last])[0]}'{nearest(name.split('.')[0], SECTIONS)}")
+    if not parents and last in ("task", "method") and isinstance(value, str):
+        value = {"name": value}
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"--{name}: '{parent}' is not a section")
+    raw[last] = value
+
+
+def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """Type a recipe: names become classes, fields are checked, stages are completed."""
+    for name in raw:
+        if name not in SECTIONS:
+            raise InputError(f"a recipe has no section '{name}'{nearest(name, SECTIONS)}")
+    for name in ("task", "backbone", "out"):
+        if name not in raw:
+            raise InputError(f"the recipe has no '{name}' section")
+    listed = raw.get("stages") or []
+    if "method" not in raw and not listed:
+        raise InputError("the recipe has no 'method' section, for example method: {name: cot}")
+    stages = tuple(_parse_stage(raw, stage) for stage in listed)
+    if stages:
+        return Recipe(stages[-1].task, stages[0].backbone, stages[-1].method, stages[-1].train, str(raw["out"]), stages)
+    return _parse_stage(raw, {})
+
+
+def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
+    for name in stage:
+        if name not in ("task", "method", "train"):
+            raise InputError(f"a stage overrides task, method or train, not '{name}'")
+    merged = copy.deepcopy({name: value for name, value in raw.items() if name != "stages"})
+    for name, value in stage.items():
+        same = name == "train" or value.get("name", merged.get(name, {}).get("name")) == merged.get(name, {}).get(
+            "name"
+        )
+        merged[name] = {**merged.get(name, {}), **value} if same else value
+    if "method" not in merged:
+        raise InputError("a stage has no 'method', and the recipe has none to fall back on")
+    train = merged.get("train") or {}
+    if not isinstance(train, dict):
+        raise InputError("the train section must list training arguments, for example train: {max_steps: 1000}")
+    return Recipe(
+        task=named(merged["task"], "task", task_named),
+        backbone=typed(BackboneChoice, merged["backbone"], "backbone"),
+        method=named(merged["method"], "method", method_named),
+        train=train,
+        out=str(merged["out"]),
+    )
+
+
+def named(section: Any, key: str, find: Any) -> Any:
+    """Build a task or method from ``{name: ..., field: value}`` or from its bare name."""
+    section = {"name": section} if isinstance(section, str) else section
+    if not isinstance(section, dict) or "name" not in section:
+        raise InputError(f"the {key} section needs a name, for example {key}: {{name: ...}}")
+    settings = dict(section)
+    return typed(find(settings.pop("name")), settings, key)
+
+
+def typed(cls: type, settings: Any, key: str) -> Any:
+    """Build a dataclass from plain values, with types checked and unknown fields answered by the nearest name."""
+    if not isinstance(settings, dict):
+        raise InputError(f"the {key} section must list fields, not {settings!r}")
+    known = [f.name for f in fields(cls)]
+    for name in settings:
+        if name not in known:
+            title = getattr(cls, "name", key)
+            raise InputError(f"{key}.{name}: '{title}' has no field '{name}'{nearest(name, known)}")
+    parser = field_parser({key: cls})
+    try:
+        parsed = parser.parse_object({key: settings})
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from None
+    return cls(**parsed.as_dict().get(key, {}))
+
+
+def field_parser(classes: Mapping[str, type], prog: str = "innerloop") -> ArgumentParser:
+    """Return a parser whose arguments are the fields of dataclasses; it types values and prints their help."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    for key, cls in classes.items():
+        parser.add_class_arguments(cls, key)
+    return parser
