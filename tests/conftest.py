@@ -1,9 +1,10 @@
-"""Fixtures for all tests; the models themselves are made by plain functions in tests/models.py."""
+"""What every test shares; the models themselves are made by plain functions in tests/models.py."""
 
 import pytest
 import torch
 import transformers
 
+from innerloop.examples import Example
 from tests import models
 
 
@@ -12,25 +13,13 @@ def pytest_configure() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture
-def tiny_backbone():
-    """``tiny_backbone(arch, seed=0, **config changes)``: see tests/models.py."""
-    return models.tiny_backbone
-
-
-@pytest.fixture
-def tiny_model():
-    """``tiny_model(method, arch="llama", seed=0, **config changes)``: see tests/models.py."""
-    return models.tiny_model
-
-
-@pytest.fixture
-def examples():
-    """Eight chain examples of three steps each."""
-    return list(models.chain_examples(8, 3))
-
-
 @pytest.fixture(params=models.ARCHS)
-def arch(request) -> str:
+def arch(request: pytest.FixtureRequest) -> str:
     """Every architecture, one after the other."""
     return request.param
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    """Eight chain examples of three steps each."""
+    return list(models.chain_examples(8, 3))

@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from innerloop.backbone import Backbone
 from innerloop.checkpoint import from_scratch
@@ -86,6 +93,42 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 def chain_tokenizer() -> PreTrainedTokenizerBase:
     """Return a fresh word tokenizer that knows every piece of the chain task."""
     return copy.deepcopy(_tokenizer())
+
+
+SPELLED = (
+    "<pad>",
+    "<unk>",
+    "<eos>",
+    "<s>",
+    "\n",
+    "###",
+    "q",
+    "r",
+    "s1",
+    "s2",
+    "s3",
+    "a",
+    "<<",
+    "<bot>",
+    "<lat>",
+    "<eot>",
+)
+
+
+def spelled_tokenizer(template: str = "$A", n_known: int = len(SPELLED), **special: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose ids are the places of words in `SPELLED`, for rows spelled out by hand.
+
+    ``template`` says what it adds to a text, such as ``<s> $A``; ``special`` may change eos_token and add pad_token.
+    """
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPELLED[:n_known])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    added = [(word, SPELLED.index(word)) for word in ("<s>", "<eos>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=added)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{"eos_token": "<eos>", "unk_token": "<unk>", **special}
+    )
 
 
 def tiny_model(method: Method, arch: str = "llama", seed: int = 0, **changes: Any) -> LatentModel:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -82,7 +82,7 @@ def add_lora(model: LatentModel, settings: Mapping[str, Any]) -> None:
         )
     except TypeError as error:
         raise InputError(f"backbone.lora: {error}; its fields are those of peft.LoraConfig") from None
-    lm.add_adapter(config, adapter_name=ADAPTER)
+    inject_adapter_in_model(config, lm, adapter_name=ADAPTER)
 
 
 def save(model: LatentModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
@@ -108,7 +108,6 @@ def write(model: LatentModel, folder: Path, record: Mapping[str, Any] | None = N
     folder.mkdir(parents=True, exist_ok=True)
     lm = model.backbone.lm
     lm.save_pretrained(folder, state_dict=merged_state(lm))
-    (folder / "adapter_config.json").unlink(missing_ok=True)
     model.tokenizer.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in trained_parts(model).items()}, folder / PARTS)
     settings = {"innerloop": innerloop.__version__, "method": method_settings(model.method), **(record or {})}
@@ -196,21 +195,17 @@ def load(
     """
     from innerloop.model import LatentModel
 
+    path = resolve(path)
     folder = Path(path)
-    if (folder / RUN_CHECKPOINT / SETTINGS).exists():
-        path = folder = folder / RUN_CHECKPOINT
     saved = read_settings(folder) if (folder / SETTINGS).exists() else None
     if folder.is_dir() and saved is None and method is None:
         raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
-    if not folder.is_dir() and method is None and (folder.is_absolute() or str(path).startswith((".", "runs/"))):
-        raise InputError(f"there is no folder {folder}{_sibling(folder)}")
     source = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **source, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load a model from '{path}'{_sibling(folder)}: {reason}") from error
+        raise InputError(f"cannot load a model from '{path}': {_first_line(error)}") from error
     backbone = Backbone(lm)
     backbone.check()
     chosen = method or (_method_of(saved, folder) if saved else None)
@@ -281,22 +276,41 @@ def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
         raise InputError(f"{folder / SETTINGS} was written by another version of innerloop: {error}") from None
 
 
-def _sibling(path: Path) -> str:
-    parent = path.parent
-    names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-    return nearest(path.name, names)
+def resolve(path: str | Path) -> str | Path:
+    """Return the checkpoint folder of a run, a model folder as it is, or a Hub name.
+
+    Raises:
+        InputError: it can only be a folder, and that does not exist or holds no model.
+    """
+    folder = Path(path)
+    if (folder / RUN_CHECKPOINT / SETTINGS).exists():
+        return folder / RUN_CHECKPOINT
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(
+                f"{folder} holds no model and no finished run: it has neither config.json nor {RUN_CHECKPOINT}/"
+            )
+        return folder
+    names = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    hint = nearest(folder.name, names)
+    is_path = folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith((".", "runs/", "models/"))
+    if is_path or (hint and folder.parts[1:]):
+        raise InputError(f"there is no folder {folder}{hint}")
+    return str(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_run(path: str | Path) -> bool:
     """Tell whether a folder was saved by innerloop, itself or as a run."""
-    folder = Path(path)
-    return any((f / SETTINGS).exists() for f in (folder, folder / RUN_CHECKPOINT))
+    return (Path(resolve(path)) / SETTINGS).exists()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a run, folder or Hub model."""
-    folder = Path(path) / RUN_CHECKPOINT
     try:
-        return AutoTokenizer.from_pretrained(folder if folder.exists() else path)
+        return AutoTokenizer.from_pretrained(resolve(path))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load a tokenizer from '{path}': {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"cannot load a tokenizer from '{path}': {_first_line(error)}") from error

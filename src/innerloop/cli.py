@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -50,12 +51,12 @@ def data_list() -> None:
     console.print(table)
 
 
-def data_make(name: str, out: str, fields: Sequence[str] = ()) -> None:
+def data_make(name: str, out: str | None = None, fields: Sequence[str] = ()) -> None:
     """Write the splits of a task as JSONL, generated or converted.
 
     Args:
         name: the task.
-        out: the folder for train.jsonl, valid.jsonl and test.jsonl.
+        out: the folder for train.jsonl, valid.jsonl and test.jsonl; by default data/NAME.
         fields: the task's own options, written --field value.
     """
     task = typed(task_named(name), dict(parse_overrides(fields)), "task")
@@ -63,7 +64,7 @@ def data_make(name: str, out: str, fields: Sequence[str] = ()) -> None:
     for split in ("train", "valid", "test"):
         if getattr(task, split, "made") is None and any(getattr(task, s, None) for s in ("train", "valid", "test")):
             continue  # files were given, but none for this split
-        path = Path(out) / f"{split}.jsonl"
+        path = Path(out or f"data/{name}") / f"{split}.jsonl"
         examples = task.examples(split)
         write_examples(examples, path)
         console.print(f"{path}: {len(examples)} examples")
@@ -184,12 +185,13 @@ def ask(
 
 def _task(run: str, task: str | None, data: str | None, split: str) -> Task:
     """Return the task asked for, or the one a run was trained on, with ``data`` as the source of the split."""
+    checkpoint.resolve(run)
     if task is not None:
         section = yaml.safe_load(task)
     elif (Path(run) / CONFIG).exists():
         section = read_recipe(Path(run) / CONFIG)["task"]
     else:
-        raise InputError(f"{run} does not say what task it was trained on: give --task NAME")
+        raise InputError(f"{run} is no folder with a {CONFIG}, so say what to answer: --task NAME")
     section = {"name": section} if isinstance(section, str) else dict(section)
     if data is not None:
         if split not in getattr(task_named(section.get("name", "")), "__dataclass_fields__", {}):
@@ -254,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         _run(arguments)
     except (InputError, ArgumentError) as error:
@@ -307,10 +310,12 @@ def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], 
         name = argument.partition("=")[0]
         if not argument.startswith("-") or name in ("-h", "--help"):
             kept.append(argument)
+        elif argument == "--resume":
+            kept.append("--resume=true")
         else:
             target = kept if name in own else extra
             target.append(argument)
-            if "=" not in argument and name != "--resume" and rest:
+            if "=" not in argument and rest:
                 target.append(rest.pop(0))
     subject = [a for a in kept[len(key) :] if not a.startswith("-")]
     if subject and {"-h", "--help"} & set(kept):

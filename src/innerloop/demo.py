@@ -104,15 +104,15 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
 
 def result_table(results: list[dict[str, Any]]) -> Table:
     """Return results as the table of methods."""
-    table = Table("method", title="accuracy and cost per example", title_justify="left")
-    for column in ("accuracy", "95 % interval", "passes", "positions", "thought tokens", "ms / example"):
-        table.add_column(column, justify="right")
+    table = Table("method", title="per example", title_justify="left")
+    for column in ("accuracy", "95 % interval", "passes", "positions", "thought", "ms"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         cost, (low, high) = result["cost"], result["ci95"]
         table.add_row(
             result["method"]["name"],
             f"{result['accuracy']:.1%}",
-            f"{low:.1%} to {high:.1%}",
+            f"{low:.1%} - {high:.1%}",
             f"{cost['passes']:.1f}",
             f"{cost['positions']:.1f}",
             f"{cost['thought_tokens']:.1f}",

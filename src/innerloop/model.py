@@ -157,8 +157,8 @@ class LatentModel(nn.Module):
 
     # Saving and loading
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Keep no activations inside a pass; they are recomputed in the backward pass."""
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """Keep no activations inside a pass, recompute them in the backward pass; the Trainer calls this when asked to."""
         self.checkpoint_passes = True
 
     def save_pretrained(self, path: str | Path) -> None:

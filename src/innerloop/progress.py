@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS = "metrics.jsonl"
@@ -20,11 +20,9 @@ def bar(console: Console | None = None) -> Progress:
     """Return a progress bar with counts, time used and time left."""
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
         console=console,
     )
@@ -40,6 +38,7 @@ class LiveProgress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
+        self.progress.disable = not state.is_world_process_zero
         self.progress.start()
         self.task = self.progress.add_task(self.title, total=state.max_steps, completed=state.global_step, note="")
 
@@ -65,6 +64,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the file at the step training begins at."""
+        if not state.is_world_process_zero:
+            return
         path = Path(args.output_dir or ".") / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         old = path.read_text().splitlines() if path.exists() and state.global_step > 0 else []
@@ -75,6 +76,8 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Append one line."""
+        if not state.is_world_process_zero:
+            return
         with (Path(args.output_dir or ".") / METRICS).open("a") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 

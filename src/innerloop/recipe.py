@@ -127,16 +127,34 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _set(raw: dict[str, Any], name: str, value: Any) -> None:
-    *parents, last = name.split(".")
-    if (parents or [last])[0] not in SECTIONS:
-        raise InputError(f"--{name}: a recipe has no '{(parents or [last])[0]}'{nearest(name.split('.')[0], SECTIONS)}")
-    if not parents and last in ("task", "method") and isinstance(value, str):
-        value = {"name": value}
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise InputError(f"--{name}: '{parent}' is not a section")
-    raw[last] = value
+    """Override one field.
+
+    With stages, ``method`` means the last stage's, ``train`` every stage's, and ``stages.1.`` goes before the first's.
+    """
+    section, *path = name.split(".")
+    if section not in SECTIONS:
+        raise InputError(f"--{name}: a recipe has no '{section}'{nearest(section, SECTIONS)}")
+    stages = raw.get("stages") or []
+    if section == "stages":
+        if len(path) < 2 or not path[0].isdigit() or not 1 <= int(path[0]) <= len(stages):
+            raise InputError(
+                f"--{name}: write --stages.N.method.FIELD or --stages.N.train.FIELD, N from 1 to {len(stages)}"
+            )
+        targets, (section, *path) = [stages[int(path[0]) - 1]], path[1:]
+    elif section == "method" and stages:
+        targets = stages[-1:]
+    else:
+        targets = [raw, *(stage for stage in stages if section == "train" and "train" in stage)]
+    for target in targets:
+        if not path:
+            target[section] = {"name": value} if section in ("task", "method") and isinstance(value, str) else value
+            continue
+        place = target.setdefault(section, {})
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--{name}: '{key}' is not a section")
+        place[path[-1]] = value
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:

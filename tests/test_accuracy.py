@@ -1,0 +1,65 @@
+"""Accuracy: the interval against scipy, the verdict against the task, the cost against the rows."""
+
+import pytest
+from scipy.stats import binomtest
+
+from innerloop.cost import Cost, mean_cost
+from innerloop.engine import Generation
+from innerloop.measure import evaluate, result_of, wilson
+from innerloop.methods import NoCot
+from innerloop.tasks import Chain, Gsm8k
+from tests.models import chain_examples, tiny_model
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 10), (50, 100), (999, 1000), (7, 7)])
+def test_the_interval_is_wilsons(k: int, n: int):
+    reference = binomtest(k, n).proportion_ci(method="wilson")
+    assert wilson(k, n) == pytest.approx((reference.low, reference.high), abs=1e-12)
+
+
+def test_nothing_measured_says_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def scripted(model, texts: list[str]):
+    """Make a model answer with given texts."""
+    costs = [Cost(passes=i, positions=2 * i) for i in range(len(texts))]
+    model.generate = lambda questions, **options: [Generation(t, None, c) for t, c in zip(texts, costs)]
+    return model
+
+
+def test_predictions_are_checked_and_unparsable_ones_counted():
+    examples = list(chain_examples(4, 3))
+    texts = [
+        f"### {examples[0].answer}",
+        f"### {int(examples[1].answer) + 1}",
+        "no answer",
+        f"x\n### {examples[3].answer}",
+    ]
+    model = scripted(tiny_model(NoCot()), texts)
+    predictions = evaluate(model, Chain(n_ops=3), examples)
+    assert [p.correct for p in predictions] == [True, False, False, True]
+    result = result_of(model, Chain(n_ops=3), "train", predictions, seed=3, name="here")
+    assert (result["n"], result["accuracy"], result["unparsable"], result["seed"]) == (4, 0.5, 1, 3)
+    assert result["ci95"] == list(wilson(2, 4))
+    assert result["cost"]["passes"] == 1.5 and result["cost"]["positions"] == 3.0
+    assert "accuracy_by_match" not in result
+
+
+def test_both_matches_are_reported_where_a_task_has_two():
+    examples = list(chain_examples(2, 3))
+    model = scripted(tiny_model(NoCot()), [f"### {examples[0].answer}.0", f"### {examples[1].answer}"])
+    task = Gsm8k()
+    predictions = evaluate(model, task, examples)
+    result = result_of(model, task, "train", predictions, None, "here")
+    assert result["accuracy"] == 1.0
+    assert result["accuracy_by_match"] == {"number": 1.0, "string": 0.5}
+
+
+def test_costs_are_averaged_over_examples():
+    costs = [Cost(1, 2, 3.0, 4, {"prefill": 1.0, "thought": 0.0, "answer": 2.0}), Cost(3, 4, 5.0, 6)]
+    mean = mean_cost(costs)
+    assert mean == {
+        "passes": 2, "positions": 3, "flops": 4, "thought_tokens": 5,
+        "seconds": {"prefill": 0.5, "thought": 0.0, "answer": 1.0},
+    }  # fmt: skip

@@ -1,0 +1,204 @@
+"""The command line from end to end on tiny models: what is printed, written and returned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from innerloop import cli, demo
+from innerloop.examples import write_examples
+from innerloop.methods import Cot
+from innerloop.tasks import Chain
+from tests.models import chain_examples, tiny_model
+
+RECIPE = {
+    "task": {"name": "chain", "n_ops": 2, "n_train": 64, "n_valid": 8, "n_test": 8},
+    "backbone": {
+        "scratch": {"type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                    "intermediate_size": 16, "max_position_embeddings": 64}
+    },
+    "train": {"max_steps": 2, "batch_size": 4, "use_cpu": True, "logging_steps": 1},
+    "stages": [{"method": {"name": "cot"}}, {"method": {"name": "slr", "n_slots": 2, "max_loops": 2}}],
+}  # fmt: skip
+
+
+def innerloop(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two stages, trained through the command line."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "out": str(folder / "run")}))
+    assert cli.main(["train", str(folder / "recipe.yaml")]) == 0
+    return folder / "run"
+
+
+def test_train_leaves_config_metrics_and_an_ordinary_checkpoint(run: Path):
+    assert yaml.safe_load((run / "config.yaml").read_text())["stages"][1]["method"]["n_slots"] == 2
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][:2] == [1, 2]
+    assert {"config.json", "model.safetensors", "innerloop.json", "innerloop.safetensors"} <= {
+        p.name for p in (run / "checkpoint").iterdir()
+    }
+    assert json.loads((run / "checkpoint" / "innerloop.json").read_text())["method"]["name"] == "slr"
+    assert json.loads((run / "stages/1/checkpoint/innerloop.json").read_text())["method"]["name"] == "cot"
+
+
+def test_train_does_not_overwrite_a_run_and_resuming_a_finished_one_does_nothing(run: Path, capsys):
+    recipe = run.parent / "recipe.yaml"
+    code, _, err = innerloop(capsys, "train", recipe)
+    assert code == 2 and "holds a run already; go on with --resume" in err
+    before = (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    assert innerloop(capsys, "train", recipe, "--resume")[0] == 0
+    assert (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_eval_writes_the_result_of_the_contract_and_the_same_twice(run: Path, tmp_path: Path, capsys):
+    results = []
+    for folder in ("a", "b"):
+        code, out, _ = innerloop(capsys, "eval", run, "--out", tmp_path / folder, "--max_new_tokens", 8)
+        assert code == 0 and "accuracy" in out
+        results.append(json.loads((tmp_path / folder / "result.json").read_text()))
+    first, second = results
+    assert list(first) == ["task", "split", "n", "accuracy", "ci95", "unparsable", "cost", "method", "model", "seed",
+                           "versions", "device"]  # fmt: skip
+    assert list(first["cost"]) == ["passes", "positions", "flops", "thought_tokens", "seconds"]
+    assert list(first["cost"]["seconds"]) == ["prefill", "thought", "answer"]
+    assert first["n"] == 8 and first["method"]["name"] == "slr" and first["seed"] == 0
+    for result in results:
+        result["cost"].pop("seconds")
+    assert first == second
+    predictions = [json.loads(line) for line in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
+    assert sum(p["correct"] for p in predictions) / 8 == first["accuracy"]
+    assert [p["gold"] for p in predictions] == [
+        e.answer for e in Chain(**without_name(RECIPE["task"])).examples("test")
+    ]
+
+
+def without_name(section: dict) -> dict:
+    return {key: value for key, value in section.items() if key != "name"}
+
+
+def test_eval_reads_other_data_for_another_task(run: Path, tmp_path: Path, capsys):
+    write_examples(chain_examples(3, 3), tmp_path / "data.jsonl")
+    arguments = ["--task", "gsm8k", "--data", tmp_path / "data.jsonl", "--out", tmp_path, "--limit", 2]
+    assert innerloop(capsys, "eval", run, *arguments)[0] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["n"] == 2 and result["task"]["name"] == "gsm8k"
+    assert set(result["accuracy_by_match"]) == {"number", "string"}
+
+
+def test_ask_shows_each_loop_and_the_answer(run: Path, capsys):
+    code, out, _ = innerloop(capsys, "ask", run, "3 ; + 4 ; * 2", "--max_new_tokens", 4)
+    assert code == 0
+    assert "what the latents held" in out and "change" in out and "latent 1" in out
+    assert "passes" in out
+
+
+def test_ask_a_plain_model_writes_freely(tmp_path: Path, capsys):
+    model = tiny_model(Cot())
+    model.backbone.lm.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    code, out, _ = innerloop(capsys, "ask", tmp_path, "3 ; + 4", "--max_new_tokens", 4)
+    assert code == 0 and "4 positions" not in out and "passes" in out
+
+
+def test_methods_and_tasks_are_listed(capsys):
+    out = innerloop(capsys, "methods")[1]
+    assert all(name in out for name in ("no_cot", "cot", "pause", "coconut", "slr"))
+    out = innerloop(capsys, "data", "list")[1]
+    assert all(name in out for name in ("chain", "prosqa", "gsm8k", "math"))
+
+
+def test_data_make_writes_every_split_and_data_show_lays_it_out(tmp_path: Path, capsys):
+    sizes = ["--n_train", 6, "--n_valid", 2, "--n_test", 3, "--n_ops", 2]
+    assert innerloop(capsys, "data", "make", "chain", "--out", tmp_path, *sizes)[0] == 0
+    assert {p.name: len(p.read_text().splitlines()) for p in tmp_path.iterdir()} == {
+        "train.jsonl": 6, "valid.jsonl": 2, "test.jsonl": 3
+    }  # fmt: skip
+    method = "{name: slr, n_slots: 2, max_loops: 2, step_weight: 1}"
+    code, out, _ = innerloop(capsys, "data", "show", tmp_path / "test.jsonl", "--method", method, "--n", 1)
+    assert code == 0
+    assert "<bot> <lat>0 <lat>1 <eot>" in " ".join(out.split())
+    assert "loop 1 must show" in out and "refined 2 times" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evla"], "there is no verb 'evla' (did you mean 'eval'?)"),
+        (["train", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
+        (["train"], "required"),
+        (["eval", "runs/nowhere"], "there is no folder runs/nowhere"),
+        (["ask", "./nowhere", "hi"], "there is no folder nowhere"),
+        (["data", "make", "chain", "--n_opss", "3"], "did you mean 'n_ops'"),
+        (["data", "make", "gsm8k"], "task 'gsm8k' has no train split"),
+        (["data", "show", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["data", "show", "nowhere.jsonl", "--method", "coconot"], "did you mean 'coconut'"),
+        (["data", "list", "--x", "1"], "--x"),
+        (["demo", "--steps", "0"], "the demo needs steps >= 1"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_and_a_code(capsys, arguments: list[str], message: str):
+    code, _, err = innerloop(capsys, *arguments)
+    assert code != 0
+    assert err.startswith("innerloop: ") and message in err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys):
+    model = tiny_model(Cot())
+    model.backbone.lm.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    code, _, err = innerloop(capsys, "eval", tmp_path, "--task", "chain")
+    assert code == 2 and "has no innerloop.json, so it is not a saved innerloop run; give a method" in err
+
+
+def test_a_broken_line_is_named_before_anything_starts(tmp_path: Path, capsys):
+    lines = [json.dumps({"question": f"q{i}", "steps": [], "answer": "1"}) for i in range(20)]
+    lines[16] = lines[16][:-3]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    recipe = {**RECIPE, "task": {"name": "gsm8k", "train": str(tmp_path / "train.jsonl")}, "out": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = innerloop(capsys, "train", tmp_path / "recipe.yaml")
+    assert code == 2 and "line 17" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_steps_is_refused_by_a_method_that_needs_them(tmp_path: Path, capsys):
+    rows = [json.dumps({"question": f"q{i}", "steps": [], "answer": "1"}) for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    recipe = {**RECIPE, "task": {"name": "gsm8k", "train": str(tmp_path / "train.jsonl")}, "out": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = innerloop(capsys, "train", tmp_path / "recipe.yaml")
+    assert code == 2 and "no training example has steps, but 'cot' learns from them" in err
+
+
+def test_debug_shows_where_an_error_arose(capsys):
+    assert "Traceback" in innerloop(capsys, "train", "nowhere.yaml", "--debug")[2]
+
+
+def test_help_of_a_recipe_lists_the_fields_of_its_sections(run: Path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        innerloop(capsys, "train", run.parent / "recipe.yaml", "--help")
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "--method.n_slots" in out and "--task.n_ops" in out
+
+
+@pytest.mark.slow
+def test_the_demo_trains_compares_and_reports(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "WARM_UP_STEPS", 5)
+    code, out, _ = innerloop(capsys, "demo", "--out", tmp_path / "demo", "--steps", 8)
+    assert code == 0
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [r["method"]["name"] for r in results] == ["no_cot", "cot", "pause", "coconut", "slr"]
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("<tr>") == 6 and "<svg" in page and "http" not in page.replace("http-equiv", "")
+    assert "report.html" in out and "innerloop ask" in out
+    code, _, err = innerloop(capsys, "demo", "--out", tmp_path / "demo")
+    assert code == 2 and "holds a demo already" in err

@@ -1,0 +1,142 @@
+"""Recipes: every file in recipes/ loads, overrides reach their field, and mistakes are answered in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from innerloop.errors import InputError
+from innerloop.methods import Coconut, Slr
+from innerloop.recipe import load_recipe, parse_recipe
+from innerloop.tasks import Chain
+from innerloop.trainer import training_arguments
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RAW = {
+    "task": {"name": "chain", "n_ops": 3},
+    "backbone": {"scratch": {"type": "llama", "hidden_size": 32}},
+    "method": {"name": "slr", "n_slots": 4},
+    "train": {"max_steps": 5},
+    "out": "runs/x",
+}
+STAGED = {
+    **{name: RAW[name] for name in ("task", "backbone", "out")},
+    "train": {"learning_rate": 1e-3},
+    "stages": [{"method": {"name": "cot"}, "train": {"max_steps": 2}}, {"method": {"name": "coconut", "max_stage": 2}}],
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_recipe_loads_with_training_arguments_that_exist(path: Path, tmp_path: Path):
+    recipe = load_recipe(path)
+    for stage in recipe.stages or (recipe,):
+        assert training_arguments(tmp_path, stage.train).learning_rate > 0
+    assert recipe.out.startswith("runs/")
+
+
+def test_a_recipe_becomes_the_dataclasses_of_the_python_interface():
+    recipe = parse_recipe(RAW)
+    assert recipe.task == Chain(n_ops=3)
+    assert recipe.method == Slr(n_slots=4)
+    assert recipe.train == {"max_steps": 5}
+
+
+def test_a_saved_recipe_reads_back_as_itself(tmp_path: Path):
+    for raw in (RAW, STAGED):
+        recipe = parse_recipe(raw)
+        recipe.save(tmp_path / "config.yaml")
+        again = load_recipe(tmp_path / "config.yaml")
+        assert again.as_dict() == recipe.as_dict()
+        assert [s.method for s in again.stages] == [s.method for s in recipe.stages]
+
+
+def write(tmp_path: Path, raw: dict) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_overrides_reach_their_field(tmp_path: Path):
+    overrides = ["--method.n_slots", "8", "--train.learning_rate=1e-2", "--out", "runs/y", "--task.n_ops", "4"]
+    recipe = load_recipe(write(tmp_path, RAW), overrides)
+    assert (recipe.method.n_slots, recipe.out, recipe.task.n_ops) == (8, "runs/y", 4)
+    assert training_arguments(tmp_path, recipe.train).learning_rate == 0.01
+    assert load_recipe(write(tmp_path, RAW), ["--method", "coconut"]).method == Coconut()
+    deep = load_recipe(write(tmp_path, RAW), ["--backbone.scratch.hidden_size", "64"])
+    assert deep.backbone.scratch == {"type": "llama", "hidden_size": 64}
+
+
+def test_overrides_of_a_staged_recipe_reach_the_last_method_and_every_training(tmp_path: Path):
+    path = write(tmp_path, STAGED)
+    recipe = load_recipe(path, ["--method.max_stage", "1", "--train.max_steps", "7"])
+    assert recipe.method == Coconut(max_stage=1)
+    assert [stage.train["max_steps"] for stage in recipe.stages] == [7, 7]
+    recipe = load_recipe(path, ["--stages.1.train.max_steps", "9", "--stages.1.method.with_markers", "true"])
+    assert recipe.stages[0].train == {"learning_rate": 1e-3, "max_steps": 9}
+    assert recipe.stages[0].method.with_markers
+
+
+def test_stages_override_what_the_recipe_says_and_share_the_rest():
+    recipe = parse_recipe({**STAGED, "method": {"name": "coconut", "latents_per_step": 1}})
+    assert recipe.stages[1].method == Coconut(latents_per_step=1, max_stage=2)
+    assert recipe.stages[0].train == {"learning_rate": 1e-3, "max_steps": 2}
+    assert recipe.method == recipe.stages[1].method
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": {"name": "slrr"}}, "there is no method 'slrr' .did you mean 'slr'"),
+        (
+            {"method": {"name": "slr", "n_slotz": 4}},
+            "method.n_slotz: 'slr' has no field 'n_slotz' .did you mean 'n_slots'",
+        ),
+        ({"method": {"name": "slr", "n_slots": "four"}}, "method.n_slots.*Expected a <class 'int'>. Got value: four"),
+        ({"method": {"name": "slr", "residual": "D"}}, "method.residual.*Got value: D"),
+        ({"method": {"name": "slr", "alpha": 2}}, "alpha is 2.*between 0 and 1"),
+        ({"method": {"n_slots": 4}}, "the method section needs a name"),
+        ({"method": None}, "the method section needs a name"),
+        ({"task": "chian"}, "no task 'chian' .did you mean 'chain'"),
+        ({"backbone": {}}, "backbone: give either 'scratch"),
+        ({"backbone": {"model": "x", "scratch": {}}}, "backbone: give either"),
+        ({"backbone": {"model": "x", "dtype": "int8"}}, "backbone.dtype is 'int8'; choose float32"),
+        ({"train": [1]}, "the train section must list"),
+        ({"trian": {}}, "a recipe has no section 'trian' .did you mean 'train'"),
+        ({"stages": [{"out": "x"}]}, "a stage overrides task, method or train, not 'out'"),
+    ],
+)
+def test_mistakes_are_named(change: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        parse_recipe({**RAW, **change})
+
+
+@pytest.mark.parametrize("missing", ["task", "backbone", "method", "out"])
+def test_missing_sections_are_named(missing: str):
+    with pytest.raises(InputError, match=f"the recipe has no '{missing}' section"):
+        parse_recipe({name: value for name, value in RAW.items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["n_slots", "4"], "overrides are written --section.field value"),
+        (["--method.n_slots"], "--method.n_slots has no value"),
+        (["--metod.n_slots", "4"], "a recipe has no 'metod' .did you mean 'method'"),
+        (["--stages.3.method.x", "4"], "N from 1 to 0"),
+        (["--task.name.x", "4"], "'name' is not a section"),
+    ],
+)
+def test_wrong_overrides_are_named(tmp_path: Path, overrides: list[str], message: str):
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(tmp_path, RAW), overrides)
+
+
+def test_files_that_hold_no_recipe_are_named(tmp_path: Path):
+    with pytest.raises(InputError, match=r"there is no recipe .*recipe.yml .did you mean '.*recipe.yaml'"):
+        load_recipe(write(tmp_path, RAW).with_suffix(".yml"))
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(InputError, match=r"broken.yaml is not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(InputError, match=r"list.yaml holds no recipe"):
+        load_recipe(tmp_path / "list.yaml")

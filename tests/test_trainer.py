@@ -1,0 +1,278 @@
+"""Training: the same numbers however a run is cut up, and nothing lost when it goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from innerloop import checkpoint
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
+from innerloop.model import LatentModel
+from innerloop.tasks import Chain
+from innerloop.trainer import DivergedError, LatentTrainer, training_arguments
+from tests.models import chain_examples, tiny_model
+
+TASK = Chain(n_ops=3)
+STAGED = Coconut(latents_per_step=1, max_stage=2, stage_unit="step", stage_length=3, stage_mix="linear")
+
+
+def make_trainer(
+    folder: Path, model: LatentModel, examples=None, valid=None, callbacks=(), **settings
+) -> LatentTrainer:
+    settings = {"batch_size": 4, "max_steps": 8, "logging_steps": 1, "use_cpu": True, "save_strategy": "no", **settings}
+    args = training_arguments(folder, settings)
+    return LatentTrainer(model, args, examples or list(chain_examples(32, 3)), valid, TASK, callbacks)
+
+
+def logged(folder: Path, key: str = "loss") -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def weights(model: LatentModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", [STAGED, Slr(n_slots=3, max_loops=2, step_weight=0.5)], ids=["coconut", "slr"])
+def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path, method: Method):
+    whole = tiny_model(method)
+    make_trainer(tmp_path / "whole", whole).train()
+
+    interrupted = make_trainer(tmp_path / "cut", tiny_model(method), callbacks=[StopAt(3)])
+    interrupted.train()
+    assert interrupted.interrupted and interrupted.state.global_step == 4
+    assert not (tmp_path / "cut" / "checkpoint").exists()  # a half-trained model is not passed off as the result
+    resumed = tiny_model(method, seed=1)  # other weights: all must come from the checkpoint
+    make_trainer(tmp_path / "cut", resumed).train(resume_from_checkpoint=True)
+
+    assert len(logged(tmp_path / "whole")) == 8
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path):
+    def adapted() -> LatentModel:
+        model = tiny_model(Pause(n_pauses=2))
+        checkpoint.add_lora(model, {"r": 2})
+        return model
+
+    make_trainer(tmp_path / "whole", adapted()).train()
+    make_trainer(tmp_path / "cut", adapted(), callbacks=[StopAt(3)]).train()
+    make_trainer(tmp_path / "cut", adapted()).train(resume_from_checkpoint=True)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", [Cot(), STAGED], ids=["cot", "coconut"])
+def test_gradient_accumulation_takes_the_mean_over_the_global_batch(tmp_path: Path, method: Method):
+    uneven = [Example(e.question, e.steps[: i % 4], e.answer, e.id) for i, e in enumerate(chain_examples(32, 3))]
+    one, parts = tiny_model(method), tiny_model(method)
+    make_trainer(tmp_path / "one", one, uneven, batch_size=8, max_steps=2).train()
+    make_trainer(tmp_path / "parts", parts, uneven, batch_size=2, max_steps=2, gradient_accumulation_steps=4).train()
+    if method is not STAGED:  # stage mixing draws by place in the micro-batch
+        torch.testing.assert_close(logged(tmp_path / "parts"), logged(tmp_path / "one"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights(parts), weights(one), rtol=1e-4, atol=1e-5)
+    assert len(logged(tmp_path / "parts")) == 2
+
+
+def test_the_terms_of_the_loss_and_the_stage_are_logged(tmp_path: Path):
+    make_trainer(tmp_path / "slr", tiny_model(Slr(n_slots=3, max_loops=2, step_weight=0.5)), max_steps=2).train()
+    answer, step, loss = (logged(tmp_path / "slr", key) for key in ("loss_answer", "loss_step", "loss"))
+    torch.testing.assert_close(torch.tensor(loss), torch.tensor(answer) + 0.5 * torch.tensor(step))
+    make_trainer(tmp_path / "coconut", tiny_model(STAGED)).train()
+    assert logged(tmp_path / "coconut", "stage") == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("policy", "resets"), [("stage", [3, 6, 9]), ("epoch", [4, 8]), ("never", [])])
+def test_the_optimizer_is_reset_when_the_method_says_so(tmp_path: Path, policy: str, resets: list[int]):
+    method = Coconut(latents_per_step=1, max_stage=2, stage_unit="step", stage_length=3, reset_optimizer=policy)
+    ages: list[int] = []
+
+    class Ages(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **_):
+            ages.append(int(next(iter(optimizer.state.values()))["step"]))
+
+    make_trainer(tmp_path, tiny_model(method), list(chain_examples(16, 3)), callbacks=[Ages()], max_steps=10).train()
+    expected, age = [], 0
+    for step in range(10):  # 16 examples at 4 a step: an epoch has 4 steps
+        age = 1 if step in resets else age + 1
+        expected.append(age)
+    assert ages == expected
+
+
+def test_checkpointing_passes_changes_no_loss(tmp_path: Path):
+    method = Slr(n_slots=2, max_loops=3)
+    make_trainer(tmp_path / "plain", tiny_model(method), max_steps=3).train()
+    make_trainer(tmp_path / "saving", tiny_model(method), max_steps=3, activation_checkpointing=True).train()
+    assert logged(tmp_path / "saving") == pytest.approx(logged(tmp_path / "plain"), rel=1e-5)
+
+
+def test_mixed_precision_trains(tmp_path: Path):
+    make_trainer(tmp_path, tiny_model(Slr(n_slots=2, max_loops=2)), max_steps=2, bf16=True).train()
+    assert all(0 < loss < 20 for loss in logged(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path):
+    model = tiny_model(Cot())
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                next(model.parameters()).data.fill_(float("nan"))
+
+    trainer = make_trainer(tmp_path, model, callbacks=[Poison()], save_strategy="steps", save_steps=1)
+    with pytest.raises(DivergedError, match=r"not a finite number; the last good checkpoint is .*checkpoint-[23];"):
+        trainer.train()
+    saved = LatentModel.from_pretrained(tmp_path / "checkpoint-2")
+    assert torch.isfinite(weights(saved)).all()
+
+
+def test_a_loss_far_above_guessing_stops_the_run(tmp_path: Path):
+    with pytest.raises(DivergedError, match="far above guessing"):
+        make_trainer(tmp_path, tiny_model(Cot()), learning_rate=30.0, max_steps=50, max_grad_norm=1e9).train()
+
+
+def test_the_best_model_by_validation_accuracy_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    accuracies = iter([0.25, 0.75, 0.5, 0.0])
+    monkeypatch.setattr("innerloop.trainer.accuracy_of", lambda predictions: next(accuracies))
+    model, seen = tiny_model(NoCot()), {}
+
+    class Remember(TrainerCallback):
+        def on_evaluate(self, args, state, control, **_):
+            seen[state.global_step] = weights(model).clone()
+
+    settings = {"eval_strategy": "steps", "eval_steps": 2}
+    make_trainer(tmp_path, model, valid=list(chain_examples(4, 3)), callbacks=[Remember()], **settings).train()
+    record = checkpoint.read_settings(tmp_path / "checkpoint")["validation"]
+    assert record == {"accuracy": 0.75, "n": 4, "step": 4}
+    assert torch.equal(weights(LatentModel.from_pretrained(tmp_path / "checkpoint")), seen[4])
+    assert logged(tmp_path, "eval_accuracy") == [0.25, 0.75, 0.5, 0.0]
+
+
+def test_only_the_last_stage_competes_for_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    accuracies = iter([1.0, 1.0, 0.5, 0.25])
+    monkeypatch.setattr("innerloop.trainer.accuracy_of", lambda predictions: next(accuracies))
+    method = Coconut(
+        latents_per_step=1, max_stage=1, stage_unit="step", stage_length=2
+    )  # the last stage from step 4 on
+    settings = {"eval_strategy": "steps", "eval_steps": 2}
+    make_trainer(tmp_path, tiny_model(method), valid=list(chain_examples(2, 3)), **settings).train()
+    assert checkpoint.read_settings(tmp_path / "checkpoint")["validation"]["step"] == 6
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model(Cot())
+
+    class FillDisk(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                monkeypatch.setattr(checkpoint, "save_file", no_space)
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    trainer = make_trainer(tmp_path, model, callbacks=[FillDisk()], save_strategy="steps", save_steps=2)
+    with pytest.raises(InputError, match=r"No space left on device; .*checkpoint-2 is untouched"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-4").exists()
+    monkeypatch.undo()
+    make_trainer(tmp_path, tiny_model(Cot(), seed=1)).train(resume_from_checkpoint=True)
+    assert len(logged(tmp_path)) == 8
+
+
+def test_lora_trains_low_rank_updates_and_marker_rows_alone(tmp_path: Path):
+    model = tiny_model(Pause(n_pauses=2))
+    checkpoint.add_lora(model, {"r": 2})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_trainer(tmp_path, model, max_steps=3).train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("lora" in name or "trainable_tokens" in name for name in changed)
+
+
+def test_examples_that_cannot_be_trained_on_are_refused_or_left_out(tmp_path: Path):
+    examples = list(chain_examples(8, 3))
+    long = Example(" ; ".join(["3", *["+ 1"] * 90]), ("3 + 1 = 4",), "3", "long-one")
+    with pytest.raises(InputError, match=r"example 'long-one' takes \d+ positions .* set train.max_length=256"):
+        make_trainer(tmp_path, tiny_model(Cot()), [*examples, long])
+    assert make_trainer(tmp_path, tiny_model(Cot()), [*examples, long], max_length=100).n_left_out == 1
+    with pytest.raises(InputError, match="every training example is longer"):
+        make_trainer(tmp_path, tiny_model(Cot()), examples, max_length=5)
+    stepless = [Example(e.question, (), e.answer) for e in examples]
+    with pytest.raises(InputError, match="no training example has steps, but 'coconut' learns from them"):
+        make_trainer(tmp_path, tiny_model(STAGED), stepless)
+    with pytest.raises(InputError, match="train_dataset is empty"):
+        make_trainer(tmp_path, tiny_model(Cot()), iter([]))
+
+
+def test_a_data_set_with_the_right_columns_serves_as_examples(tmp_path: Path):
+    rows = [{"question": e.question, "steps": list(e.steps), "answer": e.answer} for e in chain_examples(8, 3)]
+    trainer = make_trainer(tmp_path, tiny_model(Cot()), rows)
+    assert trainer.train_dataset[0].question == rows[0]["question"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1}, "train.learning_rat is not a training argument .did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, "train.learning_rate is 'fast', but must be a number"),
+        ({"eval_strategy": "often"}, "the train section cannot be used"),
+    ],
+)
+def test_wrong_training_arguments_are_named(tmp_path: Path, settings: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        training_arguments(tmp_path, settings)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path):
+    assert training_arguments(tmp_path, {"learning_rate": "1e-3"}).learning_rate == 1e-3
+
+
+def test_validation_needs_examples_and_a_task(tmp_path: Path):
+    with pytest.raises(InputError, match="needs validation examples"):
+        make_trainer(tmp_path, tiny_model(Cot()), eval_strategy="steps", eval_steps=1)
+    args = training_arguments(tmp_path, {"max_steps": 1, "use_cpu": True})
+    with pytest.raises(InputError, match="needs a task"):
+        LatentTrainer(tiny_model(Cot()), args, list(chain_examples(8, 3)), list(chain_examples(2, 3)))
+
+
+DISTRIBUTED = """
+import sys
+from pathlib import Path
+from innerloop.methods import Coconut
+from tests.test_trainer import make_trainer, uneven_examples
+from tests.models import tiny_model
+batch = int(sys.argv[2])
+method = Coconut(latents_per_step=1, max_stage=1, first_stage=1)
+make_trainer(Path(sys.argv[1]), tiny_model(method), uneven_examples(), batch_size=batch, max_steps=3).train()
+"""
+
+
+def uneven_examples() -> list[Example]:
+    return [Example(e.question, e.steps[: 1 + i % 3], e.answer, e.id) for i, e in enumerate(chain_examples(48, 3))]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_of_one_with_twice_the_batch(tmp_path: Path):
+    script = tmp_path / "train.py"
+    script.write_text(DISTRIBUTED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in ([sys.executable, script, tmp_path / "one", "16"], [*launch, script, tmp_path / "two", "8"]):
+        subprocess.run([str(c) for c in command], check=True, env=environment, capture_output=True, timeout=300)
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
