@@ -276,3 +276,16 @@ def test_two_processes_give_the_loss_of_one_with_twice_the_batch(tmp_path: Path)
     for command in ([sys.executable, script, tmp_path / "one", "16"], [*launch, script, tmp_path / "two", "8"]):
         subprocess.run([str(c) for c in command], check=True, env=environment, capture_output=True, timeout=300)
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
+
+
+def test_the_micro_norm_takes_the_mean_of_the_means_of_micro_batches(tmp_path: Path):
+    examples = uneven_examples()[:4]
+    model = tiny_model(Cot())
+    settings = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, "seed": 3}
+    make_trainer(tmp_path / "micro", tiny_model(Cot()), examples, loss_norm="micro", **settings).train()
+    make_trainer(tmp_path / "global", tiny_model(Cot()), examples, loss_norm="global", **settings).train()
+    assert logged(tmp_path / "global") == pytest.approx([model.loss(examples).loss.item()], rel=1e-5)
+    pairs = [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 3), (1, 2)]]  # one of these is how the examples were shuffled
+    means = [sum(model.loss([examples[i] for i in p]).loss.item() for p in pairing) / 2 for pairing in pairs]
+    assert any(logged(tmp_path / "micro")[0] == pytest.approx(mean, rel=1e-5) for mean in means)
+    assert logged(tmp_path / "micro") != pytest.approx(logged(tmp_path / "global"), rel=1e-4)

@@ -6,18 +6,22 @@ from innerloop.errors import InputError
 from innerloop.examples import Example, read_examples, write_examples
 from innerloop.methods import Coconut, Cot, NoCot, Pause, Slr
 from innerloop.model import LatentModel
+from innerloop.tasks import Chain, Gsm8k, ProsQA
 from innerloop.trainer import LatentTrainer, LatentTrainingArguments
 
 __all__ = [
+    "Chain",
     "Coconut",
     "Cot",
     "Example",
+    "Gsm8k",
     "InputError",
     "LatentModel",
     "LatentTrainer",
     "LatentTrainingArguments",
     "NoCot",
     "Pause",
+    "ProsQA",
     "Slr",
     "read_examples",
     "write_examples",

@@ -126,6 +126,7 @@ class Backbone(nn.Module):
         cache: DynamicCache | None = None,
         layers: range | None = None,
         all_states: bool = False,
+        normed: bool = True,
     ) -> Tensor | tuple[Tensor, ...]:
         """Run the decoder, or some of its layers, once: one pass.
 
@@ -137,11 +138,14 @@ class Backbone(nn.Module):
             layers: the layers to run; None means all, followed by the final norm.
                 A range that ends before the last layer, or starts past the first, is not normed.
             all_states: return the embeddings and the state after each layer as well.
+            normed: False leaves out the final norm.
 
         Returns:
             The states (B, L, D), after the final norm when the whole stack ran; with ``all_states`` the tuple of
             ``n_layers + 1`` tensors whose last is that one.
         """
+        if layers is None and not normed:
+            layers = range(self.n_layers)
         decoder = self.decoder if layers is None else self._section(layers)
         out = decoder(
             inputs_embeds=embeds_BLD,

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 import innerloop
 from innerloop.backbone import Backbone
@@ -34,16 +36,24 @@ if TYPE_CHECKING:
     from innerloop.model import LatentModel
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
+MarkerInit = Literal["token", "mean", "normal"]
 MARKER_COPIES = "<<"  # new rows start as copies of this token's row (cot.md, section 0)
 RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
 ADAPTER = "lora"
 LORA_TARGETS = "all-linear"
 
 
-def add_markers(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
-    """Add marker tokens to the tokenizer and their rows to the embeddings, copied from the row of ``<<``.
+def add_markers(
+    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], init: MarkerInit = "token"
+) -> None:
+    """Add marker tokens to the tokenizer and their rows to the embeddings (cot.md, section 0).
 
-    Where ``<<`` is not one known token, the new rows are drawn around the mean row of the table.
+    Args:
+        backbone: its embeddings grow, where they have no room.
+        tokenizer: gains the tokens.
+        markers: the tokens; those it has already keep their rows.
+        init: a new row is the row of ``<<`` (token), the mean row (mean), or drawn around it with the table's spread
+            (normal). Where ``<<`` is not one known token, ``token`` does as ``normal``.
     """
     known = tokenizer.get_vocab()
     new = [marker for marker in markers if marker not in known]
@@ -58,10 +68,12 @@ def add_markers(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, markers:
     tables = {id(t.weight): t.weight for t in (lm.get_input_embeddings(), lm.get_output_embeddings())}
     with torch.no_grad():
         for weight in tables.values():
-            if len(source) == 1 and source[0] != tokenizer.unk_token_id:
+            old = weight[: min(ids)].float()
+            if init == "token" and len(source) == 1 and source[0] != tokenizer.unk_token_id:
                 weight[ids] = weight[source[0]].clone()
+            elif init == "mean":
+                weight[ids] = old.mean(0).to(weight.dtype)
             else:
-                old = weight[: min(ids)].float()
                 noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(0))
                 weight[ids] = (old.mean(0) + old.std(0) * noise.to(old.device)).to(weight.dtype)
 
@@ -107,7 +119,8 @@ def write(model: LatentModel, folder: Path, record: Mapping[str, Any] | None = N
     """Write the files of a checkpoint into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lm = model.backbone.lm
-    lm.save_pretrained(folder, state_dict=merged_state(lm))
+    with _without_bars():
+        lm.save_pretrained(folder, state_dict=merged_state(lm))
     model.tokenizer.save_pretrained(folder)
     save_file({name: tensor.contiguous() for name, tensor in trained_parts(model).items()}, folder / PARTS)
     settings = {"innerloop": innerloop.__version__, "method": method_settings(model.method), **(record or {})}
@@ -176,6 +189,7 @@ def load(
     lora: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device | None = None,
+    marker_init: MarkerInit = "token",
     trust_remote_code: bool = False,
     **options: Any,
 ) -> LatentModel:
@@ -187,6 +201,7 @@ def load(
         lora: fields of peft's LoraConfig; trains low-rank updates instead of the backbone.
         dtype: the backbone's type; "auto" keeps the file's.
         device: where to put the model; None chooses a GPU if there is one.
+        marker_init: what new rows of the embeddings start from; see `add_markers`.
         trust_remote_code: let the model's own code run; off unless you say so.
         options: further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
@@ -203,7 +218,8 @@ def load(
     source = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **source, **options)
+        with _without_bars():
+            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load a model from '{path}': {_first_line(error)}") from error
     backbone = Backbone(lm)
@@ -211,6 +227,7 @@ def load(
     chosen = method or (_method_of(saved, folder) if saved else None)
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
+    add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = LatentModel(backbone, tokenizer, chosen)
     if saved and method_settings(chosen) == saved["method"]:
         load_parts(model, folder)
@@ -297,6 +314,18 @@ def resolve(path: str | Path) -> str | Path:
     if is_path or (hint and folder.parts[1:]):
         raise InputError(f"there is no folder {folder}{hint}")
     return str(path)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' bars for writing and reading shards: they would tear a live display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class Context:
         mask_BL: Tensor | None = None,
         all_states: bool = False,
         counted_B: Tensor | None = None,
+        normed: bool = True,
     ):
         """Read new positions in one pass and remember them.
 
@@ -70,6 +72,7 @@ class Context:
             mask_BL: 1 where real, 0 where padding; None when all are real. Padding takes no position and is never
                 attended to; its own output is meaningless.
             all_states: return the states after every layer, not only the last.
+            normed: False gives the states before the final norm.
             counted_B: the rows whose cost counts; None: all. A row that has ended rides along without being charged.
 
         Returns:
@@ -89,15 +92,15 @@ class Context:
         self._extend_mask(mask_BL, n_rows, n_new)
         self.next_position_B = self.next_position_B + new_B
         self.length += n_new
-        return self._pass(embeds_BLD, positions_BL, all_states)
+        return self._pass(embeds_BLD, positions_BL, all_states, normed)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Count the time of a block towards a phase, if anything is counted."""
         return nullcontext() if self.meter is None else self.meter.phase(name)
 
-    def peek(self, embeds_BLD: Tensor, mask_BL: Tensor | None = None, all_states: bool = False):
+    def peek(self, embeds_BLD: Tensor, mask_BL: Tensor | None = None, **options: Any):
         """Read as `read` does, but forget it again."""
-        return self.fork().read(embeds_BLD, mask_BL, all_states)
+        return self.fork().read(embeds_BLD, mask_BL, **options)
 
     def _extend_mask(self, mask_BL: Tensor | None, n_rows: int, n_new: int) -> None:
         if mask_BL is None and self.mask_BP is None:
@@ -106,18 +109,16 @@ class Context:
         past = ones.expand(-1, self.length) if self.mask_BP is None else self.mask_BP
         self.mask_BP = torch.cat([past, ones.expand(-1, n_new) if mask_BL is None else mask_BL], dim=1)
 
-    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, all_states: bool):
-        mask = self.mask_BP
+    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, all_states: bool, normed: bool):
+        known = {"mask": self.mask_BP, "positions_BL": positions_BL, "all_states": all_states, "normed": normed}
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
-            return self.backbone(
-                embeds_BLD, mask=mask, positions_BL=positions_BL, cache=self.cache, all_states=all_states
-            )
+            return self.backbone(embeds_BLD, cache=self.cache, **known)
         past, grown = self.cache, []
 
         def run(embeds: Tensor):
             cache = fork(past)
             grown.append(cache)
-            return self.backbone(embeds, mask=mask, positions_BL=positions_BL, cache=cache, all_states=all_states)
+            return self.backbone(embeds, cache=cache, **known)
 
         states = checkpoint(run, embeds_BLD, use_reentrant=False)
         self.cache = grown[0]

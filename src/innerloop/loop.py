@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class LoopSettings:
         alpha: share of the new state in residuals A and B, in [0, 1].
         rescale: bring each output to the RMS of the embedding table (rms) or leave it (none).
         time: timestep embedding added to each iteration's input.
+        feedback_site: what an iteration gives back: the state after the final norm, or before it.
         detach: cut the gradient from each iteration's input to the output before it.
     """
 
@@ -41,6 +43,7 @@ class LoopSettings:
     alpha: float = 0.7
     rescale: RescaleKind = "none"
     time: TimeKind = "none"
+    feedback_site: Literal["post_norm", "pre_norm"] = "post_norm"
     detach: bool = False
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ model.generate(["How many legs have 3 cats?"])[0].text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from innerloop.layout import LAT, Batch, Row, Speller, collate
 from innerloop.loop import InnerLoop, Trace
 from innerloop.methods import Method
 from innerloop.thought import think
+from innerloop.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from innerloop.engine import Generation
@@ -112,7 +113,7 @@ class LatentModel(nn.Module):
         sums = {"answer": cross_entropy(logits_UV.float(), batch.targets_U, reduction="sum")}
         if len(batch.read_targets_R):
             read = torch.stack(outputs).flatten(0, 2)[batch.read_at_R]
-            sums["step"] = cross_entropy(self.backbone.head(read).float(), batch.read_targets_R, reduction="sum")
+            sums["step"] = cross_entropy(self.read_out(read).float(), batch.read_targets_R, reduction="sum")
         means = {name: total / max(counts[name], 1) for name, total in sums.items()}
         loss = torch.stack([self.method.term_weights[name] * mean for name, mean in means.items()]).sum()
         return Output(loss, {name: mean.detach() for name, mean in means.items()}, trace)
@@ -140,8 +141,9 @@ class LatentModel(nn.Module):
         return states[rows, at - thought.first_column], thought.outputs
 
     def read_out(self, outputs: Tensor) -> Tensor:
-        """Return the logits (..., V) that loop outputs show through the head."""
-        return self.backbone.head(outputs)
+        """Return the logits (..., V) that loop outputs show through the final norm and the head."""
+        normed = self.method.loop.feedback_site == "post_norm"
+        return self.backbone.head(outputs if normed else self.backbone.norm(outputs))
 
     def new_trace(self) -> Trace:
         """Return an empty trace that records read-outs."""
@@ -158,7 +160,7 @@ class LatentModel(nn.Module):
     # Saving and loading
 
     def activation_checkpointing_enable(self, **_: Any) -> None:
-        """Keep no activations inside a pass, recompute them in the backward pass; the Trainer calls this when asked to."""
+        """Keep no activations inside a pass, recompute them in the backward pass. The Trainer calls this if asked."""
         self.checkpoint_passes = True
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -169,6 +171,20 @@ class LatentModel(nn.Module):
     def from_pretrained(cls, path: str | Path, method: Method | None = None, **options: Any) -> LatentModel:
         """Load a saved run, or put a method on any Hugging Face model; see `innerloop.checkpoint.load`."""
         return checkpoint.load(path, method, **options)
+
+    @classmethod
+    def from_scratch(
+        cls, settings: Mapping[str, Any], examples: Sequence[Example], method: Method, seed: int = 0
+    ) -> LatentModel:
+        """Make a backbone with fresh weights and a word tokenizer trained on the text of examples.
+
+        Args:
+            settings: ``type`` (a transformers model type such as llama or gpt2) and fields of its configuration.
+            examples: whose words the tokenizer learns.
+            method: how to reason.
+            seed: of the initial weights.
+        """
+        return checkpoint.from_scratch(settings, train_tokenizer(examples), method, seed)
 
     def suppressed_ids(self) -> Tensor:
         """Return the ids that must never be written: the markers."""

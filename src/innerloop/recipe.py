@@ -19,11 +19,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from innerloop.checkpoint import MarkerInit
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named
 from innerloop.tasks import Task, task_named
@@ -40,6 +41,7 @@ class BackboneChoice:
         model: folder, run or Hub name to start from.
         lora: train low-rank updates instead of all weights: fields of peft's LoraConfig, such as r and lora_alpha.
         dtype: type of the weights.
+        marker_init: what the rows of new markers start from: the row of << (token), the mean row, or normal draws.
         vocab_size: the most words of the tokenizer that a scratch backbone gets from the training data.
         trust_remote_code: let the model's own code run.
     """
@@ -47,15 +49,14 @@ class BackboneChoice:
     scratch: dict[str, Any] | None = None
     model: str | None = None
     lora: dict[str, Any] | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    marker_init: MarkerInit = "token"
     vocab_size: int = 8192
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if (self.scratch is None) == (self.model is None):
             raise InputError("backbone: give either 'scratch: {type: llama, ...}' or 'model: NAME_OR_PATH'")
-        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
-            raise InputError(f"backbone.dtype is '{self.dtype}'; choose float32, bfloat16, float16 or auto")
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
         method,
         lora=backbone.lora,
         dtype=backbone.dtype,
+        marker_init=backbone.marker_init,
         device="cpu",  # the trainer moves it
         trust_remote_code=backbone.trust_remote_code,
     )

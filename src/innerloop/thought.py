@@ -53,16 +53,17 @@ def think(method: Method, loop: InnerLoop, batch: Batch, context: Context, trace
     if n_loops == 0 and not forwards_region:
         return Thought(context, segments, first_column=0)
 
+    normed = method.loop.feedback_site == "post_norm"
     with context.phase("prefill"):
-        at_bot = context.read(prefix, prefix_mask)[:, -1:]
+        at_bot = context.read(prefix, prefix_mask, normed=normed)[:, -1:]
     with context.phase("thought"):
         steps: AppendPass | RegionPass
         if method.scope == "append":
             state = loop.rescale(at_bot) if method.first_state == "forward" else region[:, :1]
-            steps = AppendPass(context, region_mask)
+            steps = AppendPass(context, region_mask, normed)
         else:
-            steps = RegionPass(context, region_mask)
-            state = loop.rescale(context.peek(region, region_mask)) if method.first_state == "forward" else region
+            steps = RegionPass(context, region_mask, normed)
+            state = loop.rescale(steps(region, 0)) if method.first_state == "forward" else region
         loops_B = torch.tensor(batch.n_loops, device=region.device) if min(batch.n_loops) < n_loops else None
         result = loop(steps, state, n_loops, loops_B, trace)
 
@@ -76,23 +77,23 @@ def think(method: Method, loop: InnerLoop, batch: Batch, context: Context, trace
 class RegionPass:
     """f over all latents at once, each pass on the same prefix; the cache of a pass is dropped with the next."""
 
-    def __init__(self, prefix: Context, mask_BN: Tensor | None):
-        self.prefix, self.mask_BN = prefix, mask_BN
+    def __init__(self, prefix: Context, mask_BN: Tensor | None, normed: bool):
+        self.prefix, self.mask_BN, self.normed = prefix, mask_BN, normed
         self.context = prefix  # after a pass: the prefix and that pass
 
     def __call__(self, inputs_BND: Tensor, loop: int) -> Tensor:
         """Return u (B, N, D)."""
         self.context = self.prefix.fork()
-        return self.context.read(inputs_BND, self.mask_BN)
+        return self.context.read(inputs_BND, self.mask_BN, normed=self.normed)
 
 
 class AppendPass:
     """f over one new latent per iteration, which stays in the context."""
 
-    def __init__(self, context: Context, mask_BN: Tensor | None):
-        self.context, self.mask_BN = context, mask_BN
+    def __init__(self, context: Context, mask_BN: Tensor | None, normed: bool):
+        self.context, self.mask_BN, self.normed = context, mask_BN, normed
 
     def __call__(self, inputs_B1D: Tensor, loop: int) -> Tensor:
         """Return u (B, 1, D)."""
         mask = None if self.mask_BN is None else self.mask_BN[:, loop - 1 : loop]
-        return self.context.read(inputs_B1D, mask)
+        return self.context.read(inputs_B1D, mask, normed=self.normed)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class LatentTrainingArguments(TrainingArguments):
 
     Args:
         batch_size: examples per device and forward pass.
+        loss_norm: divide the loss by the supervised tokens of the global batch, or of each micro-batch.
         max_length: leave out examples longer than this many positions (counted); None: refuse them.
         eval_limit: validation examples to answer at each evaluation.
         max_new_tokens: the most tokens to write per validation example; None: as the task says.
@@ -60,6 +61,7 @@ class LatentTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=False)  # examples are laid out later; there is no tensor to pin
 
     batch_size: int = field(default=32, metadata={"help": "examples per device and forward pass"})
+    loss_norm: Literal["global", "micro"] = field(default="global", metadata={"help": "what the loss is the mean over"})
     max_length: int | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
     eval_limit: int = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
@@ -183,8 +185,8 @@ class LatentTrainer(Trainer):
         for i, examples in zip(range(num_batches), epoch_iterator):
             seed = f"{self.args.seed}/{step}/{self.args.process_index}/{i}"
             micro_batches.append(self._collate(self.model.rows(examples, stage, seed)))
-        if not micro_batches:
-            return [], None
+        if not micro_batches or self.args.loss_norm == "micro":
+            return [{"batch": batch, "n_items": None} for batch in micro_batches], None
         totals: dict[str, int] = {}
         for batch in micro_batches:
             for name, n in batch.counts().items():
@@ -218,12 +220,13 @@ class LatentTrainer(Trainer):
         self._finite &= torch.isfinite(out.loss.detach())
         for name, mean in out.terms.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=mean.device)) + mean
-        loss = out.loss * self.accelerator.num_processes  # data-parallel gradients are averaged; the mean is global
+        # Data-parallel gradients are averaged over processes, but the mean is over the global batch.
+        loss = out.loss * self.accelerator.num_processes if inputs["n_items"] else out.loss
         return (loss, out) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run one micro-batch; its loss is already scaled for gradient accumulation."""
-        self.loss_is_scaled_for_ga = True
+        """Run one micro-batch."""
+        self.loss_is_scaled_for_ga = self.args.loss_norm == "global"
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
