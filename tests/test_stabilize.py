@@ -1,10 +1,135 @@
-from tests.models import ARCHS, tiny_model, tiny_lm, chain_examples
-from innerloop import Coconut
-import pytest, torch
-@pytest.mark.parametrize("a", ARCHS)
-def test_x(a):
-    m = tiny_model(Coconut(), a)
-    out = m.loss(list(chain_examples(8,3)))
-    out.loss.backward()
-    print(out.loss)
-    tiny_lm(a)
+"""Rescaling, residuals and the timestep embedding (slr.md, sections 3 and 9)."""
+
+import pytest
+import torch
+
+from innerloop.stabilize import TimeEmbedding, rescale, residual, rms
+
+KINDS = ("none", "sum", "A", "B")
+
+
+def states(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*(shape or (2, 3, 8)), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+NEW, FIRST, PREVIOUS = states(0), states(1), states(2)
+
+
+# Residuals
+
+
+def test_residuals_are_their_formulas():
+    assert residual(NEW, FIRST, PREVIOUS, "none", 0.7) is NEW
+    assert torch.equal(residual(NEW, FIRST, PREVIOUS, "sum", 0.7), NEW + FIRST)
+    torch.testing.assert_close(residual(NEW, FIRST, PREVIOUS, "A", 0.7), 0.7 * NEW + 0.3 * FIRST)
+    torch.testing.assert_close(residual(NEW, FIRST, PREVIOUS, "B", 0.7), 0.7 * NEW + 0.3 * PREVIOUS)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
+def test_a_equals_b_in_the_first_iteration(alpha):
+    assert torch.equal(residual(NEW, FIRST, FIRST, "A", alpha), residual(NEW, FIRST, FIRST, "B", alpha))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_and_b_with_alpha_one_are_no_residual(dtype):
+    new, first, previous = (x.to(dtype) for x in (NEW, FIRST, PREVIOUS))
+    for kind in ("A", "B"):
+        assert torch.equal(residual(new, first, previous, kind, 1.0), new)
+
+
+def test_alpha_zero_keeps_the_state_it_mixes_with():
+    assert torch.equal(residual(NEW, FIRST, PREVIOUS, "A", 0.0), FIRST)
+    assert torch.equal(residual(NEW, FIRST, PREVIOUS, "B", 0.0), PREVIOUS)
+
+
+def test_half_the_sum_is_a_with_alpha_one_half():
+    half = residual(NEW, FIRST, PREVIOUS, "sum", 0.5) / 2
+    torch.testing.assert_close(half, residual(NEW, FIRST, PREVIOUS, "A", 0.5), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_residuals_keep_the_type(kind, dtype):
+    assert residual(NEW.to(dtype), FIRST.to(dtype), PREVIOUS.to(dtype), kind, 0.7).dtype == dtype
+
+
+# Rescaling
+
+
+def test_rms_is_the_root_mean_square():
+    assert rms(torch.tensor([[3.0, 4.0]])).tolist() == [[pytest.approx(12.5**0.5)]]
+    assert rms(NEW).shape == (2, 3, 1)
+
+
+def test_rms_of_half_precision_states_does_not_overflow():
+    large = torch.full((1, 8), 3e4, dtype=torch.float16)  # its square is beyond float16
+    assert rms(large).dtype == torch.float32
+    assert rms(large).item() == pytest.approx(3e4, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_rescale_gives_every_position_the_rms_tau(scale):
+    tau = torch.tensor(0.25)
+    rescaled = rescale(NEW * scale, "rms", tau)
+    torch.testing.assert_close(rms(rescaled), torch.full((2, 3, 1), 0.25), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rescaled / rescaled.norm(dim=-1, keepdim=True), NEW / NEW.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_rescale_computes_in_fp32_and_keeps_the_type(dtype, error):
+    large = (NEW * 1e4).to(dtype)  # squares beyond float16
+    rescaled = rescale(large, "rms", torch.tensor(0.25))
+    assert rescaled.dtype == dtype
+    torch.testing.assert_close(rescaled.float(), rescale(large.float(), "rms", torch.tensor(0.25)), atol=0, rtol=error)
+
+
+def test_rescale_none_is_the_identity():
+    assert rescale(NEW, "none", torch.tensor(0.25)) is NEW
+
+
+def test_rescale_leaves_zeros_at_zero_with_a_finite_gradient():
+    zeros = torch.zeros(1, 2, 8, requires_grad=True)
+    rescaled = rescale(zeros, "rms", torch.tensor(0.25))
+    rescaled.sum().backward()
+    assert torch.equal(rescaled, torch.zeros(1, 2, 8))
+    assert torch.isfinite(zeros.grad).all()
+
+
+def test_the_gradient_of_rescale_is_right():
+    x = states(3, 2, 5, dtype=torch.float64).requires_grad_()
+
+    def exact(x):
+        return x * 0.25 / x.pow(2).mean(-1, keepdim=True).sqrt()
+
+    weight = states(4, 2, 5, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((rescale(x, "rms", torch.tensor(0.25)) * weight).sum(), x)
+    (expected,) = torch.autograd.grad((exact(x) * weight).sum(), x)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+    assert (ours * x).sum(-1).abs().max() < 1e-6  # the scale of the input does not matter
+
+
+# The timestep embedding
+
+
+def test_a_new_time_embedding_adds_nothing():
+    time = TimeEmbedding(4, 8)
+    for loop in range(1, 7):
+        assert torch.equal(time(NEW, loop), NEW)
+
+
+def test_the_time_embedding_of_an_iteration_is_its_row_and_past_the_table_the_last():
+    time = TimeEmbedding(3, 8)
+    with torch.no_grad():
+        time.table.copy_(torch.arange(3.0)[:, None].expand(3, 8) + 1)
+    added = [(time(NEW, loop) - NEW).mean().item() for loop in range(1, 6)]
+    assert added == pytest.approx([1, 2, 3, 3, 3], abs=1e-6)
+
+
+def test_only_the_row_of_the_iteration_is_trained():
+    time = TimeEmbedding(3, 8)
+    time(NEW, 2).sum().backward()
+    assert time.table.grad.abs().sum(1).tolist() == [0.0, 8 * 6.0, 0.0]
+
+
+def test_the_time_embedding_keeps_the_type_of_the_states():
+    assert TimeEmbedding(2, 8)(NEW.bfloat16(), 1).dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from innerloop.cache import new_cache
 from innerloop.errors import InputError
@@ -25,18 +26,19 @@ class Anatomy:
     layers: str
     norm: str
     positions: str | None = None  # a table of learned absolute positions, added to the input embeddings
+    dropout: str | None = None  # applied to the input embeddings
 
 
 LLAMA_LIKE = Anatomy(layers="layers", norm="norm")  # Llama, Qwen2/3, Mistral, Gemma 2/3, SmolLM3, Phi-3, OLMo 2, ...
-GPT2_LIKE = Anatomy(layers="h", norm="ln_f", positions="wpe")
+GPT2_LIKE = Anatomy(layers="h", norm="ln_f", positions="wpe", dropout="drop")
 
 
 class ZeroPositions(nn.Module):
     """Stands in for a table of learned positions where they have been added already."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Return zeros (B, L, 1), which broadcast over the width."""
-        return torch.zeros(*position_ids.shape, 1, device=position_ids.device)
+        """Return zeros (B, L, 1), which broadcast over the width; as booleans they leave any type of state as it is."""
+        return torch.zeros(*position_ids.shape, 1, dtype=torch.bool, device=position_ids.device)
 
 
 class Backbone(nn.Module):
@@ -135,14 +137,13 @@ class Backbone(nn.Module):
             mask: (B, past + L), 1 where a column is real; None when all are. A 4-D mask goes to the attention as it is.
             positions_BL: position ids; None counts from the cache's length.
             cache: what was read before; this pass is appended to it.
-            layers: the layers to run; None means all, followed by the final norm.
-                A range that ends before the last layer, or starts past the first, is not normed.
+            layers: the layers to run; None means all, followed by the final norm. A range is never normed.
             all_states: return the embeddings and the state after each layer as well.
-            normed: False leaves out the final norm.
+            normed: False leaves out the final norm of the whole stack.
 
         Returns:
-            The states (B, L, D), after the final norm when the whole stack ran; with ``all_states`` the tuple of
-            ``n_layers + 1`` tensors whose last is that one.
+            The states (B, L, D); with ``all_states`` the tuple of the embeddings and the states after each layer that
+            ran, whose last is that one.
         """
         if layers is None and not normed:
             layers = range(self.n_layers)
@@ -164,12 +165,18 @@ class Backbone(nn.Module):
     def _section(self, layers: range) -> nn.Module:
         """Return a shallow copy of the decoder that holds only ``layers``; it shares all weights, nothing is edited."""
         decoder = self.decoder
+        maybe_install_capturing_hooks(decoder)  # once for all sections: they sit on the layers, which are shared
         section = copy.copy(decoder)
         section._modules = dict(decoder._modules)
         setattr(section, self.anatomy.layers, nn.ModuleList([self.layers[i] for i in layers]))
         setattr(section, self.anatomy.norm, nn.Identity())
-        if self.anatomy.positions and layers.start > 0:
-            setattr(section, self.anatomy.positions, ZeroPositions())
+        if layers.start > 0:  # what is done to the embeddings is not done again to the states between two layers
+            if self.anatomy.positions:
+                setattr(section, self.anatomy.positions, ZeroPositions())
+            if self.anatomy.dropout:
+                setattr(section, self.anatomy.dropout, nn.Identity())
+            if hasattr(section, "embedding_multiplier"):  # Granite
+                setattr(section, "embedding_multiplier", 1.0)  # noqa: B010 - not a field that modules declare
         config = copy.copy(self.config)
         if layer_types := getattr(config, "layer_types", None):
             config.layer_types = [layer_types[i] for i in layers]
@@ -187,7 +194,7 @@ class Backbone(nn.Module):
         was_training = self.lm.training
         self.lm.eval()
         ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        own, ours = self.lm(input_ids=ids).logits, self.head(self(self.embed(ids)))
+        own, ours = self.lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, self.head(self(self.embed(ids)))
         self.lm.train(was_training)
         gap = (own.float() - ours.float()).abs().max().item()
         if not gap <= 1e-3 * max(own.float().abs().max().item(), 1.0):

@@ -50,7 +50,6 @@ def loop_slots(cache: DynamicCache, loop: int, n_layers: int, first_layer: int =
     if len(slots) != n_layers:
         raise IndexError(f"the cache has {len(cache.layers) // n_layers} loops of {n_layers} layers, loop {loop} asked")
     ran = slots[first_layer:]
-    stand_ins = [next((s for s in ran if s.is_sliding == slot.is_sliding), ran[0]) for slot in slots[:first_layer]]
     view = copy.copy(cache)
-    view.layers = stand_ins + ran
+    view.layers = [ran[0]] * first_layer + ran
     return view

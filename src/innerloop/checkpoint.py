@@ -10,6 +10,7 @@ renamed: a write that fails leaves the old folder as it was.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 import innerloop
@@ -85,32 +93,32 @@ def add_lora(model: LatentModel, settings: Mapping[str, Any]) -> None:
         model: the model.
         settings: fields of peft's LoraConfig, such as r, lora_alpha, lora_dropout, target_modules.
     """
-    lm = model.backbone.lm
-    markers = lm.get_input_embeddings().weight.shape[0], model.tokenizer.convert_tokens_to_ids([*model.method.markers])
+    marker_ids = model.tokenizer.convert_tokens_to_ids([*model.method.markers])
     try:
         config = LoraConfig(
-            **{"target_modules": LORA_TARGETS, "trainable_token_indices": markers[1] or None, **settings},
+            **{"target_modules": LORA_TARGETS, "trainable_token_indices": marker_ids or None, **settings},
             task_type="CAUSAL_LM",
         )
-    except TypeError as error:
+        inject_adapter_in_model(config, model.backbone.lm, adapter_name=ADAPTER)
+    except (TypeError, ValueError) as error:
         raise InputError(f"backbone.lora: {error}; its fields are those of peft.LoraConfig") from None
-    inject_adapter_in_model(config, lm, adapter_name=ADAPTER)
 
 
 def save(model: LatentModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
     """Write a complete folder aside, then put it in place of what was there; ``record`` goes into innerloop.json."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.writing")
+    aside, replaced = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write(model, aside, record)
-        replaced = path.with_name(f".{path.name}.old")
         shutil.rmtree(replaced, ignore_errors=True)
         if path.exists():
             path.rename(replaced)
         aside.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
         raise InputError(f"could not save to {path}: {error}; what was there before is untouched") from error
 
@@ -136,8 +144,8 @@ def trained_parts(model: LatentModel) -> dict[str, Tensor]:
     """Return what belongs to innerloop alone: the loop's weights and the LoRA weights before merging."""
     parts = {f"loop.{name}": tensor for name, tensor in model.loop.state_dict().items()}
     if adapted(model.backbone.lm):
-        state = model.backbone.lm.state_dict()
-        parts |= {f"lm.{name}": tensor for name, tensor in state.items() if f".{ADAPTER}" in name}
+        parameters = model.backbone.lm.named_parameters()  # a tied table's once, where the state dict has them twice
+        parts |= {f"lm.{name}": p.detach() for name, p in parameters if f".{ADAPTER}" in name}
     return parts
 
 
@@ -155,7 +163,7 @@ def merged_state(lm: torch.nn.Module) -> dict[str, Tensor]:
     for layer in layers:
         layer.merge()
     state = {
-        name.replace(".base_layer", ""): tensor.clone()
+        name.replace(".token_adapter", "").replace(".base_layer", ""): tensor.clone()
         for name, tensor in lm.state_dict().items()
         if f".{ADAPTER}" not in name
     }
@@ -169,17 +177,21 @@ def merged_state(lm: torch.nn.Module) -> dict[str, Tensor]:
 
 def load_parts(model: LatentModel, folder: Path) -> None:
     """Load the method's parts, and LoRA weights where the model has LoRA, from a checkpoint folder."""
-    stored = load_file(folder / PARTS)
+    try:
+        stored = load_file(folder / PARTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {folder / PARTS}: {_first_line(error)}") from None
     if adapted(model.backbone.lm):
         weights = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.")}
         model.backbone.lm.load_state_dict(weights, strict=False)
     own = {name.removeprefix("loop."): tensor for name, tensor in stored.items() if name.startswith("loop.")}
-    problem = model.loop.load_state_dict(own, strict=False)
-    if problem.missing_keys or problem.unexpected_keys:
+    try:
+        model.loop.load_state_dict(own)
+    except RuntimeError as error:  # missing, unexpected or of another shape
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{folder / PARTS} does not fit the method '{model.method.name}' with these settings: "
-            f"missing {problem.missing_keys}, unexpected {problem.unexpected_keys}"
-        )
+            f"{folder / PARTS} does not fit the method '{model.method.name}' with these settings: {reason}"
+        ) from None
 
 
 def load(
@@ -217,19 +229,26 @@ def load(
         raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
     source = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        tokenizer = _tokenizer_of(path, **source)
         with _without_bars():
-            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **source, **options)
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, **source, **options
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load a model from '{path}': {_first_line(error)}") from error
+    if report["missing_keys"]:
+        raise InputError(f"the weights of '{path}' lack {', '.join(sorted(report['missing_keys']))}")
     backbone = Backbone(lm)
     backbone.check()
-    chosen = method or (_method_of(saved, folder) if saved else None)
+    stored = None
+    if saved and (method is None or method.name == saved["method"]["name"]):
+        stored = _method_of(saved, folder)
+    chosen = method or stored
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
     add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = LatentModel(backbone, tokenizer, chosen)
-    if saved and method_settings(chosen) == saved["method"]:
+    if chosen == stored:
         load_parts(model, folder)
     if lora is not None:
         add_lora(model, lora)
@@ -243,13 +262,13 @@ def from_scratch(
 
     Args:
         settings: ``type`` (a transformers model type such as llama or gpt2) and fields of its configuration.
-        tokenizer: sets the vocabulary.
+        tokenizer: sets the vocabulary; it stays as it is, the model gets a copy with the markers.
         method: how to reason.
         seed: of the initial weights.
     """
     from innerloop.model import LatentModel
 
-    settings = dict(settings)
+    settings, tokenizer = dict(settings), copy.deepcopy(tokenizer)
     model_type = settings.pop("type", "llama")
     try:
         known = AutoConfig.for_model(model_type)
@@ -259,19 +278,23 @@ def from_scratch(
         raise InputError(
             f"transformers has no model type '{model_type}'{nearest(model_type, CONFIG_MAPPING_NAMES)}"
         ) from None
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     for name in settings:
+        if name == "vocab_size" or name in ids:
+            raise InputError(f"backbone.scratch: the tokenizer sets {name}; leave it out")
         if not hasattr(known, name):
-            raise InputError(f"backbone.scratch: a {model_type} has no '{name}'{nearest(name, vars(known))}")
+            names = {*vars(known), *known.attribute_map}
+            raise InputError(f"backbone.scratch: a {model_type} has no '{name}'{nearest(name, names)}")
     new = [marker for marker in method.markers if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(
-        model_type, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids, **settings
-    )
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(config)
-    torch.random.set_rng_state(state)
+    try:
+        config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lm = AutoModelForCausalLM.from_config(config)
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
     return LatentModel(Backbone(lm), tokenizer, method)
 
 
@@ -280,9 +303,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not (folder / SETTINGS).exists():
         raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run")
     try:
-        return json.loads((folder / SETTINGS).read_text())
-    except json.JSONDecodeError as error:
+        settings = json.loads((folder / SETTINGS).read_text())
+    except ValueError as error:
         raise InputError(f"{folder / SETTINGS} is not valid JSON ({error}); restore it or save the run again") from None
+    if not isinstance(settings, dict) or "name" not in (settings.get("method") or ()):
+        raise InputError(f"{folder / SETTINGS} names no method; restore it or save the run again")
+    return settings
 
 
 def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
@@ -328,6 +354,14 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _tokenizer_of(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as the class that its own file names: AutoTokenizer prefers the model's for some (Qwen2)."""
+    generic = Path(path) / "tokenizer_config.json"
+    if generic.exists() and json.loads(generic.read_text()).get("tokenizer_class") == "TokenizersBackend":
+        return PreTrainedTokenizerFast.from_pretrained(path, **options)
+    return AutoTokenizer.from_pretrained(path, **options)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -340,6 +374,6 @@ def is_run(path: str | Path) -> bool:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a run, folder or Hub model."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(path))
+        return _tokenizer_of(resolve(path))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load a tokenizer from '{path}': {_first_line(error)}") from error

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_choices
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,17 @@ class Curriculum:
     reset_optimizer: Literal["stage", "epoch", "never"] = "stage"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.max_stage < 0 or self.stage_length < 1:
             raise InputError("max_stage must be at least 0 and stage_length at least 1")
         if not 0 <= self.first_stage <= self.last_stage:
             raise InputError(f"first_stage is {self.first_stage}, but the stages run from 0 to {self.last_stage}")
         if not 0.0 <= self.uniform_prob <= 1.0:
             raise InputError(f"uniform_prob is {self.uniform_prob}; a probability lies between 0 and 1")
+        if self.max_stage == 0 and (self.stage_mix != "none" or self.uniform_prob > 0):
+            raise InputError(
+                "stage_mix and uniform_prob draw from the stages of a curriculum: set max_stage to at least 1"
+            )
 
     @property
     def last_stage(self) -> int:

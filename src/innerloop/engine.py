@@ -82,16 +82,18 @@ def generate(
     was_training = model.training
     model.eval()
     results: list[Generation | None] = [None] * len(rows)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = [rows[i] for i in chosen]
-        room = model.backbone.context_length
-        budget = max_new_tokens if room is None else min(max_new_tokens, room - max(len(row) for row in batch))
-        for i, generation in zip(chosen, _generate_batch(model, batch, budget, temperature, generator, trace)):
-            results[i] = generation
-        if progress is not None:
-            progress(len(chosen))
-    model.train(was_training)
+    room = model.backbone.context_length
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = [rows[i] for i in chosen]
+            budgets = [max_new_tokens if room is None else min(max_new_tokens, room - len(row)) for row in batch]
+            for i, generation in zip(chosen, _generate_batch(model, batch, budgets, temperature, generator, trace)):
+                results[i] = generation
+            if progress is not None:
+                progress(len(chosen))
+    finally:
+        model.train(was_training)
     return [generation for generation in results if generation is not None]
 
 
@@ -107,7 +109,7 @@ def _check_length(model: LatentModel, question: str, row: Row) -> None:
 def _generate_batch(
     model: LatentModel,
     rows: Sequence[Row],
-    max_new_tokens: int,
+    budgets: list[int],
     temperature: float,
     generator: torch.Generator,
     trace: bool,
@@ -134,15 +136,15 @@ def _generate_batch(
     ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
     pending: list[Tensor] = []
     clock = [meter.now()]
-    for n in range(1, max_new_tokens + 1):
+    for n in range(1, max(budgets) + 1):
         meter.count_logits(context.rows, ~ended)
         next_ids = choose(model, states, suppressed, temperature, generator)
         pending.append(next_ids)
         ended = ended | (next_ids == model.spell.eos_id)
-        if n == max_new_tokens or n % CHECK_EVERY == 0:
-            alive, kept = _collect(pending, written, alive, model.spell.eos_id)
+        if n in budgets or n % CHECK_EVERY == 0:
+            alive, kept = _collect(pending, written, alive, model.spell.eos_id, budgets)
             pending = []
-            if not alive or n == max_new_tokens:
+            if not alive:
                 break
             if kept is not None:
                 context, next_ids, ended = context.keep_rows(kept), next_ids[kept], ended[kept]
@@ -164,13 +166,13 @@ def choose(
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _collect(pending: list[Tensor], written: list[list[int]], alive: list[int], eos: int):
+def _collect(pending: list[Tensor], written: list[list[int]], alive: list[int], eos: int, budgets: list[int]):
     """Move chosen tokens to the host; return the rows that go on, and their indices (None: all go on)."""
     tokens = torch.stack(pending, dim=1).tolist()
     going = []
     for place, (row, ids) in enumerate(zip(alive, tokens)):
         written[row] += ids[: ids.index(eos) + 1] if eos in ids else ids
-        if eos not in ids:
+        if eos not in ids and len(written[row]) < budgets[row]:
             going.append(place)
     if len(going) == len(alive):
         return alive, None
@@ -185,21 +187,21 @@ def _finish(model, rows, written, meter, clock, record) -> list[Generation]:
     for r, (row, ids, cost) in enumerate(zip(rows, written, costs)):
         ended = bool(ids) and ids[-1] == model.spell.eos_id
         text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        n_steps = _n_step_tokens(model, ids, text)
+        n_steps, n_marked = _n_step_tokens(model, ids, text)
         cost.thought_tokens = model.n_thought_positions(row) + n_steps
-        cost.seconds["thought"] += sum(ticks[:n_steps]) / len(rows)
-        cost.seconds["answer"] += sum(ticks[n_steps:]) / len(rows)
+        cost.seconds["thought"] += sum(ticks[:n_marked]) / len(rows)
+        cost.seconds["answer"] += sum(ticks[n_marked:]) / len(rows)
         marker = ANSWER_PREFIX.strip()
         answer = text.rsplit(marker, 1)[1].strip() if marker in text else None
         results.append(Generation(text, answer, cost, None if record is None else record.row(r), ended))
     return results
 
 
-def _n_step_tokens(model: LatentModel, ids: list[int], text: str) -> int:
-    """Return how many tokens were written before the answer's marker; all of them if it never came."""
+def _n_step_tokens(model: LatentModel, ids: list[int], text: str) -> tuple[int, int]:
+    """Return how many tokens were written before the answer's marker and up to its end; all, if it never came."""
     marker = ANSWER_PREFIX.strip()
     if marker not in text:
-        return len(ids)
+        return len(ids), len(ids)
     low, high = 0, len(ids)
     while low < high:  # the shortest beginning that spells the marker
         middle = (low + high) // 2
@@ -207,4 +209,4 @@ def _n_step_tokens(model: LatentModel, ids: list[int], text: str) -> int:
             high = middle
         else:
             low = middle + 1
-    return max(low + 1 - len(model.tokenizer.encode(marker, add_special_tokens=False)), 0)
+    return max(low + 1 - len(model.tokenizer.encode(marker, add_special_tokens=False)), 0), low + 1

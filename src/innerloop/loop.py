@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_choices
 from innerloop.stabilize import RescaleKind, ResidualKind, TimeEmbedding, TimeKind, rescale, residual, rms
 
 Pass = Callable[[Tensor, int], Tensor]
@@ -36,7 +36,8 @@ class LoopSettings:
         rescale: bring each output to the RMS of the embedding table (rms) or leave it (none).
         time: timestep embedding added to each iteration's input.
         feedback_site: what an iteration gives back: the state after the final norm, or before it.
-        detach: cut the gradient from each iteration's input to the output before it.
+        detach: cut the gradient from each iteration's input, and from what is fed once more in append, to the output
+            that it was.
     """
 
     residual: ResidualKind = "none"
@@ -47,6 +48,7 @@ class LoopSettings:
     detach: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0.0 <= self.alpha <= 1.0:
             raise InputError(f"alpha is {self.alpha}, but it is a share: choose a value between 0 and 1")
 
@@ -111,10 +113,11 @@ class Trace:
 
 @dataclass
 class LoopResult:
-    """What a loop leaves behind: the final state z_T and the outputs u_1..u_T, each (B, N, D)."""
+    """What a loop leaves behind: the final state z_T, the outputs u_1..u_T, and each row's last input (B, N, D)."""
 
     state: Tensor
     outputs: list[Tensor]
+    last_input: Tensor
 
 
 class InnerLoop(nn.Module):
@@ -141,7 +144,8 @@ class InnerLoop(nn.Module):
 
     def inject(self, state: Tensor, loop: int) -> Tensor:
         """Make iteration ``loop``'s input x_t from the state before it."""
-        state = state.detach() if self.settings.detach else state
+        if self.settings.detach and loop > 1:
+            state = state.detach()
         return state if self.time is None else self.time(state, loop)
 
     def forward(
@@ -151,14 +155,21 @@ class InnerLoop(nn.Module):
 
         ``loops_B`` gives each row its own number, at most ``n_loops``; after it, the row's state stands still.
         """
-        first, outputs = state, []
+        first, last_input, outputs = state, state, []
         for loop in range(1, n_loops + 1):
-            output = f(self.inject(state, loop), loop)
+            inputs, going = self.inject(state, loop), None
+            if loops_B is not None:  # a row that is done reads its last state as it is
+                going = (loop <= loops_B)[:, None, None]
+                still = state.detach() if self.settings.detach else state
+                inputs, last_input = torch.where(going, inputs, still), torch.where(going, inputs, last_input)
+            else:
+                last_input = inputs
+            output = f(inputs, loop)
             previous = state
             state = residual(self.rescale(output), first, previous, self.settings.residual, self.settings.alpha)
-            if loops_B is not None:
-                state = torch.where((loop <= loops_B)[:, None, None], state, previous)
+            if going is not None:
+                state = torch.where(going, state, previous)
             outputs.append(output)
             if trace is not None:
                 trace.record(loop, output, state, previous)
-        return LoopResult(state, outputs)
+        return LoopResult(state, outputs, last_input)

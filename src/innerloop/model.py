@@ -81,10 +81,7 @@ class LatentModel(nn.Module):
     def prompts(self, questions: Sequence[str], stage: int | None = None) -> list[Row]:
         """Lay out questions to be answered at a stage (None: the last)."""
         stage = self.method.curriculum.last_stage if stage is None else stage
-        rows = [self.method.prompt(question, self.spell, stage) for question in questions]
-        for row in rows:
-            row.n_loops = self.method.n_loops(stage)
-        return rows
+        return [self.method.prompt(question, self.spell, stage) for question in questions]
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Pad rows into one batch on the model's device; rows longer than the context are refused."""

@@ -22,7 +22,8 @@ def rescale(states: Tensor, kind: RescaleKind, tau: Tensor) -> Tensor:
     """Bring states (..., D) to the scale of the embeddings: rho(u) = u tau / RMS(u) for ``rms`` (slr.md, 3.5)."""
     if kind == "none":
         return states
-    return (states.float() * (tau / rms(states).clamp(min=1e-8))).to(states.dtype)
+    mean_square = states.float().pow(2).mean(-1, keepdim=True).clamp(min=1e-16)  # before the root: its slope at 0
+    return (states.float() * (tau * mean_square.rsqrt())).to(states.dtype)
 
 
 def residual(new: Tensor, first: Tensor, previous: Tensor, kind: ResidualKind, alpha: float) -> Tensor:

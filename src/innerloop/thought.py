@@ -64,12 +64,20 @@ def think(method: Method, loop: InnerLoop, batch: Batch, context: Context, trace
         else:
             steps = RegionPass(context, region_mask, normed)
             state = loop.rescale(steps(region, 0)) if method.first_state == "forward" else region
+        if method.loop.detach and method.first_state == "forward":
+            state = state.detach()
         loops_B = torch.tensor(batch.n_loops, device=region.device) if min(batch.n_loops) < n_loops else None
         result = loop(steps, state, n_loops, loops_B, trace)
 
+    if method.answer_context == "kv_last" and method.scope == "slots" and loops_B is not None:
+        # Rows end at different iterations, so no one pass is the last of all: each row's last input is read once more.
+        last = torch.where((loops_B > 0)[:, None, None], result.last_input, region)
+        return Thought(context, [(last, region_mask)], batch.bounds[0], result.outputs)
     if method.answer_context == "kv_last":
         return Thought(steps.context, [], batch.bounds[1], result.outputs)
     fed = result.state.shape[1]
+    if method.loop.detach and method.scope == "append":
+        result.state = result.state.detach()  # the last link of the chain
     mask = None if region_mask is None else region_mask[:, -fed:]
     return Thought(context, [(result.state, mask)], batch.bounds[1] - fed, result.outputs)
 

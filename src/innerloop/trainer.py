@@ -145,7 +145,8 @@ class LatentTrainer(Trainer):
     # Data: examples become rows when their step begins.
 
     def _fitting(self, model: LatentModel, examples: list[Example], max_length: int | None) -> list[Example]:
-        method, stages = model.method, {self.curriculum.first_stage, self.curriculum.last_stage}
+        method, mixes = model.method, self.curriculum.stage_mix != "none" or self.curriculum.uniform_prob > 0
+        stages = range(0 if mixes else self.curriculum.first_stage, self.curriculum.last_stage + 1)
         if method.needs_steps and not any(example.steps for example in examples):
             raise InputError(
                 f"no training example has steps, but '{method.name}' learns from them; "

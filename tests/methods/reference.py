@@ -27,7 +27,6 @@ class Reference:
     def __init__(self, model: LatentModel):
         self.lm, self.tokenizer, self.method = model.backbone.lm, model.tokenizer, model.method
         self.table = None if model.loop.time is None else model.loop.time.table
-        self.n_passes = 0
 
     # The model
 
@@ -35,10 +34,14 @@ class Reference:
         return self.lm.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
 
     def read(self, x_LD: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass: the final-norm states (L, D) and the logits (L, V)."""
-        self.n_passes += 1
+        """One pass: the states (L, D) that are fed back, after the final norm or before it, and the logits (L, V)."""
+        decoder, before = self.lm.get_decoder(), []
+        norm = decoder.norm if hasattr(decoder, "norm") else decoder.ln_f
+        handle = norm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
         out = self.lm(inputs_embeds=x_LD[None], output_hidden_states=True, use_cache=False)
-        return out.hidden_states[-1][0], out.logits[0]
+        handle.remove()
+        is_pre_norm = getattr(self.method, "feedback_site", "post_norm") == "pre_norm"
+        return (before[0] if is_pre_norm else out.hidden_states[-1])[0], out.logits[0]
 
     # Tokens (cot.md, section 0)
 
@@ -69,7 +72,7 @@ class Reference:
             steps = []
         elif not isinstance(method, Cot) and not getattr(method, "keep_steps", False):
             steps = [] if stage == self.last_stage else steps[stage:]
-        return [*sum(steps, []), *self.answer(example)]
+        return [*(token for step in steps for token in step), *self.answer(example)]
 
     # Thinking
 
@@ -93,6 +96,8 @@ class Reference:
                 k = min(stage, method.max_stage) * method.latents_per_step
                 if stage == self.last_stage and not method.pad_latent_to_max and n_steps is not None:
                     k = min(n_steps, method.max_stage) * method.latents_per_step
+                if method.latents_per_step == 0:  # "no thought": no markers either
+                    return self.embed(asked), []
                 if method.thought == "pause":
                     return self.embed([*asked, *bot, *lat * k, *eot]), []
                 return self.coconut(self.embed([*asked, *bot]), k, method.detach), []
@@ -115,10 +120,10 @@ class Reference:
     def slots(self, prefix_LD: Tensor, n_loops: int) -> Thoughts:
         """slr.md, section 3, scope `slots`: N latents at fixed positions, refined T times."""
         method, n = self.method, self.method.n_slots
-        h_ND = self.embed(self.marker("<lat>") * n)
+        h_ND = x_ND = self.embed(self.marker("<lat>") * n)
         if method.h0 == "forward":
             h_ND = self.rho(self.read(torch.cat([prefix_LD, h_ND]))[0][-n:])
-        first_ND, x_ND, shown = h_ND, h_ND, []
+        first_ND, shown = h_ND, []
         for t in range(1, n_loops + 1):
             x_ND = h_ND + self.e(t)
             states, logits = self.read(torch.cat([prefix_LD, x_ND]))

@@ -1,8 +1,8 @@
-"""Explicit CoT and No-CoT: the invariants I1 to I9 of their card, and that both equal the slow reference.
+"""Explicit CoT and No-CoT: both equal the slow reference, and the invariants of their card (cot.md, section 9).
 
 I1 No-CoT == CoT without steps. I2 CoT with all steps removed == No-CoT. I3 ids == embeddings. I4 padding and batch
-companions change nothing. I5 cached == uncached decoding. I6 causality. I7 unsupervised positions. I8 overfit. I9 uniform
-logits give log V.
+companions change nothing. I5 cached == uncached decoding. I6 causality. I7 unsupervised positions. I8 overfit.
+I9 uniform logits give log V.
 """
 
 import dataclasses
@@ -11,17 +11,19 @@ import math
 import pytest
 import torch
 
-from innerloop import Cot, Example, InputError, NoCot, Slr
+from innerloop import Cot, InputError, NoCot, Slr
 from innerloop.layout import IGNORE, collate
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
+    assert_causal,
     assert_close,
+    assert_learns_by_heart,
     assert_same_gradients,
+    assert_writes_like_the_reference,
     gradients,
     lean_towards_end,
-    learn,
     logits_of,
     passes,
     sharp_model,
@@ -30,11 +32,12 @@ from tests.methods.tools import (
 )
 from tests.models import tiny_backbone, tiny_model
 
-METHODS = [NoCot(), Cot(), Cot(with_markers=True)]
+METHODS = {"no_cot": NoCot(), "cot": Cot(), "cot with markers": Cot(with_markers=True)}
 WITHOUT_STEPS = [dataclasses.replace(example, steps=()) for example in MIXED]
+UNSOLVED = [example for example in MIXED if not example.steps]
 
 
-@pytest.fixture(params=METHODS, ids=["no_cot", "cot", "cot with markers"])
+@pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
 def method(request):
     return request.param
 
@@ -51,16 +54,131 @@ def test_loss_logits_and_gradients_equal_the_reference(method, arch):
     assert_same_gradients(gradients(model, out.loss), gradients(model, expected), 2e-5)
 
 
-def test_rows_spell_question_steps_and_answer_and_supervise_what_is_written():
+def test_a_row_is_question_steps_and_answer_and_all_but_the_question_is_supervised():
     model = tiny_model(Cot(with_markers=True))
     (row,) = model.rows(MIXED[:1])
-    tokens = model.tokenizer.convert_ids_to_tokens(row.ids())
-    text = model.tokenizer.decode(row.ids()[:8]) + model.tokenizer.decode(row.ids()[10:])
-    assert tokens[11:13] == ["<bot>", "<eot>"] or "<bot>" in tokens
-    question = model.tokenizer.encode(MIXED[0].question + "\n")
-    written = [i for step in MIXED[0].steps for i in model.tokenizer.encode(step + "\n")]
-    written += [*model.tokenizer.encode("### 3"), model.tokenizer.eos_token_id]
+    encode = model.tokenizer.encode
+    question = encode("3 ; + 4 ; * 2 ; - 1\n")
     markers = model.tokenizer.convert_tokens_to_ids(["<bot>", "<eot>"])
+    written = [*encode("3 + 4 = 2\n"), *encode("2 * 2 = 4\n"), *encode("4 - 1 = 3\n"), *encode("### 3")]
+    written.append(model.tokenizer.eos_token_id)
     assert row.ids() == [*question, *markers, *written]
-    assert row.labels() == [IGNORE] * (len(question) + 2) + written
-    assert text
+    assert row.labels() == [IGNORE] * len([*question, *markers]) + written
+
+
+def test_i1_no_cot_is_cot_to_the_bit_on_examples_without_steps():
+    cot = sharp_model(Cot())
+    no_cot = under(cot, NoCot())
+    rows, others = cot.rows(UNSOLVED), no_cot.rows(UNSOLVED)
+    assert [row.ids() for row in rows] == [row.ids() for row in others]
+    assert [row.labels() for row in rows] == [row.labels() for row in others]
+    assert torch.equal(cot.loss(UNSOLVED).loss, no_cot.loss(UNSOLVED).loss)
+
+
+def test_i2_cot_with_all_steps_removed_is_the_no_cot_data():
+    cot = sharp_model(Cot())
+    no_cot = under(cot, NoCot())
+    assert [row.ids() for row in cot.rows(WITHOUT_STEPS)] == [row.ids() for row in no_cot.rows(MIXED)]
+    assert torch.equal(cot.loss(WITHOUT_STEPS).loss, no_cot.loss(MIXED).loss)
+
+
+def test_i3_reading_ids_is_reading_their_embeddings(arch):
+    backbone = tiny_backbone(arch)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        ours = backbone.head(backbone(backbone.embed(ids)))
+        assert_close(ours, backbone.lm(input_ids=ids).logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_i4_padding_and_companions_leave_a_row_as_it_is(method, name):
+    model = sharp_model(method, name)
+    rows = model.rows(MIXED)
+    alone = [logits_of(model, [row])[0] for row in rows]
+    by_question, by_length = max(rows, key=lambda row: len(row.prefix[0].ids)), max(rows, key=len)
+    for row, logits in zip(rows, alone):
+        for companions in ([by_question], [by_length], rows):
+            assert_close(logits_of(model, [row, *companions])[0], logits)
+            assert_close(logits_of(model, [*companions, row])[-1], logits)
+
+
+def test_i4_the_id_that_fills_padding_is_never_seen():
+    model = sharp_model(Cot())
+    rows = model.rows(MIXED)
+    losses = {pad: model(collate(rows, pad)).loss.item() for pad in (0, 5, model.tokenizer.eos_token_id)}
+    assert len(set(losses.values())) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_i5_cached_and_batched_decoding_equals_uncached_decoding(method, name):
+    assert_writes_like_the_reference(sharp_model(method, name), passes_before=0)
+
+
+def test_passes_are_one_for_the_question_and_one_for_each_further_token(method):
+    model = lean_towards_end(sharp_model(method), -100.0)
+    with passes(model) as seen:
+        costs = [generation.cost for generation in model.generate(QUESTIONS, max_new_tokens=5)]
+    assert len(seen) == 5
+    assert [embeds.shape[1] for embeds in seen[1:]] == [1] * 4
+    assert {cost.passes for cost in costs} == {5}
+    assert [cost.positions for cost in costs] == [len(row) + 4 for row in model.prompts(QUESTIONS)]
+
+
+def test_training_is_one_pass(method):
+    model = sharp_model(method)
+    with passes(model) as seen:
+        model.loss(MIXED)
+    assert len(seen) == 1
+
+
+def test_i6_a_token_changes_no_logits_before_it(method):
+    assert_causal(sharp_model(method), MIXED[0])
+
+
+def test_i7_only_the_positions_that_predict_written_tokens_receive_a_gradient(method):
+    model = sharp_model(method)
+    batch = model.batch(model.rows(MIXED))
+    with states(model) as seen:
+        model(batch).loss.backward()
+    touched = (seen[0].grad != 0).any(-1).flatten()
+    expected = torch.zeros_like(touched)
+    expected[batch.predict_at_U] = True
+    assert torch.equal(touched, expected)
+    assert len(batch.targets_U) == sum(label != IGNORE for row in model.rows(MIXED) for label in row.labels())
+
+
+@pytest.mark.parametrize("learned", [NoCot(), Cot()], ids=["no_cot", "cot"])
+def test_i8_eight_examples_are_learnt_by_heart(learned, examples):
+    assert_learns_by_heart(learned, examples)
+
+
+def test_i9_a_model_without_an_opinion_has_loss_log_v(method, arch):
+    model = under(tiny_model(Slr(), arch), method)
+    with torch.no_grad():
+        model.backbone.lm.get_output_embeddings().weight.zero_()
+    loss = model.loss(MIXED).loss.item()
+    assert loss == pytest.approx(math.log(len(model.tokenizer)), abs=1e-6)
+
+
+def test_micro_batches_divided_by_the_global_count_add_up_to_the_whole_batch(method):
+    model = sharp_model(method)
+    rows = model.rows(MIXED)
+    whole = model.batch(rows)
+    parts = [model(model.batch(part), n_items=whole.counts()).loss for part in (rows[:1], rows[1:4], rows[4:])]
+    assert sum(parts).item() == pytest.approx(model(whole).loss.item(), abs=1e-6)
+
+
+def test_a_row_longer_than_the_context_is_refused_with_the_way_to_mend_it():
+    model = tiny_model(Cot(), max_position_embeddings=16)
+    with pytest.raises(InputError, match=r"at most 16.*max_length"):
+        model.loss(MIXED)
+
+
+def test_a_batch_may_have_more_columns_than_the_context_has_positions():
+    model = sharp_model(Cot(), max_position_embeddings=45)
+    rows = model.rows([dataclasses.replace(MIXED[3], steps=()), dataclasses.replace(MIXED[3], question="2")])
+    rows += model.rows([dataclasses.replace(MIXED[3], question="1 ; " * 15 + "+ 1", steps=())])
+    batch = model.batch(rows)
+    assert max(map(len, rows)) <= 45 < batch.ids_BS.shape[1]
+    for logits, row in zip(logits_of(model, rows), rows):
+        assert_close(logits, logits_of(model, [row])[0])

@@ -1,5 +1,7 @@
 """What the tests of the methods share: examples of many shapes, models that share weights, and gauges."""
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from innerloop import Example, LatentModel, Slr
 from innerloop.layout import Row
 from innerloop.methods import Method
+from tests.methods.reference import Reference
 from tests.models import tiny_model
 
 # Questions and step counts of all lengths: 3, 0, 1, 4, 2 and 0 steps. The words are those of the chain task.
@@ -54,9 +57,7 @@ def gradients(model: LatentModel, loss: Tensor) -> dict[str, Tensor]:
     """Return the gradient of a loss by every weight, zeros where it has none, and leave the weights without any."""
     model.zero_grad()
     loss.backward()
-    grads = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     return grads
 
@@ -106,6 +107,13 @@ def states(model: LatentModel) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def change_embedding(model: LatentModel, token: str) -> None:
+    """Give a token another embedding (not a shifted or scaled one, which a norm might undo)."""
+    table = model.backbone.lm.get_input_embeddings().weight
+    with torch.no_grad():
+        table[model.tokenizer.convert_tokens_to_ids(token)] += torch.linspace(-1, 1, table.shape[1]).sin().flip(0)
+
+
 def lean_towards_end(model: LatentModel, by: float) -> LatentModel:
     """Raise the end-of-sequence logit, so that rows end, each at a time of its own."""
     eos = model.tokenizer.eos_token_id
@@ -128,3 +136,52 @@ def learn(model: LatentModel, examples: Sequence[Example], n_steps: int = 200, l
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return loss.item()
+
+
+def assert_learns_by_heart(method: Method, examples: Sequence[Example], arch: str = "gpt2") -> None:
+    """Eight examples, 200 steps: cross-entropy below 0.05, and all eight answered by greedy decoding (cot.md, I8)."""
+    model = tiny_model(method, arch, num_hidden_layers=2, initializer_range=0.1)
+    assert learn(model, examples) < 0.05
+    generations = model.generate([example.question for example in examples], max_new_tokens=40)
+    assert [generation.answer for generation in generations] == [example.answer for example in examples]
+
+
+def assert_writes_like_the_reference(model: LatentModel, passes_before: int, max_new_tokens: int = 20) -> None:
+    """Greedy decoding, cached and batched == one row at a time == the slow reference, token for token.
+
+    ``passes_before`` is the card's number of passes besides one for each written token.
+    """
+    slow = Reference(lean_towards_end(model, 1.0))
+    expected = [slow.write(question, max_new_tokens) for question in QUESTIONS]
+    assert len({len(ids) for ids in expected}) > 1  # the rows end at different times
+    together = model.generate(QUESTIONS, max_new_tokens=max_new_tokens)
+    alone = [model.generate([question], max_new_tokens=max_new_tokens)[0] for question in QUESTIONS]
+    for one, other, ids in zip(together, alone, expected):
+        assert one.text == other.text == model.tokenizer.decode(ids, skip_special_tokens=True)
+        assert one.ended == other.ended == (model.tokenizer.eos_token_id in ids)
+        assert one.cost.passes == other.cost.passes == passes_before + len(ids)
+        assert one.cost.positions == other.cost.positions
+
+
+def with_token(row: Row, position: int, token: int) -> Row:
+    """Return a row with another token at a position, everything else alike."""
+    row, at = copy.deepcopy(row), 0
+    for segment in (row.prefix, row.region, row.suffix):
+        for i, piece in enumerate(segment):
+            if at <= position < at + len(piece.ids):
+                ids = list(piece.ids)
+                ids[position - at] = token
+                segment[i] = dataclasses.replace(piece, ids=tuple(ids))
+            at += len(piece.ids)
+    return row
+
+
+def assert_causal(model: LatentModel, example: Example) -> None:
+    """A token changes no logits before it, and those after it (cot.md, I6)."""
+    (row,) = model.rows([example])
+    logits = logits_of(model, [row])[0]
+    first = len(row) - len(logits)  # position of the first written token
+    for written in range(len(logits) - 1):
+        changed = logits_of(model, [with_token(row, first + written, row.ids()[first + written] + 1)])[0]
+        assert torch.equal(changed[: written + 1], logits[: written + 1])
+        assert ((changed - logits).abs().amax(1)[written + 1 :] > 1e-6).all()

@@ -4,7 +4,7 @@ The loop of scope `append`: z_1 is the state at <bot>, every pass reads one late
 latent is read together with <eot> (coconut.md, section 3). Stage by stage, s steps of text give way to s * c latents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from innerloop.curriculum import Curriculum
@@ -30,7 +30,6 @@ class Coconut(LoopSettings, Curriculum, LatentMethod):
     paper: ClassVar[str] = "arXiv 2412.06769"
     summary: ClassVar[str] = "each latent is the hidden state before it; steps leave the text stage by stage"
     needs: ClassVar[str] = "question, steps, answer"
-    needs_steps: ClassVar[bool] = True
 
     max_stage: int = 3
     latents_per_step: int = 2
@@ -42,10 +41,20 @@ class Coconut(LoopSettings, Curriculum, LatentMethod):
         Curriculum.__post_init__(self)
         if self.latents_per_step < 0:
             raise InputError("latents_per_step cannot be negative; 0 is the 'no thought' ablation")
+        if (
+            self.thought == "pause"
+            and LoopSettings(**{f.name: getattr(self, f.name) for f in fields(LoopSettings)}) != LoopSettings()
+        ):
+            raise InputError("thought=pause has no loop: leave residual, rescale, time and the other loop settings out")
         if self.max_stage < 1:
             raise InputError(
                 "coconut needs max_stage >= 1; to train its last stage only, set first_stage to max_stage + 1"
             )
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """<bot>, <lat> and <eot>; "no thought" has none."""
+        return super().markers if self.latents_per_step else ()
 
     @property
     def scope(self) -> Scope:
@@ -70,10 +79,15 @@ class Coconut(LoopSettings, Curriculum, LatentMethod):
         """Return k - 1: the first latent comes from <bot>, and the last one's own output is not fed back."""
         return max(self.n_latents(stage) - 1, 0) if self.thought == "feedback" else 0
 
+    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+        """Return ``[Q][<bot>] | [<lat> x k] | [<eot>]``, or ``[Q]`` for "no thought"."""
+        return super().prompt(question, spell, stage) if self.latents_per_step else Row([spell.question(question)])
+
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out as every latent method does, with fewer latents for short examples if so configured."""
         row = super().lay_out(example, spell, stage)
         if stage == self.last_stage and not self.pad_latent_to_max:
             k = min(len(example.steps), self.max_stage) * self.latents_per_step
             row.region = [spell.marker(LAT, k)] if k else []
+            row.n_loops = max(k - 1, 0) if self.thought == "feedback" else 0
         return row

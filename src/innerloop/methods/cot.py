@@ -39,9 +39,13 @@ class Cot(Method):
     paper: ClassVar[str] = "arXiv 2201.11903"
     summary: ClassVar[str] = "writes every step, then the answer"
     needs: ClassVar[str] = "question, steps, answer"
-    needs_steps: ClassVar[bool] = True
 
     with_markers: bool = False
+
+    @property
+    def needs_steps(self) -> bool:
+        """It writes them."""
+        return True
 
     @property
     def markers(self) -> tuple[str, ...]:

@@ -30,7 +30,11 @@ class Method:
     paper: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[str] = "question, answer"
-    needs_steps: ClassVar[bool] = False
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether training examples must have steps: with a curriculum they must."""
+        return self.curriculum.max_stage > 0
 
     @property
     def curriculum(self) -> Curriculum:
@@ -60,9 +64,7 @@ class Method:
         scheduled, rows = self.curriculum.last_stage if stage is None else stage, []
         for i, example in enumerate(examples):
             drawn = self.curriculum.stage_of(scheduled, len(example.steps), f"{seed}/{i}")
-            row = self.lay_out(example, spell, drawn)
-            row.n_loops = self.n_loops(drawn)
-            rows.append(row)
+            rows.append(self.lay_out(example, spell, drawn))
         return rows
 
     # Where the inner loop works. A method without latents keeps these.
@@ -119,4 +121,5 @@ class LatentMethod(Method):
         """Return ``[Q][<bot>] | [<lat> x k] | [<eot>]``."""
         k = self.n_latents(stage)
         region = [spell.marker(LAT, k)] if k else []
-        return Row([spell.question(question), spell.marker(BOT)], region, [spell.marker(EOT)])
+        prefix, suffix = [spell.question(question), spell.marker(BOT)], [spell.marker(EOT)]
+        return Row(prefix, region, suffix, n_loops=self.n_loops(stage))

@@ -46,6 +46,11 @@ class Pause(Curriculum, LatentMethod):
                              "set keep_steps to false and placement to append")  # fmt: skip
 
     @property
+    def needs_steps(self) -> bool:
+        """Where steps are kept, or leave one by one."""
+        return self.keep_steps or self.max_stage > 0
+
+    @property
     def markers(self) -> tuple[str, ...]:
         """<lat> is the pause token."""
         return (BOT, LAT, EOT) if self.with_markers else (LAT,)

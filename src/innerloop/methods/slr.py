@@ -56,12 +56,19 @@ class Slr(LoopSettings, Curriculum, LatentMethod):
             raise InputError("slr needs max_loops >= 0, n_slots >= 1 and loops_per_stage >= 0")
         if self.answer_from == "kv_last" and self.max_loops == 0:
             raise InputError("answer_from=kv_last reads the cache of the last iteration: set max_loops to at least 1")
-        if not 0 <= self.slots_per_step <= self.n_slots:
-            raise InputError(f"slots_per_step is {self.slots_per_step}, but there are n_slots={self.n_slots} slots")
+        if self.slots_per_step < 0 or (self.slots_per_step and self.n_slots % self.slots_per_step):
+            raise InputError(f"slots_per_step is {self.slots_per_step}, but must divide n_slots={self.n_slots}")
+        if self.loops_per_stage and not self.max_stage:
+            raise InputError("loops_per_stage ramps the iterations over a curriculum: set max_stage to at least 1")
         if self.step_weight and (self.loop_scope == "append" or self.max_loops == 0):
             raise InputError(
                 "step_weight needs slots to read at each iteration: set loop_scope=slots and max_loops >= 1"
             )
+
+    @property
+    def needs_steps(self) -> bool:
+        """Where iterations must show steps, or steps leave one by one."""
+        return self.step_weight > 0 or self.max_stage > 0
 
     @property
     def scope(self) -> Scope:

@@ -1,0 +1,213 @@
+"""Pause tokens: they equal the slow reference, and the invariants of their card (pause.md, section 9).
+
+P1 M = 0 without markers == No-CoT. P2 the number of passes does not depend on M. P3 the gradient of the pause embedding
+is the sum over its positions. P4 nothing is supervised at pauses. P5 equal to other methods: tests/test_one_loop.py.
+P6 cached == uncached decoding, batch == single rows. P7 pauses change the answer, and no state of the question.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from innerloop import InputError, NoCot, Pause, Slr
+from innerloop.layout import IGNORE
+from tests.methods.reference import Reference
+from tests.methods.tools import (
+    MIXED,
+    QUESTIONS,
+    assert_causal,
+    assert_close,
+    assert_learns_by_heart,
+    assert_same_gradients,
+    assert_writes_like_the_reference,
+    change_embedding,
+    gradients,
+    lean_towards_end,
+    logits_of,
+    passes,
+    rows_at,
+    sharp_model,
+    states,
+    under,
+)
+from tests.models import tiny_model
+
+METHODS = {
+    "default": Pause(),
+    "without markers": Pause(n_pauses=3, with_markers=False),
+    "steps kept": Pause(n_pauses=3, keep_steps=True),
+    "prepended": Pause(n_pauses=3, placement="prepend"),
+    "curriculum": Pause(n_pauses=4, max_stage=2, per_stage=2),
+}
+
+
+@pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
+def method(request):
+    return request.param
+
+
+@pytest.mark.parametrize("default", [Pause(), Pause(with_markers=False)], ids=["markers", "no markers"])
+def test_loss_logits_and_gradients_equal_the_reference(default, arch):
+    model = under(tiny_model(Slr(), arch), default)
+    slow = Reference(model)
+    with torch.no_grad():
+        for fast, example in zip(model.answer_logits(MIXED), MIXED):
+            assert_close(fast, slow.answer_logits(example), 2e-5)
+    loss, expected = model.loss(MIXED).loss, slow.loss(list(MIXED))
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    assert_same_gradients(gradients(model, loss), gradients(model, expected), 2e-5)
+
+
+def test_every_layout_equals_the_reference_at_every_stage_and_in_mixed_batches(method):
+    model = sharp_model(method)
+    slow = Reference(model)
+    stages = [i % (slow.last_stage + 1) for i in range(len(MIXED))]
+    with torch.no_grad():
+        for example, stage, logits in zip(MIXED, stages, logits_of(model, rows_at(model, MIXED, stages))):
+            assert_close(logits, slow.answer_logits(example, stage))
+    loss = model(model.batch(rows_at(model, MIXED, stages))).loss
+    expected = slow.loss(list(MIXED), stages)
+    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+
+
+def test_permuting_rows_permutes_results(method):
+    model = sharp_model(method)
+    order = [3, 0, 5, 1, 4, 2]
+    logits = model.answer_logits(MIXED)
+    for i, permuted in zip(order, model.answer_logits([MIXED[i] for i in order])):
+        assert_close(permuted, logits[i])
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (Pause(n_pauses=2), "Q<bot><lat><lat><eot>A"),
+        (Pause(n_pauses=2, with_markers=False), "Q<lat><lat>A"),
+        (Pause(n_pauses=2, keep_steps=True), "Q<bot><lat><lat><eot>TTTA"),
+        (Pause(n_pauses=2, placement="prepend"), "<bot><lat><lat><eot>QA"),
+        (Pause(n_pauses=2, placement="prepend", with_markers=False), "<lat><lat>QA"),
+        (Pause(n_pauses=0), "Q<bot><eot>A"),
+    ],
+)
+def test_pauses_stand_where_the_layout_says(method, expected):
+    model = tiny_model(method)
+    (row,) = model.rows(MIXED[:1])
+    names = {"question": "Q", "step": "T", "answer": "A"}
+    spelt = [names.get(p.kind) or "".join(model.tokenizer.convert_ids_to_tokens(list(p.ids))) for p in row.pieces]
+    assert "".join(spelt) == expected
+
+
+def test_the_curriculum_trades_each_step_for_pauses():
+    model = tiny_model(Pause(n_pauses=5, max_stage=3, per_stage=2))
+    rows = [model.rows(MIXED[:1], stage)[0] for stage in range(5)]
+    assert [row.ids().count(model.tokenizer.convert_tokens_to_ids("<lat>")) for row in rows] == [0, 2, 4, 5, 5]
+    assert [[piece.step for piece in row.pieces if piece.step >= 0] for row in rows] == [[0, 1, 2], [1, 2], [2], [], []]
+
+
+def test_answering_may_use_another_number_of_pauses_than_training():
+    model = sharp_model(Pause(n_pauses=2, n_pauses_inference=7))
+    longer = under(model, Pause(n_pauses=7))
+    assert len(model.rows(MIXED[:1])[0]) == len(longer.rows(MIXED[:1])[0]) - 5
+    assert [row.ids() for row in model.prompts(QUESTIONS)] == [row.ids() for row in longer.prompts(QUESTIONS)]
+    assert model.generate(QUESTIONS[:1])[0].cost.thought_tokens >= 7
+
+
+def test_p1_no_pauses_and_no_markers_are_no_cot_in_ids_loss_and_gradient():
+    pause = sharp_model(Pause(n_pauses=0, with_markers=False))
+    no_cot = under(pause, NoCot())
+    assert [row.ids() for row in pause.rows(MIXED)] == [row.ids() for row in no_cot.rows(MIXED)]
+    loss, expected = pause.loss(MIXED).loss, no_cot.loss(MIXED).loss
+    assert torch.equal(loss, expected)
+    assert_same_gradients(gradients(pause, loss), gradients(no_cot, expected), 0.0)
+
+
+@pytest.mark.parametrize("m", [0, 1, 9])
+def test_p2_the_number_of_passes_does_not_depend_on_m(m):
+    model = lean_towards_end(sharp_model(Pause(n_pauses=m)), -100.0)
+    with passes(model) as seen:
+        model.loss(MIXED)
+    assert len(seen) == 1
+    with passes(model) as seen:
+        generations = model.generate(QUESTIONS, max_new_tokens=5)
+    assert len(seen) == 5
+    assert {generation.cost.passes for generation in generations} == {5}
+    assert generations[0].cost.positions == len(model.prompts(QUESTIONS)[0]) + 4
+
+
+def test_p3_the_gradient_of_the_pause_embedding_is_the_sum_over_its_positions():
+    model = sharp_model(Pause(n_pauses=3), "llama")  # input and output embeddings are separate tables
+    assert not model.backbone.config.tie_word_embeddings
+    table, lat = model.backbone.lm.get_input_embeddings().weight, model.tokenizer.convert_tokens_to_ids("<lat>")
+    (row,) = model.rows(MIXED[:1])
+    embeds = model.backbone.embed(torch.tensor([row.ids()])).detach().requires_grad_()
+    written = torch.tensor(row.labels())[1:]
+    cross_entropy(model.backbone.lm(inputs_embeds=embeds).logits[0, :-1], written, ignore_index=IGNORE).backward()
+    at_pauses = embeds.grad[0, torch.tensor(row.ids()) == lat]
+    assert len(at_pauses) == 3
+    assert at_pauses.abs().amax(1).min() > 1e-6
+    model.zero_grad()
+    model.loss(MIXED[:1]).loss.backward()
+    assert_close(table.grad[lat], at_pauses.sum(0), 1e-6)
+
+
+def test_p4_nothing_is_supervised_at_pauses_or_markers(method):
+    model = sharp_model(method)
+    markers = set(model.tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"]))
+    for row in model.rows(MIXED):
+        assert not markers & set(row.labels())
+    assert not markers & set(model.batch(model.rows(MIXED)).targets_U.tolist())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_p6_cached_and_batched_decoding_equals_uncached_decoding(method, name):
+    assert_writes_like_the_reference(sharp_model(method, name), passes_before=0)
+
+
+def test_p7_pauses_change_the_answer_but_no_state_of_the_question():
+    model = sharp_model(Pause())
+    n_question = len(model.rows(MIXED[:1])[0].prefix[0].ids)
+    with states(model) as seen:
+        before = model.answer_logits(MIXED[:1])[0]
+        change_embedding(model, "<lat>")
+        after = model.answer_logits(MIXED[:1])[0]
+    assert torch.equal(seen[0][:, :n_question], seen[1][:, :n_question])
+    assert (before - after).abs().amax(1).min() > 1e-3
+
+
+def test_a_token_changes_no_logits_before_it(method):
+    assert_causal(sharp_model(method), MIXED[0])
+
+
+def test_eight_examples_are_learnt_by_heart(examples):
+    assert_learns_by_heart(Pause(n_pauses=4), examples)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_pauses": -1},
+        {"n_pauses_inference": -1},
+        {"max_stage": 2, "keep_steps": True},
+        {"max_stage": 2, "placement": "prepend"},
+        {"first_stage": 1},
+    ],
+)
+def test_impossible_settings_are_refused(fields):
+    with pytest.raises(InputError):
+        Pause(**fields)
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(InputError, match="placement"):
+        Pause(placement="before")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_pauses", 7), ("with_markers", False), ("keep_steps", True), ("placement", "prepend")]
+)
+def test_every_field_changes_the_answer(field, value):
+    model = sharp_model(Pause())
+    other = under(model, dataclasses.replace(Pause(), **{field: value}))
+    assert (model.answer_logits(MIXED[:1])[0][-1] - other.answer_logits(MIXED[:1])[0][-1]).abs().max() > 1e-3

@@ -1,0 +1,360 @@
+"""Generation: results and costs do not depend on batching, and every option does what it says."""
+
+import pytest
+import torch
+
+from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr, engine
+from tests.methods.reference import Reference
+from tests.methods.tools import MIXED, QUESTIONS, lean_towards_end, passes, sharp_model, under
+from tests.models import tiny_model
+
+METHODS = {
+    "cot": Cot(),
+    "pause": Pause(),
+    "coconut": Coconut(),
+    "slots": Slr(n_slots=4, max_loops=2),
+    "append": Slr(loop_scope="append", max_loops=2),
+}
+NEVER_ENDS = -100.0
+
+
+@pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
+def method(request):
+    return request.param
+
+
+def ending_model(method, arch="gpt2"):
+    """A model whose rows end at different times, some never."""
+    return lean_towards_end(sharp_model(method, arch), 1.0)
+
+
+def comparable(generation):
+    """Everything but the seconds and the trace."""
+    cost = generation.cost
+    return (
+        generation.text,
+        generation.answer,
+        generation.ended,
+        cost.passes,
+        cost.positions,
+        cost.flops,
+        cost.thought_tokens,
+    )
+
+
+# Batching
+
+
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_text_and_cost_do_not_depend_on_batch_companions(method, batch_size):
+    model = ending_model(method)
+    alone = [comparable(model.generate([question], max_new_tokens=20)[0]) for question in QUESTIONS]
+    together = model.generate(QUESTIONS, max_new_tokens=20, batch_size=batch_size)
+    assert [comparable(generation) for generation in together] == alone
+
+
+@pytest.mark.parametrize("check_every", [1, 3, 8])
+def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged(method, check_every, monkeypatch):
+    model = ending_model(method)
+    monkeypatch.setattr(engine, "CHECK_EVERY", 1000)
+    kept = [comparable(generation) for generation in model.generate(QUESTIONS, max_new_tokens=20)]
+    monkeypatch.setattr(engine, "CHECK_EVERY", check_every)
+    with passes(model) as seen:
+        compacted = [comparable(generation) for generation in model.generate(QUESTIONS, max_new_tokens=20)]
+    n_rows = [embeds.shape[0] for embeds in seen]
+    assert n_rows[0] == len(QUESTIONS)
+    assert n_rows[-1] < len(QUESTIONS)
+    assert n_rows == sorted(n_rows, reverse=True)
+    assert compacted == kept
+
+
+def test_decoding_stops_when_every_row_has_ended():
+    model = lean_towards_end(sharp_model(Cot()), 100.0)
+    with passes(model) as seen:
+        (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=50)
+    assert len(seen) == engine.CHECK_EVERY
+    assert (generation.text, generation.ended, generation.cost.passes) == ("", True, 1)
+
+
+def test_answers_come_in_the_order_of_the_questions_though_lengths_are_sorted():
+    model = ending_model(Cot())
+    order = [3, 1, 0, 5, 2, 4]
+    forward = model.generate(QUESTIONS, batch_size=2, max_new_tokens=12)
+    shuffled = model.generate([QUESTIONS[i] for i in order], batch_size=2, max_new_tokens=12)
+    assert len({generation.text for generation in forward}) > 3
+    assert [generation.text for generation in shuffled] == [forward[i].text for i in order]
+
+
+def test_rows_of_like_length_share_a_batch():
+    model = ending_model(NoCot())
+    with passes(model) as seen:
+        model.generate(QUESTIONS, batch_size=3, max_new_tokens=1)
+    lengths = sorted(len(row) for row in model.prompts(QUESTIONS))
+    assert [embeds.shape[1] for embeds in seen] == [lengths[2], lengths[5]]
+
+
+def test_progress_is_told_how_many_questions_are_done():
+    told = []
+    ending_model(NoCot()).generate(QUESTIONS, batch_size=4, max_new_tokens=2, progress=told.append)
+    assert told == [4, 2]
+
+
+def test_no_questions_have_no_answers():
+    assert tiny_model(Cot()).generate([]) == []
+
+
+def test_identical_questions_get_identical_answers():
+    first, second = ending_model(Coconut()).generate([QUESTIONS[0]] * 2, max_new_tokens=12)
+    assert comparable(first) == comparable(second)
+
+
+# Length
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 17])
+def test_a_model_that_never_ends_writes_exactly_max_new_tokens(method, n):
+    model = lean_towards_end(sharp_model(method), NEVER_ENDS)
+    before = model.generate(QUESTIONS[:1], max_new_tokens=1)[0].cost.passes - 1
+    with passes(model) as seen:
+        generations = model.generate(QUESTIONS, max_new_tokens=n)
+    assert len(seen) == before + n
+    assert {generation.cost.passes for generation in generations} == {before + n}
+    assert not any(generation.ended for generation in generations)
+
+
+def test_passes_counted_by_a_hook_are_those_charged_when_a_row_ends(method, monkeypatch):
+    monkeypatch.setattr(engine, "CHECK_EVERY", 1)  # otherwise an ended row rides along for a while, uncharged
+    model = ending_model(method)
+    for question in QUESTIONS:
+        with passes(model) as seen:
+            (generation,) = model.generate([question], max_new_tokens=20)
+        assert generation.cost.passes == len(seen)
+        assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen)
+
+
+def test_a_question_longer_than_the_context_is_refused_by_name():
+    model = tiny_model(Pause(), max_position_embeddings=16)
+    with pytest.raises(InputError, match=r"1 ; \+ 1 ; \+ 2.*at most 16.*shorten"):
+        model.generate(["2", QUESTIONS[3]])
+
+
+def test_writing_stops_where_the_context_ends():
+    model = lean_towards_end(sharp_model(Cot(), max_position_embeddings=20), NEVER_ENDS)
+    (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=64)
+    n_question = len(model.prompts(QUESTIONS[:1])[0])
+    assert n_question + generation.cost.passes in (20, 21)  # the last token written is not read
+    assert not generation.ended
+
+
+def test_near_the_end_of_the_context_a_row_writes_as_much_as_it_would_alone():
+    model = lean_towards_end(sharp_model(Cot(), max_position_embeddings=20), NEVER_ENDS)
+    questions = [QUESTIONS[1], QUESTIONS[0]]  # short and long
+    alone = [comparable(model.generate([question], max_new_tokens=12)[0]) for question in questions]
+    together = [comparable(generation) for generation in model.generate(questions, max_new_tokens=12)]
+    assert together == alone
+
+
+# Choosing tokens
+
+
+def test_greedy_writes_the_likeliest_token_and_needs_no_seed():
+    model = ending_model(Cot())
+    texts = [[g.text for g in model.generate(QUESTIONS, max_new_tokens=12, seed=seed)] for seed in (0, 1)]
+    slow = Reference(model)
+    expected = [model.tokenizer.decode(slow.write(q, 12), skip_special_tokens=True) for q in QUESTIONS]
+    assert texts == [expected, expected]
+
+
+def test_sampling_is_reproduced_by_its_seed():
+    model = ending_model(Coconut())
+    texts = [
+        [g.text for g in model.generate(QUESTIONS, max_new_tokens=12, temperature=1.0, seed=seed)] for seed in (5, 5, 6)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_sampling_leaves_the_global_random_state_alone():
+    state = torch.random.get_rng_state()
+    ending_model(NoCot()).generate(QUESTIONS[:2], temperature=1.0, max_new_tokens=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_sampling_follows_the_probabilities_at_the_temperature():
+    model = under(sharp_model(Cot()), NoCot())
+    slow = Reference(model)
+    with torch.no_grad():
+        logits = slow.read(slow.embed(slow.question(QUESTIONS[0])))[1][-1]
+    for temperature in (0.5, 1.5):
+        generations = model.generate([QUESTIONS[0]] * 2000, max_new_tokens=1, temperature=temperature, batch_size=2000)
+        share = sum(generation.ended for generation in generations) / 2000
+        expected = (logits / temperature).softmax(-1)[model.tokenizer.eos_token_id].item()
+        assert share == pytest.approx(expected, abs=0.03)
+
+
+def test_a_very_low_temperature_is_greedy():
+    model = ending_model(Cot())
+    greedy, cold = ([g.text for g in model.generate(QUESTIONS, max_new_tokens=12, temperature=t)] for t in (0.0, 1e-4))
+    assert greedy == cold
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("marked", [Pause(with_markers=False), Coconut(), Slr(max_loops=1)], ids=lambda m: m.name)
+def test_markers_are_never_written(marked, temperature):
+    model = sharp_model(marked)
+    ids = model.tokenizer.convert_tokens_to_ids(list(marked.markers))
+
+    def prefer_markers(module, args, logits):
+        logits = logits.clone()
+        logits[..., ids] += 50.0
+        return logits
+
+    model.backbone.lm.get_output_embeddings().register_forward_hook(prefer_markers)
+    states = torch.randn(64, model.backbone.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    written = engine.choose(model, states, model.suppressed_ids(), temperature, torch.Generator().manual_seed(0))
+    assert not set(written.tolist()) & set(ids)
+
+
+def test_generation_leaves_the_model_in_the_mode_it_was_in():
+    model = ending_model(Cot())
+    for training in (True, False):
+        model.train(training)
+        model.generate(QUESTIONS[:1], max_new_tokens=2)
+        assert model.training is training
+
+
+def test_generation_interrupted_leaves_the_model_in_the_mode_it_was_in():
+    model = ending_model(Cot()).train()
+
+    def interrupt(n):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(QUESTIONS[:1], max_new_tokens=2, progress=interrupt)
+    assert model.training
+
+
+def test_dropout_is_off_while_answering():
+    model = ending_model(Cot()).train()
+    texts = [[g.text for g in model.generate(QUESTIONS, max_new_tokens=12)] for _ in range(2)]
+    assert texts[0] == texts[1] == [g.text for g in model.eval().generate(QUESTIONS, max_new_tokens=12)]
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"max_new_tokens": 0}, {"batch_size": 0}], ids=str)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        tiny_model(Cot()).generate(["2"], **options)
+
+
+# What a generation tells
+
+
+def script(model, *pieces):
+    """Return what chooses the tokens of given pieces of text, one after the other, whatever is asked."""
+    ids = [token for piece in pieces for token in model.tokenizer.encode(piece)] + [model.tokenizer.eos_token_id]
+    written = []
+
+    def dictate(model, states, *_):
+        written.append(ids[len(written)])
+        return torch.full((len(states),), written[-1])
+
+    return dictate
+
+
+@pytest.mark.parametrize(
+    ("pieces", "answer", "n_step_tokens"),
+    [
+        (["### 3"], "3", 0),
+        (["3 + 4 = 2\n", "### 2"], "2", 6),
+        (["3 + 4 = 2\n", "2 * 2 = 4\n", "### 4 ; 1"], "4 ; 1", 12),
+        (["3 + 4 = 2"], None, 6),  # all of it is thought, the end-of-sequence token included
+        (["### 1\n", "### 2"], "2", 0),
+        (["###"], "", 0),
+    ],
+)
+def test_the_answer_follows_the_last_hash_signs_and_thought_comes_before_the_first(
+    pieces, answer, n_step_tokens, monkeypatch
+):
+    model = sharp_model(Coconut())
+    monkeypatch.setattr(engine, "choose", script(model, *pieces))
+    monkeypatch.setattr(engine, "CHECK_EVERY", 1)
+    (generation,) = model.generate(QUESTIONS[:1])
+    assert (generation.text.replace("\n ", "\n"), generation.answer) == ("".join(pieces), answer)
+    assert generation.ended
+    assert generation.cost.thought_tokens == 6 + n_step_tokens
+
+
+def test_thought_tokens_are_latents_and_written_steps(monkeypatch):
+    model = sharp_model(Slr())
+    monkeypatch.setattr(engine, "CHECK_EVERY", 1)
+    for method, latents in ((Cot(), 0), (NoCot(), 0), (Pause(n_pauses=3), 3), (Coconut(), 6), (Slr(n_slots=5), 5),
+                            (Slr(loop_scope="append", max_loops=3), 4)):  # fmt: skip
+        monkeypatch.setattr(engine, "choose", script(model, "### 3"))
+        assert under(model, method).generate(QUESTIONS[:1])[0].cost.thought_tokens == latents
+
+
+def test_seconds_are_split_over_phases_and_shared_over_the_batch(method):
+    model = ending_model(method)
+    costs = [generation.cost for generation in model.generate(QUESTIONS, max_new_tokens=8)]
+    for cost in costs:
+        assert set(cost.seconds) == {"prefill", "thought", "answer"}
+        assert all(seconds >= 0 for seconds in cost.seconds.values())
+        assert cost.seconds["prefill"] > 0
+    assert len({cost.seconds["prefill"] for cost in costs}) == 1
+
+
+def test_flops_count_weights_attention_and_head():
+    model = lean_towards_end(sharp_model(NoCot()), NEVER_ENDS)
+    (cost,) = (generation.cost for generation in model.generate(QUESTIONS[:1], max_new_tokens=3))
+    n, d, vocab = len(model.prompts(QUESTIONS[:1])[0]), 32, len(model.tokenizer)
+    keys = n * (n + 1) // 2 + (n + 1) + (n + 2)
+    weights = sum(p.numel() for p in model.backbone.lm.transformer.h.parameters())
+    assert cost.flops == 2 * weights * (n + 2) + 4 * 3 * d * keys + 2 * d * vocab * 3
+
+
+def test_the_trace_has_one_iteration_for_each_loop_with_read_outs_of_its_own_row():
+    model = ending_model(Slr(n_slots=4, max_loops=3))
+    together = model.generate(QUESTIONS, max_new_tokens=2, trace=True)
+    for question, generation in zip(QUESTIONS, together):
+        (alone,) = model.generate([question], max_new_tokens=2, trace=True)
+        assert [entry.loop for entry in generation.trace.iterations] == [1, 2, 3]
+        for entry, single in zip(generation.trace.iterations, alone.trace.iterations):
+            assert entry.top_ids.shape == (1, 4, 5)
+            assert torch.equal(entry.top_ids, single.top_ids)
+            assert torch.allclose(entry.top_probs, single.top_probs, atol=1e-5)
+            assert torch.allclose(entry.delta, single.delta, atol=1e-5)
+    assert model.generate(QUESTIONS[:1], max_new_tokens=2)[0].trace is None
+
+
+def test_the_trace_of_a_method_without_a_loop_is_empty():
+    (generation,) = ending_model(Pause()).generate(QUESTIONS[:1], max_new_tokens=2, trace=True)
+    assert generation.trace.iterations == []
+
+
+def test_tracing_changes_no_text_and_no_cost(method):
+    model = ending_model(method)
+    plain, traced = (model.generate(QUESTIONS, max_new_tokens=12, trace=trace) for trace in (False, True))
+    assert [comparable(generation) for generation in plain] == [comparable(generation) for generation in traced]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 4])
+def test_a_stage_of_the_curriculum_may_be_asked(stage):
+    model = ending_model(Coconut())
+    slow = Reference(model)
+    texts = [generation.text for generation in model.generate(QUESTIONS, max_new_tokens=12, stage=stage)]
+    expected = [model.tokenizer.decode(slow.write(q, 12, stage), skip_special_tokens=True) for q in QUESTIONS]
+    assert texts == expected
+
+
+def test_no_gradient_is_kept():
+    model = ending_model(Slr())
+    (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=2, trace=True)
+    assert not generation.trace.iterations[0].delta.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_examples_and_questions_are_laid_out_alike(method):
+    """What training reads before the first written token is what answering reads."""
+    model = tiny_model(method)
+    for example, row, prompt in zip(MIXED, model.rows(MIXED), model.prompts(QUESTIONS)):
+        assert row.ids()[: len(prompt)] == prompt.ids(), example
+        assert row.n_loops == prompt.n_loops

@@ -1,0 +1,310 @@
+"""The inner loop on functions whose result is known by hand."""
+
+import math
+
+import pytest
+import torch
+
+from innerloop.errors import InputError
+from innerloop.loop import InnerLoop, LoopSettings, Trace
+
+WIDTH = 4
+TAU = torch.tensor(0.5)
+
+
+def states(seed: int = 0, n_rows: int = 2, n_positions: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(n_rows, n_positions, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def inner_loop(max_loops: int = 4, tau: torch.Tensor = TAU, **settings) -> InnerLoop:
+    return InnerLoop(LoopSettings(**settings), WIDTH, max_loops, tau)
+
+
+def linear(eigenvalues: list[float], seed: int = 0):
+    """Return f(h) = J h + b with these eigenvalues of J, and J and b."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) + 2 * torch.eye(WIDTH)
+    J = basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.inverse()
+    b = torch.randn(WIDTH, generator=generator, dtype=torch.float64)
+    return (lambda h, loop: h @ J.T + b), J, b
+
+
+def run(f, state, n_loops: int, **settings):
+    return inner_loop(**settings)(f, state, n_loops)
+
+
+# Iterating
+
+
+def test_a_loop_without_settings_composes_the_function():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    h = states()
+    result = run(f, h, 3)
+    assert torch.equal(result.state, f(f(f(h, 1), 2), 3))
+    assert [torch.equal(u, v) for u, v in zip(result.outputs, (f(h, 1), f(f(h, 1), 2), result.state))] == [True] * 3
+
+
+def test_no_iterations_leave_the_state_as_it_is():
+    h = states()
+    result = run(lambda *_: pytest.fail("f was called"), h, 0, time="lookup", residual="A", rescale="rms")
+    assert result.state is h
+    assert result.outputs == []
+
+
+def test_the_function_is_told_which_iteration_it_is():
+    seen = []
+
+    def f(x, loop):
+        seen.append(loop)
+        return x
+
+    run(f, states(), 3)
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_alpha_zero_keeps_the_first_state(kind):
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    h = states()
+    assert torch.equal(run(f, h, 5, residual=kind, alpha=0.0, rescale="rms").state, h)
+
+
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_alpha_one_is_no_residual(kind):
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    assert torch.equal(run(f, states(), 4, residual=kind, alpha=1.0).state, run(f, states(), 4).state)
+
+
+def test_a_equals_b_after_one_iteration_and_not_after_two():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    after = {(kind, n): run(f, states(), n, residual=kind).state for kind in "AB" for n in (1, 2)}
+    assert torch.equal(after["A", 1], after["B", 1])
+    assert not torch.allclose(after["A", 2], after["B", 2], atol=1e-3)
+
+
+def test_a_zero_time_embedding_is_none():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    settings = {"residual": "A", "rescale": "rms"}
+    assert torch.equal(run(f, states(), 4, time="lookup", **settings).state, run(f, states(), 4, **settings).state)
+
+
+def test_the_time_embedding_enters_the_input_but_not_the_residual():
+    loop = inner_loop(2, residual="B", alpha=0.5, time="lookup").double()
+    with torch.no_grad():
+        loop.time.table.copy_(torch.tensor([[1.0], [10.0]]).expand(2, WIDTH))
+    inputs = []
+
+    def zero(x, _):
+        inputs.append(x)
+        return torch.zeros_like(x)
+
+    h = states()
+    result = loop(zero, h, 3)
+    for x, expected in zip(inputs, (h + 1, h / 2 + 10, h / 4 + 10)):  # past the table: its last row
+        torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(result.state, h / 8)
+
+
+def test_states_are_rescaled_before_the_residual_and_outputs_are_not():
+    result = run(lambda x, _: 7 * x, states(), 1, rescale="rms", residual="sum")
+    rms = (result.state - states()).pow(2).mean(-1).sqrt()
+    torch.testing.assert_close(rms, torch.full_like(rms, 0.5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.outputs[0], 7 * states())
+
+
+# Fixed points of the linear toy (slr.md, section 9)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7])
+def test_residual_a_converges_to_its_shifted_fixed_point(alpha):
+    f, J, b = linear([0.9, -0.8, 0.5, -1.2])
+    h = states(n_positions=1)
+    expected = torch.linalg.solve(torch.eye(WIDTH) - alpha * J, (alpha * b + (1 - alpha) * h).transpose(1, 2))
+    result = run(f, h, 300, residual="A", alpha=alpha)
+    torch.testing.assert_close(result.state, expected.transpose(1, 2), atol=1e-9, rtol=1e-9)
+
+
+def test_residual_b_keeps_the_functions_own_fixed_point():
+    f, J, b = linear([0.9, -0.8, 0.5, -0.2])
+    expected = torch.linalg.solve(torch.eye(WIDTH, dtype=torch.float64) - J, b)
+    for kind, n_loops in (("B", 600), ("none", 600)):
+        result = run(f, states(), n_loops, residual=kind, alpha=0.5)
+        torch.testing.assert_close(result.state, expected.expand(2, 3, -1), atol=1e-9, rtol=1e-9)
+
+
+def test_an_eigenvalue_of_minus_1_2_diverges_alone_and_converges_with_b():
+    f, J, b = linear([-1.2, 0.5, 0.2, 0.1])
+    fixed = torch.linalg.solve(torch.eye(WIDTH, dtype=torch.float64) - J, b)
+
+    def distance(n_loops: int, **settings) -> float:
+        return (run(f, states(), n_loops, **settings).state - fixed).norm().item()
+
+    assert distance(60) > 1000 * distance(1)
+    assert distance(60, residual="B", alpha=1.0) == distance(60)
+    assert distance(60, residual="B", alpha=0.5) < 1e-5  # every eigenvalue is at most |(1 + 0.5) / 2|
+
+
+def test_residual_b_does_not_cure_an_eigenvalue_above_one():
+    f, _, _ = linear([1.2, 0.5, 0.2, 0.1])
+    assert run(f, states(), 100, residual="B", alpha=0.5).state.norm() > 1e3
+
+
+# Rows with their own number of iterations
+
+
+def test_a_row_stands_still_bit_for_bit_after_its_own_number_of_iterations():
+    loop = inner_loop(4, residual="B", rescale="rms")
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    h = states(n_rows=4)
+    result = loop(f, h, 4, loops_B=torch.tensor([0, 1, 3, 4]))
+    for row, n_loops in enumerate([0, 1, 3, 4]):
+        assert torch.equal(result.state[row], loop(f, h, n_loops).state[row])
+    assert torch.equal(result.state[0], h[0])
+    assert len(result.outputs) == 4
+
+
+def test_a_row_that_stands_still_is_not_poisoned_by_what_the_function_makes_of_it():
+    h = torch.ones(2, 1, WIDTH, requires_grad=True)
+
+    def f(x, loop):
+        return x * torch.tensor([2.0, 1.0 if loop == 1 else math.inf])[:, None, None]
+
+    result = inner_loop()(f, h, 3, loops_B=torch.tensor([3, 1]))
+    assert result.state[1].tolist() == [[1.0] * WIDTH]
+    assert torch.isfinite(result.state).all()
+
+
+def test_a_row_that_stands_still_has_a_change_of_zero_in_the_trace():
+    trace = Trace()
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    inner_loop()(f, states(), 3, loops_B=torch.tensor([1, 3]), trace=trace)
+    assert [entry.delta[0].item() == 0.0 for entry in trace.iterations] == [False, True, True]
+    assert all(entry.delta[1] > 0 for entry in trace.iterations)
+    assert trace.iterations[2].cosine[0].item() == pytest.approx(1.0, abs=1e-6)
+
+
+# The trace
+
+
+def test_the_trace_holds_the_statistics_of_every_iteration():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    loop, trace, h = inner_loop(residual="A", rescale="rms"), Trace(), states()
+    loop(f, h, 3, trace=trace)
+    assert [entry.loop for entry in trace.iterations] == [1, 2, 3]
+    for t, entry in enumerate(trace.iterations, start=1):
+        new, old = (loop(f, h, n).state.flatten(1) for n in (t, t - 1))
+        delta = (new - old).norm(dim=1) / new.norm(dim=1)
+        cosine = (new * old).sum(1) / (new.norm(dim=1) * old.norm(dim=1))
+        for ours, expected in ((entry.delta, delta), (entry.cosine, cosine), (entry.rms, new.pow(2).mean(1).sqrt())):
+            assert ours.shape == (2,) and ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+        assert entry.top_ids is None and entry.top_probs is None
+
+
+def test_statistics_of_half_precision_states_are_in_fp32():
+    trace = Trace()
+    large = torch.full((1, 2, WIDTH), 3e4, dtype=torch.float16)
+    trace.record(1, large, large, -large)
+    entry = trace.iterations[0]
+    assert entry.delta.item() == pytest.approx(2.0, rel=1e-5)
+    assert entry.cosine.item() == pytest.approx(-1.0, rel=1e-5)
+    assert entry.rms.item() == pytest.approx(3e4, rel=1e-3)
+
+
+def test_read_outs_are_the_likeliest_tokens_of_the_outputs():
+    head = torch.randn(WIDTH, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    trace = Trace(read_out=lambda u: u @ head, top_k=3)
+    result = inner_loop(rescale="rms", residual="A")(f, states(), 2, trace=trace)
+    for entry, output in zip(trace.iterations, result.outputs):
+        probabilities = (output @ head).softmax(-1)
+        assert entry.top_ids.shape == entry.top_probs.shape == (2, 3, 3)
+        assert torch.equal(entry.top_ids, probabilities.argsort(-1, descending=True)[..., :3])
+        torch.testing.assert_close(entry.top_probs.double(), probabilities.gather(-1, entry.top_ids), atol=1e-6, rtol=0)
+
+
+def test_a_row_of_a_trace_is_the_trace_of_that_row():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    whole, single = Trace(lambda u: u, 2), Trace(lambda u: u, 2)
+    inner_loop()(f, states(), 2, trace=whole)
+    inner_loop()(f, states()[1:], 2, trace=single)
+    part = whole.row(1)
+    assert len(part.iterations) == 2
+    for ours, alone in zip(part.iterations, single.iterations):
+        for name, value in vars(alone).items():
+            assert name == "loop" or torch.equal(getattr(ours, name), value), name
+        assert ours.loop == alone.loop
+
+
+def test_recording_changes_nothing_and_keeps_no_graph():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    trace, h = Trace(lambda u: u, 2), states().requires_grad_()
+    with_trace = inner_loop(residual="B")(f, h, 3, trace=trace).state
+    assert torch.equal(with_trace, inner_loop(residual="B")(f, h, 3).state)
+    assert not any(entry.delta.requires_grad or entry.top_probs.requires_grad for entry in trace.iterations)
+
+
+# Gradients
+
+
+def gradient_of_scale(detach: bool, **settings) -> float:
+    """Return d(sum z_3)/ds for f(x) = s x from z_0 = 1, one number wide."""
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loop = InnerLoop(LoopSettings(detach=detach, **settings), 1, 3, TAU)
+    loop(lambda x, _: scale * x, torch.ones(1, 1, 1, dtype=torch.float64), 3).state.sum().backward()
+    return scale.grad.item()
+
+
+def test_the_gradient_flows_through_all_iterations():
+    assert gradient_of_scale(detach=False) == 3 * 2.0**2  # d s^3
+
+
+def test_detach_cuts_the_gradient_between_iterations():
+    assert gradient_of_scale(detach=True) == 2.0**2  # only the last factor s
+
+
+def test_detach_keeps_the_gradient_of_the_residual():
+    # z_3 = z_2/2 + s z_2/2 with z_t = z_{t-1} (1 + s)/2: the inputs of f are cut, the mixing is not
+    z = [1.0, 1.5, 2.25]
+    assert gradient_of_scale(detach=True, residual="B", alpha=0.5) == pytest.approx(
+        0.5 * z[2] + 0.5 * (0.5 * z[1]) + 0.5**2 * (0.5 * z[0])
+    )
+
+
+def test_detach_changes_no_value():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    assert torch.equal(run(f, states(), 3, detach=True).state, run(f, states(), 3).state)
+
+
+def test_the_gradient_equals_finite_differences():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    loop = inner_loop(residual="A").double()
+    assert torch.autograd.gradcheck(lambda h: loop(f, h, 3).state, states(n_rows=1, n_positions=2).requires_grad_())
+
+
+# Settings
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_alpha_must_be_a_share(alpha):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        LoopSettings(alpha=alpha)
+
+
+@pytest.mark.parametrize(("field", "value"), [("residual", "a"), ("rescale", "RMS"), ("time", "sinusoid")])
+def test_a_setting_outside_its_choices_is_refused(field, value):
+    with pytest.raises(InputError, match=field):
+        LoopSettings(**{field: value})
+
+
+def test_a_loop_holds_a_time_table_only_if_it_is_to_have_one():
+    assert dict(inner_loop().named_parameters()) == {}
+    assert inner_loop(4, time="lookup").time.table.shape == (4, WIDTH)
+    assert inner_loop(0, time="lookup").time is None
+
+
+def test_tau_is_kept_as_a_copy_and_saved():
+    tau = torch.tensor(0.5)
+    loop = inner_loop(tau=tau)
+    tau.fill_(9.0)
+    assert loop.state_dict()["tau"].item() == 0.5
