@@ -586,3 +586,27 @@ def test_from_scratch_says_what_cannot_be(settings, expected):
     with pytest.raises(InputError) as caught:
         from_scratch({**settings, **small}, chain_tokenizer(), Cot())
     assert expected in str(caught.value)
+
+
+def test_saving_into_a_folder_of_something_else_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    model = tiny_model(Slr(n_slots=2, max_loops=2))
+    model.save_pretrained(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+    monkeypatch.chdir(tmp_path / "thesis")
+    model.save_pretrained(".")
+    assert LatentModel.from_pretrained(tmp_path / "thesis").method == model.method
+
+
+def test_another_setting_of_the_same_method_keeps_the_trained_parts_that_fit(tmp_path: Path):
+    model = tiny_model(Slr(n_slots=2, max_loops=3))
+    model.loop.time.table.data.normal_()
+    model.loop.tau.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    longer = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=5, step_weight=0.5))
+    assert torch.equal(longer.loop.time.table[:3], model.loop.time.table)
+    assert not longer.loop.time.table[3:].any()
+    assert longer.loop.tau == 0.5
+    shorter = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=1))
+    assert torch.equal(shorter.loop.time.table, model.loop.time.table[:1])

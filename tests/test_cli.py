@@ -202,3 +202,85 @@ def test_the_demo_trains_compares_and_reports(tmp_path: Path, capsys, monkeypatc
     assert "report.html" in out and "innerloop ask" in out
     code, _, err = innerloop(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 2 and "holds a demo already" in err
+
+
+def test_resuming_with_another_recipe_is_refused_and_the_record_stays(run: Path, capsys):
+    before = (run / "config.yaml").read_text()
+    code, _, err = innerloop(capsys, "train", run.parent / "recipe.yaml", "--resume", "--method.n_slots", 3)
+    assert code == 2 and "begun with another recipe (stage 2: method)" in err
+    assert innerloop(capsys, "train", run.parent / "recipe.yaml", "--resume", "--train.max_steps", 2)[0] == 0
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_is_no_success(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("innerloop.progress.StopOnInterrupt.on_step_end", stop_now)
+    recipe = {**RECIPE, "train": {**RECIPE["train"], "max_steps": 9}, "out": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = innerloop(capsys, "train", tmp_path / "recipe.yaml", "--out", tmp_path / "other")
+    assert code == 2 and f"--out {tmp_path / 'other'} --resume" in err
+    monkeypatch.undo()
+    assert innerloop(capsys, "train", tmp_path / "recipe.yaml", "--out", tmp_path / "other", "--resume")[0] == 0
+    assert (tmp_path / "other" / "finished").exists()
+
+
+def stop_now(self, args, state, control, **_):
+    control.should_save = control.should_training_stop = True
+
+
+def test_a_recipe_that_cannot_start_leaves_no_folder(tmp_path: Path, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "out": str(tmp_path / "run")}))
+    assert innerloop(capsys, "train", tmp_path / "recipe.yaml", "--train.max_length", 3)[0] == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_curriculum_cut_short_is_told_and_can_be_evaluated_where_it_ended(tmp_path: Path, capsys):
+    method = {"name": "coconut", "max_stage": 2, "stage_unit": "step", "stage_length": 9}
+    recipe = {name: value for name, value in RECIPE.items() if name != "stages"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "method": method, "out": str(tmp_path / "run")}))
+    _, out, _ = innerloop(capsys, "train", tmp_path / "r.yaml")
+    assert "training ended in stage 0 of 3" in out
+    _, out, _ = innerloop(capsys, "eval", tmp_path / "run", "--max_new_tokens", 4)
+    assert "trained up to stage 0 of 3 only" in out
+    code, out, _ = innerloop(capsys, "eval", tmp_path / "run", "--max_new_tokens", 4, "--stage", 0)
+    assert code == 0 and "trained up to" not in out
+
+
+def test_another_methods_result_does_not_replace_the_runs_own(run: Path, capsys):
+    code, _, err = innerloop(capsys, "eval", run, "--method", "no_cot")
+    assert code == 2 and "give --out DIR" in err
+
+
+def test_your_own_examples_are_a_task(tmp_path: Path, capsys):
+    write_examples(chain_examples(8, 3), tmp_path / "train.jsonl")
+    recipe = {**RECIPE, "task": {"name": "plain", "train": str(tmp_path / "train.jsonl")}, "out": str(tmp_path / "run")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert innerloop(capsys, "train", tmp_path / "r.yaml")[0] == 0
+    assert (
+        innerloop(capsys, "eval", tmp_path / "run", "--data", tmp_path / "train.jsonl", "--max_new_tokens", 2)[0] == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("--train.batch_size", "0"), "train.batch_size is 0, but must be at least 1"),
+        (("--train.max_steps", "2.7"), "must be a whole number"),
+        (("--train.max_steps", "[1]"), "must be a number"),
+        (("--train.max_steps", "["), "is not valid YAML"),
+        (("--train.loss_norm", "micor"), "choose global or micro"),
+        (("--train.per_device_train_batch_size", "4"), "called train.batch_size here"),
+        (("--train.seed", "-1"), "innerloop: "),
+        (("--backbone.scratch.hidden_size", "0"), "innerloop: "),
+        (("--out", "[1]"), "must be a folder's name"),
+    ],
+)
+def test_wrong_values_end_with_one_sentence(tmp_path: Path, capsys, override: tuple[str, str], message: str):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, "out": str(tmp_path / "run")}))
+    code, _, err = innerloop(capsys, "train", tmp_path / "r.yaml", *override)
+    assert code != 0 and message in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_bare_no_is_a_strategy(tmp_path: Path, capsys):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, "out": str(tmp_path / "run")}))
+    assert innerloop(capsys, "train", tmp_path / "r.yaml", "--train.save_strategy", "no")[0] == 0

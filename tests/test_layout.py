@@ -323,3 +323,9 @@ def test_every_real_position_is_read_once_and_in_order(method, monkeypatch):
     monkeypatch.setattr(Backbone, "forward", spy)
     model(model.batch(rows))
     assert read == [list(range(len(row))) for row in rows]
+
+
+def test_markers_written_in_a_question_are_text():
+    model = tiny_model(Coconut(max_stage=1, latents_per_step=2))
+    (row,) = model.prompts(["1 <lat> <bot> ; + 2"])
+    assert row.ids().count(model.tokenizer.convert_tokens_to_ids("<lat>")) == 2

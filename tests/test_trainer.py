@@ -63,7 +63,8 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path, 
     make_trainer(tmp_path / "cut", resumed).train(resume_from_checkpoint=True)
 
     assert len(logged(tmp_path / "whole")) == 8
-    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    for term in ("loss", "loss_answer", "loss_step"):
+        assert logged(tmp_path / "cut", term) == logged(tmp_path / "whole", term)
     assert torch.equal(weights(resumed), weights(whole))
 
 
@@ -137,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
                 next(model.parameters()).data.fill_(float("nan"))
 
     trainer = make_trainer(tmp_path, model, callbacks=[Poison()], save_strategy="steps", save_steps=1)
-    with pytest.raises(DivergedError, match=r"not a finite number; the last good checkpoint is .*checkpoint-[23];"):
+    with pytest.raises(DivergedError, match=r"not a finite number; the last good checkpoint is .*checkpoint-2;"):
         trainer.train()
     saved = LatentModel.from_pretrained(tmp_path / "checkpoint-2")
     assert torch.isfinite(weights(saved)).all()

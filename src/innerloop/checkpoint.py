@@ -105,13 +105,21 @@ def add_lora(model: LatentModel, settings: Mapping[str, Any]) -> None:
 
 
 def save(model: LatentModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
-    """Write a complete folder aside, then put it in place of what was there; ``record`` goes into innerloop.json."""
-    path = Path(path)
+    """Write a complete folder aside, then put it in place of the model that was there.
+
+    Other files in a folder that is no saved model of ours stay. ``record`` goes into innerloop.json.
+    """
+    path = Path(path).resolve()
     aside, replaced = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         write(model, aside, record)
         shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists() and not (path / SETTINGS).exists() and any(path.iterdir()):
+            for file in aside.iterdir():
+                file.replace(path / file.name)
+            aside.rmdir()
+            return
         if path.exists():
             path.rename(replaced)
         aside.rename(path)
@@ -175,8 +183,12 @@ def merged_state(lm: torch.nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_parts(model: LatentModel, folder: Path) -> None:
-    """Load the method's parts, and LoRA weights where the model has LoRA, from a checkpoint folder."""
+def load_parts(model: LatentModel, folder: Path, strict: bool = True) -> None:
+    """Load the method's parts, and LoRA weights where the model has LoRA, from a checkpoint folder.
+
+    With ``strict`` off, for another setting of the same method, what fits is taken: of a table indexed by iteration or
+    slot, the rows that both have.
+    """
     try:
         stored = load_file(folder / PARTS)
     except (OSError, SafetensorError) as error:
@@ -185,6 +197,8 @@ def load_parts(model: LatentModel, folder: Path) -> None:
         weights = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.")}
         model.backbone.lm.load_state_dict(weights, strict=False)
     own = {name.removeprefix("loop."): tensor for name, tensor in stored.items() if name.startswith("loop.")}
+    if not strict:
+        own = {name: _fitted(tensor, own.get(name)) for name, tensor in model.loop.state_dict().items()}
     try:
         model.loop.load_state_dict(own)
     except RuntimeError as error:  # missing, unexpected or of another shape
@@ -192,6 +206,16 @@ def load_parts(model: LatentModel, folder: Path) -> None:
         raise InputError(
             f"{folder / PARTS} does not fit the method '{model.method.name}' with these settings: {reason}"
         ) from None
+
+
+def _fitted(own: Tensor, stored: Tensor | None) -> Tensor:
+    """Return ``own`` with as much of ``stored`` as has its place there."""
+    if stored is None or stored.shape[1:] != own.shape[1:]:
+        return own
+    if own.ndim == 0:
+        return stored
+    n = min(len(own), len(stored))
+    return torch.cat([stored[:n].to(own), own[n:]])
 
 
 def load(
@@ -248,8 +272,8 @@ def load(
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
     add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = LatentModel(backbone, tokenizer, chosen)
-    if chosen == stored:
-        load_parts(model, folder)
+    if stored is not None:
+        load_parts(model, folder, strict=chosen == stored)
     if lora is not None:
         add_lora(model, lora)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -369,6 +393,23 @@ def _first_line(error: Exception) -> str:
 def is_run(path: str | Path) -> bool:
     """Tell whether a folder was saved by innerloop, itself or as a run."""
     return (Path(resolve(path)) / SETTINGS).exists()
+
+
+def recorded(path: str | Path, name: str, default: Any = None) -> Any:
+    """Return what a run's innerloop.json says of its training, such as ``seed`` and ``stage``."""
+    folder = Path(resolve(path))
+    return read_settings(folder).get(name, default) if (folder / SETTINGS).exists() else default
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that a full disk leaves the old one as it was."""
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"could not write {path}: {error}; what was there before is untouched") from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +25,8 @@ from innerloop.measure import evaluate, result_of
 from innerloop.methods import METHODS, Cot, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
-from innerloop.recipe import field_parser, load_recipe, named, parse_overrides, parse_recipe, read_recipe, typed
-from innerloop.run import CONFIG, run_recipe
+from innerloop.recipe import field_parser, load_recipe, named, parse_overrides, parse_value, read_recipe, typed
+from innerloop.run import CONFIG, FINISHED, run_recipe
 from innerloop.show import print_rows, trace_view
 from innerloop.tasks import TASKS, Task, task_named
 from innerloop.tokenizer import train_tokenizer
@@ -85,7 +84,10 @@ def data_show(
         stage: the curriculum's stage; by default the last.
         n: how many examples.
     """
-    chosen = named(yaml.safe_load(method), "method", method_named)
+    chosen = named(parse_value(method, "--method"), "method", method_named)
+    last = chosen.curriculum.last_stage
+    if n < 1 or (stage is not None and not 0 <= stage <= last):
+        raise InputError(f"show at least one example, of a stage from 0 to {last}")
     examples = read_examples(file, limit=None if tokenizer is None else n)
     words = train_tokenizer(examples) if tokenizer is None else checkpoint.load_tokenizer(tokenizer)
     words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)
@@ -102,8 +104,8 @@ def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> N
     """
     loaded = load_recipe(recipe, overrides)
     folder = run_recipe(loaded, resume, lambda stage, title: [LiveProgress(title, console)])
-    if not (folder / checkpoint.RUN_CHECKPOINT).exists():
-        raise InputError(f"interrupted; go on with: innerloop train {recipe} --resume")
+    if not (folder / FINISHED).exists():
+        raise InputError(f"interrupted; go on with: {' '.join(['innerloop train', recipe, *overrides, '--resume'])}")
     console.print(f"the trained model is in {folder}; next: innerloop eval {folder}")
 
 
@@ -117,6 +119,7 @@ def eval_(
     method: str | None = None,
     batch_size: int = 64,
     max_new_tokens: int | None = None,
+    stage: int | None = None,
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -130,21 +133,32 @@ def eval_(
         method: reason by another method than the run was trained with.
         batch_size: rows per batch.
         max_new_tokens: the most tokens to write per example; by default as the task says.
+        stage: answer in the layout of this stage of the method's curriculum; by default the last.
     """
+    if method is not None and out is None and checkpoint.is_run(run):
+        raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
+    checkpoint.resolve(run)
+    folder = Path(out or run)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(folder / "predictions.jsonl.partial", "")  # a folder that cannot be written is found now
+    (folder / "predictions.jsonl.partial").unlink()
     chosen = _task(run, task, data, split)
     examples = chosen.examples(split, limit)
     model = LatentModel.from_pretrained(run, _method(method))
+    last = model.method.curriculum.last_stage
+    if stage is not None and not 0 <= stage <= last:
+        raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
+    if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
+        console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
     with bar(console) as progress:
         row = progress.add_task(f"eval {chosen.name}", total=len(examples), note="")
         predictions = evaluate(
-            model, chosen, examples, max_new_tokens, batch_size, progress=lambda n: progress.advance(row, n)
+            model, chosen, examples, max_new_tokens, batch_size, stage, progress=lambda n: progress.advance(row, n)
         )
-    result = result_of(model, chosen, split, predictions, _seed(run), run)
-    folder = Path(out or run)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = result_of(model, chosen, split, predictions, checkpoint.recorded(run, "seed"), run)
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
-    (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    checkpoint.write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    checkpoint.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
     low, high = result["ci95"]
     cost = result["cost"]
     console.print(
@@ -167,6 +181,8 @@ def ask(
         max_new_tokens: the most tokens to write.
         temperature: 0 writes the likeliest tokens.
     """
+    if not question.strip():
+        raise InputError("the question is empty")
     chosen = _method(method)
     if chosen is None and not checkpoint.is_run(run):
         chosen = Cot()
@@ -187,11 +203,13 @@ def _task(run: str, task: str | None, data: str | None, split: str) -> Task:
     """Return the task asked for, or the one a run was trained on, with ``data`` as the source of the split."""
     checkpoint.resolve(run)
     if task is not None:
-        section = yaml.safe_load(task)
+        section = parse_value(task, "--task")
     elif (Path(run) / CONFIG).exists():
         section = read_recipe(Path(run) / CONFIG)["task"]
     else:
         raise InputError(f"{run} is no folder with a {CONFIG}, so say what to answer: --task NAME")
+    if not isinstance(section, str | dict):
+        raise InputError(f"--task {task}: write a task's name, or {{name: ..., field: value}}")
     section = {"name": section} if isinstance(section, str) else dict(section)
     if data is not None:
         if split not in getattr(task_named(section.get("name", "")), "__dataclass_fields__", {}):
@@ -202,12 +220,7 @@ def _task(run: str, task: str | None, data: str | None, split: str) -> Task:
 
 def _method(text: str | None) -> Method | None:
     """Return the method written as a name or as {name: ..., field: value}."""
-    return None if text is None else named(yaml.safe_load(text), "method", method_named)
-
-
-def _seed(run: str) -> int | None:
-    path = Path(run) / CONFIG
-    return parse_recipe(read_recipe(path)).train.get("seed", 0) if path.exists() else None
+    return None if text is None else named(parse_value(text, "--method"), "method", method_named)
 
 
 VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
@@ -269,10 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("innerloop: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:
+    except Exception as error:  # a defect, or something a library refuses in its own words
         if debug:
             traceback.print_exc()
-        print(f"innerloop: {error}", file=sys.stderr)
+        reason = " ".join(str(error).split())[:300]
+        print(f"innerloop: {type(error).__name__}: {reason} (--debug shows where it arose)", file=sys.stderr)
         return 1
     return 0
 

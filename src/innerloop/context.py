@@ -1,8 +1,8 @@
 """`Context`: what a batch of rows has read so far - the `C` of the method cards - and how it reads more.
 
 Every pass of every method goes through `Context.read`, which keeps masks and position ids explicit, counts the cost and
-checkpoints the pass if asked. Reading *ahead* (`peek`) leaves the context as it was: so a block of latents can be
-refined over and over on one cached prefix.
+checkpoints the pass if asked. A fork reads ahead and leaves the context as it was: so a block of latents is refined
+over and over on one cached prefix.
 
 Shapes: `B` rows, `L` new positions, `P` earlier columns, `D` width.
 """

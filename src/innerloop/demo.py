@@ -149,17 +149,24 @@ def _train_all(console: Console, warm: Recipe, recipes: list[Recipe], workers: i
 
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-            try:
-                pool.submit(_train_one, warm, names[0], messages).result()
-                jobs = [pool.submit(_train_one, r, n, messages) for r, n in zip(recipes, names[1:])]
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True, wait=False)
-                raise
-        messages.put(None)
-        listener.join()
+        try:
+            _run_pool(context, warm, recipes, names, messages, workers)
+        finally:
+            messages.put(None)
+            listener.join()
+
+
+def _run_pool(context: Any, warm: Recipe, recipes: list[Recipe], names: list[str], messages: Any, workers: int) -> None:
+    """Train the warm-up, then the methods."""
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        try:
+            pool.submit(_train_one, warm, names[0], messages).result()
+            jobs = [pool.submit(_train_one, r, n, messages) for r, n in zip(recipes, names[1:])]
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
 
 
 def _one_thread() -> None:
@@ -170,7 +177,7 @@ def _one_thread() -> None:
 
 
 def _train_one(recipe: Recipe, name: str, messages: Any) -> None:
-    run_recipe(recipe, callbacks=lambda stage, title: [_Report(name, messages)])
+    run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(name, messages)])
 
 
 class _Report(TrainerCallback):

@@ -76,7 +76,7 @@ def generate(
         raise InputError("generation needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
     rows = model.prompts(questions, stage)
     for question, row in zip(questions, rows):
-        _check_length(model, question, row)
+        check_length(model, question, row)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     was_training = model.training
@@ -97,7 +97,8 @@ def generate(
     return [generation for generation in results if generation is not None]
 
 
-def _check_length(model: LatentModel, question: str, row: Row) -> None:
+def check_length(model: LatentModel, question: str, row: Row) -> None:
+    """Refuse a question that leaves no room for an answer."""
     room = model.backbone.context_length
     if room is not None and len(row) >= room:
         raise InputError(

@@ -123,7 +123,9 @@ class Speller:
     def _ids(self, text: str, special: bool) -> tuple[int, ...]:
         key = (text, special)
         if key not in self._memory:
-            self._memory[key] = tuple(self.tokenizer.encode(text, add_special_tokens=special))
+            self._memory[key] = tuple(
+                self.tokenizer.encode(text, add_special_tokens=special, split_special_tokens=True)
+            )
         return self._memory[key]
 
 

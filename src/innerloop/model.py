@@ -121,9 +121,12 @@ class LatentModel(nn.Module):
 
     @torch.no_grad()
     def answer_logits(self, examples: Sequence[Example], stage: int | None = None) -> list[Tensor]:
-        """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens."""
+        """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens, no dropout."""
+        was_training = self.training
+        self.eval()
         batch = self.batch(self.rows(examples, stage))
         states, _ = self._states(batch)
+        self.train(was_training)
         return list(self.backbone.head(states).split(batch.n_targets))
 
     def _states(self, batch: Batch, trace: Trace | None = None) -> tuple[Tensor, list[Tensor]]:

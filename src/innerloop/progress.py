@@ -56,7 +56,7 @@ class LiveProgress(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar."""
-        self.progress.stop()
+        self.progress.stop()  # also after an error: the cursor comes back
 
 
 class MetricsFile(TrainerCallback):
@@ -69,7 +69,7 @@ class MetricsFile(TrainerCallback):
         path = Path(args.output_dir or ".") / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         old = path.read_text().splitlines() if path.exists() and state.global_step > 0 else []
-        kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def on_log(

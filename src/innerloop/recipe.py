@@ -80,7 +80,11 @@ class Recipe:
             "out": self.out,
         }
         if self.stages:
-            written["stages"] = [{"method": s.as_dict()["method"], "train": s.train} for s in self.stages]
+            written["train"] = {}
+            written["stages"] = [
+                {name: value for name, value in stage.as_dict().items() if name in ("task", "method", "train")}
+                for stage in self.stages
+            ]
         return written
 
     def save(self, path: Path) -> None:
@@ -102,7 +106,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise InputError(f"there is no recipe {path}{nearest(str(path), known)}")
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no recipe: it must have the sections {', '.join(SECTIONS)}")
@@ -123,8 +127,16 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise InputError(f"--{name} has no value; write --{name} VALUE")
             value = rest.pop(0)
-        pairs.append((name, yaml.safe_load(value)))
+        pairs.append((name, parse_value(value, f"--{name}")))
     return pairs
+
+
+def parse_value(text: str, origin: str) -> Any:
+    """Read a value written on the command line as YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"cannot read the value of {origin}: '{text}' is not valid YAML") from None
 
 
 def _set(raw: dict[str, Any], name: str, value: Any) -> None:
@@ -150,7 +162,11 @@ def _set(raw: dict[str, Any], name: str, value: Any) -> None:
         if not path:
             target[section] = {"name": value} if section in ("task", "method") and isinstance(value, str) else value
             continue
-        place = target.setdefault(section, {})
+        if isinstance(target.get(section), str) and section in ("task", "method"):
+            target[section] = {"name": target[section]}
+        place = target[section] = target.get(section) or {}
+        if not isinstance(place, dict):
+            raise InputError(f"--{name}: '{section}' is not a section")
         for key in path[:-1]:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
@@ -162,11 +178,13 @@ def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
     """Type a recipe: names become classes, fields are checked, stages are completed."""
     for name in raw:
         if name not in SECTIONS:
-            raise InputError(f"a recipe has no section '{name}'{nearest(name, SECTIONS)}")
+            raise InputError(f"a recipe has no section '{name}'{nearest(str(name), SECTIONS)}")
     for name in ("task", "backbone", "out"):
         if name not in raw:
             raise InputError(f"the recipe has no '{name}' section")
     listed = raw.get("stages") or []
+    if not isinstance(listed, list) or not all(isinstance(stage, dict) for stage in listed):
+        raise InputError("stages must be a list, each with a method and train section")
     if "method" not in raw and not listed:
         raise InputError("the recipe has no 'method' section, for example method: {name: cot}")
     stages = tuple(_parse_stage(raw, stage) for stage in listed)
@@ -180,14 +198,22 @@ def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
         if name not in ("task", "method", "train"):
             raise InputError(f"a stage overrides task, method or train, not '{name}'")
     merged = copy.deepcopy({name: value for name, value in raw.items() if name != "stages"})
+    for name in ("task", "method"):
+        if isinstance(merged.get(name), str):
+            merged[name] = {"name": merged[name]}
     for name, value in stage.items():
+        value = {"name": value} if name in ("task", "method") and isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise InputError(f"a stage's '{name}' must list fields, not {value!r}")
         same = name == "train" or value.get("name", merged.get(name, {}).get("name")) == merged.get(name, {}).get(
             "name"
         )
-        merged[name] = {**merged.get(name, {}), **value} if same else value
+        merged[name] = {**(merged.get(name) or {}), **value} if same else value
     if "method" not in merged:
         raise InputError("a stage has no 'method', and the recipe has none to fall back on")
     train = merged.get("train") or {}
+    if not isinstance(merged["out"], str):
+        raise InputError(f"out is {merged['out']!r}, but must be a folder's name")
     if not isinstance(train, dict):
         raise InputError("the train section must list training arguments, for example train: {max_steps: 1000}")
     return Recipe(
@@ -202,7 +228,7 @@ def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
 def named(section: Any, key: str, find: Any) -> Any:
     """Build a task or method from ``{name: ..., field: value}`` or from its bare name."""
     section = {"name": section} if isinstance(section, str) else section
-    if not isinstance(section, dict) or "name" not in section:
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
         raise InputError(f"the {key} section needs a name, for example {key}: {{name: ...}}")
     settings = dict(section)
     return typed(find(settings.pop("name")), settings, key)

@@ -18,18 +18,19 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.methods import Method
 from innerloop.model import LatentModel
-from innerloop.recipe import BackboneChoice, Recipe
+from innerloop.recipe import BackboneChoice, Recipe, load_recipe
 from innerloop.tokenizer import train_tokenizer
 from innerloop.trainer import LatentTrainer, training_arguments
 
 CONFIG = "config.yaml"
 FINISHED = "finished"  # an empty file: this stage need not run again
+MAY_CHANGE = ("max_steps", "num_train_epochs", "logging_", "save_", "eval_", "report_to", "disable_tqdm")
 
 
 def run_recipe(
     recipe: Recipe, resume: bool = False, callbacks: Callable[[Recipe, str], Sequence[Any]] = lambda recipe, title: ()
 ) -> Path:
-    """Train a recipe, all its stages; return its folder.
+    """Train a recipe, all its stages; return its folder. An interrupted run has no file ``finished``.
 
     Args:
         recipe: what to train.
@@ -39,49 +40,77 @@ def run_recipe(
     out = Path(recipe.out)
     if (out / CONFIG).exists() and not resume:
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder with --out")
+    if resume and (out / CONFIG).exists():
+        _check_same(load_recipe(out / CONFIG), recipe)
     stages = recipe.stages or (recipe,)
     folders = [out / "stages" / str(i + 1) for i in range(len(stages) - 1)] + [out]
     for stage in stages:
         training_arguments(out, stage.train)  # wrong arguments are found before anything is trained or written
     data = [_data(stage) for stage in stages]
-    recipe.save(out / CONFIG)
     start: Path | None = None
     for number, (stage, folder, (train, valid)) in enumerate(zip(stages, folders, data), 1):
         title = stage.method.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.method.name}"
         if not (resume and (folder / FINISHED).exists()):
-            finished = train_stage(
-                replace(stage, stages=()), folder, start, train, valid, resume, callbacks(stage, title)
-            )
-            if not finished:
+            trainer = prepare_stage(replace(stage, stages=()), folder, start, train, valid, callbacks(stage, title))
+            recipe.save(out / CONFIG)  # nothing is left behind by a recipe that cannot start
+            if not train_stage(trainer, resume):
                 return out
         start = folder
     return out
 
 
-def train_stage(
+def prepare_stage(
     stage: Recipe,
     folder: Path,
     start: Path | None,
     train: list[Example],
     valid: list[Example] | None,
-    resume: bool,
     callbacks: Sequence[Any],
-) -> bool:
-    """Train one stage from the weights in ``start``; return whether it came to its end."""
+) -> LatentTrainer:
+    """Make the trainer of a stage, which begins with the weights in ``start``."""
     args = training_arguments(folder, stage.train)
     backbone = stage.backbone
     if start is not None:
         backbone = replace(backbone, model=str(start), scratch=None)
     model = build(backbone, stage.method, train, args.seed)
-    trainer = LatentTrainer(model, args, train, valid, stage.task, callbacks=callbacks)
+    return LatentTrainer(model, args, train, valid, stage.task, callbacks=callbacks)
+
+
+def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
+    """Train one stage; return whether it came to its end."""
     if trainer.n_left_out:
-        print(f"left out {trainer.n_left_out} examples longer than train.max_length={args.max_length}")
+        print(f"left out {trainer.n_left_out} examples longer than train.max_length={trainer.args.max_length}")
+    folder = Path(trainer.args.output_dir)
     saved = resume and any(folder.glob("checkpoint-*/trainer_state.json"))
     trainer.train(resume_from_checkpoint=True if saved else None)
     if trainer.interrupted:
         return False
+    if trainer.reached_stage < trainer.curriculum.last_stage:
+        print(
+            f"note: training ended in stage {trainer.reached_stage} of {trainer.curriculum.last_stage}, before all "
+            "steps had left the text; train longer, or shorten stage_length"
+        )
     (folder / FINISHED).touch()
     return True
+
+
+def _check_same(old: Recipe, new: Recipe) -> None:
+    """Refuse to resume with another recipe: only how long to train, and what is logged and saved, may change."""
+
+    def fixed(recipe: Recipe) -> list[tuple[str, Any]]:
+        parts: list[tuple[str, Any]] = []
+        for number, stage in enumerate(recipe.stages or (recipe,), 1):
+            parts += [(f"stage {number}: {name}", getattr(stage, name)) for name in ("task", "backbone", "method")]
+            train = {name: value for name, value in stage.train.items() if not name.startswith(MAY_CHANGE)}
+            parts.append((f"stage {number}: train", train))
+        return parts
+
+    differ = [name for (name, was), (_, now) in zip(fixed(old), fixed(new)) if was != now]
+    if differ or len(fixed(old)) != len(fixed(new)):
+        raise InputError(
+            f"this run was begun with another recipe ({', '.join(differ) or 'other stages'}); resume with the one in "
+            f"{Path(new.out) / CONFIG}, or choose another folder with --out"
+        )
 
 
 def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], seed: int = 0) -> LatentModel:

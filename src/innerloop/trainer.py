@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from innerloop import checkpoint
+from innerloop.engine import check_length
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example, from_rows
 from innerloop.layout import Batch, Row, collate
@@ -29,6 +30,9 @@ from innerloop.progress import MetricsFile, StopOnInterrupt
 from innerloop.tasks import Task
 
 DIVERGED = 3.0  # a loss this many times that of guessing uniformly means training has gone wrong
+
+
+WHOLE_NUMBERS = ("batch_size", "max_steps", "seed", "gradient_accumulation_steps", "eval_limit")
 
 
 class DivergedError(InputError):
@@ -78,7 +82,16 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
     for name, value in settings.items():
         if name not in known:
             raise InputError(f"train.{name} is not a training argument{nearest(name, known)}")
+        if name.endswith("_strategy") and value is False:
+            value = "no"  # what YAML makes of a bare no
         values[name] = _number(name, value, known[name].default)
+    if "per_device_train_batch_size" in values:
+        raise InputError("train.per_device_train_batch_size is called train.batch_size here")
+    if values.get("loss_norm", "global") not in ("global", "micro"):
+        raise InputError(f"train.loss_norm is '{values['loss_norm']}'; choose global or micro")
+    for name in ("batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens", "max_steps"):
+        if values.get(name) is not None and values[name] < 1:
+            raise InputError(f"train.{name} is {values[name]}, but must be at least 1")
     try:
         return LatentTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as error:
@@ -87,12 +100,15 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
 
 def _number(name: str, value: Any, default: Any) -> Any:
     """Read ``1e-3``, which YAML takes for text, as a number where a number belongs."""
-    if isinstance(value, str) and isinstance(default, (int, float)) and not isinstance(default, bool):
-        try:
-            return type(default)(float(value))
-        except ValueError:
-            raise InputError(f"train.{name} is '{value}', but must be a number") from None
-    return value
+    if not isinstance(default, (int, float)) or isinstance(default, bool):
+        return value
+    try:
+        number = float(value)
+    except (ValueError, TypeError):
+        raise InputError(f"train.{name} is {value!r}, but must be a number") from None
+    if name in WHOLE_NUMBERS and number != int(number):
+        raise InputError(f"train.{name} is {value!r}, but must be a whole number")
+    return int(number) if number == int(number) and isinstance(default, int) else number
 
 
 class LatentTrainer(Trainer):
@@ -124,6 +140,12 @@ class LatentTrainer(Trainer):
         self.n_left_out = 0
         train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
         valid = None if eval_dataset is None else _examples(eval_dataset, "eval_dataset")[: args.eval_limit]
+        if valid is not None and args.eval_limit < 1:
+            raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")
+        for example in valid or ():
+            check_length(
+                model, example.question, model.method.prompt(example.question, model.spell, self.curriculum.last_stage)
+            )
         if valid and task is None:
             raise InputError("validation by generation needs a task that checks answers: pass task=...")
         if valid is None and args.eval_strategy != "no":
@@ -139,7 +161,7 @@ class LatentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
-        self._n_logged_steps = 0
+        self._n_logged_steps: int | None = None  # set when the first step begins
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
 
     # Data: examples become rows when their step begins.
@@ -180,6 +202,8 @@ class LatentTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Lay out the next step's micro-batches, and count the supervised items of the global batch."""
         step = self.state.global_step
+        if self._n_logged_steps is None:
+            self._n_logged_steps = step
         stage = self.stage_at(step)
         self._maybe_reset_optimizer(step, stage)
         micro_batches = []
@@ -219,8 +243,9 @@ class LatentTrainer(Trainer):
         """Return the loss of one micro-batch, normalised over the global batch."""
         out = model(inputs["batch"], n_items=inputs["n_items"])
         self._finite &= torch.isfinite(out.loss.detach())
+        n_means = 1 if inputs["n_items"] else self.current_gradient_accumulation_steps
         for name, mean in out.terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=mean.device)) + mean
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=mean.device)) + mean / n_means
         # Data-parallel gradients are averaged over processes, but the mean is over the global batch.
         loss = out.loss * self.accelerator.num_processes if inputs["n_items"] else out.loss
         return (loss, out) if return_outputs else loss
@@ -233,7 +258,7 @@ class LatentTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with each term of the loss and the stage; stop if training has gone wrong."""
         if "loss" in logs:
-            n_steps = max(self.state.global_step - self._n_logged_steps, 1)
+            n_steps = max(self.state.global_step - (self._n_logged_steps or 0), 1)
             logs |= {f"loss_{name}": total.item() / n_steps for name, total in self._sums.items()}
             self._sums, self._n_logged_steps = {}, self.state.global_step
             if self.curriculum.last_stage:
@@ -274,7 +299,7 @@ class LatentTrainer(Trainer):
         }
         self.log(dict(metrics))
         if stage == self.curriculum.last_stage:
-            self._keep_if_best(accuracy)
+            self._keep_if_best(accuracy, stage)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -283,12 +308,14 @@ class LatentTrainer(Trainer):
         """Where the best model is kept."""
         return Path(self.args.output_dir) / checkpoint.RUN_CHECKPOINT
 
-    def _keep_if_best(self, accuracy: float) -> None:
+    def _keep_if_best(self, accuracy: float, stage: int) -> None:
         best = checkpoint.read_settings(self.best_folder).get("validation") if self.best_folder.exists() else None
         if self.args.should_save and (best is None or accuracy >= best["accuracy"]):
-            self._check_health()
+            self._check_weights()
             record = {"accuracy": accuracy, "n": len(self.eval_dataset), "step": self.state.global_step}
-            checkpoint.save(self.model, self.best_folder, {"validation": record, "seed": self.args.seed})
+            checkpoint.save(
+                self.model, self.best_folder, {"validation": record, "seed": self.args.seed, "stage": stage}
+            )
 
     # Checkpoints
 
@@ -306,10 +333,19 @@ class LatentTrainer(Trainer):
             resume_from_checkpoint = str(saved[-1])
         elif not resume_from_checkpoint:
             shutil.rmtree(self.best_folder, ignore_errors=True)
-        output = super().train(resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+        except BaseException:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and signals are put away
+            raise
         if self.args.should_save and not self.best_folder.exists() and not self.interrupted:
-            checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed})
+            checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed, "stage": self.reached_stage})
         return output
+
+    @property
+    def reached_stage(self) -> int:
+        """The stage of the curriculum that the last step was in."""
+        return self.stage_at(max(self.state.global_step - 1, 0))
 
     @property
     def interrupted(self) -> bool:
@@ -321,8 +357,12 @@ class LatentTrainer(Trainer):
         folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
         return sorted((p.parent for p in folders), key=lambda p: int(p.name.rsplit("-", 1)[1]))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _check_weights(self) -> None:
+        self._finite &= torch.stack([torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad]).all()
         self._check_health()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights()
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -330,7 +370,8 @@ class LatentTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             saved = self._saved_checkpoints()
             kept = f"; {saved[-1]} is untouched: make room and resume from it" if saved else ""
-            raise InputError(f"could not save {folder}: {error}{kept}") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"could not save {folder} (is the disk full?): {reason}{kept}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         checkpoint.write(self.model, Path(output_dir or self.args.output_dir))

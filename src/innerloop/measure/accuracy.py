@@ -56,7 +56,7 @@ def evaluate(
     """
     generations = model.generate(
         [example.question for example in examples],
-        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
         batch_size=batch_size,
         stage=stage,
         progress=progress,

@@ -1,7 +1,7 @@
 """What every method is: a layout, loop settings, a curriculum and losses (design: docs/architecture.md).
 
 A method is a frozen dataclass: its fields are the options of its paper, and its few methods say where states sit in the
-sequence and how often they are refined. The weights it trains live in the model (`LatentModel.parts`).
+sequence and how often they are refined. The weights it trains live in the model's loop (`InnerLoop`).
 """
 
 from __future__ import annotations

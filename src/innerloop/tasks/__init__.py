@@ -8,6 +8,7 @@ from innerloop.tasks.arithmetic import GsmHard, MultiArith, Svamp
 from innerloop.tasks.chain import Chain
 from innerloop.tasks.competition_math import Math
 from innerloop.tasks.gsm8k import Gsm8k
+from innerloop.tasks.plain import Plain
 from innerloop.tasks.prontoqa import ProntoQA
 from innerloop.tasks.prosqa import ProsQA
 from innerloop.tasks.strategyqa import StrategyQA
@@ -26,6 +27,7 @@ __all__ = [
     "Mult5x5",
     "MultiArith",
     "PHop",
+    "Plain",
     "ProntoQA",
     "ProsQA",
     "StrategyQA",
@@ -36,6 +38,7 @@ __all__ = [
 
 _CLASSES: tuple[type[Task], ...] = (
     Chain,
+    Plain,
     ProsQA,
     ProntoQA,
     Gsm8k,
