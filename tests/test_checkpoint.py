@@ -91,8 +91,8 @@ def test_the_trained_timestep_table_and_tau_come_back(tmp_path):
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
     assert model.loop.time.table.abs().max() > 0.01
     assert torch.equal(loaded.loop.time.table, model.loop.time.table)
-    assert torch.equal(loaded.loop.tau, model.loop.tau)
-    assert loaded.loop.tau != loaded.backbone.embed_rms()  # tau is that of the weights training began with
+    assert torch.equal(loaded.loop.rescale.tau, model.loop.rescale.tau)
+    assert loaded.loop.rescale.tau != loaded.backbone.embed_rms()  # tau is that of the weights training began with
 
 
 def test_every_setting_of_the_method_comes_back(tmp_path):
@@ -602,11 +602,11 @@ def test_saving_into_a_folder_of_something_else_leaves_its_files(tmp_path: Path,
 def test_another_setting_of_the_same_method_keeps_the_trained_parts_that_fit(tmp_path: Path):
     model = tiny_model(Slr(n_slots=2, max_loops=3))
     model.loop.time.table.data.normal_()
-    model.loop.tau.fill_(0.5)
+    model.loop.rescale.tau.fill_(0.5)
     model.save_pretrained(tmp_path)
     longer = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=5, step_weight=0.5))
     assert torch.equal(longer.loop.time.table[:3], model.loop.time.table)
     assert not longer.loop.time.table[3:].any()
-    assert longer.loop.tau == 0.5
+    assert longer.loop.rescale.tau == 0.5
     shorter = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=1))
     assert torch.equal(shorter.loop.time.table, model.loop.time.table[:1])

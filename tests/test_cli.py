@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from innerloop import cli, demo
 from innerloop.examples import write_examples
@@ -284,3 +285,37 @@ def test_wrong_values_end_with_one_sentence(tmp_path: Path, capsys, override: tu
 def test_a_bare_no_is_a_strategy(tmp_path: Path, capsys):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, "out": str(tmp_path / "run")}))
     assert innerloop(capsys, "train", tmp_path / "r.yaml", "--train.save_strategy", "no")[0] == 0
+
+
+def test_a_student_follows_the_teacher_of_the_stage_before(tmp_path: Path, capsys):
+    student = {"name": "slr", "n_slots": 2, "max_loops": 2, "hid_weight": 1.0, "teacher": "{out}/stages/1"}
+    recipe = {**RECIPE, "stages": [{"method": {"name": "cot"}}, {"method": student}], "out": str(tmp_path / "run")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert innerloop(capsys, "train", tmp_path / "r.yaml")[0] == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert last["loss_hid"] > 0
+    assert innerloop(capsys, "train", tmp_path / "r.yaml", "--resume")[0] == 0
+
+
+def test_a_stage_may_freeze_what_the_one_before_trained(tmp_path: Path, capsys):
+    adapted = {"method": {"name": "slr", "n_slots": 2, "max_loops": 2, "lora": "shared"}, "backbone": {"freeze": True}}
+    recipe = {**RECIPE, "stages": [{"method": {"name": "cot"}}, adapted], "out": str(tmp_path / "run")}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert innerloop(capsys, "train", tmp_path / "r.yaml")[0] == 0
+    name = "model.layers.0.mlp.up_proj.weight"
+    folders = [tmp_path / "run" / "stages" / "1" / "checkpoint", tmp_path / "run" / "checkpoint"]
+    first, second = (load_file(folder / "model.safetensors")[name] for folder in folders)
+    assert (first == second).all()
+    code, _, err = innerloop(capsys, "train", tmp_path / "r.yaml", "--backbone.freeze", "true", "--out", tmp_path / "x")
+    assert code == 2 and "backbone.freeze needs weights worth keeping" in err
+
+
+def test_eval_runs_another_number_of_loops_where_there_are_loops(run: Path, tmp_path: Path, capsys):
+    passes = []
+    for loops in (0, 5):
+        arguments = ["--loops", loops, "--out", tmp_path, "--max_new_tokens", 1]
+        assert innerloop(capsys, "eval", run, *arguments)[0] == 0
+        passes.append(json.loads((tmp_path / "result.json").read_text())["cost"]["passes"])
+    assert passes == [1, 7]
+    code, _, err = innerloop(capsys, "eval", run / "stages" / "1", "--task", "chain", "--loops", 3, "--out", tmp_path)
+    assert code == 2 and "'cot' has no max_loops" in err

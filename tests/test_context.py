@@ -304,7 +304,7 @@ def test_reading_and_counting_never_wait_for_the_device(monkeypatch):
     for name in ("item", "tolist", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(Tensor, name, refused)
     part = context.keep_rows(torch.tensor([1, 0]))
-    part._pass = lambda embeds, *_: embeds  # the model's own forward may ask
+    part._pass = lambda embeds, *_, **__: embeds  # the model's own forward may ask
     part.peek(torch.zeros(2, 1, 32), torch.ones(2, 1))
     part.read(torch.zeros(2, 1, 32))
     part.read(torch.zeros(2, 3, 32), torch.ones(2, 3), counted_B=torch.ones(2, dtype=torch.bool))

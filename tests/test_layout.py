@@ -195,7 +195,7 @@ def test_each_supervised_token_is_predicted_from_the_real_position_before_it():
     ]
     assert batch.targets_U.tolist() == ids("### a <eos>   ### a a <eos>   s1 | ### a <eos>")
     assert batch.n_targets == [3, 4, 5]
-    assert batch.counts() == {"answer": 12, "step": 0}
+    assert batch.counts() == {"answer": 12, "step": 0, "hid": 0, "rows": 3}
 
 
 def test_the_position_that_predicts_is_real_and_is_the_one_before(examples):
@@ -262,7 +262,7 @@ def test_read_outs_point_at_loop_row_and_slot():
     assert batch.read_at_R.tolist() == [0, 7, 5]
     assert batch.read_targets_R.tolist() == [7, 8, 9]
     assert batch.n_loops == [2, 1]
-    assert batch.counts() == {"answer": 6, "step": 3}
+    assert batch.counts() == {"answer": 6, "step": 3, "hid": 0, "rows": 2}
     outputs = torch.arange(12).view(2, 2, 3)
     assert outputs.flatten()[batch.read_at_R].tolist() == [outputs[0, 0, 0], outputs[1, 0, 1], outputs[0, 1, 2]]
 

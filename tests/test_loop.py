@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from innerloop.errors import InputError
-from innerloop.loop import InnerLoop, LoopSettings, Trace
+from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.trace import Trace
+from tests.methods.tools import FunctionPass, iterate
 
 WIDTH = 4
 TAU = torch.tensor(0.5)
@@ -30,7 +32,7 @@ def linear(eigenvalues: list[float], seed: int = 0):
 
 
 def run(f, state, n_loops: int, **settings):
-    return inner_loop(**settings)(f, state, n_loops)
+    return iterate(inner_loop(**settings), f, state, n_loops)
 
 
 # Iterating
@@ -41,14 +43,17 @@ def test_a_loop_without_settings_composes_the_function():
     h = states()
     result = run(f, h, 3)
     assert torch.equal(result.state, f(f(f(h, 1), 2), 3))
-    assert [torch.equal(u, v) for u, v in zip(result.outputs, (f(h, 1), f(f(h, 1), 2), result.state))] == [True] * 3
+    assert [torch.equal(u, v) for (_, u), v in zip(result.outputs, (f(h, 1), f(f(h, 1), 2), result.state))] == [
+        True
+    ] * 3
 
 
 def test_no_iterations_leave_the_state_as_it_is():
     h = states()
     result = run(lambda *_: pytest.fail("f was called"), h, 0, time="lookup", residual="A", rescale="rms")
     assert result.state is h
-    assert result.outputs == []
+    assert result.outputs == result.states == []
+    assert result.n_loops == [0, 0]
 
 
 def test_the_function_is_told_which_iteration_it_is():
@@ -99,7 +104,7 @@ def test_the_time_embedding_enters_the_input_but_not_the_residual():
         return torch.zeros_like(x)
 
     h = states()
-    result = loop(zero, h, 3)
+    result = iterate(loop, zero, h, 3)
     for x, expected in zip(inputs, (h + 1, h / 2 + 10, h / 4 + 10)):  # past the table: its last row
         torch.testing.assert_close(x, expected)
     torch.testing.assert_close(result.state, h / 8)
@@ -109,7 +114,8 @@ def test_states_are_rescaled_before_the_residual_and_outputs_are_not():
     result = run(lambda x, _: 7 * x, states(), 1, rescale="rms", residual="sum")
     rms = (result.state - states()).pow(2).mean(-1).sqrt()
     torch.testing.assert_close(rms, torch.full_like(rms, 0.5), atol=1e-6, rtol=0)
-    torch.testing.assert_close(result.outputs[0], 7 * states())
+    torch.testing.assert_close(result.outputs[0][1], 7 * states())
+    torch.testing.assert_close(result.states[0][1], result.state)
 
 
 # Fixed points of the linear toy (slr.md, section 9)
@@ -152,15 +158,34 @@ def test_residual_b_does_not_cure_an_eigenvalue_above_one():
 # Rows with their own number of iterations
 
 
-def test_a_row_stands_still_bit_for_bit_after_its_own_number_of_iterations():
+@pytest.mark.parametrize("compacts", [True, False])
+def test_a_row_stands_still_bit_for_bit_after_its_own_number_of_iterations(compacts):
     loop = inner_loop(4, residual="B", rescale="rms")
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
     h = states(n_rows=4)
-    result = loop(f, h, 4, loops_B=torch.tensor([0, 1, 3, 4]))
+    result = iterate(loop, f, h, [0, 1, 3, 4], compacts)
     for row, n_loops in enumerate([0, 1, 3, 4]):
-        assert torch.equal(result.state[row], loop(f, h, n_loops).state[row])
+        assert torch.equal(result.state[row], iterate(loop, f, h[row : row + 1], n_loops).state[0])
     assert torch.equal(result.state[0], h[0])
-    assert len(result.outputs) == 4
+    assert result.n_loops == [0, 1, 3, 4]
+    ran = [[1, 2, 3], [2, 3], [2, 3], [3]] if compacts else [[0, 1, 2, 3]] * 4
+    assert [rows for rows, _ in result.outputs] == [rows for rows, _ in result.states] == ran
+
+
+def test_rows_that_end_leave_a_pass_that_compacts_and_are_told_to_one_that_does_not():
+    f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
+    leaving, standing = FunctionPass(f), FunctionPass(f, compacts=False)
+    for f in (leaving, standing):
+        inner_loop(4)(f, states(n_rows=4), [0, 1, 3, 4])
+    assert leaving.kept == [[1, 2, 3], [1, 2], [1]]  # places among those that ran last
+    assert leaving.actives == [None] * 4
+    assert standing.kept == []
+    assert [active.tolist() for active in standing.actives] == [
+        [False, True, True, True],
+        [False, False, True, True],
+        [False, False, True, True],
+        [False, False, False, True],
+    ]
 
 
 def test_a_row_that_stands_still_is_not_poisoned_by_what_the_function_makes_of_it():
@@ -169,18 +194,22 @@ def test_a_row_that_stands_still_is_not_poisoned_by_what_the_function_makes_of_i
     def f(x, loop):
         return x * torch.tensor([2.0, 1.0 if loop == 1 else math.inf])[:, None, None]
 
-    result = inner_loop()(f, h, 3, loops_B=torch.tensor([3, 1]))
+    result = iterate(inner_loop(), f, h, [3, 1], compacts=False)
     assert result.state[1].tolist() == [[1.0] * WIDTH]
     assert torch.isfinite(result.state).all()
 
 
-def test_a_row_that_stands_still_has_a_change_of_zero_in_the_trace():
-    trace = Trace()
+@pytest.mark.parametrize("compacts", [True, False])
+def test_a_row_that_has_ended_is_not_in_the_trace(compacts):
+    trace, alone = Trace(), Trace()
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
-    inner_loop()(f, states(), 3, loops_B=torch.tensor([1, 3]), trace=trace)
-    assert [entry.delta[0].item() == 0.0 for entry in trace.iterations] == [False, True, True]
-    assert all(entry.delta[1] > 0 for entry in trace.iterations)
-    assert trace.iterations[2].cosine[0].item() == pytest.approx(1.0, abs=1e-6)
+    iterate(inner_loop(), f, states(), [1, 3], compacts, trace=trace)
+    iterate(inner_loop(), f, states()[1:], 3, trace=alone)
+    assert [entry.rows for entry in trace.iterations] == [[0, 1], [1], [1]]
+    assert [len(trace.row(row).iterations) for row in (0, 1)] == [1, 3]
+    for entry, single in zip(trace.row(1).iterations, alone.iterations):
+        assert torch.equal(entry.delta, single.delta) and entry.delta > 0
+        assert torch.equal(entry.cosine, single.cosine)
 
 
 # The trace
@@ -189,22 +218,23 @@ def test_a_row_that_stands_still_has_a_change_of_zero_in_the_trace():
 def test_the_trace_holds_the_statistics_of_every_iteration():
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
     loop, trace, h = inner_loop(residual="A", rescale="rms"), Trace(), states()
-    loop(f, h, 3, trace=trace)
+    iterate(loop, f, h, 3, trace=trace)
     assert [entry.loop for entry in trace.iterations] == [1, 2, 3]
     for t, entry in enumerate(trace.iterations, start=1):
-        new, old = (loop(f, h, n).state.flatten(1) for n in (t, t - 1))
+        new, old = (iterate(loop, f, h, n).state.flatten(1) for n in (t, t - 1))
         delta = (new - old).norm(dim=1) / new.norm(dim=1)
         cosine = (new * old).sum(1) / (new.norm(dim=1) * old.norm(dim=1))
         for ours, expected in ((entry.delta, delta), (entry.cosine, cosine), (entry.rms, new.pow(2).mean(1).sqrt())):
             assert ours.shape == (2,) and ours.dtype == torch.float32
             torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
-        assert entry.top_ids is None and entry.top_probs is None
+        assert entry.top_ids is None and entry.top_probs is None and entry.score is None
+        assert entry.rows == [0, 1]
 
 
 def test_statistics_of_half_precision_states_are_in_fp32():
     trace = Trace()
     large = torch.full((1, 2, WIDTH), 3e4, dtype=torch.float16)
-    trace.record(1, large, large, -large)
+    trace.record(1, [0], large, large, -large)
     entry = trace.iterations[0]
     assert entry.delta.item() == pytest.approx(2.0, rel=1e-5)
     assert entry.cosine.item() == pytest.approx(-1.0, rel=1e-5)
@@ -215,8 +245,8 @@ def test_read_outs_are_the_likeliest_tokens_of_the_outputs():
     head = torch.randn(WIDTH, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
     trace = Trace(read_out=lambda u: u @ head, top_k=3)
-    result = inner_loop(rescale="rms", residual="A")(f, states(), 2, trace=trace)
-    for entry, output in zip(trace.iterations, result.outputs):
+    result = iterate(inner_loop(rescale="rms", residual="A"), f, states(), 2, trace=trace)
+    for entry, (_, output) in zip(trace.iterations, result.outputs):
         probabilities = (output @ head).softmax(-1)
         assert entry.top_ids.shape == entry.top_probs.shape == (2, 3, 3)
         assert torch.equal(entry.top_ids, probabilities.argsort(-1, descending=True)[..., :3])
@@ -226,21 +256,22 @@ def test_read_outs_are_the_likeliest_tokens_of_the_outputs():
 def test_a_row_of_a_trace_is_the_trace_of_that_row():
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
     whole, single = Trace(lambda u: u, 2), Trace(lambda u: u, 2)
-    inner_loop()(f, states(), 2, trace=whole)
-    inner_loop()(f, states()[1:], 2, trace=single)
+    iterate(inner_loop(), f, states(), 2, trace=whole)
+    iterate(inner_loop(), f, states()[1:], 2, trace=single)
     part = whole.row(1)
     assert len(part.iterations) == 2
     for ours, alone in zip(part.iterations, single.iterations):
         for name, value in vars(alone).items():
-            assert name == "loop" or torch.equal(getattr(ours, name), value), name
-        assert ours.loop == alone.loop
+            same = torch.equal(getattr(ours, name), value) if isinstance(value, torch.Tensor) else True
+            assert same, name
+        assert (ours.loop, ours.rows, ours.score) == (alone.loop, [1], None)
 
 
 def test_recording_changes_nothing_and_keeps_no_graph():
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
     trace, h = Trace(lambda u: u, 2), states().requires_grad_()
-    with_trace = inner_loop(residual="B")(f, h, 3, trace=trace).state
-    assert torch.equal(with_trace, inner_loop(residual="B")(f, h, 3).state)
+    with_trace = iterate(inner_loop(residual="B"), f, h, 3, trace=trace).state
+    assert torch.equal(with_trace, iterate(inner_loop(residual="B"), f, h, 3).state)
     assert not any(entry.delta.requires_grad or entry.top_probs.requires_grad for entry in trace.iterations)
 
 
@@ -251,7 +282,7 @@ def gradient_of_scale(detach: bool, **settings) -> float:
     """Return d(sum z_3)/ds for f(x) = s x from z_0 = 1, one number wide."""
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     loop = InnerLoop(LoopSettings(detach=detach, **settings), 1, 3, TAU)
-    loop(lambda x, _: scale * x, torch.ones(1, 1, 1, dtype=torch.float64), 3).state.sum().backward()
+    iterate(loop, lambda x, _: scale * x, torch.ones(1, 1, 1, dtype=torch.float64), 3).state.sum().backward()
     return scale.grad.item()
 
 
@@ -279,7 +310,9 @@ def test_detach_changes_no_value():
 def test_the_gradient_equals_finite_differences():
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
     loop = inner_loop(residual="A").double()
-    assert torch.autograd.gradcheck(lambda h: loop(f, h, 3).state, states(n_rows=1, n_positions=2).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda h: iterate(loop, f, h, 3).state, states(n_rows=1, n_positions=2).requires_grad_()
+    )
 
 
 # Settings
@@ -307,4 +340,4 @@ def test_tau_is_kept_as_a_copy_and_saved():
     tau = torch.tensor(0.5)
     loop = inner_loop(tau=tau)
     tau.fill_(9.0)
-    assert loop.state_dict()["tau"].item() == 0.5
+    assert loop.state_dict()["rescale.tau"].item() == 0.5

@@ -102,7 +102,7 @@ def test_stages_override_what_the_recipe_says_and_share_the_rest():
         ({"backbone": {"model": "x", "dtype": "int8"}}, "backbone.dtype.*Got value: int8"),
         ({"train": [1]}, "the train section must list"),
         ({"trian": {}}, "a recipe has no section 'trian' .did you mean 'train'"),
-        ({"stages": [{"out": "x"}]}, "a stage overrides task, method or train, not 'out'"),
+        ({"stages": [{"out": "x"}]}, "a stage overrides task, backbone, method or train, not 'out'"),
     ],
 )
 def test_mistakes_are_named(change: dict, message: str):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop.stabilize import TimeEmbedding, rescale, residual, rms
+from innerloop.stabilize import Rescale, Residual, TimeEmbedding, rms
 
 KINDS = ("none", "sum", "A", "B")
 
@@ -13,6 +13,23 @@ def states(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
 
 
 NEW, FIRST, PREVIOUS = states(0), states(1), states(2)
+
+
+def residual(new, first, previous, kind: str, alpha: float, loop: int = 1, **fields) -> torch.Tensor:
+    return mixer(kind, alpha, **fields)(new, first, previous, loop)
+
+
+def mixer(kind: str, alpha: float = 0.7, **fields) -> Residual:
+    choices = {"alpha_learn": "fixed", "gate_shape": "scalar", "gate_kind": "softmax", "width": 8, "max_loops": 3}
+    return Residual(kind, alpha, **(choices | fields))
+
+
+def rescale(output, kind: str, tau: torch.Tensor) -> torch.Tensor:
+    return Rescale(kind, output.shape[-1], tau)(output)
+
+
+def time_embedding(max_loops: int, kind: str = "lookup", inject: str = "add", **options) -> TimeEmbedding:
+    return TimeEmbedding(kind, inject, max_loops, 8, **options)
 
 
 # Residuals
@@ -112,13 +129,13 @@ def test_the_gradient_of_rescale_is_right():
 
 
 def test_a_new_time_embedding_adds_nothing():
-    time = TimeEmbedding(4, 8)
+    time = time_embedding(4)
     for loop in range(1, 7):
         assert torch.equal(time(NEW, loop), NEW)
 
 
 def test_the_time_embedding_of_an_iteration_is_its_row_and_past_the_table_the_last():
-    time = TimeEmbedding(3, 8)
+    time = time_embedding(3)
     with torch.no_grad():
         time.table.copy_(torch.arange(3.0)[:, None].expand(3, 8) + 1)
     added = [(time(NEW, loop) - NEW).mean().item() for loop in range(1, 6)]
@@ -126,10 +143,10 @@ def test_the_time_embedding_of_an_iteration_is_its_row_and_past_the_table_the_la
 
 
 def test_only_the_row_of_the_iteration_is_trained():
-    time = TimeEmbedding(3, 8)
+    time = time_embedding(3)
     time(NEW, 2).sum().backward()
     assert time.table.grad.abs().sum(1).tolist() == [0.0, 8 * 6.0, 0.0]
 
 
 def test_the_time_embedding_keeps_the_type_of_the_states():
-    assert TimeEmbedding(2, 8)(NEW.bfloat16(), 1).dtype == torch.bfloat16
+    assert time_embedding(2)(NEW.bfloat16(), 1).dtype == torch.bfloat16

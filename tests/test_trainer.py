@@ -290,3 +290,48 @@ def test_the_micro_norm_takes_the_mean_of_the_means_of_micro_batches(tmp_path: P
     means = [sum(model.loss([examples[i] for i in p]).loss.item() for p in pairing) / 2 for pairing in pairs]
     assert any(logged(tmp_path / "micro")[0] == pytest.approx(mean, rel=1e-5) for mean in means)
     assert logged(tmp_path / "micro") != pytest.approx(logged(tmp_path / "global"), rel=1e-4)
+
+
+ADAPTED = Slr(n_slots=2, max_loops=2, lora="per_iter", lora_rank=2)
+
+
+def trained_names(before: dict, model: LatentModel) -> set[str]:
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def copies(model: LatentModel) -> dict:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: Path):
+    model = tiny_model(ADAPTED)
+    checkpoint.freeze(model)
+    before = copies(model)
+    make_trainer(tmp_path, model, max_steps=3).train()
+    changed = trained_names(before, model)
+    assert any(name.startswith("loop.time") for name in changed) and any("loop.lora" in name for name in changed)
+    assert all(name.startswith("loop.") or "trainable_tokens" in name for name in changed)
+    loaded = LatentModel.from_pretrained(tmp_path / "checkpoint")
+    example = list(chain_examples(2, 3))
+    torch.testing.assert_close(loaded.answer_logits(example)[0], model.answer_logits(example)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_backbone_may_train_from_a_step_on(tmp_path: Path):
+    model = tiny_model(ADAPTED)
+    checkpoint.freeze(model)
+    before, seen = copies(model), {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            seen[state.global_step] = any("mlp" in n and n.startswith("backbone") for n in trained_names(before, model))
+
+    make_trainer(tmp_path, model, max_steps=4, unfreeze_after=2, callbacks=[Look()]).train()
+    assert seen == {1: False, 2: False, 3: True, 4: True}
+
+
+def test_the_methods_own_parts_may_have_a_learning_rate_of_their_own(tmp_path: Path):
+    model = tiny_model(ADAPTED)
+    before = copies(model)
+    make_trainer(tmp_path, model, max_steps=2, parts_learning_rate=0.0, learning_rate=1e-2).train()
+    changed = trained_names(before, model)
+    assert changed and not any(name.startswith("loop.") for name in changed)

@@ -6,7 +6,9 @@ and gradients flow through them.
 """
 
 import copy
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
@@ -36,6 +38,16 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
         if layer.get_seq_length() > 0:
             layer.keys = layer.keys.index_select(0, rows)
             layer.values = layer.values.index_select(0, rows)
+    return view
+
+
+def join_rows(caches: Sequence[DynamicCache], order: Tensor) -> DynamicCache:
+    """Put the rows of caches of the same length below each other, then in the order ``order``."""
+    view = fork(caches[0])
+    for i, layer in enumerate(view.layers):
+        if layer.get_seq_length() > 0:
+            layer.keys = torch.cat([cache.layers[i].keys for cache in caches]).index_select(0, order)
+            layer.values = torch.cat([cache.layers[i].values for cache in caches]).index_select(0, order)
     return view
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -102,6 +102,17 @@ def add_lora(model: LatentModel, settings: Mapping[str, Any]) -> None:
         inject_adapter_in_model(config, model.backbone.lm, adapter_name=ADAPTER)
     except (TypeError, ValueError) as error:
         raise InputError(f"backbone.lora: {error}; its fields are those of peft.LoraConfig") from None
+
+
+def freeze(model: LatentModel) -> None:
+    """Train nothing of the backbone but the embeddings of the method's markers."""
+    model.backbone.requires_grad_(False)
+    marker_ids = model.tokenizer.convert_tokens_to_ids([*model.method.markers])
+    if marker_ids:
+        table = model.backbone.lm.get_input_embeddings()
+        name = next(name for name, module in model.backbone.lm.named_modules() if module is table)
+        config = TrainableTokensConfig(token_indices=marker_ids, target_modules=[name.rsplit(".", 1)[-1]])
+        inject_adapter_in_model(config, model.backbone.lm, adapter_name=ADAPTER)
 
 
 def save(model: LatentModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:

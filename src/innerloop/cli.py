@@ -120,6 +120,7 @@ def eval_(
     batch_size: int = 64,
     max_new_tokens: int | None = None,
     stage: int | None = None,
+    loops: int | None = None,
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -134,6 +135,7 @@ def eval_(
         batch_size: rows per batch.
         max_new_tokens: the most tokens to write per example; by default as the task says.
         stage: answer in the layout of this stage of the method's curriculum; by default the last.
+        loops: another number of loops than the model was trained with.
     """
     if method is not None and out is None and checkpoint.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
@@ -153,7 +155,14 @@ def eval_(
     with bar(console) as progress:
         row = progress.add_task(f"eval {chosen.name}", total=len(examples), note="")
         predictions = evaluate(
-            model, chosen, examples, max_new_tokens, batch_size, stage, progress=lambda n: progress.advance(row, n)
+            model,
+            chosen,
+            examples,
+            max_new_tokens,
+            batch_size,
+            stage,
+            loops,
+            progress=lambda n: progress.advance(row, n),
         )
     result = result_of(model, chosen, split, predictions, checkpoint.recorded(run, "seed"), run)
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)

@@ -10,6 +10,7 @@ Shapes: `B` rows, `L` new positions, `P` earlier columns, `D` width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from innerloop.backbone import Backbone
-from innerloop.cache import fork, select_rows
+from innerloop.cache import fork, join_rows, select_rows
 from innerloop.cost import Meter
+
+Weights = Callable[[], AbstractContextManager[None]]
 
 
 class Context:
@@ -41,6 +44,13 @@ class Context:
         self.rows: Tensor | None = None  # which rows of the meter these are; None: all of them, in order
         self.meter = meter
         self.checkpoint_passes = checkpoint_passes
+        self.weights: Weights = nullcontext  # what a pass runs under, such as an iteration's LoRA weights
+
+    def fresh(self) -> Context:
+        """Return a context of the same rows that has read nothing."""
+        empty = Context(self.backbone, len(self.next_position_B), self.meter, self.checkpoint_passes)
+        empty.rows = self.rows
+        return empty
 
     def fork(self) -> Context:
         """Return a context with the same past that reads on by itself; nothing is copied."""
@@ -64,6 +74,7 @@ class Context:
         all_states: bool = False,
         counted_B: Tensor | None = None,
         normed: bool = True,
+        weights: Weights | None = None,
     ):
         """Read new positions in one pass and remember them.
 
@@ -73,6 +84,7 @@ class Context:
                 attended to; its own output is meaningless.
             all_states: return the states after every layer, not only the last.
             normed: False gives the states before the final norm.
+            weights: makes the block that the pass runs in; None: the context's own.
             counted_B: the rows whose cost counts; None: all. A row that has ended rides along without being charged.
 
         Returns:
@@ -92,7 +104,7 @@ class Context:
         self._extend_mask(mask_BL, n_rows, n_new)
         self.next_position_B = self.next_position_B + new_B
         self.length += n_new
-        return self._pass(embeds_BLD, positions_BL, all_states, normed)
+        return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states=all_states, normed=normed)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Count the time of a block towards a phase, if anything is counted."""
@@ -109,17 +121,40 @@ class Context:
         past = ones.expand(-1, self.length) if self.mask_BP is None else self.mask_BP
         self.mask_BP = torch.cat([past, ones.expand(-1, n_new) if mask_BL is None else mask_BL], dim=1)
 
-    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, all_states: bool, normed: bool):
-        known = {"mask": self.mask_BP, "positions_BL": positions_BL, "all_states": all_states, "normed": normed}
+    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, **options: bool):
+        known = {"mask": self.mask_BP, "positions_BL": positions_BL, **options}
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
-            return self.backbone(embeds_BLD, cache=self.cache, **known)
+            with weights():
+                return self.backbone(embeds_BLD, cache=self.cache, **known)
         past, grown = self.cache, []
 
         def run(embeds: Tensor):
             cache = fork(past)
             grown.append(cache)
-            return self.backbone(embeds, cache=cache, **known)
+            with weights():  # inside, so that they are the same when the pass is run again
+                return self.backbone(embeds, cache=cache, **known)
 
         states = checkpoint(run, embeds_BLD, use_reentrant=False)
         self.cache = grown[0]
         return states
+
+
+def merge(parts: Sequence[tuple[list[int], Context]]) -> Context:
+    """Put contexts of the same length side by side, their rows in the given places."""
+    order = [row for rows, _ in parts for row in rows]
+    places = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=parts[0][1].next_position_B.device)
+    contexts = [context for _, context in parts]
+    whole = copy.copy(contexts[0])
+    whole.cache = join_rows([context.cache for context in contexts], places)
+    whole.next_position_B = torch.cat([context.next_position_B for context in contexts])[places]
+    if any(context.mask_BP is not None for context in contexts):
+        masks = [
+            context.next_position_B.new_ones(len(context.next_position_B), context.length)
+            if context.mask_BP is None
+            else context.mask_BP
+            for context in contexts
+        ]
+        whole.mask_BP = torch.cat(masks)[places]
+    if whole.rows is not None:
+        whole.rows = torch.cat([context.rows for context in contexts if context.rows is not None])[places]
+    return whole

@@ -19,8 +19,8 @@ from innerloop.context import Context
 from innerloop.cost import Cost, Meter
 from innerloop.errors import InputError
 from innerloop.layout import ANSWER_PREFIX, Row
-from innerloop.loop import Trace
 from innerloop.thought import think
+from innerloop.trace import Trace
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel
@@ -57,6 +57,7 @@ def generate(
     seed: int = 0,
     trace: bool = False,
     stage: int | None = None,
+    loops: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """Answer questions, in the order given.
@@ -70,11 +71,12 @@ def generate(
         seed: of the draws.
         trace: record what the loop did, with read-outs.
         stage: the curriculum's stage whose layout is used; None: the last.
+        loops: another number of loops than the model was trained with.
         progress: called with the number of questions answered since the last call.
     """
     if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
         raise InputError("generation needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
-    rows = model.prompts(questions, stage)
+    rows = model.prompts(questions, stage, loops)
     for question, row in zip(questions, rows):
         check_length(model, question, row)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -126,7 +128,7 @@ def _generate_batch(
     # Prefill and thought. What is pending is read with the first answer token.
     columns, mask = batch.columns(2)
     suffix = [(model.backbone.embed(batch.ids_BS[:, columns]), mask)] if columns.start < columns.stop else []
-    thought = think(model.method, model.loop, batch, context, record)
+    thought = think(model.method, model.loop, batch, context, record, model.read_out)
     context = thought.context
     with meter.phase("answer" if context.length else "prefill"):
         states = context.read(*join([*thought.pending, *suffix]))[:, -1]

@@ -22,3 +22,10 @@ def check_choices(settings: Any) -> None:
         if get_origin(hint) is Literal and value not in get_args(hint):
             choices = ", ".join(map(str, get_args(hint)))
             raise InputError(f"{name} is '{value}'{nearest(str(value), get_args(hint))}; choose one of {choices}")
+
+
+def refuse(*problems: tuple[bool, str]) -> None:
+    """Raise the message of the first problem that is there."""
+    for is_there, message in problems:
+        if is_there:
+            raise InputError(message)

@@ -52,7 +52,8 @@ class Row:
     """One example laid out.
 
     ``readouts[t][j]`` is the token that region position ``j`` must show through the head after loop ``t + 1``, or
-    IGNORE. ``n_loops`` is how often the region is refined.
+    IGNORE. ``n_loops`` is how often the region is refined. ``teacher`` is the row a teacher reads, whose state at the
+    end of step ``teacher_steps[t]`` is the target of loop ``t + 1``.
     """
 
     prefix: list[Piece]
@@ -60,6 +61,8 @@ class Row:
     suffix: list[Piece] = field(default_factory=list)
     readouts: list[list[int]] = field(default_factory=list)
     n_loops: int = 0
+    teacher: Row | None = None
+    teacher_steps: list[int | None] = field(default_factory=list)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -143,6 +146,8 @@ class Batch:
         read_at_R: flat index into (T, B, N) of each supervised read-out of the region.
         read_targets_R: the tokens that must be read there.
         n_loops: how often each row's region is refined.
+        teacher: what the teacher reads, or None.
+        follow_TB: flat index into the teacher's (B, S) of the state that each loop of each row follows, -1 for none.
         is_padded: whether any row has padding in the prefix, region, suffix.
     """
 
@@ -156,13 +161,16 @@ class Batch:
     read_targets_R: Tensor
     n_loops: list[int]
     is_padded: tuple[bool, ...]
+    teacher: Batch | None = None
+    follow_TB: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids_BS.shape[0]
 
     def counts(self) -> dict[str, int]:
         """Return the number of supervised items per loss term; asks the host only."""
-        return {"answer": len(self.targets_U), "step": len(self.read_targets_R)}
+        n_followed = 0 if self.follow_TB is None else int((self.follow_TB >= 0).sum())
+        return {"answer": len(self.targets_U), "step": len(self.read_targets_R), "hid": n_followed, "rows": len(self)}
 
     def columns(self, segment: int) -> tuple[slice, Tensor | None]:
         """Return the columns of segment 0 (prefix), 1 (region) or 2 (suffix) and its mask, None when all is real."""
@@ -173,11 +181,37 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(**{**vars(self), **moved})
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        return Batch(**{**vars(self), **moved, "teacher": teacher})
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     """Pad rows into one batch: prefixes on the left, regions and suffixes on the right."""
+    batch = _pad(rows, pad_id)
+    teachers = [row.teacher for row in rows if row.teacher is not None]
+    if len(teachers) == len(rows) > 0:
+        batch.teacher = _pad(teachers, pad_id)
+        batch.follow_TB = torch.full((max(row.n_loops for row in rows), len(rows)), -1, dtype=torch.long)
+        for r, (row, teacher) in enumerate(zip(rows, teachers)):
+            ends = step_ends(teacher)
+            real = torch.nonzero(batch.teacher.mask_BS[r])[:, 0].tolist()
+            for t, step in enumerate(row.teacher_steps):
+                if step is not None:
+                    batch.follow_TB[t, r] = r * batch.teacher.ids_BS.shape[1] + real[ends[step]]
+    return batch
+
+
+def step_ends(row: Row) -> list[int]:
+    """Return the position of the last token of each step of a row."""
+    ends, position = [], 0
+    for piece in row.pieces:
+        position += len(piece.ids)
+        if piece.kind is Kind.STEP:
+            ends.append(position - 1)
+    return ends
+
+
+def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
     segments = [
         [[i for piece in segment for i in piece.ids] for segment in (row.prefix, row.region, row.suffix)]
         for row in rows

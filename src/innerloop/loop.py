@@ -1,7 +1,8 @@
 """The inner loop: a state is refined by passes of the model before (or instead of) a word is written.
 
     z_0 = init
-    for t = 1..T:   x_t = inject(z_{t-1}, t);   u_t = f(x_t);   z_t = residual(rescale(u_t), z_0, z_{t-1})
+    for t = 1..T:   x_t = inject(z_{t-1}, t);   u_t = f(x_t; weights of t);   z_t = residual(rescale(u_t), z_0, z_{t-1})
+                    a row leaves when its stop score has reached the threshold
 
 What `f` is makes the method: a pass over latent slots from a cached prefix, a pass that appends one position, a block
 of the model's layers over all tokens, a bidirectional pass over a masked answer. The loop does not know.
@@ -11,19 +12,55 @@ Shapes: `B` rows, `N` looped positions, `D` width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
-from innerloop.errors import InputError, check_choices
-from innerloop.stabilize import RescaleKind, ResidualKind, TimeEmbedding, TimeKind, rescale, residual, rms
+from innerloop.backbone import Backbone
+from innerloop.equilibrium import Gradient, Solver, jacobian_gain, solve
+from innerloop.errors import InputError, check_choices, refuse
+from innerloop.halting import DEFAULT_THRESHOLDS, READS_OUT, Agg, Moment, StopKind, StopRule
+from innerloop.loop_lora import BankKind, Beyond, LoopLora
+from innerloop.stabilize import (
+    AlphaLearn,
+    GateKind,
+    GateShape,
+    NoiseLevel,
+    Rescale,
+    RescaleKind,
+    Residual,
+    ResidualKind,
+    TimeEmbedding,
+    TimeInject,
+    TimeKind,
+)
+from innerloop.trace import Trace
 
-Pass = Callable[[Tensor, int], Tensor]
-"""``f(x_BND, t) -> u_BND`` for the 1-based iteration ``t``."""
+
+class Pass(Protocol):
+    """``f``: one pass of the model over the state."""
+
+    compacts: bool
+    """Whether rows that have ended leave the pass (then `keep_rows` is called), or stay and stand still."""
+
+    state_mask: Tensor | None
+    """1 where a position of the state (A, N) is real; None when all are."""
+
+    def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+        """Return u_t (B, N, D) for the input x_t of the 1-based iteration ``loop``.
+
+        Rows that are not active are not read. The first ``n_extra`` inputs are no part of the state and have no output.
+        """
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Go on with the rows ``rows`` (indices into those that ran last); the others have ended."""
+
+    def probe(self) -> Pass:
+        """Return a pass with the same past that may be called over and over and leaves nothing behind."""
 
 
 @dataclass(frozen=True)
@@ -31,93 +68,150 @@ class LoopSettings:
     """How a state is carried from one iteration to the next; every looping method has these fields.
 
     Args:
-        residual: how an iteration's output is mixed with the initial or the previous state.
-        alpha: share of the new state in residuals A and B, in [0, 1].
-        rescale: bring each output to the RMS of the embedding table (rms) or leave it (none).
-        time: timestep embedding added to each iteration's input.
+        residual: how an iteration's output is mixed with the initial and the previous state (slr.md, 3.6).
+        alpha: share of the new state in residuals A, B and C, in [0, 1].
+        alpha_learn: keep alpha fixed, learn one (shared), or one for each iteration (per_iter).
+        gate_shape: residual C: one gate for a position (scalar) or for each channel.
+        gate_kind: residual C: softmax, sigmoid, or attention over the three candidates.
+        rescale: leave outputs (none), bring them to the RMS of the embeddings (rms), or learn an adapter that does.
+        time: timestep embedding: none, a table (lookup), or an MLP on sines (sinusoidal).
+        time_inject: add it, concat it and project, or give it a position of its own (token).
+        time_norm: sinusoidal: tell t / T instead of t.
+        noise: standard deviation of the noise on each iteration's input in training, in units of the embeddings' RMS.
+        noise_level: also tell the noise that was injected, or the last relative change of the state (delta).
+        lora: low-rank updates of the weights inside the loop: none, one for each iteration (per_iter), or shared.
+        lora_rank: r.
+        lora_gamma: the update is scaled by gamma / r.
+        lora_targets: last parts of module names, such as q_proj; empty: all attention and MLP linears.
+        lora_beyond: iterations past max_loops use the last update (clamp), start over (cycle) or none (off).
+        stop: score that ends a row's loop when answering: none, delta, delta_undamped, cos, kl, entropy, argmax, halt.
+        stop_threshold: kappa; a row stops when its score reaches it. None: the score's usual value.
+        stop_agg: reduce a score over positions by mean, last or max.
+        min_loops: iterations before a row may stop.
+        patience: consecutive iterations for which the score must hold.
+        bptt: back-propagate through the last so many iterations only; None: all.
         feedback_site: what an iteration gives back: the state after the final norm, or before it.
         detach: cut the gradient from each iteration's input, and from what is fed once more in append, to the output
             that it was.
+        solver: iterate to a fixed point: plain, damped by alpha, or Anderson-accelerated; none: a fixed number.
+        solver_gradient: through all iterations (unroll), by the implicit function theorem, or through one (phantom).
+        solver_tol: relative change at which a fixed point is reached.
+        spectral_weight: weight of the penalty on a loop whose gain exceeds spectral_bound; 0: none.
+        spectral_bound: the largest gain (estimated spectral radius of the loop's Jacobian) that is not penalised.
     """
 
     residual: ResidualKind = "none"
     alpha: float = 0.7
+    alpha_learn: AlphaLearn = "fixed"
+    gate_shape: GateShape = "scalar"
+    gate_kind: GateKind = "softmax"
     rescale: RescaleKind = "none"
     time: TimeKind = "none"
+    time_inject: TimeInject = "add"
+    time_norm: bool = False
+    noise: float = 0.0
+    noise_level: NoiseLevel = "none"
+    lora: BankKind = "none"
+    lora_rank: int = 8
+    lora_gamma: float = 16.0
+    lora_targets: tuple[str, ...] = ()
+    lora_beyond: Beyond = "clamp"
+    stop: StopKind = "none"
+    stop_threshold: float | None = None
+    stop_agg: Agg = "mean"
+    min_loops: int = 1
+    patience: int = 1
+    bptt: int | None = None
     feedback_site: Literal["post_norm", "pre_norm"] = "post_norm"
     detach: bool = False
+    solver: Solver = "none"
+    solver_gradient: Gradient = "implicit"
+    solver_tol: float = 1e-3
+    spectral_weight: float = 0.0
+    spectral_bound: float = 0.95
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not 0.0 <= self.alpha <= 1.0:
-            raise InputError(f"alpha is {self.alpha}, but it is a share: choose a value between 0 and 1")
-
-
-@dataclass
-class Iteration:
-    """One iteration as the trace keeps it; statistics are per row (B,), over all looped positions.
-
-    Attributes:
-        loop: 1-based iteration.
-        delta: ||z_t - z_{t-1}|| / ||z_t||.
-        cosine: cos(z_t, z_{t-1}).
-        rms: root mean square of z_t.
-        top_ids: (B, N, k) most likely tokens of the read-out of u_t, where asked for.
-        top_probs: (B, N, k) their probabilities.
-    """
-
-    loop: int
-    delta: Tensor
-    cosine: Tensor
-    rms: Tensor
-    top_ids: Tensor | None = None
-    top_probs: Tensor | None = None
-
-
-@dataclass
-class Trace:
-    """What a loop did, iteration by iteration. Every loop of every method writes this one record.
-
-    Args:
-        read_out: maps outputs u (B, N, D) to logits (B, N, V); None records no read-outs.
-        top_k: how many alternatives a read-out keeps.
-    """
-
-    read_out: Callable[[Tensor], Tensor] | None = None
-    top_k: int = 5
-    iterations: list[Iteration] = field(default_factory=list)
-
-    @torch.no_grad()
-    def record(self, loop: int, output: Tensor, state: Tensor, previous: Tensor) -> None:
-        """Add iteration ``loop``, which turned ``previous`` into ``state`` by way of ``output`` u_t (all B, N, D)."""
-        new, old = state.float().flatten(1), previous.float().flatten(1)
-        entry = Iteration(
-            loop=loop,
-            delta=(new - old).norm(dim=1) / (new.norm(dim=1) + 1e-8),
-            cosine=cosine_similarity(new, old, dim=1),
-            rms=rms(new)[:, 0],
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        refuse(
+            (not 0 <= self.alpha <= 1, f"alpha is {self.alpha}, but it is a share: choose a value between 0 and 1"),
+            (
+                min(self.noise, self.spectral_weight, self.spectral_bound) < 0,
+                "noise, spectral_weight and spectral_bound cannot be negative",
+            ),
+            (self.lora_rank < 1, "lora_rank must be at least 1; to do without, set lora to none"),
+            (min(self.min_loops, self.patience) < 1, "min_loops and patience must be at least 1"),
+            (self.bptt is not None and self.bptt < 0, "bptt must be at least 0 iterations, or none for all"),
+            (
+                self.time == "none" and (self.noise_level != "none" or self.time_inject != "add"),
+                "noise_level and time_inject need a timestep embedding: set time to lookup or sinusoidal",
+            ),
+            (
+                self.noise_level == "injected" and self.noise == 0,
+                "noise_level=injected tells the size of the injected noise: set noise above 0",
+            ),
+            (
+                self.alpha_learn != "fixed" and self.residual not in ("A", "B"),
+                "alpha_learn has nothing to learn without residual A or B",
+            ),
+            (self.time_norm and self.time != "sinusoidal", "time_norm is for time=sinusoidal"),
+            (
+                self.solver != "none"
+                and (
+                    self.time != "none"
+                    or self.lora == "per_iter"
+                    or self.noise > 0
+                    or self.stop != "none"
+                    or self.alpha_learn == "per_iter"
+                ),
+                "a solver looks for one fixed point, so iterations must be alike: set time to none, lora to none or "
+                "shared, noise to 0, stop to none and alpha_learn to fixed or shared",
+            ),
         )
-        if self.read_out is not None:
-            top = self.read_out(output).float().softmax(-1).topk(self.top_k, dim=-1)
-            entry.top_probs, entry.top_ids = top.values, top.indices
-        self.iterations.append(entry)
 
-    def row(self, row: int) -> Trace:
-        """Return the trace of one row of the batch."""
-        part = Trace(self.read_out, self.top_k)
-        for entry in self.iterations:
-            fields = {name: value[row : row + 1] for name, value in vars(entry).items() if isinstance(value, Tensor)}
-            part.iterations.append(Iteration(entry.loop, **fields))
-        return part
+    @property
+    def threshold(self) -> float:
+        """kappa, of the chosen stop score."""
+        return DEFAULT_THRESHOLDS[self.stop] if self.stop_threshold is None else self.stop_threshold
 
 
 @dataclass
 class LoopResult:
-    """What a loop leaves behind: the final state z_T, the outputs u_1..u_T, and each row's last input (B, N, D)."""
+    """What a loop leaves behind.
+
+    Attributes:
+        state: the final state z_T of every row (B, N, D).
+        outputs: for each iteration, the rows that ran it and their outputs u_t (A, N, D).
+        states: for each iteration, the rows that ran it and their states z_t (A, N, D).
+        n_loops: how many iterations each row ran.
+        gain: the factor by which the loop stretched a small change of its state, if asked for (scalar).
+    """
 
     state: Tensor
-    outputs: list[Tensor]
-    last_input: Tensor
+    outputs: list[tuple[list[int], Tensor]]
+    states: list[tuple[list[int], Tensor]]
+    n_loops: list[int]
+    gain: Tensor | None = None
+
+
+def scatter(parts: list[tuple[list[int], Tensor]], like: Tensor) -> Tensor:
+    """Put the rows of several parts in order: (B, ...) for parts that together hold each row at most once."""
+    if len(parts) == 1 and parts[0][0] == list(range(len(like))):
+        return parts[0][1]
+    rows = torch.tensor([row for part, _ in parts for row in part], device=like.device)
+    return like.new_zeros(like.shape).index_copy(0, rows, torch.cat([values for _, values in parts]).to(like.dtype))
+
+
+class SlotOffsets(nn.Module):
+    """What distinguishes slots: a row each, added to the embedding of <lat>; zero at the start."""
+
+    def __init__(self, n_slots: int, width: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(n_slots, width))
+
+    def forward(self, region_BND: Tensor) -> Tensor:
+        """Return the embeddings (B, N, D) of the slots."""
+        return region_BND + self.table[: region_BND.shape[1]].to(region_BND.dtype)
 
 
 class InnerLoop(nn.Module):
@@ -128,48 +222,185 @@ class InnerLoop(nn.Module):
         width: the width `D` of the states.
         max_loops: the number of iterations trained for; sizes what is indexed by iteration.
         tau: the RMS that ``rescale`` brings states to (scalar).
+        backbone: whose weights loop-wise LoRA updates.
+        n_slots: give each of so many slots an embedding of its own; 0: all share that of <lat>.
     """
 
-    tau: Tensor
-
-    def __init__(self, settings: LoopSettings, width: int, max_loops: int, tau: Tensor):
+    def __init__(
+        self,
+        settings: LoopSettings,
+        width: int,
+        max_loops: int,
+        tau: Tensor,
+        backbone: Backbone | None = None,
+        n_slots: int = 0,
+    ):
         super().__init__()
-        self.settings = settings
-        self.register_buffer("tau", tau.detach().clone())
-        self.time = TimeEmbedding(max_loops, width) if settings.time == "lookup" and max_loops > 0 else None
+        s = self.settings = settings
+        self.max_loops = max_loops
+        n = max(max_loops, 1)
+        self.rescale = Rescale(s.rescale, width, tau)
+        self.residual = Residual(s.residual, s.alpha, s.alpha_learn, s.gate_shape, s.gate_kind, width, n)
+        self.time = None
+        if s.time != "none" and max_loops > 0:
+            self.time = TimeEmbedding(s.time, s.time_inject, n, width, s.time_norm, s.noise_level)
+        self.slots = SlotOffsets(n_slots, width) if n_slots else None
+        self.lora = None
+        if s.lora != "none" and max_loops > 0:
+            if backbone is None:
+                raise InputError("loop-wise LoRA needs a backbone to update")
+            self.lora = LoopLora(backbone, n, s.lora_rank, s.lora_gamma, s.lora, s.lora_targets, s.lora_beyond)
+        self.stop = StopRule(s.stop, width, s.stop_agg) if s.stop != "none" else None
 
-    def rescale(self, output: Tensor) -> Tensor:
-        """Apply rho to an output of the model."""
-        return rescale(output, self.settings.rescale, self.tau)
+    def weights(self, loop: int) -> AbstractContextManager[None]:
+        """Use iteration ``loop``'s weights in a block (0: the base weights)."""
+        return nullcontext() if self.lora is None or loop < 1 else self.lora.at(loop)
 
-    def inject(self, state: Tensor, loop: int) -> Tensor:
-        """Make iteration ``loop``'s input x_t from the state before it."""
-        if self.settings.detach and loop > 1:
+    def inject(self, state: Tensor, loop: int, change_B: Tensor | None = None, noisy: bool = True) -> Tensor:
+        """Make iteration ``loop``'s input x_t from the state before it.
+
+        ``change_B`` is the relative change of the state in the iteration before (1 in the first).
+        """
+        s = self.settings
+        if s.detach and loop > 1:
             state = state.detach()
-        return state if self.time is None else self.time(state, loop)
+        level = None
+        noise = s.noise if self.training and noisy else 0.0
+        if s.noise_level == "injected":
+            level = torch.full((len(state),), noise, device=state.device)
+        elif s.noise_level == "delta":
+            level = torch.ones(len(state), device=state.device) if change_B is None else change_B.detach()
+        if noise > 0:
+            state = state + noise * self.rescale.tau.to(state.dtype) * torch.randn_like(state)
+        return state if self.time is None else self.time(state, loop, level)
+
+    def step(
+        self,
+        f: Pass,
+        state: Tensor,
+        first: Tensor,
+        loop: int,
+        change_B: Tensor | None = None,
+        active_B: Tensor | None = None,
+        noisy: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one iteration; return (z_t, h'_t, u_t), each (B, N, D)."""
+        inputs = self.inject(state, loop, change_B, noisy)
+        output = f(inputs, loop, active_B, n_extra=inputs.shape[1] - state.shape[1])
+        rescaled = self.rescale(output)
+        return self.residual(rescaled, first, state, loop), rescaled, output
 
     def forward(
-        self, f: Pass, state: Tensor, n_loops: int, loops_B: Tensor | None = None, trace: Trace | None = None
+        self,
+        f: Pass,
+        state: Tensor,
+        n_loops: Sequence[int],
+        trace: Trace | None = None,
+        read_out: Callable[[Tensor], Tensor] | None = None,
     ) -> LoopResult:
-        """Run ``n_loops`` iterations of ``f`` from ``state`` z_0 (B, N, D).
+        """Iterate ``f`` from ``state`` z_0 (B, N, D).
 
-        ``loops_B`` gives each row its own number, at most ``n_loops``; after it, the row's state stands still.
+        Args:
+            f: the pass.
+            state: z_0.
+            n_loops: each row's number of iterations, the most where rows may stop by themselves.
+            trace: filled with what happens.
+            read_out: maps outputs u to logits; needed by the stop scores that look at words.
         """
-        first, last_input, outputs = state, state, []
-        for loop in range(1, n_loops + 1):
-            inputs, going = self.inject(state, loop), None
-            if loops_B is not None:  # a row that is done reads its last state as it is
-                going = (loop <= loops_B)[:, None, None]
-                still = state.detach() if self.settings.detach else state
-                inputs, last_input = torch.where(going, inputs, still), torch.where(going, inputs, last_input)
-            else:
-                last_input = inputs
-            output = f(inputs, loop)
-            previous = state
-            state = residual(self.rescale(output), first, previous, self.settings.residual, self.settings.alpha)
-            if going is not None:
-                state = torch.where(going, state, previous)
-            outputs.append(output)
+        s, limit = self.settings, max(n_loops)
+        if s.solver != "none" and limit > 0:
+            return self._solve(f, state, limit, trace)
+        stops = self.stop is not None and not self.training
+        if self.stop is not None:
+            self.stop.reset()
+        going, halted, ran = list(range(len(state))), set[int](), [0] * len(state)
+        whole, first, change_B = state, state, None
+        streak = torch.zeros(len(state), dtype=torch.long, device=state.device)
+        result = LoopResult(state, [], [], ran)
+        ended: list[tuple[list[int], Tensor]] = []
+        for loop in range(1, limit + 1):
+            # Rows that have ended leave, or stand still where the pass cannot spare them.
+            staying = [i for i, row in enumerate(going) if n_loops[row] >= loop and row not in halted]
+            active_B = None
+            if not staying:
+                break
+            if len(staying) < len(going) and f.compacts:
+                leaving = [i for i in range(len(going)) if i not in set(staying)]
+                ended.append(([going[i] for i in leaving], state[leaving]))
+                f.keep_rows(staying)
+                state, first, streak = state[staying], first[staying], streak[staying]
+                change_B = None if change_B is None else change_B[staying]
+                if stops:
+                    self.stop.keep_rows(torch.tensor(staying, device=whole.device))  # type: ignore[union-attr]
+                going = [going[i] for i in staying]
+            elif len(staying) < len(going):
+                active_B = torch.tensor([i in set(staying) for i in range(len(going))], device=whole.device)
+            for i in staying if active_B is not None else range(len(going)):
+                ran[going[i]] += 1
+
+            cut = [s.bptt is not None and 1 < loop == n_loops[row] - s.bptt + 1 for row in going]  # never z_0
+            previous = state.detach() if all(cut) else state
+            if any(cut) and not all(cut):
+                previous = torch.where(torch.tensor(cut, device=state.device)[:, None, None], state.detach(), state)
+            new, rescaled, output = self.step(f, previous, first, loop, change_B, active_B)
+            if active_B is not None:
+                new = torch.where(active_B[:, None, None], new, previous)
+            if s.noise_level == "delta":
+                change_B = relative_change(new, previous, f.state_mask)
+            result.outputs.append((going, output))
+            result.states.append((going, new))
+            score = None
+            if stops:
+                logits = read_out(output) if s.stop in READS_OUT and read_out is not None else None
+                score = self.stop.score(Moment(new, previous, rescaled, logits, f.state_mask))  # type: ignore[union-attr]
+                streak = torch.where(score >= s.threshold, streak + 1, 0)
+                if loop >= s.min_loops and loop < limit:
+                    done = (streak >= s.patience).tolist()  # the one question to the device in an iteration
+                    halted |= {row for row, is_done in zip(going, done) if is_done}
             if trace is not None:
-                trace.record(loop, output, state, previous)
-        return LoopResult(state, outputs, last_input)
+                kept = [i for i in staying] if active_B is not None else list(range(len(going)))
+                part = slice(None) if active_B is None else kept
+                trace.record(
+                    loop,
+                    [going[i] for i in kept],
+                    output[part],
+                    new[part],
+                    previous[part],
+                    None if score is None else score[part],
+                    None if f.state_mask is None else f.state_mask[part],
+                )
+            state = new
+        result.state = scatter([*ended, (going, state)], whole)
+        if s.bptt == 0:
+            result.state = result.state.detach()
+        if s.spectral_weight > 0 and limit > 0 and self.training:
+            probe = f.probe()
+            result.gain = jacobian_gain(lambda z: self.step(probe, z, first, limit, change_B, noisy=False)[0], state)
+        return result
+
+    def _solve(self, f: Pass, state: Tensor, limit: int, trace: Trace | None) -> LoopResult:
+        """Iterate to a fixed point instead of a fixed number of times."""
+        s, first, rows = self.settings, state, list(range(len(state)))
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def g(z: Tensor) -> Tensor:
+            new, _, output = self.step(f, z, first, 1)
+            seen[:] = [(output, new, z)]
+            return new
+
+        def on_iteration(loop: int) -> None:
+            if trace is not None:
+                output, new, old = seen[0]
+                trace.record(loop, rows, output, new, old, mask=f.state_mask)
+
+        final, n_done = solve(g, state, s.solver, limit, s.solver_tol, s.solver_gradient, s.alpha, on_iteration)
+        gain = jacobian_gain(g, final) if s.spectral_weight > 0 and self.training else None
+        return LoopResult(final, [(rows, seen[0][0])], [(rows, final)], [n_done] * len(state), gain)
+
+
+def relative_change(new: Tensor, previous: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    """Return ||new - previous|| / ||new|| of each row (B,) over real positions, in fp32."""
+    if mask_BN is not None:
+        new, previous = new * mask_BN[..., None], previous * mask_BN[..., None]
+    difference = (new - previous).float().flatten(1).norm(dim=1)
+    return difference / (new.float().flatten(1).norm(dim=1) + 1e-8)

@@ -8,7 +8,7 @@ model.generate(["How many legs have 3 cats?"])[0].text
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,12 @@ from innerloop.context import Context
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.layout import LAT, Batch, Row, Speller, collate
-from innerloop.loop import InnerLoop, Trace
+from innerloop.loop import InnerLoop
+from innerloop.losses import Terms, add_loop_terms
 from innerloop.methods import Method
-from innerloop.thought import think
+from innerloop.thought import Masked, Thought, think
 from innerloop.tokenizer import train_tokenizer
+from innerloop.trace import Trace
 
 if TYPE_CHECKING:
     from innerloop.engine import Generation
@@ -64,7 +66,11 @@ class LatentModel(nn.Module):
         self.spell = Speller(tokenizer)
         checkpoint.add_markers(backbone, tokenizer, method.markers)
         max_loops = method.n_loops(method.curriculum.last_stage)
-        self.loop = InnerLoop(method.loop, backbone.width, max_loops, backbone.embed_rms()).to(backbone.device)
+        loop = InnerLoop(
+            method.loop, backbone.width, max_loops, backbone.embed_rms(), backbone, method.n_distinct_slots
+        )
+        self.loop = loop.to(backbone.device)
+        self._teacher: list[LatentModel] = []  # in a list, so that it is no part of this model
         self.checkpoint_passes = False
 
     # Layout
@@ -78,10 +84,11 @@ class LatentModel(nn.Module):
         """Lay out training examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing."""
         return self.method.rows(examples, self.spell, stage, seed)
 
-    def prompts(self, questions: Sequence[str], stage: int | None = None) -> list[Row]:
-        """Lay out questions to be answered at a stage (None: the last)."""
-        stage = self.method.curriculum.last_stage if stage is None else stage
-        return [self.method.prompt(question, self.spell, stage) for question in questions]
+    def prompts(self, questions: Sequence[str], stage: int | None = None, loops: int | None = None) -> list[Row]:
+        """Lay out questions to be answered at a stage (None: the last), with another number of loops than trained."""
+        method = self.method if loops is None else with_loops(self.method, loops)
+        stage = method.curriculum.last_stage if stage is None else stage
+        return [method.prompt(question, self.spell, stage) for question in questions]
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Pad rows into one batch on the model's device; rows longer than the context are refused."""
@@ -104,16 +111,14 @@ class LatentModel(nn.Module):
             n_items: what each term's sum is divided by: the counts of the global batch. None: this batch's own.
             trace: filled with the loop's iterations.
         """
-        states, outputs = self._states(batch, trace)
-        counts = n_items or batch.counts()
+        states, thought = self._states(batch, trace)
         logits_UV = self.backbone.head(states)
-        sums = {"answer": cross_entropy(logits_UV.float(), batch.targets_U, reduction="sum")}
-        if len(batch.read_targets_R):
-            read = torch.stack(outputs).flatten(0, 2)[batch.read_at_R]
-            sums["step"] = cross_entropy(self.read_out(read).float(), batch.read_targets_R, reduction="sum")
-        means = {name: total / max(counts[name], 1) for name, total in sums.items()}
-        loss = torch.stack([self.method.term_weights[name] * mean for name, mean in means.items()]).sum()
-        return Output(loss, {name: mean.detach() for name, mean in means.items()}, trace)
+        terms = Terms(self, batch, n_items or batch.counts())
+        terms.add("answer", cross_entropy(logits_UV.float(), batch.targets_U, reduction="sum"))
+        if thought.loop is not None:
+            add_loop_terms(terms, thought, trains=self.training)
+        loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
+        return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace)
 
     def loss(self, examples: Sequence[Example], stage: int | None = None, trace: bool = False) -> Output:
         """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
@@ -129,16 +134,20 @@ class LatentModel(nn.Module):
         self.train(was_training)
         return list(self.backbone.head(states).split(batch.n_targets))
 
-    def _states(self, batch: Batch, trace: Trace | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Return the states that predict the supervised tokens (U, D), and the loop's outputs."""
+    def _states(self, batch: Batch, trace: Trace | None = None) -> tuple[Tensor, Thought]:
+        """Return the states that predict the supervised tokens (U, D), and the thought before them."""
         context = Context(self.backbone, len(batch), checkpoint_passes=self.checkpoint_passes and self.training)
-        thought = think(self.method, self.loop, batch, context, trace)
+        follows = batch.teacher is not None
+        thought = think(self.method, self.loop, batch, context, trace, self.read_out, all_states=follows)
+        return self.answer_states(batch, thought, thought.context.fork(), thought.pending), thought
+
+    def answer_states(self, batch: Batch, thought: Thought, context: Context, pending: list[Masked]) -> Tensor:
+        """Read what is pending and the suffix; return the states that predict the supervised tokens (U, D)."""
         columns, mask = batch.columns(2)
-        pieces = [*thought.pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)]
-        states = thought.context.read(*join(pieces))
+        states = context.read(*join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)]))
         n_columns = batch.ids_BS.shape[1]
         rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns
-        return states[rows, at - thought.first_column], thought.outputs
+        return states[rows, at - thought.first_column]
 
     def read_out(self, outputs: Tensor) -> Tensor:
         """Return the logits (..., V) that loop outputs show through the final norm and the head."""
@@ -148,6 +157,15 @@ class LatentModel(nn.Module):
     def new_trace(self) -> Trace:
         """Return an empty trace that records read-outs."""
         return Trace(self.read_out)
+
+    @property
+    def teacher(self) -> Backbone:
+        """The frozen backbone whose states the loop follows; loaded when first asked for."""
+        if not self._teacher:
+            folder = self.method.losses.teacher
+            assert folder is not None
+            self._teacher.append(checkpoint.load(folder, device=self.device).requires_grad_(False).eval())
+        return self._teacher[0].backbone
 
     # Generation
 
@@ -194,6 +212,13 @@ class LatentModel(nn.Module):
         """Return how many latent positions a row holds."""
         lat = self.tokenizer.convert_tokens_to_ids(LAT)
         return row.ids().count(lat) if LAT in self.method.markers else 0
+
+
+def with_loops(method: Method, loops: int) -> Method:
+    """Return the method with another number of loops."""
+    if not any(f.name == "max_loops" for f in fields(method)):
+        raise InputError(f"'{method.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
+    return replace(method, max_loops=loops)  # type: ignore[call-arg]
 
 
 def join(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

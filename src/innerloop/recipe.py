@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class BackboneChoice:
         scratch: make one with fresh weights: its transformers model ``type`` and fields of its configuration.
         model: folder, run or Hub name to start from.
         lora: train low-rank updates instead of all weights: fields of peft's LoraConfig, such as r and lora_alpha.
+        freeze: train nothing of the backbone but the embeddings of markers; see also train.unfreeze_after.
         dtype: type of the weights.
         marker_init: what the rows of new markers start from: the row of << (token), the mean row, or normal draws.
         vocab_size: the most words of the tokenizer that a scratch backbone gets from the training data.
@@ -49,6 +50,7 @@ class BackboneChoice:
     scratch: dict[str, Any] | None = None
     model: str | None = None
     lora: dict[str, Any] | None = None
+    freeze: bool = False
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     marker_init: MarkerInit = "token"
     vocab_size: int = 8192
@@ -57,6 +59,8 @@ class BackboneChoice:
     def __post_init__(self) -> None:
         if (self.scratch is None) == (self.model is None):
             raise InputError("backbone: give either 'scratch: {type: llama, ...}' or 'model: NAME_OR_PATH'")
+        if self.freeze and self.lora is not None:
+            raise InputError("backbone.freeze trains the method's parts alone, backbone.lora more: give one of them")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,13 @@ class Recipe:
     out: str
     stages: tuple[Recipe, ...] = field(default=())
 
+    def with_paths(self) -> Recipe:
+        """Return the recipe with ``{out}`` in the method's teacher replaced by the run's folder."""
+        teacher = self.method.losses.teacher
+        if teacher is None or "{out}" not in teacher:
+            return self
+        return replace(self, method=replace(self.method, teacher=teacher.replace("{out}", self.out)))  # type: ignore[call-arg]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it would be written, every field spelled out."""
         written: dict[str, Any] = {
@@ -82,7 +93,11 @@ class Recipe:
         if self.stages:
             written["train"] = {}
             written["stages"] = [
-                {name: value for name, value in stage.as_dict().items() if name in ("task", "method", "train")}
+                {
+                    name: value
+                    for name, value in stage.as_dict().items()
+                    if name in ("task", "backbone", "method", "train")
+                }
                 for stage in self.stages
             ]
         return written
@@ -195,8 +210,8 @@ def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
 
 def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
     for name in stage:
-        if name not in ("task", "method", "train"):
-            raise InputError(f"a stage overrides task, method or train, not '{name}'")
+        if name not in ("task", "backbone", "method", "train"):
+            raise InputError(f"a stage overrides task, backbone, method or train, not '{name}'")
     merged = copy.deepcopy({name: value for name, value in raw.items() if name != "stages"})
     for name in ("task", "method"):
         if isinstance(merged.get(name), str):
@@ -205,9 +220,9 @@ def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
         value = {"name": value} if name in ("task", "method") and isinstance(value, str) else value
         if not isinstance(value, dict):
             raise InputError(f"a stage's '{name}' must list fields, not {value!r}")
-        same = name == "train" or value.get("name", merged.get(name, {}).get("name")) == merged.get(name, {}).get(
-            "name"
-        )
+        same = name in ("train", "backbone") or value.get("name", merged.get(name, {}).get("name")) == merged.get(
+            name, {}
+        ).get("name")
         merged[name] = {**(merged.get(name) or {}), **value} if same else value
     if "method" not in merged:
         raise InputError("a stage has no 'method', and the recipe has none to fall back on")

@@ -51,7 +51,7 @@ def run_recipe(
     for number, (stage, folder, (train, valid)) in enumerate(zip(stages, folders, data), 1):
         title = stage.method.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.method.name}"
         if not (resume and (folder / FINISHED).exists()):
-            trainer = prepare_stage(replace(stage, stages=()), folder, start, train, valid, callbacks(stage, title))
+            trainer = prepare_stage(stage.with_paths(), folder, start, train, valid, callbacks(stage, title))
             recipe.save(out / CONFIG)  # nothing is left behind by a recipe that cannot start
             if not train_stage(trainer, resume):
                 return out
@@ -117,12 +117,14 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
     """Make the model a recipe asks for; ``train`` is the text a scratch backbone's tokenizer learns from."""
     if backbone.scratch is not None:
         tokenizer = train_tokenizer(train, backbone.vocab_size)
+        if backbone.freeze:
+            raise InputError("backbone.freeze needs weights worth keeping: give backbone.model, or a stage before")
         model = checkpoint.from_scratch(backbone.scratch, tokenizer, method, seed)
         if backbone.lora is not None:
             checkpoint.add_lora(model, backbone.lora)
         return model
     assert backbone.model is not None
-    return checkpoint.load(
+    model = checkpoint.load(
         backbone.model,
         method,
         lora=backbone.lora,
@@ -131,6 +133,9 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
         device="cpu",  # the trainer moves it
         trust_remote_code=backbone.trust_remote_code,
     )
+    if backbone.freeze:
+        checkpoint.freeze(model)
+    return model
 
 
 def _data(stage: Recipe) -> tuple[list[Example], list[Example] | None]:

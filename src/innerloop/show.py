@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.layout import IGNORE, Kind, Row
-from innerloop.loop import Trace
+from innerloop.trace import Trace
 
 COLOURS = {
     Kind.QUESTION: "cyan",
@@ -88,13 +88,16 @@ def _visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int = 12) -> Table:
     """Return the loops of one row: how much the state changed, and what each latent showed through the head."""
     table = Table(title="what the latents held", title_justify="left")
-    for column in ("loop", "change", "cosine", "RMS"):
+    scored = any(entry.score is not None for entry in trace.iterations)
+    for column in ("loop", "change", "cosine", "RMS", *(["stop score"] if scored else [])):
         table.add_column(column, justify="right")
     n_slots = max((e.top_ids.shape[1] for e in trace.iterations if e.top_ids is not None), default=0)
     for slot in range(min(n_slots, max_slots)):
         table.add_column(f"latent {slot}")
     for entry in trace.iterations:
         numbers = [f"{entry.delta[0].item():.3f}", f"{entry.cosine[0].item():.3f}", f"{entry.rms[0].item():.2f}"]
+        if entry.score is not None:
+            numbers.append(f"{entry.score[0].item():.2f}")
         slots = []
         if entry.top_ids is not None and entry.top_probs is not None:
             for ids, probs in zip(entry.top_ids[0][:max_slots].tolist(), entry.top_probs[0][:max_slots].tolist()):

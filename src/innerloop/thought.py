@@ -9,18 +9,27 @@ Shapes: `B` rows, `N` region columns, `D` width.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from innerloop.context import Context
+from innerloop.context import Context, Weights, merge
 from innerloop.layout import Batch
-from innerloop.loop import InnerLoop, Trace
+from innerloop.loop import InnerLoop, LoopResult
+from innerloop.trace import Trace
 
 if TYPE_CHECKING:
     from innerloop.methods.method import Method
+
+LoopWeights = Callable[[int], AbstractContextManager[None]]
+Masked = tuple[Tensor, Tensor | None]
+"""Embeddings (B, L, D) and their mask (B, L), None when all is real."""
 
 
 @dataclass
@@ -31,77 +40,203 @@ class Thought:
         context: what has been read.
         pending: (embeddings, mask) still to be read, in order, in one pass with the first written token.
         first_column: the batch column at which ``pending`` begins.
-        outputs: u_1..u_T, each (B, N, D).
+        loop: what the loop did; None when nothing looped.
+        region_mask: of the looped columns.
+        layer_states: where asked for, the states after each layer of each pass: for each iteration, the rows that ran
+            it and n_layers + 1 tensors (A, N, D).
     """
 
     context: Context
-    pending: list[tuple[Tensor, Tensor | None]]
+    pending: list[Masked]
     first_column: int
-    outputs: list[Tensor] = field(default_factory=list)
+    loop: LoopResult | None = None
+    region_mask: Tensor | None = None
+    layer_states: list[tuple[Tensor, ...]] = field(default_factory=list)
 
 
-def think(method: Method, loop: InnerLoop, batch: Batch, context: Context, trace: Trace | None = None) -> Thought:
+def think(
+    method: Method,
+    loop: InnerLoop,
+    batch: Batch,
+    context: Context,
+    trace: Trace | None = None,
+    read_out: Callable[[Tensor], Tensor] | None = None,
+    all_states: bool = False,
+) -> Thought:
     """Read the prefix and refine the region of a batch."""
-    backbone = context.backbone
-    segments = []
-    for segment in (0, 1):
-        columns, mask = batch.columns(segment)
-        segments.append((backbone.embed(batch.ids_BS[:, columns]), mask))
-    (prefix, prefix_mask), (region, region_mask) = segments
+    (prefix, prefix_mask), (region, region_mask) = segments = [_embed(context, batch, s) for s in (0, 1)]
+    if loop.slots is not None and region.shape[1]:
+        region = loop.slots(region)
+        segments[1] = (region, region_mask)
     n_loops = max(batch.n_loops)
-    forwards_region = method.first_state == "forward" and region.shape[1] > 0
-    if n_loops == 0 and not forwards_region:
-        return Thought(context, segments, first_column=0)
+    makes_first = method.first_state == "forward" and region.shape[1] > 0
+    if n_loops == 0 and not makes_first and not method.decode_lora:
+        return Thought(context, segments, first_column=0, region_mask=region_mask)
 
     normed = method.loop.feedback_site == "post_norm"
-    with context.phase("prefill"):
-        at_bot = context.read(prefix, prefix_mask, normed=normed)[:, -1:]
+    at_bot = None
+    if prefix.shape[1]:
+        with context.phase("prefill"):
+            at_bot = context.read(prefix, prefix_mask, normed=normed)[:, -1:]
     with context.phase("thought"):
         steps: AppendPass | RegionPass
         if method.scope == "append":
+            assert at_bot is not None
             state = loop.rescale(at_bot) if method.first_state == "forward" else region[:, :1]
-            steps = AppendPass(context, region_mask, normed)
+            steps = AppendPass(context, region_mask, loop.weights, normed)
         else:
-            steps = RegionPass(context, region_mask, normed)
+            prompt = segments[0] if method.prefix_kv == "per_iter" else None
+            is_last = method.answer_context == "kv_last"
+            steps = RegionPass(context, region_mask, loop.weights, normed, prompt, is_last, all_states)
             state = loop.rescale(steps(region, 0)) if method.first_state == "forward" else region
+            steps.layer_states.clear()
         if method.loop.detach and method.first_state == "forward":
             state = state.detach()
-        loops_B = torch.tensor(batch.n_loops, device=region.device) if min(batch.n_loops) < n_loops else None
-        result = loop(steps, state, n_loops, loops_B, trace)
+        result = loop(steps, state, batch.n_loops, trace, read_out)
+        if isinstance(steps, RegionPass) and method.answer_context == "kv_last":
+            context = steps.finish(context, region, region_mask)
 
-    if method.answer_context == "kv_last" and method.scope == "slots" and loops_B is not None:
-        # Rows end at different iterations, so no one pass is the last of all: each row's last input is read once more.
-        last = torch.where((loops_B > 0)[:, None, None], result.last_input, region)
-        return Thought(context, [(last, region_mask)], batch.bounds[0], result.outputs)
+    if method.decode_lora:
+        context.weights = partial(loop.weights, loop.max_loops)  # T, whatever a row of the batch ran
+    layer_states = steps.layer_states if isinstance(steps, RegionPass) else []
     if method.answer_context == "kv_last":
-        return Thought(steps.context, [], batch.bounds[1], result.outputs)
-    fed = result.state.shape[1]
-    if method.loop.detach and method.scope == "append":
-        result.state = result.state.detach()  # the last link of the chain
-    mask = None if region_mask is None else region_mask[:, -fed:]
-    return Thought(context, [(result.state, mask)], batch.bounds[1] - fed, result.outputs)
+        return Thought(context, [], batch.bounds[1], result, region_mask, layer_states)
+    fed = result.state.detach() if method.loop.detach and method.scope == "append" else result.state
+    mask = region_mask
+    if method.scope == "append" and mask is not None:
+        mask = mask.amax(1, keepdim=True)  # every row that thinks feeds its last latent
+    return Thought(context, [(fed, mask)], batch.bounds[1] - fed.shape[1], result, region_mask, layer_states)
+
+
+def _embed(context: Context, batch: Batch, segment: int) -> Masked:
+    columns, mask = batch.columns(segment)
+    return context.backbone.embed(batch.ids_BS[:, columns]), mask
 
 
 class RegionPass:
-    """f over all latents at once, each pass on the same prefix; the cache of a pass is dropped with the next."""
+    """f over all looped positions at once, each pass on the same prefix; the cache of a pass is dropped with the next.
 
-    def __init__(self, prefix: Context, mask_BN: Tensor | None, normed: bool):
-        self.prefix, self.mask_BN, self.normed = prefix, mask_BN, normed
-        self.context = prefix  # after a pass: the prefix and that pass
+    Args:
+        prefix: what was read before.
+        mask_BN: of the looped positions.
+        weights: an iteration's weights.
+        normed: whether outputs are states after the final norm.
+        prompt: the prefix, to be read again in every pass with its weights; None: read once, with the base weights.
+        keeps_caches: rows that leave keep the cache of their last pass, for `finish`.
+        all_states: keep the states after every layer, in ``layer_states``.
+    """
 
-    def __call__(self, inputs_BND: Tensor, loop: int) -> Tensor:
-        """Return u (B, N, D)."""
-        self.context = self.prefix.fork()
-        return self.context.read(inputs_BND, self.mask_BN, normed=self.normed)
+    compacts = True
+
+    def __init__(
+        self,
+        prefix: Context,
+        mask_BN: Tensor | None,
+        weights: LoopWeights,
+        normed: bool,
+        prompt: Masked | None = None,
+        keeps_caches: bool = False,
+        all_states: bool = False,
+    ):
+        self.prefix, self.mask_BN, self.weights, self.normed = prefix, mask_BN, weights, normed
+        self.prompt, self.keeps_caches, self.all_states = prompt, keeps_caches, all_states
+        self.context: Context | None = None  # the prefix and the last pass
+        self.rows = list(range(len(prefix.next_position_B)))
+        self.ended: list[tuple[list[int], Context | None]] = []
+        self.layer_states: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, inputs_BND: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+        """Return u (B, N, D); the first ``n_extra`` inputs are no slots, and have no output."""
+        weights: Weights = partial(self.weights, loop)
+        if self.prompt is None:
+            self.context = self.prefix.fork()
+        else:
+            self.context = self.prefix.fresh()
+            self.context.read(*self.prompt, weights=weights)
+        mask = self.mask_BN if n_extra == 0 else with_extra(self.mask_BN, n_extra)
+        if self.all_states:
+            states = self.context.read(inputs_BND, mask, all_states=True, normed=self.normed, weights=weights)
+            states = tuple(s[:, n_extra:] for s in states)
+            last = states[-1] if self.normed else self.context.backbone.norm(states[-1])  # as the teacher's last
+            self.layer_states.append((*states[:-1], last))
+            return states[-1]
+        return self.context.read(inputs_BND, mask, normed=self.normed, weights=weights)[:, n_extra:]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Go on with some rows."""
+        device = self.prefix.next_position_B.device
+        if self.keeps_caches:
+            leaving = [i for i in range(len(self.rows)) if i not in set(rows)]
+            cache = None if self.context is None else self.context.keep_rows(torch.tensor(leaving, device=device))
+            self.ended.append(([self.rows[i] for i in leaving], cache))
+        index = torch.tensor(rows, device=device)
+        self.prefix, self.rows = self.prefix.keep_rows(index), [self.rows[i] for i in rows]
+        self.mask_BN = None if self.mask_BN is None else self.mask_BN[index]
+        if self.prompt is not None:
+            embeds, mask = self.prompt
+            self.prompt = embeds[index], None if mask is None else mask[index]
+
+    @property
+    def state_mask(self) -> Tensor | None:
+        """1 where a looped position is real."""
+        return self.mask_BN
+
+    def probe(self) -> RegionPass:
+        """Return a pass that leaves this one's cache and states alone."""
+        twin = copy.copy(self)
+        twin.all_states = False
+        return twin
+
+    def finish(self, prefix: Context, region: Tensor, mask_BN: Tensor | None) -> Context:
+        """Return the context of all rows, each with the cache of its own last pass.
+
+        Rows that never looped read the region as it was given.
+        """
+        parts: list[tuple[list[int], Context]] = []
+        for rows, context in [*self.ended, (self.rows, self.context)]:
+            if context is None:
+                index = torch.tensor(rows, device=region.device)
+                context = prefix.keep_rows(index)
+                context.read(region[index], None if mask_BN is None else mask_BN[index])
+            parts.append((rows, context))
+        longest = max(context.length for _, context in parts)
+        for rows, context in parts:  # a row that never looped has no column for the timestep's token
+            if gap := longest - context.length:
+                padding = region.new_zeros(len(rows), gap, region.shape[2])
+                context.read(padding, padding[..., 0].long())
+        return parts[0][1] if len(parts) == 1 else merge(parts)
 
 
 class AppendPass:
-    """f over one new latent per iteration, which stays in the context."""
+    """f over one new latent per iteration, which stays in the context; rows that have ended read padding."""
 
-    def __init__(self, context: Context, mask_BN: Tensor | None, normed: bool):
-        self.context, self.mask_BN, self.normed = context, mask_BN, normed
+    compacts = False
+    state_mask: Tensor | None = None
+    peeks = False
 
-    def __call__(self, inputs_B1D: Tensor, loop: int) -> Tensor:
+    def __init__(self, context: Context, mask_BN: Tensor | None, weights: LoopWeights, normed: bool):
+        self.context, self.mask_BN, self.weights, self.normed = context, mask_BN, weights, normed
+
+    def probe(self) -> AppendPass:
+        """Return a pass that reads ahead and forgets it."""
+        twin = copy.copy(self)
+        twin.peeks = True
+        return twin
+
+    def __call__(self, inputs_B1D: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return u (B, 1, D)."""
         mask = None if self.mask_BN is None else self.mask_BN[:, loop - 1 : loop]
-        return self.context.read(inputs_B1D, mask, normed=self.normed)
+        if active_B is not None:
+            mask = active_B[:, None].long() if mask is None else mask * active_B[:, None]
+        context = self.context.fork() if self.peeks else self.context
+        return context.read(inputs_B1D, mask, normed=self.normed, weights=partial(self.weights, loop))
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Rows stay."""
+
+
+def with_extra(mask_BN: Tensor | None, n_extra: int) -> Tensor | None:
+    """Return the mask with real columns before the slots."""
+    if mask_BN is None or n_extra == 0:
+        return mask_BN
+    return torch.cat([mask_BN.new_ones(len(mask_BN), n_extra), mask_BN], dim=1)

@@ -45,6 +45,8 @@ class LatentTrainingArguments(TrainingArguments):
 
     Args:
         batch_size: examples per device and forward pass.
+        parts_learning_rate: of what the method adds to the backbone (loop, LoRA, time, gates); None: learning_rate.
+        unfreeze_after: with a frozen backbone, train all of it from this step on; None: never.
         loss_norm: divide the loss by the supervised tokens of the global batch, or of each micro-batch.
         max_length: leave out examples longer than this many positions (counted); None: refuse them.
         eval_limit: validation examples to answer at each evaluation.
@@ -65,6 +67,10 @@ class LatentTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=False)  # examples are laid out later; there is no tensor to pin
 
     batch_size: int = field(default=32, metadata={"help": "examples per device and forward pass"})
+    parts_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the method's own parts"}
+    )
+    unfreeze_after: int | None = field(default=None, metadata={"help": "step from which a frozen backbone trains too"})
     loss_norm: Literal["global", "micro"] = field(default="global", metadata={"help": "what the loss is the mean over"})
     max_length: int | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
     eval_limit: int = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
@@ -199,6 +205,27 @@ class LatentTrainer(Trainer):
         """Return the curriculum's stage at an optimizer step."""
         return self.curriculum.stage_at(step, step / self.steps_per_epoch())
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer; the method's own parts may have a learning rate of their own."""
+        if self.args.parts_learning_rate is None and self.args.unfreeze_after is None:
+            return super().create_optimizer(model)
+        decays = set(self.get_decay_parameter_names(self.model))
+        own_rate, rate = self.args.parts_learning_rate, self.args.learning_rate
+        rates = {True: rate if own_rate is None else own_rate, False: rate}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or self.args.unfreeze_after is not None:
+                groups.setdefault((name.startswith("loop."), name in decays), []).append(parameter)
+        cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = cls(
+            [
+                {"params": found, "lr": rates[is_part], "weight_decay": self.args.weight_decay if decay else 0.0}
+                for (is_part, decay), found in groups.items()
+            ],
+            **settings,
+        )
+        return self.optimizer
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Lay out the next step's micro-batches, and count the supervised items of the global batch."""
         step = self.state.global_step
@@ -206,6 +233,8 @@ class LatentTrainer(Trainer):
             self._n_logged_steps = step
         stage = self.stage_at(step)
         self._maybe_reset_optimizer(step, stage)
+        if self.args.unfreeze_after is not None and step >= self.args.unfreeze_after:
+            self.model.backbone.requires_grad_(True)
         micro_batches = []
         for i, examples in zip(range(num_batches), epoch_iterator):
             seed = f"{self.args.seed}/{step}/{self.args.process_index}/{i}"

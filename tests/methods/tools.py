@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from innerloop import Example, LatentModel, Slr
 from innerloop.layout import Row
+from innerloop.loop import InnerLoop, LoopResult
 from innerloop.methods import Method
 from tests.methods.reference import Reference
 from tests.models import tiny_model
@@ -25,6 +26,38 @@ MIXED = (
 )
 QUESTIONS = [example.question for example in MIXED]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+
+
+class FunctionPass:
+    """A function (x_t, t) -> u_t of the loop as a pass; rows that end leave it, or stand still in it."""
+
+    def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
+        self.f, self.compacts, self.state_mask = f, compacts, None
+        self.kept: list[list[int]] = []
+        self.actives: list[Tensor | None] = []
+
+    def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+        self.actives.append(active_B)
+        return self.f(inputs, loop)[:, n_extra:]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self.kept.append(rows)
+
+    def probe(self) -> "FunctionPass":
+        return FunctionPass(self.f, self.compacts)
+
+
+def iterate(
+    loop: InnerLoop,
+    f: Callable[[Tensor, int], Tensor],
+    state: Tensor,
+    n_loops: int | list[int],
+    compacts: bool = True,
+    **options,
+) -> LoopResult:
+    """Run a loop on a function; all rows alike, or each its own number of iterations."""
+    n_loops = [n_loops] * len(state) if isinstance(n_loops, int) else n_loops
+    return loop(FunctionPass(f, compacts), state, n_loops, **options)
 
 
 def sharp_model(method: Method, arch: str = "gpt2", seed: int = 0, **changes) -> LatentModel:

@@ -41,6 +41,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     stage: int | None = None,
+    loops: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Answer examples greedily and check the answers.
@@ -52,6 +53,7 @@ def evaluate(
         max_new_tokens: the most tokens to write; None: as the task says.
         batch_size: rows per batch.
         stage: the curriculum's stage whose layout is used; None: the last.
+        loops: another number of loops than the model was trained with.
         progress: called with the number of examples answered since the last call.
     """
     generations = model.generate(
@@ -59,6 +61,7 @@ def evaluate(
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
         batch_size=batch_size,
         stage=stage,
+        loops=loops,
         progress=progress,
     )
     predictions = []

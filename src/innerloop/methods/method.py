@@ -15,9 +15,11 @@ from innerloop.curriculum import Curriculum
 from innerloop.examples import Example
 from innerloop.layout import BOT, EOT, LAT, Row, Speller
 from innerloop.loop import LoopSettings
+from innerloop.losses import LossSettings
 
-Scope = Literal["slots", "append"]
+Scope = Literal["slots", "append", "all", "last"]
 FirstState = Literal["embed", "forward"]
+PrefixKV = Literal["base", "per_iter"]
 AnswerContext = Literal["refeed", "kv_last"]
 
 
@@ -61,16 +63,21 @@ class Method:
 
     def rows(self, examples: Sequence[Example], spell: Speller, stage: int | None = None, seed: str = "") -> list[Row]:
         """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing."""
-        scheduled, rows = self.curriculum.last_stage if stage is None else stage, []
+        scheduled, rows, method = self.curriculum.last_stage if stage is None else stage, [], self.sampled(seed)
         for i, example in enumerate(examples):
             drawn = self.curriculum.stage_of(scheduled, len(example.steps), f"{seed}/{i}")
-            rows.append(self.lay_out(example, spell, drawn))
+            rows.append(method.lay_out(example, spell, drawn))
         return rows
+
+    @property
+    def losses(self) -> LossSettings:
+        """The terms of the loss that look inside the loop."""
+        return self if isinstance(self, LossSettings) else LossSettings()
 
     # Where the inner loop works. A method without latents keeps these.
     @property
     def scope(self) -> Scope:
-        """``slots``: all latents are refined together; ``append``: each iteration adds one."""
+        """What is refined: all latents (slots), the prompt (all), its end (last), or one latent more (append)."""
         return "slots"
 
     @property
@@ -83,6 +90,25 @@ class Method:
         """What the answer attends to: the final state fed once more, or the cache of the last iteration."""
         return "refeed"
 
+    @property
+    def prefix_kv(self) -> PrefixKV:
+        """Whether the prefix is read once with the base weights, or in every iteration with that iteration's."""
+        return "base"
+
+    @property
+    def decode_lora(self) -> bool:
+        """Whether the answer is read with the last iteration's weights."""
+        return False
+
+    @property
+    def n_distinct_slots(self) -> int:
+        """How many slots have an embedding of their own."""
+        return 0
+
+    def sampled(self, seed: str) -> Method:
+        """Return the method as one training batch uses it: with its number of iterations drawn, if it draws one."""
+        return self
+
     def n_loops(self, stage: int) -> int:
         """Return the number of iterations at a stage."""
         return 0
@@ -90,7 +116,7 @@ class Method:
     @property
     def term_weights(self) -> dict[str, float]:
         """The weight of each term of the loss."""
-        return {"answer": 1.0}
+        return {"answer": 1.0, "gain": self.loop.spectral_weight, **self.losses.loop_term_weights}
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,38 @@
 """Stable Latent Reasoning: a latent state is refined T times by the same model, held stable by a loop residual.
 
-Scopes `slots` (N latents refined together) and `append` (one latent per iteration); see slr.md, sections 2 and 3.
+Every option of slr.md; the stabilisers and stop rules are `LoopSettings`, which every looping method has.
 """
 
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from innerloop.curriculum import Curriculum
-from innerloop.errors import InputError
+from innerloop.errors import refuse
 from innerloop.examples import Example
-from innerloop.layout import IGNORE, Piece, Row, Speller
+from innerloop.layout import BOT, EOT, IGNORE, Piece, Row, Speller
 from innerloop.loop import LoopSettings
-from innerloop.methods.method import AnswerContext, FirstState, LatentMethod, Scope
+from innerloop.losses import LossSettings
+from innerloop.methods.method import AnswerContext, FirstState, LatentMethod, PrefixKV, Scope
 from innerloop.stabilize import RescaleKind, ResidualKind, TimeKind
 
 
 @dataclass(frozen=True)
-class Slr(LoopSettings, Curriculum, LatentMethod):
+class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
     """``[Q][<bot>] | [<lat> x N] | [<eot>][A][eos]``; the N latents are refined T times.
 
     Args:
-        loop_scope: slots: N latents refined together; append: every iteration adds one latent.
+        loop_scope: slots: N latents refined together; all: the whole prompt; last: its last position, <bot>;
+            append: every iteration adds one latent.
         n_slots: N, for scope slots.
+        distinct_slots: give each slot an embedding of its own.
         max_loops: T.
-        h0: h_0 is the <lat> embeddings (embed), or what one pass makes of them (forward; append: the state of <bot>).
+        h0: h_0 is the embeddings (embed), or what one pass makes of them (forward; append: the state of <bot>).
         answer_from: the answer sees h_T fed once more (refeed), or the cache of the last iteration (kv_last).
-        step_weight: lambda_step; iteration t must show step sigma(t) through the head. Scope slots only.
+        prefix_kv: the prompt is read once with the base weights (base), or in every iteration with its own (per_iter).
+        decode_lora: read h_T and the answer with the last iteration's LoRA weights instead of the base weights.
+        loop_sampling: iterations of a training batch: T (fixed), uniform in 1..T, or log-normal Poisson around T.
         slots_per_step: c; step i is shown at the i-th block of c slots, round and round, cut to c tokens; 0: all slots.
         step_map: sigma(t) = ceil(t m / T) (stretch), or t while there are steps (one2one).
         loops_per_stage: during a curriculum, stage s allows min(T, loops_per_stage * s) iterations; 0: always T.
@@ -34,17 +40,22 @@ class Slr(LoopSettings, Curriculum, LatentMethod):
 
     name: ClassVar[str] = "slr"
     paper: ClassVar[str] = "Stable Latent Reasoning (proposal, 2024)"
-    summary: ClassVar[str] = "latents refined in a loop, held stable by timestep embedding, rescaling and residual"
+    summary: ClassVar[str] = (
+        "latents refined in a loop, held stable by timestep embedding, LoRA, rescaling and residual"
+    )
 
-    loop_scope: Literal["slots", "append"] = "slots"
+    loop_scope: Literal["slots", "all", "last", "append"] = "slots"
     n_slots: int = 8
+    distinct_slots: bool = False
     max_loops: int = 4
     h0: Literal["embed", "forward"] = "embed"
     answer_from: Literal["refeed", "kv_last"] = "refeed"
+    prefix_kv: PrefixKV = "base"
+    decode_lora: bool = False
     residual: ResidualKind = "A"
     rescale: RescaleKind = "rms"
     time: TimeKind = "lookup"
-    step_weight: float = 0.0
+    loop_sampling: Literal["fixed", "uniform", "lognormal_poisson"] = "fixed"
     slots_per_step: int = 0
     step_map: Literal["stretch", "one2one"] = "stretch"
     loops_per_stage: int = 0
@@ -52,23 +63,71 @@ class Slr(LoopSettings, Curriculum, LatentMethod):
     def __post_init__(self) -> None:
         LoopSettings.__post_init__(self)
         Curriculum.__post_init__(self)
-        if self.max_loops < 0 or self.n_slots < 1 or self.loops_per_stage < 0:
-            raise InputError("slr needs max_loops >= 0, n_slots >= 1 and loops_per_stage >= 0")
-        if self.answer_from == "kv_last" and self.max_loops == 0:
-            raise InputError("answer_from=kv_last reads the cache of the last iteration: set max_loops to at least 1")
-        if self.slots_per_step < 0 or (self.slots_per_step and self.n_slots % self.slots_per_step):
-            raise InputError(f"slots_per_step is {self.slots_per_step}, but must divide n_slots={self.n_slots}")
-        if self.loops_per_stage and not self.max_stage:
-            raise InputError("loops_per_stage ramps the iterations over a curriculum: set max_stage to at least 1")
-        if self.step_weight and (self.loop_scope == "append" or self.max_loops == 0):
-            raise InputError(
-                "step_weight needs slots to read at each iteration: set loop_scope=slots and max_loops >= 1"
-            )
+        LossSettings.__post_init__(self)
+        is_region = self.loop_scope != "append"
+        decodes_all = self.deep_weight > 0 or self.halt_weight > 0
+        is_refed = self.answer_from == "refeed" and is_region
+        refuse(
+            (
+                self.max_loops < 0 or self.n_slots < 1 or self.loops_per_stage < 0,
+                "slr needs max_loops >= 0, n_slots >= 1 and loops_per_stage >= 0",
+            ),
+            (
+                self.max_loops == 0 and self.loop_sampling != "fixed",
+                "loop_sampling draws a number of iterations around max_loops: set max_loops to at least 1",
+            ),
+            (
+                self.max_loops == 0 and self.answer_from == "kv_last",
+                "answer_from=kv_last reads the cache of the last iteration: set max_loops to at least 1",
+            ),
+            (
+                self.prefix_kv == "per_iter" and self.loop_scope in ("all", "append"),
+                "prefix_kv=per_iter reads the prompt again in every iteration: set loop_scope to slots or last",
+            ),
+            (
+                self.loop_scope != "slots" and (self.distinct_slots or self.time_inject == "token"),
+                "distinct_slots and time_inject=token are for loop_scope=slots",
+            ),
+            (
+                self.decode_lora and self.lora == "none",
+                "decode_lora needs loop-wise LoRA: set lora to per_iter or shared",
+            ),
+            (
+                self.slots_per_step < 0 or bool(self.slots_per_step and self.n_slots % self.slots_per_step),
+                f"slots_per_step is {self.slots_per_step}, but must divide n_slots={self.n_slots}",
+            ),
+            (
+                self.loops_per_stage > 0 and self.max_stage == 0,
+                "loops_per_stage ramps the iterations over a curriculum: set max_stage to at least 1",
+            ),
+            (
+                self.step_weight > 0 and (self.loop_scope != "slots" or self.max_loops == 0),
+                "step_weight needs slots to read at each iteration: set loop_scope=slots and max_loops >= 1",
+            ),
+            (
+                self.hid_weight > 0 and (self.max_loops == 0 or not is_region),
+                "hid_weight needs states to pull: set max_loops >= 1 and loop_scope to slots, all or last",
+            ),
+            (
+                decodes_all and (not is_refed or self.max_loops == 0 or self.solver != "none"),
+                "deep_weight and halt_weight decode every iteration's state: set answer_from=refeed, max_loops >= 1, "
+                "loop_scope to slots, all or last, and solver to none",
+            ),
+            (
+                self.halt_weight > 0 and self.stop != "halt",
+                "halt_weight trains the gate of a learned stop: set stop=halt",
+            ),
+            (
+                self.solver != "none" and (not is_refed or self.step_weight > 0 or self.hid_weight > 0),
+                "a solver finds one state: set loop_scope to slots, all or last, answer_from to refeed, and "
+                "step_weight and hid_weight to 0",
+            ),
+        )
 
     @property
     def needs_steps(self) -> bool:
-        """Where iterations must show steps, or steps leave one by one."""
-        return self.step_weight > 0 or self.max_stage > 0
+        """Where iterations must show steps or follow a teacher's, or steps leave one by one."""
+        return self.step_weight > 0 or self.hid_weight > 0 or self.max_stage > 0
 
     @property
     def scope(self) -> Scope:
@@ -86,15 +145,15 @@ class Slr(LoopSettings, Curriculum, LatentMethod):
         return self.answer_from
 
     @property
-    def term_weights(self) -> dict[str, float]:
-        """L = L_ans + lambda_step L_step."""
-        return {"answer": 1.0, "step": self.step_weight}
+    def n_distinct_slots(self) -> int:
+        """N, if slots differ."""
+        return self.n_slots if self.distinct_slots else 0
 
     def n_latents(self, stage: int) -> int:
         """Return N; in append one position per iteration, and one for h_T if it is fed once more."""
         if self.loop_scope == "slots":
             return self.n_slots
-        return self.n_loops(stage) + (self.answer_from == "refeed")
+        return self.n_loops(stage) + (self.answer_from == "refeed") if self.loop_scope == "append" else 0
 
     def n_loops(self, stage: int) -> int:
         """Return T_s = min(T, r s), or T without a ramp."""
@@ -102,29 +161,62 @@ class Slr(LoopSettings, Curriculum, LatentMethod):
             return self.max_loops
         return min(self.max_loops, self.loops_per_stage * stage)
 
+    def sampled(self, seed: str) -> "Slr":
+        """Draw T for a training batch: U{1..T}, or Poisson(e^n) + 1 with n ~ N(ln T - 1/8, 1/4) (arXiv 2502.05171)."""
+        if self.loop_sampling == "fixed" or not seed:
+            return self
+        rng = random.Random(f"loops/{seed}")
+        if self.loop_sampling == "uniform":
+            drawn = rng.randint(1, max(self.max_loops, 1))
+        else:
+            rate = math.exp(rng.gauss(math.log(self.max_loops) - 0.125, 0.5))
+            drawn = 1 + _poisson(rate, rng)
+        return replace(self, max_loops=drawn, loop_sampling="fixed")
+
+    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+        """Return the row up to <eot>: the region is the slots, the prompt (all) or <bot> (last)."""
+        asked, bot, eot = spell.question(question), spell.marker(BOT), spell.marker(EOT)
+        if self.loop_scope == "all":
+            return Row([], [asked], [eot], n_loops=self.n_loops(stage))
+        if self.loop_scope == "last":
+            return Row([asked], [bot], [eot], n_loops=self.n_loops(stage))
+        return super().prompt(question, spell, stage)
+
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
-        """Lay out, with the steps that each iteration must show."""
+        """Lay out, with the steps that each iteration must show or follow."""
         row = super().lay_out(example, spell, stage)
+        steps = spell.steps(example) if stage == self.last_stage else spell.steps(example)[:stage]
+        pairing = [self._step_of(t, len(steps), row.n_loops) for t in range(1, row.n_loops + 1)]
         if self.step_weight:
-            steps = spell.steps(example) if stage == self.last_stage else spell.steps(example)[:stage]
-            row.readouts = self._readouts(steps, self.n_loops(stage))
+            row.readouts = [self._readout(steps, index) for index in pairing]
+        if self.hid_weight:
+            row.teacher = Row(
+                [spell.question(example.question)], [], [*spell.steps(example), spell.answer(example.answer)]
+            )
+            row.teacher_steps = pairing
         return row
 
-    def _readouts(self, steps: list[Piece], n_loops: int) -> list[list[int]]:
-        """Return for each iteration t the tokens that step sigma(t) must show, at the slots of its block.
+    def _step_of(self, t: int, m: int, n_loops: int) -> int | None:
+        """Return the 0-based step of iteration t, sigma(t) - 1, of m steps that have left the text (slr.md, 2)."""
+        index = math.ceil(t * m / n_loops) if self.step_map == "stretch" else t
+        if self.step_map == "one2one" and t == n_loops:
+            index = max(index, m)  # the last iteration takes the last step when there are more steps than loops
+        return index - 1 if 1 <= index <= m else None
 
-        ``steps`` are those that have left the text; see slr.md, sections 2 and 4.
-        """
-        m, c = len(steps), self.slots_per_step or self.n_slots
-        targets = []
-        for t in range(1, n_loops + 1):
-            index = math.ceil(t * m / n_loops) if self.step_map == "stretch" else t
-            if self.step_map == "one2one" and t == n_loops:
-                index = max(index, m)  # the last iteration takes the last step when there are more steps than loops
-            row = [IGNORE] * self.n_slots
-            if 1 <= index <= m:
-                start = (index - 1) % (self.n_slots // c) * c
-                ids = steps[index - 1].ids[:c]
-                row[start : start + len(ids)] = ids
-            targets.append(row)
-        return targets
+    def _readout(self, steps: list[Piece], index: int | None) -> list[int]:
+        """Return the tokens that the slots must show for a step: its first c, at the slots of its block."""
+        row, c = [IGNORE] * self.n_slots, self.slots_per_step or self.n_slots
+        if index is not None:
+            start = index % (self.n_slots // c) * c
+            ids = steps[index].ids[:c]
+            row[start : start + len(ids)] = ids
+        return row
+
+
+def _poisson(rate: float, rng: random.Random) -> int:
+    """Draw from a Poisson distribution (Knuth's product of uniforms)."""
+    bound, product, n = math.exp(-rate), rng.random(), 0
+    while product > bound:
+        product *= rng.random()
+        n += 1
+    return n

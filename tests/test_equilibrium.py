@@ -1,0 +1,186 @@
+"""Fixed points: solvers, gradients without unrolling, and the gain of a loop, on maps with known answers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop.equilibrium import jacobian_gain, solve
+from innerloop.loop import InnerLoop, LoopSettings
+from tests.methods.tools import iterate
+
+D = 5
+TAU = torch.ones(())
+
+
+def contraction(radius: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return J with this norm and b."""
+    generator = torch.Generator().manual_seed(seed)
+    j = torch.randn(D, D, generator=generator, dtype=torch.float64)
+    return j * radius / torch.linalg.matrix_norm(j, 2), torch.randn(D, generator=generator, dtype=torch.float64)
+
+
+def start(rows: int = 3) -> Tensor:
+    return torch.randn(rows, 2, D, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+by_solver = pytest.mark.parametrize("solver", ["plain", "damped", "anderson"])
+
+
+@by_solver
+@pytest.mark.parametrize("gradient", ["unroll", "implicit", "phantom"])
+def test_every_solver_finds_the_fixed_point_of_a_linear_contraction(solver, gradient):
+    j, b = contraction()
+    tol = 1e-6 if solver == "anderson" else 1e-10  # its least squares are in fp32
+    expected = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b).expand(3, 2, D)
+    found, n_done = solve(lambda z: z @ j.T + b, start(), solver, 200, tol, gradient)
+    torch.testing.assert_close(found, expected, atol=100 * tol, rtol=0)
+    assert 1 < n_done < 200
+
+
+@by_solver
+def test_the_implicit_gradient_is_the_exact_one(solver):
+    j, b = contraction()
+    j.requires_grad_(), b.requires_grad_()
+    weight = start(1)[0, 0]
+    exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b)
+    expected = torch.autograd.grad((exact * weight).sum(), (j, b))
+    found, _ = solve(lambda z: z @ j.T + b, start(1)[:, :1], solver, 300, 1e-9, "implicit")
+    ours = torch.autograd.grad((found[0, 0] * weight).sum(), (j, b))
+    for left, right in zip(ours, expected):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_a_long_unrolled_loop_has_the_value_and_gradient_of_the_implicit_one(solver):
+    j, b = contraction()
+
+    def value_and_gradient(gradient: str, n: int):
+        parameter = b.clone().requires_grad_()
+        found, _ = solve(lambda z: (z @ j.T + parameter).tanh(), start(), solver, n, 1e-9, gradient)
+        return found.detach(), torch.autograd.grad(found.sin().sum(), parameter)[0]
+
+    for left, right in zip(value_and_gradient("unroll", 100), value_and_gradient("implicit", 100)):
+        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+
+
+def test_the_phantom_gradient_is_that_of_one_iteration_from_the_fixed_point():
+    j, b = contraction()
+    b.requires_grad_()
+    found, _ = solve(lambda z: (z @ j.T + b).tanh(), start(), "plain", 300, 1e-12, "phantom")
+    (ours,) = torch.autograd.grad(found.sin().sum(), b)
+    once = (found.detach() @ j.T + b).tanh()
+    (expected,) = torch.autograd.grad(once.sin().sum(), b)
+    torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
+    (full,) = torch.autograd.grad(
+        solve(lambda z: (z @ j.T + b).tanh(), start(), "plain", 99, 0.0, "unroll")[0].sum(), b
+    )
+    assert (full - expected).abs().max() > 1e-2
+
+
+def test_anderson_needs_fewer_iterations_than_plain_on_a_slow_contraction():
+    j = torch.diag(torch.tensor([0.97, 0.9, -0.8, 0.5, 0.1], dtype=torch.float64))
+    steps = {s: solve(lambda z: z @ j + 1, start(), s, 500, 1e-6, "unroll")[1] for s in ("plain", "anderson")}
+    assert steps["anderson"] < steps["plain"] / 2
+
+
+def test_damping_finds_a_fixed_point_that_plain_iteration_flees():
+    j = torch.diag(torch.tensor([-1.2, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64))
+    exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, torch.ones(D, dtype=torch.float64))
+    damped, _ = solve(lambda z: z @ j + 1, start(), "damped", 300, 1e-10, "phantom", damping=0.5)
+    torch.testing.assert_close(damped, exact.expand(3, 2, D), atol=1e-8, rtol=0)
+    plain, n_done = solve(lambda z: z @ j + 1, start(), "plain", 100, 1e-10, "phantom")
+    assert n_done == 100 and (plain - exact).norm() > 1e3
+
+
+def saved_tensors(gradient: str, n_loops: int) -> int:
+    """Count the distinct tensors that the graph of a solution keeps."""
+    j, b = contraction()
+    b.requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        found, n_done = solve(lambda z: (z @ j.T + b).tanh(), start(), "plain", n_loops, 0.0, gradient)
+    assert n_done == n_loops and found.requires_grad
+    return len(kept)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "phantom"])
+def test_what_is_kept_for_the_gradient_does_not_grow_with_the_iterations(gradient):
+    assert saved_tensors(gradient, 2) == saved_tensors(gradient, 40)
+    assert saved_tensors("unroll", 40) > 10 * saved_tensors("unroll", 2)
+
+
+def test_without_gradients_only_the_state_is_found():
+    j, b = contraction()
+    with torch.no_grad():
+        found, _ = solve(lambda z: z @ j.T + b, start(), "plain", 100, 1e-9, "implicit")
+    assert not found.requires_grad
+
+
+# The solver as a setting of the loop
+
+
+@by_solver
+@pytest.mark.parametrize("residual", ["none", "A", "B", "C"])
+def test_a_loop_with_a_solver_ends_where_a_long_loop_ends(solver, residual):
+    j, b = contraction()
+
+    def f(x: Tensor, t: int) -> Tensor:
+        return (x @ j.T + b).tanh()
+
+    settings = {"residual": residual, "alpha": 0.6}
+    solved = InnerLoop(LoopSettings(solver=solver, solver_tol=1e-7, **settings), D, 200, TAU).double()
+    unrolled = InnerLoop(LoopSettings(**settings), D, 200, TAU).double()
+    found, long = iterate(solved, f, start(), 200), iterate(unrolled, f, start(), 200)
+    torch.testing.assert_close(found.state, long.state, atol=1e-5, rtol=1e-5)
+    assert found.n_loops[0] < 200
+
+
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_the_implicit_gradient_of_a_loop_is_that_of_a_long_loop(solver):
+    def gradients(**settings) -> list[Tensor]:
+        j, b = contraction()
+        j.requires_grad_(), b.requires_grad_()
+        loop = InnerLoop(LoopSettings(residual="A", alpha=0.6, **settings), D, 80, TAU)
+        h = start().requires_grad_()
+        state = iterate(loop, lambda x, t: (x @ j.T + b).tanh(), h, 80).state
+        return list(torch.autograd.grad(state.sin().sum(), (j, b, h)))
+
+    for left, right in zip(gradients(solver=solver, solver_tol=1e-9), gradients()):
+        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+
+
+# The gain
+
+
+@pytest.mark.parametrize("radius", [0.5, 0.95, 1.3])
+def test_the_gain_of_a_symmetric_map_is_its_spectral_radius(radius):
+    basis, _ = torch.linalg.qr(start(1)[0].T @ start(1)[0] + torch.diag(torch.arange(1.0, D + 1).double()))
+    eigenvalues = torch.tensor([-radius, 0.3, 0.2, -0.1, 0.05], dtype=torch.float64) * 1.0
+    j = basis @ torch.diag(eigenvalues) @ basis.T
+    gain = jacobian_gain(lambda z: z @ j + 1, start())
+    assert gain.item() == pytest.approx(radius, rel=0.05)
+
+
+def test_the_gain_is_differentiable_in_the_weights_and_not_in_the_state():
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    state = start().requires_grad_()
+    gain = jacobian_gain(lambda z: scale * z, state)
+    gain.backward()
+    assert gain.item() == pytest.approx(0.7, rel=1e-5)
+    assert scale.grad.item() == pytest.approx(1.0, rel=1e-5)
+    assert state.grad is None
+
+
+def test_the_gain_is_measured_in_training_alone_and_without_the_noise():
+    f = torch.nn.Linear(D, D, bias=False).double()
+    with torch.no_grad():
+        f.weight.copy_(0.8 * torch.eye(D))
+    loop = InnerLoop(LoopSettings(spectral_weight=1.0, noise=0.5), D, 3, TAU)
+    assert iterate(loop.train(), lambda x, t: f(x), start(), 3).gain.item() == pytest.approx(0.8, rel=1e-5)
+    assert iterate(loop.eval(), lambda x, t: f(x), start(), 3).gain is None
+    assert iterate(InnerLoop(LoopSettings(), D, 3, TAU).train(), lambda x, t: f(x), start(), 3).gain is None

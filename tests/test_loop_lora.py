@@ -1,0 +1,215 @@
+"""Loop-wise LoRA: targets, iterations past the bank, merging, export, checkpointing and compilation."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from innerloop import InputError, Slr
+from innerloop.backbone import Backbone
+from innerloop.context import Context
+from innerloop.loop_lora import LoopLora
+from tests.methods.tools import MIXED, assert_same_gradients, gradients
+from tests.models import random_ids, tiny_backbone, tiny_lm, tiny_model
+
+IDS = random_ids(2, 6)
+by_arch = pytest.mark.parametrize("arch", ["gpt2", "llama"])
+
+
+def bank_on(backbone: Backbone, n_loops: int = 3, rank: int = 2, gamma: float = 4.0, **options) -> LoopLora:
+    """Make a bank whose updates are not zero."""
+    bank = LoopLora(backbone, n_loops, rank, gamma, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for up in bank.up.values():
+            up.copy_(0.3 * torch.randn(up.shape, generator=generator))
+    return bank
+
+
+def logits(backbone: Backbone, bank: LoopLora | None = None, loop: int = 0) -> Tensor:
+    with torch.no_grad():
+        if bank is None or loop == 0:
+            return backbone.head(backbone(backbone.embed(IDS)))
+        with bank.at(loop):
+            return backbone.head(backbone(backbone.embed(IDS)))
+
+
+@pytest.mark.parametrize(
+    ("arch", "names"),
+    [
+        ("gpt2", {"c_attn", "c_proj", "c_fc"}),
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_all_attention_and_mlp_linears_are_the_usual_targets(arch, names):
+    backbone = tiny_backbone(arch)
+    found = bank_on(backbone).modules_by_name
+    assert {name.rsplit(".", 1)[-1] for name in found} == names
+    assert len(found) == backbone.n_layers * (4 if arch == "gpt2" else 7)
+    assert not any("lm_head" in name for name in found)
+
+
+@pytest.mark.parametrize(("arch", "target"), [("gpt2", "c_attn"), ("llama", "q_proj")])
+def test_targets_are_chosen_by_name(arch, target):
+    backbone = tiny_backbone(arch)
+    bank = bank_on(backbone, targets=(target,))
+    assert len(bank.modules_by_name) == backbone.n_layers
+    assert all(name.endswith(target) for name in bank.modules_by_name)
+    with pytest.raises(InputError, match=target):
+        LoopLora(backbone, 2, 2, 4.0, targets=("nonsense",))
+
+
+@by_arch
+def test_every_iteration_has_weights_of_its_own_and_outside_the_block_the_base_is_used(arch):
+    backbone = tiny_backbone(arch)
+    plain = logits(backbone)
+    bank = bank_on(backbone)
+    each = [logits(backbone, bank, loop) for loop in (1, 2, 3)]
+    for i, one in enumerate(each):
+        assert (one - plain).abs().max() > 1e-3
+        assert all((one - other).abs().max() > 1e-3 for other in each[:i])
+    assert torch.equal(logits(backbone), plain)
+
+
+@by_arch
+def test_a_hooked_linear_is_w_plus_gamma_over_r_times_b_a(arch):
+    backbone = tiny_backbone(arch)
+    bank = bank_on(backbone, rank=2, gamma=6.0)
+    for name, module in list(bank.modules_by_name.items())[:4]:
+        key = name.replace(".", "/")
+        x = torch.randn(3, bank.down[key].shape[2], generator=torch.Generator().manual_seed(2))
+        expected = module(x) + 3.0 * (x @ bank.down[key][1].T @ bank.up[key][1].T)
+        with bank.at(2):
+            torch.testing.assert_close(module(x), expected)
+        torch.testing.assert_close(bank.delta(name, 2), 3.0 * bank.up[key][1] @ bank.down[key][1])
+
+
+def test_blocks_may_be_nested_and_are_left_after_an_error():
+    backbone = tiny_backbone()
+    bank = bank_on(backbone)
+    with bank.at(1):
+        with bank.at(2):
+            assert bank.entry == 1
+        assert bank.entry == 0
+    with pytest.raises(ZeroDivisionError), bank.at(3):
+        raise ZeroDivisionError
+    assert bank.entry is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "beyond", "expected"),
+    [
+        ("per_iter", "clamp", [0, 1, 2, 2, 2, 2, 2]),
+        ("per_iter", "cycle", [0, 1, 2, 0, 1, 2, 0]),
+        ("per_iter", "off", [0, 1, 2, None, None, None, None]),
+        ("shared", "clamp", [0, 0, 0, 0, 0, 0, 0]),
+        ("shared", "cycle", [0, 0, 0, 0, 0, 0, 0]),
+        ("shared", "off", [0, 0, 0, None, None, None, None]),
+    ],
+)
+def test_iterations_past_the_bank_use_the_last_update_or_start_over_or_none(kind, beyond, expected):
+    backbone = tiny_backbone()
+    plain = logits(backbone)
+    bank = bank_on(backbone, kind=kind, beyond=beyond)
+    assert [bank.index(loop) for loop in range(1, 8)] == expected
+    assert torch.equal(logits(backbone, bank, 5), plain) == (beyond == "off")
+    assert next(iter(bank.up.values())).shape[0] == (1 if kind == "shared" else 3)
+
+
+@by_arch
+def test_merged_weights_come_back_bit_for_bit(arch):
+    backbone = tiny_backbone(arch)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    bank = bank_on(backbone)
+    expected = logits(backbone, bank, 2)
+    with bank.merged(2):
+        torch.testing.assert_close(logits(backbone), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ZeroDivisionError), bank.merged(1):
+        raise ZeroDivisionError
+    after = backbone.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers
+@by_arch
+@pytest.mark.parametrize("targets", [(), ("c_proj", "q_proj")], ids=["all", "some"])
+def test_peft_loads_an_exported_iteration_and_gives_the_same_logits(arch, targets, tmp_path):
+    lm = tiny_lm(arch)
+    lm.save_pretrained(tmp_path / "base")
+    backbone = Backbone(lm)
+    bank = bank_on(backbone, targets=targets, rank=2, gamma=5.0)
+    bank.export(tmp_path / "loop2", 2, str(tmp_path / "base"))
+    fresh = type(lm).from_pretrained(tmp_path / "base").eval()
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "loop2").eval()
+    with torch.no_grad():
+        theirs = loaded(input_ids=IDS).logits
+    torch.testing.assert_close(theirs, logits(backbone, bank, 2), atol=1e-5, rtol=1e-4)
+    assert (theirs - logits(backbone)).abs().max() > 1e-3
+    assert json.loads((tmp_path / "loop2" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_an_iteration_without_weights_cannot_be_exported(tmp_path):
+    bank = bank_on(tiny_backbone(), beyond="off")
+    with pytest.raises(InputError, match="lora_beyond is off"):
+        bank.export(tmp_path, 4, "base")
+
+
+@by_arch
+@pytest.mark.parametrize(
+    "fields", [{}, {"solver": "anderson", "lora": "shared", "time": "none"}], ids=["loop", "solver"]
+)
+def test_checkpointed_passes_give_equal_gradients_with_loop_wise_weights(arch, fields):
+    model = tiny_model(Slr(n_slots=3, max_loops=3, **{"lora": "per_iter", "lora_rank": 2, **fields}), arch).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        for up in model.loop.lora.up.values():
+            up.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    expected = gradients(model, model.loss(MIXED).loss)
+    model.activation_checkpointing_enable()
+    assert_same_gradients(gradients(model, model.loss(MIXED).loss), expected, 1e-4)
+    assert min(expected[f"loop.lora.up.{name}"].abs().max() for name in model.loop.lora.up) > 0
+
+
+def test_a_pass_run_again_in_the_backward_pass_has_its_own_weights():
+    """The block is left long before the backward pass runs the pass again."""
+    backbone = tiny_backbone()
+    bank = bank_on(backbone)
+    grads = []
+    for checkpoint_passes in (False, True):
+        context = Context(backbone, 2, checkpoint_passes=checkpoint_passes)
+        for loop in (1, 2):
+            states = context.read(backbone.embed(IDS), weights=lambda loop=loop: bank.at(loop))
+        states.square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in bank.named_parameters()})
+        bank.zero_grad()
+        backbone.zero_grad()
+    assert_same_gradients(*grads, 1e-4)
+
+
+def test_a_copy_of_a_model_has_a_bank_of_its_own():
+    model = tiny_model(Slr(n_slots=3, max_loops=2, lora="per_iter"))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for up in twin.loop.lora.up.values():
+            up.normal_()
+    (ours,), (theirs,) = model.answer_logits(MIXED[:1]), twin.answer_logits(MIXED[:1])
+    assert (ours - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_compiled_pass_follows_the_loop_index():
+    linear = tiny_backbone()
+    bank = bank_on(linear)
+    module = next(iter(bank.modules_by_name.values()))
+    compiled = torch.compile(lambda x: module(x).tanh(), backend="eager")
+    x = torch.randn(3, 32)
+    for loop in (1, 2, 3, 1):
+        with bank.at(loop):
+            torch.testing.assert_close(compiled(x), module(x).tanh())
+    torch.testing.assert_close(compiled(x), module(x).tanh())
