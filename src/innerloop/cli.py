@@ -106,7 +106,7 @@ def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> N
     folder = run_recipe(loaded, resume, lambda stage, title: [LiveProgress(title, console)])
     if not (folder / FINISHED).exists():
         raise InputError(f"interrupted; go on with: {' '.join(['innerloop train', recipe, *overrides, '--resume'])}")
-    console.print(f"the trained model is in {folder}; next: innerloop eval {folder}")
+    console.print(f"the trained model is in {folder}; next: innerloop eval {folder}", soft_wrap=True)
 
 
 def eval_(
@@ -174,7 +174,8 @@ def eval_(
         f"{model.method.name} on {chosen.name}/{split}: accuracy {result['accuracy']:.1%} "
         f"(95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable {result['unparsable']}); "
         f"per example {cost['passes']:.1f} passes, {cost['positions']:.1f} positions, "
-        f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}"
+        f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
+        soft_wrap=True,
     )
 
 

@@ -97,9 +97,10 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     )
     console.print(result_table(results))
     console.print(
-        f"The table is in {folder / 'results.json'} and {folder / 'report.html'}. Next, look inside one answer:"
+        f"The table is in {folder / 'results.json'} and {folder / 'report.html'}. Next, look inside one answer:",
+        soft_wrap=True,
     )
-    console.print(f'  innerloop ask {folder / "slr"} "{examples[0].question}"', highlight=False)
+    console.print(f'  innerloop ask {folder / "slr"} "{examples[0].question}"', highlight=False, soft_wrap=True)
 
 
 def result_table(results: list[dict[str, Any]]) -> Table:
