@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from innerloop import Coconut, Cot, LatentModel, NoCot, Pause, Slr, checkpoint
+from innerloop import Coconut, Cot, LatentModel, NoCot, Pause, Slr, adapters, checkpoint
+from innerloop.adapters import add_lora, add_markers, merged_state
 from innerloop.backbone import Backbone
-from innerloop.checkpoint import add_lora, add_markers, from_scratch, merged_state
+from innerloop.checkpoint import from_scratch
 from innerloop.errors import InputError
 from tests.models import SPELLED, chain_examples, chain_tokenizer, spelled_tokenizer, tiny_lm, tiny_model
 
@@ -328,7 +329,7 @@ def test_a_saved_lora_run_gives_the_same_logits(method, tmp_path):
     model, _ = with_lora(method)
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
     torch.testing.assert_close(logits_of(loaded), logits_of(model), atol=1e-5, rtol=1e-5)
-    assert not checkpoint.adapted(loaded.backbone.lm)
+    assert not adapters.adapted(loaded.backbone.lm)
 
 
 @GPT2_LORA
@@ -363,7 +364,7 @@ def test_lora_weights_are_kept_before_merging_too(tmp_path):
 def test_lora_can_be_put_on_a_loaded_model(tmp_path):
     model = moved(tiny_model(Coconut()))
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), lora={"r": 2})
-    assert checkpoint.adapted(loaded.backbone.lm)
+    assert adapters.adapted(loaded.backbone.lm)
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from innerloop import checkpoint
+from innerloop import adapters, checkpoint
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
@@ -71,7 +71,7 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path, 
 def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path):
     def adapted() -> LatentModel:
         model = tiny_model(Pause(n_pauses=2))
-        checkpoint.add_lora(model, {"r": 2})
+        adapters.add_lora(model, {"r": 2})
         return model
 
     make_trainer(tmp_path / "whole", adapted()).train()
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_untouched(tmp_path: Path, m
 
 def test_lora_trains_low_rank_updates_and_marker_rows_alone(tmp_path: Path):
     model = tiny_model(Pause(n_pauses=2))
-    checkpoint.add_lora(model, {"r": 2})
+    adapters.add_lora(model, {"r": 2})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -305,7 +305,7 @@ def copies(model: LatentModel) -> dict:
 
 def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    checkpoint.freeze(model)
+    adapters.freeze(model)
     before = copies(model)
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = trained_names(before, model)
@@ -318,7 +318,7 @@ def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: 
 
 def test_a_frozen_backbone_may_train_from_a_step_on(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    checkpoint.freeze(model)
+    adapters.freeze(model)
     before, seen = copies(model), {}
 
     class Look(TrainerCallback):

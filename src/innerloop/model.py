@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from innerloop import checkpoint
+from innerloop.adapters import add_markers
 from innerloop.backbone import Backbone
 from innerloop.context import Context
 from innerloop.errors import InputError
@@ -64,7 +65,7 @@ class LatentModel(nn.Module):
         self.tokenizer = tokenizer
         self.method = method
         self.spell = Speller(tokenizer)
-        checkpoint.add_markers(backbone, tokenizer, method.markers)
+        add_markers(backbone, tokenizer, method.markers)
         max_loops = method.n_loops(method.curriculum.last_stage)
         loop = InnerLoop(
             method.loop, backbone.width, max_loops, backbone.embed_rms(), backbone, method.n_distinct_slots

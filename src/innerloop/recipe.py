@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from innerloop.checkpoint import MarkerInit
+from innerloop.adapters import MarkerInit
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named
 from innerloop.tasks import Task, task_named

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from innerloop import checkpoint
+from innerloop.adapters import add_lora, freeze
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.methods import Method
@@ -121,7 +122,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
             raise InputError("backbone.freeze needs weights worth keeping: give backbone.model, or a stage before")
         model = checkpoint.from_scratch(backbone.scratch, tokenizer, method, seed)
         if backbone.lora is not None:
-            checkpoint.add_lora(model, backbone.lora)
+            add_lora(model, backbone.lora)
         return model
     assert backbone.model is not None
     model = checkpoint.load(
@@ -134,7 +135,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
         trust_remote_code=backbone.trust_remote_code,
     )
     if backbone.freeze:
-        checkpoint.freeze(model)
+        freeze(model)
     return model
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from innerloop import checkpoint
+from innerloop.adapters import adapted
 from innerloop.engine import check_length
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example, from_rows
@@ -409,7 +410,7 @@ class LatentTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         checkpoint.read_settings(folder)
         lm = self.model.backbone.lm
-        if not checkpoint.adapted(lm):
+        if not adapted(lm):
             lm.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype).state_dict())
         checkpoint.load_parts(self.model, folder)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from innerloop import LatentModel, Slr, checkpoint
+from innerloop import LatentModel, Slr, adapters
 from innerloop.context import Context
 from innerloop.loop import InnerLoop, LoopSettings
 from innerloop.losses import follow_loss
@@ -570,7 +570,7 @@ def checksum(tensors) -> str:
 def test_13_training_the_adapters_alone_leaves_the_base_weights(arch):
     method = change(FULL, residual="C", rescale="adapter", time_inject="concat", distinct_slots=True)
     model = LatentModel(tiny_model(Slr(), arch).backbone, base(arch).tokenizer, method)
-    checkpoint.freeze(model)
+    adapters.freeze(model)
     frozen = [p for p in model.backbone.parameters() if not p.requires_grad]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("loop.") or "trainable_tokens" in name for name in trained)
