@@ -184,10 +184,11 @@ def test_a_cot_run_goes_on_as_coconut_with_its_weights(tmp_path):
     assert torch.isfinite(loaded.loss(EXAMPLES, stage=1).loss)
 
 
-def test_the_same_method_with_other_settings_starts_with_fresh_parts(tmp_path):
+def test_the_same_method_with_more_loops_keeps_the_rows_it_has_learned(tmp_path):
     model = moved(tiny_model(Slr(max_loops=4)))
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), method=Slr(max_loops=6))
     assert loaded.loop.time.table.shape == (6, 32)
+    assert torch.equal(loaded.loop.time.table[:4], model.loop.time.table) and model.loop.time.table.any()
 
 
 @pytest.mark.parametrize("tied", [True, False])
