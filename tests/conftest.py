@@ -13,6 +13,12 @@ def pytest_configure() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draw the same weights in every run, whatever ran before on the same worker."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=models.ARCHS)
 def arch(request: pytest.FixtureRequest) -> str:
     """Every architecture, one after the other."""

@@ -159,13 +159,13 @@ def test_residual_b_does_not_cure_an_eigenvalue_above_one():
 
 
 @pytest.mark.parametrize("compacts", [True, False])
-def test_a_row_stands_still_bit_for_bit_after_its_own_number_of_iterations(compacts):
+def test_a_row_stands_still_after_its_own_number_of_iterations(compacts):
     loop = inner_loop(4, residual="B", rescale="rms")
     f, _, _ = linear([0.5, -0.3, 0.9, 0.1])
     h = states(n_rows=4)
     result = iterate(loop, f, h, [0, 1, 3, 4], compacts)
     for row, n_loops in enumerate([0, 1, 3, 4]):
-        assert torch.equal(result.state[row], iterate(loop, f, h[row : row + 1], n_loops).state[0])
+        torch.testing.assert_close(result.state[row], iterate(loop, f, h[row : row + 1], n_loops).state[0])
     assert torch.equal(result.state[0], h[0])
     assert result.n_loops == [0, 1, 3, 4]
     ran = [[1, 2, 3], [2, 3], [2, 3], [3]] if compacts else [[0, 1, 2, 3]] * 4

@@ -70,6 +70,7 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path, 
 
 def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path):
     def adapted() -> LatentModel:
+        torch.manual_seed(0)
         model = tiny_model(Pause(n_pauses=2))
         adapters.add_lora(model, {"r": 2})
         return model

@@ -25,15 +25,21 @@ TIME_WIDTH = 256  # d_e, the width of the sinusoidal features
 GATE_WIDTH = 256  # d_g, the hidden width of the gates of residual C
 
 
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Widen half precision to fp32, where sums of squares and exponentials are safe; double stays double."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def rms(states: Tensor) -> Tensor:
-    """Return the root mean square over the last dimension, kept as size 1, in fp32."""
-    return states.float().pow(2).mean(-1, keepdim=True).sqrt()
+    """Return the root mean square over the last dimension, kept as size 1, in fp32 or better."""
+    return at_least_fp32(states).pow(2).mean(-1, keepdim=True).sqrt()
 
 
 def to_rms(states: Tensor, tau: Tensor) -> Tensor:
     """Scale states (..., D) to the RMS ``tau``: u tau / RMS(u)."""
-    mean_square = states.float().pow(2).mean(-1, keepdim=True).clamp(min=1e-16)  # before the root: its slope at 0
-    return (states.float() * (tau * mean_square.rsqrt())).to(states.dtype)
+    wide = at_least_fp32(states)
+    mean_square = wide.pow(2).mean(-1, keepdim=True).clamp(min=1e-16)  # before the root: its slope at 0
+    return (wide * (tau * mean_square.rsqrt())).to(states.dtype)
 
 
 class Rescale(nn.Module):
@@ -132,8 +138,8 @@ class Residual(nn.Module):
         normed = layer_norm(candidates_BN3D, candidates_BN3D.shape[-1:]).to(weights.weight.dtype)
         if self.gate_kind == "attention":
             scores = self.key(normed) @ self.query(normed[..., :1, :]).transpose(-1, -2) / math.sqrt(GATE_WIDTH)
-            return softmax(scores.float() + self.shares_logit[:, None], dim=-2)
-        raw = self.gate(silu(self.hidden(normed.flatten(-2)))).unflatten(-1, (3, self.n_gates)).float()
+            return softmax(at_least_fp32(scores) + self.shares_logit[:, None], dim=-2)
+        raw = at_least_fp32(self.gate(silu(self.hidden(normed.flatten(-2)))).unflatten(-1, (3, self.n_gates)))
         raw = raw + self.shares_logit[:, None]
         return raw.sigmoid() if self.gate_kind == "sigmoid" else softmax(raw, dim=-2)
 

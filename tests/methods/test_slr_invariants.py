@@ -48,7 +48,7 @@ from tests.methods.tools import (
 )
 from tests.models import tiny_model
 
-ROUNDED = 4e-6  # rescaling and gates compute in fp32, even in a model of double precision
+ROUNDED = 1e-5  # a norm of Llama computes in fp32, even in a model of double precision
 SCOPES = ("slots", "all", "last", "append")
 REGIONS = ("slots", "all", "last")
 PLAIN = Slr(n_slots=3, max_loops=3, residual="none", rescale="none", time="none")
