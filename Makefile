@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install --quiet --cons
 
 # Tests reach for no hub. Their models are tiny, and fastest on one thread for each worker.
 OFFLINE    := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
-ONE_THREAD := OMP_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0
 WORKERS    := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help

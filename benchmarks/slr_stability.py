@@ -1,6 +1,6 @@
 """Do SLR's stabilisers do what they are for? Accuracy against the number of loops, for each alone and together.
 
-Chains of one to four operations; four slots; four loops in training (iteration t shows step t, later ones nothing), 1
+Chains of four operations; four slots; four loops in training (iteration t shows step t, later ones nothing), 1
 to 16 loops in testing. Every variant continues from the same chain-of-thought checkpoint of its seed, with one budget.
 
     python benchmarks/slr_stability.py --out benchmarks/results/slr_stability.json        # an hour or more on 2 cores
@@ -24,7 +24,7 @@ from innerloop.recipe import BackboneChoice, Recipe
 from innerloop.run import run_recipe
 from innerloop.tasks import Chain
 
-TASK = Chain(n_ops=4, min_ops=1, modulus=5)
+TASK = Chain(n_ops=4, modulus=5)
 BACKBONE = {
     "type": "llama",
     "hidden_size": 64,
@@ -46,7 +46,7 @@ VARIANTS = {
 }
 TRAINED_LOOPS = 4
 TESTED_LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
-WARM_UP, STEPS = 300, 1500
+WARM_UP, STEPS = 300, 800
 
 
 def main() -> None:

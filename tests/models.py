@@ -6,6 +6,7 @@ from tests.models import ARCHS, chain_examples, tiny_backbone, tiny_model
 import copy
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,3 +149,29 @@ def left_pad(rows: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
     ids = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+def moved(model: LatentModel, seed: int = 0) -> LatentModel:
+    """Move every weight a little, the timestep table too, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def saved(model: LatentModel, folder: Path) -> Path:
+    """Save a model and return where."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def answers_of(model: LatentModel, n: int = 3) -> Tensor:
+    """Return the logits of all written tokens of a few chain examples, below each other."""
+    return torch.cat(model.answer_logits(chain_examples(n)))
+
+
+@torch.no_grad()
+def text_logits(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the logits of a short text, read by the model itself."""
+    return lm(input_ids=torch.tensor([tokenizer.encode("3 + 4 = 2\n")])).logits

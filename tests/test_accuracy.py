@@ -57,9 +57,9 @@ def test_both_matches_are_reported_where_a_task_has_two():
 
 
 def test_costs_are_averaged_over_examples():
-    costs = [Cost(1, 2, 3.0, 4, {"prefill": 1.0, "thought": 0.0, "answer": 2.0}), Cost(3, 4, 5.0, 6)]
+    costs = [Cost(1, 2, 3.0, 4, 5, {"prefill": 1.0, "thought": 0.0, "answer": 2.0}), Cost(3, 4, 5.0, 6, 9)]
     mean = mean_cost(costs)
     assert mean == {
-        "passes": 2, "positions": 3, "flops": 4, "thought_tokens": 5,
+        "passes": 2, "positions": 3, "flops": 4, "thought_tokens": 5, "loops": 7,
         "seconds": {"prefill": 0.5, "thought": 0.0, "answer": 1.0},
     }  # fmt: skip

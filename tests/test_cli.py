@@ -67,9 +67,10 @@ def test_eval_writes_the_result_of_the_contract_and_the_same_twice(run: Path, tm
     first, second = results
     assert list(first) == ["task", "split", "n", "accuracy", "ci95", "unparsable", "cost", "method", "model", "seed",
                            "versions", "device"]  # fmt: skip
-    assert list(first["cost"]) == ["passes", "positions", "flops", "thought_tokens", "seconds"]
+    assert list(first["cost"]) == ["passes", "positions", "flops", "thought_tokens", "loops", "seconds"]
     assert list(first["cost"]["seconds"]) == ["prefill", "thought", "answer"]
     assert first["n"] == 8 and first["method"]["name"] == "slr" and first["seed"] == 0
+    assert first["cost"]["loops"] == 2
     for result in results:
         result["cost"].pop("seconds")
     assert first == second
@@ -311,11 +312,13 @@ def test_a_stage_may_freeze_what_the_one_before_trained(tmp_path: Path, capsys):
 
 
 def test_eval_runs_another_number_of_loops_where_there_are_loops(run: Path, tmp_path: Path, capsys):
-    passes = []
+    passes, ran = [], []
     for loops in (0, 5):
         arguments = ["--loops", loops, "--out", tmp_path, "--max_new_tokens", 1]
         assert innerloop(capsys, "eval", run, *arguments)[0] == 0
-        passes.append(json.loads((tmp_path / "result.json").read_text())["cost"]["passes"])
-    assert passes == [1, 7]
+        cost = json.loads((tmp_path / "result.json").read_text())["cost"]
+        passes.append(cost["passes"])
+        ran.append(cost["loops"])
+    assert passes == [1, 7] and ran == [0, 5]
     code, _, err = innerloop(capsys, "eval", run / "stages" / "1", "--task", "chain", "--loops", 3, "--out", tmp_path)
     assert code == 2 and "'cot' has no max_loops" in err

@@ -32,7 +32,7 @@ def p_value(counts: Counter[int], shares: list[float]) -> float:
 
 def test_coconuts_stages_over_25_epochs():
     method = Coconut(max_stage=3, latents_per_step=2, stage_length=3)
-    stages = [method.stage_at(step=0, epoch=e) for e in range(25)]
+    stages = [method.stage_at(step=10 * e, steps_per_epoch=10) for e in range(25)]
     assert stages == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] + [4] * 13
     assert [method.n_latents(s) for s in stages] == [0, 0, 0, 2, 2, 2, 4, 4, 4, 6, 6, 6] + [6] * 13
 
@@ -40,19 +40,19 @@ def test_coconuts_stages_over_25_epochs():
 def test_coconut_skips_as_many_steps_as_the_stage_and_in_the_last_all():
     method, spell = Coconut(), Speller(spelled_tokenizer())
     example = Example("q", ("s1",) * 5, "a")
-    rows = [method.lay_out(example, spell, method.stage_at(0, e)) for e in range(25)]
+    rows = [method.lay_out(example, spell, method.stage_at(e, 1)) for e in range(25)]
     skipped = [5 - sum(piece.kind == Kind.STEP for piece in row.pieces) for row in rows]
     assert skipped == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] + [5] * 13
 
 
 def test_an_epoch_that_has_begun_counts_as_the_epoch():
     curriculum = Curriculum(max_stage=3)
-    assert [curriculum.stage_at(0, epoch) for epoch in (2.999, 3.0, 3.001, 5.999)] == [0, 1, 1, 1]
+    assert [curriculum.stage_at(step, 1000) for step in (2999, 3000, 3001, 5999)] == [0, 1, 1, 1]
 
 
 def test_stages_may_be_counted_in_steps():
     curriculum = Curriculum(max_stage=2, stage_length=10, stage_unit="step")
-    assert [curriculum.stage_at(step, epoch=99.0) for step in (0, 9, 10, 19, 20, 29, 30, 1000)] == [
+    assert [curriculum.stage_at(step, steps_per_epoch=1) for step in (0, 9, 10, 19, 20, 29, 30, 1000)] == [
         0,
         0,
         1,
@@ -66,15 +66,15 @@ def test_stages_may_be_counted_in_steps():
 
 def test_training_may_begin_in_a_later_stage():
     curriculum = Curriculum(max_stage=3, first_stage=2)
-    assert [curriculum.stage_at(0, e) for e in (0, 2, 3, 6, 60)] == [2, 2, 3, 4, 4]
+    assert [curriculum.stage_at(e, 1) for e in (0, 2, 3, 6, 60)] == [2, 2, 3, 4, 4]
     only_last = Curriculum(max_stage=3, first_stage=4)
-    assert {only_last.stage_at(0, e) for e in range(20)} == {4}
+    assert {only_last.stage_at(e, 1) for e in range(20)} == {4}
 
 
 def test_a_method_without_a_curriculum_has_one_stage():
     curriculum = Curriculum()
     assert curriculum.last_stage == 0
-    assert {curriculum.stage_at(step, step / 10) for step in range(100)} == {0}
+    assert {curriculum.stage_at(step, 10) for step in range(100)} == {0}
     assert curriculum.stage_of(0, 5, "any") == 0
 
 

@@ -5,7 +5,7 @@ import torch
 
 from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr, engine
 from tests.methods.reference import Reference
-from tests.methods.tools import MIXED, QUESTIONS, lean_towards_end, passes, sharp_model, under
+from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
 
 METHODS = {
@@ -16,6 +16,7 @@ METHODS = {
     "append": Slr(loop_scope="append", max_loops=2),
 }
 NEVER_ENDS = -100.0
+SOLVER = {"time": "none", "alpha": 0.5, "solver": "plain", "solver_tol": 3e-3, "max_loops": 40}
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
@@ -39,6 +40,7 @@ def comparable(generation):
         cost.positions,
         cost.flops,
         cost.thought_tokens,
+        cost.loops,
     )
 
 
@@ -210,7 +212,8 @@ def test_markers_are_never_written(marked, temperature):
 
     model.backbone.lm.get_output_embeddings().register_forward_hook(prefer_markers)
     states = torch.randn(64, model.backbone.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    written = engine.choose(model, states, model.suppressed_ids(), temperature, torch.Generator().manual_seed(0))
+    logits = model.backbone.head(states)
+    written = engine.choose(logits, model.suppressed_ids(), temperature, torch.Generator().manual_seed(0))
     assert not set(written.tolist()) & set(ids)
 
 
@@ -253,9 +256,9 @@ def script(model, *pieces):
     ids = [token for piece in pieces for token in model.tokenizer.encode(piece)] + [model.tokenizer.eos_token_id]
     written = []
 
-    def dictate(model, states, *_):
+    def dictate(logits, *_):
         written.append(ids[len(written)])
-        return torch.full((len(states),), written[-1])
+        return torch.full((len(logits),), written[-1])
 
     return dictate
 
@@ -290,6 +293,44 @@ def test_thought_tokens_are_latents_and_written_steps(monkeypatch):
                             (Slr(loop_scope="append", max_loops=3), 4)):  # fmt: skip
         monkeypatch.setattr(engine, "choose", script(model, "### 3"))
         assert under(model, method).generate(QUESTIONS[:1])[0].cost.thought_tokens == latents
+
+
+@pytest.mark.parametrize(
+    ("method", "n_loops"),
+    [
+        (Cot(), 0),
+        (Pause(), 0),
+        (Slr(max_loops=0), 0),
+        (Slr(max_loops=0, h0="forward"), 0),
+        (Coconut(max_stage=2, latents_per_step=2), 3),
+        (Slr(max_loops=3), 3),
+        (Slr(max_loops=3, loop_scope="append", answer_from="kv_last"), 3),
+        (Slr(max_loops=3, decoder="separate"), 3),
+        (Slr(max_loops=3, decoder="linear", classes=("0", "1")), 3),
+    ],
+    ids=lambda one: getattr(one, "name", None),
+)
+def test_loops_are_the_iterations_that_each_row_ran(method, n_loops):
+    model = sharp_model(method)
+    for generation in model.generate(QUESTIONS, max_new_tokens=2, trace=True):
+        assert generation.cost.loops == len(generation.trace.iterations) == n_loops
+
+
+@pytest.mark.parametrize("fields", [{"stop": "delta", "max_loops": 4}, SOLVER], ids=["stop", "solver"])
+def test_loops_are_counted_for_each_row_where_rows_end_by_themselves(fields):
+    method = Slr(n_slots=3, residual="A", rescale="rms", **{"time": "lookup", **fields})
+    model = halting("gpt2", method) if "stop" in fields else on("gpt2", method)
+    generations = model.generate(QUESTIONS, max_new_tokens=2, trace=True)
+    loops = [generation.cost.loops for generation in generations]
+    assert loops == [len(generation.trace.iterations) for generation in generations]
+    assert len(set(loops)) > 1
+
+
+def test_loops_follow_the_stage_and_the_number_asked_for():
+    model = sharp_model(Slr(n_slots=2, max_loops=4, max_stage=2, loops_per_stage=1))
+    asked = [{"stage": 0}, {"stage": 1}, {"stage": 3}, {"loops": 7}]
+    found = [[g.cost.loops for g in model.generate(QUESTIONS[:2], max_new_tokens=1, **one)] for one in asked]
+    assert found == [[0, 0], [1, 1], [4, 4], [7, 7]]
 
 
 def test_seconds_are_split_over_phases_and_shared_over_the_batch(method):

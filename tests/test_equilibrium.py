@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.equilibrium import jacobian_gain, solve
+from innerloop.equilibrium import Map, Solver, jacobian_gain, solve
 from innerloop.loop import InnerLoop, LoopSettings
-from tests.methods.tools import iterate
+from innerloop.trace import Trace
+from tests.methods.tools import FunctionPass, iterate
 
 D = 5
 TAU = torch.ones(())
@@ -19,22 +20,28 @@ def contraction(radius: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
     return j * radius / torch.linalg.matrix_norm(j, 2), torch.randn(D, generator=generator, dtype=torch.float64)
 
 
+def find(g: Map, z: Tensor, solver: Solver, n_loops: int, *settings, **options) -> tuple[Tensor, list[int]]:
+    """Solve with the same limit for every row."""
+    return solve(g, z, solver, [n_loops] * len(z), *settings, **options)
+
+
 def start(rows: int = 3) -> Tensor:
     return torch.randn(rows, 2, D, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
 by_solver = pytest.mark.parametrize("solver", ["plain", "damped", "anderson"])
+by_gradient = pytest.mark.parametrize("gradient", ["unroll", "implicit", "phantom"])
 
 
 @by_solver
-@pytest.mark.parametrize("gradient", ["unroll", "implicit", "phantom"])
+@by_gradient
 def test_every_solver_finds_the_fixed_point_of_a_linear_contraction(solver, gradient):
     j, b = contraction()
     tol = 1e-6 if solver == "anderson" else 1e-10  # its least squares are in fp32
     expected = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b).expand(3, 2, D)
-    found, n_done = solve(lambda z: z @ j.T + b, start(), solver, 200, tol, gradient)
+    found, n_done = find(lambda z: z @ j.T + b, start(), solver, 200, tol, gradient)
     torch.testing.assert_close(found, expected, atol=100 * tol, rtol=0)
-    assert 1 < n_done < 200
+    assert len(n_done) == 3 and all(1 < n < 200 for n in n_done)
 
 
 @by_solver
@@ -44,7 +51,7 @@ def test_the_implicit_gradient_is_the_exact_one(solver):
     weight = start(1)[0, 0]
     exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b)
     expected = torch.autograd.grad((exact * weight).sum(), (j, b))
-    found, _ = solve(lambda z: z @ j.T + b, start(1)[:, :1], solver, 300, 1e-9, "implicit")
+    found, _ = find(lambda z: z @ j.T + b, start(1)[:, :1], solver, 300, 1e-9, "implicit")
     ours = torch.autograd.grad((found[0, 0] * weight).sum(), (j, b))
     for left, right in zip(ours, expected):
         torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-6)
@@ -56,7 +63,7 @@ def test_a_long_unrolled_loop_has_the_value_and_gradient_of_the_implicit_one(sol
 
     def value_and_gradient(gradient: str, n: int):
         parameter = b.clone().requires_grad_()
-        found, _ = solve(lambda z: (z @ j.T + parameter).tanh(), start(), solver, n, 1e-9, gradient)
+        found, _ = find(lambda z: (z @ j.T + parameter).tanh(), start(), solver, n, 1e-9, gradient)
         return found.detach(), torch.autograd.grad(found.sin().sum(), parameter)[0]
 
     for left, right in zip(value_and_gradient("unroll", 100), value_and_gradient("implicit", 100)):
@@ -66,30 +73,28 @@ def test_a_long_unrolled_loop_has_the_value_and_gradient_of_the_implicit_one(sol
 def test_the_phantom_gradient_is_that_of_one_iteration_from_the_fixed_point():
     j, b = contraction()
     b.requires_grad_()
-    found, _ = solve(lambda z: (z @ j.T + b).tanh(), start(), "plain", 300, 1e-12, "phantom")
+    found, _ = find(lambda z: (z @ j.T + b).tanh(), start(), "plain", 300, 1e-12, "phantom")
     (ours,) = torch.autograd.grad(found.sin().sum(), b)
     once = (found.detach() @ j.T + b).tanh()
     (expected,) = torch.autograd.grad(once.sin().sum(), b)
     torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
-    (full,) = torch.autograd.grad(
-        solve(lambda z: (z @ j.T + b).tanh(), start(), "plain", 99, 0.0, "unroll")[0].sum(), b
-    )
+    (full,) = torch.autograd.grad(find(lambda z: (z @ j.T + b).tanh(), start(), "plain", 99, 0.0, "unroll")[0].sum(), b)
     assert (full - expected).abs().max() > 1e-2
 
 
 def test_anderson_needs_fewer_iterations_than_plain_on_a_slow_contraction():
     j = torch.diag(torch.tensor([0.97, 0.9, -0.8, 0.5, 0.1], dtype=torch.float64))
-    steps = {s: solve(lambda z: z @ j + 1, start(), s, 500, 1e-6, "unroll")[1] for s in ("plain", "anderson")}
-    assert steps["anderson"] < steps["plain"] / 2
+    steps = {s: find(lambda z: z @ j + 1, start(), s, 500, 1e-6, "unroll")[1] for s in ("plain", "anderson")}
+    assert all(fast < slow / 2 for fast, slow in zip(steps["anderson"], steps["plain"]))
 
 
 def test_damping_finds_a_fixed_point_that_plain_iteration_flees():
     j = torch.diag(torch.tensor([-1.2, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64))
     exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, torch.ones(D, dtype=torch.float64))
-    damped, _ = solve(lambda z: z @ j + 1, start(), "damped", 300, 1e-10, "phantom", damping=0.5)
+    damped, _ = find(lambda z: z @ j + 1, start(), "damped", 300, 1e-10, "phantom", damping=0.5)
     torch.testing.assert_close(damped, exact.expand(3, 2, D), atol=1e-8, rtol=0)
-    plain, n_done = solve(lambda z: z @ j + 1, start(), "plain", 100, 1e-10, "phantom")
-    assert n_done == 100 and (plain - exact).norm() > 1e3
+    plain, n_done = find(lambda z: z @ j + 1, start(), "plain", 100, 1e-10, "phantom")
+    assert n_done == [100] * 3 and (plain - exact).norm() > 1e3
 
 
 def saved_tensors(gradient: str, n_loops: int) -> int:
@@ -103,8 +108,8 @@ def saved_tensors(gradient: str, n_loops: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        found, n_done = solve(lambda z: (z @ j.T + b).tanh(), start(), "plain", n_loops, 0.0, gradient)
-    assert n_done == n_loops and found.requires_grad
+        found, n_done = find(lambda z: (z @ j.T + b).tanh(), start(), "plain", n_loops, 0.0, gradient)
+    assert n_done == [n_loops] * 3 and found.requires_grad
     return len(kept)
 
 
@@ -117,8 +122,95 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_iterations(gradien
 def test_without_gradients_only_the_state_is_found():
     j, b = contraction()
     with torch.no_grad():
-        found, _ = solve(lambda z: z @ j.T + b, start(), "plain", 100, 1e-9, "implicit")
+        found, _ = find(lambda z: z @ j.T + b, start(), "plain", 100, 1e-9, "implicit")
     assert not found.requires_grad
+
+
+# Rows of a batch
+
+
+RATES = torch.tensor([0.9, 0.1, 0.5, 0.8, 0.6], dtype=torch.float64)
+LIMITS = [60, 60, 0, 3, 60]  # row 2 stays where it is, row 3 runs out of iterations
+
+
+def at_own_speed(rows: slice | list[int], b: Tensor) -> Map:
+    """g(z) = tanh(r J z) + b, a rate and a b for each row: r is how fast it stands still."""
+    basis, _ = torch.linalg.qr(contraction()[0])
+    return lambda z: (RATES[rows, None, None] * (z @ basis.T)).tanh() + b[rows, None]
+
+
+def shifts() -> Tensor:
+    return torch.randn(5, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@by_solver
+@by_gradient
+def test_rows_with_speeds_and_limits_of_their_own_are_solved_as_if_alone(solver, gradient):
+    tolerance = 1e-5 if solver == "anderson" else 1e-12  # its least squares are in fp32
+    z, b = start(5), shifts()
+    found, n_done = solve(at_own_speed(slice(None), b), z, solver, LIMITS, 1e-3, gradient)
+    for row, limit in enumerate(LIMITS):
+        one = slice(row, row + 1)
+        alone, n_alone = solve(at_own_speed(one, b), z[one], solver, [limit], 1e-3, gradient)
+        assert n_alone == n_done[row : row + 1]
+        torch.testing.assert_close(found[one], alone, atol=tolerance, rtol=0)
+    assert n_done[2:4] == [0, 3] and len({*n_done}) >= 4
+    assert max(n_done) < 60  # the others stand still before
+    assert torch.equal(found[2], z[2])
+
+
+@by_solver
+@by_gradient
+def test_each_row_has_the_gradient_it_has_alone(solver, gradient):
+    def gradients_of(rows: slice) -> tuple[Tensor, ...]:
+        z, b = start(5).requires_grad_(), shifts().requires_grad_()
+        found, _ = solve(at_own_speed(rows, b), z[rows], solver, LIMITS[rows], 1e-6, gradient)
+        return torch.autograd.grad(found.sin().sum(), (z, b), materialize_grads=True)
+
+    together = gradients_of(slice(None))
+    alone = [gradients_of(slice(row, row + 1)) for row in range(5)]
+    for whole, parts in zip(together, zip(*alone)):
+        torch.testing.assert_close(whole, sum(parts), atol=1e-5, rtol=0)
+    of_start, of_b = together
+    torch.testing.assert_close(of_start[2], start(5)[2].cos())  # z_0 itself is the answer
+    assert not of_b[2].any()
+    assert all(of_b[row].abs().max() > 0.1 for row in (0, 1, 3, 4))
+    assert gradient == "unroll" or not of_start[[0, 1, 3, 4]].any()
+
+
+def test_the_implicit_gradient_of_each_row_is_the_exact_one():
+    j, _ = contraction()
+    rates, b = torch.tensor([0.2, 0.9]).double(), shifts()[:2].requires_grad_()
+
+    def g(z: Tensor) -> Tensor:
+        return rates[:, None, None] * (z @ j.T) + b[:, None]
+
+    found, n_done = solve(g, start(2), "plain", [300, 300], 1e-10, "implicit")
+    (ours,) = torch.autograd.grad(found.sum(), b)
+    for row, rate in enumerate(rates):
+        inverse = torch.linalg.inv(torch.eye(D, dtype=torch.float64) - rate * j)
+        torch.testing.assert_close(ours[row], 2 * inverse.sum(0), atol=1e-6, rtol=1e-6)  # two positions
+    assert n_done[0] < n_done[1]
+
+
+@by_solver
+def test_a_batch_without_iterations_is_returned_as_it_is(solver):
+    found, n_done = find(lambda z: pytest.fail("g was called"), start(), solver, 0, 1e-3, "unroll")
+    assert torch.equal(found, start()) and n_done == [0] * 3
+
+
+def test_each_iteration_names_the_rows_that_still_move():
+    seen: list[list[bool]] = []
+    _, n_done = solve(
+        at_own_speed(slice(None), shifts()),
+        start(5),
+        "plain",
+        LIMITS,
+        1e-3,
+        "phantom",
+        on_iteration=lambda loop, active_B: seen.append(active_B.tolist()),
+    )
+    assert seen == [[t < n for n in n_done] for t in range(max(n_done))]
 
 
 # The solver as a setting of the loop
@@ -137,7 +229,7 @@ def test_a_loop_with_a_solver_ends_where_a_long_loop_ends(solver, residual):
     unrolled = InnerLoop(LoopSettings(**settings), D, 200, TAU).double()
     found, long = iterate(solved, f, start(), 200), iterate(unrolled, f, start(), 200)
     torch.testing.assert_close(found.state, long.state, atol=1e-5, rtol=1e-5)
-    assert found.n_loops[0] < 200
+    assert max(found.n_loops) < 200
 
 
 @pytest.mark.parametrize("solver", ["plain", "anderson"])
@@ -152,6 +244,48 @@ def test_the_implicit_gradient_of_a_loop_is_that_of_a_long_loop(solver):
 
     for left, right in zip(gradients(solver=solver, solver_tol=1e-9), gradients()):
         torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+
+
+@by_solver
+@by_gradient
+def test_a_loop_with_a_solver_gives_every_row_its_own_number_of_iterations(solver, gradient):
+    settings = LoopSettings(residual="A", alpha=0.6, solver=solver, solver_tol=1e-3, solver_gradient=gradient)
+    loop, trace, h, b = InnerLoop(settings, D, 60, TAU).double(), Trace(), start(5), shifts()
+    result = iterate(loop, lambda x, t: at_own_speed(slice(None), b)(x), h, LIMITS, trace=trace)
+    for row, limit in enumerate(LIMITS):
+        one = slice(row, row + 1)
+        alone = iterate(loop, lambda x, t, one=one: at_own_speed(one, b)(x), h[one], limit)
+        assert alone.n_loops == result.n_loops[one]
+        torch.testing.assert_close(result.state[one], alone.state, atol=1e-5, rtol=0)
+        assert len(trace.row(row).iterations) == result.n_loops[row]
+    assert result.n_loops[2:4] == [0, 3]
+
+
+class PaddedPass(FunctionPass):
+    """A pass whose rows end in padding, of which nothing can be expected but that it is no number too large."""
+
+    def __init__(self, f, mask_BN: Tensor):
+        super().__init__(f)
+        self.state_mask = mask_BN
+
+    def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+        padding = 3 * inputs.sin() + loop  # never stands still
+        return torch.where(self.state_mask[..., None] == 1, super().__call__(inputs, loop, active_B, n_extra), padding)
+
+    def probe(self) -> "PaddedPass":
+        return self
+
+
+@by_solver
+def test_padding_has_no_say_in_when_a_row_stands_still(solver):
+    j, b = contraction()
+    loop = InnerLoop(LoopSettings(solver=solver, solver_tol=1e-3), D, 60, TAU).double()
+    short = iterate(loop, lambda x, t: x @ j.T + b, start(2), 60)
+    padded = torch.cat([start(2), 9 * start(2)[:, :1]], dim=1)
+    f = PaddedPass(lambda x, t: x @ j.T + b, torch.tensor([[1, 1, 0]] * 2))
+    result = loop(f, padded, [60, 60])
+    assert result.n_loops == short.n_loops and max(result.n_loops) < 60
+    torch.testing.assert_close(result.state[:, :2], short.state, atol=1e-5, rtol=0)
 
 
 # The gain
@@ -174,6 +308,14 @@ def test_the_gain_is_differentiable_in_the_weights_and_not_in_the_state():
     assert gain.item() == pytest.approx(0.7, rel=1e-5)
     assert scale.grad.item() == pytest.approx(1.0, rel=1e-5)
     assert state.grad is None
+
+
+@pytest.mark.parametrize("solver", ["none", "plain"])
+def test_padding_has_no_say_in_the_gain(solver):
+    loop = InnerLoop(LoopSettings(spectral_weight=1.0, solver=solver), D, 3, TAU).double().train()
+    f = PaddedPass(lambda x, t: 0.8 * x, torch.tensor([[1, 1, 0]] * 2))
+    padded = torch.cat([start(2), 9 * start(2)[:, :1]], dim=1)
+    assert loop(f, padded, [3, 3]).gain.item() == pytest.approx(0.8, rel=1e-3)
 
 
 def test_the_gain_is_measured_in_training_alone_and_without_the_noise():

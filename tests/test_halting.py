@@ -136,7 +136,7 @@ def test_padding_has_no_say_in_a_score(kind, agg):
     mask = torch.tensor([[1, 1, 1, 0]] * B)
     for seed in (0, 10, 20):
         now = moment(seed)
-        now.mask_BN = mask
+        now.mask_BN = now.logits_mask = mask
         real = Moment(*(x[:, :3] for x in (now.state, now.previous, now.rescaled, now.logits)))
         torch.testing.assert_close(padded.score(now), short.score(real))
 

@@ -7,7 +7,8 @@ from innerloop import Coconut, Cot, NoCot, Pause, Slr
 from innerloop.backbone import Backbone
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import IGNORE, Kind, Piece, Row, Speller, collate
+from innerloop.layout import IGNORE, Kind, Piece, Readout, Row, Speller, collate
+from tests.methods.tools import labels_by_loop
 from tests.models import SPELLED, chain_examples, spelled_tokenizer, tiny_model
 
 PAD = 0
@@ -195,7 +196,7 @@ def test_each_supervised_token_is_predicted_from_the_real_position_before_it():
     ]
     assert batch.targets_U.tolist() == ids("### a <eos>   ### a a <eos>   s1 | ### a <eos>")
     assert batch.n_targets == [3, 4, 5]
-    assert batch.counts() == {"answer": 12, "step": 0, "hid": 0, "rows": 3}
+    assert batch.counts() == {"answer": 12, "step": 0, "hid": 0, "teacher": 0, "rows": 3}
 
 
 def test_the_position_that_predicts_is_real_and_is_the_one_before(examples):
@@ -253,18 +254,21 @@ def test_columns_are_those_of_the_segment_with_its_mask_where_it_is_padded():
 def test_read_outs_point_at_loop_row_and_slot():
     spell = speller()
 
-    def row(n_slots: int, readouts: list[list[int]]) -> Row:
+    def row(question: str, n_slots: int, readouts: list[Readout], n_loops: int) -> Row:
         region, suffix = [spell.marker("<lat>", n_slots)], [spell.answer("a")]
-        return Row([spell.question("q")], region, suffix, readouts, n_loops=len(readouts))
+        return Row([spell.question(question)], region, suffix, n_loops, readouts)
 
-    batch = collate([row(2, [[7, X], [X, 8]]), row(3, [[X, X, 9]])], PAD)
-    # outputs are (T=2, B=2, N=3): row 0 of loop 1 begins at 0, row 1 at 3, row 0 of loop 2 at 6
-    assert batch.read_at_R.tolist() == [0, 7, 5]
-    assert batch.read_targets_R.tolist() == [7, 8, 9]
+    long, short = row("q q q", 2, [], 2), row("q", 3, [], 1)
+    long.readouts = [Readout(1, long.region_start, 7), Readout(2, long.region_start + 1, 8)]
+    short.readouts = [Readout(1, short.region_start + 2, 9)]
+    batch = collate([long, short], PAD)
+    first, second = batch.readouts
+    begin = batch.bounds[0]  # both regions begin in the same column
+    assert (first.loop, first.rows_F.tolist(), first.columns_F.tolist()) == (1, [0, 1], [begin, begin + 2])
+    assert (second.loop, second.rows_F.tolist(), second.columns_F.tolist()) == (2, [0], [begin + 1])
+    assert first.targets_F.tolist() + second.targets_F.tolist() == [7, 9, 8]
     assert batch.n_loops == [2, 1]
-    assert batch.counts() == {"answer": 6, "step": 3, "hid": 0, "rows": 2}
-    outputs = torch.arange(12).view(2, 2, 3)
-    assert outputs.flatten()[batch.read_at_R].tolist() == [outputs[0, 0, 0], outputs[1, 0, 1], outputs[0, 1, 2]]
+    assert batch.counts() == {"answer": 6, "step": 3, "hid": 0, "teacher": 0, "rows": 2}
 
 
 @pytest.mark.parametrize(
@@ -285,7 +289,7 @@ def test_read_outs_point_at_loop_row_and_slot():
 def test_steps_are_read_out_where_and_when_slr_says(settings, expected):
     row = laid_out(Slr(**{"n_slots": 4, "max_loops": 3, "step_weight": 1.0} | settings))
     spelled = [[X if word == "." else ids(word)[0] for word in words.split()] for words in expected]
-    assert row.readouts == [words + [X] * (4 - len(words)) for words in spelled]
+    assert labels_by_loop(row) == [words + [X] * (4 - len(words)) for words in spelled]
 
 
 def test_the_first_token_of_a_row_cannot_be_supervised():

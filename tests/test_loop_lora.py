@@ -62,6 +62,12 @@ def test_targets_are_chosen_by_name(arch, target):
         LoopLora(backbone, 2, 2, 4.0, targets=("nonsense",))
 
 
+@pytest.mark.parametrize(("arch", "target"), [("gpt2", "c_attn"), ("llama", "q_proj")])
+def test_a_target_that_the_model_lacks_is_refused_though_others_exist(arch, target):
+    with pytest.raises(InputError, match=f"no linear '{target}s' .did you mean '{target}'.*its linears are .*{target}"):
+        LoopLora(tiny_backbone(arch), 2, 2, 4.0, targets=(target, f"{target}s"))
+
+
 @by_arch
 def test_every_iteration_has_weights_of_its_own_and_outside_the_block_the_base_is_used(arch):
     backbone = tiny_backbone(arch)
@@ -135,8 +141,9 @@ def test_merged_weights_come_back_bit_for_bit(arch):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers
-@by_arch
-@pytest.mark.parametrize("targets", [(), ("c_proj", "q_proj")], ids=["all", "some"])
+@pytest.mark.parametrize(
+    ("arch", "targets"), [("gpt2", ()), ("gpt2", ("c_proj",)), ("llama", ()), ("llama", ("q_proj", "up_proj"))], ids=str
+)
 def test_peft_loads_an_exported_iteration_and_gives_the_same_logits(arch, targets, tmp_path):
     lm = tiny_lm(arch)
     lm.save_pretrained(tmp_path / "base")

@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, smooth_l1_loss
+from torch.nn.functional import cosine_similarity, cross_entropy, smooth_l1_loss
 
 from innerloop import InputError, LatentModel, Slr
-from tests.methods.tools import MIXED, assert_close, rows_at
+from innerloop.layout import IGNORE
+from innerloop.thought import Thought
+from tests.methods.tools import MIXED, assert_close, halting, labels_by_loop, rows_at, same_weights, thought_of
 from tests.models import tiny_model
 
 SMALL = Slr(n_slots=3, max_loops=3, time="lookup")
@@ -36,7 +38,7 @@ def after(model: LatentModel, t: int) -> list[Tensor]:
         row.n_loops = t
     batch = model.batch(rows)
     with torch.no_grad():
-        logits = model.backbone.head(model._states(batch)[0]).float()
+        logits = model.written_logits(batch, model.think(batch)).float()
     return list(cross_entropy(logits, batch.targets_U, reduction="none").split(batch.n_targets))
 
 
@@ -91,7 +93,7 @@ def brute_force(rates: list[float]) -> list[float]:
 def gates_of(model: LatentModel) -> Tensor:
     """Return lambda_t (T, B) as a hand-written mean over slots and a linear gate give it."""
     with torch.no_grad():
-        thought = model._states(model.batch(model.rows(MIXED)))[1]
+        thought = model.think(model.batch(model.rows(MIXED)))
         gate = model.loop.stop.gate
         return torch.stack([(s.mean(1) @ gate.weight[0] + gate.bias).sigmoid() for _, s in thought.loop.states])
 
@@ -150,7 +152,7 @@ def test_hid_is_the_distance_to_the_teachers_states_at_the_end_of_the_steps(hid_
             ends.append(len(ids) - 1)
         hidden = teacher.lm(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
         batch = model.batch(model.rows([example]))
-        thought = model._states(batch)[1]
+        thought = model.think(batch)
         expected = []
         for t, end in enumerate(ends):
             layers = [1, 2] if hid_layers == "all" else [2]
@@ -159,7 +161,7 @@ def test_hid_is_the_distance_to_the_teachers_states_at_the_end_of_the_steps(hid_
                 if hid_distance == "cosine":
                     distance = 1 - (target @ ours / target.norm() / ours.norm())
                 else:
-                    distance = smooth_l1_loss(ours, target) / target.std()
+                    distance = smooth_l1_loss(ours, target) / hidden[layer][0, ends].float().std()
                 expected.append(distance.item() / len(layers))
         assert model.loss([example]).terms["hid"].item() == pytest.approx(sum(expected) / 3, abs=1e-5)
         _, output = thought.loop.outputs[-1]
@@ -198,6 +200,61 @@ def test_rows_that_stop_early_in_evaluation_keep_their_last_output_in_the_terms(
     twin = LatentModel(model.backbone, model.tokenizer, stopping).double().eval()
     twin._teacher = model._teacher
     assert math.isfinite(twin.loss(MIXED).terms[term].item())
+
+
+def stopping(method: Slr) -> tuple[LatentModel, list[Thought], list[int]]:
+    """Return a model whose rows stop early, what each row alone does without stopping, and after how many it stops."""
+    model = halting("llama", dataclasses.replace(method, max_loops=4, stop="delta"))
+    never = same_weights(model, dataclasses.replace(model.method, stop_threshold=math.inf))
+    n_loops = thought_of(model, MIXED).loop.n_loops
+    assert len(set(n_loops)) > 1 and min(n_loops) < 4
+    return model, [thought_of(never, [example]) for example in MIXED], n_loops
+
+
+def shown_step(t: int, m: int) -> int | None:
+    """The 0-based step of the 1-based iteration t of four."""
+    return math.ceil(t * m / 4) - 1 if m else None
+
+
+@pytest.mark.parametrize("scope", ["slots", "all", "last"])
+@pytest.mark.parametrize("hid_distance", ["smooth_l1", "cosine"])
+def test_a_row_that_has_stopped_follows_the_teacher_with_its_last_state(scope, hid_distance):
+    method = dataclasses.replace(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_distance=hid_distance)
+    model, alone, n_loops = stopping(dataclasses.replace(method, hid_layers="all"))
+    model._teacher.append(tiny_model(Slr(), seed=5, num_hidden_layers=2).double())
+    total, count = 0.0, 0
+    for layer in (1, 2):
+        pairs = []
+        for t, (row, example) in itertools.product((1, 2, 3, 4), enumerate(MIXED)):
+            step = shown_step(t, len(example.steps))
+            if step is None:
+                continue
+            ids = model.tokenizer.encode(example.question + "\n")
+            for text in example.steps[: step + 1]:
+                ids += model.tokenizer.encode(text + "\n", add_special_tokens=False)
+            with torch.no_grad():
+                hidden = model.teacher.lm(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+            ours = alone[row].layer_states[min(t, n_loops[row]) - 1][layer][0].mean(0)
+            pairs.append((ours.float(), hidden[layer][0, -1].float()))
+        spread = torch.stack([target for _, target in pairs]).std()
+        for ours, target in pairs:
+            if hid_distance == "cosine":
+                total += 1 - cosine_similarity(ours, target, dim=0).item()
+            else:
+                total += smooth_l1_loss(ours, target).item() / spread.item()
+        count += len(pairs)
+    assert count == 2 * 4 * 4  # four examples have steps
+    assert model.loss(MIXED).terms["hid"].item() == pytest.approx(total / count, abs=1e-5)
+
+
+def test_a_row_that_has_stopped_shows_its_last_output_as_every_later_step():
+    model, alone, n_loops = stopping(dataclasses.replace(SMALL, step_weight=1.0))
+    losses = []
+    for row, ran, thought in zip(model.rows(MIXED), n_loops, alone):
+        for t, labels in enumerate(labels_by_loop(row), 1):
+            logits = model.backbone.head(thought.loop.outputs[min(t, ran) - 1][1][0]).detach()
+            losses += [cross_entropy(logits[j], torch.tensor(i)) for j, i in enumerate(labels) if i != IGNORE]
+    assert model.loss(MIXED).terms["step"].item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
 
 
 # gain

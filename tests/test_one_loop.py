@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from innerloop import Coconut, Cot, NoCot, Pause, Slr
+from innerloop.methods import Codi, Lotus, Pccot
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -18,6 +19,7 @@ from tests.methods.tools import (
     assert_same_gradients,
     gradients,
     passes,
+    same_weights,
     sharp_model,
     under,
 )
@@ -44,12 +46,28 @@ def append(loops: int = 3, **fields) -> Slr:
     return slots(loops, loop_scope="append", **fields)
 
 
+def lotus(loops: int = 3, **fields) -> Lotus:
+    """LOTUS without read-outs, K latents in blocks of one."""
+    return Lotus(n_blocks=K, latents_per_block=1, max_loops=loops, step_weight=0.0, **fields)
+
+
+def codi(k: int = K, **fields) -> Codi:
+    """CODI's student alone."""
+    return Codi(n_latents_total=k, hid_weight=0.0, teacher_weight=0.0, **fields)
+
+
+def pccot(loops: int = 3, **fields) -> Pccot:
+    """PCCoT's student alone."""
+    return Pccot(n_slots=K, max_loops=loops, hid_weight=0.0, teacher_weight=0.0, **fields)
+
+
 def equal(name, left, right, stages=(None, None), examples=MIXED):
     """One line of the table; a stage of None is the last."""
     return pytest.param(left, right, stages, examples, id=name)
 
 
 KV, A, B = {"answer_from": "kv_last"}, {"residual": "A"}, {"residual": "B"}
+REFEED, JACOBI, PROJECT = {"last_pass": "refeed"}, {"inject": "replace", "shift": True}, {"rescale": "project"}
 COT_WITH_MARKERS = Cot(with_markers=True)
 BARE = {"with_markers": False}
 
@@ -88,6 +106,33 @@ EQUALITIES = [
     equal("append, sum: kv_last, T+1 == refeed, T", append(4, residual="sum", **KV), append(3, residual="sum")),
     equal("append, A: kv_last, T+1 == refeed, T", append(4, **A, **KV), append(3, **A)),
     equal("append, B: kv_last, T+1 == refeed, T", append(4, **B, **KV), append(3, **B)),
+    # LOTUS
+    equal("LOTUS at stage 0 == CoT with markers", lotus(), COT_WITH_MARKERS, (0, None)),
+    equal("LOTUS, R=0 == pauses", lotus(0), pauses()),
+    equal("SLR, T=0 == LOTUS, R=0", slots(0), lotus(0)),
+    equal("SLR, sum, T=R == LOTUS", slots(3, residual="sum"), lotus(3)),
+    equal("SLR, sum, kv_last, T=R+1 == LOTUS", slots(4, residual="sum", **KV), lotus(3)),
+    equal("SLR, T=R == LOTUS, replace", slots(3), lotus(3, inject="replace")),
+    equal("LOTUS: refeed, R-1 == kv, R", lotus(2, **REFEED), lotus(3)),
+    equal("LOTUS: refeed, R=0 == kv, R=1", lotus(0, **REFEED), lotus(1)),
+    equal("LOTUS, replace: refeed, R-1 == kv, R", lotus(2, inject="replace", **REFEED), lotus(3, inject="replace")),
+    equal("LOTUS, replace, shift, R=N == Coconut", lotus(K, **JACOBI), coconut()),
+    equal("... R>N", lotus(K + 2, **JACOBI), coconut()),
+    equal("... refeed, R=N-1", lotus(K - 1, **JACOBI, **REFEED), coconut()),
+    # CODI and PCCoT
+    equal("CODI without projection == Coconut", codi(rescale="none"), coconut()),
+    equal("... k=1", codi(1, rescale="none"), coconut(1)),
+    equal("CODI, k=0 == No-CoT with markers", codi(0), pauses(0)),
+    equal("append, forward, project, T=k-1 == CODI", append(K - 1, h0="forward", **PROJECT), codi()),
+    equal("PCCoT, T=k == CODI, teacher and all", Pccot(n_slots=K, max_loops=K), Codi(n_latents_total=K)),
+    equal("PCCoT, T>k == CODI", pccot(K + 1), codi()),
+    equal("PCCoT, T=0 == pauses", pccot(0), pauses()),
+    equal("PCCoT without projection == LOTUS, replace, shift", pccot(rescale="none"), lotus(**JACOBI)),
+    equal("SLR, shift, project == PCCoT", slots(3, shift=True, **PROJECT), pccot(3)),
+    # presets
+    equal("preset lotus == LOTUS", Slr.presets["lotus"], Lotus(step_weight=0.0)),
+    equal("preset pause == pauses", Slr.presets["pause"], pauses(8)),
+    equal("preset coconut == Coconut", Slr.presets["coconut"], Coconut(max_stage=3, latents_per_step=2)),
     # residuals
     equal("A, alpha=1 == none", slots(alpha=1.0, **A), slots()),
     equal("B, alpha=1 == none", slots(alpha=1.0, **B), slots()),
@@ -102,23 +147,20 @@ EQUALITIES = [
 @pytest.mark.parametrize(("left", "right", "stages", "examples"), EQUALITIES)
 def test_both_sides_give_the_same_logits_and_gradients(left, right, stages, examples, arch):
     one = sharp_model(left, arch)
-    other = under(one, right)
+    other = same_weights(one, right)
     for a, b in zip(one.answer_logits(examples, stages[0]), other.answer_logits(examples, stages[1])):
         assert_close(a, b, 1e-10 if arch == "gpt2" and left.loop.rescale == "none" else 1e-5)  # rest: partly fp32
     of_one, of_other = (
-        backbone_gradients(model, model.loss(examples, stage).loss) for model, stage in zip((one, other), stages)
+        gradients(model, model.loss(examples, stage).loss) for model, stage in zip((one, other), stages)
     )
-    assert_same_gradients(of_one, of_other, 1e-5)
-
-
-def backbone_gradients(model, loss):
-    return {name: grad for name, grad in gradients(model, loss).items() if name.startswith("backbone")}
+    shared = of_one.keys() & of_other.keys()
+    assert_same_gradients(*({name: grads[name] for name in shared} for grads in (of_one, of_other)), 1e-5)
 
 
 @pytest.mark.parametrize(("left", "right", "stages", "examples"), EQUALITIES)
 def test_both_sides_write_the_same(left, right, stages, examples):
     one = sharp_model(left)
-    for model in (one, other := under(one, right)):
+    for model in (one, other := same_weights(one, right)):
         model.suppressed_ids = under(one, pauses()).suppressed_ids  # methods without markers may write them
     questions = [example.question for example in examples]
     texts = [

@@ -1,5 +1,6 @@
 """Recipes: every file in recipes/ loads, overrides reach their field, and mistakes are answered in one sentence."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,82 @@ def test_stages_override_what_the_recipe_says_and_share_the_rest():
 def test_mistakes_are_named(change: dict, message: str):
     with pytest.raises(InputError, match=message):
         parse_recipe({**RAW, **change})
+
+
+def with_method(**fields) -> dict:
+    return {**RAW, "method": {"name": "slr", **fields}}
+
+
+@pytest.mark.parametrize("preset", Slr.presets)
+def test_a_preset_is_its_dataclass_and_fields_beside_it_override_it(preset: str):
+    assert parse_recipe(with_method(preset=preset)).method == Slr.presets[preset]
+    changed = parse_recipe(with_method(preset=preset, max_loops=6, alpha=0.5)).method
+    assert changed == replace(Slr.presets[preset], max_loops=6, alpha=0.5)
+
+
+def test_the_presets_are_those_of_the_card():
+    bare = {"residual": "none", "rescale": "none", "time": "none"}
+    summed = {**bare, "residual": "sum"}
+    assert Slr.presets == {
+        "default": Slr(n_slots=8, max_loops=4, time="lookup", lora="per_iter", lora_rank=8, residual="A", alpha=0.7),
+        "readme": Slr(loop_scope="all", **summed),
+        "pause": Slr(max_loops=0, **bare),
+        "coconut": Slr(loop_scope="append", max_loops=6, h0="forward", answer_from="kv_last", **bare),
+        "lotus": Slr(n_slots=150, max_loops=6, **summed),
+        "spiral": Slr(n_slots=5, max_loops=5, **{**bare, "rescale": "adapter"}),
+    }
+
+
+def test_a_preset_is_written_out_when_a_recipe_is_saved(tmp_path: Path):
+    recipe = parse_recipe(with_method(preset="readme", max_loops=6))
+    recipe.save(tmp_path / "config.yaml")
+    assert "preset" not in (tmp_path / "config.yaml").read_text()
+    assert load_recipe(tmp_path / "config.yaml").method == recipe.method == replace(Slr.presets["readme"], max_loops=6)
+
+
+def test_a_preset_may_be_chosen_for_all_stages_on_the_command_line_or_by_a_stage(tmp_path: Path):
+    path = write(tmp_path, with_method(preset="lotus", n_slots=4))
+    recipe = load_recipe(path, ["--method.preset", "spiral", "--method.alpha", "0.5"])
+    assert recipe.method == replace(Slr.presets["spiral"], n_slots=4, alpha=0.5)
+    stages = [{"method": {"max_loops": 2}}, {"method": {"name": "slr", "preset": "readme"}}]
+    first, second = parse_recipe({**with_method(preset="lotus", n_slots=4), "stages": stages}).stages
+    assert first.method == replace(Slr.presets["lotus"], n_slots=4, max_loops=2)
+    assert second.method == replace(Slr.presets["readme"], n_slots=4)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            {"name": "slr", "preset": "readmee"},
+            "method.preset: 'slr' has no preset 'readmee' .did you mean 'readme'.*; it has default, readme, pause",
+        ),
+        ({"name": "slr", "preset": "zzz"}, "'slr' has no preset 'zzz'; it has default"),
+        ({"name": "slr", "preset": ["readme"]}, "has no preset"),
+        ({"name": "slr", "preset": None}, "'slr' has no preset 'None'"),
+        ({"name": "coconut", "preset": "readme"}, "'coconut' has no preset 'readme'; it has none"),
+        ({"name": "slr", "preset": "readme", "n_slotz": 4}, "'slr' has no field 'n_slotz' .did you mean 'n_slots'"),
+        ({"name": "slr", "preset": "coconut", "max_loops": 0}, "max_loops to at least 1"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_named(method: dict, message: str):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_recipe({**RAW, "method": method})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_has_no_presets():
+    with pytest.raises(InputError, match=r"task.preset: 'chain' has no preset 'hard'; it has none"):
+        parse_recipe({**RAW, "task": {"name": "chain", "preset": "hard"}})
+
+
+def test_a_recipe_lists_the_classes_of_a_classifier(tmp_path: Path):
+    recipe = parse_recipe(with_method(decoder="linear", classes=["True", "False"]))
+    assert recipe.method == Slr(decoder="linear", classes=("True", "False"))
+    recipe.save(tmp_path / "config.yaml")
+    assert load_recipe(tmp_path / "config.yaml").method == recipe.method
+    with pytest.raises(InputError, match="list the answers there are"):
+        parse_recipe(with_method(decoder="linear"))
 
 
 @pytest.mark.parametrize("missing", ["task", "backbone", "method", "out"])

@@ -1,5 +1,6 @@
 """Training: the same numbers however a run is cut up, and nothing lost when it goes wrong."""
 
+import copy
 import json
 import os
 import signal
@@ -315,6 +316,46 @@ def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: 
     loaded = LatentModel.from_pretrained(tmp_path / "checkpoint")
     example = list(chain_examples(2, 3))
     torch.testing.assert_close(loaded.answer_logits(example)[0], model.answer_logits(example)[0], rtol=1e-4, atol=1e-5)
+
+
+CHOOSING = Slr(n_slots=2, max_loops=2, decoder="linear", classes=("0", "1", "2", "3", "4"))
+APART = Slr(n_slots=2, max_loops=2, decoder="separate")
+by_decoder = pytest.mark.parametrize("method", [APART, CHOOSING], ids=["separate", "linear"])
+
+
+@by_decoder
+def test_a_decoder_is_trained_validated_and_saved(method, tmp_path: Path):
+    settings = {"eval_strategy": "steps", "eval_steps": 6, "learning_rate": 1e-2}
+    model, examples = tiny_model(method), list(chain_examples(32, 3))
+    before = copies(model)
+    make_trainer(tmp_path, model, examples, examples[:4], max_steps=6, **settings).train()
+    decoder = {name for name in before if name.startswith("decoder.")}
+    assert decoder and trained_names(before, model) >= decoder
+    assert len(logged(tmp_path)) == 6 and len(logged(tmp_path, "eval_accuracy")) == 1
+    loaded = LatentModel.from_pretrained(tmp_path / "checkpoint")
+    assert torch.equal(loaded.answer_logits(examples)[0], model.answer_logits(examples)[0])
+
+
+@by_decoder
+def test_a_decoder_is_trained_on_a_frozen_backbone_with_the_rate_of_the_parts(method, tmp_path: Path):
+    for rate, moves in ((1e-2, True), (0.0, False)):
+        model = tiny_model(method)
+        adapters.freeze(model)
+        before = copies(model)
+        make_trainer(tmp_path / str(rate), model, max_steps=2, parts_learning_rate=rate, learning_rate=1e-2).train()
+        changed = trained_names(before, model)
+        assert any(name.startswith("decoder.") for name in changed) == moves
+        assert all(name.split(".")[0] in ("loop", "decoder") or "trainable_tokens" in name for name in changed)
+
+
+@by_decoder
+def test_accumulated_micro_batches_of_a_decoder_have_the_loss_of_the_whole(method, tmp_path: Path):
+    model, losses = tiny_model(method), []
+    for batch_size, n_micro in ((8, 1), (4, 2)):
+        folder, twin = tmp_path / str(n_micro), copy.deepcopy(model)
+        make_trainer(folder, twin, batch_size=batch_size, gradient_accumulation_steps=n_micro, max_steps=2).train()
+        losses.append(logged(folder))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_frozen_backbone_may_train_from_a_step_on(tmp_path: Path):

@@ -80,9 +80,19 @@ def write(model: LatentModel, folder: Path, record: Mapping[str, Any] | None = N
     with _without_bars():
         lm.save_pretrained(folder, state_dict=merged_state(lm))
     model.tokenizer.save_pretrained(folder)
-    save_file({name: tensor.contiguous() for name, tensor in trained_parts(model).items()}, folder / PARTS)
+    save_file(_apart(trained_parts(model)), folder / PARTS)
     settings = {"innerloop": innerloop.__version__, "method": method_settings(model.method), **(record or {})}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors wants them; a tied head is written twice."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def method_settings(method: Method) -> dict[str, Any]:
@@ -91,8 +101,8 @@ def method_settings(method: Method) -> dict[str, Any]:
 
 
 def trained_parts(model: LatentModel) -> dict[str, Tensor]:
-    """Return what belongs to innerloop alone: the loop's weights and the LoRA weights before merging."""
-    parts = {f"loop.{name}": tensor for name, tensor in model.loop.state_dict().items()}
+    """Return what belongs to innerloop alone: the weights of the method's parts and of LoRA before merging."""
+    parts = {f"{part}.{k}": v for part, module in model.parts().items() for k, v in module.state_dict().items()}
     if adapted(model.backbone.lm):
         parameters = model.backbone.lm.named_parameters()  # a tied table's once, where the state dict has them twice
         parts |= {f"lm.{name}": p.detach() for name, p in parameters if f".{ADAPTER}" in name}
@@ -112,11 +122,12 @@ def load_parts(model: LatentModel, folder: Path, strict: bool = True) -> None:
     if adapted(model.backbone.lm):
         weights = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.")}
         model.backbone.lm.load_state_dict(weights, strict=False)
-    own = {name.removeprefix("loop."): tensor for name, tensor in stored.items() if name.startswith("loop.")}
+    own = {name: tensor for name, tensor in stored.items() if not name.startswith("lm.")}
+    parts = torch.nn.ModuleDict(model.parts())
     if not strict:
-        own = {name: _fitted(tensor, own.get(name)) for name, tensor in model.loop.state_dict().items()}
+        own = {name: _fitted(tensor, own.get(name)) for name, tensor in parts.state_dict().items()}
     try:
-        model.loop.load_state_dict(own)
+        parts.load_state_dict(own)
     except RuntimeError as error:  # missing, unexpected or of another shape
         reason = " ".join(str(error).split())
         raise InputError(
@@ -186,6 +197,10 @@ def load(
     chosen = method or stored
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
+    if stored is not None and stored.answering.classes not in ((), chosen.answering.classes):
+        raise InputError(
+            f"{folder} chooses among the classes {', '.join(stored.answering.classes)}; give the same, in this order"
+        )
     add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = LatentModel(backbone, tokenizer, chosen)
     if stored is not None:
@@ -227,15 +242,15 @@ def from_scratch(
             raise InputError(f"backbone.scratch: a {model_type} has no '{name}'{nearest(name, names)}")
     new = [marker for marker in method.markers if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
-    try:
-        config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **settings)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **settings)
             lm = AutoModelForCausalLM.from_config(config)
-    except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
-    return LatentModel(Backbone(lm), tokenizer, method)
+        except (ValueError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
+        return LatentModel(Backbone(lm), tokenizer, method)  # whose parts are drawn, too
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

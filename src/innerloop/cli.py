@@ -22,12 +22,12 @@ from innerloop.errors import InputError, nearest
 from innerloop.examples import read_examples, write_examples
 from innerloop.layout import Speller
 from innerloop.measure import evaluate, result_of
-from innerloop.methods import METHODS, Cot, Method, method_named
+from innerloop.methods import METHODS, Cot, Lotus, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
 from innerloop.recipe import field_parser, load_recipe, named, parse_overrides, parse_value, read_recipe, typed
 from innerloop.run import CONFIG, FINISHED, run_recipe
-from innerloop.show import print_rows, trace_view
+from innerloop.show import blocks_view, print_rows, trace_view
 from innerloop.tasks import TASKS, Task, task_named
 from innerloop.tokenizer import train_tokenizer
 
@@ -35,10 +35,11 @@ console = Console()
 
 
 def methods() -> None:
-    """List the methods: family, paper, what they need."""
-    table = Table("method", "family", "what it does", "paper", "needs")
+    """List the methods: family, paper, stages, what they need."""
+    table = Table("method", "family", "what it does", "paper", "stages", "needs")
     for method in METHODS.values():
-        table.add_row(method.name, method.family, method.summary, method.paper, method.needs)
+        n_stages = method().curriculum.last_stage + 1
+        table.add_row(method.name, method.family, method.summary, method.paper, str(n_stages), method.needs)
     console.print(table)
 
 
@@ -200,6 +201,10 @@ def ask(
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
     if answer.trace is not None and answer.trace.iterations:
         console.print(trace_view(answer.trace, model.tokenizer))
+        if isinstance(model.method, Lotus):
+            settings = model.method
+            blocks = blocks_view(answer.trace, model.tokenizer, settings.latents_per_block, settings.readout_offset)
+            console.print(blocks or "")
     console.print(answer.text, markup=False, highlight=False)
     cost = answer.cost
     console.print(

@@ -126,16 +126,21 @@ class Context:
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
             with weights():
                 return self.backbone(embeds_BLD, cache=self.cache, **known)
-        past, grown = self.cache, []
+        # What is kept for the backward pass holds on to `run`, and `run` must not hold on to the pass's own cache.
+        backbone, past = self.backbone, self.cache
+        grown: list[Any] = []
+        is_read: list[bool] = []
 
         def run(embeds: Tensor):
             cache = fork(past)
-            grown.append(cache)
+            if not is_read:
+                grown.append(cache)
             with weights():  # inside, so that they are the same when the pass is run again
-                return self.backbone(embeds, cache=cache, **known)
+                return backbone(embeds, cache=cache, **known)
 
         states = checkpoint(run, embeds_BLD, use_reentrant=False)
-        self.cache = grown[0]
+        is_read.append(True)
+        self.cache = grown.pop()
         return states
 
 

@@ -24,12 +24,13 @@ PHASES = ("prefill", "thought", "answer")
 
 @dataclass
 class Cost:
-    """What one example cost. ``seconds`` are its share of the batch it ran in."""
+    """What one example cost. ``loops`` are its inner iterations, ``seconds`` its share of the batch it ran in."""
 
     passes: int = 0
     positions: int = 0
     flops: float = 0.0
     thought_tokens: int = 0
+    loops: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
@@ -37,7 +38,8 @@ def mean_cost(costs: list[Cost]) -> dict:
     """Average the costs of examples into the ``cost`` object of result.json."""
     n = max(len(costs), 1)
     means = {
-        name: sum(getattr(c, name) for c in costs) / n for name in ("passes", "positions", "flops", "thought_tokens")
+        name: sum(getattr(c, name) for c in costs) / n
+        for name in ("passes", "positions", "flops", "thought_tokens", "loops")
     }
     return means | {"seconds": {phase: sum(c.seconds[phase] for c in costs) / n for phase in PHASES}}
 
@@ -90,7 +92,7 @@ class Meter:
         n = len(self.passes)
         share = {phase: seconds / n for phase, seconds in self.seconds.items()}
         columns = zip(self.passes.tolist(), self.positions.tolist(), flops.tolist())
-        return [Cost(passes, positions, f, 0, dict(share)) for passes, positions, f in columns]
+        return [Cost(passes, positions, f, seconds=dict(share)) for passes, positions, f in columns]
 
 
 def flops_of(backbone: Backbone, positions: Tensor, keys: Tensor, logits: Tensor) -> Tensor:

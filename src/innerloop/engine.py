@@ -6,6 +6,7 @@ gens[0].text, gens[0].answer, gens[0].cost
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from innerloop.context import Context
 from innerloop.cost import Cost, Meter
+from innerloop.decoder import AnswerDecoder, Classifier
 from innerloop.errors import InputError
-from innerloop.layout import ANSWER_PREFIX, Row
-from innerloop.thought import think
+from innerloop.layout import ANSWER_PREFIX, Batch, Block, Row
+from innerloop.thought import Masked, RegionPass, Thought, join, think
 from innerloop.trace import Trace
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel
 
+NOTHING = -1  # in place of a token, where a row waits
 CHECK_EVERY = 8  # tokens between two looks at which rows have ended; a look waits for the device
 
 
@@ -117,8 +120,6 @@ def _generate_batch(
     generator: torch.Generator,
     trace: bool,
 ) -> list[Generation]:
-    from innerloop.model import join
-
     batch = model.batch(rows)
     meter = Meter(len(rows), model.device)
     context = Context(model.backbone, len(rows), meter)
@@ -128,40 +129,205 @@ def _generate_batch(
     # Prefill and thought. What is pending is read with the first answer token.
     columns, mask = batch.columns(2)
     suffix = [(model.backbone.embed(batch.ids_BS[:, columns]), mask)] if columns.start < columns.stop else []
-    thought = think(model.method, model.loop, batch, context, record, model.read_out)
+    thought = think(model.method, model.loop, batch, context, record, model.read_out, stem=model.spell.stem())
     context = thought.context
+    if isinstance(model.decoder, Classifier):
+        return _classified(model, rows, thought, meter, record)
+    writer = Writer(model, context)
+    if isinstance(model.decoder, AnswerDecoder):
+        writer = ApartWriter(model, context, model.memory(thought), batch.ids_BS[:, columns])
+    elif (block := model.method.block(model.spell)) is not None:
+        writer = BlockWriter(model, context, block, [int(bool(row.region)) for row in rows], meter)
     with meter.phase("answer" if context.length else "prefill"):
-        states = context.read(*join([*thought.pending, *suffix]))[:, -1]
+        logits = writer.start(join([*thought.pending, *suffix]))
+    if record is not None and writer.first_states is not None:
+        _read_last(model, record, batch, thought, writer.first_states)
 
     # Answer, token by token; rows that have ended leave the batch now and then.
     written: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    eos, n_ends = model.spell.eos_id, model.method.n_ends
+    left_B = torch.full((len(rows),), n_ends, device=model.device)  # ends of sequence still to be written
     pending: list[Tensor] = []
     clock = [meter.now()]
-    for n in range(1, max(budgets) + 1):
-        meter.count_logits(context.rows, ~ended)
-        next_ids = choose(model, states, suppressed, temperature, generator)
+    for n in itertools.count(1):
+        next_ids = writer.settle(choose(logits, suppressed, temperature, generator))
+        meter.count_logits(writer.rows, (left_B > 0) & (next_ids != NOTHING))
         pending.append(next_ids)
-        ended = ended | (next_ids == model.spell.eos_id)
+        left_B = left_B - (next_ids == eos).long()
         if n in budgets or n % CHECK_EVERY == 0:
-            alive, kept = _collect(pending, written, alive, model.spell.eos_id, budgets)
+            alive, kept = _collect(pending, written, alive, eos, n_ends, budgets)
             pending = []
             if not alive:
                 break
             if kept is not None:
-                context, next_ids, ended = context.keep_rows(kept), next_ids[kept], ended[kept]
+                writer.keep_rows(kept)
+                next_ids, left_B = next_ids[kept], left_B[kept]
         clock.append(time.perf_counter())
-        states = context.read(model.backbone.embed(next_ids[:, None]), counted_B=~ended)[:, -1]
+        logits = writer.write(next_ids, left_B > 0)
     clock.append(meter.now())
-    return _finish(model, rows, written, meter, clock, record)
+    return _finish(model, rows, written, thought, meter, clock, record)
 
 
-def choose(
-    model: LatentModel, states: Tensor, suppressed: Tensor, temperature: float, generator: torch.Generator
-) -> Tensor:
-    """Return the next token of each row (R,) from the states (R, D) that predict it."""
-    logits = model.backbone.head(states).float()
+class Writer:
+    """Writes with the model itself, on what it has read."""
+
+    def __init__(self, model: LatentModel, context: Context):
+        self.backbone, self.context = model.backbone, context
+        self.first_states: Tensor | None = None  # of all that was read in the pass of the first token
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Which rows of the batch still write; None: all."""
+        return self.context.rows
+
+    def start(self, pending: Masked) -> Tensor:
+        """Read what comes before the first token; return its logits (R, V)."""
+        self.first_states = self.context.read(*pending)
+        return self.backbone.head(self.first_states[:, -1])
+
+    def write(self, ids: Tensor, counted_B: Tensor) -> Tensor:
+        """Take the tokens (R,) as written; return the logits (R, V) of the next."""
+        states = self.context.read(self.backbone.embed(ids[:, None]), counted_B=counted_B)
+        return self.backbone.head(states[:, -1])
+
+    def settle(self, ids: Tensor) -> Tensor:
+        """Return what is written in place of the tokens chosen; NOTHING where a row waits."""
+        return ids
+
+    def keep_rows(self, kept: Tensor) -> None:
+        """Go on with some rows."""
+        self.context = self.context.keep_rows(kept)
+
+
+class BlockWriter(Writer):
+    """Writes, and refines a block of latents where a row opens one.
+
+    A row that has opened a block waits until every other has too, or has ended; then their blocks are refined together.
+    """
+
+    def __init__(self, model: LatentModel, context: Context, block: Block, n_blocks: list[int], meter: Meter):
+        super().__init__(model, context)
+        self.model, self.block, self.meter = model, block, meter
+        self.n_blocks_B = torch.tensor(n_blocks, device=model.device)
+        self.waits_B = self.n_blocks_B < 0
+        self.last_ids_B = torch.full_like(self.n_blocks_B, NOTHING)
+        self.logits: Tensor | None = None
+
+    def start(self, pending: Masked) -> Tensor:
+        """Read what comes before the first token; return its logits (R, V)."""
+        self.logits = super().start(pending)
+        return self.logits
+
+    def settle(self, ids: Tensor) -> Tensor:
+        """Open a block where one must follow, and none where there are too many."""
+        block = self.block
+        assert self.logits is not None
+        if block.forced_after is not None:
+            is_due = (self.last_ids_B == block.forced_after) & (ids != block.unless)
+            ids = torch.where(is_due, block.opened_by, ids)
+        never = [*self.model.suppressed_ids().tolist(), block.opened_by]
+        others = self.logits.index_fill(-1, torch.tensor(never, device=ids.device), -torch.inf).argmax(-1)
+        ids = torch.where((self.n_blocks_B >= block.most) & (ids == block.opened_by), others, ids)
+        return torch.where(self.waits_B, NOTHING, ids)
+
+    def write(self, ids: Tensor, counted_B: Tensor) -> Tensor:
+        """Take the tokens as written; rows that wait read nothing."""
+        assert self.logits is not None
+        reads_B = counted_B & ~self.waits_B
+        states = self.context.read(self.backbone.embed(ids.clamp(min=0)[:, None]), reads_B[:, None].long())
+        self.logits = torch.where(reads_B[:, None], self.backbone.head(states[:, -1]), self.logits)
+        self.last_ids_B = torch.where(reads_B, ids, self.last_ids_B)
+        self.waits_B = self.waits_B | (reads_B & (ids == self.block.opened_by))
+        if bool(self.waits_B.any()) and bool((self.waits_B | ~counted_B).all()):
+            with self.meter.phase("thought"):
+                self._think()
+        return self.logits
+
+    def _think(self) -> None:
+        """Refine the blocks of the rows that wait, and read what closes them."""
+        model, block, waits_B = self.model, self.block, self.waits_B
+        assert self.logits is not None
+        ids = torch.tensor(block.region.ids, device=waits_B.device).expand(len(waits_B), -1)
+        mask = waits_B[:, None].long().expand_as(ids)
+        normed = model.method.loop.feedback_site == "post_norm"
+        steps = RegionPass(self.context, mask, model.loop.weights, normed, state_mask=mask)
+        n_loops = [block.n_loops if waits else 0 for waits in waits_B.tolist()]
+        result = model.loop(steps, self.backbone.embed(ids), n_loops, None, model.read_out)
+        closing = self.backbone.embed(torch.tensor(block.closing.ids, device=ids.device)).expand(len(waits_B), -1, -1)
+        read = torch.cat([result.state, closing], dim=1)
+        states = self.context.read(read, waits_B[:, None].long().expand(read.shape[:2]))
+        self.logits = torch.where(waits_B[:, None], self.backbone.head(states[:, -1]), self.logits)
+        self.n_blocks_B = self.n_blocks_B + waits_B
+        self.last_ids_B = torch.where(waits_B, block.closing.ids[-1], self.last_ids_B)
+        self.waits_B = torch.zeros_like(waits_B)
+
+    def keep_rows(self, kept: Tensor) -> None:
+        """Go on with some rows."""
+        super().keep_rows(kept)
+        self.n_blocks_B, self.waits_B = self.n_blocks_B[kept], self.waits_B[kept]
+        self.last_ids_B = self.last_ids_B[kept]
+        self.logits = None if self.logits is None else self.logits[kept]
+
+
+class ApartWriter(Writer):
+    """Writes with a decoder of its own, which reads its few words anew for each; its work is not counted."""
+
+    def __init__(self, model: LatentModel, context: Context, memory: Masked, ids_RS: Tensor):
+        super().__init__(model, context)
+        assert isinstance(model.decoder, AnswerDecoder)
+        self.decoder, self.memory, self.ids_RS = model.decoder, memory, ids_RS
+
+    def start(self, pending: Masked) -> Tensor:
+        """Return the logits of the token after <eot>."""
+        return self.decoder(self.ids_RS, self.memory, self.backbone)[:, -1]
+
+    def write(self, ids: Tensor, counted_B: Tensor) -> Tensor:
+        """Return the logits of the token after those written."""
+        self.ids_RS = torch.cat([self.ids_RS, ids[:, None]], dim=1)
+        return self.start(self.memory)
+
+    def keep_rows(self, kept: Tensor) -> None:
+        """Go on with some rows."""
+        super().keep_rows(kept)
+        (states, mask), self.ids_RS = self.memory, self.ids_RS[kept]
+        self.memory = states[kept], None if mask is None else mask[kept]
+
+
+def _read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
+    """Record what the latents show in the pass that the answer sees, if that pass has read them."""
+    first, end = batch.bounds
+    n_latents = end - first
+    if n_latents == 0 or thought.first_column > first:
+        return
+    start = first - thought.first_column
+    latents = states[:, max(start - 1, 0) : start + n_latents]
+    if start == 0 and thought.prompt is not None:
+        before = thought.prompt[0][:, -1:]
+        normed = model.method.loop.feedback_site == "post_norm"
+        latents = torch.cat([before if normed else model.backbone.norm(before), latents], dim=1)
+    record.last = record.read(model.backbone.head(latents))
+
+
+def _classified(
+    model: LatentModel, rows: Sequence[Row], thought: Thought, meter: Meter, record: Trace | None
+) -> list[Generation]:
+    """Answer by the class of the largest logit."""
+    assert isinstance(model.decoder, Classifier)
+    with meter.phase("answer"):
+        best = model.decoder(thought).argmax(-1).tolist()
+    results = []
+    for r, (row, index, cost) in enumerate(zip(rows, best, meter.costs(model.backbone))):
+        answer = model.decoder.classes[index]
+        cost.thought_tokens = model.n_thought_positions(row)
+        cost.loops = 0 if thought.loop is None else thought.loop.n_loops[r]
+        results.append(Generation(ANSWER_PREFIX + answer, answer, cost, None if record is None else record.row(r)))
+    return results
+
+
+def choose(logits: Tensor, suppressed: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Return the next token of each row (R,) from its logits (R, V)."""
+    logits = logits.float()
     if len(suppressed):
         logits[:, suppressed] = -torch.inf
     if temperature == 0:
@@ -169,29 +335,35 @@ def choose(
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _collect(pending: list[Tensor], written: list[list[int]], alive: list[int], eos: int, budgets: list[int]):
+def _collect(
+    pending: list[Tensor], written: list[list[int]], alive: list[int], eos: int, n_ends: int, budgets: list[int]
+):
     """Move chosen tokens to the host; return the rows that go on, and their indices (None: all go on)."""
     tokens = torch.stack(pending, dim=1).tolist()
     going = []
     for place, (row, ids) in enumerate(zip(alive, tokens)):
-        written[row] += ids[: ids.index(eos) + 1] if eos in ids else ids
-        if eos not in ids and len(written[row]) < budgets[row]:
+        mine = written[row]
+        for token in ids:
+            if token != NOTHING and len(mine) < budgets[row] and mine.count(eos) < n_ends:
+                mine.append(token)
+        if len(mine) < budgets[row] and mine.count(eos) < n_ends:
             going.append(place)
     if len(going) == len(alive):
         return alive, None
     return [alive[place] for place in going], torch.tensor(going, dtype=torch.long, device=pending[0].device)
 
 
-def _finish(model, rows, written, meter, clock, record) -> list[Generation]:
+def _finish(model, rows, written, thought, meter, clock, record) -> list[Generation]:
     """Turn written ids into generations and split the decoding time into thought and answer."""
     costs = meter.costs(model.backbone)
     ticks = [later - earlier for earlier, later in pairwise(clock)]
     results = []
     for r, (row, ids, cost) in enumerate(zip(rows, written, costs)):
-        ended = bool(ids) and ids[-1] == model.spell.eos_id
+        ended = ids.count(model.spell.eos_id) == model.method.n_ends
         text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         n_steps, n_marked = _n_step_tokens(model, ids, text)
         cost.thought_tokens = model.n_thought_positions(row) + n_steps
+        cost.loops = 0 if thought.loop is None else thought.loop.n_loops[r]
         cost.seconds["thought"] += sum(ticks[:n_marked]) / len(rows)
         cost.seconds["answer"] += sum(ticks[n_marked:]) / len(rows)
         marker = ANSWER_PREFIX.strip()

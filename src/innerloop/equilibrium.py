@@ -8,7 +8,7 @@ acceleration (Walker and Ni, 2011). Shapes: `B` rows, everything else is flatten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -28,23 +28,23 @@ def solve(
     g: Map,
     start: Tensor,
     solver: Solver,
-    max_loops: int,
+    max_loops: Sequence[int],
     tol: float,
     gradient: Gradient,
     damping: float = 0.7,
-    on_iteration: Callable[[int], None] = lambda loop: None,
-) -> tuple[Tensor, int]:
-    """Find z* = g(z*) from ``start`` (B, ...); return it, differentiable, and the number of iterations.
+    on_iteration: Callable[[int, Tensor], None] = lambda loop, active_B: None,
+) -> tuple[Tensor, list[int]]:
+    """Find z* = g(z*) from ``start`` (B, ...); return it, differentiable, and each row's number of iterations.
 
     Args:
-        g: the map.
+        g: the map; it treats rows independently of each other.
         start: where to begin.
         solver: plain: z <- g(z); damped: z <- (1 - damping) z + damping g(z); anderson.
-        max_loops: the most iterations.
-        tol: relative change at which to stop (the largest over rows).
+        max_loops: the most iterations of each row.
+        tol: relative change at which a row stands still.
         gradient: unroll, implicit or phantom.
         damping: of ``damped``.
-        on_iteration: called with each 1-based iteration.
+        on_iteration: called with each 1-based iteration and the rows (B,) that still move.
     """
     if gradient == "unroll":
         return _iterate(g, start, solver, max_loops, tol, damping, on_iteration)
@@ -62,9 +62,12 @@ def solve(
                 return grad + torch.autograd.grad(inner, state, y, retain_graph=True)[0]
 
             # (I - J^T) y = grad is itself a fixed point, and contracts as fast as the loop does.
-            return _iterate(adjoint, grad, "anderson", max(max_loops, 30), tol * 1e-2, damping, lambda loop: None)[0]
+            limits = [max(*max_loops, 30)] * len(grad)
+            return _iterate(adjoint, grad, "anderson", limits, tol * 1e-2, damping)[0]
 
         result.register_hook(solve_adjoint)
+    if min(max_loops) == 0:
+        result = torch.where(_column(torch.tensor(max_loops, device=start.device) > 0, start), result, start)
     return result, n_done
 
 
@@ -72,25 +75,33 @@ def _iterate(
     g: Map,
     start: Tensor,
     solver: Solver,
-    max_loops: int,
+    max_loops: Sequence[int],
     tol: float,
     damping: float,
-    on_iteration: Callable[[int], None],
-) -> tuple[Tensor, int]:
+    on_iteration: Callable[[int, Tensor], None] = lambda loop, active_B: None,
+) -> tuple[Tensor, list[int]]:
     state, past = start, list[tuple[Tensor, Tensor]]()
-    for loop in range(1, max_loops + 1):
+    limit_B = torch.tensor(list(max_loops), device=start.device)
+    active_B, n_done_B = limit_B > 0, torch.zeros_like(limit_B)
+    for loop in range(1, max(max_loops) + 1):
         new = g(state)
-        on_iteration(loop)
+        on_iteration(loop, active_B)
+        n_done_B += active_B
         change = (new - state).float().flatten(1).norm(dim=1) / (new.float().flatten(1).norm(dim=1) + 1e-8)
         if solver == "damped":
             new = (1 - damping) * state + damping * new
         elif solver == "anderson":
             past = [*past[-HISTORY + 1 :], (state, new)]
             new = _anderson(past)
-        state = new
-        if bool((change < tol).all()):
+        state = torch.where(_column(active_B, new), new, state)
+        active_B = active_B & (change >= tol) & (limit_B > loop)
+        if not bool(active_B.any()):
             break
-    return state, loop
+    return state, n_done_B.tolist()
+
+
+def _column(flags_B: Tensor, like: Tensor) -> Tensor:
+    return flags_B.view(-1, *[1] * (like.ndim - 1))
 
 
 def _anderson(past: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -20,8 +20,9 @@ def check_choices(settings: Any) -> None:
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name, None)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise InputError(f"{name} is '{value}'{nearest(str(value), get_args(hint))}; choose one of {choices}")
+            choices = [str(choice) for choice in get_args(hint)]
+            near = nearest(str(value), choices)
+            raise InputError(f"{name} is '{value}'{near}; choose one of {', '.join(choices)}")
 
 
 def refuse(*problems: tuple[bool, str]) -> None:

@@ -38,7 +38,8 @@ class Moment:
         previous: h_{t-1} (B, N, D).
         rescaled: h'_t, the output before the residual (B, N, D).
         logits: the read-out of u_t (B, N, V), for scores that look at words.
-        mask_BN: 1 where a position is real; None when all are.
+        mask_BN: 1 where a position of the states is real; None when all are.
+        logits_mask: 1 where a position of the logits is real; None when all are.
     """
 
     state: Tensor
@@ -46,6 +47,7 @@ class Moment:
     rescaled: Tensor
     logits: Tensor | None = None
     mask_BN: Tensor | None = None
+    logits_mask: Tensor | None = None
 
 
 def neglog(distance: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ class StopRule(nn.Module):
                 return neglog(aggregate((1 - cosine).clamp(min=0), self.agg, now.mask_BN))
             case "kl" | "entropy" | "argmax":
                 assert now.logits is not None
-                return self._word_score(now.logits, now.mask_BN)
+                return self._word_score(now.logits, now.logits_mask)
             case "halt":
                 survival = torch.ones(len(now.state), device=now.state.device) if self.memory is None else self.memory
                 self.memory = survival * (1 - self.halting_logit(now.state, now.mask_BN).sigmoid())

@@ -11,9 +11,11 @@ every row. Labels are unshifted: "token x is supervised" means that the real pos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,12 @@ from innerloop.examples import Example
 
 IGNORE = -100
 BOT, LAT, EOT = "<bot>", "<lat>", "<eot>"
+BOL, EOL = "<bol>", "<eol>"
 ANSWER_PREFIX = "### "
+ANSWER_PASS = 0
+"""The number of the pass that reads what the loop left pending, and the suffix; iterations count from 1."""
+FED = -1
+"""In place of a pass: what was fed as the latents' inputs."""
 
 
 class Kind(StrEnum):
@@ -47,27 +54,117 @@ class Piece:
     step: int = -1
 
 
+@dataclass(frozen=True)
+class Readout:
+    """In pass ``loop`` the state at the row's position ``at`` must show ``token`` through the head."""
+
+    loop: int
+    at: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Follow:
+    """In pass ``loop`` the state at the row's position ``at`` (None: the mean of the latents) follows the teacher's.
+
+    ``teacher_at`` is a position of the teacher's row.
+    """
+
+    loop: int
+    at: int | None
+    teacher_at: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """From ``n_latents`` latents of pass ``loop`` (or FED), beginning with the 0-based ``first``, ``ids`` must be told.
+
+    ``group`` numbers the groups of a row, over which the loss is averaged.
+    """
+
+    group: int
+    loop: int
+    first: int
+    n_latents: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What happens when a row writes a certain token while it answers: latents are read after it and refined.
+
+    Attributes:
+        opened_by: the token.
+        region: the latents.
+        closing: what is read after them.
+        n_loops: how often they are refined.
+        most: the most blocks of an answer, the one of its prompt included; then the token is not written any more.
+        forced_after: after this token the next is ``opened_by``, unless it would be ``unless``.
+    """
+
+    opened_by: int
+    region: Piece
+    closing: Piece
+    n_loops: int
+    most: int
+    forced_after: int | None = None
+    unless: int | None = None
+
+
 @dataclass
 class Row:
     """One example laid out.
 
-    ``readouts[t][j]`` is the token that region position ``j`` must show through the head after loop ``t + 1``, or
-    IGNORE. ``n_loops`` is how often the region is refined. ``teacher`` is the row a teacher reads, whose state at the
-    end of step ``teacher_steps[t]`` is the target of loop ``t + 1``.
+    The region is refined ``n_loops`` times; text between its latents is read in every pass as it is.
+    A row may go on with a ``next`` one, which is read after it: without a prefix, its own region refined by itself.
+    ``teacher`` is the row that a teacher reads, whose states ``follows`` speak of. ``answer_class`` is the class that a
+    classifier must answer.
     """
 
     prefix: list[Piece]
     region: list[Piece] = field(default_factory=list)
     suffix: list[Piece] = field(default_factory=list)
-    readouts: list[list[int]] = field(default_factory=list)
     n_loops: int = 0
+    readouts: list[Readout] = field(default_factory=list)
     teacher: Row | None = None
-    teacher_steps: list[int | None] = field(default_factory=list)
+    follows: list[Follow] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+    answer_class: int = -1
+    next: Row | None = None
 
     @property
     def pieces(self) -> list[Piece]:
         """All pieces from left to right."""
         return [*self.prefix, *self.region, *self.suffix]
+
+    @property
+    def region_start(self) -> int:
+        """The position at which the region begins."""
+        return sum(len(piece.ids) for piece in self.prefix)
+
+    def step_ends(self) -> list[int]:
+        """Return the position of the last token of each step."""
+        ends, position = [], 0
+        for piece in self.pieces:
+            position += len(piece.ids)
+            if piece.kind is Kind.STEP:
+                ends.append(position - 1)
+        return ends
+
+    def answer_boundary(self, n_before: int) -> int:
+        """Return the last position before the answer's own tokens, given how many of its piece come before them."""
+        return len(self) - len(self.pieces[-1].ids) + n_before - 1
+
+    def pinned(self) -> list[bool]:
+        """Tell of each position of the region whether it is text between latents."""
+        has_latents = any(piece.kind is Kind.LATENT for piece in self.region)
+        return [has_latents and piece.kind is not Kind.LATENT for piece in self.region for _ in piece.ids]
+
+    def n_positions(self) -> int:
+        """Return the most positions that are read at once: by the model, by its teacher, or to tell a step."""
+        told = [told.n_latents + len(told.ids) - 1 for link in self.links() for told in link.told]
+        return max(sum(map(len, self.links())), 0 if self.teacher is None else len(self.teacher), *told, 0)
 
     def ids(self) -> list[int]:
         """All token ids."""
@@ -79,6 +176,12 @@ class Row:
 
     def __len__(self) -> int:
         return sum(len(piece.ids) for piece in self.pieces)
+
+    def links(self) -> Iterator[Row]:
+        """Return this row and those it goes on with."""
+        yield self
+        if self.next is not None:
+            yield from self.next.links()
 
 
 class Speller:
@@ -123,6 +226,19 @@ class Speller:
         ids = self._ids(ANSWER_PREFIX + text, special=False)
         return Piece((*ids, self.eos_id), Kind.ANSWER, supervised=True)
 
+    def stem(self) -> tuple[int, ...]:
+        """Spell what every answer begins with."""
+        return self._ids(ANSWER_PREFIX.strip(), special=False)
+
+    def told(self, text: str) -> tuple[int, ...]:
+        """Spell what an auxiliary decoder must tell, with the end of sequence; nothing for no text."""
+        return (*self._ids(text, special=False), self.eos_id) if text else ()
+
+    def n_before_answer(self, text: str) -> int:
+        """Return how many tokens of a spelled answer come before what is the answer's own, such as its digits."""
+        stem, whole = self._ids(ANSWER_PREFIX, special=False), self._ids(ANSWER_PREFIX + text, special=False)
+        return next((i for i, (a, b) in enumerate(zip(stem, whole)) if a != b), min(len(stem), len(whole)))
+
     def _ids(self, text: str, special: bool) -> tuple[int, ...]:
         key = (text, special)
         if key not in self._memory:
@@ -133,8 +249,64 @@ class Speller:
 
 
 @dataclass
+class Sites:
+    """Places in one pass of a batch, and what belongs to each of them.
+
+    Attributes:
+        loop: the pass.
+        total: the sum of the weights.
+        rows_F: the rows.
+        columns_F: the columns of the batch; -1 for the mean of the latents.
+        targets_F: a token that must be read there, or a flat index into the teacher's (B, S).
+        weights_F: what each counts.
+    """
+
+    loop: int
+    total: float
+    rows_F: Tensor
+    columns_F: Tensor
+    targets_F: Tensor
+    weights_F: Tensor
+
+    def to(self, device: torch.device) -> Sites:
+        """Return the sites on a device."""
+        columns = (self.rows_F, self.columns_F, self.targets_F, self.weights_F)
+        return Sites(self.loop, self.total, *(column.to(device, non_blocking=True) for column in columns))
+
+
+@dataclass
+class ToldSites:
+    """Groups of latents of one pass, and the steps that must be told from them.
+
+    Attributes:
+        loop: the pass, or FED.
+        n_latents: c.
+        rows_G: the rows.
+        first_G: the first latent of each group, 0-based.
+        ids_GL: the tokens, padded on the right.
+        targets_GL: the same, IGNORE where padded.
+        per_row_G: 1 / (groups x rows that have this group).
+        per_token_G: 1 / (groups x tokens of this group in the batch).
+    """
+
+    loop: int
+    n_latents: int
+    rows_G: Tensor
+    first_G: Tensor
+    ids_GL: Tensor
+    targets_GL: Tensor
+    per_row_G: Tensor
+    per_token_G: Tensor
+
+    def to(self, device: torch.device) -> ToldSites:
+        """Return the groups on a device."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return ToldSites(**{**vars(self), **moved})
+
+
+@dataclass
 class Batch:
-    """Rows as tensors. ``B`` rows, ``S`` columns, ``U`` supervised tokens, ``T`` loops, ``N`` region columns.
+    """Rows as tensors. ``B`` rows, ``S`` columns, ``U`` supervised tokens, ``N`` region columns.
 
     Attributes:
         ids_BS: token ids.
@@ -143,12 +315,17 @@ class Batch:
         predict_at_U: flat index into (B, S) of the position that predicts each supervised token, row by row.
         targets_U: the supervised tokens.
         n_targets: how many of them each row has.
-        read_at_R: flat index into (T, B, N) of each supervised read-out of the region.
-        read_targets_R: the tokens that must be read there.
+        first_predicting: the leftmost column that predicts one.
         n_loops: how often each row's region is refined.
-        teacher: what the teacher reads, or None.
-        follow_TB: flat index into the teacher's (B, S) of the state that each loop of each row follows, -1 for none.
         is_padded: whether any row has padding in the prefix, region, suffix.
+        pinned_BN: 1 where a position of the region is read as it is in every pass; None when all are latents.
+        readouts: which tokens must be read where, pass by pass.
+        teacher: what the teacher reads, or None.
+        taught: the teacher's states after every layer (n_layers + 1, P, D) where they are known already.
+        follows: which of the teacher's states are followed where, pass by pass.
+        told: which steps must be told from which latents, pass by pass.
+        class_B: the class that a classifier must answer.
+        next: what the rows go on with.
     """
 
     ids_BS: Tensor
@@ -157,20 +334,37 @@ class Batch:
     predict_at_U: Tensor
     targets_U: Tensor
     n_targets: list[int]
-    read_at_R: Tensor
-    read_targets_R: Tensor
+    first_predicting: int
     n_loops: list[int]
     is_padded: tuple[bool, ...]
+    pinned_BN: Tensor | None = None
+    readouts: list[Sites] = field(default_factory=list)
     teacher: Batch | None = None
-    follow_TB: Tensor | None = None
+    taught: Tensor | None = None
+    follows: list[Sites] = field(default_factory=list)
+    told: list[ToldSites] = field(default_factory=list)
+    class_B: Tensor | None = None
+    next: Batch | None = None
 
     def __len__(self) -> int:
         return self.ids_BS.shape[0]
 
-    def counts(self) -> dict[str, int]:
-        """Return the number of supervised items per loss term; asks the host only."""
-        n_followed = 0 if self.follow_TB is None else int((self.follow_TB >= 0).sum())
-        return {"answer": len(self.targets_U), "step": len(self.read_targets_R), "hid": n_followed, "rows": len(self)}
+    def counts(self) -> dict[str, float]:
+        """Return how much each term of the loss counts: supervised items, or the weight of what is followed."""
+        links = list(self.links())
+        return {
+            "answer": sum(len(link.targets_U) for link in links),
+            "step": sum(len(sites.rows_F) for link in links for sites in link.readouts),
+            "hid": sum(sites.total for link in links for sites in link.follows),
+            "teacher": 0 if self.teacher is None else len(self.teacher.targets_U),
+            "rows": len(self),
+        }
+
+    def links(self) -> Iterator[Batch]:
+        """Return this batch and those its rows go on with."""
+        yield self
+        if self.next is not None:
+            yield from self.next.links()
 
     def columns(self, segment: int) -> tuple[slice, Tensor | None]:
         """Return the columns of segment 0 (prefix), 1 (region) or 2 (suffix) and its mask, None when all is real."""
@@ -180,35 +374,111 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        teacher = None if self.teacher is None else self.teacher.to(device)
-        return Batch(**{**vars(self), **moved, "teacher": teacher})
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        moved["readouts"] = [sites.to(device) for sites in self.readouts]
+        moved["next"] = None if self.next is None else self.next.to(device)
+        moved["told"] = [sites.to(device) for sites in self.told]
+        moved["follows"] = [sites.to(device) for sites in self.follows]
+        moved["teacher"] = None if self.teacher is None else self.teacher.to(device)
+        return Batch(**{**vars(self), **moved})
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Pad rows into one batch: prefixes on the left, regions and suffixes on the right."""
+def collate(rows: Sequence[Row], pad_id: int, states_of: Callable[[Row], dict[int, Tensor]] | None = None) -> Batch:
+    """Pad rows into one batch: prefixes on the left, regions and suffixes on the right; link by link.
+
+    ``states_of`` gives the teacher's states at the positions that a row follows; without, the teacher must be run.
+    """
     batch = _pad(rows, pad_id)
+    if all(row.answer_class >= 0 for row in rows):
+        batch.class_B = torch.tensor([row.answer_class for row in rows])
     teachers = [row.teacher for row in rows if row.teacher is not None]
-    if len(teachers) == len(rows) > 0:
+    seen: list[list[int]] | list[dict[int, int]] = []
+    if states_of is not None and len(teachers) == len(rows):
+        batch.taught, seen = _taught([states_of(row) for row in rows])
+    elif len(teachers) == len(rows) > 0:
         batch.teacher = _pad(teachers, pad_id)
-        batch.follow_TB = torch.full((max(row.n_loops for row in rows), len(rows)), -1, dtype=torch.long)
-        for r, (row, teacher) in enumerate(zip(rows, teachers)):
-            ends = step_ends(teacher)
-            real = torch.nonzero(batch.teacher.mask_BS[r])[:, 0].tolist()
-            for t, step in enumerate(row.teacher_steps):
-                if step is not None:
-                    batch.follow_TB[t, r] = r * batch.teacher.ids_BS.shape[1] + real[ends[step]]
-    return batch
+        n = batch.teacher.ids_BS.shape[1]
+        seen = [[r * n + column for column in columns] for r, columns in enumerate(_real_columns(batch.teacher))]
+    link, linked = batch, list(rows)
+    while True:
+        _place(link, linked, seen, pad_id)
+        if all(row.next is None for row in linked):
+            return batch
+        linked = [row.next or Row([]) for row in linked]
+        link.next = _pad(linked, pad_id)
+        link = link.next
 
 
-def step_ends(row: Row) -> list[int]:
-    """Return the position of the last token of each step of a row."""
-    ends, position = [], 0
-    for piece in row.pieces:
-        position += len(piece.ids)
-        if piece.kind is Kind.STEP:
-            ends.append(position - 1)
-    return ends
+def _taught(found: list[dict[int, Tensor]]) -> tuple[Tensor, list[dict[int, int]]]:
+    """Put the states of rows (n_layers + 1, D) behind each other: (n_layers + 1, P, D), and where each position is."""
+    places: list[dict[int, int]] = []
+    n = 0
+    for states in found:
+        places.append({at: n + i for i, at in enumerate(states)})
+        n += len(states)
+    return torch.stack([state for states in found for state in states.values()], dim=1), places
+
+
+def _place(batch: Batch, rows: Sequence[Row], seen: list[list[int]] | list[dict[int, int]], pad_id: int) -> None:
+    """Turn the positions that rows speak of into columns; ``seen`` are the teacher's, flat."""
+    real = _real_columns(batch) if any(row.readouts or row.follows for row in rows) else []
+    batch.readouts = _sites(
+        (entry.loop, r, real[r][entry.at], entry.token, 1.0) for r, row in enumerate(rows) for entry in row.readouts
+    )
+    batch.told = _told(rows, pad_id)
+    batch.follows = _sites(
+        (entry.loop, r, -1 if entry.at is None else real[r][entry.at], seen[r][entry.teacher_at], entry.weight)
+        for r, row in enumerate(rows)
+        for entry in (row.follows if seen else ())
+    )
+
+
+def _real_columns(batch: Batch) -> list[list[int]]:
+    """Return the columns of each row that are no padding."""
+    return [[column for column, m in enumerate(mask) if m] for mask in batch.mask_BS.tolist()]
+
+
+def _told(rows: Sequence[Row], pad_id: int) -> list[ToldSites]:
+    """Group what must be told by pass; weights are over all passes."""
+    entries = [(r, told) for r, row in enumerate(rows) for told in row.told if told.ids]
+    if not entries:
+        return []
+    n_rows, n_tokens = Counter[int](), Counter[int]()
+    for _, told in entries:
+        n_rows[told.group] += 1
+        n_tokens[told.group] += len(told.ids)
+    sites = []
+    for loop, c in sorted({(told.loop, told.n_latents) for _, told in entries}):
+        found = [(r, told) for r, told in entries if (told.loop, told.n_latents) == (loop, c)]
+        longest = max(len(told.ids) for _, told in found)
+        gaps = [longest - len(told.ids) for _, told in found]
+        sites.append(
+            ToldSites(
+                loop=loop,
+                n_latents=c,
+                rows_G=torch.tensor([r for r, _ in found]),
+                first_G=torch.tensor([told.first for _, told in found]),
+                ids_GL=torch.tensor([[*told.ids, *[pad_id] * gap] for (_, told), gap in zip(found, gaps)]),
+                targets_GL=torch.tensor([[*told.ids, *[IGNORE] * gap] for (_, told), gap in zip(found, gaps)]),
+                per_row_G=torch.tensor([1 / (len(n_rows) * n_rows[told.group]) for _, told in found]),
+                per_token_G=torch.tensor([1 / (len(n_rows) * n_tokens[told.group]) for _, told in found]),
+            )
+        )
+    return sites
+
+
+def _sites(entries: Iterable[tuple[int, int, int, int, float]]) -> list[Sites]:
+    """Group (pass, row, column, target, weight) by pass."""
+    by_pass: dict[int, list[tuple[int, int, int, float]]] = {}
+    for loop, *entry in entries:
+        by_pass.setdefault(loop, []).append(tuple(entry))  # type: ignore[arg-type]
+    grouped = []
+    for loop, found in sorted(by_pass.items()):
+        rows, columns, targets, weights = (torch.tensor(column) for column in zip(*found, strict=True))
+        grouped.append(Sites(loop, weights.sum().item(), rows, columns, targets, weights))
+    return grouped
 
 
 def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -233,12 +503,9 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         n_targets.append(len(supervised))
         ids.append(row_ids)
         mask.append(row_mask)
-    readouts = [
-        ((t * len(rows) + r) * widths[1] + j, token)
-        for r, row in enumerate(rows)
-        for t, labels in enumerate(row.readouts)
-        for j, token in enumerate(labels)
-        if token != IGNORE
+    pinned = [
+        [int(is_pinned) for is_pinned in row.pinned()] + [0] * (widths[1] - len(region))
+        for row, (_, region, _) in zip(rows, segments)
     ]
     return Batch(
         ids_BS=torch.tensor(ids, dtype=torch.long),
@@ -247,8 +514,8 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         predict_at_U=torch.tensor(predict_at, dtype=torch.long),
         targets_U=torch.tensor(targets, dtype=torch.long),
         n_targets=n_targets,
-        read_at_R=torch.tensor([at for at, _ in readouts], dtype=torch.long),
-        read_targets_R=torch.tensor([token for _, token in readouts], dtype=torch.long),
+        first_predicting=min((at % max(sum(widths), 1) for at in predict_at), default=sum(widths)),
         n_loops=[row.n_loops for row in rows],
+        pinned_BN=torch.tensor(pinned) if any(map(any, pinned)) else None,
         is_padded=(*(any(len(row[s]) < width for row in segments) for s, width in enumerate(widths)),),
     )

@@ -50,6 +50,9 @@ class Pass(Protocol):
     state_mask: Tensor | None
     """1 where a position of the state (A, N) is real; None when all are."""
 
+    before: Tensor | None
+    """The state (A, 1, D) of the position before the region, for loops that shift; None where there is none."""
+
     def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return u_t (B, N, D) for the input x_t of the 1-based iteration ``loop``.
 
@@ -73,7 +76,14 @@ class LoopSettings:
         alpha_learn: keep alpha fixed, learn one (shared), or one for each iteration (per_iter).
         gate_shape: residual C: one gate for a position (scalar) or for each channel.
         gate_kind: residual C: softmax, sigmoid, or attention over the three candidates.
-        rescale: leave outputs (none), bring them to the RMS of the embeddings (rms), or learn an adapter that does.
+        rescale: leave outputs (none), bring them to the RMS of the embeddings (rms), learn an adapter that does, or
+            project them by an MLP with a layer norm (project).
+        adapter_width: inner width of adapter and project; 0: that of the model.
+        adapter_gain: adapter: learn a gain per channel.
+        project_dropout: project: dropout of its input.
+        project_norm: project: end with a layer norm.
+        feedback_scale: factor on the rescaled output before the residual.
+        shift: each latent receives what the position before it made, the first what <bot> made (Jacobi form).
         time: timestep embedding: none, a table (lookup), or an MLP on sines (sinusoidal).
         time_inject: add it, concat it and project, or give it a position of its own (token).
         time_norm: sinusoidal: tell t / T instead of t.
@@ -86,6 +96,8 @@ class LoopSettings:
         lora_beyond: iterations past max_loops use the last update (clamp), start over (cycle) or none (off).
         stop: score that ends a row's loop when answering: none, delta, delta_undamped, cos, kl, entropy, argmax, halt.
         stop_threshold: kappa; a row stops when its score reaches it. None: the score's usual value.
+        stop_site: scores that look at words look at what the latents show (latents), or at the first token of the
+            answer itself, read by one more pass over <eot> and the answer's mark in every iteration (answer).
         stop_agg: reduce a score over positions by mean, last or max.
         min_loops: iterations before a row may stop.
         patience: consecutive iterations for which the score must hold.
@@ -106,6 +118,12 @@ class LoopSettings:
     gate_shape: GateShape = "scalar"
     gate_kind: GateKind = "softmax"
     rescale: RescaleKind = "none"
+    adapter_width: int = 0
+    adapter_gain: bool = False
+    project_dropout: float = 0.0
+    project_norm: bool = True
+    feedback_scale: float = 1.0
+    shift: bool = False
     time: TimeKind = "none"
     time_inject: TimeInject = "add"
     time_norm: bool = False
@@ -118,6 +136,7 @@ class LoopSettings:
     lora_beyond: Beyond = "clamp"
     stop: StopKind = "none"
     stop_threshold: float | None = None
+    stop_site: Literal["latents", "answer"] = "latents"
     stop_agg: Agg = "mean"
     min_loops: int = 1
     patience: int = 1
@@ -138,6 +157,23 @@ class LoopSettings:
             (
                 min(self.noise, self.spectral_weight, self.spectral_bound) < 0,
                 "noise, spectral_weight and spectral_bound cannot be negative",
+            ),
+            (
+                self.stop_site == "answer" and self.stop not in READS_OUT,
+                f"stop_site=answer is for the scores that look at words: set stop to {', '.join(READS_OUT)}",
+            ),
+            (
+                self.rescale not in ("adapter", "project") and self.adapter_width != 0,
+                "adapter_width is for rescale=adapter or project",
+            ),
+            (self.rescale != "adapter" and self.adapter_gain, "adapter_gain is for rescale=adapter"),
+            (
+                self.rescale != "project" and (self.project_dropout > 0 or not self.project_norm),
+                "project_dropout and project_norm are for rescale=project",
+            ),
+            (
+                self.adapter_width < 0 or not 0 <= self.project_dropout < 1,
+                "adapter_width cannot be negative, and project_dropout is a probability below 1",
             ),
             (self.lora_rank < 1, "lora_rank must be at least 1; to do without, set lora to none"),
             (min(self.min_loops, self.patience) < 1, "min_loops and patience must be at least 1"),
@@ -181,6 +217,7 @@ class LoopResult:
 
     Attributes:
         state: the final state z_T of every row (B, N, D).
+        first: z_0 (B, N, D).
         outputs: for each iteration, the rows that ran it and their outputs u_t (A, N, D).
         states: for each iteration, the rows that ran it and their states z_t (A, N, D).
         n_loops: how many iterations each row ran.
@@ -188,6 +225,7 @@ class LoopResult:
     """
 
     state: Tensor
+    first: Tensor
     outputs: list[tuple[list[int], Tensor]]
     states: list[tuple[list[int], Tensor]]
     n_loops: list[int]
@@ -239,7 +277,9 @@ class InnerLoop(nn.Module):
         s = self.settings = settings
         self.max_loops = max_loops
         n = max(max_loops, 1)
-        self.rescale = Rescale(s.rescale, width, tau)
+        self.rescale = Rescale(
+            s.rescale, width, tau, s.adapter_width, s.project_dropout, s.adapter_gain, s.project_norm
+        )
         self.residual = Residual(s.residual, s.alpha, s.alpha_learn, s.gate_shape, s.gate_kind, width, n)
         self.time = None
         if s.time != "none" and max_loops > 0:
@@ -274,6 +314,14 @@ class InnerLoop(nn.Module):
             state = state + noise * self.rescale.tau.to(state.dtype) * torch.randn_like(state)
         return state if self.time is None else self.time(state, loop, level)
 
+    def feed_back(self, output: Tensor, before: Tensor | None) -> Tensor:
+        """Return h' (B, N, D) for an output u; ``before`` (B, 1, D) is the state of the position before the region."""
+        rescaled = self.rescale(output)
+        if self.settings.shift:
+            assert before is not None
+            rescaled = torch.cat([self.rescale(before), rescaled[:, :-1]], dim=1)
+        return rescaled if self.settings.feedback_scale == 1.0 else self.settings.feedback_scale * rescaled
+
     def step(
         self,
         f: Pass,
@@ -287,7 +335,7 @@ class InnerLoop(nn.Module):
         """Run one iteration; return (z_t, h'_t, u_t), each (B, N, D)."""
         inputs = self.inject(state, loop, change_B, noisy)
         output = f(inputs, loop, active_B, n_extra=inputs.shape[1] - state.shape[1])
-        rescaled = self.rescale(output)
+        rescaled = self.feed_back(output, f.before)
         return self.residual(rescaled, first, state, loop), rescaled, output
 
     def forward(
@@ -297,6 +345,7 @@ class InnerLoop(nn.Module):
         n_loops: Sequence[int],
         trace: Trace | None = None,
         read_out: Callable[[Tensor], Tensor] | None = None,
+        read_answer: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> LoopResult:
         """Iterate ``f`` from ``state`` z_0 (B, N, D).
 
@@ -306,17 +355,19 @@ class InnerLoop(nn.Module):
             n_loops: each row's number of iterations, the most where rows may stop by themselves.
             trace: filled with what happens.
             read_out: maps outputs u to logits; needed by the stop scores that look at words.
+            read_answer: maps states z_t, and which rows are active (None: all), to the logits (A, 1, V) of the answer's
+                first token; needed by stop_site=answer.
         """
         s, limit = self.settings, max(n_loops)
         if s.solver != "none" and limit > 0:
-            return self._solve(f, state, limit, trace)
+            return self._solve(f, state, n_loops, trace)
         stops = self.stop is not None and not self.training
         if self.stop is not None:
             self.stop.reset()
         going, halted, ran = list(range(len(state))), set[int](), [0] * len(state)
         whole, first, change_B = state, state, None
         streak = torch.zeros(len(state), dtype=torch.long, device=state.device)
-        result = LoopResult(state, [], [], ran)
+        result = LoopResult(state, state, [], [], ran)
         ended: list[tuple[list[int], Tensor]] = []
         for loop in range(1, limit + 1):
             # Rows that have ended leave, or stand still where the pass cannot spare them.
@@ -351,8 +402,12 @@ class InnerLoop(nn.Module):
             result.states.append((going, new))
             score = None
             if stops:
-                logits = read_out(output) if s.stop in READS_OUT and read_out is not None else None
-                score = self.stop.score(Moment(new, previous, rescaled, logits, f.state_mask))  # type: ignore[union-attr]
+                moment = Moment(new, previous, rescaled, None, f.state_mask)
+                if s.stop_site == "answer" and read_answer is not None:
+                    moment.logits, moment.logits_mask = read_answer(new, active_B), None
+                elif s.stop in READS_OUT and read_out is not None:
+                    moment.logits, moment.logits_mask = read_out(output), f.state_mask
+                score = self.stop.score(moment)  # type: ignore[union-attr]
                 streak = torch.where(score >= s.threshold, streak + 1, 0)
                 if loop >= s.min_loops and loop < limit:
                     done = (streak >= s.patience).tolist()  # the one question to the device in an iteration
@@ -374,33 +429,45 @@ class InnerLoop(nn.Module):
         if s.bptt == 0:
             result.state = result.state.detach()
         if s.spectral_weight > 0 and limit > 0 and self.training:
-            probe = f.probe()
-            result.gain = jacobian_gain(lambda z: self.step(probe, z, first, limit, change_B, noisy=False)[0], state)
+            probe, mask = f.probe(), f.state_mask
+
+            def stretch(z: Tensor) -> Tensor:
+                return real(self.step(probe, z, first, limit, change_B, noisy=False)[0], mask)
+
+            result.gain = jacobian_gain(stretch, real(state, mask))
         return result
 
-    def _solve(self, f: Pass, state: Tensor, limit: int, trace: Trace | None) -> LoopResult:
-        """Iterate to a fixed point instead of a fixed number of times."""
-        s, first, rows = self.settings, state, list(range(len(state)))
+    def _solve(self, f: Pass, state: Tensor, n_loops: Sequence[int], trace: Trace | None) -> LoopResult:
+        """Iterate to a fixed point instead of a fixed number of times; rows that stand still wait for the others."""
+        s, first = self.settings, state
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def g(z: Tensor) -> Tensor:
             new, _, output = self.step(f, z, first, 1)
             seen[:] = [(output, new, z)]
-            return new
+            return real(new, f.state_mask)
 
-        def on_iteration(loop: int) -> None:
+        def on_iteration(loop: int, active_B: Tensor) -> None:
             if trace is not None:
-                output, new, old = seen[0]
-                trace.record(loop, rows, output, new, old, mask=f.state_mask)
+                rows = torch.nonzero(active_B)[:, 0]
+                output, new, old = (part[rows] for part in seen[0])
+                mask = None if f.state_mask is None else f.state_mask[rows]
+                trace.record(loop, rows.tolist(), output, new, old, mask=mask)
 
-        final, n_done = solve(g, state, s.solver, limit, s.solver_tol, s.solver_gradient, s.alpha, on_iteration)
+        start = real(state, f.state_mask)
+        final, ran = solve(g, start, s.solver, n_loops, s.solver_tol, s.solver_gradient, s.alpha, on_iteration)
         gain = jacobian_gain(g, final) if s.spectral_weight > 0 and self.training else None
-        return LoopResult(final, [(rows, seen[0][0])], [(rows, final)], [n_done] * len(state), gain)
+        rows = list(range(len(state)))
+        return LoopResult(final, state, [(rows, seen[0][0])], [(rows, final)], ran, gain)
+
+
+def real(states: Tensor, mask_BN: Tensor | None) -> Tensor:
+    """Return states (B, N, D) with zeros where a position is padding, so that it has no say in a row's norm."""
+    return states if mask_BN is None else states * mask_BN[..., None]
 
 
 def relative_change(new: Tensor, previous: Tensor, mask_BN: Tensor | None = None) -> Tensor:
     """Return ||new - previous|| / ||new|| of each row (B,) over real positions, in fp32."""
-    if mask_BN is not None:
-        new, previous = new * mask_BN[..., None], previous * mask_BN[..., None]
+    new, previous = real(new, mask_BN), real(previous, mask_BN)
     difference = (new - previous).float().flatten(1).norm(dim=1)
     return difference / (new.float().flatten(1).norm(dim=1) + 1e-8)

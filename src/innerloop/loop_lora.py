@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from innerloop.backbone import Backbone
-from innerloop.errors import InputError
+from innerloop.errors import InputError, nearest
 
 BankKind = Literal["none", "per_iter", "shared"]
 Beyond = Literal["clamp", "cycle", "off"]
@@ -61,11 +61,14 @@ class LoopLora(nn.Module):
             and name.startswith(_layers_prefix(backbone))
             and (not targets or name.rsplit(".", 1)[-1] in targets)
         }
-        if not self.modules_by_name:
-            known = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in backbone.layers.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        found = {name.rsplit(".", 1)[-1] for name in self.modules_by_name}
+        if unknown := sorted(set(targets) - found):
+            linears = (n for n, m in backbone.layers.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise InputError(
+                f"lora_targets: the model has no linear '{unknown[0]}'{nearest(unknown[0], known)}; "
+                f"its linears are {', '.join(known)}"
             )
-            raise InputError(f"lora_targets names no linear of the model; its linears are {', '.join(known)}")
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self.entry: int | None = None
         for name, module in self.modules_by_name.items():

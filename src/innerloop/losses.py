@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, smooth_l1_loss
 from innerloop.context import Context
 from innerloop.errors import refuse
 from innerloop.halting import masked_mean
-from innerloop.layout import Batch
+from innerloop.layout import ANSWER_PASS, Batch, Sites
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel
@@ -31,11 +31,15 @@ class LossSettings:
     """What is learned inside the loop, besides the answer.
 
     Args:
-        step_weight: lambda_step; iteration t must show step sigma(t) through the head. Scope slots only.
-        hid_weight: lambda_hid; the states of iteration t are pulled to a teacher's at the end of step sigma(t).
-        hid_layers: the teacher's last layer, or all.
-        hid_distance: smooth L1 in units of the teacher's spread, or one minus cosine.
-        teacher: folder of the chain-of-thought run whose states are the targets.
+        answer_weight: of the written tokens.
+        step_weight: lambda_step; latents must show the steps through the head.
+        hid_weight: lambda_hid; states are pulled to a teacher's.
+        hid_layers: the teacher's last layer, all layers, or all and the embeddings.
+        hid_distance: smooth L1, L1 (a mean or a sum over the width) or squared L2, in units of the teacher's spread; or
+            one minus cosine.
+        teacher: folder of the chain-of-thought run whose states are the targets, or self: the model's own.
+        teacher_weight: a model that is its own teacher also learns to write the chain of thought, with this weight.
+        teacher_passes: read the targets in the pass that is learned from, or in a second one (they differ by dropout).
         deep_weight: lambda_deep; the answer is also decoded after every iteration.
         deep_schedule: weight of iteration t: proportional to t (linear), or softmax of t.
         halt_weight: lambda_halt; trains the gate of stop=halt (arXiv 2107.05407).
@@ -43,11 +47,14 @@ class LossSettings:
         halt_beta: strength of that pull.
     """
 
+    answer_weight: float = 1.0
     step_weight: float = 0.0
     hid_weight: float = 0.0
-    hid_layers: Literal["last", "all"] = "last"
-    hid_distance: Literal["smooth_l1", "cosine"] = "smooth_l1"
+    hid_layers: Literal["last", "all", "all+emb"] = "last"
+    hid_distance: Literal["smooth_l1", "l1", "l1_sum", "l2", "cosine"] = "smooth_l1"
     teacher: str | None = None
+    teacher_weight: float = 0.0
+    teacher_passes: Literal[1, 2] = 1
     deep_weight: float = 0.0
     deep_schedule: Literal["linear", "softmax"] = "linear"
     halt_weight: float = 0.0
@@ -55,13 +62,17 @@ class LossSettings:
     halt_beta: float = 0.01
 
     def __post_init__(self) -> None:
-        weights = (self.step_weight, self.hid_weight, self.deep_weight, self.halt_weight, self.halt_beta)
+        weights = (self.answer_weight, *self.loop_term_weights.values(), self.halt_beta)
         refuse(
             (min(weights) < 0, "weights of the loss cannot be negative"),
             (not 0 < self.halt_prior < 1, "halt_prior is a probability between 0 and 1"),
             (
                 self.hid_weight > 0 and self.teacher is None,
-                "hid_weight needs states to follow: set teacher to the folder of a chain-of-thought run",
+                "hid_weight needs states to follow: set teacher to the folder of a chain-of-thought run, or to self",
+            ),
+            (
+                self.teacher != "self" and (self.teacher_weight > 0 or self.teacher_passes == 2),
+                "teacher_weight and teacher_passes are for a model that teaches itself: set teacher to self",
             ),
         )
 
@@ -71,6 +82,7 @@ class LossSettings:
         return {
             "step": self.step_weight,
             "hid": self.hid_weight,
+            "teacher": self.teacher_weight,
             "deep": self.deep_weight,
             "halt": self.halt_weight,
         }
@@ -78,83 +90,158 @@ class LossSettings:
 
 @dataclass
 class Terms:
-    """The means of the terms of a batch; each sum is divided by the count of the global batch."""
+    """The means of the terms of a batch; each sum is divided by the count of the global batch.
+
+    ``targets`` are the teacher's states after every layer (B, S, D).
+    """
 
     model: LatentModel
     batch: Batch
     counts: dict[str, Any]
     means: dict[str, Tensor] = field(default_factory=dict)
+    targets: tuple[Tensor, ...] = ()
 
     def add(self, name: str, total: Tensor, count: str | None = None) -> None:
         """Add a term by its sum over the items that ``count`` (by default its name) counts."""
         n = self.counts[count or name]
-        self.means[name] = total / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
+        mean = total / (torch.where(n > 0, n, 1) if isinstance(n, Tensor) else n or 1)
+        self.means[name] = self.means[name] + mean if name in self.means else mean
 
 
-def add_loop_terms(terms: Terms, thought: Thought, trains: bool) -> None:
-    """Add the terms that the method gives a weight."""
-    assert thought.loop is not None
-    weights, batch = terms.model.method.term_weights, terms.batch
-    if len(batch.read_targets_R):
-        terms.add("step", step_loss(terms.model, batch, thought))
-    if batch.follow_TB is not None:
-        terms.add("hid", follow_loss(terms.model, batch, thought))
+def add_loop_terms(terms: Terms, batch: Batch, thought: Thought, trains: bool) -> None:
+    """Add the terms that the method gives a weight, for a batch or one link of it."""
+    from innerloop.step_decoder import told_loss
+
+    model, weights = terms.model, terms.model.method.term_weights
+    if batch.readouts:
+        terms.add("step", step_loss(model, batch, thought))
+    if batch.taught is not None:
+        terms.targets = tuple(batch.taught[:, None])
+    elif batch.teacher is not None and (terms.counts["hid"] or weights.get("teacher")):
+        terms.targets = teacher_states(model, batch, terms)
+    if batch.follows:
+        terms.add("hid", follow_loss(model, batch, thought, terms.targets))
+    if batch.told and model.step_decoder is not None:
+        terms.add("aux", told_loss(model, batch, thought), "rows")
+    if thought.loop is None:
+        return
     if trains and (weights.get("deep") or weights.get("halt")):
-        losses_TB = answer_losses(terms.model, batch, thought)
+        losses_TB = answer_losses(model, batch, thought)
         if weights.get("deep"):
-            terms.add("deep", deep_loss(losses_TB, terms.model.method.losses.deep_schedule, batch.n_loops), "answer")
+            terms.add("deep", deep_loss(losses_TB, model.method.losses.deep_schedule, batch.n_loops), "answer")
         if weights.get("halt"):
-            terms.add("halt", halting_loss(terms.model, batch, thought, losses_TB), "rows")
+            terms.add("halt", halting_loss(model, batch, thought, losses_TB), "rows")
     if thought.loop.gain is not None:
-        bound = terms.model.method.loop.spectral_bound
+        bound = model.method.loop.spectral_bound
         terms.means["gain"] = (thought.loop.gain - bound).clamp(min=0).square()
 
 
 def step_loss(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
-    """Return the summed cross-entropy of the read-outs (slr.md, L_step)."""
-    assert thought.loop is not None
-    like = thought.loop.state
-    outputs = held(thought.loop.outputs, like, max(batch.n_loops))
-    read = outputs.flatten(0, 2)[batch.read_at_R]
-    return cross_entropy(model.read_out(read).float(), batch.read_targets_R, reduction="sum")
-
-
-def held(parts: list[tuple[list[int], Tensor]], like: Tensor, n_loops: int) -> Tensor:
-    """Return what each row had at every iteration (T, B, N, D); a row that has stopped keeps its last."""
-    seen: list[Tensor] = []
-    for rows, values in parts:
-        at = torch.tensor(rows, device=like.device)
-        before = seen[-1] if seen else torch.zeros_like(like)
-        seen.append(values.to(like.dtype) if rows == list(range(len(like))) else before.index_copy(0, at, values))
-    return torch.stack([*seen, *seen[-1:] * (n_loops - len(seen))])
-
-
-def follow_loss(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
-    """Return the summed distance of each iteration's mean state to the teacher's at its step (slr.md, L_hid).
-
-    Smooth L1 is a mean over the width, in units of the standard deviation of the layer's targets in the batch.
-    """
-    assert thought.loop is not None and batch.teacher is not None and batch.follow_TB is not None
-    with torch.no_grad():
-        context = Context(model.teacher, len(batch))
-        targets = context.read(model.teacher.embed(batch.teacher.ids_BS), batch.teacher.mask_BS, all_states=True)
-    layers = range(1, len(targets)) if model.method.losses.hid_layers == "all" else [len(targets) - 1]
-    total = thought.loop.state.new_zeros((), dtype=torch.float32)
-    for (rows, _), states, follow_B in zip(thought.loop.outputs, thought.layer_states, batch.follow_TB):
-        at = follow_B[rows]
-        chosen = torch.nonzero(at >= 0)[:, 0]
-        for layer in layers if len(chosen) else ():
-            target = targets[layer].flatten(0, 1)[at[chosen]].float()
-            mean = masked_mean(states[layer], None if thought.region_mask is None else thought.region_mask[rows])
-            total = total + _distance(mean[chosen].float(), target, model.method.losses.hid_distance) / len(layers)
+    """Return the summed cross-entropy of the read-outs (slr.md and lotus.md, L_step)."""
+    total = batch.ids_BS.new_zeros((), dtype=torch.float32)
+    for sites in batch.readouts:
+        logits_FV = site_logits(model, batch, thought, sites)
+        total = total + cross_entropy(logits_FV.float(), sites.targets_F, reduction="sum")
     return total
 
 
-def _distance(student: Tensor, target: Tensor, kind: str) -> Tensor:
-    if kind == "cosine":
-        return (1 - cosine_similarity(student, target, dim=-1)).sum()
-    spread = target.std().clamp(min=1e-6)
-    return smooth_l1_loss(student, target, reduction="none").mean(-1).sum() / spread
+def site_logits(model: LatentModel, batch: Batch, thought: Thought, sites: Sites) -> Tensor:
+    """Return what places of a pass show through the head (F, V); the position before the region is one of them."""
+    if sites.loop == ANSWER_PASS:
+        states, start = thought.answer[-1], thought.first_column
+    else:
+        assert thought.loop is not None
+        states, start = held(thought.loop.outputs, thought.loop.state, sites.loop), batch.bounds[0]
+    if start == batch.bounds[0] and thought.prompt is not None:
+        before = thought.prompt[0][:, -1:]
+        if sites.loop == ANSWER_PASS and model.method.loop.feedback_site == "pre_norm":
+            before = model.backbone.norm(before)
+        states, start = torch.cat([before, states], dim=1), start - 1
+    chosen = states[sites.rows_F, sites.columns_F - start]
+    return model.backbone.head(chosen) if sites.loop == ANSWER_PASS else model.read_out(chosen)
+
+
+def held(parts: list[tuple[list[int], Tensor]], like: Tensor, loop: int) -> Tensor:
+    """Return what each row had at iteration ``loop`` (B, ...); a row that has stopped keeps its last."""
+    whole: Tensor | None = None
+    for rows, values in parts[:loop]:
+        if rows == list(range(len(like))):
+            whole = values.to(like.dtype)
+        else:
+            whole = values.new_zeros(len(like), *values.shape[1:]).to(like.dtype) if whole is None else whole
+            whole = whole.index_copy(0, torch.tensor(rows, device=like.device), values.to(like.dtype))
+    assert whole is not None
+    return whole
+
+
+def teacher_states(model: LatentModel, batch: Batch, terms: Terms) -> tuple[Tensor, ...]:
+    """Return the states that the teacher has after every layer (B, S, D), without gradient.
+
+    A model that teaches itself also learns to write what the teacher reads (codi.md, L_T).
+    """
+    assert batch.teacher is not None
+    settings, taught = model.method.losses, batch.teacher
+    backbone = model.backbone if settings.teacher == "self" else model.teacher
+
+    def read() -> tuple[Tensor, ...]:
+        return Context(backbone, len(batch)).read(backbone.embed(taught.ids_BS), taught.mask_BS, all_states=True)
+
+    learns = settings.teacher == "self" and settings.teacher_weight > 0
+    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        states = read()
+    if learns:
+        chosen = states[-1].flatten(0, 1)[taught.predict_at_U]
+        terms.add("teacher", cross_entropy(backbone.head(chosen).float(), taught.targets_U, reduction="sum"))
+        if settings.teacher_passes == 2:
+            with torch.no_grad():
+                states = read()
+    return tuple(state.detach() for state in states)
+
+
+def follow_loss(model: LatentModel, batch: Batch, thought: Thought, targets: tuple[Tensor, ...]) -> Tensor:
+    """Return the summed, weighted distance of followed states to the teacher's (slr.md, L_hid; codi.md, L_KD).
+
+    A distance is a mean over the width and the layers; all but the cosine are in units of the standard deviation of the
+    layer's targets in the batch.
+    """
+    settings = model.method.losses
+    first = {"last": len(targets) - 1, "all": 1, "all+emb": 0}[settings.hid_layers]
+    total = batch.ids_BS.new_zeros((), dtype=torch.float32)
+    for layer in range(first, len(targets)):
+        flat = targets[layer].flatten(0, 1)
+        wanted = [flat[sites.targets_F].float() for sites in batch.follows]
+        spread = torch.cat(wanted).std().clamp(min=1e-6)
+        for sites, target in zip(batch.follows, wanted):
+            if sites.loop == ANSWER_PASS:
+                states, start, mask = thought.answer[layer - len(targets)], thought.first_column, None
+            else:
+                assert thought.loop is not None
+                parts = [
+                    (rows, s[layer - len(targets)]) for (rows, _), s in zip(thought.loop.outputs, thought.layer_states)
+                ]
+                states, start = held(parts, thought.loop.state, sites.loop), batch.bounds[0]
+                mask = thought.state_mask
+            is_mean = sites.columns_F < 0
+            student = states[sites.rows_F, (sites.columns_F - start).clamp(min=0)]
+            if sites.loop != ANSWER_PASS:
+                student = torch.where(is_mean[:, None], masked_mean(states, mask)[sites.rows_F], student)
+            distances = distance(student.float(), target, settings.hid_distance, spread)
+            total = total + (sites.weights_F * distances).sum() / (len(targets) - first)
+    return total
+
+
+def distance(student: Tensor, target: Tensor, kind: str, spread: Tensor) -> Tensor:
+    """Return the distance of each of some states (F, D) to its target (F,)."""
+    match kind:
+        case "cosine":
+            return 1 - cosine_similarity(student, target, dim=-1)
+        case "l1":
+            return (student - target).abs().mean(-1) / spread
+        case "l1_sum":
+            return (student - target).abs().sum(-1) / spread
+        case "l2":
+            return (student - target).square().mean(-1) / spread**2
+    return smooth_l1_loss(student, target, reduction="none").mean(-1) / spread
 
 
 def answer_losses(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
@@ -162,10 +249,10 @@ def answer_losses(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
     assert thought.loop is not None
     n_columns = batch.ids_BS.shape[1]
     losses = []
-    for state in held(thought.loop.states, thought.loop.state, len(thought.loop.states)):
-        pending = [(state, thought.region_mask)]
-        states = model.answer_states(batch, thought, thought.context.fork(), pending)
-        loss_U = cross_entropy(model.backbone.head(states).float(), batch.targets_U, reduction="none")
+    for loop in range(1, len(thought.loop.states) + 1):
+        state = held(thought.loop.states, thought.loop.state, loop)
+        logits_UV = model.written_logits(batch, thought, state)
+        loss_U = cross_entropy(logits_UV.float(), batch.targets_U, reduction="none")
         losses.append(loss_U.new_zeros(len(batch)).index_add(0, batch.predict_at_U // n_columns, loss_U))
     return torch.stack(losses)
 
@@ -199,12 +286,13 @@ def halting_loss(model: LatentModel, batch: Batch, thought: Thought, losses_TB: 
     """Return, summed over rows, sum_t p_t L_t + beta KL(p || truncated geometric), L_t a mean over tokens."""
     assert thought.loop is not None and model.loop.stop is not None
     settings = model.method.losses
-    states = held(thought.loop.states, thought.loop.state, len(thought.loop.states))
-    logits = torch.stack([model.loop.stop.halting_logit(state, thought.region_mask) for state in states])
+    n = len(thought.loop.states)
+    states = [held(thought.loop.states, thought.loop.state, loop) for loop in range(1, n + 1)]
+    logits = torch.stack([model.loop.stop.halting_logit(state, thought.state_mask) for state in states])
     p = halting_distribution(logits, batch.n_loops)
-    n = torch.tensor(batch.n_targets, device=p.device).clamp(min=1)
+    n_targets = torch.tensor(batch.n_targets, device=p.device).clamp(min=1)
     t, ran_TB = _iterations(p, batch.n_loops)
     prior = (1 - settings.halt_prior) ** (t - 1) * ran_TB
     prior = prior / prior.sum(0).clamp(min=1e-30)
     divergence = (p * (p.clamp(min=1e-12).log() - prior.clamp(min=1e-12).log())).sum(0)
-    return ((p * losses_TB / n).sum(0) + settings.halt_beta * divergence).sum()
+    return ((p * losses_TB / n_targets).sum(0) + settings.halt_beta * divergence).sum()

@@ -8,7 +8,7 @@ model.generate(["How many legs have 3 cats?"])[0].text
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,15 @@ from innerloop import checkpoint
 from innerloop.adapters import add_markers
 from innerloop.backbone import Backbone
 from innerloop.context import Context
+from innerloop.decoder import AnswerDecoder, Classifier, decoder_for
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import LAT, Batch, Row, Speller, collate
+from innerloop.layout import ANSWER_PASS, LAT, Batch, Row, Speller, collate
 from innerloop.loop import InnerLoop
 from innerloop.losses import Terms, add_loop_terms
 from innerloop.methods import Method
-from innerloop.thought import Masked, Thought, think
+from innerloop.step_decoder import StepDecoder
+from innerloop.thought import Masked, Thought, join, think
 from innerloop.tokenizer import train_tokenizer
 from innerloop.trace import Trace
 
@@ -65,14 +67,29 @@ class LatentModel(nn.Module):
         self.tokenizer = tokenizer
         self.method = method
         self.spell = Speller(tokenizer)
+        if method.loop.shift and (method.scope != "slots" or method.prefix_kv == "per_iter"):
+            raise InputError(
+                f"shift is for latents side by side, which '{method.name}' has not here: set shift to false"
+            )
         add_markers(backbone, tokenizer, method.markers)
+        aux = method.auxiliary
+        self.step_decoder = StepDecoder(aux, backbone) if aux.aux_weight > 0 else None
         max_loops = method.n_loops(method.curriculum.last_stage)
         loop = InnerLoop(
             method.loop, backbone.width, max_loops, backbone.embed_rms(), backbone, method.n_distinct_slots
         )
         self.loop = loop.to(backbone.device)
+        decoder = decoder_for(method.answering, backbone)
+        self.decoder = None if decoder is None else decoder.to(backbone.device)
+        for part in self.children():
+            if aux.aux_trains == ("base" if part is self.step_decoder else "decoder"):
+                part.requires_grad_(False)
         self._teacher: list[LatentModel] = []  # in a list, so that it is no part of this model
         self.checkpoint_passes = False
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return what the method trains besides the backbone, by name."""
+        return {name: module for name, module in self.named_children() if name != "backbone"}
 
     # Layout
 
@@ -87,14 +104,14 @@ class LatentModel(nn.Module):
 
     def prompts(self, questions: Sequence[str], stage: int | None = None, loops: int | None = None) -> list[Row]:
         """Lay out questions to be answered at a stage (None: the last), with another number of loops than trained."""
-        method = self.method if loops is None else with_loops(self.method, loops)
+        method = self.method if loops is None else self.method.with_loops(loops)
         stage = method.curriculum.last_stage if stage is None else stage
         return [method.prompt(question, self.spell, stage) for question in questions]
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Pad rows into one batch on the model's device; rows longer than the context are refused."""
         limit = self.backbone.context_length
-        longest = max(len(row) for row in rows)
+        longest = max(row.n_positions() for row in rows)
         if limit is not None and longest > limit:
             raise InputError(
                 f"a row has {longest} positions but the model reads at most {limit}; "
@@ -112,12 +129,19 @@ class LatentModel(nn.Module):
             n_items: what each term's sum is divided by: the counts of the global batch. None: this batch's own.
             trace: filled with the loop's iterations.
         """
-        states, thought = self._states(batch, trace)
-        logits_UV = self.backbone.head(states)
         terms = Terms(self, batch, n_items or batch.counts())
-        terms.add("answer", cross_entropy(logits_UV.float(), batch.targets_U, reduction="sum"))
-        if thought.loop is not None:
-            add_loop_terms(terms, thought, trains=self.training)
+        context = None
+        for link in batch.links():
+            thought = self.think(link, trace, context)
+            if isinstance(self.decoder, Classifier):
+                logits_BC = self.decoder(thought).float()
+                assert batch.class_B is not None
+                terms.add("answer", cross_entropy(logits_BC, batch.class_B, reduction="sum"), "rows")
+            else:
+                logits_UV = self.written_logits(link, thought)
+                terms.add("answer", cross_entropy(logits_UV.float(), link.targets_U, reduction="sum"))
+            add_loop_terms(terms, link, thought, trains=self.training)
+            context = thought.after
         loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
         return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace)
 
@@ -127,28 +151,64 @@ class LatentModel(nn.Module):
 
     @torch.no_grad()
     def answer_logits(self, examples: Sequence[Example], stage: int | None = None) -> list[Tensor]:
-        """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens, no dropout."""
+        """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens, no dropout.
+
+        A classifier writes none; its logits are (1, C).
+        """
         was_training = self.training
         self.eval()
         batch = self.batch(self.rows(examples, stage))
-        states, _ = self._states(batch)
+        logits: list[list[Tensor]] = [[] for _ in examples]
+        context = None
+        for link in batch.links():
+            thought = self.think(link, context=context)
+            if isinstance(self.decoder, Classifier):
+                parts = self.decoder(thought).split(1)
+            else:
+                parts = self.written_logits(link, thought).split(link.n_targets)
+            for row, part in zip(logits, parts):
+                row.append(part)
+            context = thought.after
         self.train(was_training)
-        return list(self.backbone.head(states).split(batch.n_targets))
+        return [torch.cat(row) for row in logits]
 
-    def _states(self, batch: Batch, trace: Trace | None = None) -> tuple[Tensor, Thought]:
-        """Return the states that predict the supervised tokens (U, D), and the thought before them."""
-        context = Context(self.backbone, len(batch), checkpoint_passes=self.checkpoint_passes and self.training)
-        follows = batch.teacher is not None
-        thought = think(self.method, self.loop, batch, context, trace, self.read_out, all_states=follows)
-        return self.answer_states(batch, thought, thought.context.fork(), thought.pending), thought
+    def think(self, batch: Batch, trace: Trace | None = None, context: Context | None = None) -> Thought:
+        """Read the prefix of a batch and run its loop, up to where writing begins; ``context`` is what came before."""
+        if context is None:
+            context = Context(self.backbone, len(batch), checkpoint_passes=self.checkpoint_passes and self.training)
+        follows = any(sites.loop != ANSWER_PASS for sites in batch.follows)
+        stem = self.spell.stem()
+        return think(self.method, self.loop, batch, context, trace, self.read_out, all_states=follows, stem=stem)
 
-    def answer_states(self, batch: Batch, thought: Thought, context: Context, pending: list[Masked]) -> Tensor:
-        """Read what is pending and the suffix; return the states that predict the supervised tokens (U, D)."""
+    def written_logits(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Tensor:
+        """Return the logits (U, V) of the supervised tokens, written on a final state (None: the thought's own)."""
         columns, mask = batch.columns(2)
-        states = context.read(*join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)]))
         n_columns = batch.ids_BS.shape[1]
         rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns
-        return states[rows, at - thought.first_column]
+        if isinstance(self.decoder, AnswerDecoder):
+            logits = self.decoder(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
+            return logits[rows, at - columns.start]
+        pending = thought.pending if state is None else [(state, thought.region_mask)]
+        embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
+        follows = any(sites.loop == ANSWER_PASS for sites in batch.follows)
+        context = thought.context.fork()
+        states = context.read(embeds, mask, all_states=follows)
+        layers = states if follows else (states,)
+        if state is None:
+            thought.answer, thought.after = layers, context
+        written, start = layers[-1], thought.first_column
+        if batch.first_predicting < start:  # the prefix, which was read before, predicts some
+            assert thought.prompt is not None and start == batch.bounds[0]
+            prompt = thought.prompt[0]
+            normed = self.method.loop.feedback_site == "post_norm"
+            written, start = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1), 0
+        return self.backbone.head(written[rows, at - start])
+
+    def memory(self, thought: Thought, state: Tensor | None = None) -> Masked:
+        """Return what a decoder of its own attends to."""
+        assert isinstance(self.decoder, AnswerDecoder) and thought.loop is not None and thought.prompt is not None
+        state = thought.loop.state if state is None else state
+        return self.decoder.memory(state, thought.state_mask, thought.prompt)
 
     def read_out(self, outputs: Tensor) -> Tensor:
         """Return the logits (..., V) that loop outputs show through the final norm and the head."""
@@ -166,6 +226,15 @@ class LatentModel(nn.Module):
             folder = self.method.losses.teacher
             assert folder is not None
             self._teacher.append(checkpoint.load(folder, device=self.device).requires_grad_(False).eval())
+            theirs, ours = self._teacher[0].backbone, self.backbone
+            is_last = self.method.losses.hid_layers == "last"
+            if theirs.width != ours.width or (theirs.n_layers != ours.n_layers and not is_last):
+                self._teacher.clear()
+                raise InputError(
+                    f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
+                    f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
+                    "another depth hid_layers to last"
+                )
         return self._teacher[0].backbone
 
     # Generation
@@ -206,26 +275,11 @@ class LatentModel(nn.Module):
         return checkpoint.from_scratch(settings, train_tokenizer(examples), method, seed)
 
     def suppressed_ids(self) -> Tensor:
-        """Return the ids that must never be written: the markers."""
-        return torch.tensor(self.tokenizer.convert_tokens_to_ids([*self.method.markers]), device=self.device).long()
+        """Return the ids that must never be written: markers that are only read."""
+        never = [marker for marker in self.method.markers if marker not in self.method.written_markers]
+        return torch.tensor(self.tokenizer.convert_tokens_to_ids(never), device=self.device).long()
 
     def n_thought_positions(self, row: Row) -> int:
         """Return how many latent positions a row holds."""
         lat = self.tokenizer.convert_tokens_to_ids(LAT)
         return row.ids().count(lat) if LAT in self.method.markers else 0
-
-
-def with_loops(method: Method, loops: int) -> Method:
-    """Return the method with another number of loops."""
-    if not any(f.name == "max_loops" for f in fields(method)):
-        raise InputError(f"'{method.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
-    return replace(method, max_loops=loops)  # type: ignore[call-arg]
-
-
-def join(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Put embeddings side by side, with one mask over all, or None when nothing is padded."""
-    embeds = torch.cat([embed for embed, _ in pieces], dim=1)
-    if all(mask is None for _, mask in pieces):
-        return embeds, None
-    masks = [embed.new_ones(embed.shape[:2], dtype=torch.long) if mask is None else mask for embed, mask in pieces]
-    return embeds, torch.cat(masks, dim=1)

@@ -246,7 +246,16 @@ def named(section: Any, key: str, find: Any) -> Any:
     if not isinstance(section, dict) or not isinstance(section.get("name"), str):
         raise InputError(f"the {key} section needs a name, for example {key}: {{name: ...}}")
     settings = dict(section)
-    return typed(find(settings.pop("name")), settings, key)
+    cls = find(settings.pop("name"))
+    if "preset" in settings:
+        presets, chosen = getattr(cls, "presets", {}), settings.pop("preset")
+        if not isinstance(chosen, str) or chosen not in presets:
+            raise InputError(
+                f"{key}.preset: '{cls.name}' has no preset '{chosen}'{nearest(str(chosen), presets)}; "
+                f"it has {', '.join(presets) or 'none'}"
+            )
+        settings = {**asdict(presets[chosen]), **settings}
+    return typed(cls, settings, key)
 
 
 def typed(cls: type, settings: Any, key: str) -> Any:

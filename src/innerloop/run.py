@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from innerloop import checkpoint
 from innerloop.adapters import add_lora, freeze
 from innerloop.errors import InputError
@@ -73,6 +75,7 @@ def prepare_stage(
     backbone = stage.backbone
     if start is not None:
         backbone = replace(backbone, model=str(start), scratch=None)
+    set_seed(args.seed)  # what the method and LoRA add is drawn too
     model = build(backbone, stage.method, train, args.seed)
     return LatentTrainer(model, args, train, valid, stage.task, callbacks=callbacks)
 

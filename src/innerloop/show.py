@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from innerloop.layout import IGNORE, Kind, Row
+from innerloop.layout import ANSWER_PASS, Kind, Row
 from innerloop.trace import Trace
 
 COLOURS = {
@@ -33,6 +35,9 @@ def legend() -> Text:
 
 def row_view(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 100) -> RenderableType:
     """Return a row as cells of token, label and position, wrapped to a width."""
+    if row.next is not None:
+        views = (row_view(replace(link, next=None), tokenizer, width) for link in row.links())
+        return Group(*(part for i, view in enumerate(views) for part in ((Text("then"), view) if i else (view,))))
     lines: list[RenderableType] = []
     for cells in _wrap(list(_cells(row, tokenizer)), width):
         tokens, labels, positions = Text(), Text(), Text()
@@ -42,9 +47,10 @@ def row_view(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 100) -> 
             labels.append(label.ljust(size), style="white" if label != NO_LABEL else "dim")
             positions.append(position.ljust(size), style="dim")
         lines += [tokens, labels, positions]
-    for loop, readout in enumerate(row.readouts, 1):
-        shown = [NO_LABEL if i == IGNORE else _visible(tokenizer, i) for i in readout]
-        lines.append(Text(f"loop {loop} must show: {' '.join(shown)}", style=COLOURS[Kind.LATENT]))
+    for loop, readouts in groupby(row.readouts, key=lambda readout: readout.loop):
+        when = f"loop {loop}" if loop != ANSWER_PASS else "the pass of the answer"
+        shown = " ".join(f"{_visible(tokenizer, readout.token)}@{readout.at}" for readout in readouts)
+        lines.append(Text(f"{when} must show: {shown}", style=COLOURS[Kind.LATENT]))
     if row.n_loops:
         lines.append(Text(f"the latents are refined {row.n_loops} times", style=COLOURS[Kind.LATENT]))
     return Group(*lines)
@@ -103,7 +109,22 @@ def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int 
             for ids, probs in zip(entry.top_ids[0][:max_slots].tolist(), entry.top_probs[0][:max_slots].tolist()):
                 slots.append(f"{_visible(tokenizer, ids[0])} {probs[0]:.2f}")
         table.add_row(str(entry.loop), *numbers, *slots)
+    if trace.last is not None:
+        pairs = zip(trace.last.top_ids[0, 1 : max_slots + 1], trace.last.top_probs[0, 1 : max_slots + 1])
+        shown = [f"{_visible(tokenizer, int(ids[0]))} {probs[0].item():.2f}" for ids, probs in pairs]
+        table.add_row("answer", *[""] * (4 if scored else 3), *shown)
     return table
+
+
+def blocks_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, latents_per_block: int, offset: int) -> Text | None:
+    """Return the step that each block of latents shows in the pass that the answer sees, a line each (lotus.md, 6)."""
+    if trace.last is None:
+        return None
+    ids = trace.last.top_ids[0, :, 0].tolist()
+    starts = range(1 + offset, len(ids) + offset, latents_per_block)
+    blocks = [tokenizer.decode(ids[start : start + latents_per_block]) for start in starts]
+    lines = [f"block {i}: {block.splitlines()[0] if block.strip() else ''}" for i, block in enumerate(blocks, 1)]
+    return Text("\n".join(lines), style=COLOURS[Kind.LATENT])
 
 
 def print_rows(console: Console, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:

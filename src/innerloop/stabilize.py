@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, silu, softmax
+from torch.nn.functional import gelu, layer_norm, silu, softmax
 
 ResidualKind = Literal["none", "sum", "A", "B", "C"]
-RescaleKind = Literal["none", "rms", "adapter"]
+RescaleKind = Literal["none", "rms", "adapter", "project"]
 TimeKind = Literal["none", "lookup", "sinusoidal"]
 TimeInject = Literal["add", "concat", "token"]
 NoiseLevel = Literal["none", "injected", "delta"]
@@ -46,27 +46,53 @@ class Rescale(nn.Module):
     """Brings a loop's output to the scale of the embeddings: rho (slr.md, 3.5).
 
     Args:
-        kind: none: as it is; rms: u tau / RMS(u); adapter: RMSNorm(u + W_b SiLU(W_a u)) tau, W_b zero at the start.
+        kind: none: as it is; rms: u tau / RMS(u); adapter: RMSNorm(u + W_b SiLU(W_a u)) tau, W_b zero at the start
+            (spiralthinker.md, g_phi); project: LN(W_b GELU(W_a u + b_a) + b_b) (codi.md, prj).
         width: D.
         tau: the RMS to reach, that of the embedding table (scalar).
+        hidden: the inner width of adapter and project; 0: D.
+        dropout: project: of its input.
+        gain: adapter: learn a gain per channel, one at the start.
+        norm: project: end with the layer norm.
     """
 
     tau: Tensor
 
-    def __init__(self, kind: RescaleKind, width: int, tau: Tensor):
+    def __init__(
+        self,
+        kind: RescaleKind,
+        width: int,
+        tau: Tensor,
+        hidden: int = 0,
+        dropout: float = 0.0,
+        gain: bool = False,
+        norm: bool = True,
+    ):
         super().__init__()
         self.kind = kind
         self.register_buffer("tau", tau.detach().clone().float())
-        self.inner = self.outer = None
+        self.inner = self.outer = self.norm = self.gain = None
+        self.dropout = nn.Dropout(dropout)
+        if kind in ("adapter", "project"):
+            has_bias = kind == "project"
+            self.inner = nn.Linear(width, hidden or width, bias=has_bias)
+            self.outer = nn.Linear(hidden or width, width, bias=has_bias)
         if kind == "adapter":
-            self.inner, self.outer = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
-            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.weight)  # type: ignore[union-attr]
+            self.gain = nn.Parameter(torch.ones(width)) if gain else None
+        elif kind == "project" and norm:
+            self.norm = nn.LayerNorm(width)
 
     def forward(self, output: Tensor) -> Tensor:
         """Return rho(u), of the shape of u (..., D)."""
-        if self.inner is not None and self.outer is not None:
-            output = output + self.outer(silu(self.inner(output.to(self.inner.weight.dtype)))).to(output.dtype)
-        return output if self.kind == "none" else to_rms(output, self.tau)
+        if self.inner is None or self.outer is None:
+            return output if self.kind == "none" else to_rms(output, self.tau)
+        states = output.to(self.inner.weight.dtype)
+        if self.kind == "project":
+            states = self.outer(gelu(self.inner(self.dropout(states))))
+            return (states if self.norm is None else self.norm(states)).to(output.dtype)
+        states = to_rms(output + self.outer(silu(self.inner(states))).to(output.dtype), self.tau)
+        return states if self.gain is None else states * self.gain.to(states.dtype)
 
 
 class Residual(nn.Module):
@@ -202,9 +228,9 @@ class TimeEmbedding(nn.Module):
         return torch.cat([token, states_BND], dim=1)
 
 
-def sinusoids(times: Tensor) -> Tensor:
-    """Return phi (n, d_e) = [sin(t w_i), cos(t w_i)] with w_i = 10000^(-2i / d_e), in fp32."""
-    half = TIME_WIDTH // 2
+def sines(times: Tensor, width: int) -> Tensor:
+    """Return phi (n, width) = [sin(t w_i), cos(t w_i)] with w_i = 10000^(-2i / width), in fp32."""
+    half = width // 2
     frequencies = 10000.0 ** (-torch.arange(half, device=times.device) / half)
     angles = times.float()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -212,7 +238,7 @@ def sinusoids(times: Tensor) -> Tensor:
 
 def _features(mlp: nn.Sequential, times: Tensor) -> Tensor:
     """Return the sines (n, d_e) of times in the type of the MLP that reads them."""
-    return sinusoids(times).to(next(mlp.parameters()).dtype)
+    return sines(times, TIME_WIDTH).to(next(mlp.parameters()).dtype)
 
 
 def _time_mlp(width: int) -> nn.Sequential:

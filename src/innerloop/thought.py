@@ -10,7 +10,7 @@ Shapes: `B` rows, `N` region columns, `D` width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LoopWeights = Callable[[int], AbstractContextManager[None]]
 Masked = tuple[Tensor, Tensor | None]
 """Embeddings (B, L, D) and their mask (B, L), None when all is real."""
+Pinned = tuple[Tensor, Tensor]
+"""Which positions of the region are text (B, N, 1), and its embeddings (B, N, D)."""
 
 
 @dataclass
@@ -42,6 +44,10 @@ class Thought:
         first_column: the batch column at which ``pending`` begins.
         loop: what the loop did; None when nothing looped.
         region_mask: of the looped columns.
+        state_mask: of the positions of the final state.
+        prompt: the states of the prefix, for a decoder that reads them, and their mask.
+        answer: what the pass of the answer gave: the states of its columns (B, L, D), after every layer if asked for.
+        after: the context in which the answer has been read too.
         layer_states: where asked for, the states after each layer of each pass: for each iteration, the rows that ran
             it and n_layers + 1 tensors (A, N, D).
     """
@@ -51,7 +57,11 @@ class Thought:
     first_column: int
     loop: LoopResult | None = None
     region_mask: Tensor | None = None
+    state_mask: Tensor | None = None
+    prompt: Masked | None = None
     layer_states: list[tuple[Tensor, ...]] = field(default_factory=list)
+    answer: tuple[Tensor, ...] = ()
+    after: Context | None = None
 
 
 def think(
@@ -62,55 +72,100 @@ def think(
     trace: Trace | None = None,
     read_out: Callable[[Tensor], Tensor] | None = None,
     all_states: bool = False,
+    stem: Sequence[int] = (),
 ) -> Thought:
-    """Read the prefix and refine the region of a batch."""
+    """Read the prefix and refine the region of a batch; ``stem`` are the tokens that every answer begins with.
+
+    Positions of the region that are text are read as they are in every pass, and the final state has them so.
+    """
     (prefix, prefix_mask), (region, region_mask) = segments = [_embed(context, batch, s) for s in (0, 1)]
     if loop.slots is not None and region.shape[1]:
         region = loop.slots(region)
         segments[1] = (region, region_mask)
     n_loops = max(batch.n_loops)
     makes_first = method.first_state == "forward" and region.shape[1] > 0
-    if n_loops == 0 and not makes_first and not method.decode_lora:
+    reads_state = method.answering.decoder != "lm_head"
+    if n_loops == 0 and not makes_first and not method.decode_lora and not reads_state:
         return Thought(context, segments, first_column=0, region_mask=region_mask)
+    pinned: Pinned | None = None
+    state_mask = region_mask
+    if batch.pinned_BN is not None:
+        pinned = batch.pinned_BN[..., None].bool(), region
+        state_mask = 1 - batch.pinned_BN if region_mask is None else region_mask * (1 - batch.pinned_BN)
 
     normed = method.loop.feedback_site == "post_norm"
-    at_bot = None
+    read = prefix
     if prefix.shape[1]:
         with context.phase("prefill"):
-            at_bot = context.read(prefix, prefix_mask, normed=normed)[:, -1:]
+            read = context.read(prefix, prefix_mask, normed=normed)
     with context.phase("thought"):
         steps: AppendPass | RegionPass
         if method.scope == "append":
-            assert at_bot is not None
-            state = loop.rescale(at_bot) if method.first_state == "forward" else region[:, :1]
+            state = loop.feed_back(read[:, -1:], None) if method.first_state == "forward" else region[:, :1]
             steps = AppendPass(context, region_mask, loop.weights, normed)
         else:
             prompt = segments[0] if method.prefix_kv == "per_iter" else None
             is_last = method.answer_context == "kv_last"
-            steps = RegionPass(context, region_mask, loop.weights, normed, prompt, is_last, all_states)
-            state = loop.rescale(steps(region, 0)) if method.first_state == "forward" else region
+            steps = RegionPass(
+                context, region_mask, loop.weights, normed, prompt, is_last, all_states, state_mask, pinned
+            )
+            steps.before = read[:, -1:] if prefix.shape[1] else None
+            state = loop.feed_back(steps(region, 0), steps.before) if method.first_state == "forward" else region
             steps.layer_states.clear()
         if method.loop.detach and method.first_state == "forward":
             state = state.detach()
-        result = loop(steps, state, batch.n_loops, trace, read_out)
+        read_answer = None
+        if method.loop.stop_site == "answer" and not loop.training:
+            eot = batch.ids_BS[:1, batch.bounds[1] : batch.bounds[1] + 1]
+            ids = torch.cat([eot, eot.new_tensor([stem])], dim=1)
+            weights = partial(loop.weights, loop.max_loops) if method.decode_lora else None
+            read_answer = partial(_read_answer, method, steps, context.backbone.embed(ids), weights)
+        result = loop(steps, state, batch.n_loops, trace, read_out, read_answer)
         if isinstance(steps, RegionPass) and method.answer_context == "kv_last":
             context = steps.finish(context, region, region_mask)
 
     if method.decode_lora:
         context.weights = partial(loop.weights, loop.max_loops)  # T, whatever a row of the batch ran
-    layer_states = steps.layer_states if isinstance(steps, RegionPass) else []
-    if method.answer_context == "kv_last":
-        return Thought(context, [], batch.bounds[1], result, region_mask, layer_states)
-    fed = result.state.detach() if method.loop.detach and method.scope == "append" else result.state
     mask = region_mask
-    if method.scope == "append" and mask is not None:
-        mask = mask.amax(1, keepdim=True)  # every row that thinks feeds its last latent
-    return Thought(context, [(fed, mask)], batch.bounds[1] - fed.shape[1], result, region_mask, layer_states)
+    if method.scope == "append":
+        mask = state_mask = None if mask is None else mask.amax(1, keepdim=True)  # every row feeds its last latent
+    layer_states = steps.layer_states if isinstance(steps, RegionPass) else []
+    thought = Thought(context, [], batch.bounds[1], result, region_mask, state_mask, (read, prefix_mask), layer_states)
+    if method.answer_context == "refeed":
+        fed = result.state.detach() if method.loop.detach and method.scope == "append" else result.state
+        fed = fed if pinned is None else torch.where(*pinned, fed)
+        thought.pending, thought.first_column = [(fed, mask)], batch.bounds[1] - fed.shape[1]
+    return thought
+
+
+def _read_answer(
+    method: Method,
+    steps: AppendPass | RegionPass,
+    begin_1LD: Tensor,
+    weights: Weights | None,
+    state: Tensor,
+    active_B: Tensor | None,
+) -> Tensor:
+    """Return the logits (A, 1, V) of the answer's first own token, were ``state`` (A, N, D) the last."""
+    begin: Masked = (begin_1LD.expand(len(state), -1, -1), None)
+    refeeds = method.answer_context == "refeed"
+    context, mask = steps.ahead(refeeds)
+    pending = join([(state, mask), begin] if refeeds else [begin])
+    return context.backbone.head(context.read(*pending, counted_B=active_B, weights=weights)[:, -1:])
 
 
 def _embed(context: Context, batch: Batch, segment: int) -> Masked:
     columns, mask = batch.columns(segment)
     return context.backbone.embed(batch.ids_BS[:, columns]), mask
+
+
+def join(pieces: Sequence[Masked]) -> Masked:
+    """Put embeddings side by side, with one mask over all, or None when nothing is padded."""
+    embeds = torch.cat([embed for embed, _ in pieces], dim=1)
+    if all(mask is None for _, mask in pieces):
+        return embeds, None
+    masks = [embed.new_ones(embed.shape[:2], dtype=torch.long) if mask is None else mask for embed, mask in pieces]
+    return embeds, torch.cat(masks, dim=1)
 
 
 class RegionPass:
@@ -124,6 +179,8 @@ class RegionPass:
         prompt: the prefix, to be read again in every pass with its weights; None: read once, with the base weights.
         keeps_caches: rows that leave keep the cache of their last pass, for `finish`.
         all_states: keep the states after every layer, in ``layer_states``.
+        state_mask: of the positions that are latents.
+        pinned: the text between them.
     """
 
     compacts = True
@@ -137,9 +194,13 @@ class RegionPass:
         prompt: Masked | None = None,
         keeps_caches: bool = False,
         all_states: bool = False,
+        state_mask: Tensor | None = None,
+        pinned: Pinned | None = None,
     ):
+        self.state_mask, self.pinned = state_mask, pinned
         self.prefix, self.mask_BN, self.weights, self.normed = prefix, mask_BN, weights, normed
         self.prompt, self.keeps_caches, self.all_states = prompt, keeps_caches, all_states
+        self.before: Tensor | None = None
         self.context: Context | None = None  # the prefix and the last pass
         self.rows = list(range(len(prefix.next_position_B)))
         self.ended: list[tuple[list[int], Context | None]] = []
@@ -154,6 +215,9 @@ class RegionPass:
             self.context = self.prefix.fresh()
             self.context.read(*self.prompt, weights=weights)
         mask = self.mask_BN if n_extra == 0 else with_extra(self.mask_BN, n_extra)
+        if self.pinned is not None:
+            fed = torch.where(*self.pinned, inputs_BND[:, n_extra:])
+            inputs_BND = torch.cat([inputs_BND[:, :n_extra], fed], dim=1)
         if self.all_states:
             states = self.context.read(inputs_BND, mask, all_states=True, normed=self.normed, weights=weights)
             states = tuple(s[:, n_extra:] for s in states)
@@ -172,14 +236,20 @@ class RegionPass:
         index = torch.tensor(rows, device=device)
         self.prefix, self.rows = self.prefix.keep_rows(index), [self.rows[i] for i in rows]
         self.mask_BN = None if self.mask_BN is None else self.mask_BN[index]
+        self.state_mask = None if self.state_mask is None else self.state_mask[index]
+        self.before = None if self.before is None else self.before[index]
+        if self.pinned is not None:
+            is_text, text = self.pinned
+            self.pinned = is_text[index], text[index]
         if self.prompt is not None:
             embeds, mask = self.prompt
             self.prompt = embeds[index], None if mask is None else mask[index]
 
-    @property
-    def state_mask(self) -> Tensor | None:
-        """1 where a looped position is real."""
-        return self.mask_BN
+    def ahead(self, refeeds: bool) -> tuple[Context, Tensor | None]:
+        """Return a context to read the answer on, before the last state is fed once more or instead, and its mask."""
+        past = self.prefix if refeeds else self.context
+        assert past is not None
+        return past.fork(), self.mask_BN
 
     def probe(self) -> RegionPass:
         """Return a pass that leaves this one's cache and states alone."""
@@ -212,10 +282,15 @@ class AppendPass:
 
     compacts = False
     state_mask: Tensor | None = None
+    before: Tensor | None = None
     peeks = False
 
     def __init__(self, context: Context, mask_BN: Tensor | None, weights: LoopWeights, normed: bool):
         self.context, self.mask_BN, self.weights, self.normed = context, mask_BN, weights, normed
+
+    def ahead(self, refeeds: bool) -> tuple[Context, Tensor | None]:
+        """Return a context to read the answer on; rows that have ended read too, in vain."""
+        return self.context.fork(), None
 
     def probe(self) -> AppendPass:
         """Return a pass that reads ahead and forgets it."""

@@ -41,8 +41,18 @@ class Iteration:
 
 
 @dataclass
+class Reading:
+    """What positions show through the head: their likeliest tokens (A, N, k) and these tokens' probabilities."""
+
+    top_ids: Tensor
+    top_probs: Tensor
+
+
+@dataclass
 class Trace:
     """The iterations of a loop.
+
+    ``last`` is the reading of the pass that the answer sees: of the position before the latents, and of the latents.
 
     Args:
         read_out: maps outputs u (A, N, D) to logits (A, N, V); None records no read-outs.
@@ -52,6 +62,12 @@ class Trace:
     read_out: Callable[[Tensor], Tensor] | None = None
     top_k: int = 5
     iterations: list[Iteration] = field(default_factory=list)
+    last: Reading | None = None
+
+    def read(self, logits: Tensor) -> Reading:
+        """Return the likeliest tokens of logits (A, N, V)."""
+        top = logits.float().softmax(-1).topk(min(self.top_k, logits.shape[-1]), dim=-1)
+        return Reading(top.indices, top.values)
 
     @torch.no_grad()
     def record(
@@ -83,8 +99,8 @@ class Trace:
             score=score,
         )
         if self.read_out is not None:
-            top = self.read_out(output).float().softmax(-1).topk(self.top_k, dim=-1)
-            entry.top_probs, entry.top_ids = top.values, top.indices
+            reading = self.read(self.read_out(output))
+            entry.top_ids, entry.top_probs = reading.top_ids, reading.top_probs
         self.iterations.append(entry)
 
     def row(self, row: int) -> Trace:
@@ -95,4 +111,6 @@ class Trace:
                 at = entry.rows.index(row)
                 fields = {name: value[at : at + 1] for name, value in vars(entry).items() if isinstance(value, Tensor)}
                 part.iterations.append(Iteration(entry.loop, [row], **fields))
+        if self.last is not None:
+            part.last = Reading(self.last.top_ids[row : row + 1], self.last.top_probs[row : row + 1])
         return part

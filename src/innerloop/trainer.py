@@ -29,6 +29,7 @@ from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import LatentModel
 from innerloop.progress import MetricsFile, StopOnInterrupt
 from innerloop.tasks import Task
+from innerloop.teacher import TeacherCache
 
 DIVERGED = 3.0  # a loss this many times that of guessing uniformly means training has gone wrong
 
@@ -52,6 +53,8 @@ class LatentTrainingArguments(TrainingArguments):
         max_length: leave out examples longer than this many positions (counted); None: refuse them.
         eval_limit: validation examples to answer at each evaluation.
         max_new_tokens: the most tokens to write per validation example; None: as the task says.
+        teacher_cache: file for the teacher's states, computed once before training and read from then on; None: the
+            teacher is run in every step.
     """
 
     learning_rate: float = field(default=1e-4)
@@ -76,6 +79,7 @@ class LatentTrainingArguments(TrainingArguments):
     max_length: int | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
     eval_limit: int = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
+    teacher_cache: str | None = field(default=None, metadata={"help": "file for the teacher's states"})
 
     def __post_init__(self) -> None:
         self.per_device_train_batch_size = self.batch_size
@@ -169,13 +173,13 @@ class LatentTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
         self._n_logged_steps: int | None = None  # set when the first step begins
+        self._taught = self._cache_teacher()
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
 
     # Data: examples become rows when their step begins.
 
     def _fitting(self, model: LatentModel, examples: list[Example], max_length: int | None) -> list[Example]:
-        method, mixes = model.method, self.curriculum.stage_mix != "none" or self.curriculum.uniform_prob > 0
-        stages = range(0 if mixes else self.curriculum.first_stage, self.curriculum.last_stage + 1)
+        method = model.method
         if method.needs_steps and not any(example.steps for example in examples):
             raise InputError(
                 f"no training example has steps, but '{method.name}' learns from them; "
@@ -184,7 +188,7 @@ class LatentTrainer(Trainer):
         limit = max_length or model.backbone.context_length
         if limit is None:
             return examples
-        lengths = [max(len(method.lay_out(example, model.spell, stage)) for stage in stages) for example in examples]
+        lengths = [method.longest(example, model.spell) for example in examples]
         if max_length is None and max(lengths) > limit:
             worst = examples[lengths.index(max(lengths))]
             raise InputError(
@@ -204,7 +208,7 @@ class LatentTrainer(Trainer):
 
     def stage_at(self, step: int) -> int:
         """Return the curriculum's stage at an optimizer step."""
-        return self.curriculum.stage_at(step, step / self.steps_per_epoch())
+        return self.curriculum.stage_at(step, self.steps_per_epoch())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer; the method's own parts may have a learning rate of their own."""
@@ -216,7 +220,7 @@ class LatentTrainer(Trainer):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or self.args.unfreeze_after is not None:
-                groups.setdefault((name.startswith("loop."), name in decays), []).append(parameter)
+                groups.setdefault((not name.startswith("backbone."), name in decays), []).append(parameter)
         cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = cls(
             [
@@ -242,7 +246,7 @@ class LatentTrainer(Trainer):
             micro_batches.append(self._collate(self.model.rows(examples, stage, seed)))
         if not micro_batches or self.args.loss_norm == "micro":
             return [{"batch": batch, "n_items": None} for batch in micro_batches], None
-        totals: dict[str, int] = {}
+        totals: dict[str, float] = {}
         for batch in micro_batches:
             for name, n in batch.counts().items():
                 totals[name] = totals.get(name, 0) + n
@@ -250,9 +254,23 @@ class LatentTrainer(Trainer):
         return [{"batch": batch, "n_items": n_items} for batch in micro_batches], None
 
     def _collate(self, rows: list[Row]) -> Batch:
-        return collate(rows, self.model.spell.pad_id).to(self.args.device)
+        states_of = None if self._taught is None else self._taught.states_of
+        return collate(rows, self.model.spell.pad_id, states_of).to(self.args.device)
 
-    def _over_processes(self, n: int, device: torch.device) -> Any:
+    def _cache_teacher(self) -> TeacherCache | None:
+        """Return the teacher's states on disk, if they are wanted there."""
+        path, method, model = self.args.teacher_cache, self.model.method, self.model
+        if path is None:
+            return None
+        if method.losses.hid_weight == 0 or method.losses.teacher in (None, "self"):
+            raise InputError(
+                "train.teacher_cache keeps a frozen teacher's states: set hid_weight above 0 and teacher to a folder"
+            )
+        stages = method.stages()
+        rows = [method.lay_out(example, model.spell, stage) for stage in stages for example in self.train_dataset]
+        return TeacherCache(path, rows, model.teacher, model.spell.pad_id)
+
+    def _over_processes(self, n: float, device: torch.device) -> Any:
         if self.args.world_size == 1:
             return n
         return self.accelerator.gather(torch.tensor([n], device=device)).sum()

@@ -20,10 +20,12 @@ from tests.methods.tools import (
     assert_causal,
     assert_close,
     assert_learns_by_heart,
+    assert_rows_do_as_alone,
     assert_same_gradients,
     assert_writes_like_the_reference,
     change_embedding,
     gradients,
+    halting,
     lean_towards_end,
     logits_of,
     passes,
@@ -175,14 +177,14 @@ def test_c8_three_epochs_to_a_stage_give_the_published_schedule():
     method = Coconut(max_stage=3, latents_per_step=2, stage_length=3)
     model = tiny_model(method)
     example = dataclasses.replace(MIXED[3], steps=(*MIXED[3].steps, "0 + 1 = 1"))  # five steps
-    stages = [method.stage_at(step=0, epoch=epoch) for epoch in range(25)]
+    stages = [method.stage_at(step=10 * epoch, steps_per_epoch=10) for epoch in range(25)]
     rows = [model.rows([example], stage)[0] for stage in stages]
     lat = model.tokenizer.convert_tokens_to_ids("<lat>")
     assert [row.ids().count(lat) for row in rows] == [0] * 3 + [2] * 3 + [4] * 3 + [6] * 16
     skipped = [5 - sum(piece.step >= 0 for piece in row.pieces) for row in rows]
     assert skipped == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [5] * 13
     published = dataclasses.replace(method, first_stage=1)  # from a CoT checkpoint: stage 0 is left out
-    assert [published.stage_at(0, epoch) for epoch in (0, 3, 6, 9, 30)] == [1, 2, 3, 4, 4]
+    assert [published.stage_at(epoch, 1) for epoch in (0, 3, 6, 9, 30)] == [1, 2, 3, 4, 4]
 
 
 def test_examples_with_fewer_steps_than_the_stage_still_have_all_latents():
@@ -304,3 +306,8 @@ def test_mixed_stages_change_the_rows_of_a_batch_and_the_seed_fixes_them():
     model = tiny_model(Coconut(stage_mix="uniform"))
     rows = [[row.ids() for row in model.rows(MIXED, 4, seed)] for seed in ("0/7", "0/7", "1/7")]
     assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize("fields", [{"stop": "delta"}, {"stop": "kl"}, {"stop": "kl", "stop_site": "answer"}], ids=str)
+def test_rows_that_stop_thinking_at_different_times_do_as_alone(fields):
+    assert_rows_do_as_alone(halting("gpt2", Coconut(max_stage=3, latents_per_step=2, **fields)))

@@ -4,33 +4,39 @@ Those of what is built, in the card's order: S1 T = 0 == pause (tests/test_one_l
 changes nothing. S3 residuals A, B, sum (also tests/test_one_loop.py). S4 h0 = forward == one iteration more, S5 kv_last
 == refeed with one iteration less, S6 append == Coconut (all three: tests/test_one_loop.py). S7 sum == LOTUS. S8 the
 linear toy. S9 rows with different numbers of iterations == single rows. S10 cached == uncached, passes counted.
-S11 prefix states do not depend on t. S12 `detach`. All of the card's: tests/methods/test_slr_invariants.py.
+S11 prefix states do not depend on t. S12 `detach`. All of the card's: test_slr_equalities.py,
+test_slr_batches.py, test_slr_passes.py and test_slr_gradients.py; every setting: test_slr_settings.py.
 """
 
-import dataclasses
-import functools
-import itertools
 import math
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from innerloop import InputError, LatentModel, Slr
+from innerloop import Slr
 from innerloop.layout import IGNORE
 from innerloop.loop import InnerLoop, LoopSettings
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
+    RAMP,
+    RAMP_STAGES,
+    ROUNDED,
+    SHOWN,
+    SMALL,
     assert_causal,
     assert_close,
     assert_learns_by_heart,
     assert_same_gradients,
     assert_writes_like_the_reference,
+    change,
     change_embedding,
+    choices,
     gradients,
     iterate,
+    labels_by_loop,
     lean_towards_end,
     logits_of,
     passes,
@@ -41,23 +47,7 @@ from tests.methods.tools import (
 )
 from tests.models import tiny_model
 
-SMALL = Slr(n_slots=4, max_loops=3)
-PLAIN = dataclasses.replace(SMALL, residual="none", rescale="none", time="none")
-RAMP = Slr(n_slots=3, max_loops=4, max_stage=2, loops_per_stage=2)  # stages 0, 1, 2 and 3 have 0, 2, 4 and 4 loops
-RAMP_STAGES = [3, 0, 1, 2, 1, 0]
-SHOWN = {"step_weight": 0.5, "slots_per_step": 2}
-ROUNDED = 1e-5  # a norm of Llama computes in fp32, even in a model of double precision
-
-
-def change(method: Slr, **fields) -> Slr:
-    return dataclasses.replace(method, **fields)
-
-
-def choices(**fields):
-    """Every possible combination of settings, named by its values."""
-    combinations = [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
-    combinations = [one for one in combinations if (one.get("answer_from"), one.get("max_loops")) != ("kv_last", 0)]
-    return pytest.mark.parametrize("settings", combinations, ids=lambda one: "-".join(map(str, one.values())))
+BARE = change(SMALL, residual="none", rescale="none", time="none")
 
 
 # Equal to the reference
@@ -162,7 +152,7 @@ def test_s3_half_the_sum_is_residual_a_with_alpha_one_half_for_one_update():
 
 
 def test_rescaling_brings_every_state_to_the_rms_of_the_embeddings():
-    model = sharp_model(change(PLAIN, rescale="rms"))
+    model = sharp_model(change(BARE, rescale="rms"))
     for entry in model.loss(MIXED, trace=True).trace.iterations:
         assert torch.allclose(entry.rms, model.backbone.embed_rms())
 
@@ -170,8 +160,8 @@ def test_rescaling_brings_every_state_to_the_rms_of_the_embeddings():
 def test_s7_sum_is_a_hand_written_lotus_loop():
     """refeed with T = R == kv_last with T = R + 1 == LOTUS, and h^(R) = z_T - E."""
     r, n = 3, 4
-    refeed = sharp_model(change(PLAIN, residual="sum", max_loops=r))
-    kv_last = under(refeed, change(PLAIN, residual="sum", max_loops=r + 1, answer_from="kv_last"))
+    refeed = sharp_model(change(BARE, residual="sum", max_loops=r))
+    kv_last = under(refeed, change(BARE, residual="sum", max_loops=r + 1, answer_from="kv_last"))
     slow = Reference(refeed)
     with torch.no_grad():
         for example, left, right in zip(MIXED, refeed.answer_logits(MIXED), kv_last.answer_logits(MIXED)):
@@ -327,8 +317,8 @@ def test_a_token_changes_no_logits_before_it(settings):
 
 @choices(loop_scope=["slots", "append"])
 def test_s12_detach_leaves_the_values_and_cuts_each_input_from_the_output_before_it(settings):
-    model = sharp_model(change(PLAIN, **settings))
-    cut = under(model, change(PLAIN, detach=True, **settings))
+    model = sharp_model(change(BARE, **settings))
+    cut = under(model, change(BARE, detach=True, **settings))
     for left, right in zip(model.answer_logits(MIXED), cut.answer_logits(MIXED)):
         assert torch.equal(left, right)
     with states(cut) as seen:
@@ -365,7 +355,7 @@ def test_each_iteration_shows_the_step_and_slots_worked_out_by_hand(step_map, n_
         for j, token in enumerate(steps[step - 1][: slots_per_step or 4]):
             expected[iteration - 1][slot + j] = token
     (row,) = model.rows([example])
-    assert row.readouts == expected
+    assert labels_by_loop(row) == expected
 
     # the term is the mean cross-entropy of the head on the states of those passes
     with states(model) as seen:
@@ -383,13 +373,14 @@ def test_a_step_shorter_than_its_block_leaves_the_rest_of_it_free():
     (row,) = model.rows([MIXED[4]])
     ids = model.tokenizer.encode("0 + 3\n")
     assert len(ids) == 4
-    assert row.readouts[0] == ids + [IGNORE] * 4
+    assert labels_by_loop(row)[0] == ids + [IGNORE] * 4
 
 
 def test_only_steps_that_have_left_the_text_are_shown():
     model = tiny_model(Slr(n_slots=8, max_loops=2, max_stage=3, step_weight=1.0))
     steps = [model.tokenizer.encode(step + "\n") for step in MIXED[3].steps]
-    firsts = [[labels[0] for labels in model.rows([MIXED[3]], stage)[0].readouts] for stage in range(5)]
+    rows = [model.rows([MIXED[3]], stage)[0] for stage in range(5)]
+    firsts = [[labels[0] for labels in labels_by_loop(row)] for row in rows]
     digit = [ids[0] for ids in steps]
     assert firsts == [
         [IGNORE, IGNORE],
@@ -451,313 +442,7 @@ def test_the_trace_holds_every_iteration_with_its_change_and_read_out():
                 assert entry.delta.shape == entry.cosine.shape == entry.rms.shape == (2,)
 
 
-# Settings
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"n_slots": 3},
-        {"max_loops": 2},
-        {"loop_scope": "append"},
-        {"h0": "forward"},
-        {"answer_from": "kv_last"},
-        {"residual": "none"},
-        {"residual": "sum"},
-        {"residual": "B"},
-        {"alpha": 0.3},
-        {"rescale": "none"},
-        {"time": "none"},
-        {"rescale": "none", "feedback_site": "pre_norm"},
-    ],
-    ids=str,
-)
-def test_every_field_of_the_loop_changes_the_answer(fields):
-    model = sharp_model(SMALL)
-    other = under(model, change(SMALL, **fields))
-    assert (model.answer_logits(MIXED[:1])[0] - other.answer_logits(MIXED[:1])[0]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("fields", [{"step_weight": 1.0}, {"slots_per_step": 1}, {"step_map": "one2one"}], ids=str)
-def test_every_field_of_the_loss_changes_the_loss(fields):
-    model = sharp_model(change(SMALL, **SHOWN))
-    other = under(model, change(SMALL, **{**SHOWN, **fields}))
-    assert abs(model.loss(MIXED[3:4]).loss - other.loss(MIXED[3:4]).loss) > 1e-3
-
-
-def test_the_number_of_iterations_and_of_steps_left_follows_the_stage():
-    method = Slr(n_slots=2, max_loops=5, max_stage=3, loops_per_stage=2)
-    model = tiny_model(method)
-    rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(5)]
-    assert [row.n_loops for row in rows] == [0, 2, 4, 5, 5]
-    in_text = [[piece.step for piece in row.pieces if piece.step >= 0] for row in rows]
-    assert in_text == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3], []]
-    assert [change(method, loops_per_stage=0).n_loops(stage) for stage in range(5)] == [5] * 5
-    assert [change(method, loop_scope="append").n_latents(stage) for stage in range(5)] == [1, 3, 5, 6, 6]
-    kv_last = change(method, loop_scope="append", answer_from="kv_last")
-    assert [kv_last.n_latents(stage) for stage in range(5)] == [0, 2, 4, 5, 5]
-
-
-@pytest.mark.parametrize(
-    ("fields", "mend"),
-    [
-        ({"max_loops": -1}, "max_loops >= 0"),
-        ({"n_slots": 0}, "n_slots >= 1"),
-        ({"loops_per_stage": -1}, "loops_per_stage >= 0"),
-        ({"answer_from": "kv_last", "max_loops": 0}, "max_loops to at least 1"),
-        ({"slots_per_step": 9}, "n_slots=8"),
-        ({"slots_per_step": -1}, "slots"),
-        ({"step_weight": 0.1, "loop_scope": "append"}, "loop_scope=slots"),
-        ({"step_weight": 0.1, "max_loops": 0}, "max_loops >= 1"),
-        ({"alpha": -0.1}, "between 0 and 1"),
-        ({"max_stage": -1}, "at least 0"),
-    ],
-)
-def test_impossible_settings_are_refused_with_the_way_to_mend_them(fields, mend):
-    with pytest.raises(InputError, match=mend):
-        Slr(**fields)
-
-
-REFUSED = [
-    # LoopSettings
-    ({"noise": -1.0}, "cannot be negative"),
-    ({"spectral_weight": -1.0}, "cannot be negative"),
-    ({"spectral_bound": -1.0}, "cannot be negative"),
-    ({"lora_rank": 0}, "set lora to none"),
-    ({"min_loops": 0}, "at least 1"),
-    ({"patience": 0}, "at least 1"),
-    ({"bptt": -1}, "none for all"),
-    ({"time": "none", "noise_level": "delta"}, "set time to lookup"),
-    ({"time": "none", "time_inject": "concat"}, "set time to lookup"),
-    ({"noise_level": "injected"}, "set noise above 0"),
-    ({"alpha_learn": "shared", "residual": "none"}, "residual A or B"),
-    ({"alpha_learn": "per_iter", "residual": "C"}, "residual A or B"),
-    ({"time_norm": True}, "time=sinusoidal"),
-    ({"solver": "plain"}, "set time to none"),
-    ({"solver": "plain", "time": "none", "lora": "per_iter"}, "shared"),
-    ({"solver": "plain", "time": "none", "noise": 0.1}, "noise to 0"),
-    ({"solver": "plain", "time": "none", "stop": "delta"}, "stop to none"),
-    ({"solver": "plain", "time": "none", "alpha_learn": "per_iter"}, "alpha_learn to fixed"),
-    # LossSettings
-    ({"deep_weight": -1.0}, "cannot be negative"),
-    ({"halt_prior": 0.0}, "between 0 and 1"),
-    ({"halt_prior": 1.0}, "between 0 and 1"),
-    ({"hid_weight": 1.0}, "set teacher"),
-    # Slr
-    ({"prefix_kv": "per_iter", "loop_scope": "all"}, "slots or last"),
-    ({"prefix_kv": "per_iter", "loop_scope": "append"}, "slots or last"),
-    ({"distinct_slots": True, "loop_scope": "last"}, "loop_scope=slots"),
-    ({"time_inject": "token", "loop_scope": "all"}, "loop_scope=slots"),
-    ({"decode_lora": True}, "set lora"),
-    ({"loops_per_stage": 1}, "max_stage"),
-    ({"hid_weight": 1.0, "teacher": "-", "loop_scope": "append"}, "slots, all or last"),
-    ({"hid_weight": 1.0, "teacher": "-", "max_loops": 0}, "max_loops >= 1"),
-    ({"deep_weight": 1.0, "answer_from": "kv_last"}, "answer_from=refeed"),
-    ({"deep_weight": 1.0, "loop_scope": "append"}, "slots, all or last"),
-    ({"deep_weight": 1.0, "solver": "plain", "time": "none"}, "solver to none"),
-    ({"halt_weight": 1.0}, "set stop=halt"),
-    ({"solver": "plain", "time": "none", "loop_scope": "append"}, "slots, all or last"),
-    ({"solver": "plain", "time": "none", "answer_from": "kv_last"}, "refeed"),
-    ({"solver": "plain", "time": "none", "step_weight": 1.0}, "step_weight"),
-    ({"loop_sampling": "lognormal_poisson", "max_loops": 0}, "max_loops"),
-]
-
-
-@pytest.mark.parametrize(("fields", "mend"), REFUSED, ids=lambda one: str(one))
-def test_every_combination_without_a_meaning_is_refused(fields, mend):
-    with pytest.raises(InputError, match=mend):
-        Slr(**fields)
-
-
-def stirred(method: Slr, fields: dict, train: bool = False):
-    """Return a model of the same backbone and, as far as they fit, the same parts that are not zero."""
-    model = LatentModel(_base().backbone, _base().tokenizer, change(method, **fields)).double()
-    for name, parameter in model.loop.named_parameters():
-        generator = torch.Generator().manual_seed(len(name))
-        with torch.no_grad():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model.train(train)
-
-
-@functools.cache
-def _base():
-    return tiny_model(Slr(), "llama", num_hidden_layers=2).double()
-
-
-WITH_LORA = {"lora": "per_iter", "lora_rank": 2}
-SINES = {"time": "sinusoidal"}
-STOPS = {"stop": "delta", "stop_threshold": 0.2}
-SOLVER = {"time": "none", "solver": "plain", "solver_tol": 1e-9, "residual": "A", "alpha": 0.3, "max_loops": 4}
-
-
-@pytest.mark.parametrize(
-    ("setting", "fields"),
-    [
-        ({}, {"residual": "C"}),
-        ({"residual": "C"}, {"gate_shape": "channel"}),
-        ({"residual": "C"}, {"gate_kind": "sigmoid"}),
-        ({"residual": "C"}, {"gate_kind": "attention"}),
-        ({"residual": "C"}, {"alpha": 0.2}),
-        ({}, {"alpha_learn": "shared"}),
-        ({"alpha_learn": "shared"}, {"alpha_learn": "per_iter"}),
-        ({}, {"rescale": "adapter"}),
-        ({}, SINES),
-        ({}, {"time_inject": "concat"}),
-        ({}, {"time_inject": "token"}),
-        (SINES, {"time_norm": True}),
-        ({}, {"noise_level": "delta"}),
-        ({}, WITH_LORA),
-        ({"lora": "shared"}, {"lora": "per_iter"}),
-        (WITH_LORA, {"lora_rank": 3}),
-        (WITH_LORA, {"lora_gamma": 1.0}),
-        (WITH_LORA, {"lora_targets": ("q_proj",)}),
-        (WITH_LORA, {"decode_lora": True}),
-        (WITH_LORA, {"prefix_kv": "per_iter"}),
-        ({}, {"distinct_slots": True}),
-        ({}, {"loop_scope": "all"}),
-        ({}, {"loop_scope": "last"}),
-        ({}, {"stop": "delta", "stop_threshold": -1e9}),
-        ({"stop": "delta", "stop_threshold": -1e9}, {"stop_threshold": 1e9}),
-        ({"stop": "delta", "stop_threshold": -1e9}, {"min_loops": 2}),
-        ({"stop": "delta", "stop_threshold": -1e9}, {"patience": 2}),
-        (SOLVER, {"solver": "anderson"}),
-        (SOLVER, {"solver": "damped"}),
-        (SOLVER, {"solver_tol": 1e3}),
-    ],
-    ids=str,
-)
-def test_every_setting_of_the_stabilisers_changes_the_answer(setting, fields):
-    one, other = stirred(SMALL, setting), stirred(SMALL, {**setting, **fields})
-    gap = max((a - b).abs().max().item() for a, b in zip(one.answer_logits(MIXED), other.answer_logits(MIXED)))
-    assert gap > 1e-5
-
-
-@pytest.mark.parametrize("agg", ["last", "max"])
-def test_the_aggregate_of_a_score_changes_the_score(agg):
-    traces = []
-    for fields in (STOPS, {**STOPS, "stop_agg": agg}):
-        traces.append(stirred(SMALL, fields).loss(MIXED[:1], trace=True).trace.iterations[0])
-    assert torch.equal(traces[0].delta, traces[1].delta)
-    assert (traces[0].score - traces[1].score).abs() > 1e-4
-
-
-@pytest.mark.parametrize("beyond", ["cycle", "off"])
-def test_lora_beyond_changes_what_follows_the_trained_iterations_alone(beyond):
-    one, other = (stirred(SMALL, {**WITH_LORA, "lora_beyond": name}) for name in ("clamp", beyond))
-    other.loop.load_state_dict(one.loop.state_dict())
-    for n_loops, same in ((3, True), (5, False)):
-        rows = one.rows(MIXED[:2])
-        for row in rows:
-            row.n_loops = n_loops
-        assert torch.equal(logits_of(one, rows)[0], logits_of(other, rows)[0]) == same
-
-
-@pytest.mark.parametrize(
-    ("setting", "fields"),
-    [
-        ({}, {"bptt": 1}),
-        ({}, {"bptt": 0}),
-        ({}, {"detach": True}),
-        ({**SOLVER, "max_loops": 60}, {"solver_gradient": "phantom"}),
-    ],
-    ids=str,
-)
-def test_settings_of_the_gradient_change_the_gradient_alone(setting, fields):
-    one, other = stirred(SMALL, setting, train=True), stirred(SMALL, {**setting, **fields}, train=True)
-    losses = one.loss(MIXED).loss, other.loss(MIXED).loss
-    tolerance = 1e-4 if setting else 0
-    assert abs(losses[0] - losses[1]) <= tolerance
-    left, right = gradients(one, losses[0]), gradients(other, losses[1])
-    assert max((left[name] - right[name]).abs().max().item() for name in left) > 1e-5
-
-
-@pytest.mark.parametrize("scope", ["slots", "all", "last"])
-def test_a_solver_agrees_with_the_unrolled_loop_once_converged_and_not_before(scope):
-    for max_loops, agrees in ((40, True), (2, False)):
-        setting = {**SOLVER, "alpha": 0.1, "max_loops": max_loops, "loop_scope": scope}
-        one, other = (stirred(SMALL, {**setting, "solver_gradient": kind}) for kind in ("implicit", "unroll"))
-        left, right = (gradients(model, model.loss(MIXED[:2]).loss) for model in (one, other))
-        scale = max(grad.abs().max().item() for grad in right.values())
-        gap = max((left[name] - right[name]).abs().max().item() for name in left) / scale
-        assert (gap < 1e-4) == agrees, gap
-
-
-@pytest.mark.parametrize(
-    ("setting", "fields"),
-    [
-        ({}, {"noise": 0.5}),
-        ({"noise": 0.5}, {"noise": 0.1}),
-        ({"noise": 0.5}, {"noise_level": "injected"}),
-        ({}, {"deep_weight": 1.0}),
-        ({"deep_weight": 1.0}, {"deep_schedule": "softmax"}),
-        ({"stop": "halt"}, {"halt_weight": 1.0}),
-        ({"stop": "halt", "halt_weight": 1.0}, {"halt_prior": 0.9}),
-        ({"stop": "halt", "halt_weight": 1.0}, {"halt_beta": 1.0}),
-        ({}, {"spectral_weight": 1.0, "spectral_bound": 0.01}),
-        ({"spectral_weight": 1.0, "spectral_bound": 0.01}, {"spectral_bound": 0.0}),
-    ],
-    ids=str,
-)
-def test_settings_of_training_change_its_loss_and_no_answer(setting, fields):
-    losses, answers = [], []
-    for chosen in (setting, {**setting, **fields}):
-        model = stirred(SMALL, chosen, train=True)
-        torch.manual_seed(0)
-        losses.append(model.loss(MIXED).loss.item())
-        answers.append(model.eval().answer_logits(MIXED[:1])[0])
-    assert abs(losses[0] - losses[1]) > 1e-5
-    if fields.get("noise_level") != "injected":  # which adds a part that is not zero here
-        assert torch.equal(*answers)
-
-
-@pytest.mark.parametrize("sampling", ["uniform", "lognormal_poisson"])
-def test_sampled_numbers_of_iterations_follow_their_law_and_are_for_training_alone(sampling):
-    method = change(SMALL, max_loops=8, loop_sampling=sampling)
-    model = stirred(method, {})
-    assert [row.n_loops for row in model.rows(MIXED)] == [8] * len(MIXED)
-    drawn = [method.sampled(str(i)).max_loops for i in range(600)]
-    assert drawn[:20] == [method.sampled(str(i)).max_loops for i in range(20)]
-    mean = sum(drawn) / len(drawn)
-    if sampling == "uniform":
-        assert set(drawn) == set(range(1, 9))
-        assert mean == pytest.approx(4.5, abs=0.4)
-    else:  # E[Poisson(e^n)] + 1 with E[e^n] = exp(ln 8 - 1/8 + 1/8) = 8
-        assert min(drawn) == 1 and max(drawn) > 16
-        assert mean == pytest.approx(9.0, abs=0.8)
-    rows = model.rows(MIXED, seed="7")
-    assert len({row.n_loops for row in rows}) == 1  # one draw for a batch
-    assert len({model.rows(MIXED[:1], seed=str(i))[0].n_loops for i in range(30)}) > 3
-
-
-@pytest.mark.parametrize("answer_from", ["refeed", "kv_last"])
-@pytest.mark.parametrize(
-    "fields", [{"time_inject": "token"}, {**WITH_LORA, "decode_lora": True}], ids=["token", "decode"]
-)
-def test_rows_at_several_stages_equal_single_rows_with_every_stabiliser(answer_from, fields):
-    model = stirred(RAMP, {"answer_from": answer_from, **fields})
-    rows = rows_at(model, MIXED, RAMP_STAGES)
-    for row, together in zip(rows, logits_of(model, rows)):
-        assert_close(together, logits_of(model, [row])[0], ROUNDED)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "fields",
-    [{"residual": "C"}, {"rescale": "adapter"}, SINES, {"time_inject": "concat"}, {**STOPS, "stop": "halt"}, WITH_LORA],
-    ids=str,
-)
-def test_parts_in_fp32_serve_a_backbone_in_half_precision(dtype, fields):
-    base = tiny_model(Slr(), "llama", num_hidden_layers=2)
-    model = LatentModel(type(base.backbone)(base.backbone.lm.to(dtype)), base.tokenizer, change(SMALL, **fields)).eval()
-    assert model.loop.rescale.tau.dtype == torch.float32
-    logits = model.answer_logits(MIXED)[0]
-    assert logits.dtype == dtype and logits.isfinite().all()
-
-
-@pytest.mark.parametrize("field", ["loop_scope", "h0", "answer_from", "residual", "rescale", "time", "step_map"])
-def test_an_unknown_choice_is_refused(field):
-    with pytest.raises(InputError, match=field):
-        Slr(**{field: "nonsense"})
+# Learning
 
 
 @choices(loop_scope=["slots", "append"])

@@ -2,16 +2,22 @@
 
 import copy
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from innerloop import Example, LatentModel, Slr
-from innerloop.layout import Row
+from innerloop.layout import IGNORE, Row
 from innerloop.loop import InnerLoop, LoopResult
 from innerloop.methods import Method
+from innerloop.thought import Thought
+from innerloop.trace import Trace
 from tests.methods.reference import Reference
 from tests.models import tiny_model
 
@@ -25,14 +31,54 @@ MIXED = (
     Example("1 ; + 0 ; * 1", (), "1"),
 )
 QUESTIONS = [example.question for example in MIXED]
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+ROUNDED = 1e-5  # a norm of Llama computes in fp32, even in a model of double precision
+
+# Settings of SLR: nothing but the loop, and everything at once.
+SCOPES = ("slots", "all", "last", "append")
+REGIONS = ("slots", "all", "last")
+PLAIN = Slr(n_slots=3, max_loops=3, residual="none", rescale="none", time="none")
+FULL = Slr(
+    n_slots=3, max_loops=3, residual="B", rescale="rms", time="sinusoidal", lora="per_iter", lora_rank=2, alpha=0.6
+)
+SMALL = Slr(n_slots=4, max_loops=3)
+RAMP = Slr(n_slots=3, max_loops=4, max_stage=2, loops_per_stage=2)  # stages 0, 1, 2 and 3 have 0, 2, 4 and 4 loops
+RAMP_STAGES = [3, 0, 1, 2, 1, 0]
+SHOWN = {"step_weight": 0.5, "slots_per_step": 2}
+WITH_LORA = {"lora": "per_iter", "lora_rank": 2}
+
+M = TypeVar("M", bound=Method)
+
+by_arch = pytest.mark.parametrize("arch", ["gpt2", "llama"])
+by_scope = pytest.mark.parametrize("scope", SCOPES)
+by_answer = pytest.mark.parametrize("answer_from", ["refeed", "kv_last"])
+by_region = pytest.mark.parametrize("scope", REGIONS)
+
+
+def change(method: M, **fields) -> M:
+    return dataclasses.replace(method, **fields)
+
+
+def choices(**fields):
+    """Every possible combination of settings, named by its values."""
+    combinations = [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
+    combinations = [one for one in combinations if (one.get("answer_from"), one.get("max_loops")) != ("kv_last", 0)]
+    return pytest.mark.parametrize("settings", combinations, ids=lambda one: "-".join(map(str, one.values())))
+
+
+def labels_by_loop(row: Row) -> list[list[int]]:
+    """Return what each latent of the region must show in each iteration, IGNORE for nothing."""
+    n_latents = sum(len(piece.ids) for piece in row.region)
+    labels = [[IGNORE] * n_latents for _ in range(row.n_loops)]
+    for readout in row.readouts:
+        labels[readout.loop - 1][readout.at - row.region_start] = readout.token
+    return labels
 
 
 class FunctionPass:
     """A function (x_t, t) -> u_t of the loop as a pass; rows that end leave it, or stand still in it."""
 
     def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
-        self.f, self.compacts, self.state_mask = f, compacts, None
+        self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
         self.kept: list[list[int]] = []
         self.actives: list[Tensor | None] = []
 
@@ -73,6 +119,31 @@ def under(model: LatentModel, method: Method) -> LatentModel:
     return twin.eval()
 
 
+@functools.cache
+def base(arch: str) -> LatentModel:
+    """Return a model of an architecture whose weights many tests share; it knows every marker."""
+    return tiny_model(Slr(), arch, num_hidden_layers=2).double()
+
+
+def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
+    """Put a method on the weights of an architecture; all that begins at zero is moved, unless told not to."""
+    model = LatentModel(base(arch).backbone, base(arch).tokenizer, method).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for part in model.parts().values() for p in part.parameters()) if stirred else ():
+        with torch.no_grad():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model.eval()
+
+
+def same_weights(model: LatentModel, method: Method) -> LatentModel:
+    """Put another method on the weights of a model, those of its loop and decoder included where they fit."""
+    twin = LatentModel(model.backbone, model.tokenizer, method).double().eval()
+    for name, part in twin.parts().items():
+        if name in model.parts():
+            part.load_state_dict(model.parts()[name].state_dict(), strict=False)
+    return twin
+
+
 def rows_at(model: LatentModel, examples: Sequence[Example], stages: Sequence[int]) -> list[Row]:
     """Lay out each example at a stage of its own, as stage mixing does."""
     return [model.rows([example], stage)[0] for example, stage in zip(examples, stages)]
@@ -82,8 +153,13 @@ def logits_of(model: LatentModel, rows: Sequence[Row]) -> list[Tensor]:
     """Return the logits (U, V) of laid-out rows, run as one batch."""
     batch = model.batch(rows)
     with torch.no_grad():
-        states, _ = model._states(batch)
-        return list(model.backbone.head(states).split(batch.n_targets))
+        return list(model.written_logits(batch, model.think(batch)).split(batch.n_targets))
+
+
+def thought_of(model: LatentModel, examples: Sequence[Example], trace: Trace | None = None) -> Thought:
+    """Think about examples, as one batch."""
+    with torch.no_grad():
+        return model.think(model.batch(model.rows(examples)), trace)
 
 
 def gradients(model: LatentModel, loss: Tensor) -> dict[str, Tensor]:
@@ -106,6 +182,54 @@ def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tol
 def assert_close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
     assert left.shape == right.shape
     assert (left - right).abs().max().item() <= tolerance
+
+
+def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float = 1e-10) -> None:
+    for a, b in zip(left.answer_logits(MIXED), right.answer_logits(MIXED)):
+        assert_close(a, b, tolerance)
+
+
+def differs(left: LatentModel, right: LatentModel) -> bool:
+    pairs = zip(left.answer_logits(MIXED), right.answer_logits(MIXED))
+    return max((a - b).abs().max().item() for a, b in pairs) > 1e-4
+
+
+def halting(arch: str, method: Method) -> LatentModel:
+    """Put a stop rule on a model, with a threshold at which the rows of `MIXED` stop at as many times as possible."""
+    model, limit = on(arch, change(method, stop_threshold=torch.inf)), method.n_loops(method.curriculum.last_stage)
+    traces = [Trace() for _ in MIXED]
+    for example, trace in zip(MIXED, traces):
+        thought_of(model, [example], trace)
+    scores_TB = torch.tensor([[entry.score.item() for entry in trace.iterations] for trace in traces]).T
+    known = scores_TB[scores_TB.isfinite()].unique()
+    wide = [(a + b).item() / 2 for a, b in itertools.pairwise(known) if b - a > 1e-4]
+
+    def stops(threshold: float) -> list[int]:
+        column = [torch.nonzero(scores >= threshold)[:, 0].tolist() for scores in scores_TB.T]
+        return [at[0] + 1 if at else limit for at in column]
+
+    threshold = max(wide, key=lambda kappa: len(set(stops(kappa))))
+    assert len(set(stops(threshold))) > 1
+    return same_weights(model, change(method, stop_threshold=threshold))
+
+
+def assert_rows_do_as_alone(model: LatentModel) -> None:
+    """The iterations, states, scores and answers of a batch in which rows end at different times are single rows'."""
+    trace = Trace()
+    together = thought_of(model, MIXED, trace).loop
+    assert len(set(together.n_loops)) > 1
+    for row, (example, logits) in enumerate(zip(MIXED, model.answer_logits(MIXED))):
+        alone_trace = Trace()
+        alone = thought_of(model, [example], alone_trace).loop
+        n = alone.state.shape[1]  # in scope all, shorter rows are padded on the right
+        assert alone.n_loops[0] == together.n_loops[row]
+        assert_close(together.state[row, :n], alone.state[0], ROUNDED)
+        assert_close(logits, model.answer_logits([example])[0], ROUNDED)
+        ours, single = trace.row(row).iterations, alone_trace.iterations
+        assert [entry.loop for entry in ours] == [entry.loop for entry in single]
+        for one, other in zip(ours, single):
+            torch.testing.assert_close(one.delta, other.delta, atol=1e-4, rtol=0)
+            torch.testing.assert_close(one.score, other.score, atol=1e-4, rtol=0)  # None where there is no score
 
 
 @contextmanager
@@ -218,3 +342,21 @@ def assert_causal(model: LatentModel, example: Example) -> None:
         changed = logits_of(model, [with_token(row, first + written, row.ids()[first + written] + 1)])[0]
         assert torch.equal(changed[: written + 1], logits[: written + 1])
         assert ((changed - logits).abs().amax(1)[written + 1 :] > 1e-6).all()
+
+
+def stir(model: LatentModel, by: float = 0.2) -> None:
+    """Move all that a method adds to a backbone, so that nothing is at a start where it does nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for part in model.parts().values() for p in part.parameters()):
+        with torch.no_grad():
+            parameter += by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def lean_towards(model: LatentModel, by: dict[str, float]) -> LatentModel:
+    """Raise the logits of tokens, such as ``{"<bol>": 2.0, "###": 1.0}``."""
+    head = model.backbone.lm.get_output_embeddings()
+    bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype)
+    for token, value in by.items():
+        bias[model.tokenizer.encode(token, add_special_tokens=False)[0]] = value
+    head.register_forward_hook(lambda module, args, logits: logits + bias)
+    return model

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
-from innerloop.curriculum import Curriculum
+from innerloop.curriculum import Schedule
+from innerloop.decoder import DecoderSettings
+from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, LAT, Row, Speller
+from innerloop.layout import BOT, EOT, LAT, Block, Row, Speller
 from innerloop.loop import LoopSettings
 from innerloop.losses import LossSettings
+from innerloop.step_decoder import AuxSettings
 
 Scope = Literal["slots", "append", "all", "last"]
 FirstState = Literal["embed", "forward"]
@@ -36,12 +39,12 @@ class Method:
     @property
     def needs_steps(self) -> bool:
         """Whether training examples must have steps: with a curriculum they must."""
-        return self.curriculum.max_stage > 0
+        return self.curriculum.last_stage > 0
 
     @property
-    def curriculum(self) -> Curriculum:
+    def curriculum(self) -> Schedule:
         """The schedule over stages; a method without one has a single stage."""
-        return self if isinstance(self, Curriculum) else Curriculum()
+        return self if isinstance(self, Schedule) else Schedule()
 
     @property
     def loop(self) -> LoopSettings:
@@ -53,6 +56,20 @@ class Method:
         """The tokens that must exist in the vocabulary; generation never writes them."""
         return ()
 
+    @property
+    def written_markers(self) -> tuple[str, ...]:
+        """The markers that may be written after all."""
+        return ()
+
+    @property
+    def n_ends(self) -> int:
+        """How many end-of-sequence tokens a finished answer has."""
+        return 1
+
+    def block(self, spell: Speller) -> Block | None:
+        """Return the latents that a written token opens, for methods that think between words."""
+        return None
+
     @abstractmethod
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out a training example at a stage of the curriculum."""
@@ -62,17 +79,41 @@ class Method:
         """Lay out a question to be answered: the row of `lay_out` up to the first written token."""
 
     def rows(self, examples: Sequence[Example], spell: Speller, stage: int | None = None, seed: str = "") -> list[Row]:
-        """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing."""
+        """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing, none: no draws."""
         scheduled, rows, method = self.curriculum.last_stage if stage is None else stage, [], self.sampled(seed)
         for i, example in enumerate(examples):
-            drawn = self.curriculum.stage_of(scheduled, len(example.steps), f"{seed}/{i}")
+            drawn = self.stage_of(scheduled, len(example.steps), f"{seed}/{i}") if seed else scheduled
             rows.append(method.lay_out(example, spell, drawn))
         return rows
+
+    def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
+        """Draw the stage one example uses when ``stage`` is scheduled; the same ``seed`` draws the same stage."""
+        return self.curriculum.stage_of(stage, n_steps, seed)
+
+    def longest(self, example: Example, spell: Speller) -> int:
+        """Return the number of positions of the longest row that training may make of an example."""
+        return max(self.lay_out(example, spell, stage).n_positions() for stage in self.stages())
+
+    def stages(self) -> Sequence[int]:
+        """Return the stages that training may lay out an example at."""
+        plan = self.curriculum
+        draws = plan.stage_mix != "none" or plan.uniform_prob > 0
+        return range(0 if draws else plan.first_stage, plan.last_stage + 1)
 
     @property
     def losses(self) -> LossSettings:
         """The terms of the loss that look inside the loop."""
         return self if isinstance(self, LossSettings) else LossSettings()
+
+    @property
+    def answering(self) -> DecoderSettings:
+        """Who answers: the model itself, unless the method says otherwise."""
+        return self if isinstance(self, DecoderSettings) else DecoderSettings()
+
+    @property
+    def auxiliary(self) -> AuxSettings:
+        """Whether latents must tell their steps to an auxiliary decoder."""
+        return self if isinstance(self, AuxSettings) else AuxSettings()
 
     # Where the inner loop works. A method without latents keeps these.
     @property
@@ -113,10 +154,18 @@ class Method:
         """Return the number of iterations at a stage."""
         return 0
 
+    def with_loops(self, loops: int) -> Method:
+        """Return the method for answering with another number of iterations than it was trained with."""
+        if not any(f.name == "max_loops" for f in fields(self)):
+            raise InputError(f"'{self.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
+        return replace(self, max_loops=loops)  # type: ignore[call-arg]
+
     @property
     def term_weights(self) -> dict[str, float]:
         """The weight of each term of the loss."""
-        return {"answer": 1.0, "gain": self.loop.spectral_weight, **self.losses.loop_term_weights}
+        losses = self.losses
+        others = {"aux": self.auxiliary.aux_weight, "gain": self.loop.spectral_weight}
+        return {"answer": losses.answer_weight, **losses.loop_term_weights, **others}
 
 
 @dataclass(frozen=True)

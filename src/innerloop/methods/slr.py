@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from innerloop.curriculum import Curriculum
-from innerloop.errors import refuse
+from innerloop.decoder import DecoderSettings
+from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, IGNORE, Piece, Row, Speller
+from innerloop.layout import BOT, EOT, Follow, Piece, Readout, Row, Speller
 from innerloop.loop import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.methods.method import AnswerContext, FirstState, LatentMethod, PrefixKV, Scope
@@ -19,7 +20,7 @@ from innerloop.stabilize import RescaleKind, ResidualKind, TimeKind
 
 
 @dataclass(frozen=True)
-class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
+class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod):
     """``[Q][<bot>] | [<lat> x N] | [<eot>][A][eos]``; the N latents are refined T times.
 
     Args:
@@ -44,6 +45,8 @@ class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
         "latents refined in a loop, held stable by timestep embedding, LoRA, rescaling and residual"
     )
 
+    presets: ClassVar[dict[str, "Slr"]]
+
     loop_scope: Literal["slots", "all", "last", "append"] = "slots"
     n_slots: int = 8
     distinct_slots: bool = False
@@ -64,6 +67,7 @@ class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
         LoopSettings.__post_init__(self)
         Curriculum.__post_init__(self)
         LossSettings.__post_init__(self)
+        DecoderSettings.__post_init__(self)
         is_region = self.loop_scope != "append"
         decodes_all = self.deep_weight > 0 or self.halt_weight > 0
         is_refed = self.answer_from == "refeed" and is_region
@@ -87,6 +91,21 @@ class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
             (
                 self.loop_scope != "slots" and (self.distinct_slots or self.time_inject == "token"),
                 "distinct_slots and time_inject=token are for loop_scope=slots",
+            ),
+            (
+                self.decoder != "lm_head"
+                and (self.max_loops == 0 or self.decode_lora or self.answer_from == "kv_last"),
+                "a decoder of its own reads the final state: set max_loops >= 1, answer_from=refeed and decode_lora "
+                "off",
+            ),
+            (
+                self.decoder != "lm_head" and self.stop_site == "answer",
+                "stop_site=answer reads the answer that the model itself would write: set decoder to lm_head, or "
+                "stop_site to latents",
+            ),
+            (
+                self.decoder == "linear" and (self.max_stage > 0 or decodes_all),
+                "decoder=linear writes nothing: set max_stage, deep_weight and halt_weight to 0",
             ),
             (
                 self.decode_lora and self.lora == "none",
@@ -127,7 +146,7 @@ class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
     @property
     def needs_steps(self) -> bool:
         """Where iterations must show steps or follow a teacher's, or steps leave one by one."""
-        return self.step_weight > 0 or self.hid_weight > 0 or self.max_stage > 0
+        return self.step_weight > 0 or self.hid_weight > 0 or self.teacher_weight > 0 or self.max_stage > 0
 
     @property
     def scope(self) -> Scope:
@@ -171,7 +190,9 @@ class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
         else:
             rate = math.exp(rng.gauss(math.log(self.max_loops) - 0.125, 0.5))
             drawn = 1 + _poisson(rate, rng)
-        return replace(self, max_loops=drawn, loop_sampling="fixed")
+        method = replace(self, max_loops=drawn, loop_sampling="fixed")
+        object.__setattr__(method, "_cut_short", drawn < self.max_loops)
+        return method
 
     def prompt(self, question: str, spell: Speller, stage: int) -> Row:
         """Return the row up to <eot>: the region is the slots, the prompt (all) or <bot> (last)."""
@@ -185,32 +206,66 @@ class Slr(LoopSettings, LossSettings, Curriculum, LatentMethod):
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out, with the steps that each iteration must show or follow."""
         row = super().lay_out(example, spell, stage)
+        if self.decoder == "linear":
+            row.suffix.pop()  # the answer is chosen, not written
+            row.answer_class = self._class_of(example)
         steps = spell.steps(example) if stage == self.last_stage else spell.steps(example)[:stage]
         pairing = [self._step_of(t, len(steps), row.n_loops) for t in range(1, row.n_loops + 1)]
         if self.step_weight:
-            row.readouts = [self._readout(steps, index) for index in pairing]
-        if self.hid_weight:
+            row.readouts = [
+                readout
+                for t, index in enumerate(pairing, 1)
+                if index is not None
+                for readout in self._readouts(t, row.region_start, index, steps[index])
+            ]
+        if self.hid_weight or self.teacher_weight:
             row.teacher = Row(
                 [spell.question(example.question)], [], [*spell.steps(example), spell.answer(example.answer)]
             )
-            row.teacher_steps = pairing
+        if self.hid_weight and row.teacher is not None:
+            ends = row.teacher.step_ends()
+            row.follows = [Follow(t, None, ends[index]) for t, index in enumerate(pairing, 1) if index is not None]
         return row
+
+    def _class_of(self, example: Example) -> int:
+        if example.answer not in self.classes:
+            raise InputError(
+                f"example '{example.id}' has the answer '{example.answer}', which is none of the classes "
+                f"{', '.join(self.classes)}; list it in classes"
+            )
+        return self.classes.index(example.answer)
 
     def _step_of(self, t: int, m: int, n_loops: int) -> int | None:
         """Return the 0-based step of iteration t, sigma(t) - 1, of m steps that have left the text (slr.md, 2)."""
         index = math.ceil(t * m / n_loops) if self.step_map == "stretch" else t
-        if self.step_map == "one2one" and t == n_loops:
+        if self.step_map == "one2one" and t == n_loops and not getattr(self, "_cut_short", False):
             index = max(index, m)  # the last iteration takes the last step when there are more steps than loops
         return index - 1 if 1 <= index <= m else None
 
-    def _readout(self, steps: list[Piece], index: int | None) -> list[int]:
-        """Return the tokens that the slots must show for a step: its first c, at the slots of its block."""
-        row, c = [IGNORE] * self.n_slots, self.slots_per_step or self.n_slots
-        if index is not None:
-            start = index % (self.n_slots // c) * c
-            ids = steps[index].ids[:c]
-            row[start : start + len(ids)] = ids
-        return row
+    def _readouts(self, t: int, start: int, index: int, step: Piece) -> list[Readout]:
+        """Return the first c tokens of a step, to be shown in iteration t by the slots of its block."""
+        c = self.slots_per_step or self.n_slots
+        first = start + index % (self.n_slots // c) * c
+        return [Readout(t, first + j, token) for j, token in enumerate(step.ids[:c])]
+
+
+Slr.presets = {
+    "default": Slr(lora="per_iter"),
+    "readme": Slr(loop_scope="all", residual="sum", rescale="none", time="none"),
+    "pause": Slr(max_loops=0, residual="none", rescale="none", time="none"),
+    "coconut": Slr(
+        loop_scope="append",
+        max_loops=6,
+        h0="forward",
+        answer_from="kv_last",
+        residual="none",
+        rescale="none",
+        time="none",
+    ),
+    "lotus": Slr(n_slots=150, max_loops=6, residual="sum", rescale="none", time="none"),
+    "spiral": Slr(n_slots=5, max_loops=5, residual="none", rescale="adapter", time="none"),
+}
+"""Named settings (slr.md, sections 3 and 9): a recipe's ``method: {name: slr, preset: readme, max_loops: 6}``."""
 
 
 def _poisson(rate: float, rng: random.Random) -> int:

@@ -1,0 +1,98 @@
+"""SIM-CoT (arXiv 2509.20317): each latent of Coconut or CODI must tell its reasoning step to an auxiliary decoder.
+
+The host's layout and loop stay as they are; the decoder's loss flows back into the latents that were fed, and the
+decoder is left out when answering (simcot.md).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from innerloop.errors import refuse
+from innerloop.examples import Example
+from innerloop.layout import FED, Row, Speller, Told
+from innerloop.methods.coconut import Coconut
+from innerloop.methods.codi import Codi
+from innerloop.step_decoder import AuxSettings
+
+Surplus = Literal["answer", "ignore", "repeat_last"]
+
+
+@dataclass(frozen=True)
+class SimCot(AuxSettings, Coconut):
+    """Coconut's rows; group k of c latents tells step k, and the last one all steps that are left.
+
+    Args:
+        aux_weight: lambda_step.
+        surplus: what groups tell when there are more of them than steps: the answer, nothing, or the last step again.
+    """
+
+    name: ClassVar[str] = "simcot"
+    paper: ClassVar[str] = "arXiv 2509.20317"
+    summary: ClassVar[str] = "Coconut whose latents must tell their steps to an auxiliary decoder"
+
+    aux_weight: float = 1.0
+    surplus: Surplus = "answer"
+
+    def __post_init__(self) -> None:
+        Coconut.__post_init__(self)
+        AuxSettings.__post_init__(self)
+        refuse(
+            (
+                self.latents_per_step < 1 or self.thought == "pause",
+                "simcot reads latents that are fed back: set latents_per_step >= 1 and thought to feedback",
+            )
+        )
+
+    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+        """Lay out, with what each group of latents must tell."""
+        row = super().lay_out(example, spell, stage)
+        c = self.latents_per_step
+        texts = told_texts(example, self.n_latents(stage) // c, self.surplus)
+        row.told = [Told(k, FED, k * c, c, spell.told(text)) for k, text in enumerate(texts)]
+        return row
+
+
+@dataclass(frozen=True)
+class SimCotCodi(AuxSettings, Codi):
+    """CODI's rows; of the k + 1 latents, the one from <bot> and what each pass makes, each tells a step.
+
+    Args:
+        aux_weight: lambda_step.
+        surplus: what latents tell when there are more of them than steps: the answer, nothing, or the last step again.
+    """
+
+    name: ClassVar[str] = "simcot_codi"
+    paper: ClassVar[str] = "arXiv 2509.20317"
+    summary: ClassVar[str] = "CODI whose latents must tell their steps to an auxiliary decoder"
+
+    aux_weight: float = 1.0
+    aux_norm: Literal["per_row", "token_mean"] = "token_mean"
+    surplus: Surplus = "ignore"
+
+    def __post_init__(self) -> None:
+        Codi.__post_init__(self)
+        AuxSettings.__post_init__(self)
+        refuse((self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"))
+
+    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+        """Lay out, with what each latent must tell; the last is fed to nothing else."""
+        row = super().lay_out(example, spell, stage)
+        texts = told_texts(example, self.n_latents_total + 1, self.surplus)
+        row.told = [Told(k, FED, k, 1, spell.told(text)) for k, text in enumerate(texts)]
+        return row
+
+
+def told_texts(example: Example, n_groups: int, surplus: Surplus) -> list[str]:
+    """Return the text that each of some groups must tell, "" for nothing; the last group takes all steps left."""
+    texts = [step.removeprefix("<<").removesuffix(">>") for step in example.steps]
+    if n_groups == 0:
+        return []
+    if len(texts) > n_groups:
+        texts = [*texts[: n_groups - 1], "\n".join(texts[n_groups - 1 :])]
+    more = n_groups - len(texts)
+    match surplus:
+        case "answer":
+            return [*texts, *[f"### {example.answer}"] * more]
+        case "repeat_last" if texts:
+            return [*texts, *texts[-1:] * more]
+    return [*texts, *[""] * more]

@@ -1,0 +1,192 @@
+"""An auxiliary decoder that must tell a reasoning step from its latents; it teaches them, and is not used to answer.
+
+    [z_1]..[z_c] [E(t_1)]..[E(t_n-1)]  -->  t_1 .. t_n
+
+The latents are the whole prompt: no question, no earlier steps (simcot.md, sections 2 to 4; lotus.md, LOTUS-aux).
+Shapes: `G` latent groups, `c` latents of a group, `L` tokens of the longest step, `D` width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from innerloop.backbone import Backbone
+from innerloop.context import Context
+from innerloop.errors import check_choices, refuse
+from innerloop.layout import ANSWER_PASS, FED, IGNORE
+from innerloop.loop_lora import LoopLora
+from innerloop.losses import held
+
+if TYPE_CHECKING:
+    from innerloop.layout import Batch, ToldSites
+    from innerloop.model import LatentModel
+    from innerloop.thought import Thought
+
+
+@dataclass(frozen=True)
+class AuxSettings:
+    """Whether and how latents must tell their steps.
+
+    Args:
+        aux_weight: of this term of the loss; 0: no decoder.
+        aux_decoder: a copy of the model with weights of its own (copy), or the model itself (shared).
+        aux_layers: copy: keep its first so many layers; 0: all. Small decoders were unstable in LOTUS' study.
+        aux_lora_rank: shared: low-rank updates of the model that only the decoder uses; 0: none.
+        aux_embed: step tokens are embedded by the model's table (base) or the decoder's (own).
+        aux_position: the position id of a group's first latent.
+        aux_norm: the sum over a step's tokens, averaged over rows and groups (per_row), or the mean over tokens.
+        aux_detach: let nothing flow back into the latents: a probe.
+        aux_trains: train model and decoder (both), or one of them.
+    """
+
+    aux_weight: float = 0.0
+    aux_decoder: Literal["copy", "shared"] = "copy"
+    aux_layers: int = 0
+    aux_lora_rank: int = 0
+    aux_embed: Literal["base", "own"] = "base"
+    aux_position: int = 0
+    aux_norm: Literal["per_row", "token_mean"] = "per_row"
+    aux_detach: bool = False
+    aux_trains: Literal["both", "base", "decoder"] = "both"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        refuse(
+            (
+                min(self.aux_weight, self.aux_layers, self.aux_lora_rank, self.aux_position) < 0,
+                "aux_weight, aux_layers, aux_lora_rank and aux_position cannot be negative",
+            ),
+            (self.aux_decoder == "shared" and self.aux_layers > 0, "aux_layers cuts a copy: set aux_decoder to copy"),
+            (
+                self.aux_decoder == "copy" and self.aux_lora_rank > 0,
+                "aux_lora_rank is for a decoder that shares the model's weights: set aux_decoder to shared",
+            ),
+            (
+                self.aux_decoder == "shared" and self.aux_trains != "both",
+                "a decoder that shares the model's weights trains with them: set aux_trains to both",
+            ),
+            (
+                self.aux_trains == "decoder" and self.aux_weight == 0,
+                "aux_trains=decoder trains nothing without a decoder: set aux_weight above 0",
+            ),
+            (
+                self.aux_decoder == "shared" and self.aux_detach,
+                "aux_detach makes a probe that leaves the model alone, so it needs weights of its own: set aux_decoder "
+                "to copy",
+            ),
+            (
+                self.aux_decoder == "shared" and self.aux_embed == "own",
+                "a decoder that shares the model's weights has no table of its own: set aux_embed to base",
+            ),
+        )
+
+
+class StepDecoder(nn.Module):
+    """The decoder.
+
+    Args:
+        settings: its options.
+        backbone: the model that it copies or shares.
+    """
+
+    def __init__(self, settings: AuxSettings, backbone: Backbone):
+        super().__init__()
+        self.settings = settings
+        self.own: Backbone | None = None
+        self.lora: LoopLora | None = None
+        if settings.aux_decoder == "copy":
+            self.own = Backbone(copy.deepcopy(backbone.lm))
+            n_layers = backbone.n_layers if settings.aux_layers == 0 else min(settings.aux_layers, backbone.n_layers)
+            del self.own.layers[n_layers:]
+            self.own.lm.config.num_hidden_layers = n_layers
+            table, head = self.own.lm.get_input_embeddings().weight, self.own.lm.get_output_embeddings().weight
+            if settings.aux_embed == "base" and table is not head:
+                table.requires_grad_(False)  # nobody reads it
+        elif settings.aux_lora_rank:
+            self.lora = LoopLora(backbone, 1, settings.aux_lora_rank, 2.0 * settings.aux_lora_rank, "shared")
+
+    def reader(self, backbone: Backbone) -> Backbone:
+        """Return what reads."""
+        return backbone if self.own is None else self.own
+
+    def embed(self, ids_GL: Tensor, backbone: Backbone) -> Tensor:
+        """Return the embeddings of step tokens (G, L, D)."""
+        embeds = (self.reader(backbone) if self.settings.aux_embed == "own" else backbone).embed(ids_GL)
+        return embeds.detach() if self.settings.aux_detach and self.settings.aux_embed == "base" else embeds
+
+    def forward(self, latents_GcD: Tensor, ids_GL: Tensor, backbone: Backbone) -> Tensor:
+        """Return the logits (G, L, V) of each step token, from the latents and the tokens before it."""
+        reader, c = self.reader(backbone), latents_GcD.shape[1]
+        embeds = torch.cat([latents_GcD, self.embed(ids_GL[:, :-1], backbone).to(latents_GcD.dtype)], dim=1)
+        context = Context(reader, len(embeds))
+        context.next_position_B += self.settings.aux_position
+        if self.lora is not None:
+            lora = self.lora
+            context.weights = lambda: lora.at(1)
+        return reader.head(context.read(embeds)[:, c - 1 :])
+
+    @torch.no_grad()
+    def tell(self, latents_GcD: Tensor, backbone: Backbone, eos_id: int, max_tokens: int = 32) -> list[list[int]]:
+        """Return the tokens that each group of latents tells, likeliest first, up to the end of sequence."""
+        ids = torch.zeros(len(latents_GcD), 1, dtype=torch.long, device=latents_GcD.device)
+        for n in range(max_tokens):
+            best = self(latents_GcD, ids, backbone)[:, n].argmax(-1)
+            ids = torch.cat([ids[:, :-1], best[:, None], torch.zeros_like(ids[:, :1])], dim=1)
+        told = ids[:, :-1].tolist()
+        return [row[: row.index(eos_id)] if eos_id in row else row for row in told]
+
+
+def group_latents(model: LatentModel, batch: Batch, thought: Thought, sites: ToldSites) -> Tensor:
+    """Return the latents (G, c, D) that tell: those fed as inputs, or the outputs of a pass."""
+    assert thought.loop is not None or sites.loop == ANSWER_PASS
+    if sites.loop == FED:
+        assert thought.loop is not None
+        parts = thought.loop.states
+        fed = [held(parts, thought.loop.state, loop) for loop in range(1, len(parts) + 1)]
+        last = thought.answer[-1][:, :1]  # of the last latent: what would be fed next
+        states, start = torch.cat([thought.loop.first, *fed, model.loop.feed_back(last, None)], dim=1), 0
+    elif sites.loop == ANSWER_PASS:
+        states, start = thought.answer[-1], batch.bounds[0] - thought.first_column
+    else:
+        assert thought.loop is not None
+        states, start = held(thought.loop.outputs, thought.loop.state, sites.loop), 0
+        if model.method.loop.feedback_site == "pre_norm":  # what is told is what the head would read
+            states = model.backbone.norm(states)
+    columns = sites.first_G[:, None] + start + torch.arange(sites.n_latents, device=states.device)
+    return states[sites.rows_G[:, None], columns]
+
+
+def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool = False) -> Tensor:
+    """Return the cross-entropy of the told steps, averaged over groups as ``aux_norm`` says, times the rows.
+
+    ``shuffled`` gives every group the latents of another row of its group: a decoder that reads them does worse.
+    """
+    assert model.step_decoder is not None
+    settings = model.method.auxiliary
+    total = batch.ids_BS.new_zeros((), dtype=torch.float32)
+    for sites in batch.told:
+        latents = group_latents(model, batch, thought, sites)
+        if settings.aux_detach:
+            latents = latents.detach()
+        if shuffled:
+            latents = latents[_of_another_row(sites.first_G)]
+        logits = model.step_decoder(latents, sites.ids_GL, model.backbone).float()
+        loss_GL = cross_entropy(logits.transpose(1, 2), sites.targets_GL, reduction="none", ignore_index=IGNORE)
+        weights_G = sites.per_row_G if settings.aux_norm == "per_row" else sites.per_token_G
+        total = total + (loss_GL.sum(1) * weights_G).sum()
+    return total * len(batch)
+
+
+def _of_another_row(first_G: Tensor) -> Tensor:
+    """Return for each group the index of the same group of another row, itself if there is none."""
+    order = torch.arange(len(first_G), device=first_G.device)
+    for first in first_G.unique():
+        same = torch.nonzero(first_G == first)[:, 0]
+        order[same] = same.roll(1)
+    return order

@@ -1,0 +1,111 @@
+"""A teacher's states on disk: computed once for the training data, then read instead of running the teacher.
+
+The file says which weights, data and positions it was made of; training with anything else refuses it. Shapes: `P`
+positions of an example, `D` width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from innerloop.context import Context
+from innerloop.errors import InputError
+from innerloop.layout import Row, collate
+
+if TYPE_CHECKING:
+    from innerloop.backbone import Backbone
+
+STATES, MADE_OF = "states", "made_of"
+
+
+class TeacherCache:
+    """The states that the rows of a training set follow.
+
+    Args:
+        path: the file.
+        rows: the laid-out training set; rows that are read by the teacher alike share an entry.
+        backbone: the teacher, run only if the file is not there yet.
+        pad_id: what fills padded columns.
+        batch_size: rows that the teacher reads at once.
+
+    Raises:
+        InputError: the file was made of other weights, data or positions, or cannot be read.
+    """
+
+    def __init__(self, path: str | Path, rows: Sequence[Row], backbone: Backbone, pad_id: int, batch_size: int = 64):
+        self.path = Path(path)
+        entries = {_key(row): row for row in rows if row.teacher is not None and positions(row)}
+        self.places: dict[tuple[int, ...], tuple[int, list[int]]] = {}
+        n = 0
+        for key, row in entries.items():
+            self.places[key] = (n, positions(row))
+            n += len(positions(row))
+        made_of = fingerprint(backbone, entries)
+        if not self.path.exists():
+            self._make(list(entries.values()), backbone, pad_id, batch_size, made_of)
+        try:
+            self.file = safe_open(str(self.path), framework="pt")
+            found = (self.file.metadata() or {}).get(MADE_OF)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read the teacher's states in {self.path} ({error}); delete it") from None
+        if found != made_of:
+            raise InputError(
+                f"the states in {self.path} are of another teacher, other data or another method; delete the file, or "
+                "give another one as train.teacher_cache"
+            )
+        self.states = self.file.get_slice(STATES)
+
+    def _make(self, rows: list[Row], backbone: Backbone, pad_id: int, batch_size: int, made_of: str) -> None:
+        parts = []
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            batch = collate([row.teacher for row in chosen if row.teacher is not None], pad_id).to(backbone.device)
+            with torch.no_grad():
+                context = Context(backbone, len(batch))
+                layers = context.read(backbone.embed(batch.ids_BS), batch.mask_BS, all_states=True)
+            states_BSLD = torch.stack(layers, dim=2).cpu()
+            first_B = (batch.mask_BS.cpu() > 0).int().argmax(1).tolist()
+            parts += [states_BSLD[r, first_B[r] + torch.tensor(positions(row))] for r, row in enumerate(chosen)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_name(f".{self.path.name}.writing")
+        try:
+            save_file({STATES: torch.cat(parts)}, aside, metadata={MADE_OF: made_of})
+            aside.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise InputError(f"could not write the teacher's states to {self.path}: {error}") from error
+
+    def states_of(self, row: Row) -> dict[int, Tensor]:
+        """Return the states after every layer (n_layers + 1, D) at each position that a row follows."""
+        start, at = self.places[_key(row)]
+        return dict(zip(at, self.states[start : start + len(at)], strict=True))
+
+
+def positions(row: Row) -> list[int]:
+    """Return the positions of the teacher's row that a row, and those it goes on with, follow."""
+    return sorted({follow.teacher_at for link in row.links() for follow in link.follows})
+
+
+def fingerprint(backbone: Backbone, entries: dict[tuple[int, ...], Row]) -> str:
+    """Return a hash of a teacher's weights, of what it reads, and of the positions that are followed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for key in sorted(entries):
+        digest.update(str(key).encode())
+    return digest.hexdigest()
+
+
+def _key(row: Row) -> tuple[int, ...]:
+    """Return what tells two entries apart: the tokens that the teacher reads, and the positions followed."""
+    assert row.teacher is not None
+    return (*row.teacher.ids(), -1, *positions(row))

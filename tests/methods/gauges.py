@@ -1,0 +1,80 @@
+"""What a setting may change: a model's results, gauge by gauge, so that a test can say which move, and which not.
+
+    assert moved_by(Coconut(), alpha=0.3) == FORWARD
+
+Gauges: what rows read (`rows`), the curriculum (`schedule`), which weights are trained (`trained`); when answering the
+`logits`, those of two iterations more (`beyond`), how many iterations ran (`ran`) and their stop scores (`score`); in
+training the `passes`, every term of the loss by its name, the `loss`, and its `gradient` by the backbone.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop import LatentModel, Slr
+from innerloop.methods import Method
+from innerloop.trace import Trace
+from tests.methods.tools import MIXED, change, gradients, logits_of, passes, stir, thought_of
+from tests.models import tiny_model
+
+LEARNS = {"loss", "gradient"}
+FORWARD = {"logits", "beyond", "answer"} | LEARNS
+"""What moves with the states."""
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@functools.cache
+def still(seed: int = 0) -> LatentModel:
+    """Return a model without dropout, whose backbone all gauged models share."""
+    return tiny_model(Slr(), "gpt2", seed, num_hidden_layers=2, **NO_DROPOUT).double()
+
+
+@functools.cache
+def results(method: Method) -> dict[str, Any]:
+    """Run a method on the shared backbone, nothing of it at zero, and return its results."""
+    torch.manual_seed(0)
+    model = LatentModel(still().backbone, still().tokenizer, method).double()
+    model._teacher.append(still(seed=1))
+    stir(model)
+    plan, rows, trace = method.curriculum, model.rows(MIXED), Trace()
+    n_loops = thought_of(model.eval(), MIXED, trace).loop.n_loops
+    found = {
+        "rows": [row.ids() for row in rows],
+        "schedule": _schedule(plan),
+        "trained": [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad],
+        "logits": logits_of(model, rows),
+        "ran": n_loops,
+        "score": [entry.score for entry in trace.iterations if entry.score is not None],
+    }
+    for row in rows:
+        row.n_loops += 2
+    found["beyond"] = logits_of(model, rows)
+    model.train()
+    with passes(model) as seen:
+        out = model.loss(MIXED)
+    found |= out.terms | {"loss": out.loss.detach(), "passes": [x.shape for x in seen]}
+    found["gradient"] = [grad for name, grad in gradients(model, out.loss).items() if name.startswith("backbone")]
+    still().requires_grad_(True)  # aux_trains may have frozen it
+    return found
+
+
+def moved_by(method: Method, **fields: Any) -> set[str]:
+    """Return the gauges that move when fields of a method change."""
+    left, right = results(method), results(change(method, **fields))
+    return {name for name in left.keys() | right.keys() if not _same(left.get(name), right.get(name))}
+
+
+def _schedule(plan: Any) -> Any:
+    """What training makes of a curriculum: its stages, the draws of examples with two steps, and the resets."""
+    scheduled = [plan.stage_at(step, steps_per_epoch=3) for step in range(30)]
+    return scheduled, [plan.stage_of(plan.last_stage, 2, str(i)) for i in range(30)], plan.reset_optimizer
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and torch.allclose(left, right, atol=1e-6, rtol=0)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return left == right

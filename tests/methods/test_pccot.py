@@ -1,0 +1,180 @@
+"""PCCoT: CODI's latents refined side by side (codi.md and lotus.md, section 9; arXiv 2506.18582).
+
+k iterations make the result of CODI: tests/test_one_loop.py, and here latent by latent.
+"""
+
+import pytest
+import torch
+
+from innerloop import InputError
+from innerloop.methods import Codi, Pccot
+from innerloop.model import LatentModel
+from tests.methods.gauges import FORWARD, LEARNS, moved_by
+from tests.methods.reference_codi import CodiReference
+from tests.methods.slowly import assert_decodes_as_forced, assert_terms_of_the_reference
+from tests.methods.tools import (
+    MIXED,
+    ROUNDED,
+    assert_causal,
+    assert_close,
+    assert_learns_by_heart,
+    assert_rows_do_as_alone,
+    assert_same_gradients,
+    by_arch,
+    change,
+    gradients,
+    halting,
+    logits_of,
+    on,
+    passes,
+    same_weights,
+    sharp_model,
+    thought_of,
+)
+from tests.models import answers_of, moved, saved, tiny_model
+
+K = 5
+BASE = Pccot(n_slots=K, max_loops=2)
+STATES = FORWARD | {"hid"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_loops": 0},
+        {"max_loops": 1},
+        {"max_loops": K + 1},
+        {"n_slots": 1, "include_last_step": True},
+        {"rescale": "none", "hid_distance": "l1", "hid_layers": "all"},
+        {"project_norm": False, "adapter_width": 8, "teacher_weight": 0.0},
+        {"hid_weight": 0.0, "teacher_weight": 0.0},
+        {"feedback_site": "pre_norm"},
+    ],
+    ids=str,
+)
+@by_arch
+def test_all_terms_and_their_gradients_equal_the_reference(arch, fields):
+    model = on(arch, change(BASE, **fields))
+    assert_terms_of_the_reference(model, CodiReference(model))
+
+
+@by_arch
+@torch.no_grad()
+def test_the_first_t_latents_are_codis_after_t_iterations_and_the_others_are_not(arch):
+    model = on(arch, change(BASE, max_loops=K + 2))
+    codi = same_weights(model, Codi(n_latents_total=K))
+    loop = thought_of(codi, MIXED).loop
+    sequential = torch.cat([loop.first, *(state for _, state in loop.states)], dim=1)
+    for t, (_, parallel) in enumerate(thought_of(model, MIXED).loop.states, 1):
+        assert_close(parallel[:, :t], sequential[:, :t], ROUNDED)
+        assert t >= K or (parallel[:, t:] - sequential[:, t:]).abs().amax(2).min() > 1e-4
+
+
+@pytest.mark.parametrize("max_loops", [K, K + 1, K + 3])
+@by_arch
+def test_more_iterations_than_latents_change_nothing(arch, max_loops):
+    model = on(arch, change(BASE, max_loops=max_loops))
+    codi = same_weights(model, Codi(n_latents_total=K))
+    one, other = model.loss(MIXED), codi.loss(MIXED)
+    assert one.terms.keys() == other.terms.keys() == {"answer", "hid", "teacher"}
+    for name in one.terms:
+        assert_close(one.terms[name], other.terms[name], 5e-6)
+    assert_same_gradients(gradients(model, one.loss), gradients(codi, other.loss), 1e-5)
+
+
+@by_arch
+def test_rows_of_a_batch_do_as_alone(arch):
+    model = on(arch, change(BASE, hid_distance="cosine"))
+    rows = model.rows(MIXED)
+    whole, alone = model(model.batch(rows)).terms, [model.batch([row]) for row in rows]
+    for row, logits in zip(rows, logits_of(model, rows)):
+        assert_close(logits, logits_of(model, [row])[0], ROUNDED)
+    for name in whole:
+        total = sum(batch.counts()[name] * model(batch).terms[name] for batch in alone)
+        assert_close(whole[name], total / sum(batch.counts()[name] for batch in alone), ROUNDED)
+
+
+@pytest.mark.parametrize("fields", [{"stop": "delta"}, {"stop": "kl", "time": "lookup"}], ids=str)
+@by_arch
+def test_rows_that_stop_at_different_times_do_as_alone(arch, fields):
+    assert_rows_do_as_alone(halting(arch, change(BASE, max_loops=K, **fields)))
+
+
+@pytest.mark.parametrize("max_loops", [0, 1, 3])
+@by_arch
+def test_answering_takes_one_pass_for_each_iteration_and_equals_teacher_forcing(arch, max_loops):
+    model = sharp_model(change(BASE, max_loops=max_loops), arch)
+    assert_decodes_as_forced(model, CodiReference(model), passes_before=1 + max_loops if max_loops else 0)
+
+
+@pytest.mark.parametrize("max_loops", [1, 3])
+def test_training_takes_the_passes_of_the_iterations_and_one_of_the_teacher(max_loops):
+    model = on("gpt2", change(BASE, max_loops=max_loops))
+    with passes(model) as seen:
+        model.loss(MIXED)
+    assert len(seen) == 1 + max_loops + 1 + 1
+
+
+def test_the_number_of_iterations_may_be_changed_when_answering():
+    model = on("gpt2", BASE)
+    for loops in (0, 1, K):
+        (generation,) = model.generate(["2"], loops=loops, max_new_tokens=2)
+        other = same_weights(model, change(BASE, max_loops=loops)).generate(["2"], max_new_tokens=2)[0]
+        assert (generation.text, generation.cost.loops) == (other.text, loops)
+
+
+def test_a_token_changes_no_logits_before_it():
+    assert_causal(sharp_model(BASE), MIXED[0])
+
+
+@by_arch
+def test_a_saved_model_gives_the_same_answers(tmp_path, arch):
+    model = moved(tiny_model(BASE, arch))
+    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), device="cpu")
+    assert loaded.method == model.method
+    assert torch.equal(answers_of(loaded), answers_of(model))
+    assert loaded.loss(MIXED).terms == model.loss(MIXED).terms
+
+
+def test_eight_examples_are_learnt_by_heart(examples):
+    assert_learns_by_heart(Pccot(n_slots=3, max_loops=2, hid_weight=0.0, teacher_weight=0.0), examples)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"n_slots": 3}, STATES | {"rows", "passes"}),
+        ({"max_loops": 3}, STATES | {"ran", "passes"}),
+        ({"include_last_step": True}, {"hid", "teacher", "passes"} | LEARNS),
+        ({"rescale": "none"}, STATES | {"trained"}),
+        ({"shift": False}, STATES),
+        ({"hid_weight": 20.0}, LEARNS),
+        ({"hid_layers": "last"}, {"hid"} | LEARNS),
+        ({"teacher_weight": 2.0}, LEARNS),
+        ({"teacher_passes": 2}, {"passes"}),
+        ({"bptt": 1}, {"gradient"}),
+    ],
+    ids=str,
+)
+def test_a_setting_moves_what_it_should_and_nothing_else(fields, what):
+    assert moved_by(BASE, **fields) == what
+
+
+@pytest.mark.parametrize(
+    ("fields", "mend"),
+    [
+        ({"n_slots": 0}, "n_slots >= 1"),
+        ({"max_loops": -1}, "max_loops >= 0"),
+        ({"step_weight": 0.1}, "set step_weight"),
+        ({"deep_weight": 0.1}, "set step_weight"),
+        ({"halt_weight": 0.1}, "set step_weight"),
+        ({"teacher": None}, "set teacher"),
+        ({"teacher": "runs/cot"}, "set teacher to self"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused_in_one_sentence(fields, mend):
+    with pytest.raises(InputError, match=mend) as refusal:
+        Pccot(**fields)
+    assert "\n" not in str(refusal.value)

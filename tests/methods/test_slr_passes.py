@@ -1,0 +1,207 @@
+"""SLR's invariant 11 (slr.md, section 9): passes and their caches, on GPT-2 and Llama shapes.
+
+11. Cached == uncached; the number of passes is the formula's.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop import Example, LatentModel
+from innerloop.context import Context
+from innerloop.halting import Moment
+from tests.methods.reference import Reference
+from tests.methods.tools import (
+    FULL,
+    MIXED,
+    PLAIN,
+    QUESTIONS,
+    ROUNDED,
+    assert_close,
+    by_answer,
+    by_arch,
+    by_region,
+    by_scope,
+    change,
+    lean_towards_end,
+    logits_of,
+    on,
+    passes,
+    thought_of,
+)
+
+# 11
+
+
+@by_scope
+@by_arch
+@by_answer
+@pytest.mark.parametrize("h0", ["embed", "forward"])
+def test_11_cached_equals_uncached(scope, arch, answer_from, h0):
+    method = change(PLAIN, loop_scope=scope, answer_from=answer_from, h0=h0, residual="A", rescale="rms", time="lookup")
+    model = on(arch, method)
+    slow = Reference(model)
+    with torch.no_grad():
+        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
+            rest = slow.written(example, 0)
+            thought = torch.cat([uncached(model, example)[-1], slow.embed(slow.marker("<eot>"))])
+            assert_close(logits, slow.logits_after(thought, rest), ROUNDED)
+
+
+def uncached(model: LatentModel, example: Example) -> list[Tensor]:
+    """slr.md, section 3, with every pass over the whole row and nothing remembered.
+
+    Returns the input embeddings of what <eot> follows, were the answer given after iteration 1, 2 and so on.
+    """
+    slow, method = Reference(model), model.method
+    asked, bot, lat = slow.question(example.question), slow.marker("<bot>"), slow.marker("<lat>")
+    prefix, region = {
+        "slots": ([*asked, *bot], lat * method.n_slots),
+        "all": ([], asked),
+        "last": (asked, bot),
+        "append": ([*asked, *bot], lat),
+    }[method.loop_scope]
+    past, h = slow.embed(prefix), slow.embed(region)
+    n = len(h)
+    if method.h0 == "forward":
+        h = slow.rho(slow.read(past if method.loop_scope == "append" else torch.cat([past, h]))[0][-n:])
+    first, seen = h, []
+    for t in range(1, method.max_loops + 1):
+        fed = h + slow.e(t)
+        u = slow.read(torch.cat([past, fed]))[0][-n:]
+        if method.loop_scope == "append":
+            past = torch.cat([past, fed])
+        h = slow.mix(slow.rho(u), first, h)
+        last = {"refeed": [h], "kv_last": [] if method.loop_scope == "append" else [fed]}[method.answer_from]
+        seen.append(torch.cat([past, *last]))
+    return seen
+
+
+# 11, of the answer's first word: stop_site = answer
+
+
+def words_read(model: LatentModel, examples: Sequence[Example]) -> list[Tensor]:
+    """Return what the stop score looks at after each iteration: logits (B, V)."""
+    seen, rule = [], model.loop.stop
+    score = rule.score
+
+    def note(now: Moment) -> Tensor:
+        assert now.logits.shape[1] == 1
+        seen.append(now.logits[:, 0])
+        return score(now)
+
+    rule.score = note
+    try:
+        thought_of(model, examples)
+    finally:
+        del rule.score
+    return seen
+
+
+@by_scope
+@by_arch
+@by_answer
+@pytest.mark.parametrize("h0", ["embed", "forward"])
+def test_11_the_first_word_that_a_stop_score_sees_is_that_of_an_uncached_pass(scope, arch, answer_from, h0):
+    looks = {"stop": "kl", "stop_site": "answer", "stop_threshold": torch.inf}
+    method = change(PLAIN, loop_scope=scope, answer_from=answer_from, h0=h0, residual="A", rescale="rms", time="lookup")
+    model = on(arch, change(method, **looks))
+    slow, together = Reference(model), words_read(model, MIXED)
+    assert len(together) == 3
+    with torch.no_grad():
+        eot = slow.embed([*slow.marker("<eot>"), *model.spell.stem()])
+        for row, example in enumerate(MIXED):
+            alone = words_read(model, [example])
+            for batched, single, thought in zip(together, alone, uncached(model, example), strict=True):
+                expected = slow.read(torch.cat([thought, eot]))[1][-1]
+                assert_close(batched[row], expected, ROUNDED)
+                assert_close(single[0], expected, ROUNDED)
+
+
+@by_region
+@by_answer
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"decode_lora": True}, {"prefix_kv": "per_iter"}, {"time_inject": "token"}, {"feedback_site": "pre_norm"}],
+    ids=str,
+)
+def test_11_the_first_word_that_a_stop_score_sees_is_that_of_the_answer_given_then(scope, answer_from, fields):
+    if (scope != "slots" and "time_inject" in fields) or (scope == "all" and "prefix_kv" in fields):
+        return  # refused
+    looks = {"stop": "kl", "stop_site": "answer", "stop_threshold": torch.inf}
+    model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, **looks, **fields))
+    for t, words_BV in enumerate(words_read(model, MIXED), 1):
+        rows = model.rows(MIXED)
+        for row in rows:
+            row.n_loops = t
+        for word_V, logits_UV in zip(words_BV, logits_of(model, rows)):
+            assert_close(word_V, logits_UV[len(model.spell.stem())], ROUNDED)
+
+
+@by_scope
+@by_answer
+def test_11_reading_the_answers_first_word_is_one_more_pass_in_every_iteration(scope, answer_from):
+    looks = {"stop": "kl", "stop_site": "answer", "stop_threshold": torch.inf}
+    model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, **looks))
+    with passes(model) as seen:
+        (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=1)
+    n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
+    width = 1 if scope == "append" else until - n_prefix
+    fed = width if answer_from == "refeed" else 0
+    looked = fed + 1 + len(model.spell.stem())
+    expected = [*([n_prefix] if scope != "all" else []), *[width, looked] * 3, fed + 1]
+    assert [embeds.shape[1] for embeds in seen] == expected
+    assert (generation.cost.passes, generation.cost.positions) == (len(expected), sum(expected))
+
+
+@by_scope
+@by_arch
+@pytest.mark.parametrize("prefix_kv", ["base", "per_iter"])
+def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scope, arch, prefix_kv):
+    if prefix_kv == "per_iter" and scope in ("all", "append"):
+        return  # refused
+    model = on(arch, change(FULL, loop_scope=scope, prefix_kv=prefix_kv))
+    lean_towards_end(model, -100.0)
+    try:
+        with passes(model) as seen:
+            (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=4)
+    finally:
+        model.backbone.lm.get_output_embeddings()._forward_hooks.clear()
+    n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
+    width = 1 if scope == "append" else until - n_prefix
+    has_prefill, per_iter = int(scope != "all"), prefix_kv == "per_iter"
+    n_passes = has_prefill + 3 * (1 + per_iter) + 4
+    n_positions = n_prefix * (1 + 3 * per_iter) + 3 * width + (width + 1) + 3
+    assert generation.cost.passes == len(seen) == n_passes
+    assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen) == n_positions
+
+
+@by_arch
+@pytest.mark.parametrize("scope", ["slots", "last"])
+def test_11_the_prompt_read_in_every_iteration_is_the_uncached_pass_with_its_weights(scope, arch):
+    method = change(PLAIN, loop_scope=scope, lora="per_iter", lora_rank=2, prefix_kv="per_iter")
+    for answer_from in ("refeed", "kv_last"):
+        model = on(arch, change(method, answer_from=answer_from))
+        slow = Reference(model)
+        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
+            asked, bot = slow.question(example.question), slow.marker("<bot>")
+            prefix, region = ([*asked, *bot], slow.marker("<lat>") * 3) if scope == "slots" else (asked, bot)
+            past, h = slow.embed(prefix), slow.embed(region)
+            for t in (1, 2, 3):
+                with torch.no_grad(), model.loop.lora.at(t):
+                    u = slow.read(torch.cat([past, h]))[0][-len(h) :]
+                fed, h = h, u
+            if answer_from == "refeed":
+                thought = torch.cat([past, h, slow.embed(slow.marker("<eot>"))])
+                assert_close(logits, slow.logits_after(thought, slow.written(example, 0)))
+            else:  # the answer attends to the prompt and latents of the last pass, which had its weights
+                batch = model.batch(model.rows([example]))
+                context = Context(model.backbone, 1)
+                with torch.no_grad():
+                    context.read(torch.cat([past, fed])[None], weights=lambda: model.loop.lora.at(3))  # noqa: B023
+                    rest = slow.embed([*slow.marker("<eot>"), *slow.written(example, 0)])
+                    expected = model.backbone.head(context.read(rest[None]))[0, :-1]
+                assert batch.n_targets == [len(expected)]
+                assert_close(logits, expected)

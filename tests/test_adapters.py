@@ -1,0 +1,221 @@
+"""What is added to a backbone: markers in its vocabulary, and low-rank updates that are saved merged and unmerged."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from innerloop import Coconut, Cot, InputError, LatentModel, Pause, Slr, adapters, checkpoint
+from innerloop.adapters import add_lora, add_markers, merged_state
+from innerloop.backbone import Backbone
+from tests.models import (
+    SPELLED,
+    answers_of,
+    chain_examples,
+    moved,
+    saved,
+    spelled_tokenizer,
+    text_logits,
+    tiny_lm,
+    tiny_model,
+)
+
+EXAMPLES = list(chain_examples(3))
+GPT2_LORA = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft tells that it adapts to GPT-2's Conv1D
+
+
+# Markers
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_markers_are_copies_of_the_row_of_double_angle(tied):
+    tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
+    backbone = Backbone(tiny_lm(vocab_size=len(tokenizer), tie_word_embeddings=tied))
+    before = backbone.lm.get_input_embeddings().weight.detach().clone()
+    add_markers(backbone, tokenizer, Coconut().markers)
+    ids = tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"])
+    assert ids == [13, 14, 15]
+    for table in (backbone.lm.get_input_embeddings().weight, backbone.lm.get_output_embeddings().weight):
+        assert table.shape[0] == 16
+        assert all(torch.equal(table[i], table[SPELLED.index("<<")]) for i in ids)
+    assert torch.equal(backbone.lm.get_input_embeddings().weight[:13], before)
+    assert backbone.config.vocab_size == 16
+
+
+def test_markers_take_rows_that_a_padded_vocabulary_has_to_spare():
+    tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
+    backbone = Backbone(tiny_lm(vocab_size=20))
+    before = backbone.lm.get_input_embeddings().weight.detach().clone()
+    add_markers(backbone, tokenizer, Coconut().markers)
+    table = backbone.lm.get_input_embeddings().weight
+    assert table.shape[0] == 20
+    assert all(torch.equal(table[i], before[SPELLED.index("<<")]) for i in (13, 14, 15))
+    assert torch.equal(table[16:], before[16:])
+
+
+def test_without_a_double_angle_new_markers_are_drawn_around_the_mean_row_the_same_each_time():
+    tables = []
+    for _ in range(2):
+        tokenizer = spelled_tokenizer(n_known=SPELLED.index("<<"))
+        backbone = Backbone(tiny_lm(vocab_size=len(tokenizer)))
+        add_markers(backbone, tokenizer, Coconut().markers)
+        tables.append(backbone.lm.get_input_embeddings().weight.detach())
+    old, new = tables[0][:12], tables[0][12:]
+    assert torch.equal(tables[0], tables[1])
+    assert len({tuple(row.tolist()) for row in new}) == 3
+    assert ((new - old.mean(0)).abs() <= 5 * old.std(0)).all()
+
+
+def test_new_markers_may_start_as_the_mean_row_or_around_it():
+    rows = {}
+    for init in ("mean", "normal"):
+        tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
+        backbone = Backbone(tiny_lm(vocab_size=len(tokenizer)))
+        add_markers(backbone, tokenizer, Coconut().markers, init)
+        table = backbone.lm.get_input_embeddings().weight.detach()
+        old, rows[init] = table[:13], table[13:]
+    assert torch.equal(rows["mean"], old.mean(0).expand(3, -1))
+    assert ((rows["normal"] - old.mean(0)).abs() <= 5 * old.std(0)).all()
+    assert len({tuple(row.tolist()) for row in rows["normal"]}) == 3
+
+
+def test_adding_markers_again_changes_nothing():
+    tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
+    backbone = Backbone(tiny_lm(vocab_size=len(tokenizer)))
+    add_markers(backbone, tokenizer, Coconut().markers)
+    table = backbone.lm.get_input_embeddings().weight.detach().clone()
+    add_markers(backbone, tokenizer, Coconut().markers)
+    assert torch.equal(backbone.lm.get_input_embeddings().weight, table)
+
+
+# LoRA
+
+
+def trained(model: LatentModel, n_steps: int = 3, learning_rate: float = 0.1) -> LatentModel:
+    """Take a few steps on what is trainable."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], learning_rate)
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        model.loss(EXAMPLES).loss.backward()
+        optimizer.step()
+    return model
+
+
+def with_lora(method=None, arch: str = "llama", **changes) -> tuple[LatentModel, dict[str, torch.Tensor]]:
+    """Return a model with trained LoRA, and the base weights it was put on."""
+    model = tiny_model(method or Coconut(), arch, **changes)
+    base = {name: tensor.clone() for name, tensor in model.backbone.lm.state_dict().items()}
+    add_lora(model, {"r": 4, "lora_alpha": 8})
+    return trained(model).eval(), base
+
+
+def base_weights(model: LatentModel) -> dict[str, torch.Tensor]:
+    """Return the frozen weights under the base model's names."""
+    state = model.backbone.lm.state_dict()
+    plain = {name.replace(".token_adapter", "").replace(".base_layer", ""): t for name, t in state.items()}
+    return {name: tensor for name, tensor in plain.items() if ".lora" not in name}
+
+
+@GPT2_LORA
+def test_new_lora_changes_no_logit(arch):
+    model = tiny_model(Coconut(), arch)
+    before = answers_of(model)
+    add_lora(model, {"r": 4})
+    assert torch.equal(answers_of(model), before)
+
+
+@GPT2_LORA
+def test_training_lora_leaves_the_base_weights_as_they_were(arch):
+    model, base = with_lora(arch=arch)
+    now = base_weights(model)
+    assert now.keys() == base.keys()
+    assert all(torch.equal(now[name], base[name]) for name in base)
+
+
+@GPT2_LORA
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
+def test_only_the_rows_of_the_markers_train(arch):
+    model = tiny_model(Pause(), arch)  # reads all its markers
+    ids = torch.arange(len(model.tokenizer))[None]
+    before = model.backbone.embed(ids)[0].detach()
+    add_lora(model, {"r": 4})
+    trained(model)
+    after = model.backbone.embed(ids)[0].detach()
+    has_moved = (before != after).any(dim=1)
+    assert ids[0][has_moved].tolist() == model.tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"])
+
+
+def test_a_method_without_markers_trains_no_row():
+    model, _ = with_lora(Cot())
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
+def test_the_methods_own_parts_train_beside_lora():
+    model, _ = with_lora(Slr())
+    assert model.loop.time.table.requires_grad
+    assert model.loop.time.table.abs().max() > 0
+
+
+@GPT2_LORA
+@pytest.mark.parametrize("method", [Cot(), Coconut()], ids=lambda m: m.name)
+def test_merging_leaves_the_model_bit_for_bit_as_it_was(arch, method):
+    model, base = with_lora(method, arch)
+    before, logits = {name: t.clone() for name, t in model.backbone.lm.state_dict().items()}, answers_of(model)
+    merged = merged_state(model.backbone.lm)
+    after = model.backbone.lm.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(answers_of(model), logits)
+    assert merged.keys() == base.keys()
+    assert any(not torch.equal(merged[name], base[name]) for name in base)
+
+
+@GPT2_LORA
+@pytest.mark.parametrize("method", [Cot(), Coconut(), Slr()], ids=lambda m: m.name)
+def test_a_saved_lora_run_gives_the_same_logits(method, tmp_path):
+    model, _ = with_lora(method)
+    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
+    torch.testing.assert_close(answers_of(loaded), answers_of(model), atol=1e-5, rtol=1e-5)
+    assert not adapters.adapted(loaded.backbone.lm)
+
+
+@GPT2_LORA
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen3", "gemma3"])  # tied and untied, Conv1D, scaled embeddings
+def test_plain_transformers_reads_a_lora_folder_with_the_updates_merged(arch, tmp_path):
+    model, _ = with_lora(arch=arch)
+    folder = saved(model, tmp_path / "run")
+    assert not (folder / "adapter_config.json").exists()
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(lm) is type(tiny_lm(arch))
+    ours = text_logits(model.backbone.lm, model.tokenizer)
+    torch.testing.assert_close(text_logits(lm, model.tokenizer), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_on_a_bfloat16_model_is_saved_as_bfloat16(tmp_path):
+    model = tiny_model(Coconut()).to(torch.bfloat16)
+    add_lora(model, {"r": 4})
+    folder = saved(model, tmp_path / "run")
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+def test_lora_weights_are_kept_before_merging_too(tmp_path):
+    model, _ = with_lora()
+    stored = load_file(saved(model, tmp_path / "run") / "innerloop.safetensors")
+    twin = tiny_model(Coconut())
+    add_lora(twin, {"r": 4, "lora_alpha": 8})
+    checkpoint.load_parts(twin, tmp_path / "run")
+    assert sum(".lora_A." in name for name in stored) == 3 * 7
+    assert torch.equal(answers_of(twin), answers_of(model))
+
+
+def test_lora_can_be_put_on_a_loaded_model(tmp_path):
+    model = moved(tiny_model(Coconut()))
+    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), lora={"r": 2})
+    assert adapters.adapted(loaded.backbone.lm)
+    assert torch.equal(answers_of(loaded), answers_of(model))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"r": 0}, {"r": 4, "target_modules": ["nope"]}])
+def test_lora_settings_that_cannot_be_are_refused(settings):
+    with pytest.raises(InputError, match="lora"):
+        add_lora(tiny_model(Coconut()), settings)

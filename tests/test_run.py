@@ -1,0 +1,38 @@
+"""Stages of training: what a stage begins with is set by its seed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from innerloop import Slr
+from innerloop.recipe import BackboneChoice, Recipe
+from innerloop.run import prepare_stage
+from innerloop.tasks import Chain
+from tests.models import chain_examples, saved, tiny_model
+
+SCRATCH = {"type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+DRAWN = {
+    "decoder": Slr(n_slots=2, decoder="separate", decoder_table="own"),
+    "classifier": Slr(n_slots=2, decoder="linear", classes=("0", "1", "2", "3", "4")),
+    "lora": Slr(n_slots=2, lora="per_iter"),
+    "gate": Slr(n_slots=2, residual="C"),
+}
+
+
+@pytest.mark.parametrize("source", ["scratch", "model"])
+@pytest.mark.parametrize("method", DRAWN.values(), ids=DRAWN.keys())
+def test_what_the_method_draws_is_set_by_the_seed_whatever_ran_before(method, source, tmp_path: Path):
+    start = {"scratch": SCRATCH}
+    if source == "model":
+        start = {"model": str(saved(tiny_model(Slr(n_slots=2)), tmp_path / "start"))}
+
+    def parts(seed: int) -> list[torch.Tensor]:
+        settings = {"seed": seed, "max_steps": 1, "use_cpu": True, "batch_size": 4}
+        recipe = Recipe(Chain(n_ops=3), BackboneChoice(**start), method, settings, str(tmp_path))
+        model = prepare_stage(recipe, tmp_path / "out", None, list(chain_examples(8)), None, []).model
+        return [p for part in model.parts().values() for p in part.parameters()]
+
+    first, again, other = parts(0), parts(0), parts(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert any(not torch.equal(a, b) for a, b in zip(first, other))
