@@ -102,11 +102,18 @@ def method_settings(method: Method) -> dict[str, Any]:
 
 def trained_parts(model: LatentModel) -> dict[str, Tensor]:
     """Return what belongs to innerloop alone: the weights of the method's parts and of LoRA before merging."""
-    parts = {f"{part}.{k}": v for part, module in model.parts().items() for k, v in module.state_dict().items()}
+    parts = {name: tensor.detach() for name, (tensor, first) in _tensors(model).items() if name == first}
     if adapted(model.backbone.lm):
         parameters = model.backbone.lm.named_parameters()  # a tied table's once, where the state dict has them twice
         parts |= {f"lm.{name}": p.detach() for name, p in parameters if f".{ADAPTER}" in name}
     return parts
+
+
+def _tensors(model: LatentModel) -> dict[str, tuple[Tensor, str]]:
+    """Return the tensors of the method's parts by name, each with the first of its names: a tied head has two."""
+    first: dict[int, str] = {}
+    state = torch.nn.ModuleDict(model.parts()).state_dict(keep_vars=True)
+    return {name: (tensor, first.setdefault(id(tensor), name)) for name, tensor in state.items()}
 
 
 def load_parts(model: LatentModel, folder: Path, strict: bool = True) -> None:
@@ -123,6 +130,7 @@ def load_parts(model: LatentModel, folder: Path, strict: bool = True) -> None:
         weights = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.")}
         model.backbone.lm.load_state_dict(weights, strict=False)
     own = {name: tensor for name, tensor in stored.items() if not name.startswith("lm.")}
+    own |= {name: own[first] for name, (_, first) in _tensors(model).items() if first in own}
     parts = torch.nn.ModuleDict(model.parts())
     if not strict:
         own = {name: _fitted(tensor, own.get(name)) for name, tensor in parts.state_dict().items()}

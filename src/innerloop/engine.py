@@ -93,7 +93,10 @@ def generate(
             chosen = order[start : start + batch_size]
             batch = [rows[i] for i in chosen]
             budgets = [max_new_tokens if room is None else min(max_new_tokens, room - len(row)) for row in batch]
-            for i, generation in zip(chosen, _generate_batch(model, batch, budgets, temperature, generator, trace)):
+            block = model.block(loops)
+            for i, generation in zip(
+                chosen, _generate_batch(model, batch, budgets, temperature, generator, trace, block)
+            ):
                 results[i] = generation
             if progress is not None:
                 progress(len(chosen))
@@ -119,6 +122,7 @@ def _generate_batch(
     temperature: float,
     generator: torch.Generator,
     trace: bool,
+    block: Block | None,
 ) -> list[Generation]:
     batch = model.batch(rows)
     meter = Meter(len(rows), model.device)
@@ -136,8 +140,8 @@ def _generate_batch(
     writer = Writer(model, context)
     if isinstance(model.decoder, AnswerDecoder):
         writer = ApartWriter(model, context, model.memory(thought), batch.ids_BS[:, columns])
-    elif (block := model.method.block(model.spell)) is not None:
-        writer = BlockWriter(model, context, block, [int(bool(row.region)) for row in rows], meter)
+    elif block is not None:
+        writer = BlockWriter(model, context, block, [int(bool(row.region)) for row in rows], budgets)
     with meter.phase("answer" if context.length else "prefill"):
         logits = writer.start(join([*thought.pending, *suffix]))
     if record is not None and writer.first_states is not None:
@@ -166,7 +170,7 @@ def _generate_batch(
         clock.append(time.perf_counter())
         logits = writer.write(next_ids, left_B > 0)
     clock.append(meter.now())
-    return _finish(model, rows, written, thought, meter, clock, record)
+    return _finish(model, rows, written, thought, writer.thoughts(), meter, clock, record)
 
 
 class Writer:
@@ -191,6 +195,10 @@ class Writer:
         states = self.context.read(self.backbone.embed(ids[:, None]), counted_B=counted_B)
         return self.backbone.head(states[:, -1])
 
+    def thoughts(self) -> list[tuple[int, int]]:
+        """Return the latents that rows have read while writing, and their loops; none at all where there are none."""
+        return []
+
     def settle(self, ids: Tensor) -> Tensor:
         """Return what is written in place of the tokens chosen; NOTHING where a row waits."""
         return ids
@@ -204,12 +212,21 @@ class BlockWriter(Writer):
     """Writes, and refines a block of latents where a row opens one.
 
     A row that has opened a block waits until every other has too, or has ended; then their blocks are refined together.
+
+    Args:
+        model: what writes.
+        context: what has been read.
+        block: what is refined.
+        n_blocks: how many blocks each row has had.
+        budgets: how many tokens each may write; a block that leaves the context too little room lowers it.
     """
 
-    def __init__(self, model: LatentModel, context: Context, block: Block, n_blocks: list[int], meter: Meter):
+    def __init__(self, model: LatentModel, context: Context, block: Block, n_blocks: list[int], budgets: list[int]):
         super().__init__(model, context)
-        self.model, self.block, self.meter = model, block, meter
+        self.model, self.block, self.budgets = model, block, budgets
         self.n_blocks_B = torch.tensor(n_blocks, device=model.device)
+        self.left_B = torch.tensor(budgets, device=model.device)
+        self.n_latents, self.n_loops = [0] * len(budgets), [0] * len(budgets)
         self.waits_B = self.n_blocks_B < 0
         self.last_ids_B = torch.full_like(self.n_blocks_B, NOTHING)
         self.logits: Tensor | None = None
@@ -217,32 +234,44 @@ class BlockWriter(Writer):
     def start(self, pending: Masked) -> Tensor:
         """Read what comes before the first token; return its logits (R, V)."""
         self.logits = super().start(pending)
-        return self.logits
+        return self._allowed()
+
+    @property
+    def may_open_B(self) -> Tensor:
+        """Whether a row may open a block: it has had few enough, and there is room for one more."""
+        block, room = self.block, self.backbone.context_length
+        few_B = self.n_blocks_B < block.most
+        n_positions = 1 + len(block.region.ids) + len(block.closing.ids)
+        return few_B if room is None else few_B & (self.context.next_position_B + n_positions <= room)
+
+    def _allowed(self) -> Tensor:
+        """Return the logits of the next tokens, none of which opens a block where none may be opened."""
+        assert self.logits is not None
+        opens_V = torch.arange(self.logits.shape[-1], device=self.logits.device) == self.block.opened_by
+        return self.logits.masked_fill(~self.may_open_B[:, None] & opens_V, -torch.inf)
 
     def settle(self, ids: Tensor) -> Tensor:
-        """Open a block where one must follow, and none where there are too many."""
+        """Open a block where one must follow; rows that wait or have written all they may write nothing."""
         block = self.block
-        assert self.logits is not None
         if block.forced_after is not None:
-            is_due = (self.last_ids_B == block.forced_after) & (ids != block.unless)
+            is_due = (self.last_ids_B == block.forced_after) & (ids != block.unless) & self.may_open_B
             ids = torch.where(is_due, block.opened_by, ids)
-        never = [*self.model.suppressed_ids().tolist(), block.opened_by]
-        others = self.logits.index_fill(-1, torch.tensor(never, device=ids.device), -torch.inf).argmax(-1)
-        ids = torch.where((self.n_blocks_B >= block.most) & (ids == block.opened_by), others, ids)
-        return torch.where(self.waits_B, NOTHING, ids)
+        ids = torch.where(self.waits_B | (self.left_B == 0), NOTHING, ids)
+        self.left_B = self.left_B - (ids != NOTHING).long()
+        return ids
 
     def write(self, ids: Tensor, counted_B: Tensor) -> Tensor:
         """Take the tokens as written; rows that wait read nothing."""
         assert self.logits is not None
+        counted_B = counted_B & (self.left_B > 0)
         reads_B = counted_B & ~self.waits_B
         states = self.context.read(self.backbone.embed(ids.clamp(min=0)[:, None]), reads_B[:, None].long())
         self.logits = torch.where(reads_B[:, None], self.backbone.head(states[:, -1]), self.logits)
         self.last_ids_B = torch.where(reads_B, ids, self.last_ids_B)
         self.waits_B = self.waits_B | (reads_B & (ids == self.block.opened_by))
         if bool(self.waits_B.any()) and bool((self.waits_B | ~counted_B).all()):
-            with self.meter.phase("thought"):
-                self._think()
-        return self.logits
+            self._think()
+        return self._allowed()
 
     def _think(self) -> None:
         """Refine the blocks of the rows that wait, and read what closes them."""
@@ -261,12 +290,25 @@ class BlockWriter(Writer):
         self.n_blocks_B = self.n_blocks_B + waits_B
         self.last_ids_B = torch.where(waits_B, block.closing.ids[-1], self.last_ids_B)
         self.waits_B = torch.zeros_like(waits_B)
+        rows = range(len(waits_B)) if self.rows is None else self.rows.tolist()
+        for row, waits, ran in zip(rows, waits_B.tolist(), result.n_loops):
+            self.n_latents[row] += waits * len(block.region.ids)
+            self.n_loops[row] += ran
+        if (room := self.backbone.context_length) is not None:
+            over_B = (self.left_B + self.context.next_position_B - room).clamp(min=0) * waits_B
+            self.left_B = self.left_B - over_B
+            for row, over in zip(rows, over_B.tolist()):
+                self.budgets[row] -= over
+
+    def thoughts(self) -> list[tuple[int, int]]:
+        """Return the latents that rows have read while writing, and their loops."""
+        return list(zip(self.n_latents, self.n_loops))
 
     def keep_rows(self, kept: Tensor) -> None:
         """Go on with some rows."""
         super().keep_rows(kept)
         self.n_blocks_B, self.waits_B = self.n_blocks_B[kept], self.waits_B[kept]
-        self.last_ids_B = self.last_ids_B[kept]
+        self.last_ids_B, self.left_B = self.last_ids_B[kept], self.left_B[kept]
         self.logits = None if self.logits is None else self.logits[kept]
 
 
@@ -353,7 +395,7 @@ def _collect(
     return [alive[place] for place in going], torch.tensor(going, dtype=torch.long, device=pending[0].device)
 
 
-def _finish(model, rows, written, thought, meter, clock, record) -> list[Generation]:
+def _finish(model, rows, written, thought, thoughts, meter, clock, record) -> list[Generation]:
     """Turn written ids into generations and split the decoding time into thought and answer."""
     costs = meter.costs(model.backbone)
     ticks = [later - earlier for earlier, later in pairwise(clock)]
@@ -362,8 +404,12 @@ def _finish(model, rows, written, thought, meter, clock, record) -> list[Generat
         ended = ids.count(model.spell.eos_id) == model.method.n_ends
         text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         n_steps, n_marked = _n_step_tokens(model, ids, text)
+        if model.method.n_ends > 1:  # what separates the chain of thought from the answer is no part of it
+            n_steps -= ids[:n_steps].count(model.spell.eos_id)
         cost.thought_tokens = model.n_thought_positions(row) + n_steps
         cost.loops = 0 if thought.loop is None else thought.loop.n_loops[r]
+        if thoughts:  # the blocks that were opened while answering
+            cost.thought_tokens, cost.loops = cost.thought_tokens + thoughts[r][0], cost.loops + thoughts[r][1]
         cost.seconds["thought"] += sum(ticks[:n_marked]) / len(rows)
         cost.seconds["answer"] += sum(ticks[n_marked:]) / len(rows)
         marker = ANSWER_PREFIX.strip()

@@ -161,11 +161,6 @@ class Row:
         has_latents = any(piece.kind is Kind.LATENT for piece in self.region)
         return [has_latents and piece.kind is not Kind.LATENT for piece in self.region for _ in piece.ids]
 
-    def n_positions(self) -> int:
-        """Return the most positions that are read at once: by the model, by its teacher, or to tell a step."""
-        told = [told.n_latents + len(told.ids) - 1 for link in self.links() for told in link.told]
-        return max(sum(map(len, self.links())), 0 if self.teacher is None else len(self.teacher), *told, 0)
-
     def ids(self) -> list[int]:
         """All token ids."""
         return [i for piece in self.pieces for i in piece.ids]
@@ -176,6 +171,12 @@ class Row:
 
     def __len__(self) -> int:
         return sum(len(piece.ids) for piece in self.pieces)
+
+    @property
+    def n_positions(self) -> int:
+        """The most positions that are read at once: by the model, by its teacher, or to tell a step."""
+        told = [told.n_latents + len(told.ids) - 1 for link in self.links() for told in link.told]
+        return max(sum(map(len, self.links())), 0 if self.teacher is None else len(self.teacher), *told, 0)
 
     def links(self) -> Iterator[Row]:
         """Return this row and those it goes on with."""
@@ -323,6 +324,7 @@ class Batch:
         teacher: what the teacher reads, or None.
         taught: the teacher's states after every layer (n_layers + 1, P, D) where they are known already.
         follows: which of the teacher's states are followed where, pass by pass.
+        followed_P: where the teacher's states are that the rows follow, in any link and pass, each once.
         told: which steps must be told from which latents, pass by pass.
         class_B: the class that a classifier must answer.
         next: what the rows go on with.
@@ -342,6 +344,7 @@ class Batch:
     teacher: Batch | None = None
     taught: Tensor | None = None
     follows: list[Sites] = field(default_factory=list)
+    followed_P: Tensor | None = None
     told: list[ToldSites] = field(default_factory=list)
     class_B: Tensor | None = None
     next: Batch | None = None
@@ -405,10 +408,14 @@ def collate(rows: Sequence[Row], pad_id: int, states_of: Callable[[Row], dict[in
     while True:
         _place(link, linked, seen, pad_id)
         if all(row.next is None for row in linked):
-            return batch
-        linked = [row.next or Row([]) for row in linked]
+            break
+        linked = [Row([]) if row.next is None else row.next for row in linked]
         link.next = _pad(linked, pad_id)
         link = link.next
+    followed = {at for link in batch.links() for sites in link.follows for at in sites.targets_F.tolist()}
+    for link in batch.links():
+        link.followed_P = torch.tensor(sorted(followed)) if followed else None
+    return batch
 
 
 def _taught(found: list[dict[int, Tensor]]) -> tuple[Tensor, list[dict[int, int]]]:
@@ -418,7 +425,8 @@ def _taught(found: list[dict[int, Tensor]]) -> tuple[Tensor, list[dict[int, int]
     for states in found:
         places.append({at: n + i for i, at in enumerate(states)})
         n += len(states)
-    return torch.stack([state for states in found for state in states.values()], dim=1), places
+    every = [state for states in found for state in states.values()]
+    return torch.stack(every, dim=1) if every else torch.empty(0, 0, 0), places
 
 
 def _place(batch: Batch, rows: Sequence[Row], seen: list[list[int]] | list[dict[int, int]], pad_id: int) -> None:

@@ -133,7 +133,8 @@ def add_loop_terms(terms: Terms, batch: Batch, thought: Thought, trains: bool) -
             terms.add("halt", halting_loss(model, batch, thought, losses_TB), "rows")
     if thought.loop.gain is not None:
         bound = model.method.loop.spectral_bound
-        terms.means["gain"] = (thought.loop.gain - bound).clamp(min=0).square()
+        penalty = (thought.loop.gain - bound).clamp(min=0).square()
+        terms.means["gain"] = terms.means["gain"] + penalty if "gain" in terms.means else penalty
 
 
 def step_loss(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
@@ -202,7 +203,7 @@ def follow_loss(model: LatentModel, batch: Batch, thought: Thought, targets: tup
     """Return the summed, weighted distance of followed states to the teacher's (slr.md, L_hid; codi.md, L_KD).
 
     A distance is a mean over the width and the layers; all but the cosine are in units of the standard deviation of the
-    layer's targets in the batch.
+    layer's targets in the batch, all links and passes of it, each counted once.
     """
     settings = model.method.losses
     first = {"last": len(targets) - 1, "all": 1, "all+emb": 0}[settings.hid_layers]
@@ -210,7 +211,7 @@ def follow_loss(model: LatentModel, batch: Batch, thought: Thought, targets: tup
     for layer in range(first, len(targets)):
         flat = targets[layer].flatten(0, 1)
         wanted = [flat[sites.targets_F].float() for sites in batch.follows]
-        spread = torch.cat(wanted).std().clamp(min=1e-6)
+        spread = flat[batch.followed_P].float().std().clamp(min=1e-6)
         for sites, target in zip(batch.follows, wanted):
             if sites.loop == ANSWER_PASS:
                 states, start, mask = thought.answer[layer - len(targets)], thought.first_column, None

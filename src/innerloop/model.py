@@ -24,7 +24,7 @@ from innerloop.context import Context
 from innerloop.decoder import AnswerDecoder, Classifier, decoder_for
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, LAT, Batch, Row, Speller, collate
+from innerloop.layout import ANSWER_PASS, LAT, Batch, Block, Row, Speller, collate
 from innerloop.loop import InnerLoop
 from innerloop.losses import Terms, add_loop_terms
 from innerloop.methods import Method
@@ -104,14 +104,21 @@ class LatentModel(nn.Module):
 
     def prompts(self, questions: Sequence[str], stage: int | None = None, loops: int | None = None) -> list[Row]:
         """Lay out questions to be answered at a stage (None: the last), with another number of loops than trained."""
-        method = self.method if loops is None else self.method.with_loops(loops)
+        method = self._looping(loops)
         stage = method.curriculum.last_stage if stage is None else stage
         return [method.prompt(question, self.spell, stage) for question in questions]
+
+    def block(self, loops: int | None = None) -> Block | None:
+        """Return the latents that a written token opens, with another number of loops than trained."""
+        return self._looping(loops).block(self.spell)
+
+    def _looping(self, loops: int | None) -> Method:
+        return self.method if loops is None else self.method.with_loops(loops)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Pad rows into one batch on the model's device; rows longer than the context are refused."""
         limit = self.backbone.context_length
-        longest = max(row.n_positions() for row in rows)
+        longest = max(row.n_positions for row in rows)
         if limit is not None and longest > limit:
             raise InputError(
                 f"a row has {longest} positions but the model reads at most {limit}; "
@@ -225,7 +232,8 @@ class LatentModel(nn.Module):
         if not self._teacher:
             folder = self.method.losses.teacher
             assert folder is not None
-            self._teacher.append(checkpoint.load(folder, device=self.device).requires_grad_(False).eval())
+            with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
+                self._teacher.append(checkpoint.load(folder, device=self.device).requires_grad_(False).eval())
             theirs, ours = self._teacher[0].backbone, self.backbone
             is_last = self.method.losses.hid_layers == "last"
             if theirs.width != ours.width or (theirs.n_layers != ours.n_layers and not is_last):

@@ -41,7 +41,7 @@ class AuxSettings:
         aux_embed: step tokens are embedded by the model's table (base) or the decoder's (own).
         aux_position: the position id of a group's first latent.
         aux_norm: the sum over a step's tokens, averaged over rows and groups (per_row), or the mean over tokens.
-        aux_detach: let nothing flow back into the latents: a probe.
+        aux_detach: let nothing flow back into the model: a probe.
         aux_trains: train model and decoder (both), or one of them.
     """
 
@@ -62,18 +62,18 @@ class AuxSettings:
                 min(self.aux_weight, self.aux_layers, self.aux_lora_rank, self.aux_position) < 0,
                 "aux_weight, aux_layers, aux_lora_rank and aux_position cannot be negative",
             ),
-            (self.aux_decoder == "shared" and self.aux_layers > 0, "aux_layers cuts a copy: set aux_decoder to copy"),
-            (
-                self.aux_decoder == "copy" and self.aux_lora_rank > 0,
-                "aux_lora_rank is for a decoder that shares the model's weights: set aux_decoder to shared",
-            ),
             (
                 self.aux_decoder == "shared" and self.aux_trains != "both",
                 "a decoder that shares the model's weights trains with them: set aux_trains to both",
             ),
             (
-                self.aux_trains == "decoder" and self.aux_weight == 0,
-                "aux_trains=decoder trains nothing without a decoder: set aux_weight above 0",
+                self.aux_weight == 0 and self.aux_trains == "decoder",
+                "without a decoder nothing is trained: set aux_weight above 0, or aux_trains to both",
+            ),
+            (self.aux_decoder == "shared" and self.aux_layers > 0, "aux_layers cuts a copy: set aux_decoder to copy"),
+            (
+                self.aux_decoder == "copy" and self.aux_lora_rank > 0,
+                "aux_lora_rank is for a decoder that shares the model's weights: set aux_decoder to shared",
             ),
             (
                 self.aux_decoder == "shared" and self.aux_detach,
@@ -123,7 +123,10 @@ class StepDecoder(nn.Module):
     def forward(self, latents_GcD: Tensor, ids_GL: Tensor, backbone: Backbone) -> Tensor:
         """Return the logits (G, L, V) of each step token, from the latents and the tokens before it."""
         reader, c = self.reader(backbone), latents_GcD.shape[1]
-        embeds = torch.cat([latents_GcD, self.embed(ids_GL[:, :-1], backbone).to(latents_GcD.dtype)], dim=1)
+        words = self.embed(ids_GL[:, :-1], backbone).to(latents_GcD.dtype)
+        if self.settings.aux_detach and self.settings.aux_embed == "base":
+            words = words.detach()  # the table is the model's too
+        embeds = torch.cat([latents_GcD, words], dim=1)
         context = Context(reader, len(embeds))
         context.next_position_B += self.settings.aux_position
         if self.lora is not None:
@@ -150,7 +153,9 @@ def group_latents(model: LatentModel, batch: Batch, thought: Thought, sites: Tol
         parts = thought.loop.states
         fed = [held(parts, thought.loop.state, loop) for loop in range(1, len(parts) + 1)]
         last = thought.answer[-1][:, :1]  # of the last latent: what would be fed next
-        states, start = torch.cat([thought.loop.first, *fed, model.loop.feed_back(last, None)], dim=1), 0
+        z_0, z_T = thought.loop.first, thought.loop.state
+        after = model.loop.residual(model.loop.feed_back(last, None), z_0, z_T, len(parts) + 1)
+        states, start = torch.cat([z_0, *fed, after], dim=1), 0
     elif sites.loop == ANSWER_PASS:
         states, start = thought.answer[-1], batch.bounds[0] - thought.first_column
     else:
@@ -162,10 +167,19 @@ def group_latents(model: LatentModel, batch: Batch, thought: Thought, sites: Tol
     return states[sites.rows_G[:, None], columns]
 
 
+def _of_another_row(sites: ToldSites) -> Tensor:
+    """Return for each group the place (G,) of the same group in the next row that has it; its own if none has."""
+    places: dict[int, list[int]] = {}
+    for place, first in enumerate(sites.first_G.tolist()):
+        places.setdefault(first, []).append(place)
+    other = {place: next_ for found in places.values() for place, next_ in zip(found, [*found[1:], found[0]])}
+    return torch.tensor([other[place] for place in range(len(other))], device=sites.first_G.device)
+
+
 def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool = False) -> Tensor:
     """Return the cross-entropy of the told steps, averaged over groups as ``aux_norm`` says, times the rows.
 
-    ``shuffled`` gives every group the latents of another row of its group: a decoder that reads them does worse.
+    ``shuffled`` gives every group the latents of the same group in another row: a decoder that reads them does worse.
     """
     assert model.step_decoder is not None
     settings = model.method.auxiliary
@@ -175,18 +189,9 @@ def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool
         if settings.aux_detach:
             latents = latents.detach()
         if shuffled:
-            latents = latents[_of_another_row(sites.first_G)]
+            latents = latents[_of_another_row(sites)]
         logits = model.step_decoder(latents, sites.ids_GL, model.backbone).float()
         loss_GL = cross_entropy(logits.transpose(1, 2), sites.targets_GL, reduction="none", ignore_index=IGNORE)
         weights_G = sites.per_row_G if settings.aux_norm == "per_row" else sites.per_token_G
         total = total + (loss_GL.sum(1) * weights_G).sum()
     return total * len(batch)
-
-
-def _of_another_row(first_G: Tensor) -> Tensor:
-    """Return for each group the index of the same group of another row, itself if there is none."""
-    order = torch.arange(len(first_G), device=first_G.device)
-    for first in first_G.unique():
-        same = torch.nonzero(first_G == first)[:, 0]
-        order[same] = same.roll(1)
-    return order

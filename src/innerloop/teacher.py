@@ -85,7 +85,7 @@ class TeacherCache:
 
     def states_of(self, row: Row) -> dict[int, Tensor]:
         """Return the states after every layer (n_layers + 1, D) at each position that a row follows."""
-        start, at = self.places[_key(row)]
+        start, at = self.places.get(_key(row), (0, []))  # a row may follow nothing
         return dict(zip(at, self.states[start : start + len(at)], strict=True))
 
 

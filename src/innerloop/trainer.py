@@ -279,9 +279,17 @@ class LatentTrainer(Trainer):
         if step == 0:
             return
         policy = self.curriculum.reset_optimizer
-        new_stage = stage != self.stage_at(step - 1)
-        if (policy == "stage" and new_stage) or (policy == "epoch" and step % self.steps_per_epoch() == 0):
+        changes = policy == "stage" and self._changes(self.stage_at(step - 1), stage)
+        if changes or (policy == "epoch" and step % self.steps_per_epoch() == 0):
             self.optimizer.state.clear()  # type: ignore[union-attr]
+
+    def _changes(self, before: int, stage: int) -> bool:
+        """Tell whether any example is laid out differently at two stages."""
+        method, spell = self.model.method, self.model.spell
+        return before != stage and any(
+            method.lay_out(example, spell, before) != method.lay_out(example, spell, stage)
+            for example in self.train_dataset
+        )
 
     # Loss: its terms are summed on the device and looked at only when logged.
 
@@ -311,17 +319,17 @@ class LatentTrainer(Trainer):
             self._sums, self._n_logged_steps = {}, self.state.global_step
             if self.curriculum.last_stage:
                 logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
-            self._check_health(logs["loss"])
+            self._check_health(logs["loss_answer"])
         super().log(logs, start_time)
 
     def _check_health(self, loss: float | None = None) -> None:
         finite = bool(self._finite) and (loss is None or math.isfinite(loss))
-        guess = sum(self.model.method.term_weights.values()) * math.log(self.model.backbone.config.vocab_size)
+        guess = math.log(self.model.backbone.config.vocab_size)  # other terms have other scales
         if finite and (loss is None or loss <= DIVERGED * guess):
             return
         saved = self._saved_checkpoints()
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
-        what = "is not a finite number" if not finite else f"has grown to {loss:.3g}, far above guessing ({guess:.3g})"
+        what = "is not a finite number" if not finite else f"of text is {loss:.3g}, far above guessing ({guess:.3g})"
         raise DivergedError(
             f"training stopped at step {self.state.global_step}: the loss {what}; {kept}; "
             "lower train.learning_rate or train.max_grad_norm, or steady the loop (residual, alpha, rescale)"

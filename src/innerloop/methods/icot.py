@@ -48,6 +48,10 @@ class Icot(Schedule, Method):
         refuse(
             (self.removed_per_epoch <= 0 or self.max_removed < 1, "removed_per_epoch and max_removed must be above 0"),
             (self.removal_free_epochs < 0, "removal_free_epochs cannot be negative"),
+            (
+                self.stage_mix != "none" or self.uniform_prob > 0,
+                "icot draws how much is removed by smoothing: leave stage_mix and uniform_prob out",
+            ),
             (self.smoothing is not None and self.smoothing <= 0, "smoothing must be above 0, or none"),
             (
                 self.stage_length != type(self).stage_length or self.stage_unit != type(self).stage_unit,
@@ -70,24 +74,31 @@ class Icot(Schedule, Method):
         return self.max_removed
 
     def stage_at(self, step: int, steps_per_epoch: int) -> int:
-        """Return s(t), s_max at most."""
+        """Return s(t), s_max at most; before the first removal -1, where nothing is drawn either."""
         begun = step - round(self.removal_free_epochs * steps_per_epoch)
         if begun < 0:
-            return self.first_stage
+            return -1
         each = round(steps_per_epoch / self.removed_per_epoch)
         return min(self.first_stage + (begun // each if each else begun), self.max_removed)
 
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
         """Draw s + o for one example."""
-        if self.smoothing is None or not seed or stage >= self.max_removed:
+        if self.smoothing is None or not 0 <= stage < self.max_removed:
             return stage
-        return stage + removal_offset(uniforms(seed)[0], self.smoothing)
+        drawn = stage + removal_offset(uniforms(seed)[0], self.smoothing)
+        return drawn if drawn < self.max_removed else drawn + 1  # s_max itself stands for all tokens
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
-        """Lay out with the first (or last) ``stage`` units of the chain of thought gone."""
+        """Lay out with the first (or last) ``stage`` units of the chain of thought gone, at stage s_max with all.
+
+        A stage past s_max is what smoothing has drawn: stage - 1 units.
+        """
+        stage = self.first_stage if stage < 0 else stage
+        is_all = stage == self.max_removed
         end = Piece((spell.eos_id,), Kind.MARKER)
         steps = spell.steps(example)
-        if stage >= self.max_removed:
+        stage -= stage > self.max_removed
+        if is_all:
             steps = []
         elif self.unit == "step":
             steps = steps[stage:] if self.side == "left" else steps[: max(len(steps) - stage, 0)]

@@ -92,7 +92,7 @@ class Method:
 
     def longest(self, example: Example, spell: Speller) -> int:
         """Return the number of positions of the longest row that training may make of an example."""
-        return max(self.lay_out(example, spell, stage).n_positions() for stage in self.stages())
+        return max(self.lay_out(example, spell, stage).n_positions for stage in self.stages())
 
     def stages(self) -> Sequence[int]:
         """Return the stages that training may lay out an example at."""
@@ -158,7 +158,10 @@ class Method:
         """Return the method for answering with another number of iterations than it was trained with."""
         if not any(f.name == "max_loops" for f in fields(self)):
             raise InputError(f"'{self.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
-        return replace(self, max_loops=loops)  # type: ignore[call-arg]
+        unused = (
+            {"hid_weight": 0.0} if isinstance(self, LossSettings) else {}
+        )  # what is only trained may refuse so many
+        return replace(self, max_loops=loops, **unused)  # type: ignore[call-arg, arg-type]
 
     @property
     def term_weights(self) -> dict[str, float]:

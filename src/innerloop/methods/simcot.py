@@ -19,7 +19,7 @@ Surplus = Literal["answer", "ignore", "repeat_last"]
 
 @dataclass(frozen=True)
 class SimCot(AuxSettings, Coconut):
-    """Coconut's rows; group k of c latents tells step k, and the last one all steps that are left.
+    """Coconut's rows; group k of c latents tells step k, and the last stage's last group all steps that are left.
 
     Args:
         aux_weight: lambda_step.
@@ -46,8 +46,8 @@ class SimCot(AuxSettings, Coconut):
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out, with what each group of latents must tell."""
         row = super().lay_out(example, spell, stage)
-        c = self.latents_per_step
-        texts = told_texts(example, self.n_latents(stage) // c, self.surplus)
+        c, n_latents = self.latents_per_step, sum(len(piece.ids) for piece in row.region)
+        texts = told_texts(example, self.max_stage, self.surplus)[: n_latents // c]
         row.told = [Told(k, FED, k * c, c, spell.told(text)) for k, text in enumerate(texts)]
         return row
 
@@ -72,7 +72,13 @@ class SimCotCodi(AuxSettings, Codi):
     def __post_init__(self) -> None:
         Codi.__post_init__(self)
         AuxSettings.__post_init__(self)
-        refuse((self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"))
+        refuse(
+            (self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"),
+            (
+                self.feedback_site == "pre_norm",
+                "the last latent is what the answer's pass shows after the norm: set feedback_site to post_norm",
+            ),
+        )
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out, with what each latent must tell; the last is fed to nothing else."""

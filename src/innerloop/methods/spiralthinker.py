@@ -90,6 +90,11 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
                 "spiralthinker learns from text and its teacher: set step_weight, deep_weight and halt_weight to 0 and "
                 "solver to none",
             ),
+            (
+                self.shift or self.stop_site == "answer",
+                "shift and stop_site=answer are for latents that the answer follows: leave them out with spiralthinker",
+            ),
+            (self.align_alpha < 0, "later passes count more: align_alpha cannot be negative"),
             (self.time_inject == "token", "a token for the time has no place between text: set time_inject to add"),
         )
 
@@ -119,7 +124,7 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
 
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
         """Draw the parity of one example: 0 odd, 1 even."""
-        return int(uniforms(seed)[0] < 0.5) if self.pattern == "random_parity" and seed else stage
+        return int(uniforms(seed)[0] < 0.5) if self.pattern == "random_parity" else stage
 
     def stages(self) -> Sequence[int]:
         """Return both parities, if either may be drawn."""
@@ -180,7 +185,8 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
         the first begins a next row. A first block directly after the question is opened in the prefix.
         """
         is_first = not row.region and not row.suffix
-        begin = Piece(spell.marker(BOL).ids, Kind.MARKER, supervised=not is_first or self.supervise_first_bol)
+        is_given = is_first and self.pattern != "even"
+        begin = Piece(spell.marker(BOL).ids, Kind.MARKER, supervised=not is_given or self.supervise_first_bol)
         if is_first:
             row.prefix.append(begin)
         elif self.block_schedule == "sequential":

@@ -1,0 +1,254 @@
+"""SpiralThinker as its card writes it, slowly (spiralthinker.md): whole rows, one at a time, without a cache.
+
+    slow = Spiral(model)
+    slow.logits(example), slow.loss(examples), slow.write(question, 20)
+
+Shapes: `L` positions, `J` blocks, `N` latents of a block, `D` width, `V` vocabulary, `U` written tokens.
+"""
+
+import copy
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, silu
+
+from innerloop import Example, LatentModel
+from innerloop.methods import SpiralThinker
+from tests.methods.reference import Reference
+from tests.methods.tools import stir
+from tests.models import tiny_model
+
+SPIRAL = SpiralThinker(latents_per_block=2, max_loops=2)
+ALIGNED = SpiralThinker(latents_per_block=2, max_loops=3, hid_weight=0.7, teacher="-")
+
+
+@functools.cache
+def known(arch: str, seed: int = 0) -> LatentModel:
+    """Return a model without dropout that knows every marker, whose weights many tests share."""
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if arch == "gpt2" else {}
+    return tiny_model(SpiralThinker(), arch, seed, num_hidden_layers=2, **still).double()
+
+
+def student(arch: str = "gpt2", method: SpiralThinker = SPIRAL, stirred: bool = True, own: bool = False) -> LatentModel:
+    """Put SpiralThinker on the weights of an architecture (or a copy of its own), with another model as its teacher."""
+    base = copy.deepcopy(known(arch)) if own else known(arch)
+    torch.manual_seed(0)  # the same weights of the adapter in every call
+    model = LatentModel(base.backbone, base.tokenizer, method).double()
+    if stirred:
+        stir(model)
+    if method.hid_weight > 0:
+        model._teacher.append(known(arch, 5))
+    return model.eval()
+
+
+@dataclass
+class Laid:
+    """A row: its tokens, which of them are learned, the positions of each block's latents, and what its <eol> follows.
+
+    ``ends`` has for each block the position of its <eol> and the 0-based step that it stands for, None for no step.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    learned: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+    ends: list[tuple[int, int | None]] = field(default_factory=list)
+
+    def add(self, ids: list[int], learned: bool = False) -> None:
+        self.learned += range(len(self.ids), len(self.ids) + len(ids)) if learned else []
+        self.ids += ids
+
+
+@dataclass
+class Passes:
+    """What the passes of a row showed: the logits of the last, and each block's states at <eol>.
+
+    ``at_eol[j][k]`` are block j's n_layers + 1 states (D,) in pass k; ``fed[j]`` its final inputs (N, D).
+    """
+
+    logits_LV: Tensor
+    at_eol: list[list[list[Tensor]]]
+    fed: list[Tensor]
+
+
+class Spiral(Reference):
+    """A slow twin of a model: it shares the weights, so gradients of both fall into the same place."""
+
+    method: SpiralThinker
+
+    def __init__(self, model: LatentModel):
+        super().__init__(model)
+        self.rescale = model.loop.rescale
+        self.teacher = model._teacher[0].backbone.lm if model._teacher else None
+
+    @property
+    def n_updates(self) -> int:
+        return self.method.max_loops - (1 if self.method.count_static_pass else 0)
+
+    # Section 2: rows
+
+    def lay_out(self, example: Example, parity: int = 0) -> Laid:
+        m, row = self.method, Laid()
+        bot, eot = self.marker("<bot>"), self.marker("<eot>")
+        row.add(self.question(example.question))
+        first_latent = {"odd": 0, "even": 1, "random_parity": parity}
+        for i, step in enumerate(self.steps(example)):
+            if m.pattern == "all" or (m.pattern != "none" and i % 2 == first_latent[m.pattern]):
+                self.add_block(row, i)
+            else:
+                row.add([*bot, *step, *eot], learned=True)
+        if not example.steps and m.pattern != "none" and m.m0 == "one_block_no_align":
+            self.add_block(row, None)
+        row.add(self.answer(example), learned=True)
+        return row
+
+    def add_block(self, row: Laid, step: int | None) -> None:
+        """Add <bol> <latent>xN <eol>; the first <bol> after the question is given, unless rows begin with text."""
+        is_given = not row.learned and not row.blocks and self.method.pattern != "even"
+        row.add(self.marker("<bol>"), learned=not is_given or self.method.supervise_first_bol)
+        row.blocks.append(list(range(len(row.ids), len(row.ids) + self.method.latents_per_block)))
+        row.add(self.marker("<lat>") * self.method.latents_per_block)
+        row.ends.append((len(row.ids), step))
+        row.add(self.marker("<eol>"))
+
+    # Section 3: passes
+
+    def g(self, h_ND: Tensor) -> Tensor:
+        """g_phi(h) = RMSNorm(h + W_2 SiLU(W_1 h)) tau."""
+        if self.method.rescale == "none":
+            return h_ND
+        r = self.rescale
+        h_ND = h_ND + silu(h_ND @ r.inner.weight.T) @ r.outer.weight.T
+        h_ND = h_ND / h_ND.square().mean(-1, keepdim=True).sqrt() * r.tau
+        return h_ND if r.gain is None else h_ND * r.gain
+
+    def run(self, x_LD: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """One pass over all of a row: what is fed back (L, D), the states after every layer, the logits (L, V)."""
+        out = self.lm(inputs_embeds=x_LD[None], output_hidden_states=True, use_cache=False)
+        layers = [h[0] for h in out.hidden_states]
+        return self.read(x_LD)[0] if self.method.feedback_site == "pre_norm" else layers[-1], layers, out.logits[0]
+
+    def run_blocks(self, row: Laid) -> Passes:
+        """Pass 0 reads the embeddings; after each pass the blocks that are worked on are written anew, K times."""
+        x_LD = self.embed(row.ids)
+        together = [list(range(len(row.blocks)))]
+        turns = together if self.method.block_schedule == "parallel" else [[j] for j in range(len(row.blocks))]
+        at_eol: list[list[list[Tensor]]] = [[] for _ in row.blocks]
+        for blocks in turns:
+            for k in range(self.n_updates + 1):
+                fed_LD, layers, _ = self.run(x_LD)
+                for j in blocks:
+                    at_eol[j].append([h_LD[row.ends[j][0]] for h_LD in layers])
+                if k < self.n_updates and blocks:
+                    at = torch.tensor([p for j in blocks for p in row.blocks[j]])
+                    x_LD = x_LD.index_copy(0, at, self.g(fed_LD[at]))
+        return Passes(self.run(x_LD)[2], at_eol, [x_LD[at] for at in row.blocks])
+
+    def logits(self, example: Example, parity: int = 0) -> Tensor:
+        """The logits (U, V) of the last pass that predict the learned tokens."""
+        row = self.lay_out(example, parity)
+        return self.run_blocks(row).logits_LV[[at - 1 for at in row.learned]]
+
+    # Section 4: losses
+
+    def taught(self, example: Example) -> list[list[Tensor]]:
+        """t_b: the teacher's states after every layer, at the <eot> of each step of its row."""
+        ids, ends = self.question(example.question), []
+        for step in self.steps(example):
+            ids = [*ids, *self.marker("<bot>"), *step, *self.marker("<eot>")]
+            ends.append(len(ids) - 1)
+        with torch.no_grad():
+            layers = self.teacher(
+                torch.tensor([[*ids, *self.answer(example)]]), output_hidden_states=True
+            ).hidden_states
+        return [[h[0, end] for h in layers] for end in ends]
+
+    def weights(self) -> list[float]:
+        """v_k of passes 0..K."""
+        m, n = self.method, self.n_updates
+        first = 0 if m.align_static_pass else 1
+        raw = [{"softmax": math.exp(m.align_alpha * k), "uniform": 1.0, "last": float(k == n)}[m.align_schedule]
+               for k in range(n + 1)]  # fmt: skip
+        raw = [0.0 if k < first else v for k, v in enumerate(raw)]
+        return [v / sum(raw) for v in raw]
+
+    def align(self, examples: list[Example], parities: list[int] | None = None) -> list[Tensor]:
+        """L_align of passes 0..K, the mean over the blocks of the batch that stand for a step."""
+        pairs = []
+        for example, parity in zip(examples, parities or [0] * len(examples)):
+            row, taught = self.lay_out(example, parity), self.taught(example)
+            for (_, step), states in zip(row.ends, self.run_blocks(row).at_eol):
+                pairs += [] if step is None else [(states, taught[step])]
+        n_layers = len(pairs[0][1])
+        layers = {"last": [n_layers - 1], "all": range(1, n_layers), "all+emb": range(n_layers)}[self.method.hid_layers]
+        sigma = {layer: torch.stack([target[layer] for _, target in pairs]).std() for layer in layers}
+        return [
+            torch.stack([
+                self.distance(states[k][layer], target[layer], sigma[layer])
+                for states, target in pairs for layer in layers
+            ]).mean()
+            for k in range(self.n_updates + 1)
+        ]  # fmt: skip
+
+    def distance(self, s_D: Tensor, t_D: Tensor, sigma: Tensor) -> Tensor:
+        gap = s_D - t_D
+        match self.method.hid_distance:
+            case "l1":
+                return gap.abs().mean() / sigma
+            case "l1_sum":
+                return gap.abs().sum() / sigma
+            case "l2":
+                return gap.square().mean() / sigma**2
+            case "smooth_l1":
+                return torch.where(gap.abs() < 1, gap.square() / 2, gap.abs() - 0.5).mean() / sigma
+        return 1 - (s_D @ t_D) / (s_D.norm() * t_D.norm())
+
+    def progressive(self, examples: list[Example], parities: list[int] | None = None) -> Tensor:
+        """L_prog = sum_k v_k L_align^(k)."""
+        return sum(v * align for v, align in zip(self.weights(), self.align(examples, parities)))
+
+    def loss(self, examples: list[Example], parities: list[int] | None = None) -> Tensor:
+        """L = L_CE + lambda L_prog."""
+        losses = []
+        for example, parity in zip(examples, parities or [0] * len(examples)):
+            row = self.lay_out(example, parity)
+            targets = torch.tensor([row.ids[at] for at in row.learned])
+            losses.append(cross_entropy(self.logits(example, parity), targets, reduction="none"))
+        loss = torch.cat(losses).mean()
+        if self.method.hid_weight > 0:
+            loss = loss + self.method.hid_weight * self.progressive(examples, parities)
+        return loss
+
+    # Section 6: writing
+
+    @torch.no_grad()
+    def write(self, question: str, max_new_tokens: int) -> tuple[list[int], int]:
+        """Greedy decoding: what is written, and the number of blocks that were read."""
+        m, x_LD = self.method, self.embed(self.question(question))
+        bol, eot, eos = self.marker("<bol>")[0], self.marker("<eot>")[0], self.tokenizer.eos_token_id
+        answer = self.tokenizer.encode("### ", add_special_tokens=False)[0]
+        n_blocks, ids = 0, []
+        if m.pattern not in ("none", "even"):
+            x_LD, n_blocks = self.read_block(torch.cat([x_LD, self.embed([bol])])), 1
+        while len(ids) < max_new_tokens and eos not in ids:
+            logits_V = self.run(x_LD)[2][-1]
+            read_only = ["<eol>", "<lat>"] if m.pattern != "none" else []
+            for marker in [*read_only, *(["<bol>"] if n_blocks >= m.max_blocks else [])]:
+                logits_V[self.marker(marker)] = -math.inf
+            token = logits_V.argmax().item()
+            if m.force_block_after_text and ids[-1:] == [eot] and token != answer and n_blocks < m.max_blocks:
+                token = bol
+            ids.append(token)
+            x_LD = torch.cat([x_LD, self.embed([token])])
+            if token == bol and m.pattern != "none" and len(ids) < max_new_tokens:
+                x_LD, n_blocks = self.read_block(x_LD), n_blocks + 1
+        return ids, n_blocks
+
+    def read_block(self, x_LD: Tensor) -> Tensor:
+        """Append a block after its <bol>: K updates on what came before, then <eol>."""
+        z_ND = self.embed(self.marker("<lat>") * self.method.latents_per_block)
+        for _ in range(self.n_updates):
+            z_ND = self.g(self.run(torch.cat([x_LD, z_ND]))[0][len(x_LD) :])
+        return torch.cat([x_LD, z_ND, self.embed(self.marker("<eol>"))])

@@ -1,0 +1,328 @@
+"""SIM-CoT on both hosts against brute force, and its invariants in the order of its card (simcot.md, section 9).
+
+1. Without weight it is the host, with the same draws. 2. A probe leaves the host's gradients alone, bit for bit.
+3. Answers are those of the host. 4. A text prefix and the base's weights give the base's loss. 5. The first token is
+told by the last latent of its group. 6. There are as many targets as tokens and ends, none without steps. 7. A batch of
+groups is a loop over groups. 8. L_k reaches <bot>, and no latent after group k. 9. LOTUS-aux is the same function.
+10. Latents stay further apart (test_simcot_decoder.py).
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from innerloop import Coconut, Example, step_decoder
+from innerloop.layout import FED
+from innerloop.methods import Codi, Lotus, SimCot, SimCotCodi
+from innerloop.step_decoder import told_loss
+from tests.methods.reference import Reference
+from tests.methods.tools import (
+    MIXED,
+    QUESTIONS,
+    ROUNDED,
+    assert_close,
+    assert_same_gradients,
+    by_arch,
+    change,
+    gradients,
+    on,
+    rows_at,
+    same_weights,
+    states,
+)
+
+ON_COCONUT = SimCot(max_stage=3, latents_per_step=2)
+ON_CODI = SimCotCodi(n_latents_total=3, answer_weight=0.0, hid_weight=0.0, teacher_weight=0.0, teacher=None)
+HOSTS = {"coconut": ON_COCONUT, "codi": ON_CODI}
+WHOLE = {"coconut": ON_COCONUT, "codi": SimCotCodi(n_latents_total=3)}
+PLAIN = {"coconut": Coconut(max_stage=3, latents_per_step=2), "codi": Codi(n_latents_total=3)}
+LAST = 4
+STAGES = [4, 2, 1, 3, 4, 1]
+by_host = pytest.mark.parametrize("host", HOSTS)
+by_norm = pytest.mark.parametrize("aux_norm", ["per_row", "token_mean"])
+by_surplus = pytest.mark.parametrize("surplus", ["answer", "ignore", "repeat_last"])
+
+
+class Slow(Reference):
+    """The auxiliary loss as the card writes it: one group at a time, with the bare model."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.model = model
+        self.aux = model.backbone.lm if model.step_decoder.own is None else model.step_decoder.own.lm
+
+    def latents(self, example, stage) -> list[torch.Tensor]:
+        """z_1, z_2, .. (D,): what is fed; with CODI one more, that would be fed next."""
+        x_LD = self.embed([*self.question(example.question), *self.marker("<bot>")])
+        is_codi, m = isinstance(self.method, Codi), self.method
+        k = m.n_latents_total + 1 if is_codi else min(stage, m.max_stage) * m.latents_per_step
+        if not is_codi and stage == LAST and not m.pad_latent_to_max:
+            k = min(len(example.steps), m.max_stage) * m.latents_per_step
+        for _ in range(k):
+            h_1D = self.read(x_LD)[0][-1:]
+            x_LD = torch.cat([x_LD, self.model.loop.rescale(h_1D) if is_codi else h_1D])
+        return list(x_LD[len(x_LD) - k :])
+
+    def texts(self, example, stage) -> list[str]:
+        """What group k must tell; the last of all groups takes all steps that are left."""
+        m, steps = self.method, [step.removeprefix("<<").removesuffix(">>") for step in example.steps]
+        n = m.n_latents_total + 1 if isinstance(m, Codi) else m.max_stage
+        groups = [*steps[: n - 1], "\n".join(steps[n - 1 :])] if len(steps) > n else steps
+        more = {"answer": f"### {example.answer}", "ignore": "", "repeat_last": ["", *groups][-1]}[m.surplus]
+        c = 1 if isinstance(m, Codi) else m.latents_per_step
+        return [*groups, *[more] * (n - len(groups))][: len(self.latents(example, stage)) // c]
+
+    def told(self, z_cD: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        """The summed loss of one group."""
+        m, c = self.method, len(z_cD)
+        words = self.aux if m.aux_embed == "own" else self.lm
+        x_LD = torch.cat([z_cD, words.get_input_embeddings()(torch.tensor(ids[:-1], dtype=torch.long))])
+        at = m.aux_position + torch.arange(len(x_LD))[None]
+        logits = self.aux(inputs_embeds=x_LD[None], position_ids=at, use_cache=False).logits[0]
+        return cross_entropy(logits[c - 1 :], torch.tensor(ids), reduction="sum")
+
+    def loss(self, examples, stages=None):
+        """L_step."""
+        m, groups = self.method, {}
+        c = 1 if isinstance(m, Codi) else m.latents_per_step
+        for example, stage in zip(examples, stages or [LAST] * len(examples)):
+            z = self.latents(example, stage)
+            for k, text in enumerate(self.texts(example, stage)):
+                if text:
+                    ids = [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+                    groups.setdefault(k, []).append((self.told(torch.stack(z[k * c : k * c + c]), ids), len(ids)))
+        totals = [
+            sum(loss for loss, _ in found) / (len(found) if m.aux_norm == "per_row" else sum(n for _, n in found))
+            for found in groups.values()
+        ]
+        return sum(totals) / len(totals)
+
+
+def laid_out(model, stages):
+    return rows_at(model, MIXED, stages) if stages else model.rows(MIXED)
+
+
+def aux_of(model, rows):
+    """The auxiliary term of rows, as a loss."""
+    batch = model.batch(rows)
+    thought = model.think(batch)
+    model.written_logits(batch, thought)
+    return told_loss(model, batch, thought) / len(batch)
+
+
+# The loss against brute force
+
+
+@by_arch
+@by_norm
+@by_surplus
+@pytest.mark.parametrize(("host", "stages"), [("coconut", None), ("coconut", STAGES), ("codi", None)])
+def test_7_the_loss_is_that_of_a_loop_over_rows_and_groups(host, stages, surplus, aux_norm, arch):
+    model = on(arch, change(HOSTS[host], surplus=surplus, aux_norm=aux_norm))
+    slow, rows = Slow(model), laid_out(model, stages)
+    expected = slow.loss(MIXED, stages)
+    assert model(model.batch(rows)).terms["aux"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same_gradients(gradients(model, aux_of(model, rows)), gradients(model, expected), 1e-5)
+
+
+@by_arch
+@by_host
+@pytest.mark.parametrize("fields", [{"aux_embed": "own"}, {"aux_position": 1}, {"aux_position": 5}, {"aux_layers": 1},
+                                    {"aux_decoder": "shared"}], ids=str)  # fmt: skip
+def test_7_every_decoder_is_brute_forces(fields, host, arch):
+    model = on(arch, change(HOSTS[host], **fields))
+    slow = Slow(model)
+    expected = slow.loss(MIXED)
+    assert model.loss(MIXED).terms["aux"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same_gradients(gradients(model, aux_of(model, model.rows(MIXED))), gradients(model, expected), 1e-5)
+
+
+@by_arch
+def test_7_rows_with_fewer_latents_tell_what_they_have(arch):
+    model = on(arch, change(ON_COCONUT, pad_latent_to_max=False))
+    rows = model.rows(MIXED)
+    n_groups = [min(len(example.steps), 3) for example in MIXED]
+    assert [len(row.told) for row in rows] == n_groups
+    assert all(t.first + t.n_latents <= len(row.region[0].ids) for row in rows for t in row.told)
+    assert model.loss(MIXED).terms["aux"].item() == pytest.approx(Slow(model).loss(MIXED).item(), rel=1e-6)
+
+
+@by_arch
+def test_the_whole_loss_is_the_hosts_and_the_weighted_term(arch):
+    model = on(arch, change(ON_COCONUT, aux_weight=0.3))
+    host, slow = Reference(same_weights(model, PLAIN["coconut"])), Slow(model)
+    expected = host.loss(MIXED) + 0.3 * slow.loss(MIXED)
+    output = model.loss(MIXED)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same_gradients(gradients(model, output.loss), gradients(model, expected), 1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"residual": "A"}, {"residual": "B"}, {"residual": "sum"}, {"rescale": "rms"}])
+def test_the_latent_after_codis_last_is_made_as_the_others_are(fields):
+    """z_(k+1) of k latents is the last latent of k + 1: what one more pass would feed."""
+    model = on("gpt2", change(ON_CODI, n_latents_total=2, **fields))
+    longer = same_weights(model, change(model.method, n_latents_total=3))
+    groups = []
+    for twin in (model, longer):
+        batch = twin.batch(twin.rows(MIXED[:1] * 2))
+        thought = twin.think(batch)
+        twin.written_logits(batch, thought)
+        sites = dataclasses.replace(
+            batch.told[0], rows_G=torch.tensor([0, 0, 0]), first_G=torch.tensor([0, 1, 2]), n_latents=1
+        )
+        groups.append(step_decoder.group_latents(twin, batch, thought, sites))
+    assert_close(*groups)
+
+
+# 1
+
+
+@by_host
+def test_1_without_weight_it_is_the_host(host):
+    """The same loss, gradients and draws, in training with dropout."""
+    model = on("gpt2", change(WHOLE[host], aux_weight=0.0))
+    found = []
+    for twin in (model, same_weights(model, PLAIN[host])):
+        torch.manual_seed(3)
+        out = twin.train().loss(MIXED)
+        found.append((out.loss, gradients(twin, out.loss), torch.get_rng_state()))
+    (loss, grads, draws), (other_loss, other_grads, other_draws) = found
+    assert loss == other_loss and torch.equal(draws, other_draws) and grads.keys() == other_grads.keys()
+    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+# 2
+
+
+@by_arch
+@by_host
+@pytest.mark.parametrize("aux_embed", ["base", "own"])
+def test_2_a_probe_leaves_the_hosts_gradients_alone(aux_embed, host, arch):
+    model = on(arch, change(WHOLE[host], aux_detach=True, aux_embed=aux_embed))
+    theirs = same_weights(model, PLAIN[host])
+    grads, expected = gradients(model, model.loss(MIXED).loss), gradients(theirs, theirs.loss(MIXED).loss)
+    assert all(torch.equal(grads[name], expected[name]) for name in expected)
+    learning = same_weights(model, change(model.method, aux_detach=False))
+    attached = gradients(learning, learning.loss(MIXED).loss)
+    aux = [name for name in grads if name.startswith("step_decoder")]
+    assert all(torch.equal(grads[name], attached[name]) for name in aux)
+    assert max(grads[name].abs().max().item() for name in aux) > 1e-3
+    assert any(not torch.equal(attached[name], expected[name]) for name in expected)
+
+
+# 3
+
+
+@by_arch
+@by_host
+def test_3_answers_are_those_of_the_host(host, arch):
+    model = on(arch, HOSTS[host])
+    theirs = same_weights(model, PLAIN[host])
+    for one, other in zip(model.generate(QUESTIONS, max_new_tokens=8), theirs.generate(QUESTIONS, max_new_tokens=8)):
+        assert (one.text, one.cost.passes, one.cost.positions) == (other.text, other.cost.passes, other.cost.positions)
+    for one, other in zip(model.answer_logits(MIXED), theirs.answer_logits(MIXED)):
+        assert torch.equal(one, other)
+
+
+# 4, 5
+
+
+@by_arch
+@pytest.mark.parametrize("n_prefix", [1, 4])
+def test_4_a_text_prefix_and_the_bases_weights_give_the_bases_loss(n_prefix, arch):
+    model = on(arch, ON_COCONUT, stirred=False)
+    ids = torch.tensor([model.tokenizer.encode("3 + 4 = 2 ; * 1 - 0")])
+    prefix, text = ids[:, :n_prefix], ids[:, n_prefix:]
+    logits = model.step_decoder(model.backbone.embed(prefix), text, model.backbone)
+    assert_close(logits, model.backbone.lm(ids).logits[:, n_prefix - 1 : -1], ROUNDED)  # 5: index c - 1 tells the first
+
+
+def test_5_padding_tells_nothing_and_changes_nothing():
+    model = on("gpt2", ON_COCONUT)
+    latents, ids = torch.randn(1, 1, 32, dtype=torch.double), torch.tensor([[5, 6, 7]])
+    logits = model.step_decoder(latents, ids, model.backbone)
+    assert logits.shape[:2] == (1, 3)
+    padded = model.step_decoder(latents, torch.tensor([[5, 6, 7, 0, 0]]), model.backbone)
+    assert_close(padded[:, :3], logits)
+    assert_close(model.step_decoder(latents, ids[:, :1], model.backbone), logits[:, :1])
+
+
+# 6
+
+
+@by_surplus
+@pytest.mark.parametrize("m", range(6))
+def test_6_targets_are_the_steps_tokens_and_their_ends(m, surplus):
+    """m steps for G = 3 groups: none too few, as many, or more, which the last group takes together."""
+    model = on("gpt2", change(ON_COCONUT, surplus=surplus))
+    texts = ("3 + 4 = 2", "2 * 2", "4", "1 - 1 = 0", "0 + 0")[:m]
+    (row,) = model.rows([Example("3 ; + 4", tuple(f"<<{text}>>" for text in texts), "2")])
+    groups = [*texts[:2], "\n".join(texts[2:])] if m > 3 else list(texts)
+    more = {"answer": ["### 2"], "ignore": [""], "repeat_last": groups[-1:] or [""]}[surplus]
+    groups += more * (3 - len(groups))
+    encode = [model.tokenizer.encode(text, add_special_tokens=False) for text in groups]
+    ids = [(*one, model.spell.eos_id) if one else () for one in encode]
+    assert [told.ids for told in row.told] == ids
+    assert [(t.group, t.loop, t.first, t.n_latents) for t in row.told] == [(k, FED, 2 * k, 2) for k in range(3)]
+    told = model.batch([row]).told
+    n_targets = sum((sites.targets_GL >= 0).sum().item() for sites in told)
+    assert n_targets == sum(map(len, ids))
+    if m == 3:
+        assert n_targets == sum(map(len, encode)) + 3
+
+
+@by_host
+def test_6_nothing_is_told_where_there_are_no_steps(host):
+    model = on("gpt2", change(HOSTS[host], surplus="ignore"))
+    stepless = [example for example in MIXED if not example.steps]
+    out = model.loss(stepless)
+    assert "aux" not in out.terms and torch.isfinite(out.loss)
+    assert torch.isfinite(model.loss(MIXED).terms["aux"])
+
+
+@pytest.mark.parametrize("stage", range(5))
+def test_groups_keep_their_step_through_the_curriculum(stage):
+    """At stage s the first s groups tell what they tell in the end; only the last of all takes several steps."""
+    model = on("gpt2", ON_COCONUT)
+    example = MIXED[3]  # four steps
+    (row,), (final,) = model.rows([example], stage), model.rows([example])
+    assert row.told == final.told[: min(stage, 3)]
+    first = model.spell.told(example.steps[0])
+    assert all(told.ids == first for told in row.told[:1])
+
+
+# 8
+
+
+@by_host
+def test_8_a_group_reaches_bot_and_nothing_after_it(host):
+    """seen[j] shows latent j + 1: it learns from groups at it and after it alone."""
+    model = on("gpt2", change(HOSTS[host], **({"latents_per_step": 1} if host == "coconut" else {})))
+    n_groups = {"coconut": 3, "codi": 4}[host]
+    for k in range(n_groups):
+        rows = model.rows(MIXED[3:4])
+        rows[0].told = [told for told in rows[0].told if told.group == k]
+        with states(model) as seen:
+            aux_of(model, rows).backward()
+        reached = [h.grad is not None and bool(h.grad.abs().max() > 0) for h in seen]
+        assert reached[: k + 1] == [True] * (k + 1) and not any(reached[k + 1 :])
+        assert seen[0].grad[0, -1].abs().max() > 0  # <bot>
+    model.zero_grad()
+
+
+# 9
+
+
+def test_9_lotus_aux_is_the_same_function(monkeypatch):
+    """On the same vectors and tokens, with one group, so that all tokens count alike."""
+    examples = [example for example in MIXED if example.steps]
+    vectors = torch.randn(len(examples), 2, 32, dtype=torch.double)
+    monkeypatch.setattr(step_decoder, "group_latents", lambda model, batch, thought, sites: vectors[sites.rows_G])
+    mine = on("gpt2", SimCot(max_stage=1, latents_per_step=2, aux_norm="token_mean"))
+    lotus = same_weights(mine, Lotus(n_blocks=1, latents_per_block=2, step_weight=0.0, aux_weight=1.0))
+    rows = mine.rows(examples)
+    for row, example in zip(rows, examples):
+        row.told = [dataclasses.replace(row.told[0], ids=mine.spell.step(example.steps[0], 0).ids)]
+    assert mine(mine.batch(rows)).terms["aux"].item() == pytest.approx(lotus.loss(examples).terms["aux"].item())

@@ -1,0 +1,332 @@
+"""SIM-CoT's decoder: what is trained, the shuffled control, telling, saving, resuming, settings (simcot.md, 4 to 8)."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from innerloop import Coconut, Example, LatentModel
+from innerloop.errors import InputError
+from innerloop.methods import Lotus, SimCot, SimCotCodi
+from innerloop.step_decoder import AuxSettings, group_latents, told_loss
+from tests.methods.gauges import FORWARD, LEARNS, moved_by
+from tests.methods.tools import (
+    MIXED,
+    QUESTIONS,
+    assert_close,
+    by_arch,
+    change,
+    gradients,
+    learn,
+    on,
+    same_weights,
+    stir,
+)
+from tests.models import chain_examples, moved, tiny_model
+from tests.test_trainer import StopAt, logged, make_trainer, weights
+
+ON_COCONUT = SimCot(max_stage=2, latents_per_step=1)
+ON_CODI = SimCotCodi(n_latents_total=3, teacher_weight=0.0)
+TOLD = {"aux"} | LEARNS
+WITHOUT_ANSWER = [Example(e.question, e.steps[:2], e.answer) for e in MIXED]
+by_host = pytest.mark.parametrize("method", [ON_COCONUT, ON_CODI], ids=lambda method: method.name)
+
+
+def fresh(method, arch="gpt2", **changes):
+    """Return a model whose backbone no other test has."""
+    return tiny_model(method, arch, num_hidden_layers=2, **changes).double()
+
+
+def thinking(model, examples):
+    """Return a batch and its thought, with all that the auxiliary loss looks at."""
+    batch = model.batch(model.rows(examples))
+    thought = model.think(batch)
+    model.written_logits(batch, thought)
+    return batch, thought
+
+
+def tell(model, examples):
+    """Return what each group of the examples' latents tells, by row."""
+    with torch.no_grad():
+        batch, thought = thinking(model, examples)
+        told = [[] for _ in examples]
+        for sites in batch.told:
+            latents = group_latents(model, batch, thought, sites)
+            ids = model.step_decoder.tell(latents, model.backbone, model.spell.eos_id)
+            for row, one in zip(sites.rows_G.tolist(), ids):
+                told[row].append(model.tokenizer.decode(one).strip())
+    return told
+
+
+# What is trained
+
+
+@by_arch
+@by_host
+@pytest.mark.parametrize("aux_trains", ["both", "base", "decoder"])
+def test_base_and_decoder_are_trained_as_asked(aux_trains, method, arch):
+    model = fresh(change(method, aux_trains=aux_trains), arch)
+    stir(model)
+    grads = gradients(model, model.loss(WITHOUT_ANSWER).loss)
+    moved_parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 0}
+    expected = {"both": {"backbone", "step_decoder"}, "base": {"backbone"}, "decoder": {"step_decoder"}}[aux_trains]
+    assert moved_parts - {"loop"} == expected
+    assert ("loop" in moved_parts) == (aux_trains != "decoder" and method is ON_CODI)
+    unused = {name for name, p in model.named_parameters() if p.requires_grad and grads[name].abs().max() == 0}
+    assert not {name for name in unused if name.startswith("step_decoder")}  # what is not read is not trained
+
+
+@by_arch
+def test_the_decoder_has_a_head_of_its_own(arch):
+    """Also where the head is tied to a table that is not read."""
+    model = fresh(ON_COCONUT, arch)
+    grads = gradients(model, model.loss(WITHOUT_ANSWER).loss)
+    assert grads["step_decoder.own.lm." + ("transformer.wte.weight" if arch == "gpt2" else "lm_head.weight")].any()
+    lm = model.step_decoder.own.lm
+    assert lm.get_output_embeddings().weight is not model.backbone.lm.get_output_embeddings().weight
+
+
+def test_a_light_decoder_has_the_first_layers():
+    model = fresh(change(ON_COCONUT, aux_layers=1))
+    assert model.step_decoder.own.n_layers == 1 and model.backbone.n_layers == 2
+    assert fresh(change(ON_COCONUT, aux_layers=9)).step_decoder.own.n_layers == 2
+    assert model.step_decoder.own.lm.config.num_hidden_layers == 1 and model.backbone.config.num_hidden_layers == 2
+
+
+@by_arch
+def test_updates_of_a_shared_decoder_are_its_own(arch):
+    """Low-rank updates change what is told, and neither the latents nor the answer."""
+    model = on(arch, change(ON_COCONUT, aux_decoder="shared", aux_lora_rank=2))
+    plain = same_weights(model, change(ON_COCONUT, aux_decoder="shared"))
+    one, other = model.loss(MIXED).terms, plain.loss(MIXED).terms
+    assert one["answer"] == other["answer"] and abs(one["aux"] - other["aux"]) > 1e-3
+    grads = gradients(model, model.loss(MIXED).loss)
+    assert any("lora" in name and grad.abs().max() > 0 for name, grad in grads.items())
+
+
+# The control
+
+
+@by_arch
+def test_the_shuffled_control_takes_the_latents_of_another_row(arch):
+    """The loss of shuffled latents is that of texts told from the same group's latents in a row beside theirs."""
+    model = on(arch, change(ON_COCONUT, latents_per_step=2, aux_norm="token_mean"))
+    examples = [example for example in MIXED if len(example.steps) > 1]
+    batch, thought = thinking(model, examples)
+    (sites,) = batch.told
+    is_target = sites.targets_GL >= 0
+    place = {(r, k): i for i, (r, k) in enumerate(zip(sites.rows_G.tolist(), sites.first_G.tolist()))}
+
+    def loss_when_shifted(by):
+        latents = group_latents(model, batch, thought, sites)[[place[(r + by) % len(examples), k] for r, k in place]]
+        logits = model.step_decoder(latents, sites.ids_GL, model.backbone).log_softmax(-1)
+        losses = -logits.gather(-1, sites.ids_GL[..., None])[..., 0] * is_target
+        groups = [sites.first_G == first for first in (0, 2)]
+        return sum((losses[g].sum() / is_target[g].sum()).item() for g in groups) / 2
+
+    with torch.no_grad():
+        shuffled = told_loss(model, batch, thought, shuffled=True).item() / len(examples)
+        assert shuffled in (
+            pytest.approx(loss_when_shifted(1), rel=1e-5),
+            pytest.approx(loss_when_shifted(-1), rel=1e-5),
+        )
+        assert abs(shuffled - loss_when_shifted(0)) > 1e-3
+
+
+def test_rows_that_stand_alone_keep_their_latents_in_the_control():
+    model = on("gpt2", ON_COCONUT)
+    batch, thought = thinking(model, MIXED[:1])
+    assert told_loss(model, batch, thought, shuffled=True) == told_loss(model, batch, thought)
+
+
+# Telling
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """A model that has learned some examples of two different steps."""
+    model = tiny_model(ON_COCONUT, "gpt2", num_hidden_layers=2, initializer_range=0.1)
+    examples = list(chain_examples(8, 2))
+    learn(model, examples, 150)
+    return model.eval(), examples
+
+
+def test_latents_tell_their_steps_after_training(taught):
+    model, examples = taught
+    assert tell(model, examples) == [list(example.steps) for example in examples]
+
+
+def test_a_taught_decoder_reads_the_latents(taught):
+    model, examples = taught
+    with torch.no_grad():
+        batch, thought = thinking(model, examples)
+        true, shuffled = (told_loss(model, batch, thought, shuffled=s).item() for s in (False, True))
+    assert shuffled > 3 * true
+
+
+@by_host
+def test_telling_is_greedy_decoding(method):
+    """Token for token the likeliest of the whole sequence read anew, up to the end or the limit."""
+    model = on("gpt2", method)
+    latents = torch.randn(5, 1, 32, dtype=torch.double)
+    told = model.step_decoder.tell(latents, model.backbone, model.spell.eos_id, max_tokens=6)
+    for one, ids in zip(latents, told):
+        expected: list[int] = []
+        while len(expected) < 6:
+            x_LD = torch.cat([one, model.backbone.embed(torch.tensor(expected, dtype=torch.long))])
+            token = model.step_decoder.own.lm(inputs_embeds=x_LD[None]).logits[0, -1].argmax().item()
+            if token == model.spell.eos_id:
+                break
+            expected.append(token)
+        assert ids == expected
+
+
+# On disk and in training
+
+
+@by_arch
+@pytest.mark.parametrize("fields", [{}, {"aux_embed": "own"}, {"aux_layers": 1}, {"aux_decoder": "shared"},
+                                    {"aux_decoder": "shared", "aux_lora_rank": 2}], ids=str)  # fmt: skip
+def test_a_saved_decoder_is_the_same(fields, arch, tmp_path: Path):
+    model = moved(tiny_model(change(ON_COCONUT, **fields), arch))
+    model.save_pretrained(tmp_path / "run")
+    loaded = LatentModel.from_pretrained(tmp_path / "run")
+    state, found = model.state_dict(), loaded.state_dict()
+    assert state.keys() == found.keys() and all(torch.equal(state[name], found[name]) for name in state)
+    assert model.loss(MIXED).loss == loaded.loss(MIXED).loss
+    if fields == {} and arch == "gpt2":
+        lm = loaded.step_decoder.own.lm
+        assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+
+
+def test_a_run_answers_without_its_decoder(tmp_path: Path):
+    model = moved(tiny_model(ON_COCONUT, "gpt2"))
+    model.save_pretrained(tmp_path / "run")
+    bare = LatentModel.from_pretrained(tmp_path / "run", change(ON_COCONUT, aux_weight=0.0))
+    host = LatentModel.from_pretrained(tmp_path / "run", Coconut(max_stage=2, latents_per_step=1))
+    assert bare.step_decoder is None and host.step_decoder is None
+    texts = [[g.text for g in one.generate(QUESTIONS, max_new_tokens=8)] for one in (model, bare, host)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_decoder_begins_as_a_copy_of_the_host_that_it_joins(tmp_path: Path):
+    host = moved(tiny_model(Coconut(max_stage=2, latents_per_step=1), "gpt2"))
+    host.save_pretrained(tmp_path / "host")
+    model = LatentModel.from_pretrained(tmp_path / "host", ON_COCONUT)
+    for one, other in zip(host.backbone.lm.parameters(), model.step_decoder.own.lm.parameters()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(arch, tmp_path: Path):
+    """The decoder and its optimizer state are in the checkpoints."""
+    method = SimCot(max_stage=1, latents_per_step=1, stage_unit="step", stage_length=2, aux_norm="token_mean")
+    whole = tiny_model(method, arch)
+    make_trainer(tmp_path / "whole", whole, max_steps=6).train()
+    make_trainer(tmp_path / "cut", tiny_model(method, arch), max_steps=6, callbacks=[StopAt(3)]).train()
+    resumed = tiny_model(method, arch, seed=1)
+    make_trainer(tmp_path / "cut", resumed, max_steps=6).train(resume_from_checkpoint=True)
+    assert logged(tmp_path / "cut", "loss_aux") == logged(tmp_path / "whole", "loss_aux")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_sums_over_a_step_are_not_taken_for_divergence(tmp_path: Path):
+    """per_row sums the tokens of a step: at the start it is far above what one token's guess costs."""
+    make_trainer(tmp_path, tiny_model(change(ON_COCONUT, first_stage=3)), max_steps=2).train()
+    assert logged(tmp_path, "loss_aux")[0] > 15
+
+
+# 10
+
+
+def distance(model, examples):
+    """Dist: the mean over pairs of an example's latents of how far they are apart."""
+    with torch.no_grad():
+        result = model.think(model.batch(model.rows(examples))).loop
+    z = torch.cat([result.first, *[state for _, state in result.states]], dim=1)
+    return torch.stack(
+        [(z[:, i] - z[:, j]).norm(dim=-1) for i, j in itertools.combinations(range(z.shape[1]), 2)]
+    ).mean()
+
+
+def test_10_latents_stay_further_apart_than_the_hosts():
+    examples, found = chain_examples(8, 5), []
+    for method in (SimCot(max_stage=6, latents_per_step=1), Coconut(max_stage=6, latents_per_step=1)):
+        model = tiny_model(method, num_hidden_layers=2, initializer_range=0.1)
+        learn(model, examples, 50, 5e-3)
+        found.append(distance(model, examples))
+    assert found[0] > 1.5 * found[1]
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "moves"),
+    [
+        ({"aux_weight": 0.5}, LEARNS),
+        ({"aux_norm": "token_mean"}, TOLD),
+        ({"surplus": "ignore"}, TOLD),
+        ({"surplus": "repeat_last"}, TOLD),
+        ({"aux_position": 1}, TOLD),
+        ({"aux_embed": "own"}, TOLD),
+        ({"aux_layers": 1}, TOLD | {"trained"}),
+        ({"aux_decoder": "shared"}, TOLD | {"trained", "passes"}),  # the decoder's passes are the model's
+        ({"aux_detach": True}, {"gradient"}),
+        ({"aux_trains": "base"}, {"trained"}),
+        ({"aux_trains": "decoder"}, {"trained", "gradient"}),
+        ({"latents_per_step": 1}, {"rows", "passes", "ran", "score", "aux"} | FORWARD),
+        ({"max_stage": 3}, {"rows", "schedule", "passes", "ran", "aux"} | FORWARD),
+        ({"residual": "B"}, {"aux"} | FORWARD),
+    ],
+    ids=str,
+)
+def test_a_setting_changes_what_it_should_and_nothing_else(changes, moves):
+    """See gauges.py; trained weights are listed by name, and moving them may move nothing else."""
+    found = moved_by(SimCot(max_stage=2, latents_per_step=2), **changes)
+    assert found - {"trained", "score"} == moves - {"trained", "score"}
+
+
+def test_low_rank_updates_need_a_shared_decoder():
+    shared = SimCot(max_stage=2, latents_per_step=1, aux_decoder="shared")
+    assert moved_by(shared, aux_lora_rank=2) == TOLD | {"trained"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (SimCot, {"latents_per_step": 0}, "set latents_per_step >= 1"),
+        (SimCot, {"thought": "pause"}, "thought to feedback"),
+        (SimCot, {"max_stage": 0}, "max_stage >= 1"),
+        (SimCot, {"surplus": "none"}, "choose one of answer, ignore, repeat_last"),
+        (SimCot, {"aux_weight": 0.0, "aux_trains": "decoder"}, "set aux_weight above 0"),
+        (SimCotCodi, {"n_latents_total": 0}, "n_latents_total >= 1"),
+        (SimCotCodi, {"feedback_site": "pre_norm"}, "set feedback_site to post_norm"),
+        (AuxSettings, {"aux_weight": -1.0}, "cannot be negative"),
+        (AuxSettings, {"aux_position": -1}, "cannot be negative"),
+        (AuxSettings, {"aux_decoder": "shared", "aux_layers": 1}, "set aux_decoder to copy"),
+        (AuxSettings, {"aux_lora_rank": 2}, "set aux_decoder to shared"),
+        (AuxSettings, {"aux_decoder": "shared", "aux_trains": "base", "aux_weight": 1.0}, "set aux_trains to both"),
+        (AuxSettings, {"aux_decoder": "shared", "aux_embed": "own"}, "set aux_embed to base"),
+        (AuxSettings, {"aux_decoder": "shared", "aux_detach": True}, "set aux_decoder to copy"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_sentence(cls, fields, message):
+    with pytest.raises(InputError, match=message) as refused:
+        cls(**fields)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_cards_defaults():
+    assert (SimCot().surplus, SimCot().aux_norm, SimCot().aux_weight) == ("answer", "per_row", 1.0)
+    assert (SimCotCodi().surplus, SimCotCodi().aux_norm, SimCotCodi().aux_weight) == ("ignore", "token_mean", 1.0)
+    assert (SimCot().aux_embed, SimCot().aux_position, SimCot().aux_trains) == ("base", 0, "both")
+    assert Lotus().aux_norm == "token_mean" and Lotus().aux_weight == 0
+
+
+def test_close_latents_are_close():
+    """The distance of the test above knows a collapse when it sees one."""
+    model = on("gpt2", SimCot(max_stage=3, latents_per_step=1))
+    model.loop.rescale.forward = torch.ones_like
+    assert_close(distance(model, MIXED), torch.tensor(0.0, dtype=torch.double))

@@ -1,0 +1,146 @@
+"""SpiralThinker against a slow twin written from its card's formulas (spiralthinker.md, sections 2 to 4)."""
+
+import pytest
+import torch
+
+from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
+from tests.methods.tools import (
+    MIXED,
+    ROUNDED,
+    assert_close,
+    assert_same_gradients,
+    by_arch,
+    change,
+    gradients,
+    same_weights,
+)
+
+PATTERNS = ("odd", "even", "random_parity", "all", "none")
+PARITIES = [1, 0, 0, 1, 1, 0]
+STEPPED = [example for example in MIXED if example.steps]
+by_schedule = pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+
+
+def rows_of(model, examples=MIXED, parities=PARITIES):
+    """Lay out each example at a parity of its own, as random_parity does."""
+    chosen = parities if model.method.pattern == "random_parity" else [0] * len(examples)
+    return [model.method.lay_out(example, model.spell, parity) for example, parity in zip(examples, chosen)]
+
+
+def loss_of(model, rows):
+    return model(model.batch(rows))
+
+
+def tolerance(arch):
+    return 1e-10 if arch == "gpt2" else ROUNDED
+
+
+# The whole method against the card's formulas
+
+
+@by_arch
+@by_schedule
+@by_pattern
+def test_the_logits_of_the_last_pass_are_the_cards(pattern, schedule, arch):
+    model = student(arch, change(SPIRAL, pattern=pattern, block_schedule=schedule))
+    slow, rows = Spiral(model), rows_of(model)
+    model.rows = lambda *_: rows
+    parities = PARITIES if pattern == "random_parity" else [0] * len(MIXED)
+    with torch.no_grad():
+        for example, parity, logits in zip(MIXED, parities, model.answer_logits(MIXED)):
+            assert_close(logits, slow.logits(example, parity), tolerance(arch))
+
+
+@by_arch
+@by_schedule
+@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all"])
+def test_the_loss_and_its_gradient_are_the_cards(pattern, schedule, arch):
+    model = student(arch, change(ALIGNED, pattern=pattern, block_schedule=schedule))
+    slow, parities = Spiral(model), PARITIES if pattern == "random_parity" else None
+    output = loss_of(model, rows_of(model))
+    expected = slow.loss(MIXED, parities)
+    assert output.terms["hid"].item() == pytest.approx(slow.progressive(MIXED, parities).item(), abs=1e-5)
+    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert_same_gradients(gradients(model, output.loss), gradients(model, expected), 1e-5)
+
+
+@by_arch
+@by_schedule
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_each_pass_is_aligned_as_the_card_says(k, schedule, arch):
+    """L_align of pass k alone: `last` of k updates, for passes are the same however many follow."""
+    method = change(ALIGNED, max_loops=k, align_schedule="last", align_static_pass=True, block_schedule=schedule)
+    model = student(arch, method)
+    with torch.no_grad():
+        align = Spiral(model).align(MIXED)[k]
+        assert model.loss(MIXED).terms["hid"].item() == pytest.approx(align.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("hid_layers", ["last", "all", "all+emb"])
+@pytest.mark.parametrize("hid_distance", ["l1", "l1_sum", "l2", "smooth_l1", "cosine"])
+def test_alignment_by_any_distance_and_layers(hid_distance, hid_layers):
+    model = student("gpt2", change(ALIGNED, hid_distance=hid_distance, hid_layers=hid_layers))
+    with torch.no_grad():
+        expected = Spiral(model).progressive(MIXED).item()
+        assert model.loss(MIXED).terms["hid"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@by_arch
+def test_states_before_the_norm_may_be_written_back(arch):
+    model = student(arch, change(ALIGNED, feedback_site="pre_norm"))
+    slow = Spiral(model)
+    assert model.loss(MIXED).loss.item() == pytest.approx(slow.loss(MIXED).item(), abs=1e-5)
+
+
+@by_schedule
+def test_gradients_flow_through_all_passes(schedule):
+    """The back-propagation of K passes is not that of the last one, and reaches <lat> and the adapter."""
+    model = student("gpt2", change(SPIRAL, block_schedule=schedule, max_loops=3))
+    whole = gradients(model, model.loss(MIXED).loss)
+    assert whole["loop.rescale.inner.weight"].abs().max() > 0
+    lat = model.tokenizer.convert_tokens_to_ids("<lat>")
+    assert whole["backbone.lm.transformer.wte.weight"][lat].abs().max() > 0
+    cut = same_weights(model, change(model.method, bptt=1))
+    shorter = gradients(cut, cut.loss(MIXED).loss)
+    assert (whole["loop.rescale.inner.weight"] - shorter["loop.rescale.inner.weight"]).abs().max() > 1e-6
+
+
+@by_arch
+@by_schedule
+@by_pattern
+def test_rows_of_a_batch_do_as_alone(pattern, schedule, arch):
+    """Rows with 0 to 4 blocks: the same logits, and a loss that is the mean over tokens and over blocks."""
+    model = student(arch, change(SPIRAL if pattern == "none" else ALIGNED, pattern=pattern, block_schedule=schedule))
+    rows = rows_of(model)
+    model.rows = lambda *_: rows
+    together = model.answer_logits(MIXED)
+    totals = {"answer": 0.0, "n": 0}
+    for row, logits in zip(rows, together):
+        model.rows = lambda *_, row=row: [row]
+        assert_close(logits, model.answer_logits([None])[0], tolerance(arch))
+        n = sum(len(link.targets_U) for link in model.batch([row]).links())
+        totals["answer"] += loss_of(model, [row]).terms["answer"].item() * n
+        totals["n"] += n
+    assert loss_of(model, rows).terms["answer"].item() == pytest.approx(totals["answer"] / totals["n"], abs=1e-6)
+
+
+@by_schedule
+def test_every_block_counts_the_same_in_the_alignment(schedule):
+    """With a distance that knows no batch statistic the batch's is the mean over single rows' blocks."""
+    model = student("gpt2", change(ALIGNED, hid_distance="cosine", block_schedule=schedule))
+    total, n_blocks = 0.0, 0
+    for row in rows_of(model):
+        batch = model.batch([row])
+        n = round(batch.counts()["hid"])
+        total, n_blocks = total + (model(batch).terms["hid"].item() * n if n else 0.0), n_blocks + n
+    assert n_blocks == 2 + 1 + 2 + 1  # of 3, 1, 4 and 2 steps
+    assert model.loss(MIXED).terms["hid"].item() == pytest.approx(total / n_blocks, abs=1e-6)
+
+
+def test_parallel_and_sequential_differ_from_the_second_block_on():
+    parallel = student("gpt2", SPIRAL)
+    sequential = same_weights(parallel, change(SPIRAL, block_schedule="sequential"))
+    for example, one, other in zip(MIXED, parallel.answer_logits(MIXED), sequential.answer_logits(MIXED)):
+        is_same = (one - other).abs().max().item() < 1e-10
+        assert is_same == (len(example.steps) < 3)  # two blocks from the third step on

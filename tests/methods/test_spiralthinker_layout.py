@@ -1,0 +1,265 @@
+"""SpiralThinker's rows: every pattern, schedule and number of steps, their labels, and what their blocks follow.
+
+A row is drawn as prefix | region | suffix, links joined by =>; Tn is step n, L a block's latents, * what is learned.
+"""
+
+import pytest
+
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.layout import ANSWER_PASS, Kind, Speller
+from innerloop.methods import SpiralThinker
+from innerloop.methods.spiralthinker import pass_weights
+from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
+from tests.methods.tools import MIXED, change
+from tests.models import chain_tokenizer, tiny_model
+
+FIVE = ("3 + 4 = 2", "2 * 2", "4", "1 - 1 = 0", "0 + 0")
+QUESTION = "3 ; + 4"
+
+
+@pytest.fixture(scope="module")
+def spell() -> Speller:
+    return tiny_model(SpiralThinker()).spell
+
+
+def drawn(row, spell) -> str:
+    names = {spell.marker(text).ids: text for text in ("<bot>", "<eot>", "<bol>", "<eol>")}
+
+    def word(piece):
+        kinds = {Kind.QUESTION: "Q", Kind.LATENT: "L", Kind.ANSWER: "A", Kind.STEP: f"T{piece.step + 1}"}
+        return ("*" if piece.supervised else "") + kinds.get(piece.kind, names.get(piece.ids, "?"))
+
+    links = [
+        " | ".join(" ".join(map(word, segment)) for segment in (link.prefix, link.region, link.suffix))
+        for link in row.links()
+    ]
+    return " => ".join(links)
+
+
+def laid_out(method, m, spell, parity=0):
+    return method.lay_out(Example(QUESTION, FIVE[:m], "2"), spell, parity)
+
+
+T = [f"*<bot> *T{n} *<eot>" for n in range(6)]
+PARALLEL = [
+    ("odd", 0, "Q <bol> | L <eol> | *A"),
+    ("odd", 1, "Q <bol> | L <eol> | *A"),
+    ("odd", 2, f"Q <bol> | L <eol> | {T[2]} *A"),
+    ("odd", 3, f"Q <bol> | L <eol> {T[2]} *<bol> L <eol> | *A"),
+    ("odd", 4, f"Q <bol> | L <eol> {T[2]} *<bol> L <eol> | {T[4]} *A"),
+    ("odd", 5, f"Q <bol> | L <eol> {T[2]} *<bol> L <eol> {T[4]} *<bol> L <eol> | *A"),
+    ("even", 0, "Q *<bol> | L <eol> | *A"),
+    ("even", 1, f"Q |  | {T[1]} *A"),
+    ("even", 2, f"Q | {T[1]} *<bol> L <eol> | *A"),
+    ("even", 3, f"Q | {T[1]} *<bol> L <eol> | {T[3]} *A"),
+    ("even", 4, f"Q | {T[1]} *<bol> L <eol> {T[3]} *<bol> L <eol> | *A"),
+    ("all", 0, "Q <bol> | L <eol> | *A"),
+    ("all", 1, "Q <bol> | L <eol> | *A"),
+    ("all", 2, "Q <bol> | L <eol> *<bol> L <eol> | *A"),
+    ("all", 4, "Q <bol> | L <eol> *<bol> L <eol> *<bol> L <eol> *<bol> L <eol> | *A"),
+    ("none", 0, "Q |  | *A"),
+    ("none", 1, f"Q |  | {T[1]} *A"),
+    ("none", 4, f"Q |  | {T[1]} {T[2]} {T[3]} {T[4]} *A"),
+]
+SEQUENTIAL = [
+    ("odd", 0, "Q <bol> | L <eol> | *A"),
+    ("odd", 2, f"Q <bol> | L <eol> | {T[2]} *A"),
+    ("odd", 3, f"Q <bol> | L <eol> | {T[2]} *<bol> =>  | L <eol> | *A"),
+    ("odd", 5, f"Q <bol> | L <eol> | {T[2]} *<bol> =>  | L <eol> | {T[4]} *<bol> =>  | L <eol> | *A"),
+    ("even", 1, f"Q |  | {T[1]} *A"),
+    ("even", 2, f"Q |  | {T[1]} *<bol> =>  | L <eol> | *A"),
+    ("even", 4, f"Q |  | {T[1]} *<bol> =>  | L <eol> | {T[3]} *<bol> =>  | L <eol> | *A"),
+    ("all", 2, "Q <bol> | L <eol> | *<bol> =>  | L <eol> | *A"),
+    ("none", 2, f"Q |  | {T[1]} {T[2]} *A"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "m", "expected"), PARALLEL)
+def test_a_row_is_one_region_from_the_first_block_to_the_last(pattern, m, expected, spell):
+    assert drawn(laid_out(change(SPIRAL, pattern=pattern), m, spell), spell) == expected
+
+
+@pytest.mark.parametrize(("pattern", "m", "expected"), SEQUENTIAL)
+def test_a_row_goes_on_with_a_link_for_every_block(pattern, m, expected, spell):
+    row = laid_out(change(SPIRAL, pattern=pattern, block_schedule="sequential"), m, spell)
+    assert drawn(row, spell) == expected
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("m", range(6))
+def test_random_parity_is_odd_or_even(m, schedule, spell):
+    either = change(SPIRAL, pattern="random_parity", block_schedule=schedule)
+    odd, even = (change(either, pattern=pattern) for pattern in ("odd", "even"))
+    assert laid_out(either, m, spell, 0) == laid_out(odd, m, spell)
+    if m:  # an answer begins with a block, so <bol> is not learned where there is no step
+        assert laid_out(either, m, spell, 1) == laid_out(even, m, spell)
+
+
+def test_random_parity_draws_either_for_each_example_anew(spell):
+    method = change(SPIRAL, pattern="random_parity")
+    drawn_parities = [method.stage_of(0, 3, str(i)) for i in range(400)]
+    assert 160 < sum(drawn_parities) < 240
+    assert drawn_parities == [method.stage_of(0, 3, str(i)) for i in range(400)]
+    assert [method.stage_of(0, 3, "") for _ in range(3)] == [0, 0, 0]  # answering and validation
+    rows = method.rows(MIXED[:1] * 40, spell, seed="7")
+    assert {drawn(row, spell)[:8] for row in rows} == {"Q <bol> ", "Q | *<bo"}
+    assert {change(SPIRAL, pattern=p).stage_of(0, 3, "a") for p in ("odd", "even", "all")} == {0}
+
+
+@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "none"])
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("first", [True, False])
+def test_tokens_and_labels_are_the_cards(pattern, schedule, first):
+    method = change(SPIRAL, pattern=pattern, block_schedule=schedule, supervise_first_bol=first, latents_per_block=3)
+    model = student("gpt2", method)
+    slow = Spiral(model)
+    for example in MIXED:
+        for parity in (0, 1) if pattern == "random_parity" else (0,):
+            row, expected = method.lay_out(example, model.spell, parity), slow.lay_out(example, parity)
+            assert [i for link in row.links() for i in link.ids()] == expected.ids
+            labels = [label for link in row.links() for label in link.labels()]
+            assert [at for at, label in enumerate(labels) if label >= 0] == expected.learned
+            lat, eol = (model.spell.marker(text).ids[0] for text in ("<lat>", "<eol>"))
+            assert lat not in labels and eol not in labels
+
+
+def test_rows_without_steps_may_have_no_block(spell):
+    for pattern in ("odd", "even", "all"):
+        row = laid_out(change(SPIRAL, pattern=pattern, m0="no_block"), 0, spell)
+        assert drawn(row, spell) == "Q |  | *A" and row.n_loops == 0
+        one = laid_out(change(SPIRAL, pattern=pattern, m0="no_block"), 2, spell)
+        assert one == laid_out(change(SPIRAL, pattern=pattern), 2, spell)
+
+
+def test_the_first_bol_may_be_learned(spell):
+    taught = change(SPIRAL, supervise_first_bol=True)
+    assert drawn(laid_out(taught, 1, spell), spell) == "Q *<bol> | L <eol> | *A"
+    assert drawn(laid_out(taught, 3, spell), spell) == f"Q *<bol> | L <eol> {T[2]} *<bol> L <eol> | *A"
+
+
+@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "none"])
+def test_a_prompt_begins_with_a_block_unless_the_pattern_begins_with_text(pattern, spell):
+    prompt = change(SPIRAL, pattern=pattern).prompt(QUESTION, spell, 0)
+    assert drawn(prompt, spell).replace(" ", "") in ("Q||" if pattern in ("none", "even") else "Q<bol>|L<eol>|",)
+    assert all(label < 0 for label in prompt.labels())
+    assert prompt.n_loops == (0 if pattern in ("none", "even") else 2)
+
+
+def test_n_and_k_are_those_of_every_block(spell):
+    method = SpiralThinker(latents_per_block=4, max_loops=3, block_schedule="sequential")
+    links = list(laid_out(method, 5, spell).links())
+    assert [len(link.region[0].ids) for link in links] == [4, 4, 4]
+    assert [link.n_loops for link in links] == [3, 3, 3]
+    assert laid_out(change(method, count_static_pass=True), 5, spell).n_loops == 2
+    assert laid_out(change(method, pattern="even", m0="no_block"), 1, spell).n_loops == 0
+
+
+# What blocks follow
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("pattern", ["odd", "even", "all"])
+@pytest.mark.parametrize("m", range(6))
+def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, spell):
+    method = change(ALIGNED, pattern=pattern, block_schedule=schedule)
+    row = laid_out(method, m, spell)
+    taught = drawn(row.teacher, spell)
+    assert taught == drawn(laid_out(SpiralThinker(pattern="none"), m, spell), spell)  # what stage 1 learned from
+    ends, at = [], -1
+    for piece in row.teacher.pieces:
+        at += len(piece.ids)
+        ends += [at] if piece.ids == spell.marker("<eot>").ids else []
+    wanted = {"odd": range(0, m, 2), "even": range(1, m, 2), "all": range(m)}[pattern]
+    found = []
+    for link in row.links():
+        ids = link.ids()
+        for follow in link.follows:
+            assert ids[follow.at] == spell.marker("<eol>").ids[0]
+            found.append((follow.teacher_at, follow.loop, follow.weight))
+    weights = pass_weights(3, 1, "softmax", 1.0)
+    expected = [(ends[i], loop, v) for i in wanted for loop, v in zip([2, 3, ANSWER_PASS], weights)]
+    assert found == expected
+
+
+def test_the_weight_of_pass_0_is_an_option(spell):
+    row = laid_out(change(ALIGNED, align_static_pass=True), 1, spell)
+    assert [(f.loop, f.weight) for f in row.follows] == list(
+        zip([1, 2, 3, ANSWER_PASS], pass_weights(3, 0, "softmax", 1.0))
+    )
+    alone = laid_out(change(ALIGNED, max_loops=0, align_static_pass=True), 1, spell)
+    assert [(f.loop, f.weight) for f in alone.follows] == [(ANSWER_PASS, 1.0)]
+    last = laid_out(change(ALIGNED, align_schedule="last"), 1, spell)
+    assert [(f.loop, f.weight) for f in last.follows] == [(ANSWER_PASS, 1.0)]
+
+
+def test_without_alignment_there_is_no_teacher(spell):
+    assert laid_out(SPIRAL, 3, spell).teacher is None and laid_out(SPIRAL, 3, spell).follows == []
+
+
+# Lengths
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "none"])
+@pytest.mark.parametrize("m", range(6))
+def test_the_longest_row_is_counted_with_all_its_links(m, pattern, schedule, spell):
+    method = change(SPIRAL, pattern=pattern, block_schedule=schedule)
+    example = Example(QUESTION, FIVE[:m], "2")
+    sizes = [
+        sum(len(piece.ids) for link in method.lay_out(example, spell, parity).links() for piece in link.pieces)
+        for parity in (0, 1)
+    ]
+    assert method.longest(example, spell) == (max(sizes) if pattern == "random_parity" else sizes[0])
+
+
+def test_what_the_teacher_reads_counts_towards_the_length(spell):
+    long = Example(QUESTION, (" ".join(["3 + 4"] * 20),), "2")
+    teacher = len(laid_out(SpiralThinker(pattern="none"), 0, spell)) + 2 + len(spell.step(long.steps[0], 0).ids)
+    assert change(ALIGNED, pattern="all").longest(long, spell) == teacher
+    assert change(SPIRAL, pattern="all").longest(long, spell) < 20
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"latents_per_block": 0}, "latents_per_block >= 1"),
+        ({"max_loops": -1}, "max_loops >= 0"),
+        ({"max_blocks": 0}, "max_blocks >= 1"),
+        ({"max_loops": 0, "count_static_pass": True}, "set max_loops to at least 1"),
+        ({"pattern": "none", "hid_weight": 1.0, "teacher": "x"}, "set hid_weight to 0"),
+        ({"hid_weight": 1.0}, "set teacher to the folder"),
+        ({"max_loops": 0, "hid_weight": 1.0, "teacher": "x"}, "set align_static_pass, or hid_weight to 0"),
+        ({"max_loops": 1, "count_static_pass": True, "hid_weight": 1.0, "teacher": "x"}, "set align_static_pass"),
+        ({"step_weight": 1.0}, "set step_weight, deep_weight and halt_weight to 0"),
+        ({"deep_weight": 1.0}, "set step_weight, deep_weight and halt_weight to 0"),
+        ({"halt_weight": 1.0}, "set step_weight, deep_weight and halt_weight to 0"),
+        ({"solver": "plain"}, "solver to none"),
+        ({"time": "lookup", "time_inject": "token"}, "set time_inject to add"),
+        ({"align_alpha": -0.5}, "align_alpha cannot be negative"),
+        ({"shift": True}, "leave them out with spiralthinker"),
+        ({"stop": "kl", "stop_site": "answer"}, "leave them out with spiralthinker"),
+        ({"hid_weight": -1.0}, "weights of the loss cannot be negative"),
+        ({"adapter_width": -1}, "adapter_width cannot be negative"),
+        ({"pattern": "od"}, "pattern is 'od' .did you mean 'odd'"),
+        ({"block_schedule": "serial"}, "choose one of parallel, sequential"),
+        ({"align_schedule": "first"}, "choose one of softmax, uniform, last"),
+        ({"m0": "two"}, "choose one of one_block_no_align, no_block"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_sentence(fields, message):
+    with pytest.raises(InputError, match=message) as refused:
+        change(SPIRAL, **fields)
+    assert "\n" not in str(refused.value)
+
+
+def test_markers_are_read_or_written():
+    assert SPIRAL.markers == ("<bot>", "<eot>", "<bol>", "<eol>", "<lat>")
+    assert set(SPIRAL.written_markers) == {"<bot>", "<eot>", "<bol>"}
+    assert (
+        change(SPIRAL, pattern="none").markers == change(SPIRAL, pattern="none").written_markers == ("<bot>", "<eot>")
+    )
+    assert SPIRAL.needs_steps and "<bol>" not in chain_tokenizer().get_vocab()

@@ -1,0 +1,165 @@
+"""Every field of SpiralThinker: changing it changes the results that it should change, and no others.
+
+Gauges: `rows` and their `labels`, the `prompt`; the `weights` that are trained; the `logits` of training rows in
+evaluation; in training the terms `answer`, `hid` and `gain`, the `loss`, its `gradient` by the backbone and the number
+of `passes`; when answering, what is `written` and `paid`.
+"""
+
+import functools
+from dataclasses import fields
+
+import pytest
+import torch
+
+from innerloop.methods import SpiralThinker
+from tests.methods.spiralthinker_reference import ALIGNED, known, student
+from tests.methods.tools import MIXED, QUESTIONS, change, gradients, lean_towards, passes
+
+BASE = change(ALIGNED, teacher="self", teacher_weight=0.2, max_blocks=2)
+LEANS = {"<bol>": 2.0, "<eot>": 3.0, "<bot>": 1.0, "###": 1.0}
+FORWARD = {"logits", "answer", "hid", "loss", "gradient"}
+TRAINED = {"answer", "hid", "loss", "gradient"}
+WORDS = {"written", "paid"}
+FOLLOWED = {"hid", "loss", "gradient"}
+LAID_OUT = {"rows", "labels"} | FORWARD
+
+
+@functools.cache
+def results(method: SpiralThinker) -> dict[str, torch.Tensor]:
+    """Run a method on the shared weights; every result as one row of numbers."""
+    model = student("gpt2", method, own=True)
+    rows = model.rows(MIXED, seed="0")
+    model.rows = lambda *_: rows
+    links = [link for row in rows for link in row.links()]
+    found = {
+        "rows": [i for link in links for i in [*link.ids(), -1, len(link.prefix), len(link.region)]],
+        "labels": [i for link in links for i in link.labels()],
+        "prompt": [i for row in model.prompts(QUESTIONS) for i in row.ids()],
+        "weights": [p.numel() for p in model.parameters() if p.requires_grad],
+        "logits": torch.cat(model.answer_logits(MIXED)).flatten(),
+    }
+    torch.manual_seed(1)
+    with passes(model) as seen:
+        out = model.train().loss(MIXED)
+    found |= {name: out.terms.get(name, torch.zeros(1)).flatten() for name in ("answer", "hid", "gain")}
+    found |= {"loss": out.loss.detach().flatten(), "passes": [len(seen)]}
+    grads = gradients(model, out.loss)
+    found["gradient"] = torch.cat([grad.flatten() for name, grad in grads.items() if name.startswith("backbone")])
+    texts, costs = [], []
+    for generation in lean_towards(model.eval(), LEANS).generate(QUESTIONS, max_new_tokens=12):
+        texts += [ord(letter) for letter in generation.text]
+        costs += [generation.cost.passes, generation.cost.positions]
+    found |= {"written": texts, "paid": costs}
+    return {name: torch.as_tensor(values, dtype=torch.double) for name, values in found.items()}
+
+
+def moved_by(base: SpiralThinker, **changes) -> set[str]:
+    left, right = results(base), results(change(base, **changes))
+    assert left.keys() == right.keys()
+    return {
+        n for n in left if left[n].shape != right[n].shape or not torch.allclose(left[n], right[n], rtol=0, atol=1e-7)
+    }
+
+
+RESCALED = change(BASE, residual="B")
+TIMED = change(BASE, time="sinusoidal")
+BANKED = change(BASE, lora="per_iter", lora_rank=2)
+STOPPING = change(BASE, stop="delta", stop_threshold=0.3)
+GATED = change(BASE, residual="C")
+PENALISED = change(BASE, spectral_weight=1.0, spectral_bound=0.0)
+PROJECTED = change(BASE, rescale="project")
+
+# base, change, what moves, what may move
+CASES = [
+    # its own fields
+    (BASE, {"pattern": "even"}, {"rows", "labels", "prompt", "paid"} | FORWARD, WORDS),
+    (BASE, {"pattern": "random_parity"}, LAID_OUT, {"passes"}),
+    (BASE, {"pattern": "all"}, LAID_OUT, set()),
+    (BASE, {"latents_per_block": 3}, {"rows", "labels", "prompt", "paid"} | FORWARD, WORDS),
+    (BASE, {"max_loops": 2}, {"passes", "paid"} | FORWARD, WORDS),
+    (BASE, {"count_static_pass": True}, {"passes", "paid"} | FORWARD, WORDS),
+    (BASE, {"block_schedule": "sequential"}, (LAID_OUT - {"labels"}) | {"passes"}, set()),
+    (BASE, {"align_schedule": "uniform"}, FOLLOWED, set()),
+    (BASE, {"align_schedule": "last"}, FOLLOWED, set()),
+    (BASE, {"align_alpha": 0.5}, FOLLOWED, set()),
+    (BASE, {"align_static_pass": True}, FOLLOWED, set()),
+    (BASE, {"m0": "no_block"}, {"rows", "labels", "logits", "answer", "loss", "gradient"}, set()),
+    (BASE, {"supervise_first_bol": True}, {"labels", "logits", "answer", "loss", "gradient"}, set()),
+    (BASE, {"force_block_after_text": True}, WORDS, set()),
+    (BASE, {"max_blocks": 1}, WORDS, set()),
+    # what it is learned from
+    (BASE, {"answer_weight": 0.5}, {"loss", "gradient"}, set()),
+    (BASE, {"hid_weight": 0.3}, {"loss", "gradient"}, set()),
+    (BASE, {"hid_layers": "last"}, FOLLOWED, set()),
+    (BASE, {"hid_layers": "all+emb"}, FOLLOWED, set()),
+    *[(BASE, {"hid_distance": kind}, FOLLOWED, set()) for kind in ("l1_sum", "l2", "smooth_l1", "cosine")],
+    (BASE, {"teacher": "-", "teacher_weight": 0.0}, FOLLOWED | {"passes"}, set()),
+    (BASE, {"teacher_weight": 0.5}, {"loss", "gradient"}, set()),
+    (BASE, {"teacher_passes": 2}, {"passes"}, set()),  # the passes differ by dropout alone
+    # the adapter
+    *[(BASE, {"rescale": kind}, {"weights"} | FORWARD, WORDS) for kind in ("none", "rms", "project")],
+    (BASE, {"adapter_width": 7}, {"weights"} | FORWARD, WORDS),
+    (BASE, {"adapter_gain": True}, {"weights"} | FORWARD, WORDS),
+    (PROJECTED, {"project_norm": False}, {"weights"} | FORWARD, WORDS),
+    (PROJECTED, {"project_dropout": 0.5}, TRAINED, set()),
+    (BASE, {"feedback_scale": 0.5}, FORWARD, WORDS),
+    (BASE, {"feedback_site": "pre_norm"}, FORWARD, WORDS),
+    # the loop's other settings work here too
+    *[(BASE, {"residual": kind}, FORWARD, {"weights"} | WORDS) for kind in ("sum", "A", "B", "C")],
+    (RESCALED, {"alpha": 0.2}, FORWARD, WORDS),
+    (RESCALED, {"alpha_learn": "shared"}, {"weights"} | FORWARD, WORDS),
+    (GATED, {"gate_shape": "channel"}, {"weights"} | FORWARD, WORDS),
+    (GATED, {"gate_kind": "sigmoid"}, FORWARD, WORDS),
+    (BASE, {"time": "lookup"}, {"weights"} | FORWARD, WORDS),
+    (TIMED, {"time_norm": True}, FORWARD, WORDS),
+    (TIMED, {"time_inject": "concat"}, {"weights"} | FORWARD, WORDS),
+    (TIMED, {"noise_level": "delta"}, {"weights"} | FORWARD, WORDS),
+    (BASE, {"noise": 0.5}, TRAINED, set()),
+    (BASE, {"lora": "shared"}, {"weights"} | FORWARD, WORDS),
+    (BANKED, {"lora_rank": 3}, {"weights"} | FORWARD, WORDS),
+    (BANKED, {"lora_gamma": 4.0}, FORWARD, WORDS),
+    (BANKED, {"lora_targets": ("c_attn",)}, {"weights"} | FORWARD, WORDS),
+    (BANKED, {"lora_beyond": "off"}, set(), set()),  # there is no iteration past the last
+    (BASE, {"stop": "delta", "stop_threshold": 0.3}, {"logits", "written", "paid"}, {"weights"}),
+    (STOPPING, {"stop_threshold": 9.0}, {"logits", "paid"}, {"written"}),
+    (STOPPING, {"stop_agg": "max"}, {"logits"}, WORDS),
+    (STOPPING, {"min_loops": 3}, {"logits", "paid"}, {"written"}),
+    (STOPPING, {"patience": 3}, {"logits", "paid"}, {"written"}),
+    (BASE, {"bptt": 1}, {"gradient"}, set()),
+    (BASE, {"detach": True}, {"gradient"}, set()),
+    (BASE, {"spectral_weight": 1.0, "spectral_bound": 0.0}, {"gain", "loss", "gradient", "passes"}, set()),
+    (PENALISED, {"spectral_bound": 0.1}, {"gain", "loss", "gradient"}, set()),
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "moves", "may_move"), CASES, ids=["-".join(f"{k}={v}" for k, v in c[1].items()) for c in CASES]
+)
+def test_a_setting_changes_what_it_should_and_nothing_else(base, changes, moves, may_move):
+    found = moved_by(base, **changes)
+    assert found >= moves, f"did not move: {moves - found}"
+    assert found <= moves | may_move, f"should not have moved: {found - moves - may_move}"
+
+
+def test_no_setting_has_been_forgotten():
+    tried = {name for _, changes, _, _ in CASES for name in changes}
+    refused = {"step_weight", "deep_weight", "deep_schedule", "halt_weight", "halt_prior", "halt_beta", "shift"}
+    refused |= {"solver", "solver_gradient", "solver_tol", "stop_site"}
+    assert {field.name for field in fields(SpiralThinker)} == tried | refused
+
+
+def test_the_cards_defaults():
+    method = SpiralThinker()
+    assert (method.pattern, method.latents_per_block, method.max_loops, method.count_static_pass) == (
+        "odd",
+        5,
+        5,
+        False,
+    )
+    assert (method.rescale, method.adapter_width, method.adapter_gain, method.residual) == ("adapter", 0, False, "none")
+    assert (method.hid_layers, method.hid_distance) == ("all", "l1")
+    assert (method.align_schedule, method.align_alpha, method.count_static_pass) == ("softmax", 1.0, False)
+    assert (method.block_schedule, method.m0, method.max_blocks) == ("parallel", "one_block_no_align", 8)
+    assert not (method.supervise_first_bol or method.align_static_pass or method.force_block_after_text)
+    assert (method.feedback_site, method.bptt, method.stop) == ("post_norm", None, "none")
+    assert known("gpt2").loop.rescale.outer.weight.abs().max() == 0

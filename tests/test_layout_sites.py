@@ -1,0 +1,295 @@
+"""What a batch knows of places in its rows, against brute force over rows that were drawn at random.
+
+Read-outs and follows become sites, pass by pass; told steps become groups; links become batches; text between latents
+is pinned.
+"""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from innerloop.layout import (
+    ANSWER_PASS,
+    FED,
+    IGNORE,
+    Follow,
+    Kind,
+    Piece,
+    Readout,
+    Row,
+    Told,
+    collate,
+)
+
+PAD = 0
+SEEDS = range(12)
+
+
+def draw(seed: int, n_links: int = 1, n_rows: int = 5, has_teacher: bool = True) -> list[Row]:
+    """Rows with pieces of all kinds and lengths, and something to read, follow and tell in each."""
+    rng = random.Random(seed)
+
+    def piece(kind, supervised=False, n=None):
+        ids = tuple(rng.randrange(1, 60) for _ in range(rng.randrange(4) if n is None else n))
+        return Piece(ids, kind, supervised)
+
+    def link(is_first):
+        prefix = [piece(Kind.QUESTION, n=1 + rng.randrange(4)), piece(Kind.MARKER)] if is_first else []
+        region = [piece(Kind.LATENT, n=1), piece(Kind.STEP, rng.random() < 0.5), piece(Kind.LATENT), piece(Kind.MARKER)]
+        region = [] if rng.random() < 0.2 else region[: rng.randrange(1, 5)]
+        suffix = [piece(Kind.MARKER, n=1), piece(Kind.STEP, True), piece(Kind.ANSWER, is_first or rng.random() < 0.7)]
+        row = Row(prefix, region, suffix, n_loops=rng.randrange(4))
+        for _ in range(rng.randrange(4) if len(row) else 0):
+            row.readouts.append(Readout(rng.choice([ANSWER_PASS, 1, 2, 3]), rng.randrange(len(row)), rng.randrange(60)))
+        for _ in range(rng.randrange(4) if len(row) and has_teacher else 0):
+            at = None if rng.random() < 0.3 else rng.randrange(len(row))
+            row.follows.append(Follow(rng.choice([ANSWER_PASS, 1, 2]), at, rng.randrange(3), rng.random()))
+        row.told = [
+            Told(k, rng.choice([FED, ANSWER_PASS, 1]), 2 * k, rng.choice([1, 2]), piece(Kind.STEP).ids)
+            for k in range(rng.randrange(4))
+        ]
+        return row
+
+    rows = []
+    for _ in range(n_rows):
+        head = row = link(True)
+        for _ in range(rng.randrange(n_links)):
+            row.next = row = link(False)
+        if has_teacher:
+            head.teacher = Row([piece(Kind.QUESTION, n=2)], [], [piece(Kind.ANSWER, True, n=1 + rng.randrange(5))])
+        rows.append(head)
+    return rows
+
+
+def links_of(rows):
+    """The rows of each link; where a row has ended None."""
+    every = [list(row.links()) for row in rows]
+    return [
+        [links[i] if i < len(links) else None for links in every] for i in range(max(len(links) for links in every))
+    ]
+
+
+def cell(batch, row, at):
+    """The column of a row's position, by counting real columns."""
+    return [column for column, real in enumerate(batch.mask_BS[row].tolist()) if real][at]
+
+
+def flat(sites):
+    """Sites as a list that can be compared, in any order."""
+    return sorted(
+        (one.loop, row, column, target, round(weight, 5))
+        for one in sites
+        for row, column, target, weight in zip(
+            one.rows_F.tolist(), one.columns_F.tolist(), one.targets_F.tolist(), one.weights_F.tolist()
+        )
+    )
+
+
+# Links
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_links_are_batches_behind_each_other(seed):
+    rows = draw(seed, n_links=4)
+    batch, links = collate(rows, PAD), links_of(rows)
+    assert len(list(batch.links())) == len(links)
+    for link, parts in zip(batch.links(), links):
+        alone = collate([dataclasses.replace(part, next=None) if part else Row([]) for part in parts], PAD)
+        for name in ("ids_BS", "mask_BS", "predict_at_U", "targets_U"):
+            assert torch.equal(getattr(link, name), getattr(alone, name))
+        assert (link.bounds, link.n_targets, link.n_loops) == (alone.bounds, alone.n_targets, alone.n_loops)
+        assert link.is_padded == alone.is_padded and link.first_predicting == alone.first_predicting
+        assert [n for n, part in zip(link.n_loops, parts) if part is None] == [0] * parts.count(None)
+        assert [n for n, part in zip(link.n_targets, parts) if part is None] == [0] * parts.count(None)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_tokens_of_a_row_are_those_of_its_links_in_order(seed):
+    rows = draw(seed, n_links=4)
+    read = [[] for _ in rows]
+    learned = [[] for _ in rows]
+    for link in collate(rows, PAD).links():
+        targets = iter(link.targets_U.tolist())
+        for r, (ids, mask, n) in enumerate(zip(link.ids_BS.tolist(), link.mask_BS.tolist(), link.n_targets)):
+            read[r] += [i for i, m in zip(ids, mask) if m]
+            learned[r] += [next(targets) for _ in range(n)]
+    assert read == [[i for link in row.links() for i in link.ids()] for row in rows]
+    assert learned == [[i for link in row.links() for i in link.labels() if i != IGNORE] for row in rows]
+
+
+def test_an_empty_link_does_not_end_a_row():
+    last = Row([], [], [Piece((7, 8), Kind.STEP, supervised=False)])
+    rows = [Row([Piece((1, 2), Kind.QUESTION)], next=Row([], next=last)), Row([Piece((3,), Kind.QUESTION)])]
+    links = list(collate(rows, PAD).links())
+    assert [link.ids_BS.tolist() for link in links] == [[[1, 2], [0, 3]], [[], []], [[7, 8], [0, 0]]]
+    assert links[2].mask_BS.tolist() == [[1, 1], [0, 0]]
+
+
+def test_the_first_token_of_a_link_cannot_be_supervised():
+    row = Row([Piece((1,), Kind.QUESTION)], next=Row([], [], [Piece((2,), Kind.STEP, supervised=True)]))
+    with pytest.raises(ValueError, match="nothing comes before it"):
+        collate([row], PAD)
+
+
+# Pinned
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_text_between_latents_is_pinned(seed):
+    rows = draw(seed, n_links=3)
+    for link, parts in zip(collate(rows, PAD).links(), links_of(rows)):
+        start, end = link.bounds
+        expected = torch.zeros(len(rows), end - start, dtype=torch.long)
+        for r, part in enumerate(parts):
+            kinds = [piece.kind for piece in part.region for _ in piece.ids] if part else []
+            is_mixed = part is not None and any(piece.kind is Kind.LATENT for piece in part.region)
+            for i, kind in enumerate(kinds):
+                expected[r, i] = int(is_mixed and kind is not Kind.LATENT)
+        found = torch.zeros_like(expected) if link.pinned_BN is None else link.pinned_BN.long()
+        assert torch.equal(found, expected)
+        assert (link.pinned_BN is None) == (expected.sum() == 0)
+
+
+def test_a_region_without_latents_is_refined_whole():
+    """As the prompt is in SLR's scope `all`."""
+    row = Row([], [Piece((1, 2), Kind.QUESTION), Piece((3,), Kind.MARKER)], [Piece((4,), Kind.ANSWER, True)])
+    assert collate([row], PAD).pinned_BN is None and row.pinned() == [False] * 3
+
+
+# Sites
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_read_outs_are_sites_pass_by_pass(seed):
+    rows = draw(seed, n_links=3)
+    batch = collate(rows, PAD)
+    for link, parts in zip(batch.links(), links_of(rows)):
+        expected = sorted(
+            (entry.loop, r, cell(link, r, entry.at), entry.token, 1.0)
+            for r, part in enumerate(parts)
+            for entry in (part.readouts if part else ())
+        )
+        assert flat(link.readouts) == expected
+        loops = [sites.loop for sites in link.readouts]
+        assert loops == sorted(set(loops))
+        assert [sites.total for sites in link.readouts] == [len(sites.rows_F) for sites in link.readouts]
+    assert batch.counts()["step"] == sum(len(link.readouts) for row in rows for link in row.links())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_follows_are_sites_that_point_into_the_teachers_rows(seed):
+    rows = draw(seed, n_links=3)
+    batch = collate(rows, PAD)
+    teacher = batch.teacher
+    assert torch.equal(teacher.ids_BS, collate([row.teacher for row in rows], PAD).ids_BS)
+    n, total = teacher.ids_BS.shape[1], 0.0
+    for link, parts in zip(batch.links(), links_of(rows)):
+        expected = []
+        for r, part in enumerate(parts):
+            for entry in part.follows if part else ():
+                column = -1 if entry.at is None else cell(link, r, entry.at)
+                target = r * n + cell(teacher, r, entry.teacher_at)
+                expected.append((entry.loop, r, column, target, round(entry.weight, 5)))
+                total += entry.weight
+        assert flat(link.follows) == sorted(expected)
+    assert batch.counts()["hid"] == pytest.approx(total, rel=1e-6)
+    assert batch.counts()["teacher"] == len(teacher.targets_U)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_states_that_are_known_already_take_the_teachers_place(seed):
+    """Every site points at the state that a look-up gives for its row and position."""
+    rows = draw(seed, n_links=3)
+
+    def states_of(row):
+        at = sorted({entry.teacher_at for link in row.links() for entry in link.follows})
+        return {i: torch.full((2, 3), 100.0 * rows.index(row) + i) for i in at}
+
+    batch = collate(rows, PAD, states_of)
+    assert batch.teacher is None
+    for link, parts in zip(batch.links(), links_of(rows)):
+        expected = sorted(
+            (entry.loop, r, 100.0 * r + entry.teacher_at)
+            for r, part in enumerate(parts)
+            for entry in (part.follows if part else ())
+        )
+        found = [
+            (sites.loop, row, batch.taught[1, target, 2].item())
+            for sites in link.follows
+            for row, target in zip(sites.rows_F.tolist(), sites.targets_F.tolist())
+        ]
+        assert sorted(found) == expected
+
+
+def test_without_teachers_nothing_is_followed():
+    rows = draw(3)
+    rows[1].teacher = None
+    batch = collate(rows, PAD)
+    assert batch.teacher is None and all(link.follows == [] for link in batch.links())
+    assert batch.counts()["hid"] == 0
+
+
+# Told
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_must_be_told_is_grouped_by_pass(seed):
+    rows = draw(seed, n_links=2)
+    for link, parts in zip(collate(rows, PAD).links(), links_of(rows)):
+        entries = [(r, told) for r, part in enumerate(parts) for told in (part.told if part else ()) if told.ids]
+        found = []
+        for sites in link.told:
+            assert sites.ids_GL.shape == sites.targets_GL.shape and (sites.targets_GL >= 0).any(0).all()
+            for g, (r, first) in enumerate(zip(sites.rows_G.tolist(), sites.first_G.tolist())):
+                targets = sites.targets_GL[g].tolist()
+                ids = [i for i in targets if i != IGNORE]
+                assert targets == ids + [IGNORE] * (len(targets) - len(ids))
+                assert sites.ids_GL[g].tolist() == ids + [PAD] * (len(targets) - len(ids))
+                found.append((sites.loop, sites.n_latents, r, first, tuple(ids)))
+        assert sorted(found) == sorted((t.loop, t.n_latents, r, t.first, t.ids) for r, t in entries)
+        keys = [(sites.loop, sites.n_latents) for sites in link.told]
+        assert keys == sorted(set(keys))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_told_groups_are_weighted_over_all_passes(seed):
+    """per_row: a mean over groups of means over rows of sums; per_token: of means over tokens."""
+    rows = draw(seed)
+    batch = collate(rows, PAD)
+    entries = [told for row in rows for told in row.told if told.ids]
+    groups = {told.group for told in entries}
+    for sites in batch.told:
+        for g, (row, first) in enumerate(zip(sites.rows_G.tolist(), sites.first_G.tolist())):
+            (told,) = [t for t in rows[row].told if t.ids and t.first == first]
+            mine = [t for t in entries if t.group == told.group]
+            assert sites.per_row_G[g].item() == pytest.approx(1 / len(groups) / len(mine))
+            assert sites.per_token_G[g].item() == pytest.approx(1 / len(groups) / sum(len(t.ids) for t in mine))
+    if entries:
+        assert sum(sites.per_row_G.sum().item() for sites in batch.told) == pytest.approx(1)
+
+
+# Moving
+
+
+def test_moving_a_batch_moves_all_of_it():
+    """Tensors of every part; on the meta device they can be told from those that stayed."""
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            for part in vars(value).values():
+                yield from tensors(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                yield from tensors(part)
+
+    for states_of in (None, lambda row: {i: torch.zeros(2, 3) for i in range(3)}):
+        batch = collate(draw(5, n_links=3), PAD, states_of)
+        moved = batch.to(torch.device("meta"))
+        assert len(list(tensors(moved))) == len(list(tensors(batch))) > 30
+        assert all(tensor.device.type == "meta" for tensor in tensors(moved))
+        assert len(list(moved.links())) == len(list(batch.links()))
+        assert moved.counts() == batch.counts()
