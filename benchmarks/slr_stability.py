@@ -1,7 +1,8 @@
 """Do SLR's stabilisers do what they are for? Accuracy against the number of loops, for each alone and together.
 
-Chains of four operations; four slots; four loops in training (iteration t shows step t, later ones nothing), 1
-to 16 loops in testing. Every variant continues from the same chain-of-thought checkpoint of its seed, with one budget.
+Chains of one to three operations; three slots; iteration t must show step t, later ones nothing. A training batch loops
+once to four times, drawn at random, so that a chain which is done must be held; tests loop 1 to 16 times. Every variant
+continues from the same chain-of-thought checkpoint of its seed, with one budget.
 
     python benchmarks/slr_stability.py --out benchmarks/results/slr_stability.json        # an hour or more on 2 cores
 """
@@ -24,7 +25,7 @@ from innerloop.recipe import BackboneChoice, Recipe
 from innerloop.run import run_recipe
 from innerloop.tasks import Chain
 
-TASK = Chain(n_ops=4, modulus=5)
+TASK = Chain(n_ops=3, min_ops=1, modulus=5, n_train=5000, n_valid=100, n_test=500)
 BACKBONE = {
     "type": "llama",
     "hidden_size": 64,
@@ -32,6 +33,7 @@ BACKBONE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
+    "initializer_range": 0.1,
 }
 BARE = {"residual": "none", "rescale": "none", "time": "none", "lora": "none"}
 ALL = {"residual": "A", "rescale": "rms", "time": "lookup", "lora": "per_iter"}
@@ -93,7 +95,13 @@ def train_and_test(folder: str, seed: int, variant: str) -> dict:
     """Train one variant from its seed's checkpoint and test it at every number of loops."""
     quiet()
     method = Slr(
-        n_slots=4, slots_per_step=1, max_loops=TRAINED_LOOPS, step_weight=1.0, step_map="one2one", **VARIANTS[variant]
+        n_slots=3,
+        slots_per_step=1,
+        max_loops=TRAINED_LOOPS,
+        loop_sampling="uniform",
+        step_weight=1.0,
+        step_map="one2one",
+        **VARIANTS[variant],
     )
     out = f"{folder}/{variant}-{seed}"
     run_recipe(Recipe(TASK, BackboneChoice(model=f"{folder}/warm-{seed}"), method, training(STEPS, seed), out))
