@@ -1,4 +1,4 @@
-"""Draw docs/slr_stability.svg from the results of slr_stability.py.
+"""Draw docs/slr_stability.svg from the results of recipes/suites/slr_stability.yaml.
 
 python benchmarks/plot_slr_stability.py benchmarks/results/slr_stability.json docs/slr_stability.svg
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 LEFT, TOP, WIDTH, HEIGHT, GAP = 60, 40, 380, 260, 90
-COLOURS = ("#7a7a7a", "#d08a2e", "#2e8f5b", "#3b6fb6", "#8e4fb0", "#c2453d", "#111111")
+COLOURS = ("#7a7a7a", "#d08a2e", "#2e8f5b", "#3b6fb6", "#8e4fb0", "#c2453d", "#2aa5a5", "#b04f7a")
 STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #1c2430; } .grid { stroke: #d5dae2; }
 .line { fill: none; stroke-width: 2.2; }
@@ -20,10 +20,10 @@ text { font: 13px system-ui, sans-serif; fill: #1c2430; } .grid { stroke: #d5dae
 def main() -> None:
     source, target = Path(sys.argv[1]), Path(sys.argv[2])
     results = json.loads(source.read_text())
-    names = [name for name in results["variants"] if any(p["variant"] == name for p in results["points"])]
+    names = list(dict.fromkeys(point["variant"] for point in results["points"]))
     accuracy = {name: mean_of(results, name, "accuracy") for name in names}
     change = {name: mean_of(results, name, "change") for name in names}
-    trained = results["trained_loops"]
+    trained = results["suite"]["method"]["max_loops"]
     parts = [
         panel(0, "accuracy against loops (mean over seeds)", accuracy, trained, 0.0, 1.0, "{:.0%}"),
         panel(1, "relative change of the state, by loop", change, trained, 0.0, 1.5, "{:.1f}"),
@@ -43,9 +43,11 @@ def main() -> None:
 
 def mean_of(results: dict, name: str, key: str) -> list[tuple[int, float]]:
     """Return (loops, mean over seeds) of a curve of a variant."""
-    curves = [p[key] for p in results["points"] if p["variant"] == name]
-    if isinstance(curves[0], list):
-        curves = [dict(enumerate(curve, 1)) for curve in curves]
+    points = [p for p in results["points"] if p["variant"] == name]
+    if key == "change":
+        curves = [dict(enumerate(p["change"], 1)) for p in points]
+    else:
+        curves = [{loops: at[key] for loops, at in p["loops"].items()} for p in points]
     return [(int(loops), sum(curve[loops] for curve in curves) / len(curves)) for loops in curves[0]]
 
 

@@ -1,6 +1,7 @@
 """The command line from end to end on tiny models: what is printed, written and returned."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from innerloop import cli, demo
 from innerloop.examples import write_examples
-from innerloop.methods import Cot
+from innerloop.methods import Cot, Looped, Lotus
 from innerloop.tasks import Chain
 from tests.models import chain_examples, tiny_model
 
@@ -99,6 +100,54 @@ def test_ask_shows_each_loop_and_the_answer(run: Path, capsys):
     assert code == 0
     assert "what the latents held" in out and "change" in out and "latent 1" in out
     assert "passes" in out
+
+
+def test_ask_shows_the_iterations_of_each_token(tmp_path: Path, capsys):
+    tiny_model(Looped(max_loops=3, stop="delta", stop_threshold=0.4)).save_pretrained(tmp_path)
+    code, out, _ = innerloop(capsys, "ask", tmp_path, "3 ; + 4", "--max_new_tokens", 4)
+    assert code == 0 and "iterations per token:" in out
+    counts = [int(n) for n in re.findall(r" x (\d+)", out)]
+    words = out.split("\niterations")[0].splitlines()[-1].split()
+    assert sum(counts) == len(words) > 5 and words[:4] == ["3", ";", "+", "4"] and "mean" in out
+
+
+def test_ask_shows_the_steps_of_the_blocks(tmp_path: Path, capsys):
+    tiny_model(Lotus(n_blocks=2, latents_per_block=3)).save_pretrained(tmp_path)
+    out = innerloop(capsys, "ask", tmp_path, "3 ; + 4", "--max_new_tokens", 2)[1]
+    assert "block 1: " in out and "block 2: " in out and "block 3" not in out
+
+
+def test_calibrate_chooses_a_threshold_and_says_what_it_costs(run: Path, tmp_path: Path, capsys):
+    arguments = ["--rule", "delta", "--max_drop", 1.0, "--limit", 6, "--check", 4]
+    code, out, _ = innerloop(capsys, "calibrate", run, *arguments, "--out", tmp_path / "early")
+    assert code == 0 and "validation: delta at" in out and "test: accuracy" in out
+    report = json.loads((tmp_path / "early" / "calibration.json").read_text())
+    assert report["n"] == {"fit": 0, "choose": 6, "check": 4} and report["chosen"]["mean_loops"] == 1.0
+    saved = json.loads((tmp_path / "early" / "innerloop.json").read_text())["method"]
+    assert saved["stop"] == "delta" and saved["stop_threshold"] == report["threshold"]
+    assert json.loads((run / "checkpoint" / "innerloop.json").read_text())["method"]["stop"] == "none"
+    model = tmp_path / "plain"
+    tiny_model(Cot()).backbone.lm.save_pretrained(model)
+    tiny_model(Cot()).tokenizer.save_pretrained(model)
+    code, _, err = innerloop(capsys, "calibrate", model, "--task", "chain", "--adopt", "true")
+    assert code == 2 and "by --out DIR" in err
+
+
+@pytest.mark.slow
+def test_compare_trains_a_suite_and_prints_one_table(tmp_path: Path, capsys):
+    suite = {name: value for name, value in RECIPE.items() if name != "stages"}
+    suite |= {"variants": {"pause": {"method": {"name": "pause", "n_pauses": 2}}, "cot": {"method": "cot"}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**suite, "seeds": [0, 1], "out": str(tmp_path / "out")}))
+    code, out, _ = innerloop(capsys, "compare", tmp_path / "suite.yaml", "--results", tmp_path / "kept" / "r.json")
+    assert code == 0 and "pause" in out and "results.json" in out
+    kept = json.loads((tmp_path / "kept" / "r.json").read_text())
+    assert kept == json.loads((tmp_path / "out" / "results.json").read_text()) and len(kept["points"]) == 4
+
+
+def test_compare_needs_a_suite(tmp_path: Path, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "out": str(tmp_path / "run")}))
+    code, _, err = innerloop(capsys, "compare", tmp_path / "recipe.yaml")
+    assert code == 2 and "innerloop train" in err
 
 
 def test_ask_a_plain_model_writes_freely(tmp_path: Path, capsys):

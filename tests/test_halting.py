@@ -225,9 +225,14 @@ def test_scores_that_look_at_words_see_the_read_out_of_the_output(kind):
         assert torch.equal(entry.score, rule.score(Moment(*[output] * 3, logits=output @ head)))
 
 
+DISTANCES = {"delta": 0.03, "delta_undamped": 0.03, "cos": 1e-3, "kl": 1e-3, "kl_reverse": 1e-3, "minp_kl": 1e-5}
+DISTANCES |= {"entropy": 1e-3, "absolute": 0.03, "acceleration": 0.03, "entropy_level": 0.1}
+OTHERS = {"argmax": 5, "halt": 0.9, "gap": 0.8, "top_prob": 0.9, "act": 0.99, "mlp_probe": 0.9, "fixed": 1}
+
+
 @pytest.mark.parametrize("kind", [kind for kind in DEFAULT_THRESHOLDS])
 def test_the_usual_threshold_of_each_score_is_the_cards(kind):
-    usual = {"delta": 0.03, "delta_undamped": 0.03, "cos": 1e-3, "kl": 1e-3, "entropy": 1e-3}
-    expected = -math.log10(usual[kind]) if kind in usual else {"argmax": 5, "halt": 0.9}[kind]
-    assert LoopSettings(stop=kind).threshold == pytest.approx(expected, abs=0.01)
-    assert LoopSettings(stop=kind, stop_threshold=7.0).threshold == 7.0
+    expected = -math.log10(DISTANCES[kind]) if kind in DISTANCES else OTHERS.get(kind, 0.0)
+    drawn = {"stop_histogram": (1.0,)} if kind == "random" else {}
+    assert LoopSettings(stop=kind, **drawn).threshold == pytest.approx(expected, abs=0.01)
+    assert LoopSettings(stop=kind, stop_threshold=7.0, **drawn).threshold == 7.0

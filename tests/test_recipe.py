@@ -12,7 +12,7 @@ from innerloop.recipe import load_recipe, parse_recipe
 from innerloop.tasks import Chain
 from innerloop.trainer import training_arguments
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted(p for p in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if p.parent.name != "suites")
 RAW = {
     "task": {"name": "chain", "n_ops": 3},
     "backbone": {"scratch": {"type": "llama", "hidden_size": 32}},
@@ -130,6 +130,9 @@ def test_the_presets_are_those_of_the_card():
         "readme": Slr(loop_scope="all", **summed),
         "pause": Slr(max_loops=0, **bare),
         "coconut": Slr(loop_scope="append", max_loops=6, h0="forward", answer_from="kv_last", **bare),
+        "codi": Slr(
+            loop_scope="append", max_loops=6, h0="forward", answer_from="kv_last", **{**bare, "rescale": "project"}
+        ),
         "lotus": Slr(n_slots=150, max_loops=6, **summed),
         "spiral": Slr(n_slots=5, max_loops=5, **{**bare, "rescale": "adapter"}),
     }

@@ -5,24 +5,33 @@ __version__ = "0.1.0"
 from innerloop.errors import InputError
 from innerloop.examples import Example, read_examples, write_examples
 from innerloop.methods import (
+    AdaInfer,
     Coconut,
     Codi,
     Cot,
     Icot,
+    Looped,
+    LoopRegularised,
     Lotus,
+    Mod,
+    Mor,
     NoCot,
     Pause,
     Pccot,
+    RecurrentDepth,
+    RelaxedRecursive,
     SimCot,
     SimCotCodi,
     Slr,
     SpiralThinker,
+    Tah,
 )
 from innerloop.model import LatentModel
 from innerloop.tasks import Chain, Gsm8k, ProsQA
 from innerloop.trainer import LatentTrainer, LatentTrainingArguments
 
 __all__ = [
+    "AdaInfer",
     "Chain",
     "Coconut",
     "Codi",
@@ -34,15 +43,22 @@ __all__ = [
     "LatentModel",
     "LatentTrainer",
     "LatentTrainingArguments",
+    "LoopRegularised",
+    "Looped",
     "Lotus",
+    "Mod",
+    "Mor",
     "NoCot",
     "Pause",
     "Pccot",
     "ProsQA",
+    "RecurrentDepth",
+    "RelaxedRecursive",
     "SimCot",
     "SimCotCodi",
     "Slr",
     "SpiralThinker",
+    "Tah",
     "read_examples",
     "write_examples",
 ]

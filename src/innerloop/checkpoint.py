@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -145,6 +146,8 @@ def load_parts(model: LatentModel, folder: Path, strict: bool = True) -> None:
 
 def _fitted(own: Tensor, stored: Tensor | None) -> Tensor:
     """Return ``own`` with as much of ``stored`` as has its place there."""
+    if stored is not None and own.numel() == 0:  # as large as what it was fitted to
+        return stored
     if stored is None or stored.shape[1:] != own.shape[1:]:
         return own
     if own.ndim == 0:
@@ -209,13 +212,37 @@ def load(
         raise InputError(
             f"{folder} chooses among the classes {', '.join(stored.answering.classes)}; give the same, in this order"
         )
+    start = chosen.convert(backbone) if stored is None else None
     add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = LatentModel(backbone, tokenizer, chosen)
     if stored is not None:
         load_parts(model, folder, strict=chosen == stored)
+    elif start:
+        parts = torch.nn.ModuleDict(model.parts())
+        parts.load_state_dict({**parts.state_dict(), **start})
     if lora is not None:
         add_lora(model, lora)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a bare model that shares a vocabulary, such as another size of the same family.
+
+    Raises:
+        InputError: it cannot be loaded, or its tokens have other ids.
+    """
+    path = resolve(path)
+    try:
+        theirs = _tokenizer_of(path).get_vocab()
+        with _without_bars():
+            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot load a decoder from '{path}': {_first_line(error)}") from error
+    ours = tokenizer.get_vocab()
+    is_known = ours.keys() - tokenizer.get_added_vocab().keys() <= theirs.keys()
+    if not is_known or any(ours.get(token, i) != i for token, i in theirs.items()):
+        raise InputError(f"the tokens of '{path}' have other ids than those of the model: choose one of its family")
+    return lm
 
 
 def from_scratch(
@@ -258,7 +285,9 @@ def from_scratch(
         except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
-        return LatentModel(Backbone(lm), tokenizer, method)  # whose parts are drawn, too
+        backbone = Backbone(lm)
+        method.begin(backbone)
+        return LatentModel(backbone, tokenizer, method)  # whose parts are drawn, too
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -17,17 +17,20 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from innerloop import checkpoint
+from innerloop.calibrate import calibrate as calibration
 from innerloop.demo import demo
 from innerloop.errors import InputError, nearest
 from innerloop.examples import read_examples, write_examples
+from innerloop.halting import StopKind
 from innerloop.layout import Speller
 from innerloop.measure import evaluate, result_of
-from innerloop.methods import METHODS, Cot, Lotus, Method, method_named
+from innerloop.methods import METHODS, Cot, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
 from innerloop.recipe import field_parser, load_recipe, named, parse_overrides, parse_value, read_recipe, typed
 from innerloop.run import CONFIG, FINISHED, run_recipe
-from innerloop.show import blocks_view, print_rows, trace_view
+from innerloop.show import blocks_view, calibration_line, depth_view, print_rows, trace_view
+from innerloop.suite import is_suite, load_suite, run_suite, suite_report, suite_table
 from innerloop.tasks import TASKS, Task, task_named
 from innerloop.tokenizer import train_tokenizer
 
@@ -201,17 +204,116 @@ def ask(
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
     if answer.trace is not None and answer.trace.iterations:
         console.print(trace_view(answer.trace, model.tokenizer))
-        if isinstance(model.method, Lotus):
-            settings = model.method
-            blocks = blocks_view(answer.trace, model.tokenizer, settings.latents_per_block, settings.readout_offset)
-            console.print(blocks or "")
+        if answer.blocks:
+            console.print(blocks_view(answer.blocks))
     console.print(answer.text, markup=False, highlight=False)
+    if answer.depths:
+        console.print(depth_view(answer.depths))
     cost = answer.cost
     console.print(
         f"{cost.passes} passes, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
         + ("" if answer.ended else f"; stopped at max_new_tokens={max_new_tokens}"),
         style="dim",
     )
+
+
+def compare(
+    suite: str,
+    out: str | None = None,
+    seeds: list[int] | None = None,
+    workers: int = 2,
+    results: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Train and test the variants of a suite with all its seeds, and print one table; what is there is not run again.
+
+    Args:
+        suite: a YAML file with variants.
+        out: the folder of the runs; by default the suite's own.
+        seeds: other seeds than the suite's.
+        workers: points trained at a time, each on one thread.
+        results: also write the points to this file; by default OUT/results.json alone.
+        overrides: fields that all variants share, written --section.field value.
+    """
+    if not is_suite(suite):
+        raise InputError(f"{suite} has no variants to compare; train a single recipe with: innerloop train {suite}")
+    loaded = load_suite(suite, out, seeds, overrides)
+    points = run_suite(loaded, workers, console)
+    report = json.dumps(suite_report(suite, points, overrides), indent=1) + "\n"
+    for path in [Path(loaded.out) / "results.json", *([Path(results)] if results else [])]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, report)
+    console.print(suite_table(points))
+    failed = [f"{r['variant']} seed {r['seed']}: {r['error']}" for r in points if "error" in r]
+    console.print(f"every point is in {Path(loaded.out) / 'results.json'}", soft_wrap=True)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(points)} points failed:\n" + "\n".join(failed))
+
+
+def calibrate(
+    run: str,
+    rule: StopKind = "kl",
+    max_drop: float = 0.01,
+    agreement: float | None = None,
+    mean_loops: float | None = None,
+    task: str | None = None,
+    data: str | None = None,
+    limit: int | None = None,
+    check: int = 0,
+    method: str | None = None,
+    adopt: bool = False,
+    out: str | None = None,
+    patience: int | None = None,
+    min_loops: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Choose the threshold of a stop rule for a stated loss on validation data; writes RUN/calibration.json.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        rule: the stop score.
+        max_drop: the most that accuracy may fall.
+        agreement: instead, the least share of answers as at full depth.
+        mean_loops: instead, the most iterations on average.
+        task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
+        data: a file or Hub data set to read the validation split from.
+        limit: use only the first validation examples.
+        check: test examples on which the choice is measured once more.
+        method: put this method on the model first, such as adainfer.
+        adopt: from now on the run stops by the chosen rule.
+        out: save the model with the chosen rule to this folder, which must be given where the run is a plain model.
+        patience: consecutive iterations for which the score must hold.
+        min_loops: iterations before a row may stop.
+        seed: of draws in fitting.
+    """
+    if adopt and not checkpoint.is_run(run):
+        raise InputError(f"{run} is no run that could adopt a rule: save the model with its rule by --out DIR")
+    chosen = _task(run, task, data, "valid")
+    examples = chosen.examples("valid", limit)
+    checked = chosen.examples("test", check) if check else []
+    model = LatentModel.from_pretrained(run, _method(method))
+    options: dict[str, Any] = {"patience": patience, "min_loops": min_loops}
+    found = calibration(
+        model,
+        chosen,
+        examples,
+        rule,
+        max_drop,
+        agreement=agreement,
+        mean_loops=mean_loops,
+        check=checked,
+        seed=seed,
+        progress=lambda done: console.print(done, style="dim"),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    if out is not None:
+        found.model.save_pretrained(out)
+    path = found.save(out or run, adopt)
+    report = found.report
+    for title, asked in (("validation", report), ("test", report.get("check"))):
+        if asked is not None:
+            console.print(calibration_line(title, asked), soft_wrap=True)
+    console.print(f"{path}" + ("; the run stops by this rule from now on" if adopt else ""), soft_wrap=True)
 
 
 def _task(run: str, task: str | None, data: str | None, split: str) -> Task:
@@ -245,8 +347,16 @@ VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "train": train,
     "eval": eval_,
     "ask": ask,
+    "compare": compare,
+    "calibrate": calibrate,
 }
-OPEN_ENDED = {("train",): "overrides", ("data", "make"): "fields"}  # verbs that take any --field, and where these go
+# verbs that take any --field: where these go, and which are the verb's own
+OPEN_ENDED = {("train",): "overrides", ("data", "make"): "fields", ("compare",): "overrides"}
+OWN = {
+    ("train",): {"--resume"},
+    ("data", "make"): {"--resume", "--out"},
+    ("compare",): {"--out", "--seeds", "--workers", "--results"},
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -331,7 +441,7 @@ def _run(arguments: list[str]) -> None:
 
 def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], list[str]]:
     """Take the open-ended overrides out of a verb's arguments; with --help after a recipe or task, show its fields."""
-    own = {"--resume", "--out"} if key == ("data", "make") else {"--resume"}
+    own = OWN[key]
     kept, rest = list(key), list(arguments[len(key) :])
     extra: list[str] = []
     while rest:
@@ -347,7 +457,7 @@ def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], 
             if "=" not in argument and rest:
                 target.append(rest.pop(0))
     subject = [a for a in kept[len(key) :] if not a.startswith("-")]
-    if subject and {"-h", "--help"} & set(kept):
+    if subject and {"-h", "--help"} & set(kept) and key != ("compare",):
         _print_fields(key, subject[0], extra)
         raise SystemExit(0)
     return kept, extra

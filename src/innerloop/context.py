@@ -10,7 +10,7 @@ Shapes: `B` rows, `L` new positions, `P` earlier columns, `D` width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from innerloop.backbone import Backbone
-from innerloop.cache import fork, join_rows, select_rows
+from innerloop.cache import AnyCache, DepthCache, fork, join_rows, select_rows
 from innerloop.cost import Meter
+from innerloop.depth import Deep, Depth, Reading, Spending, Tokens
+from innerloop.trace import Trace
 
 Weights = Callable[[], AbstractContextManager[None]]
 
@@ -33,11 +35,27 @@ class Context:
         n_rows: the number of rows `B`.
         meter: where passes and positions are counted.
         checkpoint_passes: keep no activations inside a pass; recompute them in the backward pass.
+        depth: makes the passes in the decoder's stead, for methods whose tokens have unlike depth.
+        loops: how often it iterates; None: as its method says.
     """
 
-    def __init__(self, backbone: Backbone, n_rows: int, meter: Meter | None = None, checkpoint_passes: bool = False):
+    def __init__(
+        self,
+        backbone: Backbone,
+        n_rows: int,
+        meter: Meter | None = None,
+        checkpoint_passes: bool = False,
+        depth: Depth | None = None,
+        loops: int | None = None,
+    ):
         self.backbone = backbone
-        self.cache = backbone.empty_cache()
+        self.depth, self.loops = depth, loops
+        self.deep: tuple[Deep, ...] = ()  # what each pass gave, where tokens have unlike depth
+        self.wanted_BS: Tensor | None = None  # how many iterations each column shall have, where that is known
+        self.asked_B: Tensor | None = None  # the position of the last token that was given, where that is known
+        self.may_wait = False  # whether a token may be left unfinished, for the next pass to go on with
+        self.trace: Trace | None = None  # of the iterations inside a pass
+        self.cache: AnyCache = backbone.empty_cache() if depth is None else depth.empty_cache()
         self.mask_BP: Tensor | None = None  # None: no column read so far is padding
         self.length = 0
         self.next_position_B = torch.zeros(n_rows, dtype=torch.long, device=backbone.device)
@@ -48,7 +66,9 @@ class Context:
 
     def fresh(self) -> Context:
         """Return a context of the same rows that has read nothing."""
-        empty = Context(self.backbone, len(self.next_position_B), self.meter, self.checkpoint_passes)
+        empty = Context(
+            self.backbone, len(self.next_position_B), self.meter, self.checkpoint_passes, self.depth, self.loops
+        )
         empty.rows = self.rows
         return empty
 
@@ -65,6 +85,9 @@ class Context:
         part.mask_BP = None if self.mask_BP is None else self.mask_BP[rows]
         part.next_position_B = self.next_position_B[rows]
         part.rows = rows if self.rows is None else self.rows[rows]
+        part.wanted_BS = None if self.wanted_BS is None else self.wanted_BS[rows]
+        part.asked_B = None if self.asked_B is None else self.asked_B[rows]
+        part.deep = ()
         return part
 
     def read(
@@ -104,6 +127,8 @@ class Context:
         self._extend_mask(mask_BL, n_rows, n_new)
         self.next_position_B = self.next_position_B + new_B
         self.length += n_new
+        if self.depth is not None:
+            return self._deep_pass(embeds_BLD, mask_BL, positions_BL, weights or self.weights, counted_B)
         return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states=all_states, normed=normed)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -120,6 +145,52 @@ class Context:
         ones = torch.ones(n_rows, 1, dtype=torch.long, device=self.next_position_B.device)
         past = ones.expand(-1, self.length) if self.mask_BP is None else self.mask_BP
         self.mask_BP = torch.cat([past, ones.expand(-1, n_new) if mask_BL is None else mask_BL], dim=1)
+
+    def _deep_pass(
+        self,
+        embeds_BLD: Tensor,
+        mask_BL: Tensor | None,
+        positions_BL: Tensor,
+        weights: Weights,
+        counted_B: Tensor | None,
+    ) -> Tensor:
+        """Let the depth method make the pass."""
+        assert self.depth is not None and isinstance(self.cache, DepthCache)
+        depth, real, first, past = self.depth, None if mask_BL is None else mask_BL.bool(), self.length, self.cache
+        first -= embeds_BLD.shape[1]
+        wanted = None if self.wanted_BS is None else self.wanted_BS[:, first : self.length]
+        spending = None if self.meter is None else Spending(self.meter, self.rows, counted_B)
+        choices: dict[Hashable, Tensor] = {}  # the same when a checkpointed pass is run again
+
+        def run(embeds: Tensor, cache: DepthCache, trace: Trace | None) -> Deep:
+            with weights():
+                tokens = Tokens(embeds, positions_BL, real)
+                known = (self.loops, first, spending, trace, wanted, choices, self.may_wait, self.asked_B)
+                return depth(Reading(tokens, cache, *known))
+
+        if self.checkpoint_passes and torch.is_grad_enabled():
+            grown: list[DepthCache] = []
+
+            def run_on_fork(embeds: Tensor) -> Deep:
+                cache = fork(past)
+                if not grown:
+                    grown.append(cache)
+                return run(embeds, cache, None)
+
+            deep = checkpoint(run_on_fork, embeds_BLD, use_reentrant=False)
+            self.cache = grown[0]
+        else:
+            self.cache = fork(past)
+            known = len(self.trace.iterations) if self.trace is not None else 0
+            deep = run(embeds_BLD, self.cache, self.trace)
+            if self.trace is not None and self.rows is not None:  # rows that have ended are here no more
+                places = self.rows.tolist()
+                for entry in self.trace.iterations[known:]:
+                    entry.rows = [places[row] for row in entry.rows]
+        self.deep = (*self.deep, deep)
+        if self.meter is not None:
+            self.meter.depths.append((self.rows, deep.depths_BL, real if deep.done_BL is None else deep.done_BL))
+        return deep.states_BLD
 
     def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, **options: bool):
         known = {"mask": self.mask_BP, "positions_BL": positions_BL, **options}

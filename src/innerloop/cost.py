@@ -50,6 +50,10 @@ class Meter:
     def __init__(self, n_rows: int, device: torch.device):
         zeros = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.passes, self.positions, self.keys, self.logits = zeros, zeros.clone(), zeros.clone(), zeros.clone()
+        self.layer_positions: Tensor | None = None  # with layer_keys: where tokens do not all run every layer
+        self.layer_keys = torch.zeros(n_rows, dtype=torch.float64, device=device)
+        self.extra = self.layer_keys.clone()
+        self.depths: list[tuple[Tensor | None, Tensor, Tensor | None]] = []
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def count(self, rows: Tensor | None, new_B: Tensor | int, past_B: Tensor | int) -> None:
@@ -65,6 +69,31 @@ class Meter:
             else:
                 counter.index_add_(0, rows, amount.expand(len(rows)))
 
+    def spend(self, rows: Tensor | None, new_B: Tensor, keys_B: Tensor, n_layers: float, extra: float = 0.0) -> None:
+        """Count ``n_layers`` layers run on ``new_B`` tokens over ``keys_B`` (query, key) pairs, row by row.
+
+        Once anything is counted so, FLOPs follow these counts, no longer the passes. ``extra`` FLOPs are added per
+        token, for what is no part of the layers: routers, adapters, reading out.
+        """
+        if self.layer_positions is None:
+            self.layer_positions, self.layer_keys = (torch.zeros_like(self.extra) for _ in range(2))
+        for counter, amount in (
+            (self.layer_positions, n_layers * new_B),
+            (self.layer_keys, n_layers * keys_B),
+            (self.extra, extra * new_B),
+        ):
+            if rows is None:
+                counter += amount
+            else:
+                counter.index_add_(0, rows, amount.to(counter.dtype))
+
+    def add(self, rows: Tensor | None, flops_B: Tensor) -> None:
+        """Count FLOPs of the rows ``rows`` (None: all) for what is no pass: looking at states, reading them out."""
+        if rows is None:
+            self.extra += flops_B
+        else:
+            self.extra.index_add_(0, rows, flops_B.to(self.extra.dtype))
+
     def count_logits(self, rows: Tensor | None, counted_B: Tensor | None) -> None:
         """Count one position per row at which the head was applied."""
         amount = torch.ones((), dtype=torch.long, device=self.logits.device) if counted_B is None else counted_B.long()
@@ -72,6 +101,16 @@ class Meter:
             self.logits += amount
         else:
             self.logits.index_add_(0, rows, amount.expand(len(rows)))
+
+    def token_depths(self) -> list[list[int]]:
+        """Return how many iterations each token that was read had, row by row; empty where all have the same."""
+        depths: list[list[int]] = [[] for _ in range(len(self.passes))] if self.depths else []
+        for rows, depths_BL, real_BL in self.depths:
+            places = range(len(depths_BL)) if rows is None else rows.tolist()
+            real = torch.ones_like(depths_BL, dtype=torch.bool) if real_BL is None else real_BL
+            for row, values, is_real in zip(places, depths_BL.tolist(), real.tolist()):
+                depths[row] += [value for value, r in zip(values, is_real) if r]
+        return depths
 
     def now(self) -> float:
         """Return the time once the device has done what was asked of it."""
@@ -88,7 +127,10 @@ class Meter:
 
     def costs(self, backbone: Backbone) -> list[Cost]:
         """Return what each row cost so far, batch seconds shared equally."""
-        flops = flops_of(backbone, self.positions, self.keys, self.logits)
+        positions, keys = self.positions, self.keys
+        if self.layer_positions is not None:
+            positions, keys = self.layer_positions / backbone.n_layers, self.layer_keys / backbone.n_layers
+        flops = flops_of(backbone, positions, keys, self.logits) + self.extra
         n = len(self.passes)
         share = {phase: seconds / n for phase, seconds in self.seconds.items()}
         columns = zip(self.passes.tolist(), self.positions.tolist(), flops.tolist())

@@ -20,9 +20,9 @@ from innerloop.context import Context
 from innerloop.cost import Cost, Meter
 from innerloop.decoder import AnswerDecoder, Classifier
 from innerloop.errors import InputError
-from innerloop.layout import ANSWER_PREFIX, Batch, Block, Row
+from innerloop.layout import ANSWER_PREFIX, IGNORE, Batch, Block, Row, ShownBlock
 from innerloop.thought import Masked, RegionPass, Thought, join, think
-from innerloop.trace import Trace
+from innerloop.trace import ShownStep, Trace
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel
@@ -41,6 +41,9 @@ class Generation:
         cost: what it cost.
         trace: the loop's record of the batch row (statistics (1,), read-outs (1, N, k)), where asked for.
         ended: whether the end-of-sequence token was reached.
+        blocks: the steps that blocks of latents show, where asked for and the method has such blocks.
+        depths: each token of the question, and each written one that was read, with the number of its iterations
+            inside the model; empty for methods without.
     """
 
     text: str
@@ -48,6 +51,8 @@ class Generation:
     cost: Cost
     trace: Trace | None = None
     ended: bool = True
+    blocks: tuple[ShownStep, ...] = ()
+    depths: tuple[tuple[str, int], ...] = ()
 
 
 @torch.no_grad()
@@ -62,6 +67,7 @@ def generate(
     stage: int | None = None,
     loops: int | None = None,
     progress: Callable[[int], None] | None = None,
+    steps: Sequence[Sequence[str]] | None = None,
 ) -> list[Generation]:
     """Answer questions, in the order given.
 
@@ -76,10 +82,14 @@ def generate(
         stage: the curriculum's stage whose layout is used; None: the last.
         loops: another number of loops than the model was trained with.
         progress: called with the number of questions answered since the last call.
+        steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
     """
     if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
         raise InputError("generation needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
+    if steps is not None and len(steps) != len(questions):
+        raise InputError(f"steps are of {len(steps)} questions, but {len(questions)} are asked")
     rows = model.prompts(questions, stage, loops)
+    blocks = model.shown_blocks(rows, steps, loops) if trace else [[] for _ in rows]
     for question, row in zip(questions, rows):
         check_length(model, question, row)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -94,9 +104,14 @@ def generate(
             batch = [rows[i] for i in chosen]
             budgets = [max_new_tokens if room is None else min(max_new_tokens, room - len(row)) for row in batch]
             block = model.block(loops)
+            record = model.new_trace() if trace else None
+            if record is not None and any(blocks):
+                record.gold = _gold([blocks[i] for i in chosen], batch, model.device)
             for i, generation in zip(
-                chosen, _generate_batch(model, batch, budgets, temperature, generator, trace, block)
+                chosen, _generate_batch(model, batch, budgets, temperature, generator, record, block)
             ):
+                if generation.trace is not None:
+                    generation.blocks = tuple(generation.trace.shown(one, model.tokenizer) for one in blocks[i])
                 results[i] = generation
             if progress is not None:
                 progress(len(chosen))
@@ -121,13 +136,13 @@ def _generate_batch(
     budgets: list[int],
     temperature: float,
     generator: torch.Generator,
-    trace: bool,
+    record: Trace | None,
     block: Block | None,
 ) -> list[Generation]:
     batch = model.batch(rows)
     meter = Meter(len(rows), model.device)
-    context = Context(model.backbone, len(rows), meter)
-    record = model.new_trace() if trace else None
+    context = model.new_context(batch, meter)
+    context.trace = record
     suppressed = model.suppressed_ids()
 
     # Prefill and thought. What is pending is read with the first answer token.
@@ -142,6 +157,8 @@ def _generate_batch(
         writer = ApartWriter(model, context, model.memory(thought), batch.ids_BS[:, columns])
     elif block is not None:
         writer = BlockWriter(model, context, block, [int(bool(row.region)) for row in rows], budgets)
+    elif model.depth is not None and model.depth.waits:
+        writer = PatientWriter(model, context, budgets)
     with meter.phase("answer" if context.length else "prefill"):
         logits = writer.start(join([*thought.pending, *suffix]))
     if record is not None and writer.first_states is not None:
@@ -159,7 +176,7 @@ def _generate_batch(
         meter.count_logits(writer.rows, (left_B > 0) & (next_ids != NOTHING))
         pending.append(next_ids)
         left_B = left_B - (next_ids == eos).long()
-        if n in budgets or n % CHECK_EVERY == 0:
+        if n >= min(budgets[row] for row in alive) or n % CHECK_EVERY == 0:
             alive, kept = _collect(pending, written, alive, eos, n_ends, budgets)
             pending = []
             if not alive:
@@ -188,11 +205,18 @@ class Writer:
     def start(self, pending: Masked) -> Tensor:
         """Read what comes before the first token; return its logits (R, V)."""
         self.first_states = self.context.read(*pending)
-        return self.backbone.head(self.first_states[:, -1])
+        return self.show(self.first_states)
 
     def write(self, ids: Tensor, counted_B: Tensor) -> Tensor:
         """Take the tokens (R,) as written; return the logits (R, V) of the next."""
-        states = self.context.read(self.backbone.embed(ids[:, None]), counted_B=counted_B)
+        return self.show(self.context.read(self.backbone.embed(ids[:, None]), counted_B=counted_B))
+
+    def show(self, states: Tensor) -> Tensor:
+        """Return the logits (R, V) of the last column; where the pass has read them out already, nothing is done."""
+        for deep in self.context.deep[-1:]:
+            if deep.logits_BV is not None:
+                logits, deep.logits_BV = deep.logits_BV, None  # they are large, and asked for once
+                return logits
         return self.backbone.head(states[:, -1])
 
     def thoughts(self) -> list[tuple[int, int]]:
@@ -312,6 +336,54 @@ class BlockWriter(Writer):
         self.logits = None if self.logits is None else self.logits[kept]
 
 
+class PatientWriter(Writer):
+    """Writes with a model that may leave a token unfinished: its row waits for one more pass, the others write on.
+
+    So one pass serves rows at every depth, and a token that needs more holds up its own row alone.
+
+    Args:
+        model: what writes.
+        context: what has been read.
+        budgets: how many tokens each row may write.
+    """
+
+    def __init__(self, model: LatentModel, context: Context, budgets: list[int]):
+        super().__init__(model, context)
+        context.may_wait = True
+        self.left_B = torch.tensor(budgets, device=model.device)
+        self.waits_B = torch.zeros_like(self.left_B, dtype=torch.bool)
+
+    def start(self, pending: Masked) -> Tensor:
+        """Read what comes before the first token; return its logits (R, V)."""
+        self.first_states = self.context.read(*pending)
+        return self._shown(self.first_states, ~self.waits_B)
+
+    def settle(self, ids: Tensor) -> Tensor:
+        """Return what is written; NOTHING by rows that wait or have written all they may."""
+        ids = torch.where(self.waits_B | (self.left_B == 0), NOTHING, ids)
+        self.left_B = self.left_B - (ids != NOTHING).long()
+        return ids
+
+    def write(self, ids: Tensor, counted_B: Tensor) -> Tensor:
+        """Take the tokens as written; rows that wait read nothing new."""
+        reads_B = counted_B & (ids != NOTHING) & (self.left_B > 0)
+        embeds = self.backbone.embed(ids.clamp(min=0)[:, None])
+        states = self.context.read(embeds, reads_B[:, None].long(), counted_B=counted_B)
+        return self._shown(states, reads_B | self.waits_B)
+
+    def _shown(self, states: Tensor, busy_B: Tensor) -> Tensor:
+        """Return the logits (R, V) of the last pass, and note whose token it has left unfinished."""
+        deep = self.context.deep[-1]
+        if deep.done_BL is not None:
+            self.waits_B = busy_B & ~deep.done_BL[:, -1]
+        return self.show(states)
+
+    def keep_rows(self, kept: Tensor) -> None:
+        """Go on with some rows."""
+        super().keep_rows(kept)
+        self.left_B, self.waits_B = self.left_B[kept], self.waits_B[kept]
+
+
 class ApartWriter(Writer):
     """Writes with a decoder of its own, which reads its few words anew for each; its work is not counted."""
 
@@ -348,7 +420,18 @@ def _read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought
         before = thought.prompt[0][:, -1:]
         normed = model.method.loop.feedback_site == "post_norm"
         latents = torch.cat([before if normed else model.backbone.norm(before), latents], dim=1)
-    record.last = record.read(model.backbone.head(latents))
+    record.last = record.read(model.backbone.head(latents), record.gold)
+
+
+def _gold(blocks: Sequence[Sequence[ShownBlock]], rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Return what the position before the latents and the latents should show (B, 1 + N), IGNORE where unknown."""
+    n = max(sum(len(piece.ids) for piece in row.region) for row in rows)
+    gold = torch.full((len(rows), 1 + n), IGNORE)
+    for r, found in enumerate(blocks):
+        for block in found:
+            start = 1 + block.first
+            gold[r, start : start + len(block.gold)] = torch.tensor(block.gold, dtype=torch.long)
+    return gold.to(device)
 
 
 def _classified(
@@ -399,6 +482,7 @@ def _finish(model, rows, written, thought, thoughts, meter, clock, record) -> li
     """Turn written ids into generations and split the decoding time into thought and answer."""
     costs = meter.costs(model.backbone)
     ticks = [later - earlier for earlier, later in pairwise(clock)]
+    depths = meter.token_depths()
     results = []
     for r, (row, ids, cost) in enumerate(zip(rows, written, costs)):
         ended = ids.count(model.spell.eos_id) == model.method.n_ends
@@ -414,7 +498,10 @@ def _finish(model, rows, written, thought, thoughts, meter, clock, record) -> li
         cost.seconds["answer"] += sum(ticks[n_marked:]) / len(rows)
         marker = ANSWER_PREFIX.strip()
         answer = text.rsplit(marker, 1)[1].strip() if marker in text else None
-        results.append(Generation(text, answer, cost, None if record is None else record.row(r), ended))
+        own = None if record is None else record.row(r)
+        tokens = model.tokenizer.convert_ids_to_tokens([*row.ids(), *ids]) if depths else []
+        mine = tuple(zip(tokens, depths[r])) if depths else ()
+        results.append(Generation(text, answer, cost, own, ended, depths=mine))
     return results
 
 

@@ -80,7 +80,7 @@ class Follow:
 class Told:
     """From ``n_latents`` latents of pass ``loop`` (or FED), beginning with the 0-based ``first``, ``ids`` must be told.
 
-    ``group`` numbers the groups of a row, over which the loss is averaged.
+    ``group`` numbers the groups of a row, over which the loss is averaged; one that tells nothing counts, too.
     """
 
     group: int
@@ -88,6 +88,19 @@ class Told:
     first: int
     n_latents: int
     ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShownBlock:
+    """The step that some latents show: in pass ``loop`` at ``n`` positions, the first of them ``first``.
+
+    Positions count from the region's first. ``gold`` are the step's tokens, as far as they are known.
+    """
+
+    loop: int
+    first: int
+    n: int
+    gold: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,7 @@ class Row:
     """One example laid out.
 
     The region is refined ``n_loops`` times; text between its latents is read in every pass as it is.
+    The position ids of the suffix go on ``skipped`` further.
     A row may go on with a ``next`` one, which is read after it: without a prefix, its own region refined by itself.
     ``teacher`` is the row that a teacher reads, whose states ``follows`` speak of. ``answer_class`` is the class that a
     classifier must answer.
@@ -126,6 +140,8 @@ class Row:
     region: list[Piece] = field(default_factory=list)
     suffix: list[Piece] = field(default_factory=list)
     n_loops: int = 0
+    depth: int | None = None
+    skipped: int = 0
     readouts: list[Readout] = field(default_factory=list)
     teacher: Row | None = None
     follows: list[Follow] = field(default_factory=list)
@@ -176,7 +192,9 @@ class Row:
     def n_positions(self) -> int:
         """The most positions that are read at once: by the model, by its teacher, or to tell a step."""
         told = [told.n_latents + len(told.ids) - 1 for link in self.links() for told in link.told]
-        return max(sum(map(len, self.links())), 0 if self.teacher is None else len(self.teacher), *told, 0)
+        return max(
+            sum(map(len, self.links())) + self.skipped, 0 if self.teacher is None else len(self.teacher), *told, 0
+        )
 
     def links(self) -> Iterator[Row]:
         """Return this row and those it goes on with."""
@@ -319,6 +337,7 @@ class Batch:
         first_predicting: the leftmost column that predicts one.
         n_loops: how often each row's region is refined.
         is_padded: whether any row has padding in the prefix, region, suffix.
+        skipped_B: how many position ids the suffix jumps over; None when no row jumps.
         pinned_BN: 1 where a position of the region is read as it is in every pass; None when all are latents.
         readouts: which tokens must be read where, pass by pass.
         teacher: what the teacher reads, or None.
@@ -327,6 +346,7 @@ class Batch:
         followed_P: where the teacher's states are that the rows follow, in any link and pass, each once.
         told: which steps must be told from which latents, pass by pass.
         class_B: the class that a classifier must answer.
+        depth: how often a pass iterates inside the tokens.
         next: what the rows go on with.
     """
 
@@ -339,6 +359,7 @@ class Batch:
     first_predicting: int
     n_loops: list[int]
     is_padded: tuple[bool, ...]
+    skipped_B: Tensor | None = None
     pinned_BN: Tensor | None = None
     readouts: list[Sites] = field(default_factory=list)
     teacher: Batch | None = None
@@ -347,6 +368,7 @@ class Batch:
     followed_P: Tensor | None = None
     told: list[ToldSites] = field(default_factory=list)
     class_B: Tensor | None = None
+    depth: int | None = None
     next: Batch | None = None
 
     def __len__(self) -> int:
@@ -450,6 +472,7 @@ def _real_columns(batch: Batch) -> list[list[int]]:
 
 def _told(rows: Sequence[Row], pad_id: int) -> list[ToldSites]:
     """Group what must be told by pass; weights are over all passes."""
+    n_groups = len({told.group for row in rows for told in row.told})
     entries = [(r, told) for r, row in enumerate(rows) for told in row.told if told.ids]
     if not entries:
         return []
@@ -470,8 +493,8 @@ def _told(rows: Sequence[Row], pad_id: int) -> list[ToldSites]:
                 first_G=torch.tensor([told.first for _, told in found]),
                 ids_GL=torch.tensor([[*told.ids, *[pad_id] * gap] for (_, told), gap in zip(found, gaps)]),
                 targets_GL=torch.tensor([[*told.ids, *[IGNORE] * gap] for (_, told), gap in zip(found, gaps)]),
-                per_row_G=torch.tensor([1 / (len(n_rows) * n_rows[told.group]) for _, told in found]),
-                per_token_G=torch.tensor([1 / (len(n_rows) * n_tokens[told.group]) for _, told in found]),
+                per_row_G=torch.tensor([1 / (n_groups * n_rows[told.group]) for _, told in found]),
+                per_token_G=torch.tensor([1 / (n_groups * n_tokens[told.group]) for _, told in found]),
             )
         )
     return sites
@@ -524,6 +547,8 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         n_targets=n_targets,
         first_predicting=min((at % max(sum(widths), 1) for at in predict_at), default=sum(widths)),
         n_loops=[row.n_loops for row in rows],
+        skipped_B=torch.tensor([row.skipped for row in rows]) if any(row.skipped for row in rows) else None,
         pinned_BN=torch.tensor(pinned) if any(map(any, pinned)) else None,
+        depth=rows[0].depth if rows else None,
         is_padded=(*(any(len(row[s]) < width for row in segments) for s, width in enumerate(widths)),),
     )

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
 from innerloop.equilibrium import Gradient, Solver, jacobian_gain, solve
-from innerloop.errors import InputError, check_choices, refuse
-from innerloop.halting import DEFAULT_THRESHOLDS, READS_OUT, Agg, Moment, StopKind, StopRule
+from innerloop.errors import InputError, refuse
+from innerloop.halting import Ending, Hints, Moment, StopSettings
 from innerloop.loop_lora import BankKind, Beyond, LoopLora
 from innerloop.stabilize import (
     AlphaLearn,
@@ -37,6 +38,7 @@ from innerloop.stabilize import (
     TimeEmbedding,
     TimeInject,
     TimeKind,
+    at_least_fp32,
 )
 from innerloop.trace import Trace
 
@@ -53,6 +55,9 @@ class Pass(Protocol):
     before: Tensor | None
     """The state (A, 1, D) of the position before the region, for loops that shift; None where there is none."""
 
+    hints: Hints | None
+    """What else stop rules may know of the rows; None: nothing."""
+
     def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return u_t (B, N, D) for the input x_t of the 1-based iteration ``loop``.
 
@@ -65,15 +70,23 @@ class Pass(Protocol):
     def probe(self) -> Pass:
         """Return a pass with the same past that may be called over and over and leaves nothing behind."""
 
+    def count(self, flops_B: Tensor) -> None:
+        """Count FLOPs of the rows that ran last, for what looks at their states."""
+
+
+Watch = Callable[[Pass, Moment, "Tensor | None", Callable[[], Tensor]], None]
+"""Told of each iteration: the pass, the moment, the score, and what reads out the outputs (B, N, V)."""
+
 
 @dataclass(frozen=True)
-class LoopSettings:
+class LoopSettings(StopSettings):
     """How a state is carried from one iteration to the next; every looping method has these fields.
 
     Args:
         residual: how an iteration's output is mixed with the initial and the previous state (slr.md, 3.6).
         alpha: share of the new state in residuals A, B and C, in [0, 1].
-        alpha_learn: keep alpha fixed, learn one (shared), or one for each iteration (per_iter).
+        alpha_learn: keep alpha fixed, learn one (shared), or one for each iteration (per_iter), in (0, 1); or one for
+            each that may be any number (free).
         gate_shape: residual C: one gate for a position (scalar) or for each channel.
         gate_kind: residual C: softmax, sigmoid, or attention over the three candidates.
         rescale: leave outputs (none), bring them to the RMS of the embeddings (rms), learn an adapter that does, or
@@ -92,16 +105,10 @@ class LoopSettings:
         lora: low-rank updates of the weights inside the loop: none, one for each iteration (per_iter), or shared.
         lora_rank: r.
         lora_gamma: the update is scaled by gamma / r.
-        lora_targets: last parts of module names, such as q_proj; empty: all attention and MLP linears.
+        lora_targets: patterns of module names within the layers, such as q_proj, *_proj or 1.mlp.*; empty: all
+            attention and MLP linears.
         lora_beyond: iterations past max_loops use the last update (clamp), start over (cycle) or none (off).
-        stop: score that ends a row's loop when answering: none, delta, delta_undamped, cos, kl, entropy, argmax, halt.
-        stop_threshold: kappa; a row stops when its score reaches it. None: the score's usual value.
-        stop_site: scores that look at words look at what the latents show (latents), or at the first token of the
-            answer itself, read by one more pass over <eot> and the answer's mark in every iteration (answer).
-        stop_agg: reduce a score over positions by mean, last or max.
-        min_loops: iterations before a row may stop.
-        patience: consecutive iterations for which the score must hold.
-        bptt: back-propagate through the last so many iterations only; None: all.
+        bptt: back-propagate through the last so many iterations only, 0 through none; None: all.
         feedback_site: what an iteration gives back: the state after the final norm, or before it.
         detach: cut the gradient from each iteration's input, and from what is fed once more in append, to the output
             that it was.
@@ -134,12 +141,6 @@ class LoopSettings:
     lora_gamma: float = 16.0
     lora_targets: tuple[str, ...] = ()
     lora_beyond: Beyond = "clamp"
-    stop: StopKind = "none"
-    stop_threshold: float | None = None
-    stop_site: Literal["latents", "answer"] = "latents"
-    stop_agg: Agg = "mean"
-    min_loops: int = 1
-    patience: int = 1
     bptt: int | None = None
     feedback_site: Literal["post_norm", "pre_norm"] = "post_norm"
     detach: bool = False
@@ -150,17 +151,13 @@ class LoopSettings:
     spectral_bound: float = 0.95
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        StopSettings.__post_init__(self)
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         refuse(
             (not 0 <= self.alpha <= 1, f"alpha is {self.alpha}, but it is a share: choose a value between 0 and 1"),
             (
                 min(self.noise, self.spectral_weight, self.spectral_bound) < 0,
                 "noise, spectral_weight and spectral_bound cannot be negative",
-            ),
-            (
-                self.stop_site == "answer" and self.stop not in READS_OUT,
-                f"stop_site=answer is for the scores that look at words: set stop to {', '.join(READS_OUT)}",
             ),
             (
                 self.rescale not in ("adapter", "project") and self.adapter_width != 0,
@@ -176,7 +173,6 @@ class LoopSettings:
                 "adapter_width cannot be negative, and project_dropout is a probability below 1",
             ),
             (self.lora_rank < 1, "lora_rank must be at least 1; to do without, set lora to none"),
-            (min(self.min_loops, self.patience) < 1, "min_loops and patience must be at least 1"),
             (self.bptt is not None and self.bptt < 0, "bptt must be at least 0 iterations, or none for all"),
             (
                 self.time == "none" and (self.noise_level != "none" or self.time_inject != "add"),
@@ -198,17 +194,20 @@ class LoopSettings:
                     or self.lora == "per_iter"
                     or self.noise > 0
                     or self.stop != "none"
-                    or self.alpha_learn == "per_iter"
+                    or self.alpha_learn in ("per_iter", "free")
                 ),
                 "a solver looks for one fixed point, so iterations must be alike: set time to none, lora to none or "
                 "shared, noise to 0, stop to none and alpha_learn to fixed or shared",
             ),
+            (
+                self.solver != "none" and (self.bptt is not None or self.detach),
+                "with a solver, solver_gradient says where gradients flow: leave bptt and detach out",
+            ),
+            (
+                self.gate_kind == "attention" and self.gate_shape == "channel",
+                "gate_kind=attention weighs whole candidates: set gate_shape to scalar",
+            ),
         )
-
-    @property
-    def threshold(self) -> float:
-        """kappa, of the chosen stop score."""
-        return DEFAULT_THRESHOLDS[self.stop] if self.stop_threshold is None else self.stop_threshold
 
 
 @dataclass
@@ -222,6 +221,8 @@ class LoopResult:
         states: for each iteration, the rows that ran it and their states z_t (A, N, D).
         n_loops: how many iterations each row ran.
         gain: the factor by which the loop stretched a small change of its state, if asked for (scalar).
+        stopped: which rows the stop score ended; the others ran all they were given.
+        ponder_B: ACT's cost N + R of every row.
     """
 
     state: Tensor
@@ -230,6 +231,13 @@ class LoopResult:
     states: list[tuple[list[int], Tensor]]
     n_loops: list[int]
     gain: Tensor | None = None
+    stopped: list[bool] = field(default_factory=list)
+    ponder_B: Tensor | None = None
+
+
+def _read(read_out: Callable[[Tensor], Tensor] | None, output: Tensor) -> Tensor:
+    assert read_out is not None
+    return read_out(output)
 
 
 def scatter(parts: list[tuple[list[int], Tensor]], like: Tensor) -> Tensor:
@@ -262,6 +270,7 @@ class InnerLoop(nn.Module):
         tau: the RMS that ``rescale`` brings states to (scalar).
         backbone: whose weights loop-wise LoRA updates.
         n_slots: give each of so many slots an embedding of its own; 0: all share that of <lat>.
+        soft: (alpha, beta); a state z is fed back as alpha z + beta E^T softmax(W z), a mixture of the words it shows.
     """
 
     def __init__(
@@ -272,8 +281,12 @@ class InnerLoop(nn.Module):
         tau: Tensor,
         backbone: Backbone | None = None,
         n_slots: int = 0,
+        soft: tuple[float, float] = (1.0, 0.0),
     ):
         super().__init__()
+        if soft[1] > 0 and backbone is None:
+            raise InputError("soft thinking needs the words of a backbone")
+        self.soft, self._words = soft, [backbone]  # in a list, so that it is no part of the loop
         s = self.settings = settings
         self.max_loops = max_loops
         n = max(max_loops, 1)
@@ -290,7 +303,8 @@ class InnerLoop(nn.Module):
             if backbone is None:
                 raise InputError("loop-wise LoRA needs a backbone to update")
             self.lora = LoopLora(backbone, n, s.lora_rank, s.lora_gamma, s.lora, s.lora_targets, s.lora_beyond)
-        self.stop = StopRule(s.stop, width, s.stop_agg) if s.stop != "none" else None
+        self.stop = s.make_rule(width)
+        self.watch: Watch | None = None
 
     def weights(self, loop: int) -> AbstractContextManager[None]:
         """Use iteration ``loop``'s weights in a block (0: the base weights)."""
@@ -310,17 +324,29 @@ class InnerLoop(nn.Module):
             level = torch.full((len(state),), noise, device=state.device)
         elif s.noise_level == "delta":
             level = torch.ones(len(state), device=state.device) if change_B is None else change_B.detach()
+        inputs = state if self.time is None else self.time(state, loop, level)
         if noise > 0:
-            state = state + noise * self.rescale.tau.to(state.dtype) * torch.randn_like(state)
-        return state if self.time is None else self.time(state, loop, level)
+            n_extra = inputs.shape[1] - state.shape[1]
+            error = noise * self.rescale.tau.to(state.dtype) * torch.randn_like(state)
+            inputs = torch.cat([inputs[:, :n_extra], inputs[:, n_extra:] + error], dim=1)
+        return inputs
 
     def feed_back(self, output: Tensor, before: Tensor | None) -> Tensor:
         """Return h' (B, N, D) for an output u; ``before`` (B, 1, D) is the state of the position before the region."""
-        rescaled = self.rescale(output)
+        rescaled = self._restate(output)
         if self.settings.shift:
             assert before is not None
-            rescaled = torch.cat([self.rescale(before), rescaled[:, :-1]], dim=1)
+            rescaled = torch.cat([self._restate(before), rescaled[:, :-1]], dim=1)
         return rescaled if self.settings.feedback_scale == 1.0 else self.settings.feedback_scale * rescaled
+
+    def _restate(self, output: Tensor) -> Tensor:
+        """Return rho(u), mixed with the embeddings of the words that it shows if so asked."""
+        state, (alpha, beta), backbone = self.rescale(output), self.soft, self._words[0]
+        if beta == 0 or backbone is None:
+            return state if alpha == 1 else alpha * state
+        shares = at_least_fp32(backbone.head(state)).softmax(-1).to(state.dtype)
+        table = backbone.embed(torch.arange(shares.shape[-1], device=state.device))
+        return alpha * state + beta * (shares @ table.to(state.dtype))
 
     def step(
         self,
@@ -346,6 +372,7 @@ class InnerLoop(nn.Module):
         trace: Trace | None = None,
         read_out: Callable[[Tensor], Tensor] | None = None,
         read_answer: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        n_free: int = 0,
     ) -> LoopResult:
         """Iterate ``f`` from ``state`` z_0 (B, N, D).
 
@@ -356,22 +383,25 @@ class InnerLoop(nn.Module):
             trace: filled with what happens.
             read_out: maps outputs u to logits; needed by the stop scores that look at words.
             read_answer: maps states z_t, and which rows are active (None: all), to the logits (A, 1, V) of the answer's
-                first token; needed by stop_site=answer.
+                first token, which scores that look at words then read instead; needed by stop_site=answer.
+            n_free: so many iterations at first are run without a gradient, and not kept.
         """
-        s, limit = self.settings, max(n_loops)
+        s, least, limit = self.settings, min(n_loops), max(n_loops)
         if s.solver != "none" and limit > 0:
             return self._solve(f, state, n_loops, trace)
         stops = self.stop is not None and not self.training
-        if self.stop is not None:
-            self.stop.reset()
+        ending = None
+        if self.stop is not None and (stops or s.stop == "act"):
+            ending = Ending(self.stop, s, state, n_loops, f.hints)
         going, halted, ran = list(range(len(state))), set[int](), [0] * len(state)
         whole, first, change_B = state, state, None
-        streak = torch.zeros(len(state), dtype=torch.long, device=state.device)
         result = LoopResult(state, state, [], [], ran)
         ended: list[tuple[list[int], Tensor]] = []
         for loop in range(1, limit + 1):
             # Rows that have ended leave, or stand still where the pass cannot spare them.
-            staying = [i for i, row in enumerate(going) if n_loops[row] >= loop and row not in halted]
+            staying = list(range(len(going)))
+            if halted or loop > least:
+                staying = [i for i, row in enumerate(going) if n_loops[row] >= loop and row not in halted]
             active_B = None
             if not staying:
                 break
@@ -379,10 +409,10 @@ class InnerLoop(nn.Module):
                 leaving = [i for i in range(len(going)) if i not in set(staying)]
                 ended.append(([going[i] for i in leaving], state[leaving]))
                 f.keep_rows(staying)
-                state, first, streak = state[staying], first[staying], streak[staying]
+                state, first = state[staying], first[staying]
                 change_B = None if change_B is None else change_B[staying]
-                if stops:
-                    self.stop.keep_rows(torch.tensor(staying, device=whole.device))  # type: ignore[union-attr]
+                if ending is not None:
+                    ending.keep_rows(staying)
                 going = [going[i] for i in staying]
             elif len(staying) < len(going):
                 active_B = torch.tensor([i in set(staying) for i in range(len(going))], device=whole.device)
@@ -393,25 +423,31 @@ class InnerLoop(nn.Module):
             previous = state.detach() if all(cut) else state
             if any(cut) and not all(cut):
                 previous = torch.where(torch.tensor(cut, device=state.device)[:, None, None], state.detach(), state)
-            new, rescaled, output = self.step(f, previous, first, loop, change_B, active_B)
+            learns = torch.is_grad_enabled() and s.bptt != 0 and loop > n_free  # else the cache too is out of reach
+            with torch.set_grad_enabled(learns):
+                new, rescaled, output = self.step(f, previous, first, loop, change_B, active_B)
             if active_B is not None:
                 new = torch.where(active_B[:, None, None], new, previous)
             if s.noise_level == "delta":
                 change_B = relative_change(new, previous, f.state_mask)
-            result.outputs.append((going, output))
-            result.states.append((going, new))
+            if loop > n_free:
+                result.outputs.append((going, output))
+                result.states.append((going, new))
             score = None
-            if stops:
-                moment = Moment(new, previous, rescaled, None, f.state_mask)
-                if s.stop_site == "answer" and read_answer is not None:
+            moment = Moment(new, previous, rescaled, None, f.state_mask, loop=loop, limit=limit)
+            if ending is not None and (loop < limit or trace is not None or self.watch is not None or s.stop == "act"):
+                if ending.reads_words(loop) and read_answer is not None:
                     moment.logits, moment.logits_mask = read_answer(new, active_B), None
-                elif s.stop in READS_OUT and read_out is not None:
+                elif ending.reads_words(loop) and read_out is not None:
                     moment.logits, moment.logits_mask = read_out(output), f.state_mask
-                score = self.stop.score(moment)  # type: ignore[union-attr]
-                streak = torch.where(score >= s.threshold, streak + 1, 0)
-                if loop >= s.min_loops and loop < limit:
-                    done = (streak >= s.patience).tolist()  # the one question to the device in an iteration
-                    halted |= {row for row, is_done in zip(going, done) if is_done}
+                score = ending.look(moment, f.hints)
+                ending.mix(new, loop, going)
+                if loop < limit and score is not None:
+                    f.count(ending.flops(moment, active_B))
+                if stops and loop < limit:
+                    halted |= {row for row, is_done in zip(going, ending.done(loop)) if is_done}
+            if self.watch is not None:
+                self.watch(f, moment, score, partial(_read, read_out, output))
             if trace is not None:
                 kept = [i for i in staying] if active_B is not None else list(range(len(going)))
                 part = slice(None) if active_B is None else kept
@@ -426,6 +462,9 @@ class InnerLoop(nn.Module):
                 )
             state = new
         result.state = scatter([*ended, (going, state)], whole)
+        result.stopped = [row in halted for row in range(len(whole))]
+        if ending is not None and ending.mixed is not None:
+            result.state, result.ponder_B = ending.mixed, ending.ponder_B
         if s.bptt == 0:
             result.state = result.state.detach()
         if s.spectral_weight > 0 and limit > 0 and self.training:

@@ -3,15 +3,17 @@
     W_t = W + (gamma / r) B_t A_t,   A_t (r, in) Kaiming, B_t (out, r) zero
 
 The bank hooks the target linears once. Which entry is active is one number, set around a pass (`with bank.at(t):`), so
-nothing walks the modules in a loop, and a pass that is recomputed in the backward pass sets it again.
+nothing walks the modules in a loop, and a pass that is recomputed in the backward pass sets it again. The number is a
+tensor, so that a compiled pass is compiled once for all iterations.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from transformers.pytorch_utils import Conv1D
 
 from innerloop.backbone import Backbone
@@ -28,7 +31,64 @@ BankKind = Literal["none", "per_iter", "shared"]
 Beyond = Literal["clamp", "cycle", "off"]
 
 
-class LoopLora(nn.Module):
+class LoraBank(nn.Module):
+    """Low-rank updates indexed by the loop, each by its key.
+
+    Args:
+        n_loops: the number of iterations trained for.
+        n_banks: the number of updates of a key.
+        scale: what they are multiplied by.
+        beyond: past ``n_loops`` use the last update (clamp), start over (cycle), or none (off).
+        device: where they are.
+    """
+
+    def __init__(self, n_loops: int, n_banks: int, scale: float, beyond: Beyond, device: torch.device):
+        super().__init__()
+        self.n_loops, self.scale, self.beyond = n_loops, scale, beyond
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        self.entry: Tensor | None = None
+        self.numbers = nn.Buffer(torch.arange(n_banks, device=device), persistent=False)
+
+    def add(self, key: str, n_in: int, n_out: int, rank: int) -> None:
+        """Make the updates of a key; they change nothing yet."""
+        down = torch.empty(len(self.numbers), rank, n_in)
+        for matrix in down:
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        self.down[key] = nn.Parameter(down)
+        self.up[key] = nn.Parameter(torch.zeros(len(self.numbers), n_out, rank))
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of an iteration's updates per token."""
+        return 2.0 * sum(bank[0].numel() for side in (self.down, self.up) for bank in side.values())
+
+    def index(self, loop: int) -> int | None:
+        """Return the entry of the 1-based iteration ``loop``, or None where none applies."""
+        n_banks = len(self.numbers)
+        if loop <= self.n_loops:
+            return min(loop, n_banks) - 1
+        if self.beyond == "off":
+            return None
+        return n_banks - 1 if self.beyond == "clamp" else (loop - 1) % self.n_loops % n_banks
+
+    @contextmanager
+    def at(self, loop: int) -> Iterator[None]:
+        """Use iteration ``loop``'s weights in the block."""
+        index = self.index(loop)
+        before, self.entry = self.entry, None if index is None else self.numbers[index : index + 1]
+        try:
+            yield
+        finally:
+            self.entry = before
+
+    def update(self, key: str, inputs: Tensor) -> Tensor:
+        """Return what the active iteration adds to the outputs of a key (..., out) for inputs (..., in)."""
+        assert self.entry is not None
+        down, up = (bank.index_select(0, self.entry)[0] for bank in (self.down[key], self.up[key]))
+        return self.scale * ((inputs.to(down.dtype) @ down.T) @ up.T)
+
+
+class LoopLora(LoraBank):
     """One low-rank update per iteration for every target linear of a backbone.
 
     Args:
@@ -37,7 +97,8 @@ class LoopLora(nn.Module):
         rank: r.
         gamma: the scale is gamma / r.
         kind: per_iter: an update for each iteration; shared: one for all.
-        targets: last parts of the names of the target modules, such as q_proj; empty: all attention and MLP linears.
+        targets: patterns of the target modules' names, of their last part (q_proj, *_proj) or of all that comes after
+            the layers' own (1.mlp.*); empty: all attention and MLP linears.
         beyond: past ``n_loops`` use the last update (clamp), start over (cycle), or none (off).
     """
 
@@ -51,34 +112,22 @@ class LoopLora(nn.Module):
         targets: Sequence[str] = (),
         beyond: Beyond = "clamp",
     ):
-        super().__init__()
-        self.n_loops, self.rank, self.scale, self.beyond = n_loops, rank, gamma / rank, beyond
-        n_banks = 1 if kind == "shared" else n_loops
-        self.modules_by_name = {
-            name: module
-            for name, module in backbone.lm.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-            and name.startswith(_layers_prefix(backbone))
-            and (not targets or name.rsplit(".", 1)[-1] in targets)
-        }
-        found = {name.rsplit(".", 1)[-1] for name in self.modules_by_name}
-        if unknown := sorted(set(targets) - found):
-            linears = (n for n, m in backbone.layers.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+        super().__init__(n_loops, 1 if kind == "shared" else n_loops, gamma / rank, beyond, backbone.device)
+        self.rank, self.prefix = rank, _layers_prefix(backbone)
+        self.dropout = 0.0  # of the inputs, in training
+        self.rows_by_loop: Mapping[int, Tensor] = {}
+        linears = {n: m for n, m in backbone.layers.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        chosen = {n: m for n, m in linears.items() if not targets or any(_is_target(n, target) for target in targets)}
+        self.modules_by_name = {self.prefix + name: module for name, module in chosen.items()}
+        if unknown := [target for target in targets if not any(_is_target(name, target) for name in linears)]:
             known = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise InputError(
                 f"lora_targets: the model has no linear '{unknown[0]}'{nearest(unknown[0], known)}; "
                 f"its linears are {', '.join(known)}"
             )
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        self.entry: int | None = None
         for name, module in self.modules_by_name.items():
-            n_in, n_out = _shape(module)
             key = name.replace(".", "/")
-            down = torch.empty(n_banks, rank, n_in)
-            for matrix in down:
-                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-            self.down[key] = nn.Parameter(down)
-            self.up[key] = nn.Parameter(torch.zeros(n_banks, n_out, rank))
+            self.add(key, *_shape(module), rank)
             module.register_forward_hook(partial(self._add_update, key))  # no closure: a copy must hook its own bank
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -87,29 +136,34 @@ class LoopLora(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def index(self, loop: int) -> int | None:
-        """Return the entry of the 1-based iteration ``loop``, or None where none applies."""
-        n_banks = next(iter(self.up.values())).shape[0]
-        if loop <= self.n_loops:
-            return min(loop, n_banks) - 1
-        if self.beyond == "off":
-            return None
-        return n_banks - 1 if self.beyond == "clamp" else (loop - 1) % self.n_loops % n_banks
+    def keep_layers(self, layers: range) -> None:
+        """Update no other layers than these."""
+        kept = tuple(f"{self.prefix}{layer}." for layer in layers)
+        for name in [name for name in self.modules_by_name if not name.startswith(kept)]:
+            del self.modules_by_name[name]
+            for side in (self.down, self.up):
+                del side[name.replace(".", "/")]
 
     @contextmanager
-    def at(self, loop: int) -> Iterator[None]:
-        """Use iteration ``loop``'s weights in the block."""
-        before, self.entry = self.entry, self.index(loop)
+    def of_rows(self, rows_by_loop: Mapping[int, Tensor]) -> Iterator[None]:
+        """Use iterations' weights in the block for some rows (R,) of a pass each; the others keep the base weights."""
+        before, self.rows_by_loop = self.rows_by_loop, rows_by_loop
         try:
             yield
         finally:
-            self.entry = before
+            self.rows_by_loop = before
 
     def _add_update(self, key: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self.entry is None:
+        if key not in self.down or (self.entry is None and not self.rows_by_loop):
             return None
-        down, up = self.down[key][self.entry], self.up[key][self.entry]
-        return output + self.scale * ((args[0].to(down.dtype) @ down.T) @ up.T).to(output.dtype)
+        inputs = dropout(args[0], self.dropout, self.training) if self.dropout else args[0]
+        if self.entry is not None:
+            return output + self.update(key, inputs).to(output.dtype)
+        for loop, rows in self.rows_by_loop.items():
+            with self.at(loop):
+                if self.entry is not None:
+                    output = output.index_add(0, rows, self.update(key, inputs[rows]).to(output.dtype))
+        return output
 
     def delta(self, name: str, loop: int) -> Tensor:
         """Return the update (out, in) of a module at an iteration."""
@@ -167,6 +221,10 @@ def _layers_prefix(backbone: Backbone) -> str:
         if module is backbone.layers:
             return f"{name}."
     raise AssertionError("the layers are modules of the model")
+
+
+def _is_target(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[-1], pattern)
 
 
 def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:

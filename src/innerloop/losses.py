@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, smooth_l1_loss
 
 from innerloop.context import Context
 from innerloop.errors import refuse
-from innerloop.halting import masked_mean
+from innerloop.halting import Pull, StopSettings, exit_distribution, expected_loss, masked_mean, pull
 from innerloop.layout import ANSWER_PASS, Batch, Sites
 
 if TYPE_CHECKING:
@@ -37,14 +37,19 @@ class LossSettings:
         hid_layers: the teacher's last layer, all layers, or all and the embeddings.
         hid_distance: smooth L1, L1 (a mean or a sum over the width) or squared L2, in units of the teacher's spread; or
             one minus cosine.
+        hid_width: width of the teacher's states where it is not this model's; what follows them is then projected by a
+            learned matrix, for all layers the same. 0: the same width.
         teacher: folder of the chain-of-thought run whose states are the targets, or self: the model's own.
         teacher_weight: a model that is its own teacher also learns to write the chain of thought, with this weight.
         teacher_passes: read the targets in the pass that is learned from, or in a second one (they differ by dropout).
         deep_weight: lambda_deep; the answer is also decoded after every iteration.
         deep_schedule: weight of iteration t: proportional to t (linear), or softmax of t.
-        halt_weight: lambda_halt; trains the gate of stop=halt (arXiv 2107.05407).
+        halt_weight: lambda_halt; trains the gate of stop=halt or halt_sample (arXiv 2107.05407).
         halt_prior: chance of stopping per iteration that the gate is drawn to.
         halt_beta: strength of that pull.
+        halt_pull: it is KL(p || G) from the geometric distribution G of halt_prior (geometric), KL(G || p)
+            (geometric_reverse), or KL from stopping anywhere alike (uniform; arXiv 2510.25741).
+        ponder_weight: stop=act: weight of the cost of thinking, N iterations and the remainder R (arXiv 1603.08983).
     """
 
     answer_weight: float = 1.0
@@ -52,6 +57,7 @@ class LossSettings:
     hid_weight: float = 0.0
     hid_layers: Literal["last", "all", "all+emb"] = "last"
     hid_distance: Literal["smooth_l1", "l1", "l1_sum", "l2", "cosine"] = "smooth_l1"
+    hid_width: int = 0
     teacher: str | None = None
     teacher_weight: float = 0.0
     teacher_passes: Literal[1, 2] = 1
@@ -60,12 +66,23 @@ class LossSettings:
     halt_weight: float = 0.0
     halt_prior: float = 0.2
     halt_beta: float = 0.01
+    halt_pull: Pull = "geometric"
+    ponder_weight: float = 0.0
 
     def __post_init__(self) -> None:
         weights = (self.answer_weight, *self.loop_term_weights.values(), self.halt_beta)
         refuse(
             (min(weights) < 0, "weights of the loss cannot be negative"),
+            (
+                self.hid_width < 0 or (self.hid_width > 0 and (self.hid_weight == 0 or self.teacher == "self")),
+                "hid_width is the width of another model's states: set hid_weight above 0 and teacher to a folder, or "
+                "hid_width to 0",
+            ),
             (not 0 < self.halt_prior < 1, "halt_prior is a probability between 0 and 1"),
+            (
+                self.ponder_weight > 0 and not (isinstance(self, StopSettings) and self.stop == "act"),
+                "ponder_weight is the cost of thinking in ACT: set stop=act",
+            ),
             (
                 self.hid_weight > 0 and self.teacher is None,
                 "hid_weight needs states to follow: set teacher to the folder of a chain-of-thought run, or to self",
@@ -85,6 +102,7 @@ class LossSettings:
             "teacher": self.teacher_weight,
             "deep": self.deep_weight,
             "halt": self.halt_weight,
+            "ponder": self.ponder_weight,
         }
 
 
@@ -131,6 +149,8 @@ def add_loop_terms(terms: Terms, batch: Batch, thought: Thought, trains: bool) -
             terms.add("deep", deep_loss(losses_TB, model.method.losses.deep_schedule, batch.n_loops), "answer")
         if weights.get("halt"):
             terms.add("halt", halting_loss(model, batch, thought, losses_TB), "rows")
+    if thought.loop.ponder_B is not None and trains and weights.get("ponder"):
+        terms.add("ponder", thought.loop.ponder_B.sum(), "rows")
     if thought.loop.gain is not None:
         bound = model.method.loop.spectral_bound
         penalty = (thought.loop.gain - bound).clamp(min=0).square()
@@ -226,6 +246,8 @@ def follow_loss(model: LatentModel, batch: Batch, thought: Thought, targets: tup
             student = states[sites.rows_F, (sites.columns_F - start).clamp(min=0)]
             if sites.loop != ANSWER_PASS:
                 student = torch.where(is_mean[:, None], masked_mean(states, mask)[sites.rows_F], student)
+            if model.follower is not None:
+                student = model.follower(student.to(model.follower.weight.dtype))
             distances = distance(student.float(), target, settings.hid_distance, spread)
             total = total + (sites.weights_F * distances).sum() / (len(targets) - first)
     return total
@@ -258,6 +280,20 @@ def answer_losses(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
     return torch.stack(losses)
 
 
+def every_pass_loss(model: LatentModel, batch: Batch, thought: Thought, last: Tensor) -> Tensor:
+    """Return the summed loss of the written tokens: that of the last pass, or the mean of all (spiralthinker.md, L_CE).
+
+    ``last`` is that of the last pass; the others read the states z_0..z_{K-1} in its place.
+    """
+    loop = thought.loop
+    if not model.method.learns_every_pass or loop is None:
+        return last
+    earlier = [loop.first, *(held(loop.states, loop.state, k) for k in range(1, len(loop.states)))]
+    shown = (model.written_logits(batch, thought, state).float() for state in earlier)
+    totals = [cross_entropy(logits_UV, batch.targets_U, reduction="sum") for logits_UV in shown]
+    return torch.stack([*totals, last]).mean()
+
+
 def deep_loss(losses_TB: Tensor, schedule: str, n_loops: list[int]) -> Tensor:
     """Return sum_t w_t L_t; w over a row's iterations proportional to t (linear) or softmax of t (slr.md, L_deep)."""
     t, ran_TB = _iterations(losses_TB, n_loops)
@@ -271,29 +307,14 @@ def _iterations(like_TB: Tensor, n_loops: list[int]) -> tuple[Tensor, Tensor]:
     return t, (t <= torch.tensor(n_loops, device=like_TB.device)).float()
 
 
-def halting_distribution(logits_TB: Tensor, n_loops: list[int]) -> Tensor:
-    """Return p_t = lambda_t prod_{j<t} (1 - lambda_j), a row's last taking the rest, (T, B) in fp32."""
-    log_stop, log_go = (
-        logits_TB.float().sigmoid().clamp(min=1e-12).log(),
-        (-logits_TB.float()).sigmoid().clamp(min=1e-12).log(),
-    )
-    before = torch.cat([torch.zeros_like(log_go[:1]), log_go.cumsum(0)[:-1]])
-    t, ran_TB = _iterations(logits_TB, n_loops)
-    is_last_TB = t == torch.tensor(n_loops, device=t.device)
-    return (before + log_stop.masked_fill(is_last_TB, 0.0)).exp() * ran_TB
-
-
 def halting_loss(model: LatentModel, batch: Batch, thought: Thought, losses_TB: Tensor) -> Tensor:
-    """Return, summed over rows, sum_t p_t L_t + beta KL(p || truncated geometric), L_t a mean over tokens."""
+    """Return, summed over rows, sum_t p_t L_t + beta KL(p || prior), L_t a mean over tokens."""
     assert thought.loop is not None and model.loop.stop is not None
     settings = model.method.losses
     n = len(thought.loop.states)
     states = [held(thought.loop.states, thought.loop.state, loop) for loop in range(1, n + 1)]
     logits = torch.stack([model.loop.stop.halting_logit(state, thought.state_mask) for state in states])
-    p = halting_distribution(logits, batch.n_loops)
+    p = exit_distribution(logits, batch.n_loops)
     n_targets = torch.tensor(batch.n_targets, device=p.device).clamp(min=1)
-    t, ran_TB = _iterations(p, batch.n_loops)
-    prior = (1 - settings.halt_prior) ** (t - 1) * ran_TB
-    prior = prior / prior.sum(0).clamp(min=1e-30)
-    divergence = (p * (p.clamp(min=1e-12).log() - prior.clamp(min=1e-12).log())).sum(0)
-    return ((p * losses_TB / n_targets).sum(0) + settings.halt_beta * divergence).sum()
+    divergence = pull(p, settings.halt_pull, settings.halt_prior, batch.n_loops)
+    return (expected_loss(p, losses_TB / n_targets) + settings.halt_beta * divergence).sum()

@@ -21,12 +21,13 @@ from innerloop import checkpoint
 from innerloop.adapters import add_markers
 from innerloop.backbone import Backbone
 from innerloop.context import Context
+from innerloop.cost import Meter
 from innerloop.decoder import AnswerDecoder, Classifier, decoder_for
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, LAT, Batch, Block, Row, Speller, collate
+from innerloop.layout import ANSWER_PASS, LAT, Batch, Block, Row, ShownBlock, Speller, collate
 from innerloop.loop import InnerLoop
-from innerloop.losses import Terms, add_loop_terms
+from innerloop.losses import Terms, add_loop_terms, every_pass_loss
 from innerloop.methods import Method
 from innerloop.step_decoder import StepDecoder
 from innerloop.thought import Masked, Thought, join, think
@@ -71,14 +72,29 @@ class LatentModel(nn.Module):
             raise InputError(
                 f"shift is for latents side by side, which '{method.name}' has not here: set shift to false"
             )
+        if method.loop.time_inject == "token" and method.scope == "append":
+            raise InputError(
+                f"time_inject=token is for latents side by side, which '{method.name}' has not here: set it to add"
+            )
+        if method.loop.stop_decay > 0 and method.family != "depth":
+            raise InputError(f"stop_decay is for loops inside tokens, which '{method.name}' has not: set it to 0")
+        if (method.loop.stop, method.loop.act_output, method.answer_context) == ("act", "weighted", "kv_last"):
+            raise InputError("the answer sees the last iteration's cache, not ACT's mean: set act_output to last")
         add_markers(backbone, tokenizer, method.markers)
         aux = method.auxiliary
-        self.step_decoder = StepDecoder(aux, backbone) if aux.aux_weight > 0 else None
-        max_loops = method.n_loops(method.curriculum.last_stage)
-        loop = InnerLoop(
-            method.loop, backbone.width, max_loops, backbone.embed_rms(), backbone, method.n_distinct_slots
-        )
+        self.step_decoder = None
+        if aux.aux_weight > 0:
+            dtype = backbone.lm.dtype
+            other = None if aux.aux_source is None else checkpoint.load_decoder(aux.aux_source, tokenizer, dtype)
+            self.step_decoder = StepDecoder(aux, backbone, other).to(backbone.device)
+        max_loops = method.n_iterations
+        tau, n_slots, soft = backbone.embed_rms(), method.n_distinct_slots, method.soft_thinking
+        loop = InnerLoop(method.loop, backbone.width, max_loops, tau, backbone, n_slots, soft)
         self.loop = loop.to(backbone.device)
+        depth = method.make_depth(backbone, self.loop)
+        self.depth = None if depth is None else depth.to(backbone.device)
+        width = method.losses.hid_width
+        self.follower = nn.Linear(backbone.width, width, bias=False).to(backbone.device) if width else None
         decoder = decoder_for(method.answering, backbone)
         self.decoder = None if decoder is None else decoder.to(backbone.device)
         for part in self.children():
@@ -111,6 +127,14 @@ class LatentModel(nn.Module):
     def block(self, loops: int | None = None) -> Block | None:
         """Return the latents that a written token opens, with another number of loops than trained."""
         return self._looping(loops).block(self.spell)
+
+    def shown_blocks(
+        self, rows: Sequence[Row], steps: Sequence[Sequence[str]] | None = None, loops: int | None = None
+    ) -> list[list[ShownBlock]]:
+        """Return where the latents of rows to be answered show steps; ``steps`` are the gold ones, where known."""
+        method, known = self._looping(loops), steps or [()] * len(rows)
+        pieces = [[self.spell.step(text, i) for i, text in enumerate(texts)] for texts in known]
+        return [method.shown_blocks(row, gold) for row, gold in zip(rows, pieces, strict=True)]
 
     def _looping(self, loops: int | None) -> Method:
         return self.method if loops is None else self.method.with_loops(loops)
@@ -146,8 +170,11 @@ class LatentModel(nn.Module):
                 terms.add("answer", cross_entropy(logits_BC, batch.class_B, reduction="sum"), "rows")
             else:
                 logits_UV = self.written_logits(link, thought)
-                terms.add("answer", cross_entropy(logits_UV.float(), link.targets_U, reduction="sum"))
+                total = cross_entropy(logits_UV.float(), link.targets_U, reduction="sum")
+                terms.add("answer", every_pass_loss(self, link, thought, total))
             add_loop_terms(terms, link, thought, trains=self.training)
+            if self.depth is not None:
+                self.depth.add_terms(terms, link, thought)
             context = thought.after
         loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
         return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace)
@@ -182,10 +209,18 @@ class LatentModel(nn.Module):
     def think(self, batch: Batch, trace: Trace | None = None, context: Context | None = None) -> Thought:
         """Read the prefix of a batch and run its loop, up to where writing begins; ``context`` is what came before."""
         if context is None:
-            context = Context(self.backbone, len(batch), checkpoint_passes=self.checkpoint_passes and self.training)
+            context = self.new_context(batch, checkpoint_passes=self.checkpoint_passes and self.training)
+        context.trace = trace
         follows = any(sites.loop != ANSWER_PASS for sites in batch.follows)
         stem = self.spell.stem()
         return think(self.method, self.loop, batch, context, trace, self.read_out, all_states=follows, stem=stem)
+
+    def new_context(self, batch: Batch, meter: Meter | None = None, checkpoint_passes: bool = False) -> Context:
+        """Return the context of a batch that has read nothing."""
+        context = Context(self.backbone, len(batch), meter, checkpoint_passes, self.depth, batch.depth)
+        context.wanted_BS = None if self.depth is None else self.depth.wanted(batch)
+        context.asked_B = batch.mask_BS[:, : batch.bounds[1]].sum(1) - 1
+        return context
 
     def written_logits(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Tensor:
         """Return the logits (U, V) of the supervised tokens, written on a final state (None: the thought's own)."""
@@ -195,15 +230,21 @@ class LatentModel(nn.Module):
         if isinstance(self.decoder, AnswerDecoder):
             logits = self.decoder(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
             return logits[rows, at - columns.start]
+        if state is not None and thought.pinned is not None:
+            state = torch.where(*thought.pinned, state)
         pending = thought.pending if state is None else [(state, thought.region_mask)]
+        context, start = thought.context.fork(), thought.first_column
+        if batch.skipped_B is not None:  # only what comes before the suffix keeps its positions
+            context.read(*join(pending))
+            context.next_position_B = context.next_position_B + batch.skipped_B
+            pending, start = [], columns.start
         embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
         follows = any(sites.loop == ANSWER_PASS for sites in batch.follows)
-        context = thought.context.fork()
         states = context.read(embeds, mask, all_states=follows)
         layers = states if follows else (states,)
         if state is None:
             thought.answer, thought.after = layers, context
-        written, start = layers[-1], thought.first_column
+        written = layers[-1]
         if batch.first_predicting < start:  # the prefix, which was read before, predicts some
             assert thought.prompt is not None and start == batch.bounds[0]
             prompt = thought.prompt[0]
@@ -236,12 +277,13 @@ class LatentModel(nn.Module):
                 self._teacher.append(checkpoint.load(folder, device=self.device).requires_grad_(False).eval())
             theirs, ours = self._teacher[0].backbone, self.backbone
             is_last = self.method.losses.hid_layers == "last"
-            if theirs.width != ours.width or (theirs.n_layers != ours.n_layers and not is_last):
+            width = self.method.losses.hid_width or ours.width
+            if theirs.width != width or (theirs.n_layers != ours.n_layers and not is_last):
                 self._teacher.clear()
                 raise InputError(
                     f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
                     f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
-                    "another depth hid_layers to last"
+                    "another width hid_width to it, of another depth hid_layers to last"
                 )
         return self._teacher[0].backbone
 

@@ -75,11 +75,11 @@ class Recipe:
     stages: tuple[Recipe, ...] = field(default=())
 
     def with_paths(self) -> Recipe:
-        """Return the recipe with ``{out}`` in the method's teacher replaced by the run's folder."""
-        teacher = self.method.losses.teacher
-        if teacher is None or "{out}" not in teacher:
-            return self
-        return replace(self, method=replace(self.method, teacher=teacher.replace("{out}", self.out)))  # type: ignore[call-arg]
+        """Return the recipe with ``{out}`` in the method's fields (its teacher, ..) replaced by the run's folder."""
+        written = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
+        found = {name: value for name, value in written.items() if isinstance(value, str) and "{out}" in value}
+        paths = {name: value.replace("{out}", self.out) for name, value in found.items()}
+        return replace(self, method=replace(self.method, **paths)) if paths else self  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it would be written, every field spelled out."""

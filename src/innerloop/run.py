@@ -91,8 +91,8 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
         return False
     if trainer.reached_stage < trainer.curriculum.last_stage:
         print(
-            f"note: training ended in stage {trainer.reached_stage} of {trainer.curriculum.last_stage}, before all "
-            "steps had left the text; train longer, or shorten stage_length"
+            f"note: training ended in stage {trainer.reached_stage} of {trainer.curriculum.last_stage}, before the "
+            "curriculum did; train longer, or shorten it"
         )
     (folder / FINISHED).touch()
     return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -12,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.layout import ANSWER_PASS, Kind, Row
-from innerloop.trace import Trace
+from innerloop.trace import ShownStep, Trace
 
 COLOURS = {
     Kind.QUESTION: "cyan",
@@ -58,6 +60,7 @@ def row_view(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 100) -> 
 
 def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, str, str]]:
     position = slot = 0
+    suffix_start = len(row) - sum(len(piece.ids) for piece in row.suffix)
     for piece in row.pieces:
         for token_id in piece.ids:
             token = _visible(tokenizer, token_id)
@@ -66,7 +69,7 @@ def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, 
             yield (
                 token,
                 _visible(tokenizer, token_id) if piece.supervised else NO_LABEL,
-                str(position),
+                str(position + (row.skipped if position >= suffix_start else 0)),
                 COLOURS[piece.kind],
             )
             position += 1
@@ -116,14 +119,9 @@ def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int 
     return table
 
 
-def blocks_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, latents_per_block: int, offset: int) -> Text | None:
-    """Return the step that each block of latents shows in the pass that the answer sees, a line each (lotus.md, 6)."""
-    if trace.last is None:
-        return None
-    ids = trace.last.top_ids[0, :, 0].tolist()
-    starts = range(1 + offset, len(ids) + offset, latents_per_block)
-    blocks = [tokenizer.decode(ids[start : start + latents_per_block]) for start in starts]
-    lines = [f"block {i}: {block.splitlines()[0] if block.strip() else ''}" for i, block in enumerate(blocks, 1)]
+def blocks_view(blocks: Sequence[ShownStep]) -> Text:
+    """Return the step that each block of latents shows, a line each (lotus.md, section 6)."""
+    lines = [f"block {i}: {block.text.strip()}" for i, block in enumerate(blocks, 1)]
     return Text("\n".join(lines), style=COLOURS[Kind.LATENT])
 
 
@@ -133,3 +131,41 @@ def print_rows(console: Console, rows: list[Row], tokenizer: PreTrainedTokenizer
     for row in rows:
         console.print()
         console.print(row_view(row, tokenizer, max(console.width - 2, 40)))
+
+
+def depth_view(depths: Sequence[tuple[str, int]]) -> Text:
+    """Show tokens on a ground whose colour tells how many iterations each had, and what the colours mean."""
+    counts = Counter(depth for _, depth in depths)
+    low, high = min(counts), max(counts)
+    text = Text()
+    for token, depth in depths:
+        word = token.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\u23ce").replace("\n", "\u23ce")
+        text.append(word, style=_ground(depth, low, high))
+        text.append(" ")
+    text.append("\niterations per token: ")
+    for depth in sorted(counts):
+        text.append(f" {depth} ", style=_ground(depth, low, high))
+        text.append(f" x {counts[depth]}  ")
+    mean = sum(depth * n for depth, n in counts.items()) / len(depths)
+    text.append(f"mean {mean:.2f}")
+    return text
+
+
+def calibration_line(title: str, report: Mapping[str, Any]) -> str:
+    """Say what stopping early does to a set of examples, in one line; ``report`` has ``full`` and ``chosen``."""
+    full, chosen = report["full"], report["chosen"]
+    (low, high), rule = chosen["ci95"], report.get("rule")
+    threshold = report.get("threshold")
+    named = "" if rule is None else f"{rule}" + ("" if threshold is None else f" at {threshold:.4g}") + ": "
+    return (
+        f"{title}: {named}accuracy {chosen['accuracy']:.1%} (95 % {low:.1%} to {high:.1%}) in "
+        f"{chosen['mean_loops']:.2f} loops, against {full['accuracy']:.1%} in {full['mean_loops']:.2f}; "
+        f"{chosen['loops_saved']:.0%} of loops and {chosen['flops_saved']:.0%} of FLOPs saved"
+    )
+
+
+def _ground(depth: int, low: int, high: int) -> str:
+    """Return a style from pale to strong."""
+    grounds = ("black on #dbe9f6", "black on #a8cbe6", "black on #6aa5d4", "white on #3174b0", "white on #0b3d73")
+    share = 0.0 if high == low else (depth - low) / (high - low)
+    return grounds[round(share * (len(grounds) - 1))]

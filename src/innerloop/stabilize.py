@@ -19,7 +19,7 @@ TimeInject = Literal["add", "concat", "token"]
 NoiseLevel = Literal["none", "injected", "delta"]
 GateShape = Literal["scalar", "channel"]
 GateKind = Literal["softmax", "sigmoid", "attention"]
-AlphaLearn = Literal["fixed", "shared", "per_iter"]
+AlphaLearn = Literal["fixed", "shared", "per_iter", "free"]
 
 TIME_WIDTH = 256  # d_e, the width of the sinusoidal features
 GATE_WIDTH = 256  # d_g, the hidden width of the gates of residual C
@@ -104,7 +104,8 @@ class Residual(nn.Module):
     Args:
         kind: which.
         alpha: share of the new state, in [0, 1].
-        alpha_learn: keep alpha fixed, learn one for all iterations (shared) or one for each (per_iter).
+        alpha_learn: keep alpha fixed, learn one for all iterations (shared) or one for each (per_iter), in (0, 1); or
+            one for each that may be any number (free).
         gate_shape: one gate for a position (scalar) or one for each of its channels.
         gate_kind: softmax over the three; three sigmoids; or attention over the three with h' as the query.
         width: D.
@@ -123,8 +124,10 @@ class Residual(nn.Module):
     ):
         super().__init__()
         self.kind, self.alpha, self.gate_kind = kind, alpha, gate_kind
-        self.logit = None
-        if alpha_learn != "fixed":
+        self.logit = self.shares = None
+        if alpha_learn == "free":
+            self.shares = nn.Parameter(torch.full((max_loops,), alpha))
+        elif alpha_learn != "fixed":
             n = max_loops if alpha_learn == "per_iter" else 1
             self.logit = nn.Parameter(torch.full((n,), _logit(alpha)))
         if kind == "C":
@@ -143,6 +146,8 @@ class Residual(nn.Module):
 
     def alpha_at(self, loop: int) -> Tensor | float:
         """Return alpha of the 1-based iteration ``loop``."""
+        if self.shares is not None:
+            return self.shares[min(loop, len(self.shares)) - 1]
         return self.alpha if self.logit is None else self.logit[min(loop, len(self.logit)) - 1].sigmoid()
 
     def forward(self, new: Tensor, first: Tensor, previous: Tensor, loop: int) -> Tensor:
@@ -178,7 +183,7 @@ class TimeEmbedding(nn.Module):
         inject: add: x = h + e_t; concat: x = W_c [h; e_t]; token: one more position, holding e_t, before the slots.
         max_loops: iterations trained for.
         width: D.
-        normalised: the sines see t / max_loops, stretched to the table's range, instead of t.
+        normalised: the sines see t / max_loops instead of t.
         noise_level: also tell the size of the noise that was injected, or of the last change of the state.
     """
 
@@ -210,7 +215,7 @@ class TimeEmbedding(nn.Module):
         if self.kind == "lookup":
             e = self.table[min(loop, len(self.table)) - 1]
         else:
-            time = loop / self.max_loops * 100.0 if self.normalised else float(loop)
+            time = loop / self.max_loops if self.normalised else float(loop)
             e = self.mlp(_features(self.mlp, torch.tensor([time], device=next(self.mlp.parameters()).device)))[0]
         if self.noise_mlp is None or level_B is None:
             return e

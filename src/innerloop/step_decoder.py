@@ -2,7 +2,8 @@
 
     [z_1]..[z_c] [E(t_1)]..[E(t_n-1)]  -->  t_1 .. t_n
 
-The latents are the whole prompt: no question, no earlier steps (simcot.md, sections 2 to 4; lotus.md, LOTUS-aux).
+The latents are the whole prompt, but for the question where asked for; earlier steps are not read (simcot.md, sections
+2 to 4; lotus.md, LOTUS-aux).
 Shapes: `G` latent groups, `c` latents of a group, `L` tokens of the longest step, `D` width.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from innerloop.backbone import Backbone
 from innerloop.context import Context
@@ -26,7 +28,7 @@ from innerloop.losses import held
 if TYPE_CHECKING:
     from innerloop.layout import Batch, ToldSites
     from innerloop.model import LatentModel
-    from innerloop.thought import Thought
+    from innerloop.thought import Masked, Thought
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,14 @@ class AuxSettings:
     Args:
         aux_weight: of this term of the loss; 0: no decoder.
         aux_decoder: a copy of the model with weights of its own (copy), or the model itself (shared).
+        aux_source: copy: begin as the model in this folder, or of this Hub name, instead. It must have the same tokens;
+            if its width is another, a linear map brings the latents to it. It is needed again wherever the run is
+            loaded with an aux_weight above 0.
         aux_layers: copy: keep its first so many layers; 0: all. Small decoders were unstable in LOTUS' study.
         aux_lora_rank: shared: low-rank updates of the model that only the decoder uses; 0: none.
         aux_embed: step tokens are embedded by the model's table (base) or the decoder's (own).
-        aux_position: the position id of a group's first latent.
+        aux_question: let the decoder read the question before the latents, too.
+        aux_position: the position id of a group's first latent, or of the question.
         aux_norm: the sum over a step's tokens, averaged over rows and groups (per_row), or the mean over tokens.
         aux_detach: let nothing flow back into the model: a probe.
         aux_trains: train model and decoder (both), or one of them.
@@ -47,9 +53,11 @@ class AuxSettings:
 
     aux_weight: float = 0.0
     aux_decoder: Literal["copy", "shared"] = "copy"
+    aux_source: str | None = None
     aux_layers: int = 0
     aux_lora_rank: int = 0
     aux_embed: Literal["base", "own"] = "base"
+    aux_question: bool = False
     aux_position: int = 0
     aux_norm: Literal["per_row", "token_mean"] = "per_row"
     aux_detach: bool = False
@@ -72,6 +80,10 @@ class AuxSettings:
             ),
             (self.aux_decoder == "shared" and self.aux_layers > 0, "aux_layers cuts a copy: set aux_decoder to copy"),
             (
+                self.aux_source is not None and (self.aux_decoder == "shared" or self.aux_embed == "base"),
+                "aux_source has weights and a table of its own: set aux_decoder to copy and aux_embed to own",
+            ),
+            (
                 self.aux_decoder == "copy" and self.aux_lora_rank > 0,
                 "aux_lora_rank is for a decoder that shares the model's weights: set aux_decoder to shared",
             ),
@@ -93,16 +105,20 @@ class StepDecoder(nn.Module):
     Args:
         settings: its options.
         backbone: the model that it copies or shares.
+        other: the model that it is made of instead of a copy.
     """
 
-    def __init__(self, settings: AuxSettings, backbone: Backbone):
+    def __init__(self, settings: AuxSettings, backbone: Backbone, other: PreTrainedModel | None = None):
         super().__init__()
         self.settings = settings
         self.own: Backbone | None = None
+        self.widen: nn.Linear | None = None
         self.lora: LoopLora | None = None
         if settings.aux_decoder == "copy":
-            self.own = Backbone(copy.deepcopy(backbone.lm))
-            n_layers = backbone.n_layers if settings.aux_layers == 0 else min(settings.aux_layers, backbone.n_layers)
+            self.own = Backbone(copy.deepcopy(backbone.lm) if other is None else other)
+            if self.own.width != backbone.width:
+                self.widen = nn.Linear(backbone.width, self.own.width)
+            n_layers = min(settings.aux_layers or self.own.n_layers, self.own.n_layers)
             del self.own.layers[n_layers:]
             self.own.lm.config.num_hidden_layers = n_layers
             table, head = self.own.lm.get_input_embeddings().weight, self.own.lm.get_output_embeddings().weight
@@ -120,9 +136,14 @@ class StepDecoder(nn.Module):
         embeds = (self.reader(backbone) if self.settings.aux_embed == "own" else backbone).embed(ids_GL)
         return embeds.detach() if self.settings.aux_detach and self.settings.aux_embed == "base" else embeds
 
-    def forward(self, latents_GcD: Tensor, ids_GL: Tensor, backbone: Backbone) -> Tensor:
-        """Return the logits (G, L, V) of each step token, from the latents and the tokens before it."""
+    def forward(self, latents_GcD: Tensor, ids_GL: Tensor, backbone: Backbone, asked: Masked | None = None) -> Tensor:
+        """Return the logits (G, L, V) of each step token, from the latents and the tokens before it.
+
+        ``asked`` are the embeddings of what is read before the latents.
+        """
         reader, c = self.reader(backbone), latents_GcD.shape[1]
+        if self.widen is not None:
+            latents_GcD = self.widen(latents_GcD.to(self.widen.weight.dtype)).to(latents_GcD.dtype)
         words = self.embed(ids_GL[:, :-1], backbone).to(latents_GcD.dtype)
         if self.settings.aux_detach and self.settings.aux_embed == "base":
             words = words.detach()  # the table is the model's too
@@ -132,14 +153,23 @@ class StepDecoder(nn.Module):
         if self.lora is not None:
             lora = self.lora
             context.weights = lambda: lora.at(1)
+        if asked is not None:
+            context.read(*asked)
         return reader.head(context.read(embeds)[:, c - 1 :])
 
     @torch.no_grad()
-    def tell(self, latents_GcD: Tensor, backbone: Backbone, eos_id: int, max_tokens: int = 32) -> list[list[int]]:
+    def tell(
+        self,
+        latents_GcD: Tensor,
+        backbone: Backbone,
+        eos_id: int,
+        max_tokens: int = 32,
+        asked: Masked | None = None,
+    ) -> list[list[int]]:
         """Return the tokens that each group of latents tells, likeliest first, up to the end of sequence."""
         ids = torch.zeros(len(latents_GcD), 1, dtype=torch.long, device=latents_GcD.device)
         for n in range(max_tokens):
-            best = self(latents_GcD, ids, backbone)[:, n].argmax(-1)
+            best = self(latents_GcD, ids, backbone, asked)[:, n].argmax(-1)
             ids = torch.cat([ids[:, :-1], best[:, None], torch.zeros_like(ids[:, :1])], dim=1)
         told = ids[:, :-1].tolist()
         return [row[: row.index(eos_id)] if eos_id in row else row for row in told]
@@ -167,6 +197,16 @@ def group_latents(model: LatentModel, batch: Batch, thought: Thought, sites: Tol
     return states[sites.rows_G[:, None], columns]
 
 
+def group_questions(model: LatentModel, batch: Batch, sites: ToldSites) -> Masked | None:
+    """Return the questions that the decoder of each group reads (G, L, D) and their mask; None if it reads none."""
+    assert model.step_decoder is not None
+    if not model.method.auxiliary.aux_question:
+        return None
+    columns, mask = batch.columns(0)
+    asked = model.step_decoder.embed(batch.ids_BS[:, columns], model.backbone)
+    return asked[sites.rows_G], None if mask is None else mask[sites.rows_G]
+
+
 def _of_another_row(sites: ToldSites) -> Tensor:
     """Return for each group the place (G,) of the same group in the next row that has it; its own if none has."""
     places: dict[int, list[int]] = {}
@@ -190,7 +230,8 @@ def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool
             latents = latents.detach()
         if shuffled:
             latents = latents[_of_another_row(sites)]
-        logits = model.step_decoder(latents, sites.ids_GL, model.backbone).float()
+        asked = group_questions(model, batch, sites)
+        logits = model.step_decoder(latents, sites.ids_GL, model.backbone, asked).float()
         loss_GL = cross_entropy(logits.transpose(1, 2), sites.targets_GL, reduction="none", ignore_index=IGNORE)
         weights_G = sites.per_row_G if settings.aux_norm == "per_row" else sites.per_token_G
         total = total + (loss_GL.sum(1) * weights_G).sum()

@@ -42,7 +42,8 @@ class TeacherCache:
 
     def __init__(self, path: str | Path, rows: Sequence[Row], backbone: Backbone, pad_id: int, batch_size: int = 64):
         self.path = Path(path)
-        entries = {_key(row): row for row in rows if row.teacher is not None and positions(row)}
+        known = {_key(row): row for row in rows if row.teacher is not None and positions(row)}
+        entries = dict(sorted(known.items()))  # the file does not depend on the order of the data
         self.places: dict[tuple[int, ...], tuple[int, list[int]]] = {}
         n = 0
         for key, row in entries.items():
@@ -53,10 +54,10 @@ class TeacherCache:
             self._make(list(entries.values()), backbone, pad_id, batch_size, made_of)
         try:
             self.file = safe_open(str(self.path), framework="pt")
-            found = (self.file.metadata() or {}).get(MADE_OF)
+            stored = (self.file.metadata() or {}).get(MADE_OF)
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read the teacher's states in {self.path} ({error}); delete it") from None
-        if found != made_of:
+        if stored != made_of:
             raise InputError(
                 f"the states in {self.path} are of another teacher, other data or another method; delete the file, or "
                 "give another one as train.teacher_cache"
@@ -100,7 +101,7 @@ def fingerprint(backbone: Backbone, entries: dict[tuple[int, ...], Row]) -> str:
     for name, tensor in sorted(backbone.lm.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for key in sorted(entries):
+    for key in entries:
         digest.update(str(key).encode())
     return digest.hexdigest()
 

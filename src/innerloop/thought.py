@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from innerloop.context import Context, Weights, merge
+from innerloop.depth import Deep
+from innerloop.halting import Hints
 from innerloop.layout import Batch
 from innerloop.loop import InnerLoop, LoopResult
 from innerloop.trace import Trace
@@ -45,6 +47,7 @@ class Thought:
         loop: what the loop did; None when nothing looped.
         region_mask: of the looped columns.
         state_mask: of the positions of the final state.
+        pinned: the text between the latents, which is read as it is whatever the state.
         prompt: the states of the prefix, for a decoder that reads them, and their mask.
         answer: what the pass of the answer gave: the states of its columns (B, L, D), after every layer if asked for.
         after: the context in which the answer has been read too.
@@ -58,10 +61,16 @@ class Thought:
     loop: LoopResult | None = None
     region_mask: Tensor | None = None
     state_mask: Tensor | None = None
+    pinned: Pinned | None = None
     prompt: Masked | None = None
     layer_states: list[tuple[Tensor, ...]] = field(default_factory=list)
     answer: tuple[Tensor, ...] = ()
     after: Context | None = None
+
+    @property
+    def deep(self) -> Sequence[Deep]:
+        """What the passes gave in which tokens had unlike depth, the answer's among them."""
+        return (self.context if self.after is None else self.after).deep
 
 
 def think(
@@ -130,7 +139,9 @@ def think(
     if method.scope == "append":
         mask = state_mask = None if mask is None else mask.amax(1, keepdim=True)  # every row feeds its last latent
     layer_states = steps.layer_states if isinstance(steps, RegionPass) else []
-    thought = Thought(context, [], batch.bounds[1], result, region_mask, state_mask, (read, prefix_mask), layer_states)
+    thought = Thought(
+        context, [], batch.bounds[1], result, region_mask, state_mask, pinned, (read, prefix_mask), layer_states
+    )
     if method.answer_context == "refeed":
         fed = result.state.detach() if method.loop.detach and method.scope == "append" else result.state
         fed = fed if pinned is None else torch.where(*pinned, fed)
@@ -184,6 +195,7 @@ class RegionPass:
     """
 
     compacts = True
+    hints: Hints | None = None
 
     def __init__(
         self,
@@ -245,6 +257,11 @@ class RegionPass:
             embeds, mask = self.prompt
             self.prompt = embeds[index], None if mask is None else mask[index]
 
+    def count(self, flops_B: Tensor) -> None:
+        """Count FLOPs of the rows, for what looks at their states."""
+        if self.prefix.meter is not None:
+            self.prefix.meter.add(self.prefix.rows, flops_B)
+
     def ahead(self, refeeds: bool) -> tuple[Context, Tensor | None]:
         """Return a context to read the answer on, before the last state is fed once more or instead, and its mask."""
         past = self.prefix if refeeds else self.context
@@ -283,10 +300,16 @@ class AppendPass:
     compacts = False
     state_mask: Tensor | None = None
     before: Tensor | None = None
+    hints: Hints | None = None
     peeks = False
 
     def __init__(self, context: Context, mask_BN: Tensor | None, weights: LoopWeights, normed: bool):
         self.context, self.mask_BN, self.weights, self.normed = context, mask_BN, weights, normed
+
+    def count(self, flops_B: Tensor) -> None:
+        """Count FLOPs of the rows, for what looks at their states."""
+        if self.context.meter is not None:
+            self.context.meter.add(self.context.rows, flops_B)
 
     def ahead(self, refeeds: bool) -> tuple[Context, Tensor | None]:
         """Return a context to read the answer on; rows that have ended read too, in vain."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedTokenizerBase
 
+from innerloop.layout import ANSWER_PASS, ShownBlock
 from innerloop.stabilize import rms
 
 
@@ -28,6 +30,7 @@ class Iteration:
         score: the stop score, where there is one.
         top_ids: (A, N, k) most likely tokens of the read-out of u_t, where asked for.
         top_probs: (A, N, k) their probabilities.
+        ranks: (A, N) how many tokens are likelier than the gold one; -1 where none is known.
     """
 
     loop: int
@@ -38,14 +41,34 @@ class Iteration:
     score: Tensor | None = None
     top_ids: Tensor | None = None
     top_probs: Tensor | None = None
+    ranks: Tensor | None = None
 
 
 @dataclass
 class Reading:
-    """What positions show through the head: their likeliest tokens (A, N, k) and these tokens' probabilities."""
+    """What positions show through the head: their likeliest tokens (A, N, k) and these tokens' probabilities.
+
+    ``ranks`` (A, N) tell how many tokens are likelier than the gold one; -1 where none is known.
+    """
 
     top_ids: Tensor
     top_probs: Tensor
+    ranks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ShownStep:
+    """The step that a block of latents shows.
+
+    Attributes:
+        text: its likeliest tokens, up to the end of the line.
+        alternatives: at each position, the likeliest tokens with their probabilities.
+        ranks: at each position, how many tokens are likelier than the gold one; None where none is known.
+    """
+
+    text: str
+    alternatives: tuple[tuple[tuple[str, float], ...], ...]
+    ranks: tuple[int | None, ...]
 
 
 @dataclass
@@ -57,17 +80,24 @@ class Trace:
     Args:
         read_out: maps outputs u (A, N, D) to logits (A, N, V); None records no read-outs.
         top_k: how many alternatives a read-out keeps.
+        gold: (B, 1 + N) the tokens that the position before the latents and the latents should show, below 0 where none
+            is known; None: nothing is known.
     """
 
     read_out: Callable[[Tensor], Tensor] | None = None
     top_k: int = 5
     iterations: list[Iteration] = field(default_factory=list)
     last: Reading | None = None
+    gold: Tensor | None = None
 
-    def read(self, logits: Tensor) -> Reading:
-        """Return the likeliest tokens of logits (A, N, V)."""
+    def read(self, logits: Tensor, gold_AN: Tensor | None = None) -> Reading:
+        """Return the likeliest tokens of logits (A, N, V), and the ranks of the gold ones."""
         top = logits.float().softmax(-1).topk(min(self.top_k, logits.shape[-1]), dim=-1)
-        return Reading(top.indices, top.values)
+        if gold_AN is None:
+            return Reading(top.indices, top.values)
+        own = logits.gather(-1, gold_AN.clamp(min=0)[..., None])
+        ranks = (logits > own).sum(-1)
+        return Reading(top.indices, top.values, torch.where(gold_AN < 0, -1, ranks))
 
     @torch.no_grad()
     def record(
@@ -99,8 +129,8 @@ class Trace:
             score=score,
         )
         if self.read_out is not None:
-            reading = self.read(self.read_out(output))
-            entry.top_ids, entry.top_probs = reading.top_ids, reading.top_probs
+            reading = self.read(self.read_out(output), None if self.gold is None else self.gold[rows, 1:])
+            entry.top_ids, entry.top_probs, entry.ranks = reading.top_ids, reading.top_probs, reading.ranks
         self.iterations.append(entry)
 
     def row(self, row: int) -> Trace:
@@ -112,5 +142,26 @@ class Trace:
                 fields = {name: value[at : at + 1] for name, value in vars(entry).items() if isinstance(value, Tensor)}
                 part.iterations.append(Iteration(entry.loop, [row], **fields))
         if self.last is not None:
-            part.last = Reading(self.last.top_ids[row : row + 1], self.last.top_probs[row : row + 1])
+            kept = {name: value[row : row + 1] for name, value in vars(self.last).items() if value is not None}
+            part.last = Reading(**kept)
         return part
+
+    def shown(self, block: ShownBlock, tokenizer: PreTrainedTokenizerBase) -> ShownStep:
+        """Return the step that a block shows, in the trace of one row; a row that has stopped shows its last pass."""
+        ran = [entry for entry in self.iterations if entry.loop <= block.loop]
+        found: list[tuple[Reading | Iteration, int]] = []
+        for at in range(block.first, block.first + block.n):
+            if (block.loop == ANSWER_PASS or at < 0 or not ran) and self.last is not None:
+                found.append((self.last, at + 1))  # what comes before the latents is the same in every pass
+            elif ran:
+                found.append((ran[-1], at))
+        words, ids, ranks = [], [], []
+        for reading, column in found:
+            assert reading.top_ids is not None and reading.top_probs is not None
+            best, probs = reading.top_ids[0, column].tolist(), reading.top_probs[0, column].tolist()
+            rank = -1 if reading.ranks is None else int(reading.ranks[0, column])
+            ids.append(best[0])
+            words.append(tuple(zip(tokenizer.convert_ids_to_tokens(best), probs)))
+            ranks.append(None if rank < 0 else rank)
+        text = tokenizer.decode(ids)
+        return ShownStep(text.splitlines()[0] if text.strip() else "", tuple(words), tuple(ranks))

@@ -210,6 +210,12 @@ class LatentTrainer(Trainer):
         """Return the curriculum's stage at an optimizer step."""
         return self.curriculum.stage_at(step, self.steps_per_epoch())
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights that decay: as transformers says, but for modules with ``decays = False``."""
+        kept = {id(p) for m in model.modules() if not getattr(m, "decays", True) for p in m.parameters()}
+        spared = {name for name, p in model.named_parameters() if id(p) in kept}
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer; the method's own parts may have a learning rate of their own."""
         if self.args.parts_learning_rate is None and self.args.unfreeze_after is None:
@@ -237,6 +243,8 @@ class LatentTrainer(Trainer):
         if self._n_logged_steps is None:
             self._n_logged_steps = step
         stage = self.stage_at(step)
+        if self.model.depth is not None:
+            self.model.depth.step = step
         self._maybe_reset_optimizer(step, stage)
         if self.args.unfreeze_after is not None and step >= self.args.unfreeze_after:
             self.model.backbone.requires_grad_(True)

@@ -25,6 +25,11 @@ FORWARD = {"logits", "beyond", "answer"} | LEARNS
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
+STOPPING = {"check_every", "compare_init", "stop_histogram", "stop_seed", "stop_decay", "stop_features", "act_output"}
+STOPPING |= {"stop_classifier", "stop_per_step", "probe_width", "ponder_weight", "halt_pull"}
+"""The catalogue's own settings, which are the same under every loop; tests/test_halting_*.py try each of them."""
+
+
 @functools.cache
 def still(seed: int = 0) -> LatentModel:
     """Return a model without dropout, whose backbone all gauged models share."""

@@ -108,7 +108,7 @@ class LotusReference(Reference):
                 for t, place, token in self.shown(example, stage):
                     shown.append(cross_entropy(run.logits[t][place], torch.tensor(token)))
             if method.aux_weight:
-                told += [self.told(run.states[t], i, step) for i, t, step in self.blocks(example, stage)]
+                told += [self.told(example, run.states[t], i, step) for i, t, step in self.blocks(example, stage)]
             if method.hid_weight:
                 before = len(ids) - len(self.answer(example))  # the position of ### is the last before the answer's own
                 students.append(states_at(self.lm, torch.cat([thought, self.embed(ids)]), len(thought) + before))
@@ -126,8 +126,11 @@ class LotusReference(Reference):
             terms["hid"] = kd(students, teachers, method)
         return terms
 
-    def told(self, states: Tensor, block: int, step: list[int]) -> Tensor:
-        """LOTUS-aux: the losses (n,) of a step that g_phi must tell from the c latents of its block alone."""
+    def told(self, example: Example, states: Tensor, block: int, step: list[int]) -> Tensor:
+        """LOTUS-aux: the losses (n,) of a step that g_phi must tell from the c latents of its block alone.
+
+        With aux_question it reads the question and <bot> before them.
+        """
         aux, decoder, c = self.method, self.model.step_decoder, self.method.latents_per_block
         reader = self.lm if decoder.own is None else decoder.own.lm
         embed = (reader if aux.aux_embed == "own" else self.lm).get_input_embeddings()
@@ -136,10 +139,12 @@ class LotusReference(Reference):
             latents = self.norm(latents)
         latents = latents.detach() if aux.aux_detach else latents
         x = torch.cat([latents, embed(torch.tensor(step[:-1], dtype=torch.long))])
+        asked = [*self.question(example.question), *self.marker("<bot>")] if aux.aux_question else []
+        x = torch.cat([embed(torch.tensor(asked, dtype=torch.long)), x])
         positions = torch.arange(aux.aux_position, aux.aux_position + len(x))[None]
         with nullcontext() if decoder.lora is None else decoder.lora.at(1):
             logits = reader(inputs_embeds=x[None], position_ids=positions, use_cache=False).logits[0]
-        return cross_entropy(logits[c - 1 :], torch.tensor(step), reduction="none")
+        return cross_entropy(logits[len(asked) + c - 1 :], torch.tensor(step), reduction="none")
 
     def norm(self, states: Tensor) -> Tensor:
         decoder = self.lm.get_decoder()

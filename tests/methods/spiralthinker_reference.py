@@ -65,12 +65,14 @@ class Laid:
 class Passes:
     """What the passes of a row showed: the logits of the last, and each block's states at <eol>.
 
+    ``shown[i]`` are the logits of the passes of the i-th turn, of which there is one, or one for each block.
     ``at_eol[j][k]`` are block j's n_layers + 1 states (D,) in pass k; ``fed[j]`` its final inputs (N, D).
     """
 
     logits_LV: Tensor
     at_eol: list[list[list[Tensor]]]
     fed: list[Tensor]
+    shown: list[list[Tensor]]
 
 
 class Spiral(Reference):
@@ -136,15 +138,18 @@ class Spiral(Reference):
         together = [list(range(len(row.blocks)))]
         turns = together if self.method.block_schedule == "parallel" else [[j] for j in range(len(row.blocks))]
         at_eol: list[list[list[Tensor]]] = [[] for _ in row.blocks]
+        shown: list[list[Tensor]] = []
         for blocks in turns:
+            shown.append([])
             for k in range(self.n_updates + 1):
-                fed_LD, layers, _ = self.run(x_LD)
+                fed_LD, layers, logits_LV = self.run(x_LD)
+                shown[-1].append(logits_LV)
                 for j in blocks:
                     at_eol[j].append([h_LD[row.ends[j][0]] for h_LD in layers])
                 if k < self.n_updates and blocks:
                     at = torch.tensor([p for j in blocks for p in row.blocks[j]])
                     x_LD = x_LD.index_copy(0, at, self.g(fed_LD[at]))
-        return Passes(self.run(x_LD)[2], at_eol, [x_LD[at] for at in row.blocks])
+        return Passes(self.run(x_LD)[2], at_eol, [x_LD[at] for at in row.blocks], shown)
 
     def logits(self, example: Example, parity: int = 0) -> Tensor:
         """The logits (U, V) of the last pass that predict the learned tokens."""
@@ -215,11 +220,28 @@ class Spiral(Reference):
         for example, parity in zip(examples, parities or [0] * len(examples)):
             row = self.lay_out(example, parity)
             targets = torch.tensor([row.ids[at] for at in row.learned])
-            losses.append(cross_entropy(self.logits(example, parity), targets, reduction="none"))
+            if self.method.ce_passes == "last":
+                losses.append(cross_entropy(self.logits(example, parity), targets, reduction="none"))
+            else:
+                losses.append(self.every_pass(row, targets))
         loss = torch.cat(losses).mean()
         if self.method.hid_weight > 0:
             loss = loss + self.method.hid_weight * self.progressive(examples, parities)
         return loss
+
+    def every_pass(self, row: Laid, targets_U: Tensor) -> Tensor:
+        """The losses (U,) of the learned tokens, a mean over the passes of the turn that reads them.
+
+        One after the other, a block's turn reads what follows it up to and with the next <bol>.
+        """
+        shown = self.run_blocks(row).shown or [[self.run(self.embed(row.ids))[2]]]
+        losses = []
+        for at, target in zip(row.learned, targets_U):
+            begun = sum(block[0] < at for block in row.blocks) if self.method.block_schedule == "sequential" else 1
+            is_before = not row.blocks or at <= row.blocks[0][0]  # predicted by what no pass changes
+            logits = shown[0] if is_before else shown[begun - 1]
+            losses.append(torch.stack([cross_entropy(one[at - 1], target) for one in logits]).mean())
+        return torch.stack(losses)
 
     # Section 6: writing
 

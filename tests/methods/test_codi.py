@@ -14,11 +14,12 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from innerloop import Cot, Example, InputError
+from innerloop import Coconut, Cot, Example, InputError
 from innerloop.layout import ANSWER_PASS, Follow, Kind, Row
 from innerloop.losses import follow_loss
 from innerloop.methods import Codi, Lotus
@@ -32,11 +33,13 @@ from tests.methods.tools import (
     assert_causal,
     assert_close,
     assert_learns_by_heart,
+    assert_rows_do_as_alone,
     assert_same_gradients,
     by_arch,
     change,
     choices,
     gradients,
+    halting,
     logits_of,
     on,
     passes,
@@ -50,6 +53,12 @@ BASE = Codi(n_latents_total=3)
 FOLLOWS = {"teacher": "self", "hid_weight": 1.0, "step_weight": 0.0, "max_loops": 1}
 DISTANCES = ["smooth_l1", "l1", "l1_sum", "l2", "cosine"]
 TERMS = {"answer", "hid", "teacher"}
+STATES = FORWARD | {"hid"}
+STOPS = {"ran", "score", "logits", "beyond"}
+TIME, LORA, ADAPTER = {"time": "lookup"}, {"lora": "per_iter", "lora_rank": 2}, {"rescale": "adapter"}
+AT_ONCE = {"stop": "delta", "stop_threshold": -math.inf}
+NEVER = {"stop": "kl", "stop_threshold": math.inf}
+GAIN = {"spectral_weight": 1.0, "spectral_bound": 0.1}
 
 by_distance = pytest.mark.parametrize("hid_distance", DISTANCES)
 
@@ -161,6 +170,29 @@ def test_a_teacher_in_a_folder_may_be_the_same_model_or_for_the_last_layer_anoth
         with pytest.raises(InputError, match="set teacher to a run of the same model"):
             LatentModel(own.backbone, own.tokenizer, method).loss(MIXED)
     assert LatentModel(own.backbone, own.tokenizer, change(deep, hid_layers="last")).loss(MIXED).terms["hid"] > 0
+
+
+def test_a_wider_teacher_is_followed_after_a_learned_projection(tmp_path):
+    wide = tiny_model(Cot(), "gpt2", num_hidden_layers=2, hidden_size=48)
+    method = change(BASE, teacher_weight=0.0, teacher=str(saved(wide, tmp_path / "wide")), hid_width=48)
+    student = tiny_model(method, "gpt2", num_hidden_layers=2)
+    out = student.loss(MIXED)
+    out.loss.backward()
+    assert student.follower.weight.shape == (48, student.backbone.width)
+    assert student.follower.weight.grad.abs().max() > 0
+    # with the identity as projection, a teacher of the same width is followed as without one
+    same = change(method, teacher=str(saved(student, tmp_path / "same")), hid_width=student.backbone.width)
+    projected = LatentModel(student.backbone, student.tokenizer, same)
+    torch.nn.init.eye_(projected.follower.weight)
+    plain = LatentModel(student.backbone, student.tokenizer, change(same, hid_width=0))
+    for part, name in ((projected.loop, "loop"), (plain.loop, "loop")):
+        part.load_state_dict(getattr(student, name).state_dict())
+    assert_close(projected.eval().loss(MIXED).terms["hid"], plain.eval().loss(MIXED).terms["hid"], 1e-6)
+    projected.save_pretrained(tmp_path / "saved")
+    again = LatentModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.follower.weight, projected.follower.weight)
+    with pytest.raises(InputError, match="hid_width is the width of another model's states"):
+        change(BASE, hid_width=48)
 
 
 # 2
@@ -287,11 +319,30 @@ def test_8_a_global_batch_in_parts_has_its_mean():
 # 9
 
 
+@pytest.mark.parametrize("fields", [{"stop": "delta"}, {"stop": "kl", "residual": "B", **TIME, **LORA}], ids=str)
+@by_arch
+def test_stabilisers_of_slr_work_in_batches_whose_rows_stop_at_different_times(arch, fields):
+    assert_rows_do_as_alone(halting(arch, change(BASE, n_latents_total=5, **fields)))
+
+
 @pytest.mark.parametrize("k", [0, 1, 4])
 @by_arch
 def test_9_answering_takes_the_passes_of_the_card_and_equals_teacher_forcing(arch, k):
     model = sharp_model(change(BASE, n_latents_total=k), arch)
     assert_decodes_as_forced(model, CodiReference(model), passes_before=k)
+
+
+def test_the_number_of_latents_may_be_changed_when_answering():
+    """codi.md, section 6: another k than in training is the same as that k."""
+    model = on("gpt2", change(BASE, **LORA))
+    for k in (1, 2, 6):
+        other = same_weights(model, change(BASE, n_latents_total=k))
+        other.loop = model.loop
+        answers = [one.generate([MIXED[0].question], max_new_tokens=4, **options)[0]
+                   for one, options in ((model, {"loops": k - 1}), (other, {}))]  # fmt: skip
+        assert answers[0].text == answers[1].text and answers[0].cost.loops == answers[1].cost.loops == k - 1
+        assert answers[0].cost.passes == answers[1].cost.passes
+        assert answers[0].cost.thought_tokens == answers[1].cost.thought_tokens
 
 
 @pytest.mark.parametrize("k", [0, 1, 4])
@@ -345,7 +396,36 @@ def test_eight_examples_are_learnt_by_heart(examples):
         ({}, {"teacher_passes": 2}, {"passes"}),
         ({"teacher_weight": 0.0}, {"teacher": "another"}, {"hid", "passes"} | LEARNS),
         ({}, {"hid_weight": 0.0}, {"hid"} | LEARNS),
+        # SLR's stabilisers and stop rules
+        ({}, {"adapter_width": 8}, STATES | {"trained"}),
+        (ADAPTER, {"adapter_gain": True}, STATES | {"trained"}),
+        ({}, {"feedback_scale": 0.5}, STATES),
+        ({}, {"feedback_site": "pre_norm"}, STATES),
+        ({}, {"residual": "A"}, STATES),
+        ({"residual": "A"}, {"alpha": 0.3}, STATES),
+        ({"residual": "A"}, {"alpha_learn": "per_iter"}, STATES | {"trained"}),
+        ({"residual": "C"}, {"gate_shape": "channel"}, STATES | {"trained"}),
+        ({"residual": "C"}, {"gate_kind": "sigmoid"}, STATES),
+        ({}, TIME, STATES | {"trained"}),
+        (TIME, {"time_inject": "concat"}, STATES | {"trained"}),
+        ({"time": "sinusoidal"}, {"time_norm": True}, STATES),
+        ({}, {"noise": 0.5}, {"answer", "hid"} | LEARNS),
+        ({**TIME, "noise": 0.5}, {"noise_level": "injected"}, STATES | {"trained"}),
+        ({}, LORA, STATES | {"trained"}),
+        (LORA, {"lora_rank": 3}, STATES | {"trained"}),
+        (LORA, {"lora_gamma": 1.0}, STATES),
+        (LORA, {"lora_targets": ("c_attn",)}, STATES | {"trained"}),
+        (LORA, {"lora_beyond": "off"}, {"beyond"}),
+        ({}, AT_ONCE, STOPS),
+        (AT_ONCE, {"stop_threshold": math.inf}, STOPS),
+        (AT_ONCE, {"min_loops": 2}, STOPS),
+        (AT_ONCE, {"patience": 2}, STOPS),
+        (NEVER, {"stop_agg": "max"}, set()),  # of one latent
+        (NEVER, {"stop_site": "answer"}, {"score"}),
+        ({}, {"bptt": 1}, {"gradient"}),
         ({}, {"detach": True}, {"gradient"}),
+        ({}, GAIN, {"gain", "passes"} | LEARNS),
+        (GAIN, {"spectral_bound": 0.0}, {"gain"} | LEARNS),
     ],
     ids=str,
 )
@@ -379,9 +459,12 @@ def test_impossible_settings_are_refused_in_one_sentence(fields, mend):
     assert "\n" not in str(refusal.value)
 
 
-def test_latents_one_after_the_other_cannot_be_shifted():
+def test_latents_one_after_the_other_cannot_be_shifted_nor_have_a_position_for_the_time():
     with pytest.raises(InputError, match="set shift to false"):
         on("gpt2", change(BASE, shift=True))
+    for method in (BASE, Coconut()):
+        with pytest.raises(InputError, match=r"which .* has not here: set it to add"):
+            on("gpt2", change(method, **TIME, time_inject="token"))
 
 
 @pytest.mark.parametrize("fields", [{}, {"hid_weight": 0.0}, {"teacher_weight": 0.0}], ids=str)

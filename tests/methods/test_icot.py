@@ -1,20 +1,23 @@
 """Stepwise internalisation (icot.md): its rows against literal deletion, its schedule, and the invariants of section 9.
 
 1. s = 0 without smoothing is CoT in this layout, 2. s = infinity is No-CoT. 3. The number of supervised tokens.
-4. Removing is deleting from the list of tokens. 5. keep_position is not offered. 6. How the offsets are spread.
-7. s(t), exactly. The others are in test_icot_training.py.
+4. Removing is deleting from the list of tokens. 5. keep_position changes nothing at s = 0. 6. How the
+offsets are spread. 7. s(t), exactly. The others are in test_icot_training.py.
 """
 
 import dataclasses
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from innerloop.curriculum import uniforms
 from innerloop.methods import Icot
 from innerloop.methods.icot import removal_offset
+from innerloop.show import row_view
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -31,6 +34,7 @@ from tests.models import chain_examples
 PLAIN = Icot(smoothing=None, max_removed=12)
 ALL = PLAIN.max_removed
 UNITS = [(unit, side) for unit in ("token", "step") for side in ("left", "right")]
+by_unit_left = pytest.mark.parametrize("unit", ["token", "step"])
 by_unit = pytest.mark.parametrize(("unit", "side"), UNITS)
 
 
@@ -106,6 +110,49 @@ def test_the_longest_row_is_the_one_before_any_removal():
     for example in MIXED:
         assert PLAIN.longest(example, model.spell) == len(tokens(model, example)[0])
         assert model.method.longest(example, model.spell) == len(tokens(model, example, 2)[0])
+
+
+# 5
+
+
+@by_arch
+@by_unit_left
+@pytest.mark.parametrize("s", [0, 3, 7, ALL])
+def test_5_kept_positions_are_those_before_the_removal(s, unit, arch):
+    """Of the first separator too; rows of a batch, alone and by the bare model."""
+    model = on(arch, change(PLAIN, unit=unit, keep_position=True))
+    slow = Reference(model)
+    for example, logits in zip(MIXED, model.answer_logits(MIXED, s)):
+        whole, _ = tokens(model, example)
+        ids, written = tokens(model, example, 10**6 if s == ALL else s, unit)
+        n_asked, gone = len(slow.question(example.question)), len(whole) - len(ids)
+        at = [*range(n_asked), *range(n_asked + gone, len(whole))]
+        x = torch.tensor([ids])
+        out = model.backbone.lm(x, attention_mask=torch.ones_like(x), position_ids=torch.tensor([at]), use_cache=False)
+        assert_close(logits, out.logits[0, written.start - 1 : -1], ROUNDED)
+        assert_close(logits, model.answer_logits([example], s)[0], ROUNDED)
+        (row,) = model.rows([example], s)
+        assert row.n_positions == len(whole)
+
+
+@by_unit_left
+def test_5_before_any_removal_kept_positions_are_the_same_bit_for_bit(unit):
+    model = on("gpt2", change(PLAIN, unit=unit))
+    keeping = on("gpt2", change(PLAIN, unit=unit, keep_position=True))
+    for one, other in zip(model.answer_logits(MIXED, 0), keeping.answer_logits(MIXED, 0)):
+        assert torch.equal(one, other)
+    for one, other in zip(model.answer_logits(MIXED, 3), keeping.answer_logits(MIXED, 3)):
+        assert (one - other).abs().max() > 1e-4 or one.shape[0] <= 4
+
+
+def test_5_kept_positions_are_shown():
+    model = on("gpt2", change(PLAIN, keep_position=True))
+    (row,) = model.rows(MIXED[2:3], 3)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(row_view(row, model.tokenizer, 190))
+    positions = [int(word) for word in console.export_text().splitlines()[2].split()]
+    n_asked = len(row.prefix[0].ids)
+    assert positions == [*range(n_asked), *range(n_asked + 3, len(row) + 3)]
 
 
 # 6

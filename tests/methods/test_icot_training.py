@@ -170,6 +170,7 @@ def test_tokens_of_the_chain_that_are_still_written_are_counted(answers):
         ({"first_stage": 40}, "the stages run from 0 to 39"),
         ({"unit": "word"}, "choose one of token, step"),
         ({"side": "top"}, "choose one of left, right"),
+        ({"side": "right", "keep_position": True}, "set side to left"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_sentence(fields, message):
@@ -183,10 +184,12 @@ def test_every_setting_does_something_of_its_own():
 
     def results(method):
         stages = [method.stage_at(t, 6) for t in range(40)]
-        rows = {s: [r.ids() for r in method.rows(MIXED, model.spell, s, "4")] for s in (1, 4)}
+        laid_out = {s: method.rows(MIXED, model.spell, s, "4") for s in (1, 4)}
+        rows = {s: [row.ids() for row in rows] for s, rows in laid_out.items()}
         return {
             "stages": stages,
             "rows": [rows[s] for s in (1, 4)],
+            "skipped": [row.skipped for row in laid_out[4]],
             "prompt": method.prompt("2", model.spell, 0).ids(),
             "ends": method.n_ends,
             "last": method.last_stage,
@@ -198,6 +201,7 @@ def test_every_setting_does_something_of_its_own():
         "max_removed": (5, {"stages", "last"}),
         "unit": ("step", {"rows"}),
         "side": ("right", {"rows"}),
+        "keep_position": (True, {"skipped"}),
         "smoothing": (0.3, {"rows"}),
         "removal_free_epochs": (1.5, {"stages"}),
         "force_empty": (True, {"prompt", "ends"}),

@@ -38,6 +38,8 @@ DECODERS = [
     {"aux_layers": 1},
     {"aux_embed": "own", "aux_norm": "per_row", "aux_position": 3},
     {"step_weight": 0.5, "feedback_site": "pre_norm"},
+    {"aux_question": True},
+    {**SHARED, "aux_question": True, "aux_position": 2},
 ]
 STAGES = [3, 0, 1, 2, 3, 1]
 

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from innerloop import InputError
+from innerloop import InputError, Slr
 from innerloop.layout import ANSWER_PASS
 from innerloop.measure.readout import Shown, shown_steps, summary
 from innerloop.methods import Lotus
 from tests.methods.reference_lotus import LotusReference
-from tests.methods.tools import MIXED, QUESTIONS, by_arch, change, choices, on
+from tests.methods.tools import MIXED, QUESTIONS, by_arch, change, choices, halting, learn, on
+from tests.models import chain_examples, tiny_model
 
 BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)
 N = 12
@@ -56,6 +57,67 @@ def test_a_traced_answer_tells_what_the_latents_show_in_every_iteration(arch):
         assert len(generation.trace.iterations) == 3
         for entry, logits in zip(generation.trace.iterations, run.logits):
             assert entry.top_ids[0].tolist() == logits[1:].topk(5).indices.tolist()
+
+
+@choices(supervision=["post", "per_iter"], last_pass=["kv", "refeed"], overflow=["truncate", "spill"])
+@pytest.mark.parametrize("offset", [-1, 0])
+@torch.no_grad()
+def test_a_traced_answer_tells_each_blocks_step_its_alternatives_and_the_ranks_of_gold_tokens(settings, offset):
+    """Block i shows its step in h^(R), or in h^(i); what is beyond c tokens of a step, or m steps, is unknown."""
+    model = on("gpt2", change(BASE, readout_offset=offset, **settings))
+    slow, name, c = LotusReference(model), model.tokenizer.convert_ids_to_tokens, 4
+    steps = [example.steps for example in MIXED]
+    for batch_size in (6, 1):
+        told = model.generate(QUESTIONS, max_new_tokens=2, trace=True, steps=steps, batch_size=batch_size)
+        for example, generation in zip(MIXED, told):
+            run = slow.run(example.question, 3)
+            assert len(generation.blocks) == 3
+            for i, block in enumerate(generation.blocks):
+                t = 3 if settings["supervision"] == "post" else i + 1
+                logits = run.logits[t][1 + i * c + offset : 1 + (i + 1) * c + offset]
+                best = logits.topk(5).indices
+                lines = model.tokenizer.decode(best[:, 0]).splitlines()
+                assert block.text == (lines[0] if "".join(lines).strip() else "")
+                gold = slow.steps(example)[i][:c] if i < len(example.steps) else []
+                gold += [None] * (c - len(gold))
+                assert block.ranks == tuple(
+                    None if token is None else int((row > row[token]).sum()) for row, token in zip(logits, gold)
+                )
+                for words, ids, p in zip(block.alternatives, best, logits.softmax(-1), strict=True):
+                    assert [word for word, _ in words] == name(ids.tolist())
+                    assert [q for _, q in words] == pytest.approx(p[ids].tolist(), abs=1e-6)
+
+
+def test_a_block_shows_its_step_after_training():
+    model = tiny_model(Lotus(n_blocks=2, latents_per_block=6, step_weight=1.0), "gpt2", num_hidden_layers=2)
+    examples = chain_examples(6, 2)
+    learn(model, examples, 150)
+    questions, steps = [example.question for example in examples], [example.steps for example in examples]
+    for example, generation in zip(examples, model.generate(questions, trace=True, steps=steps)):
+        assert tuple(block.text for block in generation.blocks) == example.steps
+        assert all(rank in (0, None) for block in generation.blocks for rank in block.ranks)
+        assert any(rank == 0 for block in generation.blocks for rank in block.ranks)
+
+
+def test_without_gold_steps_or_another_method_nothing_is_claimed():
+    model = on("gpt2", BASE)
+    (one,) = model.generate(QUESTIONS[:1], max_new_tokens=1, trace=True)
+    assert len(one.blocks) == 3 and all(rank is None for block in one.blocks for rank in block.ranks)
+    assert model.generate(QUESTIONS[:1], max_new_tokens=1)[0].blocks == ()
+    other = on("gpt2", Slr()).generate(QUESTIONS[:1], max_new_tokens=1, trace=True, steps=[("2",)])[0]
+    assert other.blocks == () and other.trace.iterations
+    with pytest.raises(InputError, match="steps are of 1 questions, but 2 are asked"):
+        model.generate(QUESTIONS[:2], steps=[()])
+
+
+def test_rows_that_stop_early_show_their_blocks_as_alone():
+    model = halting("gpt2", change(BASE, stop="delta", loops_per_block=2))
+    steps = [example.steps for example in MIXED]
+    together = model.generate(QUESTIONS, max_new_tokens=1, trace=True, steps=steps)
+    assert len({generation.cost.loops for generation in together}) > 1
+    for question, gold, one in zip(QUESTIONS, steps, together):
+        alone = model.generate([question], max_new_tokens=1, trace=True, steps=[gold])[0]
+        assert [(block.text, block.ranks) for block in one.blocks] == [(b.text, b.ranks) for b in alone.blocks]
 
 
 def brute_force(slow, model, example, number):

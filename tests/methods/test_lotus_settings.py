@@ -7,7 +7,7 @@ import pytest
 
 from innerloop import InputError
 from innerloop.methods import Lotus
-from tests.methods.gauges import FORWARD, LEARNS, moved_by
+from tests.methods.gauges import FORWARD, LEARNS, STOPPING, moved_by
 from tests.methods.tools import MIXED, change
 from tests.models import tiny_model
 
@@ -66,6 +66,7 @@ FIELDS = [
     moves({"aux", "trained", "passes"} | LEARNS, AUX, aux_decoder="shared"),
     moves({"aux", "trained"} | LEARNS, AUX, aux_layers=1),
     moves({"aux"} | LEARNS, AUX, aux_embed="own"),
+    moves({"aux"} | LEARNS, AUX, aux_question=True),
     moves({"aux"} | LEARNS, AUX, aux_position=1),
     moves({"aux"} | LEARNS, AUX, aux_norm="per_row"),
     moves({"gradient"}, AUX, aux_detach=True),
@@ -131,6 +132,7 @@ REFUSED = [
     ({"teacher_weight": 1.0}, "set teacher to self"),
     ({"aux_decoder": "shared", "aux_layers": 1}, "set aux_decoder to copy"),
     ({"aux_lora_rank": 1}, "set aux_decoder to shared"),
+    ({"aux_source": "runs/other"}, "aux_embed to own"),
     ({"aux_decoder": "shared", "aux_trains": "decoder"}, "set aux_trains to both"),
     ({"aux_decoder": "shared", "aux_embed": "own"}, "set aux_embed to base"),
     ({"aux_decoder": "shared", "aux_weight": 1.0, "aux_detach": True}, "set aux_decoder to copy"),
@@ -154,6 +156,7 @@ def test_a_setting_moves_what_it_should_and_nothing_else(base, fields, what):
 def test_no_setting_is_forgotten():
     refused = {name for fields, _ in REFUSED for name in fields}
     moved = {name for row in FIELDS for name in row.values[1]}
+    moved |= {"hid_width"} | STOPPING  # test_codi.py, test_halting_*.py
     assert {field.name for field in dataclasses.fields(Lotus)} - moved <= refused == refused | {"deep_weight"}
 
 

@@ -7,6 +7,7 @@ groups is a loop over groups. 8. L_k reaches <bot>, and no latent after group k.
 10. Latents stay further apart (test_simcot_decoder.py).
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -62,8 +63,15 @@ class Slow(Reference):
             k = min(len(example.steps), m.max_stage) * m.latents_per_step
         for _ in range(k):
             h_1D = self.read(x_LD)[0][-1:]
-            x_LD = torch.cat([x_LD, self.model.loop.rescale(h_1D) if is_codi else h_1D])
+            z_1D = self.model.loop.rescale(h_1D) if is_codi else h_1D
+            x_LD = torch.cat([x_LD, self.soft(z_1D)])
         return list(x_LD[len(x_LD) - k :])
+
+    def soft(self, z_1D: torch.Tensor) -> torch.Tensor:
+        """z' = alpha z + beta E^T softmax(W z)."""
+        table, head = self.lm.get_input_embeddings().weight, self.lm.get_output_embeddings().weight
+        p_1V = (z_1D @ head.T).softmax(-1)
+        return self.method.soft_alpha * z_1D + self.method.soft_beta * (p_1V @ table)
 
     def texts(self, example, stage) -> list[str]:
         """What group k must tell; the last of all groups takes all steps that are left."""
@@ -97,7 +105,9 @@ class Slow(Reference):
             sum(loss for loss, _ in found) / (len(found) if m.aux_norm == "per_row" else sum(n for _, n in found))
             for found in groups.values()
         ]
-        return sum(totals) / len(totals)
+        is_codi = isinstance(m, Codi)  # G_eff: the groups that tell something; on Coconut all
+        n = max(len(self.texts(*one)) for one in zip(examples, stages or [LAST] * len(examples)))
+        return sum(totals) / (len(totals) if is_codi else n)
 
 
 def laid_out(model, stages):
@@ -137,6 +147,32 @@ def test_7_every_decoder_is_brute_forces(fields, host, arch):
     expected = slow.loss(MIXED)
     assert model.loss(MIXED).terms["aux"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert_same_gradients(gradients(model, aux_of(model, model.rows(MIXED))), gradients(model, expected), 1e-5)
+
+
+@by_arch
+@by_host
+@pytest.mark.parametrize("fields", [{"soft_beta": 0.7}, {"soft_alpha": 0.6, "soft_beta": 0.4}, {"soft_alpha": 0.5}],
+                         ids=str)  # fmt: skip
+def test_latents_may_be_mixed_with_the_words_that_they_show(fields, host, arch):
+    """In what is told, in the answer, and when answering, with the words' embeddings and head in the gradient."""
+    model = on(arch, change(HOSTS[host], **fields))
+    slow = Slow(model)
+    expected = slow.loss(MIXED)
+    assert model.loss(MIXED).terms["aux"].item() == pytest.approx(expected.item(), rel=1e-6)
+    grads = gradients(model, aux_of(model, model.rows(MIXED))), gradients(model, expected)
+    if arch == "llama":  # an embedding gives its padding row no gradient
+        grads[1]["backbone.lm.model.embed_tokens.weight"][model.spell.pad_id] = 0
+    assert_same_gradients(*grads, 1e-5)
+    with torch.no_grad():
+        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
+            fed = slow.latents(example, LAST)[: 3 if host == "codi" else 6]
+            asked = slow.embed([*slow.question(example.question), *slow.marker("<bot>")])
+            thought = torch.cat([asked, torch.stack(fed), slow.embed(slow.marker("<eot>"))])
+            assert_close(logits, slow.logits_after(thought, slow.answer(example)), ROUNDED)
+    together = model.generate(QUESTIONS, max_new_tokens=5)
+    assert [g.text for g in together] == [model.generate([q], max_new_tokens=5)[0].text for q in QUESTIONS]
+    twin = copy.deepcopy(model)
+    assert twin.loop._words[0] is twin.backbone and not any("_words" in name for name in model.state_dict())
 
 
 @by_arch

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerloop import Coconut, Example, LatentModel
+from innerloop import Coconut, Example, LatentModel, NoCot
 from innerloop.errors import InputError
 from innerloop.methods import Lotus, SimCot, SimCotCodi
 from innerloop.step_decoder import AuxSettings, group_latents, told_loss
@@ -103,6 +103,58 @@ def test_updates_of_a_shared_decoder_are_its_own(arch):
     assert one["answer"] == other["answer"] and abs(one["aux"] - other["aux"]) > 1e-3
     grads = gradients(model, model.loss(MIXED).loss)
     assert any("lora" in name and grad.abs().max() > 0 for name, grad in grads.items())
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory) -> str:
+    """The folder of a model of the same tokens, but of twice the width and another number of layers."""
+    folder = tmp_path_factory.mktemp("another") / "run"
+    wide = {"hidden_size": 64, "num_hidden_layers": 1}
+    moved(tiny_model(NoCot(), "llama", 7, **wide)).save_pretrained(folder)
+    return str(folder)
+
+
+@by_arch
+@by_host
+def test_a_decoder_may_be_another_model_of_another_width(method, arch, another, tmp_path: Path):
+    """Latents go through a linear map; the loss is that of the bare model, and trains the map and the latents."""
+    model = fresh(change(method, aux_source=another, aux_embed="own", aux_norm="token_mean"), arch)
+    stir(model)
+    decoder, lm = model.step_decoder, model.step_decoder.own.lm
+    bare = LatentModel.from_pretrained(another).backbone.lm
+    assert decoder.widen.weight.shape == (64, 32) and decoder.own.n_layers == 1
+    assert {name: p.shape for name, p in lm.named_parameters()} == {n: p.shape for n, p in bare.named_parameters()}
+    batch, thought = thinking(model, MIXED[:1])
+    totals = []
+    for sites in batch.told:
+        for z_cD, ids, targets in zip(group_latents(model, batch, thought, sites), sites.ids_GL, sites.targets_GL):
+            ids = ids[: (targets >= 0).sum()]
+            read = z_cD @ decoder.widen.weight.T + decoder.widen.bias
+            x_LD = torch.cat([read, lm.get_input_embeddings()(ids[:-1])])
+            logits = lm(inputs_embeds=x_LD[None], use_cache=False).logits[0, len(z_cD) - 1 :]
+            totals.append(torch.nn.functional.cross_entropy(logits, ids).item())
+    assert told_loss(model, batch, thought).item() == pytest.approx(sum(totals) / len(totals), rel=1e-6)
+    grads = gradients(model, told_loss(model, batch, thought))
+    assert grads["step_decoder.widen.weight"].any() and any(g.any() for n, g in grads.items() if n[:8] == "backbone")
+    model.float().save_pretrained(tmp_path / "run")
+    loaded = LatentModel.from_pretrained(tmp_path / "run")
+    assert loaded.loss(MIXED).loss == model.loss(MIXED).loss
+
+
+def test_a_decoder_begins_as_the_model_that_is_named(another):
+    model = fresh(change(ON_COCONUT, aux_source=another, aux_embed="own"))
+    bare = LatentModel.from_pretrained(another).backbone.lm
+    assert all(torch.equal(p, q.double()) for p, q in zip(model.step_decoder.own.lm.parameters(), bare.parameters()))
+
+
+def test_a_decoder_of_other_tokens_or_none_at_all_is_refused(another, tmp_path: Path):
+    method = change(ON_COCONUT, aux_embed="own")
+    with pytest.raises(InputError, match="there is no folder"):
+        fresh(change(method, aux_source=str(tmp_path / "nothing")))
+    other = LatentModel.from_scratch({"type": "gpt2", "hidden_size": 32, "num_attention_heads": 2}, MIXED[:1], NoCot())
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="choose one of its family"):
+        fresh(change(method, aux_source=str(tmp_path / "other")))
 
 
 # The control
@@ -279,6 +331,8 @@ def test_10_latents_stay_further_apart_than_the_hosts():
         ({"latents_per_step": 1}, {"rows", "passes", "ran", "score", "aux"} | FORWARD),
         ({"max_stage": 3}, {"rows", "schedule", "passes", "ran", "aux"} | FORWARD),
         ({"residual": "B"}, {"aux"} | FORWARD),
+        ({"soft_beta": 0.5}, {"aux"} | FORWARD),
+        ({"soft_alpha": 0.5}, {"aux"} | FORWARD),
     ],
     ids=str,
 )
@@ -303,6 +357,8 @@ def test_low_rank_updates_need_a_shared_decoder():
         (SimCot, {"aux_weight": 0.0, "aux_trains": "decoder"}, "set aux_weight above 0"),
         (SimCotCodi, {"n_latents_total": 0}, "n_latents_total >= 1"),
         (SimCotCodi, {"feedback_site": "pre_norm"}, "set feedback_site to post_norm"),
+        (SimCot, {"soft_beta": -0.1}, "cannot be negative"),
+        (SimCotCodi, {"soft_alpha": -0.1}, "cannot be negative"),
         (AuxSettings, {"aux_weight": -1.0}, "cannot be negative"),
         (AuxSettings, {"aux_position": -1}, "cannot be negative"),
         (AuxSettings, {"aux_decoder": "shared", "aux_layers": 1}, "set aux_decoder to copy"),
@@ -310,6 +366,8 @@ def test_low_rank_updates_need_a_shared_decoder():
         (AuxSettings, {"aux_decoder": "shared", "aux_trains": "base", "aux_weight": 1.0}, "set aux_trains to both"),
         (AuxSettings, {"aux_decoder": "shared", "aux_embed": "own"}, "set aux_embed to base"),
         (AuxSettings, {"aux_decoder": "shared", "aux_detach": True}, "set aux_decoder to copy"),
+        (AuxSettings, {"aux_source": "runs/other"}, "aux_embed to own"),
+        (AuxSettings, {"aux_source": "runs/other", "aux_decoder": "shared"}, "set aux_decoder to copy"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_sentence(cls, fields, message):

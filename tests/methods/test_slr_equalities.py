@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from innerloop import LatentModel
+from innerloop import Codi, LatentModel, Slr
 from innerloop.loop import InnerLoop, LoopSettings
 from tests.methods.reference import Reference
 from tests.methods.tools import (
@@ -245,6 +245,14 @@ def test_6_append_from_the_state_of_bot_is_coconut_and_with_a_projection_codi(ar
                     x_LD = torch.cat([x_LD, rho(slow.read(x_LD)[0][-1:])])
                 thought = torch.cat([x_LD, slow.embed(slow.marker("<eot>"))])
                 assert_close(logits, slow.logits_after(thought, slow.written(example, 0)), ROUNDED)
+
+
+@by_arch
+def test_6_the_preset_codi_is_codis_student(arch):
+    student = on(arch, Slr.presets["codi"])
+    codi = same_weights(student, Codi(n_latents_total=student.method.max_loops))
+    assert_same_answers(codi, student, ROUNDED)
+    assert differs(student, on(arch, Slr.presets["coconut"]))
 
 
 def by_hand(model: LatentModel):

@@ -18,6 +18,7 @@ from tests.methods.tools import (
     assert_same_answers,
     assert_same_gradients,
     base,
+    by_answer,
     by_arch,
     by_scope,
     change,
@@ -55,6 +56,21 @@ def test_12_bptt_cuts_the_gradient_before_the_last_iterations(scope, arch):
                 assert [part.abs().max().item() > 0 for part in grad] == flows, (last_k, name)
             elif name.startswith("loop.") and last_k == 0:
                 assert grad.abs().max() == 0, name
+
+
+@by_scope
+@by_answer
+@by_arch
+def test_12_bptt_zero_leaves_the_passes_of_the_loop_without_a_gradient_whatever_the_answer_reads(
+    scope, answer_from, arch
+):
+    model = on(arch, change(FULL, loop_scope=scope, answer_from=answer_from, bptt=0))
+    with states(model) as seen:
+        grads = gradients(model, model.loss(MIXED).loss)
+    looped = seen[scope != "all" :][:3]
+    assert all(u.grad is None for u in looped) and len(looped) == 3
+    assert all(grad.abs().max() == 0 for name, grad in grads.items() if name.startswith("loop."))
+    assert max(grad.abs().max() for name, grad in grads.items() if name.startswith("backbone.")) > 1e-3
 
 
 @by_arch

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from innerloop import InputError, LatentModel, Slr
+from innerloop.layout import Kind
+from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.losses import distance
+from innerloop.stabilize import TIME_WIDTH, sines
 from tests.methods.tools import (
     MIXED,
+    QUESTIONS,
     RAMP,
     RAMP_STAGES,
     ROUNDED,
@@ -19,6 +25,7 @@ from tests.methods.tools import (
     logits_of,
     rows_at,
     sharp_model,
+    states,
     under,
 )
 from tests.models import tiny_model
@@ -113,6 +120,9 @@ REFUSED = [
     ({"solver": "plain", "time": "none", "noise": 0.1}, "noise to 0"),
     ({"solver": "plain", "time": "none", "stop": "delta"}, "stop to none"),
     ({"solver": "plain", "time": "none", "alpha_learn": "per_iter"}, "alpha_learn to fixed"),
+    ({"solver": "plain", "time": "none", "bptt": 1}, "leave bptt and detach out"),
+    ({"solver": "plain", "time": "none", "detach": True}, "leave bptt and detach out"),
+    ({"residual": "C", "gate_kind": "attention", "gate_shape": "channel"}, "gate_shape to scalar"),
     # LossSettings
     ({"deep_weight": -1.0}, "cannot be negative"),
     ({"halt_prior": 0.0}, "between 0 and 1"),
@@ -135,6 +145,10 @@ REFUSED = [
     ({"solver": "plain", "time": "none", "answer_from": "kv_last"}, "refeed"),
     ({"solver": "plain", "time": "none", "step_weight": 1.0}, "step_weight"),
     ({"loop_sampling": "lognormal_poisson", "max_loops": 0}, "max_loops"),
+    ({"write_steps": False}, "set max_stage"),
+    ({"aux_weight": 1.0, "loop_scope": "last"}, "loop_scope=slots"),
+    ({"aux_weight": 1.0, "max_loops": 0}, "max_loops >= 1"),
+    ({"aux_weight": 1.0, "solver": "plain", "time": "none"}, "solver to none"),
 ]
 
 
@@ -331,6 +345,107 @@ def test_parts_in_fp32_serve_a_backbone_in_half_precision(dtype, fields):
     assert model.loop.rescale.tau.dtype == torch.float32
     logits = model.answer_logits(MIXED)[0]
     assert logits.dtype == dtype and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("inject", ["add", "concat", "token"])
+def test_noise_is_added_to_what_is_fed_and_not_to_what_the_timestep_makes_of_it(inject):
+    settings = LoopSettings(time="lookup", time_inject=inject, noise=0.5)
+    loop = InnerLoop(settings, width=4, max_loops=2, tau=torch.tensor(3.0)).train()
+    with torch.no_grad():
+        for parameter in loop.parameters():
+            parameter += 1.0
+    state = torch.linspace(-1, 1, 24).view(2, 3, 4)
+    torch.manual_seed(0)
+    noisy = loop.inject(state, 1)
+    torch.manual_seed(0)
+    expected, error = loop.time(state, 1), 1.5 * torch.randn_like(state)
+    torch.testing.assert_close(noisy[:, -3:], expected[:, -3:] + error)
+    assert torch.equal(noisy[:, :-3], expected[:, :-3])  # the timestep's own position
+
+
+@pytest.mark.parametrize(("time_norm", "times"), [(False, [1.0, 3.0, 6.0]), (True, [0.25, 0.75, 1.5])])
+def test_the_sines_see_t_or_t_over_max_loops(time_norm, times):
+    settings = LoopSettings(time="sinusoidal", time_norm=time_norm)
+    time = InnerLoop(settings, width=4, max_loops=4, tau=torch.ones(())).time
+    torch.nn.init.normal_(time.mlp[-1].weight)
+    for loop, told in zip((1, 3, 6), times):
+        torch.testing.assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"step_weight": 1.0},
+        {"aux_weight": 1.0, "aux_trains": "decoder"},
+        {"loop_sampling": "uniform"},
+        {"deep_weight": 1.0},
+        {"stop": "halt", "halt_weight": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("loops", [0, 6])
+def test_whatever_it_was_trained_for_a_model_answers_with_any_number_of_iterations(fields, loops):
+    model = stirred(SMALL, {"stop": fields.get("stop", "none")})
+    trained = stirred(SMALL, fields)
+    trained.loop.load_state_dict(model.loop.state_dict())
+    plain, ours = (m.generate(QUESTIONS[:2], max_new_tokens=6, loops=loops) for m in (model, trained))
+    assert [one.text for one in plain] == [one.text for one in ours]
+    assert [one.cost.loops for one in plain] == [one.cost.loops for one in ours]
+
+
+def test_a_ramp_of_iterations_needs_no_steps_in_the_text():
+    method = Slr(n_slots=2, max_loops=4, max_stage=3, first_stage=1, loops_per_stage=1, write_steps=False)
+    model = tiny_model(method)
+    rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(1, 5)]
+    assert [row.n_loops for row in rows] == [1, 2, 3, 4]
+    assert not any(piece.kind is Kind.STEP for row in rows for piece in row.pieces)
+    assert len({tuple(row.ids()) for row in rows}) == 1
+    assert not method.needs_steps and change(method, write_steps=True).needs_steps
+    classes = tuple(str(i) for i in range(5))
+    (row,) = tiny_model(change(method, decoder="linear", classes=classes)).rows(MIXED[3:4], 1)
+    assert row.answer_class == 0 and not row.suffix[-1].supervised
+    shown = change(method, step_weight=1.0, slots_per_step=1)  # all steps are shown, whatever the stage
+    firsts = [{readout.token for readout in tiny_model(shown).rows(MIXED[3:4], stage)[0].readouts} for stage in (1, 4)]
+    assert len(firsts[0]) == 1 and len(firsts[1]) > 1
+
+
+def test_the_optimizer_is_kept_over_stages_unless_told_otherwise():
+    assert Slr().reset_optimizer == "never"
+
+
+@pytest.mark.parametrize("site", ["mean", "last"])
+@pytest.mark.parametrize("scope", ["slots", "all", "last"])
+def test_the_teacher_is_followed_by_the_mean_of_the_latents_or_by_the_last(site, scope):
+    model = sharp_model(change(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_site=site))
+    model._teacher.append(base("gpt2"))
+    example, total = MIXED[0], []
+    with states(model) as seen, torch.no_grad():
+        term = model.loss([example]).terms["hid"]
+    passes = seen[scope != "all" :][:3]
+    (row,) = model.rows([example])
+    with torch.no_grad():
+        targets = model.teacher(model.teacher.embed(torch.tensor([row.teacher.ids()])))[0, row.teacher.step_ends()]
+    for u_1ND, target in zip(passes, targets):  # three iterations, three steps
+        student = u_1ND.mean(1) if site == "mean" else u_1ND[:, -1]
+        total.append(distance(student.float(), target[None].float(), "smooth_l1", targets.float().std()))
+    assert term.item() == pytest.approx(torch.cat(total).mean().item(), rel=1e-5)
+
+
+def test_each_iteration_tells_its_step_to_an_auxiliary_decoder():
+    model = sharp_model(change(SMALL, aux_weight=0.5, slots_per_step=2))
+    example, told = MIXED[0], []
+    with states(model) as seen, torch.no_grad():
+        out = model.loss([example])
+    for step, first, u_1ND in zip(example.steps, (0, 2, 0), seen[1:4]):
+        ids = torch.tensor(model.spell.told(step))
+        fed = torch.cat([u_1ND[0, first : first + 2], model.backbone.embed(ids[:-1])])
+        with torch.no_grad():
+            logits = model.backbone.lm(inputs_embeds=fed[None]).logits[0, 1:]  # the decoder starts as a copy
+        told.append(cross_entropy(logits.float(), ids, reduction="sum"))
+    assert out.terms["aux"].item() == pytest.approx(torch.stack(told).mean().item(), rel=1e-4)
+    plain = under(model, SMALL)
+    assert out.loss.item() == pytest.approx((plain.loss([example]).loss + 0.5 * out.terms["aux"]).item(), rel=1e-5)
+    assert torch.equal(model.answer_logits([example])[0], plain.answer_logits([example])[0])
 
 
 @pytest.mark.parametrize("field", ["loop_scope", "h0", "answer_from", "residual", "rescale", "time", "step_map"])

@@ -67,6 +67,26 @@ def test_the_loss_and_its_gradient_are_the_cards(pattern, schedule, arch):
 
 @by_arch
 @by_schedule
+@pytest.mark.parametrize("pattern", ["odd", "even", "all", "none"])
+def test_text_may_be_learned_in_every_pass(pattern, schedule, arch):
+    method = change(SPIRAL, pattern=pattern, block_schedule=schedule, ce_passes="all", max_loops=3)
+    model = student(arch, method)
+    loss, expected = model.loss(MIXED).loss, Spiral(model).loss(MIXED)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert_same_gradients(gradients(model, loss), gradients(model, expected), 1e-5)
+
+
+@by_schedule
+def test_all_passes_are_the_last_where_there_is_one(schedule):
+    losses = [
+        student("gpt2", change(SPIRAL, max_loops=0, block_schedule=schedule, ce_passes=which)).loss(MIXED).loss
+        for which in ("last", "all")
+    ]
+    assert losses[0] == losses[1]
+
+
+@by_arch
+@by_schedule
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 def test_each_pass_is_aligned_as_the_card_says(k, schedule, arch):
     """L_align of pass k alone: `last` of k updates, for passes are the same however many follow."""

@@ -137,9 +137,13 @@ def forced(model, question, ids):
 
 @by_arch
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
-def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(schedule, arch, answers, monkeypatch):
+@pytest.mark.parametrize("fields", [{}, {"time": "lookup", "lora": "per_iter", "lora_rank": 2, "residual": "B"}],
+                         ids=["plain", "stabilised"])  # fmt: skip
+def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(
+    fields, schedule, arch, answers, monkeypatch
+):
     """Sequential training is answering; in parallel that is so up to the second block."""
-    model = writer(arch, change(SPIRAL, block_schedule=schedule, max_blocks=99))
+    model = writer(arch, change(SPIRAL, block_schedule=schedule, max_blocks=99, **fields))
     choose, seen, fed = engine.choose, [], []
     monkeypatch.setattr(engine, "choose", lambda logits, *rest: (seen.append(logits.clone()), choose(logits, *rest))[1])
     model.loop.register_forward_hook(lambda module, args, result: fed.append(result.state[:, :N]))

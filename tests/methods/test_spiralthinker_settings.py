@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from innerloop.methods import SpiralThinker
+from tests.methods.gauges import STOPPING as OWN_OF_STOPPING
 from tests.methods.spiralthinker_reference import ALIGNED, known, student
 from tests.methods.tools import MIXED, QUESTIONS, change, gradients, lean_towards, passes
 
@@ -83,6 +84,7 @@ CASES = [
     (BASE, {"align_schedule": "last"}, FOLLOWED, set()),
     (BASE, {"align_alpha": 0.5}, FOLLOWED, set()),
     (BASE, {"align_static_pass": True}, FOLLOWED, set()),
+    (BASE, {"ce_passes": "all"}, {"answer", "loss", "gradient", "passes"}, set()),
     (BASE, {"m0": "no_block"}, {"rows", "labels", "logits", "answer", "loss", "gradient"}, set()),
     (BASE, {"supervise_first_bol": True}, {"labels", "logits", "answer", "loss", "gradient"}, set()),
     (BASE, {"force_block_after_text": True}, WORDS, set()),
@@ -145,7 +147,7 @@ def test_no_setting_has_been_forgotten():
     tried = {name for _, changes, _, _ in CASES for name in changes}
     refused = {"step_weight", "deep_weight", "deep_schedule", "halt_weight", "halt_prior", "halt_beta", "shift"}
     refused |= {"solver", "solver_gradient", "solver_tol", "stop_site"}
-    assert {field.name for field in fields(SpiralThinker)} == tried | refused
+    assert {field.name for field in fields(SpiralThinker)} == tried | refused | {"hid_width"} | OWN_OF_STOPPING  # test_codi.py
 
 
 def test_the_cards_defaults():
@@ -160,6 +162,7 @@ def test_the_cards_defaults():
     assert (method.hid_layers, method.hid_distance) == ("all", "l1")
     assert (method.align_schedule, method.align_alpha, method.count_static_pass) == ("softmax", 1.0, False)
     assert (method.block_schedule, method.m0, method.max_blocks) == ("parallel", "one_block_no_align", 8)
+    assert method.ce_passes == "last"
     assert not (method.supervise_first_bol or method.align_static_pass or method.force_block_after_text)
     assert (method.feedback_site, method.bptt, method.stop) == ("post_norm", None, "none")
     assert known("gpt2").loop.rescale.outer.weight.abs().max() == 0

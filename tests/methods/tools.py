@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop import Example, LatentModel, Slr
+from innerloop.halting import Hints
 from innerloop.layout import IGNORE, Row
 from innerloop.loop import InnerLoop, LoopResult
 from innerloop.methods import Method
@@ -79,6 +80,7 @@ class FunctionPass:
 
     def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
         self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
+        self.hints: Hints | None = None
         self.kept: list[list[int]] = []
         self.actives: list[Tensor | None] = []
 
@@ -88,6 +90,10 @@ class FunctionPass:
 
     def keep_rows(self, rows: list[int]) -> None:
         self.kept.append(rows)
+        self.hints = None if self.hints is None else self.hints.keep_rows(torch.tensor(rows))
+
+    def count(self, flops_B: Tensor) -> None:
+        pass
 
     def probe(self) -> "FunctionPass":
         return FunctionPass(self.f, self.compacts)
@@ -127,6 +133,7 @@ def base(arch: str) -> LatentModel:
 
 def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
     """Put a method on the weights of an architecture; all that begins at zero is moved, unless told not to."""
+    base(arch).backbone.requires_grad_(True)  # whatever another method has frozen
     model = LatentModel(base(arch).backbone, base(arch).tokenizer, method).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in (p for part in model.parts().values() for p in part.parameters()) if stirred else ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,12 +12,11 @@ import torch
 
 from innerloop.cost import Cost, mean_cost
 from innerloop.examples import Example
+from innerloop.measure.statistics import wilson
 from innerloop.tasks import Task
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel
-
-Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,6 @@ def evaluate(
             )
         )
     return predictions
-
-
-def wilson(n_correct: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share ``n_correct / n``."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = n_correct / n, Z95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def accuracy_of(predictions: Sequence[Prediction]) -> float:

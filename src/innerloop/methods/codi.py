@@ -4,7 +4,7 @@ The student thinks as Coconut does, each state passed through a projection. At t
 states, layer by layer, are pulled to those the same model has there after reading the chain of thought (codi.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from innerloop.errors import refuse
@@ -78,6 +78,10 @@ class Codi(LoopSettings, LossSettings, LatentMethod):
     def n_loops(self, stage: int) -> int:
         """Return k - 1: z_1 comes from <bot>, and z_(k+1) is fed to nothing."""
         return max(self.n_latents_total - 1, 0)
+
+    def with_loops(self, loops: int) -> "Codi":
+        """Return the method for answering with k = ``loops`` + 1 latents."""
+        return replace(self, n_latents_total=loops + 1)
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out the student, and beside it the teacher with the position that teaches."""

@@ -24,6 +24,8 @@ class Icot(Schedule, Method):
         max_removed: s_max; from there on the whole chain of thought is gone.
         unit: what is removed: tokens, or whole steps.
         side: the end that they are removed from.
+        keep_position: in training what is left keeps its position ids, the first separator and all after it jump over
+            what was removed; when answering, where no one knows how much that would be, they do not.
         smoothing: lambda; each example loses o more, P(o) = (1 - e^-lambda) e^(-lambda o). None: no smoothing.
         removal_free_epochs: epochs before the first removal.
         force_empty: when answering, the second separator is given instead of awaited.
@@ -39,6 +41,7 @@ class Icot(Schedule, Method):
     max_removed: int = 39
     unit: Literal["token", "step"] = "token"
     side: Literal["left", "right"] = "left"
+    keep_position: bool = False
     smoothing: float | None = 4.0
     removal_free_epochs: float = 0.0
     force_empty: bool = False
@@ -51,6 +54,10 @@ class Icot(Schedule, Method):
             (
                 self.stage_mix != "none" or self.uniform_prob > 0,
                 "icot draws how much is removed by smoothing: leave stage_mix and uniform_prob out",
+            ),
+            (
+                self.keep_position and self.side == "right",
+                "keep_position is for tokens that leave from the front: set side to left",
             ),
             (self.smoothing is not None and self.smoothing <= 0, "smoothing must be above 0, or none"),
             (
@@ -105,7 +112,10 @@ class Icot(Schedule, Method):
         else:
             steps = _without(steps, stage, self.side)
         stop = Piece((spell.eos_id,), Kind.STEP, supervised=True)
-        return Row([spell.question(example.question), end], [], [*steps, stop, spell.answer(example.answer)])
+        row = Row([spell.question(example.question)], [], [end, *steps, stop, spell.answer(example.answer)])
+        if self.keep_position:
+            row.skipped = sum(len(step.ids) for step in spell.steps(example)) - sum(len(step.ids) for step in steps)
+        return row
 
     def prompt(self, question: str, spell: Speller, stage: int) -> Row:
         """Return ``[Q][eos]``, and the second separator if it is given."""

@@ -4,6 +4,7 @@ h^(0) = f(E | C);  h^(t) = f(E + h^(t-1) | C), t = 1..R. In the library's loop t
 z_{t-1} = E + h^(t-2) to u_t = h^(t-1), and the last pass, h^(R), is read together with <eot> (lotus.md, section 3).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -11,7 +12,7 @@ from typing import ClassVar, Literal
 from innerloop.curriculum import Schedule
 from innerloop.errors import refuse
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Follow, Readout, Row, Speller, Told
+from innerloop.layout import ANSWER_PASS, Follow, Piece, Readout, Row, ShownBlock, Speller, Told
 from innerloop.loop import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.methods.method import LatentMethod
@@ -156,6 +157,14 @@ class Lotus(LoopSettings, LossSettings, AuxSettings, Schedule, LatentMethod):
                 Follow(ANSWER_PASS, row.answer_boundary(n_before), row.teacher.answer_boundary(n_before)),
             ]
         return row
+
+    def shown_blocks(self, row: Row, steps: Sequence[Piece] = ()) -> list[ShownBlock]:
+        """Return where block i shows step i, of which c tokens at most."""
+        c = self.latents_per_block
+        n_blocks = sum(len(piece.ids) for piece in row.region) // c
+        gold = [step.ids[:c] for step in steps[:n_blocks]] + [()] * (n_blocks - len(steps))
+        passes = [self._pass_of(block, row.n_loops) for block in range(n_blocks)]
+        return [ShownBlock(passes[block], block * c + self.readout_offset, c, gold[block]) for block in range(n_blocks)]
 
     def _pass_of(self, block: int, n_loops: int) -> int:
         """Return the pass whose output shows a 0-based block: that of h^(R), or of h^(block + 1)."""

@@ -7,18 +7,25 @@ sequence and how often they are refined. The weights it trains live in the model
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.curriculum import Schedule
 from innerloop.decoder import DecoderSettings
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, LAT, Block, Row, Speller
+from innerloop.layout import BOT, EOT, LAT, Block, Piece, Row, ShownBlock, Speller
 from innerloop.loop import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.step_decoder import AuxSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from innerloop.backbone import Backbone
+    from innerloop.depth import Depth
+    from innerloop.loop import InnerLoop
 
 Scope = Literal["slots", "append", "all", "last"]
 FirstState = Literal["embed", "forward"]
@@ -69,6 +76,10 @@ class Method:
     def block(self, spell: Speller) -> Block | None:
         """Return the latents that a written token opens, for methods that think between words."""
         return None
+
+    def shown_blocks(self, row: Row, steps: Sequence[Piece] = ()) -> list[ShownBlock]:
+        """Return where the latents of a row show steps, block by block; ``steps`` are the gold ones, where known."""
+        return []
 
     @abstractmethod
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
@@ -142,9 +153,38 @@ class Method:
         return False
 
     @property
+    def learns_every_pass(self) -> bool:
+        """Whether what is written is learned from every pass over the latents, not from the last alone."""
+        return False
+
+    @property
+    def soft_thinking(self) -> tuple[float, float]:
+        """How much of a state, and of the words that it shows, is fed back (simcot.md, section 5)."""
+        return 1.0, 0.0
+
+    @property
     def n_distinct_slots(self) -> int:
         """How many slots have an embedding of their own."""
         return 0
+
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth | None:
+        """Make what makes the passes in the decoder's stead, for methods whose tokens have unlike depth."""
+        return None
+
+    def begin(self, backbone: Backbone) -> None:
+        """Fit the fresh weights of a decoder made from scratch to the method."""
+
+    def convert(self, backbone: Backbone) -> Mapping[str, Tensor] | None:
+        """Rebuild a pretrained decoder into the shape that the method needs; saved runs have it already.
+
+        What is returned is what the method's parts (`LatentModel.parts`) start from, by name.
+        """
+        return None
+
+    @property
+    def n_iterations(self) -> int:
+        """How many iterations have parts of their own, such as timestep embeddings, in the inner loop."""
+        return self.n_loops(self.curriculum.last_stage)
 
     def sampled(self, seed: str) -> Method:
         """Return the method as one training batch uses it: with its number of iterations drawn, if it draws one."""
@@ -201,3 +241,36 @@ class LatentMethod(Method):
         region = [spell.marker(LAT, k)] if k else []
         prefix, suffix = [spell.question(question), spell.marker(BOT)], [spell.marker(EOT)]
         return Row(prefix, region, suffix, n_loops=self.n_loops(stage))
+
+
+@dataclass(frozen=True)
+class DepthMethod(Method):
+    """A method that writes every step, then the answer, by a model whose tokens have unlike depth.
+
+    Args:
+        write_steps: off: the answer alone is written, so that all thinking happens inside the tokens.
+    """
+
+    family: ClassVar[str] = "depth"
+    needs: ClassVar[str] = "question, steps, answer"
+
+    write_steps: bool = True
+
+    @property
+    def needs_steps(self) -> bool:
+        """Examples without steps are written as they are."""
+        return False
+
+    def depth(self) -> int | None:
+        """Return how often a pass iterates; None where the method has no such number."""
+        return None
+
+    def lay_out(self, example: Example, spell: Speller, stage: int = 0) -> Row:
+        """Return ``[Q] | | [T_1]..[T_m][### A][eos]``."""
+        row = self.prompt(example.question, spell, stage)
+        row.suffix += [*(spell.steps(example) if self.write_steps else ()), spell.answer(example.answer)]
+        return row
+
+    def prompt(self, question: str, spell: Speller, stage: int = 0) -> Row:
+        """Return ``[Q]``."""
+        return Row([spell.question(question)], depth=self.depth())

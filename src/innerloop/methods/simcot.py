@@ -18,7 +18,28 @@ Surplus = Literal["answer", "ignore", "repeat_last"]
 
 
 @dataclass(frozen=True)
-class SimCot(AuxSettings, Coconut):
+class SoftSettings:
+    """A latent z may be fed as alpha z + beta E^T softmax(W z), a mixture with the words that it shows.
+
+    Args:
+        soft_alpha: alpha.
+        soft_beta: beta; 0: no words.
+    """
+
+    soft_alpha: float = 1.0
+    soft_beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        refuse((min(self.soft_alpha, self.soft_beta) < 0, "soft_alpha and soft_beta cannot be negative"))
+
+    @property
+    def soft_thinking(self) -> tuple[float, float]:
+        """(alpha, beta)."""
+        return self.soft_alpha, self.soft_beta
+
+
+@dataclass(frozen=True)
+class SimCot(SoftSettings, AuxSettings, Coconut):
     """Coconut's rows; group k of c latents tells step k, and the last stage's last group all steps that are left.
 
     Args:
@@ -35,6 +56,7 @@ class SimCot(AuxSettings, Coconut):
 
     def __post_init__(self) -> None:
         Coconut.__post_init__(self)
+        SoftSettings.__post_init__(self)
         AuxSettings.__post_init__(self)
         refuse(
             (
@@ -53,8 +75,10 @@ class SimCot(AuxSettings, Coconut):
 
 
 @dataclass(frozen=True)
-class SimCotCodi(AuxSettings, Codi):
+class SimCotCodi(SoftSettings, AuxSettings, Codi):
     """CODI's rows; of the k + 1 latents, the one from <bot> and what each pass makes, each tells a step.
+
+    The loss is the mean over the latents that tell something; on Coconut it is over all groups.
 
     Args:
         aux_weight: lambda_step.
@@ -71,6 +95,7 @@ class SimCotCodi(AuxSettings, Codi):
 
     def __post_init__(self) -> None:
         Codi.__post_init__(self)
+        SoftSettings.__post_init__(self)
         AuxSettings.__post_init__(self)
         refuse(
             (self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"),
@@ -84,7 +109,7 @@ class SimCotCodi(AuxSettings, Codi):
         """Lay out, with what each latent must tell; the last is fed to nothing else."""
         row = super().lay_out(example, spell, stage)
         texts = told_texts(example, self.n_latents_total + 1, self.surplus)
-        row.told = [Told(k, FED, k, 1, spell.told(text)) for k, text in enumerate(texts)]
+        row.told = [Told(k, FED, k, 1, spell.told(text)) for k, text in enumerate(texts) if text]
         return row
 
 

@@ -4,7 +4,6 @@ Every option of slr.md; the stabilisers and stop rules are `LoopSettings`, which
 """
 
 import math
-import random
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -12,15 +11,17 @@ from innerloop.curriculum import Curriculum
 from innerloop.decoder import DecoderSettings
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, Follow, Piece, Readout, Row, Speller
+from innerloop.layout import BOT, EOT, Follow, Kind, Piece, Readout, Row, Speller, Told
 from innerloop.loop import LoopSettings
+from innerloop.loop_sampling import LoopSampling, draw_loops
 from innerloop.losses import LossSettings
 from innerloop.methods.method import AnswerContext, FirstState, LatentMethod, PrefixKV, Scope
 from innerloop.stabilize import RescaleKind, ResidualKind, TimeKind
+from innerloop.step_decoder import AuxSettings
 
 
 @dataclass(frozen=True)
-class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod):
+class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, LatentMethod):
     """``[Q][<bot>] | [<lat> x N] | [<eot>][A][eos]``; the N latents are refined T times.
 
     Args:
@@ -35,7 +36,11 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
         decode_lora: read h_T and the answer with the last iteration's LoRA weights instead of the base weights.
         loop_sampling: iterations of a training batch: T (fixed), uniform in 1..T, or log-normal Poisson around T.
         slots_per_step: c; step i is shown at the i-th block of c slots, round and round, cut to c tokens; 0: all slots.
+        aux_weight: iteration t must tell step sigma(t) to an auxiliary decoder, from the same block of slots.
+        hid_site: a teacher's state is followed by the mean of the latents, or by the last of them.
         step_map: sigma(t) = ceil(t m / T) (stretch), or t while there are steps (one2one).
+        write_steps: during a curriculum the steps that have not left are written; off: none ever is, so that its stages
+            do nothing but ramp the iterations.
         loops_per_stage: during a curriculum, stage s allows min(T, loops_per_stage * s) iterations; 0: always T.
     """
 
@@ -58,15 +63,19 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
     residual: ResidualKind = "A"
     rescale: RescaleKind = "rms"
     time: TimeKind = "lookup"
-    loop_sampling: Literal["fixed", "uniform", "lognormal_poisson"] = "fixed"
+    loop_sampling: LoopSampling = "fixed"
     slots_per_step: int = 0
+    hid_site: Literal["mean", "last"] = "mean"
     step_map: Literal["stretch", "one2one"] = "stretch"
+    write_steps: bool = True
     loops_per_stage: int = 0
+    reset_optimizer: Literal["stage", "epoch", "never"] = "never"
 
     def __post_init__(self) -> None:
         LoopSettings.__post_init__(self)
         Curriculum.__post_init__(self)
         LossSettings.__post_init__(self)
+        AuxSettings.__post_init__(self)
         DecoderSettings.__post_init__(self)
         is_region = self.loop_scope != "append"
         decodes_all = self.deep_weight > 0 or self.halt_weight > 0
@@ -104,8 +113,8 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
                 "stop_site to latents",
             ),
             (
-                self.decoder == "linear" and (self.max_stage > 0 or decodes_all),
-                "decoder=linear writes nothing: set max_stage, deep_weight and halt_weight to 0",
+                self.decoder == "linear" and (self._writes_steps or decodes_all),
+                "decoder=linear writes nothing: set max_stage, deep_weight and halt_weight to 0, or write_steps off",
             ),
             (
                 self.decode_lora and self.lora == "none",
@@ -118,6 +127,15 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
             (
                 self.loops_per_stage > 0 and self.max_stage == 0,
                 "loops_per_stage ramps the iterations over a curriculum: set max_stage to at least 1",
+            ),
+            (
+                not self.write_steps and self.max_stage == 0,
+                "write_steps is for a curriculum: set max_stage to at least 1",
+            ),
+            (
+                self.aux_weight > 0 and (self.loop_scope != "slots" or self.max_loops == 0 or self.solver != "none"),
+                "aux_weight needs slots to read at each iteration: set loop_scope=slots, max_loops >= 1 and solver to "
+                "none",
             ),
             (
                 self.step_weight > 0 and (self.loop_scope != "slots" or self.max_loops == 0),
@@ -133,8 +151,8 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
                 "loop_scope to slots, all or last, and solver to none",
             ),
             (
-                self.halt_weight > 0 and self.stop != "halt",
-                "halt_weight trains the gate of a learned stop: set stop=halt",
+                self.halt_weight > 0 and self.stop not in ("halt", "halt_sample"),
+                "halt_weight trains the gate of a learned stop: set stop=halt or halt_sample",
             ),
             (
                 self.solver != "none" and (not is_refed or self.step_weight > 0 or self.hid_weight > 0),
@@ -146,7 +164,12 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
     @property
     def needs_steps(self) -> bool:
         """Where iterations must show steps or follow a teacher's, or steps leave one by one."""
-        return self.step_weight > 0 or self.hid_weight > 0 or self.teacher_weight > 0 or self.max_stage > 0
+        weights = (self.step_weight, self.aux_weight, self.hid_weight, self.teacher_weight)
+        return max(weights) > 0 or self._writes_steps
+
+    @property
+    def _writes_steps(self) -> bool:
+        return self.max_stage > 0 and self.write_steps
 
     @property
     def scope(self) -> Scope:
@@ -180,16 +203,16 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
             return self.max_loops
         return min(self.max_loops, self.loops_per_stage * stage)
 
+    def with_loops(self, loops: int) -> "Slr":
+        """Return the method for answering with T = ``loops``; how it was trained no longer matters."""
+        no_terms = {f"{term}_weight": 0.0 for term in ("step", "aux", "hid", "deep", "halt")}
+        return replace(self, max_loops=loops, loop_sampling="fixed", aux_trains="both", **no_terms)  # type: ignore[arg-type]
+
     def sampled(self, seed: str) -> "Slr":
-        """Draw T for a training batch: U{1..T}, or Poisson(e^n) + 1 with n ~ N(ln T - 1/8, 1/4) (arXiv 2502.05171)."""
+        """Draw T for a training batch."""
         if self.loop_sampling == "fixed" or not seed:
             return self
-        rng = random.Random(f"loops/{seed}")
-        if self.loop_sampling == "uniform":
-            drawn = rng.randint(1, max(self.max_loops, 1))
-        else:
-            rate = math.exp(rng.gauss(math.log(self.max_loops) - 0.125, 0.5))
-            drawn = 1 + _poisson(rate, rng)
+        drawn = draw_loops(self.loop_sampling, self.max_loops, seed)
         method = replace(self, max_loops=drawn, loop_sampling="fixed")
         object.__setattr__(method, "_cut_short", drawn < self.max_loops)
         return method
@@ -206,10 +229,13 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out, with the steps that each iteration must show or follow."""
         row = super().lay_out(example, spell, stage)
+        if not self.write_steps:
+            row.suffix = [piece for piece in row.suffix if piece.kind is not Kind.STEP]
         if self.decoder == "linear":
             row.suffix.pop()  # the answer is chosen, not written
             row.answer_class = self._class_of(example)
-        steps = spell.steps(example) if stage == self.last_stage else spell.steps(example)[:stage]
+        all_gone = stage == self.last_stage or not self.write_steps
+        steps = spell.steps(example) if all_gone else spell.steps(example)[:stage]
         pairing = [self._step_of(t, len(steps), row.n_loops) for t in range(1, row.n_loops + 1)]
         if self.step_weight:
             row.readouts = [
@@ -218,13 +244,21 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
                 if index is not None
                 for readout in self._readouts(t, row.region_start, index, steps[index])
             ]
+        if self.aux_weight:
+            c = self.slots_per_step or self.n_slots
+            row.told = [
+                Told(t - 1, t, self._block_of(index), c, spell.told(example.steps[index]))
+                for t, index in enumerate(pairing, 1)
+                if index is not None
+            ]
         if self.hid_weight or self.teacher_weight:
             row.teacher = Row(
                 [spell.question(example.question)], [], [*spell.steps(example), spell.answer(example.answer)]
             )
         if self.hid_weight and row.teacher is not None:
             ends = row.teacher.step_ends()
-            row.follows = [Follow(t, None, ends[index]) for t, index in enumerate(pairing, 1) if index is not None]
+            at = None if self.hid_site == "mean" else row.region_start + sum(len(piece.ids) for piece in row.region) - 1
+            row.follows = [Follow(t, at, ends[index]) for t, index in enumerate(pairing, 1) if index is not None]
         return row
 
     def _class_of(self, example: Example) -> int:
@@ -244,9 +278,13 @@ class Slr(LoopSettings, LossSettings, DecoderSettings, Curriculum, LatentMethod)
 
     def _readouts(self, t: int, start: int, index: int, step: Piece) -> list[Readout]:
         """Return the first c tokens of a step, to be shown in iteration t by the slots of its block."""
-        c = self.slots_per_step or self.n_slots
-        first = start + index % (self.n_slots // c) * c
+        first, c = start + self._block_of(index), self.slots_per_step or self.n_slots
         return [Readout(t, first + j, token) for j, token in enumerate(step.ids[:c])]
+
+    def _block_of(self, index: int) -> int:
+        """Return the first of the slots that show the 0-based step."""
+        c = self.slots_per_step or self.n_slots
+        return index % (self.n_slots // c) * c
 
 
 Slr.presets = {
@@ -262,16 +300,16 @@ Slr.presets = {
         rescale="none",
         time="none",
     ),
+    "codi": Slr(
+        loop_scope="append",
+        max_loops=6,
+        h0="forward",
+        answer_from="kv_last",
+        residual="none",
+        rescale="project",
+        time="none",
+    ),
     "lotus": Slr(n_slots=150, max_loops=6, residual="sum", rescale="none", time="none"),
     "spiral": Slr(n_slots=5, max_loops=5, residual="none", rescale="adapter", time="none"),
 }
 """Named settings (slr.md, sections 3 and 9): a recipe's ``method: {name: slr, preset: readme, max_loops: 6}``."""
-
-
-def _poisson(rate: float, rng: random.Random) -> int:
-    """Draw from a Poisson distribution (Knuth's product of uniforms)."""
-    bound, product, n = math.exp(-rate), rng.random(), 0
-    while product > bound:
-        product *= rng.random()
-        n += 1
-    return n

@@ -37,6 +37,7 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
         align_schedule: weight of pass k in the alignment: softmax(alpha k), uniform, or the last alone.
         align_alpha: alpha.
         align_static_pass: pass 0 is aligned too, as the one that counts least ("alignment without iteration" at K = 0).
+        ce_passes: text is learned in the last pass, or in all of them, a mean over passes 0..K.
         m0: examples without steps: one block, not aligned, or no block.
         supervise_first_bol: learn to write the first <bol>, which is given when answering.
         force_block_after_text: when answering, a step of text is followed by a block unless the answer begins.
@@ -60,6 +61,7 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
     align_schedule: Literal["softmax", "uniform", "last"] = "softmax"
     align_alpha: float = 1.0
     align_static_pass: bool = False
+    ce_passes: Literal["last", "all"] = "last"
     m0: Literal["one_block_no_align", "no_block"] = "one_block_no_align"
     supervise_first_bol: bool = False
     force_block_after_text: bool = False
@@ -117,6 +119,11 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
     def n_updates(self) -> int:
         """The number of times a block is written anew."""
         return self.max_loops - self.count_static_pass
+
+    @property
+    def learns_every_pass(self) -> bool:
+        """Whether text is learned in all passes."""
+        return self.ce_passes == "all"
 
     def n_loops(self, stage: int) -> int:
         """Return the number of updates."""

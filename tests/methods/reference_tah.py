@@ -1,0 +1,107 @@
+"""Think-at-Hard the slow way: one row, no cache, all (token, depth) pairs side by side in one pass of the decoder.
+
+The mask is written out pair by pair from the rule of tah.md, section 3; LoRA is added to the columns of deeper pairs by
+weights multiplied out; the logits of the depths are added up after the head.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from innerloop import LatentModel
+from innerloop.context import Context
+from innerloop.duo import DuoCache
+
+Pair = tuple[int, int]  # token, depth
+
+
+def sees(query: Pair, key: Pair, attention: str) -> bool:
+    """The rule: j <= i, and k <= d; or k = 1; or k = d."""
+    (i, d), (j, k) = query, key
+    return j <= i and {"duo": k <= d, "depth1_only": k == 1, "same_depth": k == d}[attention]
+
+
+@contextmanager
+def lora_at(model: LatentModel, pairs: Sequence[Pair]) -> Iterator[None]:
+    """Add the LoRA of depth d - 1 to the outputs of the columns at depth d > 1."""
+    bank = model.loop.lora
+    handles = []
+    for name, module in {} if bank is None else bank.modules_by_name.items():
+
+        def add(module, args, output, name=name):
+            rows = [torch.zeros_like(output[0, 0])] * len(pairs)
+            for column, (_, depth) in enumerate(pairs):
+                if depth > 1:
+                    rows[column] = bank.delta(name, depth - 1) @ args[0][0, column]
+            return output + torch.stack(rows)
+
+        handles.append(module.register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def slow_logits(model: LatentModel, ids: Sequence[int], depths: Sequence[int]) -> Tensor:
+    """Return the logits (T, V) of one row of tokens, each read so many times."""
+    method, backbone = model.method, model.backbone
+    embeds = [backbone.embed(torch.tensor([[i]]))[0, 0] for i in ids]
+    pairs = [(i, 1) for i in range(len(ids))]
+    shown: dict[int, Tensor] = {}
+    for depth in range(1, max(depths) + 1):
+        if depth > 1:
+            for i, limit in enumerate(depths):
+                if limit >= depth:
+                    top = shown[i].topk(min(method.input_mix_topk, len(shown[i])))
+                    shares = top.values.exp() / top.values.exp().sum()
+                    words = [backbone.embed(torch.tensor([[int(v)]]))[0, 0] for v in top.indices]
+                    embeds.append(sum(share * word for share, word in zip(shares, words)))
+                    pairs.append((i, depth))
+        mask = [[0.0 if sees(q, k, method.depth_attention) else -torch.inf for k in pairs] for q in pairs]
+        positions = torch.tensor([[i for i, _ in pairs]])
+        with lora_at(model, pairs):
+            states = backbone(
+                torch.stack(embeds)[None], mask=torch.tensor(mask).to(embeds[0])[None, None], positions_BL=positions
+            )
+        logits = backbone.head(states)[0]
+        for column, (i, d) in enumerate(pairs):
+            if d == depth:
+                shown[i] = logits[column] + (shown[i] if depth > 1 and method.residual_logits else 0)
+    return torch.stack([shown[i] for i in range(len(ids))])
+
+
+@torch.no_grad()
+def slow(model: LatentModel, ids: Sequence[int], depths: Sequence[int]) -> Tensor:
+    """Return them without gradient."""
+    return slow_logits(model, ids, depths)
+
+
+@torch.no_grad()
+def read(
+    model: LatentModel,
+    ids_BL: Tensor,
+    depths_BL: Tensor,
+    parts: Sequence[int] | None = None,
+    mask_BL: Tensor | None = None,
+) -> tuple[Tensor, Context]:
+    """Read rows in passes of so many tokens (None: one pass); return the logits (B, L, V) and the context."""
+    context = Context(model.backbone, len(ids_BL), depth=model.depth)
+    context.wanted_BS = depths_BL
+    states, start = [], 0
+    for n in parts or [ids_BL.shape[1]]:
+        mask = None if mask_BL is None else mask_BL[:, start : start + n]
+        states.append(context.read(model.backbone.embed(ids_BL[:, start : start + n]), mask))
+        start += n
+    return model.backbone.head(torch.cat(states, dim=1)), context
+
+
+def columns(context: Context, depth: int, layer: int = 0, row: int = 0) -> Tensor:
+    """Return the keys (P, H * d) that a row has in a layer's cache at a depth, in the order of their positions."""
+    assert isinstance(context.cache, DuoCache)
+    slot = context.cache.slots["duo"]
+    at = torch.nonzero((slot.depths_BP[row] == depth) & slot.real_BP[row])[:, 0]
+    at = at[slot.positions_BP[row, at].argsort()]
+    return slot.keys[layer][row][:, at].transpose(0, 1).flatten(1)

@@ -1,0 +1,366 @@
+"""Ways out of the loop: losses at every exit, the learned gate, tokens that stop, shared keys and values."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, cross_entropy, kl_div
+
+from innerloop import LatentModel
+from innerloop.exits import distribution_loss, exit_distribution, improvement_loss
+from tests.methods.test_looped import assert_same, gap, looped, texts
+from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, logits_of, with_token
+
+GATED = {"max_loops": 3, "stop": "halt"}
+
+
+def other(model: LatentModel, **fields) -> LatentModel:
+    """Put other settings on the same weights."""
+    twin = LatentModel(model.backbone, model.tokenizer, dataclasses.replace(model.method, **fields))
+    for name, part in twin.parts().items():
+        part.load_state_dict(model.parts()[name].state_dict(), strict=False)
+    return twin.eval()
+
+
+def target_logits(model: LatentModel) -> tuple[Tensor, Tensor]:
+    """Return the logits (U, V) of written tokens and the tokens (U,)."""
+    batch = model.batch(model.rows(MIXED))
+    return model.written_logits(batch, model.think(batch)), batch.targets_U
+
+
+def at_each_exit(model: LatentModel) -> tuple[list[Tensor], Tensor]:
+    """Return what models of 1, 2, ... loops say, and what they should."""
+    n = model.method.max_loops
+    plain = {"exit_weight": 0.0, "exit_kd": 0.0, "exit_schedule": "equal", "gate": "none", "stop": "none"}
+    said = [target_logits(other(model, **plain, max_loops=loops)) for loops in range(1, n + 1)]
+    return [logits for logits, _ in said], said[0][1]
+
+
+# Losses at exits
+
+
+@pytest.mark.parametrize(
+    ("arch", "ends", "schedule"),
+    [
+        ("llama", {}, "equal"),
+        ("gpt2", {}, "linear"),
+        ("llama", {"n_prelude": 1, "n_coda": 1}, "linear"),
+        ("gpt2", {"n_prelude": 1, "n_coda": 1}, "equal"),
+        ("llama", {"feedback_site": "post_norm"}, "equal"),
+    ],
+)
+def test_every_exit_learns_as_the_model_that_ends_there(arch, ends, schedule):
+    model = looped(arch, max_loops=3, exit_weight=0.5, exit_schedule=schedule, **ends)
+    said, targets = at_each_exit(model)
+    losses = [cross_entropy(logits, targets) for logits in said]
+    shares = [1.0, 1.0] if schedule == "equal" else [1 / 3, 2 / 3]
+    expected = sum(share * loss for share, loss in zip(shares, losses))
+    out = model.train().loss(MIXED)
+    torch.testing.assert_close(out.terms["exits"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.loss, losses[-1] + 0.5 * expected, atol=1e-5, rtol=1e-5)
+    ours, theirs = gradients(model, out.loss), gradients(model, losses[-1] + 0.5 * expected)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+    assert model.eval().loss(MIXED).terms.keys() == {"answer"}
+
+
+def test_exits_follow_the_last_whose_own_distribution_is_left_alone():
+    model = looped(max_loops=2, exit_weight=0.1, exit_kd=2.0)
+    (first, last), targets = at_each_exit(model)
+    kept = kl_div(first.log_softmax(-1), last.detach().log_softmax(-1), reduction="batchmean", log_target=True)
+    expected = cross_entropy(last, targets) + 0.1 * (cross_entropy(first, targets) + 2.0 * kept)
+    ours = gradients(model, model.train().loss(MIXED).loss)
+    theirs = gradients(model, expected)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+    # The divergence alone moves the shared weights, though only through the first exit.
+    first = at_each_exit(model)[0][0].log_softmax(-1)
+    divergence = gradients(model, kl_div(first, last.detach().log_softmax(-1), reduction="sum", log_target=True))
+    assert max(grad.abs().max() for name, grad in divergence.items() if "layers" in name) > 0
+
+
+# The gate's mathematics
+
+
+def test_the_distribution_over_exits_is_one():
+    logits = 5 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    p = exit_distribution(logits)
+    assert (p >= 0).all()
+    torch.testing.assert_close(p.sum(0), torch.ones(50), atol=1e-6, rtol=0)
+    never, first = torch.full((4, 1), -1e4), torch.tensor([[1e4], [0.0], [0.0], [0.0]])
+    torch.testing.assert_close(exit_distribution(never)[:, 0], torch.tensor([0.0, 0, 0, 1]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(exit_distribution(first)[:, 0], torch.tensor([1.0, 0, 0, 0]), atol=1e-6, rtol=0)
+
+
+def test_the_expected_loss_is_that_of_all_outcomes_and_entropy_is_largest_where_exits_are_alike():
+    losses, logits = torch.tensor([[1.0], [2.0], [4.0]]), torch.logit(torch.tensor([[1 / 3], [1 / 2], [0.9]]))
+    torch.testing.assert_close(distribution_loss(losses, logits, 0.0), torch.tensor(7 / 3))  # all alike
+    even = distribution_loss(torch.zeros(3, 1), logits, 1.0)
+    assert even == pytest.approx(0.0, abs=1e-6)  # log 3 - H = 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert distribution_loss(torch.zeros(3, 1), torch.randn(3, 1, generator=generator), 1.0) > even - 1e-6
+    one = distribution_loss(torch.zeros(3, 1), torch.tensor([[1e4], [0.0], [0.0]]), 1.0)
+    assert one == pytest.approx(math.log(3), abs=1e-4)
+
+
+def test_an_iteration_is_worth_what_it_gains():
+    losses, logits = torch.tensor([[2.0], [1.9], [2.5]]), torch.tensor([[0.3], [-0.4], [0.8]])
+    wanted = torch.sigmoid(50 * (torch.tensor([0.1, 0.0]) - 0.005))
+    expected = binary_cross_entropy(1 - logits[1:, 0].sigmoid(), wanted)
+    torch.testing.assert_close(improvement_loss(losses, logits), expected)
+
+
+# Training the gate
+
+
+@by_arch
+def test_the_gate_and_the_model_learn_the_loss_expected_over_exits(arch):
+    model = looped(arch, **GATED, gate="distribution", gate_beta=0.2)
+    said, targets = at_each_exit(model)
+    losses = torch.stack([cross_entropy(logits, targets, reduction="none") for logits in said])
+    batch = model.batch(model.rows(MIXED))
+    rows, at = batch.predict_at_U // batch.ids_BS.shape[1], batch.predict_at_U % batch.ids_BS.shape[1]
+    states = [state_after(model, loops, batch)[rows, at] for loops in (1, 2, 3)]
+    rates = [torch.sigmoid(model.loop.stop.gate(state))[:, 0] for state in states]
+    p = torch.stack([rates[0], (1 - rates[0]) * rates[1], (1 - rates[0]) * (1 - rates[1])])
+    expected = ((p * losses).sum(0) + 0.2 * (math.log(3) + (p * p.log()).sum(0))).mean()
+    model.train()
+    loss = model.loss(MIXED).loss
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-3)
+    assert ours["loop.stop.gate.weight"].abs().max() > 0
+
+
+def state_after(model: LatentModel, loops: int, batch) -> Tensor:
+    """Return the block's state (B, L, D) after some loops, before the final norm."""
+    seen = []
+    handle = model.backbone.layers[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    model.think(batch)
+    target_logits(other(model, max_loops=loops, gate="none", stop="none"))
+    handle.remove()
+    return seen[-1] if isinstance(seen[-1], Tensor) else seen[-1][0]
+
+
+def test_the_second_stage_trains_the_gate_alone():
+    model = looped(**GATED, gate="improvement").train()
+    loss = model.loss(MIXED).loss
+    loss.backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert learned == {"loop.stop.gate.weight", "loop.stop.gate.bias"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
+
+
+# Tokens that stop
+
+
+@by_arch
+@pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
+def test_thresholds_at_both_ends_are_one_loop_and_all(arch, kv_missing):
+    model = looped(arch, **GATED, kv_missing=kv_missing)
+    without = {"stop": "none", "kv_missing": "share_step", "stop_threshold": None}
+    assert_same(other(model, stop_threshold=1.0), other(model, **without), exactly=True)
+    assert_same(other(model, stop_threshold=torch.inf), other(model, **without), exactly=True)
+    assert_same(other(model, stop_threshold=0.0), other(model, **without, max_loops=1), exactly=True)
+    with torch.no_grad():
+        model.loop.stop.gate.bias.fill_(1e4)  # lambda_1 = 1
+    assert_same(other(model, stop_threshold=0.9), other(model, **without, max_loops=1), exactly=True)
+    with torch.no_grad():
+        model.loop.stop.gate.bias.fill_(-1e4)
+    assert_same(other(model, stop_threshold=0.9), other(model, **without), exactly=True)
+
+
+def halting(arch: str, **fields) -> LatentModel:
+    """Make a model whose tokens stop after one, two or three loops."""
+    model = looped(arch, **{**GATED, "stop_threshold": 0.5, **fields})
+    with torch.no_grad():
+        model.loop.stop.gate.weight.copy_(torch.linspace(-1, 1, 32).sin()[None] / 3)
+        model.loop.stop.gate.bias.fill_(-0.5)
+    return model
+
+
+@torch.no_grad()
+def slowly(model: LatentModel, ids: list[int]) -> tuple[Tensor, list[int]]:
+    """One row (L, V), layer by layer without a cache; each token stops by itself, then is seen as the policy says."""
+    backbone, method, gate = model.backbone, model.method, model.loop.stop.gate
+    at = torch.arange(len(ids))
+    h = backbone.enter(backbone.embed(torch.tensor([ids])), at[None])[0]
+    depths, survival = torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids))
+    inputs = [torch.zeros_like(h) for _ in backbone.layers]  # what each layer last read of every token
+    going = at
+    for loop in range(1, method.max_loops + 1):
+        depths[going] = loop
+        state = h.clone()
+        for j, read in enumerate(inputs):
+            read[going] = state[going]
+            shown = at if method.kv_missing == "share_step" else going
+            mask = backbone.mask_4d(shown[None], shown[None], None, h.dtype)
+            out = backbone(read[None, shown], mask=mask, positions_BL=shown[None], layers=range(j, j + 1), inner=True)
+            state[shown] = out[0]
+        h[going] = state[going]
+        survival[going] *= 1 - gate(h[going])[:, 0].sigmoid()
+        going = going[1 - survival[going] < method.stop_threshold]
+    return backbone.head(backbone.norm(h)), depths.tolist()
+
+
+@by_arch
+@pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
+def test_tokens_stop_one_by_one_as_the_card_says(arch, kv_missing):
+    model = halting(arch, kv_missing=kv_missing)
+    seen = set()
+    for example, logits in zip(MIXED, model.answer_logits(MIXED)):
+        (row,) = model.rows([example])
+        expected, depths = slowly(model, row.ids()[:-1])
+        torch.testing.assert_close(logits, expected[-len(logits) :], atol=2e-5, rtol=2e-5)
+        batch = model.batch([row])
+        model.written_logits(batch, thought := model.think(batch))
+        assert thought.deep[-1].depths_BL[0, :-1].tolist() == depths
+        seen |= set(depths)
+    assert seen == {1, 2, 3}
+    assert gap(model, other(model, kv_missing="restrict" if kv_missing == "share_step" else "share_step")) > 1e-3
+
+
+@by_arch
+@pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
+def test_where_tokens_stop_writing_with_a_cache_is_reading_everything_anew(arch, kv_missing):
+    model = halting(arch, kv_missing=kv_missing)
+    generations = model.generate(QUESTIONS[:2], max_new_tokens=6)
+    for question, generation in zip(QUESTIONS, generations):
+        ids, depths = model.tokenizer.encode(question + "\n"), []
+        n_asked = len(ids)
+        for _ in range(6):
+            logits, depths = slowly(model, ids)
+            ids.append(int(logits[-1].argmax()))
+            if ids[-1] == model.spell.eos_id:
+                break
+        assert generation.text == model.tokenizer.decode(ids[n_asked:], skip_special_tokens=True)
+        assert [depth for _, depth in generation.depths][: len(depths)] == depths
+
+
+@pytest.mark.parametrize(
+    "stopping",
+    [
+        {"stop": "delta", "stop_threshold": 0.3},
+        {"stop": "cos", "stop_threshold": 0.7, "patience": 2},
+        {"stop": "kl", "stop_threshold": 0.2},
+        {"stop": "entropy", "stop_threshold": 0.5},
+        {"stop": "argmax", "stop_threshold": 1.0},
+        {"stop": "gap", "stop_threshold": 0.2, "min_loops": 2},
+        {"stop": "fixed", "stop_threshold": 2.0},
+        {"stop": "random", "stop_histogram": (1.0, 1.0, 1.0, 1.0)},
+    ],
+    ids=lambda one: one["stop"],
+)
+def test_tokens_stop_by_any_score_and_rows_do_as_alone(stopping):
+    model = looped(max_loops=4, n_prelude=1, n_coda=1, feedback_site="post_norm", **stopping)
+    together = model.generate(QUESTIONS, max_new_tokens=5)
+    for question, ours in zip(QUESTIONS[:2], together):
+        (alone,) = model.generate([question], max_new_tokens=5)
+        assert (alone.text, alone.depths, alone.cost.flops) == (ours.text, ours.depths, ours.cost.flops)
+    seen = {depth for generation in together for _, depth in generation.depths}
+    assert seen == {2} if stopping["stop"] == "fixed" else len(seen) > 1
+    assert min(seen) >= stopping.get("min_loops", 1) and max(seen) <= 4
+
+
+def test_what_is_spent_is_what_was_run():
+    """FLOPs of tokens that stop: their own layers and keys, and a look at the gate after every loop but the last."""
+    model = halting("llama", kv_missing="restrict")
+    (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=1)
+    backbone, depths = model.backbone, [depth for _, depth in generation.depths]
+    weights = sum(p.numel() for p in backbone.layers.parameters())
+    runs = [[i for i, depth in enumerate(depths) if depth >= loop] for loop in (1, 2, 3)]
+    pairs = sum(len([j for j in run if j <= i]) for run in runs for i in run)
+    expected = 2 * weights * sum(map(len, runs)) + 4 * 32 * 3 * pairs  # three layers of width 32
+    expected += 2 * 32 * (len(runs[0]) + len(runs[1])) + 2 * 32 * backbone.config.vocab_size
+    assert len(set(depths)) > 1
+    assert generation.cost.flops == expected
+
+
+def test_a_later_token_changes_no_earlier_depth():
+    model = halting("llama")
+    (row,) = model.rows(MIXED[:1])
+    logits, n = logits_of(model, [row])[0], len(row)
+    changed = logits_of(model, [with_token(row, n - 4, row.ids()[n - 4] - 1)])[0]
+    torch.testing.assert_close(changed[:-3], logits[:-3], atol=1e-5, rtol=1e-5)
+    assert (changed - logits).abs().amax(1)[-3:].min() > 1e-6
+
+
+# Keys and values that stand for all loops
+
+
+@by_arch
+@pytest.mark.parametrize("kv_share", ["last_loop", "first_loop", "mean"])
+def test_shared_keys_and_values_are_exact_with_one_loop_and_when_reading_at_once(arch, kv_share):
+    one = looped(arch, max_loops=1, kv_share=kv_share)
+    assert texts(one, 4) == texts(other(one, kv_share="none"), 4)
+    more = looped(arch, max_loops=3, kv_share=kv_share)
+    assert_same(more, other(more, kv_share="none"), exactly=True)
+
+
+@torch.no_grad()
+def decode(model: LatentModel, ids: Tensor, n_prefill: int) -> tuple[Tensor, int]:
+    """Read a row's first tokens at once and the others one by one; return the logits (L, V) and the keys kept."""
+    context = model.new_context(model.batch(model.prompts(QUESTIONS[:1])))
+    states = [context.read(model.backbone.embed(ids[None, :n_prefill]))]
+    states += [context.read(model.backbone.embed(ids[None, i : i + 1])) for i in range(n_prefill, len(ids))]
+    kept = sum(key.shape[2] for slot in context.cache.slots.values() for key in slot.keys)
+    return model.backbone.head(torch.cat(states, dim=1))[0], kept
+
+
+@torch.no_grad()
+def decode_slowly(model: LatentModel, ids: Tensor, n_prefill: int) -> Tensor:
+    """The same with a plain cache for each loop, whose past is replaced by what stands for all before each token."""
+    backbone, n_loops, layers = model.backbone, model.method.max_loops, range(model.backbone.n_layers)
+    chosen = {"last_loop": [n_loops - 1], "first_loop": [0], "mean": list(range(n_loops))}[model.method.kv_share]
+    shared: list[list[Tensor]] = [[] for _ in range(2 * len(layers))]  # the keys and values of each layer
+    states = []
+    for start, end in [(0, n_prefill), *((i, i + 1) for i in range(n_prefill, len(ids)))]:
+        at = torch.arange(start, end)[None]
+        h, new = backbone.enter(backbone.embed(ids[None, start:end]), at), []
+        for _ in range(n_loops):
+            cache = backbone.empty_cache()
+            for layer, keys, values in zip(cache.layers, shared[::2], shared[1::2]):
+                if start > 0:
+                    layer.update(torch.cat(keys, dim=2), torch.cat(values, dim=2))
+            h = backbone(h, layers=layers, positions_BL=at, cache=cache, inner=True)
+            new.append([side[:, :, start:] for layer in cache.layers for side in (layer.keys, layer.values)])
+        for place, sides in zip(shared, zip(*new)):
+            place.append(torch.stack([sides[loop] for loop in chosen]).mean(0))
+        states.append(h)
+    return backbone.head(backbone.norm(torch.cat(states, dim=1)))[0]
+
+
+@by_arch
+@pytest.mark.parametrize("kv_share", ["last_loop", "first_loop", "mean"])
+def test_a_written_token_sees_what_stands_for_all_loops_and_its_own_current_state(arch, kv_share):
+    model = looped(arch, max_loops=3, kv_share=kv_share)
+    ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:12])
+    logits, kept = decode(model, ids, 6)
+    torch.testing.assert_close(logits, decode_slowly(model, ids, 6), atol=2e-5, rtol=2e-5)
+    exact, kept_by_all = decode(other(model, kv_share="none"), ids, 6)
+    assert kept_by_all == 3 * kept == 9 * len(ids)
+    assert torch.equal(logits[:6], exact[:6])
+
+
+def test_the_error_of_sharing_is_measured_and_none_is_exact():
+    """Approximate by definition: how far the distributions of written tokens are from those of all keys and values."""
+    model = looped(max_loops=3)
+    ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:16])
+    exact = decode(model, ids, 6)[0].log_softmax(-1)
+    at_once = decode(model, ids, len(ids))[0].log_softmax(-1)
+    torch.testing.assert_close(exact, at_once, atol=1e-5, rtol=1e-5)
+    errors = {}
+    for kv_share in ("last_loop", "first_loop", "mean"):
+        shared = decode(other(model, kv_share=kv_share), ids, 6)[0].log_softmax(-1)
+        errors[kv_share] = kl_div(shared[6:], exact[6:], reduction="batchmean", log_target=True).item()
+    assert all(1e-4 < error < 5.0 for error in errors.values()), errors
+
+
+def test_sharing_keeps_batches_rows_apart():
+    model = looped(max_loops=2, n_prelude=1, kv_share="last_loop")
+    together = texts(model, 8)
+    assert together == [model.generate([question], max_new_tokens=8)[0].text for question in QUESTIONS]

@@ -1,0 +1,276 @@
+"""Think-at-Hard (tah.md, section 9): which states a token sees, what it shows, and that nothing else changes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop import Cot, LatentModel, Tah
+from innerloop.duo import sees
+from innerloop.methods import Method
+from tests.methods.reference_tah import columns, read, slow
+from tests.methods.tools import MIXED, assert_close, base, by_arch, change, on, stir
+from tests.models import random_ids, tiny_model
+
+T, V = 9, 18
+SMALL = Tah(iterate="never", lora_rank=2, decider_width=8, decider_blocks=1, input_mix_topk=7, decider_topk=5)
+TWICE = torch.tensor([[1, 2, 1, 1, 2, 2, 1, 1, 2], [2, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 2, 2, 2, 2]])
+THRICE = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 3, 2], [3, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 3, 2, 2, 2, 3]])
+SETTINGS = [
+    {},
+    {"depth_attention": "depth1_only"},
+    {"depth_attention": "same_depth"},
+    {"residual_logits": False},
+    {"input_mix_topk": 1},
+    {"lora": "none"},
+    {"max_loops": 3},
+    {"max_loops": 3, "lora": "per_iter", "depth_attention": "same_depth"},
+]
+
+by_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "default")
+
+
+def ids() -> Tensor:
+    return random_ids(3, T) % V
+
+
+def model_with(arch: str, **settings) -> tuple[LatentModel, Tensor]:
+    """Return a model, and how often each of three rows of tokens is read."""
+    method = change(SMALL, **settings)
+    return on(arch, method), THRICE if method.max_loops == 3 else TWICE
+
+
+def own(arch: str, method: Method) -> LatentModel:
+    """Return a model with weights of its own."""
+    model = tiny_model(method, arch).double()
+    stir(model)
+    return model
+
+
+def plain_logits(arch: str, tokens: Tensor) -> Tensor:
+    """Return the logits of the plain decoder, run by itself."""
+    backbone = base(arch).backbone
+    with torch.no_grad():
+        return backbone.head(backbone(backbone.embed(tokens)))
+
+
+# Every forced pattern equals the slow reference, in any passes, batch and padding.
+
+
+@by_setting
+@by_arch
+def test_any_pattern_equals_the_slow_reference(arch, settings):
+    model, depths = model_with(arch, **settings)
+    logits, _ = read(model, ids(), depths)
+    for row in range(3):
+        assert_close(logits[row], slow(model, ids()[row].tolist(), depths[row].tolist()), 1e-6)
+
+
+@by_setting
+@by_arch
+def test_reading_part_by_part_or_token_by_token_equals_one_pass(arch, settings):
+    model, depths = model_with(arch, **settings)
+    whole, _ = read(model, ids(), depths)
+    for parts in ([T - 1, 1], [1] * T, [3, 1, 4, 1]):
+        assert_close(read(model, ids(), depths, parts)[0], whole, 1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_loops": 3, "lora": "per_iter"}], ids=["two", "three"])
+@by_arch
+def test_padding_on_either_side_and_neighbours_change_nothing(arch, settings):
+    model, depths = model_with(arch, **settings)
+    for row, n in ((0, 5), (1, 7), (2, 9)):
+        alone, _ = read(model, ids()[row : row + 1, :n], depths[row : row + 1, :n])
+        for before in (0, 2, 4):
+            spread = [torch.roll(torch.nn.functional.pad(t, (0, 4)), before, dims=1) for t in (ids(), depths)]
+            real = torch.tensor([[before <= c < before + limit for c in range(T + 4)] for limit in (5, 7, 9)]).long()
+            logits, _ = read(model, *spread, mask_BL=real)
+            assert_close(logits[row, before : before + n], alone[0], 1e-6)
+
+
+@by_arch
+def test_a_later_token_changes_nothing_before_it(arch):
+    model, depths = model_with(arch)
+    logits, _ = read(model, ids(), depths)
+    for at in range(1, T):
+        changed = ids()
+        changed[:, at] = (changed[:, at] + 1) % V
+        others = depths.clone()
+        others[:, at] = 3 - others[:, at]  # whether it is read twice makes no difference to those before it, either
+        for moved in (read(model, changed, depths)[0], read(model, ids(), others)[0]):
+            assert_close(moved[:, :at], logits[:, :at], 1e-6)
+            assert (moved[:, at] - logits[:, at]).abs().amax(-1).min() > 1e-4
+
+
+# The first reading is the plain decoder's, whatever iterates.
+
+
+@by_arch
+def test_the_first_reading_is_the_plain_decoders_bit_for_bit_whatever_iterates(arch):
+    model, depths = model_with(arch)
+    plain = plain_logits(arch, ids())
+    never, nothing = read(model, ids(), torch.ones_like(depths))
+    assert torch.equal(never, plain)
+    for pattern in (depths, 3 - depths, torch.full_like(depths, 2)):
+        logits, context = read(model, ids(), pattern)
+        assert torch.equal(logits[pattern == 1], plain[pattern == 1])
+        for row in range(3):
+            for layer in range(2):
+                assert torch.equal(columns(context, 1, layer, row), columns(nothing, 1, layer, row))
+
+
+@by_arch
+def test_decoding_too_the_first_reading_does_not_see_the_second(arch):
+    model, depths = model_with(arch)
+    plain = plain_logits(arch, ids())
+    logits, context = read(model, ids(), depths, [4, 1, 1, 1, 1, 1])
+    assert_close(logits[depths == 1], plain[depths == 1], 1e-6)
+    _, nothing = read(model, ids(), torch.ones_like(depths))
+    for row in range(3):
+        assert_close(columns(context, 1, 1, row), columns(nothing, 1, 1, row), 1e-6)
+
+
+@pytest.mark.parametrize("depth_attention", ["duo", "same_depth", "depth1_only"])
+@by_arch
+def test_the_cache_holds_every_token_once_and_those_that_iterate_twice(arch, depth_attention):
+    model, depths = model_with(arch, depth_attention=depth_attention)
+    _, context = read(model, ids(), depths, [4, 1, 4])
+    for row in range(3):
+        twice = int((depths[row] == 2).sum()) if depth_attention != "depth1_only" else 0  # nobody would look at them
+        assert len(columns(context, 1, row=row)) == T
+        assert len(columns(context, 2, row=row)) == twice
+
+
+@by_arch
+def test_the_mask_is_the_cards_truth_table(arch):
+    """Tokens 1 and 3 of three iterate (tah.md, section 9)."""
+    model, _ = model_with(arch)
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append(kwargs["attention_mask"])
+
+    handle = model.backbone.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    read(model, ids()[:1, :3], torch.tensor([[2, 1, 2]]))
+    handle.remove()
+    first, second = seen
+    assert first is None  # causal, as the decoder itself does it
+    keys = [(0, 1), (1, 1), (2, 1), (0, 2), (2, 2)]
+    table = {0: [1, 0, 0, 1, 0], 2: [1, 1, 1, 1, 1]}
+    for row, token in enumerate((0, 2)):
+        visible = (second[0, 0, row] == 0).int().tolist()
+        assert visible == table[token]
+        assert sum(visible) == (token + 1) + sum(i <= token for i in (0, 2))
+        assert visible == [int(j <= token and k <= 2) for j, k in keys]
+
+
+def test_which_depths_see_which():
+    keys = torch.tensor([0, 1, 2, 3])
+    assert sees(keys, 2, "duo").tolist() == [False, True, True, False]
+    assert sees(keys, 3, "duo").tolist() == [False, True, True, True]
+    assert sees(keys, 3, "same_depth").tolist() == [False, False, False, True]
+    assert sees(keys, 3, "depth1_only").tolist() == [False, True, False, False]
+    assert sees(keys, torch.tensor([[1], [2]]), "duo").tolist() == [
+        [False, True, False, False],
+        [False, True, True, False],
+    ]
+
+
+# LoRA
+
+
+@by_arch
+def test_at_the_start_the_second_reading_is_the_base_model_on_the_mixed_embeddings(arch):
+    """B = 0: with or without LoRA is the same; later it is not, and the first reading never changes."""
+    model, depths = model_with(arch)
+    fresh = on(arch, SMALL, stirred=False)
+    without = on(arch, change(SMALL, lora="none"))
+    assert_close(read(fresh, ids(), depths)[0], read(without, ids(), depths)[0], 1e-12)
+    moved, plain = read(model, ids(), depths)[0], read(without, ids(), depths)[0]
+    assert torch.equal(moved[depths == 1], plain[depths == 1])
+    assert (moved - plain)[depths == 2].abs().amax(-1).min() > 1e-4
+    assert model.loop.lora.entry is None and not model.loop.lora.rows_by_loop  # off again
+
+
+@by_arch
+def test_with_attention_to_the_same_depth_alone_the_second_reading_is_the_base_model(arch):
+    method = change(SMALL, depth_attention="same_depth", lora="none")
+    twice = torch.full((3, T), 2)
+    first = plain_logits(arch, ids())
+    added, alone = (read(on(arch, change(method, residual_logits=r)), ids(), twice)[0] for r in (True, False))
+    backbone = base(arch).backbone
+    top = first.topk(7)
+    with torch.no_grad():
+        mixed = (top.values.softmax(-1)[..., None] * backbone.embed(top.indices)).sum(-2)
+        second = backbone.head(backbone(mixed))
+    assert_close(alone, second, 1e-6)
+    assert_close(added, first + second, 1e-6)
+
+
+# The mixture
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
+def test_the_next_input_mixes_the_embeddings_of_the_likeliest_words(arch):
+    model = own(arch, change(SMALL, input_mix_topk=4))
+    backbone, chooser = model.backbone, model.depth.chooser
+    logits = torch.randn(5, len(model.tokenizer), dtype=torch.double)
+    top = logits.topk(7)
+    mixed = chooser.mix(top.values, top.indices)
+    shares = logits.topk(4).values.softmax(-1)
+    assert_close(shares.sum(-1), torch.ones(5, dtype=torch.double), 1e-12)  # in the convex hull of four rows
+    assert_close(mixed, (shares[..., None] * backbone.embed(logits.topk(4).indices)).sum(1), 1e-6)
+    words = torch.tensor([3, 1, 4, 1, 5])
+    peaked = (torch.nn.functional.one_hot(words, logits.shape[1]) * 60.0).double().topk(7)
+    assert_close(chooser.mix(peaked.values, peaked.indices), backbone.embed(words), 1e-10)
+    one = LatentModel(backbone, model.tokenizer, change(SMALL, input_mix_topk=1)).depth.chooser
+    assert torch.equal(one.mix(top.values, top.indices), backbone.embed(logits.argmax(-1)))
+
+
+# Settings at which nothing iterates
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        change(SMALL, iterate="decider", tau=1.0),
+        change(SMALL, max_loops=1),
+        change(SMALL, iterate="decider", max_loops=1),
+        SMALL,
+        change(SMALL, iterate="oracle", reference="not asked"),
+    ],
+    ids=["tau", "one", "one-decider", "never", "oracle"],
+)
+@by_arch
+def test_where_nothing_iterates_it_is_the_plain_model(arch, method, answers):
+    model, plain = on(arch, method), on(arch, Cot())
+    for ours, theirs in zip(model.answer_logits(MIXED), plain.answer_logits(MIXED)):
+        assert torch.equal(ours, theirs)
+    mine, others = answers(model), answers(plain)
+    for one, other in zip(mine, others):
+        assert one.ids == other.ids
+        assert {depth for _, depth in one.depths} == {1}
+        assert (one.cost.passes, one.cost.positions) == (other.cost.passes, other.cost.positions)
+        n_asked = len(one.ids) if method.iterate == "decider" and method.max_loops > 1 else 0
+        decider = n_asked and n_asked * model.depth.chooser.decider.flops
+        read_out = 2.0 * model.backbone.width * V if n_asked else 0.0  # of the question's last token, once more
+        assert one.cost.flops == pytest.approx(other.cost.flops + decider + read_out, rel=1e-12)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "mistral", "gemma3"])
+def test_tied_heads_windows_and_scaled_embeddings(arch):
+    model = own(arch, SMALL)
+    plain = LatentModel(model.backbone, model.tokenizer, Cot()).eval()
+    for ours, theirs in zip(model.answer_logits(MIXED), plain.answer_logits(MIXED)):
+        assert torch.equal(ours, theirs)
+    tokens = ids() % len(model.tokenizer)
+    whole, _ = read(model, tokens, TWICE)
+    assert_close(read(model, tokens, TWICE, [1] * T)[0], whole, 1e-5)
+    assert (whole - read(model, tokens, torch.ones_like(TWICE))[0])[TWICE == 2].abs().amax(-1).min() > 1e-4
+
+
+def test_a_method_may_be_asked_for_fewer_iterations(answers):
+    model = on("llama", change(SMALL, iterate="always"))
+    plain = [one.ids for one in answers(on("llama", Cot()))]
+    assert [one.ids for one in answers(model, loops=1)] == plain
+    assert [one.ids for one in answers(model)] != plain
+    assert max(depth for one in answers(model, loops=3) for _, depth in one.depths) == 3

@@ -1,0 +1,246 @@
+"""Think-at-Hard while answering: rows wait for their own hard tokens, the decider decides, and work is counted."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop import Cot, InputError, LatentModel, Tah
+from innerloop.cost import Meter
+from innerloop.decider import FREE
+from innerloop.trace import Trace
+from tests.methods.reference_tah import read, slow
+from tests.methods.tools import MIXED, QUESTIONS, assert_close, by_arch, change, logits_of, on, stir, with_token
+from tests.models import tiny_model
+
+V = 15
+SMALL = Tah(lora_rank=2, decider_width=8, decider_blocks=1, input_mix_topk=7, decider_topk=5)
+
+
+def scores_of(model: LatentModel) -> list[Tensor]:
+    """Return the list to which the decider's logits are added from now on."""
+    found: list[Tensor] = []
+    model.depth.chooser.decider.register_forward_hook(lambda module, args, out: found.append(out))
+    return found
+
+
+def own(arch: str, method: Tah, ends: float = 1.6, **changes) -> LatentModel:
+    """Return a model with weights of its own; the more ``ends`` is above 1, the sooner rows end."""
+    model = tiny_model(method, arch, num_hidden_layers=2, **changes).double()
+    stir(model)
+    with torch.no_grad():
+        model.backbone.lm.get_output_embeddings().weight[model.spell.eos_id] *= ends
+    return model
+
+
+def deciding(arch: str, method: Tah = SMALL, share: float = 0.5, **changes) -> LatentModel:
+    """Return a model in which about a share of the tokens asked about goes on."""
+    probe = own(arch, change(method, tau=0.0), **changes)
+    scores = scores_of(probe)
+    probe.generate(QUESTIONS, max_new_tokens=8)
+    chances = torch.cat(scores).sigmoid().sort().values
+    middle = chances[int(len(chances) * (0.85 - share)) : int(len(chances) * (1.15 - share))]
+    widest = int(middle.diff().argmax())  # no token is so near tau that rounding decides
+    return own(arch, change(method, tau=middle[widest : widest + 2].mean().item()), **changes)
+
+
+def depths_of(generation, n_question: int) -> tuple[list[int], list[int]]:
+    """Return how often the tokens of the question and the written ones were read."""
+    depths = [depth for _, depth in generation.depths]
+    return depths[:n_question], depths[n_question:]
+
+
+# Waiting
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"prompt_iterates": True}, {"max_loops": 3, "lora": "per_iter"}, {"depth_attention": "depth1_only"}],
+    ids=["default", "prompt", "three", "depth1_only"],
+)
+@by_arch
+def test_what_is_written_is_what_the_slow_reference_shows_for_the_same_depths(arch, settings, answers):
+    """A batch in which rows wait for their own tokens alone == single rows == the slow reference."""
+    model = deciding(arch, change(SMALL, **settings))
+    together = answers(model)
+    found = set()
+    for question, one in zip(QUESTIONS, together):
+        (alone,) = answers(model, [question])
+        (row,) = model.prompts([question])
+        assert (one.ids, one.depths) == (alone.ids, alone.depths)
+        assert (one.cost.passes, one.cost.positions) == (alone.cost.passes, alone.cost.positions)
+        assert one.cost.flops == pytest.approx(alone.cost.flops, rel=1e-12)
+        asked, written = depths_of(one, len(row))
+        assert len(written) == len(one.ids) - 1  # nothing reads the last
+        logits = slow(model, [*row.ids(), *one.ids[:-1]], [*asked, *written])[len(row) - 1 :]
+        logits[:, model.suppressed_ids()] = -torch.inf
+        assert logits.argmax(-1).tolist() == one.ids
+        found |= set(asked[-1:] + written)
+        assert asked[:-1] == [1] * (len(row) - 1) or model.method.prompt_iterates
+    assert found == set(range(1, model.method.max_loops + 1))
+    assert len({len(one.ids) for one in together}) > 1  # rows end at different times
+
+
+@by_arch
+def test_a_model_that_does_not_wait_writes_the_same(arch, answers):
+    model = deciding(arch)
+    waiting = answers(model)
+    model.depth.waits = False
+    for one, other in zip(waiting, answers(model)):
+        assert (one.ids, one.cost.passes) == (other.ids, other.cost.passes)
+        assert one.depths == other.depths[: len(one.depths)]  # what has ended rides along, and is listed too
+
+
+@by_arch
+def test_teacher_forcing_shows_what_was_written(arch, answers):
+    """The pass of the loss and the passes of generation are one policy: the same tokens iterate."""
+    model = deciding(arch)
+    for example in MIXED:
+        row = model.rows([example])[0]
+        batch = model.batch([row])
+        with torch.no_grad():
+            thought = model.think(batch)
+            logits = model.written_logits(batch, thought)
+        depths = thought.deep[-1].depths_BL[0].tolist()
+        assert_close(logits, slow(model, row.ids(), depths)[len(row) - len(logits) - 1 : -1], 1e-6)
+        n_question = len(row) - len(logits)
+        assert set(depths[: n_question - 1]) <= {1} and depths[-1] == 1  # only what predicts a written token
+
+
+def test_a_row_reads_no_further_than_the_model_can(answers):
+    """Rows that wait are late; none goes on past its budget while it waits for the others to end."""
+    always = own("gpt2", change(SMALL, iterate="always"), max_position_embeddings=16)
+    for one in (always, deciding("gpt2", max_position_embeddings=16)):
+        for question, generation in zip(QUESTIONS, answers(one, n=40)):
+            assert generation.ended or len(generation.ids) == 16 - len(one.prompts([question])[0])
+
+
+@by_arch
+def test_the_batch_takes_as_many_passes_as_its_slowest_row(arch):
+    model = deciding(arch, share=0.2, ends=0.0)
+    n_passes: list[int] = []
+    model.backbone.decoder.register_forward_pre_hook(lambda module, args: n_passes.append(1))
+    together = model.generate(QUESTIONS, max_new_tokens=8)
+    read_by_row = [depths_of(one, len(row)) for one, row in zip(together, model.prompts(QUESTIONS))]
+    first = max(max(asked) for asked, _ in read_by_row)
+    slowest = max(sum(written) for _, written in read_by_row)
+    assert not any(one.ended for one in together)
+    assert len(n_passes) == first + slowest
+    n_passes.clear()
+    model.depth.waits = False
+    model.generate(QUESTIONS, max_new_tokens=8)
+    assert len(n_passes) > first + slowest  # wherever any row has a hard token, all wait
+
+
+@by_arch
+def test_the_decider_does_not_leak(arch):
+    model = deciding(arch)
+    for example in MIXED[:2]:
+        (row,) = model.rows([example])
+        logits = logits_of(model, [row])[0]
+        first = len(row) - len(logits)
+        for at in range(first, len(row) - 1):
+            moved = logits_of(model, [with_token(row, at, (row.ids()[at] + 1) % 15)])[0]
+            assert_close(moved[: at - first + 1], logits[: at - first + 1], 1e-6)
+            assert (moved - logits)[at - first + 1 :].abs().amax(1).min() > 1e-6
+
+
+# The decider
+
+
+def test_a_token_goes_on_if_the_decider_is_surer_than_tau():
+    model = on("llama", change(SMALL, tau=0.3, prompt_iterates=True))
+    scores = scores_of(model)
+    ids = torch.randint(0, 18, (2, 7))
+    context = model.new_context(model.batch(model.prompts(["2"])))
+    context.wanted_BS = torch.full_like(ids, FREE)
+    _, context = read(model, ids, context.wanted_BS)
+    went = context.deep[0].depths_BL == 2
+    assert torch.equal(went, (scores[0].sigmoid() > 0.3).view(2, 7))
+    at = change(SMALL, tau=scores[0].sigmoid().max().item())  # strictly surer
+    _, context = read(on("llama", at), ids, torch.full_like(ids, FREE))
+    assert (context.deep[0].depths_BL == 1).all()
+
+
+def test_what_the_decider_sees():
+    """States at its layers, embeddings first, then the largest logits in order."""
+    model = on("llama", change(SMALL, decider_layers=(1, 0), decider_topk=3))
+    seen = []
+    model.depth.chooser.decider.register_forward_pre_hook(lambda module, args: seen.append(args))
+    ids = torch.randint(0, 18, (1, 5))
+    read(model, ids, torch.full_like(ids, FREE))
+    (states, top) = seen[0]
+    with torch.no_grad():
+        embeds = model.backbone.embed(ids)
+        layers = model.backbone(embeds, all_states=True)
+    assert torch.equal(states[0], layers[1][0]) and torch.equal(states[1], embeds[0])
+    assert torch.equal(top, model.backbone.head(layers[-1])[0].topk(3).values)
+
+
+def test_known_depths_go_before_the_decider():
+    model = deciding("llama")
+    ids = torch.randint(0, V, (1, 6))
+    _, context = read(model, ids, torch.tensor([[1, 2, 1, 2, 2, 1]]))
+    assert context.deep[0].depths_BL.tolist() == [[1, 2, 1, 2, 2, 1]]
+
+
+# Counting
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_loops": 3}], ids=["two", "three"])
+@by_arch
+def test_flops_are_those_of_the_cards_formula(arch, settings, answers):
+    """sum of step(s) over readings + mixing + deciding; a reading at depth 2 sees i + #(iterated <= i) keys."""
+    model = deciding(arch, change(SMALL, **settings))
+    backbone, chooser, limit = model.backbone, model.depth.chooser, model.method.max_loops
+    weights = sum(p.numel() for p in backbone.layers.parameters())
+    attention = 4 * backbone.n_layers * backbone.width
+    for question, one in zip(QUESTIONS, answers(model)):
+        depths = [depth for _, depth in one.depths]
+        n_question = len(model.prompts([question])[0])
+        total = 2.0 * V * backbone.width  # the question's last token is read out to decide, and to write
+        for i, mine in enumerate(depths):
+            for depth in range(1, mine + 1):
+                keys = sum(min(other, depth) for other in depths[: i + 1])
+                total += 2.0 * weights + attention * keys + (depth > 1) * model.loop.lora.flops
+                if i >= n_question - 1:
+                    total += 2.0 * V * backbone.width + (depth < limit) * chooser.decider.flops
+            total += (mine - 1) * 2.0 * backbone.width * 7
+        if depths[n_question - 1] == limit:
+            total -= 2.0 * V * backbone.width  # its last reading is not read out to decide
+        assert one.cost.flops == pytest.approx(total, rel=1e-9)
+
+
+@torch.no_grad()
+def test_six_of_a_hundred_tokens_read_twice_cost_less_than_a_tenth_more():
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+    small = Tah(iterate="never", lora_rank=4)
+    model, plain = tiny_model(small, "llama", **wide), tiny_model(Cot(), "llama", **wide)
+    ids = torch.randint(0, 15, (4, 100))
+    wanted = torch.where(torch.rand(ids.shape).argsort(1) < 6, 2, 1)
+    flops = []
+    for one in (model, plain):
+        meter = Meter(4, ids.device)
+        context = one.new_context(one.batch(one.prompts(["2"] * 4)), meter)
+        context.wanted_BS = wanted
+        context.read(one.backbone.embed(ids))
+        flops.append(sum(cost.flops for cost in meter.costs(one.backbone)))
+    assert 1.06 < flops[0] / flops[1] < 1.10
+
+
+def test_a_trace_tells_what_each_reading_showed():
+    model = on("llama", change(SMALL, iterate="always"))
+    trace = model.loss(MIXED[:2], trace=True).trace
+    assert isinstance(trace, Trace)
+    assert [entry.loop for entry in trace.iterations] == [1, 2]
+    assert trace.iterations[1].rows == [0, 1]
+    assert trace.iterations[0].top_ids is not None
+    written = model.generate(QUESTIONS[:2], max_new_tokens=3, trace=True)
+    assert [entry.loop for entry in written[1].trace.iterations] == [1, 2]  # the question's own pass
+
+
+def test_logits_that_are_capped_cannot_be_added_up():
+    with pytest.raises(InputError, match="do not add up: set residual_logits to false"):
+        tiny_model(SMALL, "gemma2")
+    model = tiny_model(change(SMALL, residual_logits=False, iterate="always"), "gemma2")
+    assert len(model.generate(QUESTIONS[:1], max_new_tokens=3)) == 1
+    assert tiny_model(change(SMALL, max_loops=1), "gemma2").method.residual_logits

@@ -1,0 +1,230 @@
+"""Tokens of unlike depth: packing, slots, and layers run on some tokens alone."""
+
+import pytest
+import torch
+
+from innerloop.backbone import Backbone
+from innerloop.cache import DepthCache, Slot, fork, join_rows, select_rows
+from innerloop.cost import Meter
+from innerloop.depth import BlockPass, Depth, Reading, Spending, TokenPass, Tokens, read_layers
+from innerloop.errors import InputError
+from innerloop.methods import Looped
+from tests.models import WIDTH, tiny_backbone, tiny_model
+
+
+def some_tokens(n_rows: int = 3, n: int = 6, seed: int = 0) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(n_rows, n, WIDTH, generator=generator)
+    return Tokens(states, torch.arange(n).expand(n_rows, n))
+
+
+def empty_slot(layers: range, n_rows: int) -> Slot:
+    return DepthCache().slot("any", layers, torch.zeros(n_rows, 1, dtype=torch.long))
+
+
+# Packing
+
+
+def test_picked_tokens_are_packed_in_order_and_put_back_where_they_were():
+    tokens = some_tokens()
+    chosen = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0]]).bool()
+    picked = tokens.pick(chosen)
+    assert picked.rows_R.tolist() == [0, 2]  # a row without any is left out
+    assert picked.positions_RN.masked_fill(~picked.real_RN, -1).tolist() == [[1, 4, -1], [0, 1, 3]]
+    assert torch.equal(picked.states_RND[1], tokens.states_RND[2, [0, 1, 3]])
+    whole = torch.zeros(3, 6, WIDTH)
+    assert torch.equal(picked.put(whole, picked.states_RND), tokens.states_RND * chosen[..., None])
+    assert torch.equal(
+        picked.take(tokens.positions_RN).masked_fill(~picked.real_RN, 0), torch.tensor([[1, 4, 0], [0, 1, 3]])
+    )
+
+
+def test_picking_among_the_picked_speaks_of_the_same_pass():
+    tokens = some_tokens()
+    picked = tokens.pick(torch.tensor([[0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0]]).bool())
+    again = picked.pick(torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 1]]).bool())
+    assert (
+        again.rows_R.tolist() == [0, 2] and again.positions_RN[0, 0] == 5 and again.positions_RN[1].tolist() == [0, 3]
+    )
+    assert again.flat_index(6)[[0, 2, 3]].tolist() == [5, 12, 15]
+    whole = again.put(tokens.states_RND, torch.full_like(again.states_RND, 7.0))
+    changed = (whole != tokens.states_RND).any(-1)
+    assert torch.nonzero(changed).tolist() == [[0, 5], [2, 0], [2, 3]]
+
+
+def test_choosing_all_packs_nothing_and_choosing_none_leaves_nothing():
+    tokens = some_tokens()
+    assert tokens.pick(torch.ones(3, 6).bool()) is tokens
+    assert tokens.pick(torch.zeros(3, 6).bool()) is None
+    padded = Tokens(tokens.states_RND, tokens.positions_RN, torch.tensor([[0, 1, 1, 1, 1, 1]] * 3).bool())
+    assert padded.pick(torch.ones(3, 6).bool()) is padded  # padding cannot be chosen
+    assert padded.pick(torch.tensor([[1, 0, 0, 0, 0, 0]] * 3).bool()) is None
+
+
+def test_putting_back_leaves_padding_as_it_was():
+    tokens = some_tokens()
+    padded = Tokens(tokens.states_RND, tokens.positions_RN, torch.tensor([[0, 0, 1, 1, 1, 1]] * 3).bool())
+    whole = padded.put(torch.full((3, 6, WIDTH), 3.0), tokens.states_RND)
+    assert (whole[:, :2] == 3.0).all() and torch.equal(whole[:, 2:], tokens.states_RND[:, 2:])
+
+
+# Layers on some tokens
+
+
+def slowly(backbone: Backbone, layers: range, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Run layers on one row of tokens without a cache, each seeing itself and those before it."""
+    at = torch.tensor([positions])
+    mask = backbone.mask_4d(at, at, None, states.dtype)
+    return backbone(states[None], mask=mask, positions_BL=at, layers=layers, inner=True)[0]
+
+
+def test_some_tokens_run_alone_as_if_the_others_were_not_there(arch: str):
+    backbone, layers = tiny_backbone(arch), range(1, 3)
+    tokens = some_tokens(3, 9)
+    chosen = torch.tensor([[0, 1, 0, 1, 1, 0, 0, 1, 1], [0] * 9, [1, 1, 0, 0, 0, 0, 0, 0, 1]]).bool()
+    slot = empty_slot(layers, 3)
+    picked = tokens.pick(chosen)
+    out = picked.put(tokens.states_RND, read_layers(backbone, picked, slot))
+    assert not slot.is_dense and slot.length == 5
+    for row in range(3):
+        own = torch.nonzero(chosen[row])[:, 0].tolist()
+        if own:
+            expected = slowly(backbone, layers, tokens.states_RND[row, own], own)
+            torch.testing.assert_close(out[row, own], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(out[~chosen], tokens.states_RND[~chosen])
+
+
+def test_reading_on_equals_reading_at_once(arch: str):
+    backbone, layers = tiny_backbone(arch), range(2)
+    tokens = some_tokens(2, 8)
+    chosen = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0, 1, 0]]).bool()
+    slot, at_once = empty_slot(layers, 2), empty_slot(layers, 2)
+    whole = tokens.pick(chosen)
+    expected = whole.put(torch.zeros_like(tokens.states_RND), read_layers(backbone, whole, at_once))
+    got = torch.zeros_like(tokens.states_RND)
+    for start, end in ((0, 3), (3, 4), (4, 5), (5, 8)):
+        part = Tokens(tokens.states_RND[:, start:end], tokens.positions_RN[:, start:end])
+        picked = part.pick(chosen[:, start:end])
+        if picked is not None:
+            got[:, start:end] = picked.put(got[:, start:end], read_layers(backbone, picked, slot))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_all_tokens_run_exactly_as_the_decoder_runs_them(arch: str):
+    backbone = tiny_backbone(arch)
+    embeds = some_tokens(2, 7).states_RND
+    for mask in (None, torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])):
+        positions = torch.arange(7).expand(2, 7) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+        cache = backbone.empty_cache()
+        own = backbone(embeds, mask=mask, positions_BL=positions, cache=cache)
+        slot = empty_slot(range(backbone.n_layers), 2)
+        tokens = Tokens(embeds, positions, None if mask is None else mask.bool())
+        ours = backbone.norm(read_layers(backbone, tokens, slot, inner=False))
+        assert torch.equal(ours, own) and slot.is_dense
+        for i, layer in enumerate(cache.layers):
+            assert torch.equal(slot.keys[i][:, :, -layer.keys.shape[2] :], layer.keys)
+
+
+def test_a_slot_can_be_looked_at_beside_ones_own_or_instead_of_it():
+    backbone, layers = tiny_backbone("llama"), range(1, 3)
+    first, second = some_tokens(2, 4), some_tokens(2, 4, seed=1)
+    shown = empty_slot(layers, 2)
+    read_layers(backbone, first, shown)
+    # beside: twice the keys, those of the same positions among them
+    both = read_layers(backbone, second, empty_slot(layers, 2), also=[shown])
+    at = torch.arange(4).expand(2, 4)
+    seen = torch.cat([at, at], dim=1)[:, None, :] <= at[:, :, None]
+    # layer by layer, queries of the second on keys of both: keys of the first come from its own, earlier run
+    inner_first = backbone(first.states_RND, positions_BL=at, layers=range(1, 2), inner=True)
+    h = second.states_RND
+    for layer, other in ((1, first.states_RND), (2, inner_first)):
+        square = torch.full((2, 8, 8), False)
+        square[:, :4] = seen
+        square[:, 4:, 4:] = at[:, None, :] <= at[:, :, None]
+        whole = backbone(
+            torch.cat([h, other], dim=1),
+            mask=backbone.seen(square, torch.zeros(2, 8, 8, dtype=torch.long), h.dtype),
+            positions_BL=torch.cat([at, at], dim=1),
+            layers=range(layer, layer + 1),
+            inner=True,
+        )
+        h = whole[:, :4]
+    torch.testing.assert_close(both, h, atol=1e-5, rtol=1e-5)
+    # nothing shown of it: as if it were not there
+    hidden = read_layers(backbone, second, empty_slot(layers, 2), also=[shown.showing(torch.zeros(2, 4).bool())])
+    torch.testing.assert_close(hidden, read_layers(backbone, second, empty_slot(layers, 2)), atol=1e-6, rtol=1e-6)
+    # instead: nothing of ours is remembered
+    length = shown.length
+    read_layers(backbone, second, shown, writes=False)
+    assert shown.length == length and shown.keys[0].shape[2] == length
+
+
+# Slots
+
+
+def test_a_fork_of_slots_grows_by_itself_and_rows_can_be_taken():
+    backbone, layers = tiny_backbone("llama"), range(2)
+    cache = DepthCache()
+    tokens = some_tokens(3, 4)
+    read_layers(backbone, tokens, cache.slot("a", layers, tokens.positions_RN))
+    twin = fork(cache)
+    read_layers(backbone, some_tokens(3, 2), twin.slot("a", layers, tokens.positions_RN))
+    assert (cache.slots["a"].length, twin.slots["a"].length) == (4, 6)
+    assert cache.slots["a"].keys[0].shape[2] == 4
+    part = select_rows(twin, torch.tensor([2, 0]))
+    assert torch.equal(part.slots["a"].keys[1], twin.slots["a"].keys[1][[2, 0]])
+    assert part.slots["a"].real_BP.shape == (2, 6)
+    with pytest.raises(InputError, match="unlike depth cannot be put together"):
+        join_rows([cache, twin], torch.arange(6))
+
+
+# Counting
+
+
+def test_work_is_counted_for_the_tokens_that_ran_and_the_rows_that_count():
+    backbone, layers = tiny_backbone("llama"), range(1, 3)
+    meter = Meter(4, torch.device("cpu"))
+    counted = torch.tensor([True, True, False])
+    spending = Spending(meter, torch.tensor([3, 1, 0]), counted)
+    chosen = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]).bool()
+    slot = empty_slot(layers, 3)
+    read_layers(backbone, some_tokens().pick(chosen), slot, spending=spending)
+    assert meter.layer_positions.tolist() == [0, 2 * 1, 0, 2 * 3]
+    assert meter.layer_keys.tolist() == [0, 2 * 1, 0, 2 * (1 + 2 + 3)]
+    read_layers(backbone, some_tokens().pick(chosen), slot, spending=spending)  # on top of what is there
+    assert meter.layer_keys.tolist()[3] == 2 * (1 + 2 + 3) + 2 * (2 + 4 + 6)
+
+
+# Passes
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_tokens_as_rows_of_the_loop_are_the_tokens_side_by_side(is_padded: bool):
+    model = tiny_model(Looped(max_loops=3))
+    real = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]).bool() if is_padded else None
+    whole = some_tokens()
+    tokens = Tokens(whole.states_RND, whole.positions_RN, real)
+    depth: Depth = model.depth
+    side, each = (kind(depth, Reading(tokens, depth.empty_cache()), range(3)) for kind in (BlockPass, TokenPass))
+    state = model.loop(side, tokens.states_RND, [3] * 3).state
+    lined = model.loop(each, each.line_up(tokens.states_RND), [3] * int(tokens.real.sum())).state
+    torch.testing.assert_close(each.place(lined[:, 0], tokens.states_RND)[tokens.real], state[tokens.real])
+
+
+def test_each_token_goes_its_own_number_of_times_round():
+    model = tiny_model(Looped(max_loops=4))
+    tokens = some_tokens()
+    n_loops = torch.tensor([[1, 4, 2, 1, 1, 3], [1, 1, 1, 1, 1, 1], [4, 2, 2, 1, 3, 1]])
+    each = TokenPass(model.depth, Reading(tokens, cache := DepthCache()), range(3))
+    final = model.loop(each, each.line_up(tokens.states_RND), n_loops.flatten().tolist()).state
+    final = each.place(final[:, 0], tokens.states_RND)
+    for loop in range(1, 5):
+        assert int(cache.slots[loop].real_BP.sum()) == int((n_loops >= loop).sum())
+    # a token's loop sees the tokens that are still in it
+    expected = tokens.states_RND.clone()
+    for loop in range(1, 5):
+        for row in range(3):
+            own = torch.nonzero(n_loops[row] >= loop)[:, 0].tolist()
+            if own:
+                expected[row, own] = slowly(model.backbone, range(3), expected[row, own], own)
+    torch.testing.assert_close(final, expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,336 @@
+"""Learned stopping: ACT, distributions over iterations, probes and classifiers (halting.md, 3b to 3e and section 9)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop import Slr
+from innerloop.errors import InputError
+from innerloop.fitting import fit_judge, fit_probe, fitted_thresholds
+from innerloop.halting import (
+    Judge,
+    Moment,
+    StopRule,
+    act_weights,
+    exit_distribution,
+    expected_loss,
+    gain_targets,
+    oracle_agree,
+    oracle_correct,
+    pull,
+)
+from innerloop.halting.judge import FEATURES, JudgeKind
+from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.trace import Trace
+from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of
+
+B, N, D, V, T = 4, 2, 6, 9, 7
+BIG = 1e4  # a logit whose rate is one
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ACT
+
+
+def naive_act(rates: list[float], eps: float) -> tuple[list[float], int, float]:
+    """Return the shares, N and R of one row, as the paper writes them."""
+    n = next((t for t in range(1, len(rates) + 1) if sum(rates[:t]) >= 1 - eps), len(rates))
+    rest = 1 - sum(rates[: n - 1])
+    return [*rates[: n - 1], rest, *[0.0] * (len(rates) - n)], n, rest
+
+
+def test_acts_shares_are_those_of_the_paper_and_add_up_to_one():
+    rates = draw(0, T, 50).sigmoid() * torch.linspace(0.05, 2, 50).clamp(max=1)
+    shares, n_B, ponder_B = act_weights(rates, eps=0.01)
+    for row in range(50):
+        expected, n, rest = naive_act(rates[:, row].tolist(), 0.01)
+        torch.testing.assert_close(shares[:, row], torch.tensor(expected), atol=1e-6, rtol=0)
+        assert n_B[row] == n <= T and ponder_B[row].item() == pytest.approx(n + rest, abs=1e-5)
+        assert 0 < rest <= 1
+    torch.testing.assert_close(shares.sum(0), torch.ones(50), atol=1e-6, rtol=0)
+    assert (n_B == T).any() and (n_B < T).any()
+
+
+def test_act_at_the_cards_examples():
+    rates = torch.tensor([[0.25, 0.995], *[[0.25, 0.5]] * 4])
+    shares, n_B, ponder_B = act_weights(rates, eps=0.01)
+    assert n_B.tolist() == [4, 1]
+    torch.testing.assert_close(ponder_B, torch.tensor([4.25, 2.0]))
+    torch.testing.assert_close(shares[:, 1], torch.tensor([1.0, 0, 0, 0, 0]))
+
+
+def test_the_gradient_of_pondering_is_minus_one_for_every_rate_before_the_last():
+    rates = torch.full((5, 1), 0.3, requires_grad=True)  # N = 4
+    act_weights(rates)[2].sum().backward()
+    assert rates.grad[:, 0].tolist() == [-1, -1, -1, 0, 0]
+
+
+def act_loop(**fields) -> InnerLoop:
+    loop = InnerLoop(LoopSettings(stop="act", **fields), D, T, torch.ones(()))
+    with torch.no_grad():
+        loop.stop.gate.weight.copy_(draw(5, 1, D))
+        loop.stop.gate.bias.fill_(-1.0)
+    return loop
+
+
+@pytest.mark.parametrize("compacts", [True, False])
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("output", ["weighted", "last"])
+def test_act_mixes_the_states_of_a_loop_in_training_as_in_answering(trains, output, compacts):
+    loop, state = act_loop(act_output=output).train(trains), draw(1, B, N, D)
+    result = iterate(loop, lambda x, t: (x + 0.3 * t).sin(), state, T, compacts)
+    states, h = [], state
+    for t in range(1, T + 1):
+        h = (h + 0.3 * t).sin()
+        states.append(h)
+    rates = torch.stack([loop.stop.halting_logit(h).sigmoid() for h in states])
+    shares, n_B, ponder_B = act_weights(rates)
+    if output == "last":
+        shares = torch.nn.functional.one_hot(n_B - 1, T).T.float()
+    torch.testing.assert_close(result.state, (shares[..., None, None] * torch.stack(states)).sum(0))
+    torch.testing.assert_close(result.ponder_B, ponder_B)
+    assert result.n_loops == ([T] * B if trains else n_B.tolist()) and len(set(n_B.tolist())) > 1
+    if trains and output == "weighted":
+        result.state.sum().backward()
+        assert loop.stop.gate.weight.grad.abs().max() > 1e-3
+
+
+def test_a_row_of_act_that_never_loops_keeps_its_state():
+    state = draw(1, 2, N, D)
+    result = iterate(act_loop().eval(), lambda x, t: x + 1, state, [0, 3])
+    assert torch.equal(result.state[0], state[0]) and result.n_loops[0] == 0
+
+
+def test_slr_learns_to_ponder_less():
+    method = Slr(n_slots=2, max_loops=3, stop="act", ponder_weight=0.5)
+    model = on("llama", method).train()
+    out = model.loss(MIXED)
+    with torch.no_grad():
+        ponder_B = model.think(model.batch(model.rows(MIXED))).loop.ponder_B
+    assert out.terms["ponder"].item() == pytest.approx(ponder_B.mean().item(), abs=1e-5)
+    free = on("llama", change(method, ponder_weight=0.0)).train().loss(MIXED)
+    assert out.loss.item() == pytest.approx(free.loss.item() + 0.5 * ponder_B.mean().item(), abs=1e-4)
+    assert gradients(model, model.loss(MIXED).loss)["loop.stop.gate.weight"].abs().max() > 1e-6
+
+
+def test_slr_answers_from_acts_mean_and_not_from_a_cache_without_it():
+    method = Slr(n_slots=2, max_loops=3, stop="act", ponder_weight=0.0)
+    weighted, last = (on("gpt2", change(method, act_output=output)) for output in ("weighted", "last"))
+    assert thought_of(weighted, MIXED).loop.n_loops == thought_of(last, MIXED).loop.n_loops
+    gaps = [(a - b).abs().max() for a, b in zip(weighted.answer_logits(MIXED), last.answer_logits(MIXED))]
+    assert max(gaps) > 1e-4
+    with pytest.raises(InputError, match="act_output to last"):
+        on("gpt2", change(method, answer_from="kv_last"))
+    with pytest.raises(InputError, match="stop=act"):
+        change(method, stop="halt", ponder_weight=0.1)
+
+
+# Distributions over iterations
+
+
+def brute_force(rates: list[float]) -> list[float]:
+    """Return p_t: go on t - 1 times, then stop; the last iteration stops whoever is left."""
+    p = [math.prod(1 - r for r in rates[:t]) * rates[t] for t in range(len(rates) - 1)]
+    return [*p, 1 - sum(p)]
+
+
+def test_the_exit_distribution_is_that_of_brute_force():
+    for rates in itertools.product([0.1, 0.5, 0.95], repeat=4):
+        p = exit_distribution(torch.tensor(rates).logit()[:, None])[:, 0]
+        torch.testing.assert_close(p, torch.tensor(brute_force(list(rates))), atol=1e-6, rtol=0)
+        assert p.sum().item() == pytest.approx(1.0, abs=1e-6) and (p >= 0).all()
+        losses = draw(0, 4, 1)
+        outcome = sum(a * b for a, b in zip(brute_force(list(rates)), losses[:, 0].tolist()))
+        assert expected_loss(p[:, None], losses).item() == pytest.approx(outcome, abs=1e-5)
+
+
+def test_the_exit_distribution_at_its_ends():
+    first = exit_distribution(torch.tensor([[BIG], [0.0], [0.0]]))[:, 0]
+    never = exit_distribution(torch.tensor([[-BIG], [-BIG], [-BIG]]))[:, 0]
+    torch.testing.assert_close(first, torch.tensor([1.0, 0, 0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(never, torch.tensor([0, 0, 1.0]), atol=1e-6, rtol=0)
+    rows = exit_distribution(draw(0, 5, 2), n_loops=[5, 2])
+    assert rows[2:, 1].tolist() == [0, 0, 0] and rows[:2, 1].sum().item() == pytest.approx(1.0)
+    many = exit_distribution(torch.full((400, 1), -6.0, dtype=torch.float16))  # products of 400 rates do not underflow
+    assert many.sum().item() == pytest.approx(1.0, abs=1e-3) and many.dtype == torch.float32
+
+
+def test_a_geometric_distribution_differs_from_its_prior_through_the_tail_alone():
+    gaps = []
+    for n in (2, 5, 40):
+        p = exit_distribution(torch.full((n, 1), 0.2).logit())
+        gaps.append(pull(p, "geometric", 0.2).item())
+        geometric = [0.2 * 0.8**t for t in range(n)]
+        prior = torch.tensor(geometric) / sum(geometric)
+        assert gaps[-1] == pytest.approx((p[:, 0] * (p[:, 0] / prior).log()).sum().item(), abs=1e-5)
+        reverse = (prior * (prior / p[:, 0]).log()).sum().item()
+        assert pull(p, "geometric_reverse", 0.2).item() == pytest.approx(reverse, abs=1e-5)
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-3
+
+
+def test_uniform_exits_have_the_largest_entropy():
+    n = 5
+    uniform = torch.full((n, 1), 1 / n)
+    assert pull(uniform, "uniform").item() == pytest.approx(0.0, abs=1e-6)
+    p = exit_distribution(draw(0, n, 20))
+    entropy = -(p * p.log()).sum(0)
+    torch.testing.assert_close(pull(p, "uniform"), math.log(n) - entropy, atol=1e-5, rtol=1e-4)
+    assert (pull(p, "uniform") > 0).all()
+
+
+def test_what_going_on_is_worth_has_no_gradient_and_is_half_at_the_least_gain():
+    losses = torch.tensor([[2.0], [1.995], [1.0], [3.0]], requires_grad=True)
+    targets = gain_targets(losses)
+    assert not targets.requires_grad
+    expected = [0.5, 1.0, 1 / (1 + math.exp(0.25))]
+    torch.testing.assert_close(targets[:, 0], torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["geometric_reverse", "uniform"])
+def test_slrs_gate_may_be_pulled_in_other_ways(kind):
+    fields = {"n_slots": 2, "max_loops": 3, "stop": "halt", "halt_weight": 1.0, "halt_beta": 1.0}
+    terms = {}
+    for name in ("geometric", kind):
+        terms[name] = on("llama", Slr(**fields, halt_pull=name)).train().loss(MIXED).terms["halt"].item()
+    assert abs(terms["geometric"] - terms[kind]) > 1e-3
+
+
+def test_a_sampled_halt_stops_as_often_as_its_rates_say():
+    loop = InnerLoop(LoopSettings(stop="halt_sample"), D, 3, torch.ones(())).eval()
+    n, rate = 4000, 1 / (1 + math.e)  # of a fresh gate
+    found = torch.bincount(torch.tensor(iterate(loop, lambda x, t: x, draw(0, n, 1, D), 3).n_loops), minlength=4)[1:]
+    expected = n * torch.tensor(brute_force([rate] * 3))
+    assert ((found - expected).square() / expected).sum().item() < 13.8  # 0.1 % with 2 degrees of freedom
+
+
+def test_the_cumulative_threshold_is_the_quantile_of_the_exit_distribution():
+    for q, expected in ((0.0, 1), (1.0, T)):
+        loop = InnerLoop(LoopSettings(stop="halt", stop_threshold=q), D, T, torch.ones(())).eval()
+        assert iterate(loop, lambda x, t: x, draw(0, B, N, D), T).n_loops == [expected] * B
+
+
+# Probes and classifiers
+
+
+def test_a_fresh_probe_stops_nowhere_and_a_fitted_one_finds_what_it_was_shown():
+    states = draw(0, 5, 300, D)
+    labels = states[..., 0] + 0.5 * states[..., 1] > 0.3
+    rule = StopRule("mlp_probe", D, probe_width=8)
+    now = Moment(*[states[0][:, None]] * 3)
+    assert (rule.score(now) < 0.05).all()
+    first = fit_probe(rule, states, labels, seed=0)
+    assert ((rule.score(now) > 0.5) == labels[0]).float().mean() > 0.95
+    again = StopRule("mlp_probe", D, probe_width=8)
+    assert fit_probe(again, states, labels, seed=0) == first
+    assert torch.equal(again.score(now), rule.score(now))
+
+
+def signals(seed: int = 0, n: int = 400) -> tuple[Tensor, Tensor]:
+    """Return features (T, M, 3) and labels that follow from the first two in an iteration of their own way."""
+    features = draw(seed, 5, n, 3) * torch.tensor([1.0, 10.0, 0.1]) + torch.tensor([0.0, 5.0, 1.0])
+    return features, features[..., 0] + (features[..., 1] - 5) / 10 > 0.2
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("kind", JudgeKind.__args__)
+def test_a_classifier_gives_what_scikit_learn_gives(kind, per_step):
+    from sklearn import linear_model, svm
+
+    features, labels = signals()
+    judge = Judge(("gap", "top", "block"))
+    judge.fill(fit_judge(features, labels, kind, per_step))
+    assert len(judge.bias_K) == (4 if per_step else 1)
+    for t in (1, 3):
+        x, y = (of[t - 1 : t] if per_step else of[:4] for of in (features, labels))
+        x, y = x.reshape(-1, 3).double().numpy(), y.reshape(-1).numpy()
+        z, q = (x - x.mean(0)) / x.std(0), judge(features[t], t)
+        theirs = {
+            "logistic": linear_model.LogisticRegression(class_weight="balanced", max_iter=1000),
+            "svm_linear": svm.LinearSVC(class_weight="balanced", random_state=0, dual=False),
+            "svm_rbf": svm.SVC(class_weight="balanced"),
+        }[kind].fit(z, y)
+        margin = torch.as_tensor(theirs.decision_function((features[t].double().numpy() - x.mean(0)) / x.std(0)))
+        if kind == "svm_rbf":  # fitted to as many rows of either class
+            assert ((q > 0.5) == (margin > 0)).float().mean() > 0.95
+        else:
+            torch.testing.assert_close(q, margin.sigmoid().float(), atol=1e-4, rtol=1e-3)
+        assert ((q > 0.5) == labels[t]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", JudgeKind.__args__)
+def test_fitting_again_gives_the_same_numbers_and_one_class_alone_is_certain(kind):
+    features, labels = signals(n=900)
+    one, two = (fit_judge(features, labels, kind, seed=3) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    judge = Judge(("gap", "top", "block"))
+    for label, expected in ((True, 1.0), (False, 0.0)):
+        judge.fill(fit_judge(features, torch.full_like(labels, label), kind, per_step=True))
+        torch.testing.assert_close(judge(features[0], 1), torch.full((900,), expected), atol=1e-6, rtol=0)
+
+
+def test_a_classifier_that_was_not_fitted_is_refused_and_one_that_was_cleared_stops_nowhere():
+    rule = StopRule("classifier", D, features=("block", "depth"))
+    now = Moment(*(draw(i, B, N, D) for i in range(3)), loop=1, limit=3)
+    with pytest.raises(InputError, match="calibrate"):
+        rule.score(now)
+    rule.judge.clear()
+    assert torch.isinf(rule.score(now)).all()
+    torch.testing.assert_close(rule.features(now)[:, 1], torch.full((B,), 1 / 3))
+
+
+def test_a_classifiers_numbers_are_saved_whatever_their_size():
+    features, labels = signals()
+    one, other = Judge(FEATURES[:3]), Judge(FEATURES[:3])
+    one.fill(fit_judge(features, labels, "svm_rbf", per_step=True) | {"tau_T": torch.tensor([0.5, math.inf])})
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.score(features[2], 2), other.score(features[2], 2))
+    assert torch.equal(one.score(features[2], 1), other.score(features[2], 1)) and one.vectors_KSF.shape[1] > 5
+
+
+@pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 1.0])
+def test_thresholds_keep_their_promise_on_the_rows_they_were_made_from(target):
+    scores = draw(0, T, 2000).sigmoid()
+    agrees = draw(1, T, 2000).sigmoid() < scores + torch.linspace(0, 0.6, T)[:, None]
+    agrees[-1] = True
+    tau_T = fitted_thresholds(scores, agrees, target, min_rows=20)
+    goes, n_right, n_out = torch.ones(2000, dtype=torch.bool), 0, 0
+    for t in range(T - 1):
+        ends = goes & (scores[t] >= tau_T[t])
+        assert not ends.any() or (agrees[t][ends].double().mean() >= target and ends.sum() >= 20)
+        n_right, n_out, goes = n_right + int(agrees[t][ends].sum()), n_out + int(ends.sum()), goes & ~ends
+    assert tau_T[-1] == math.inf
+    assert n_out > 100
+
+
+def test_a_threshold_is_the_loosest_that_keeps_the_promise_and_ties_stop_together():
+    scores = torch.tensor([[0.9, 0.8, 0.8, 0.6, 0.5, 0.4], [0.0] * 6])
+    agrees = torch.tensor([[True, True, True, True, False, False], [True] * 6])
+    assert fitted_thresholds(scores, agrees, 0.75, min_rows=1)[0].item() == pytest.approx(0.5)
+    assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.6)
+    assert fitted_thresholds(scores, agrees, 1.0, min_rows=5)[0].item() == math.inf
+    agrees[0, 2] = False
+    assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.9)
+
+
+# Oracles
+
+
+def test_oracles_find_the_first_iteration_that_would_have_done():
+    tops = torch.tensor(
+        [[[1, 2], [3, 4], [5, 5]], [[1, 3], [3, 4], [5, 6]], [[2, 3], [3, 4], [5, 5]], [[2, 3], [3, 4], [5, 6]]]
+    )
+    trace = Trace(read_out=lambda one_hot: one_hot, top_k=1, gold=torch.tensor([[-1, 2, -1], [0, 9, 4], [0, 5, 6]]))
+    for t, top in enumerate(tops, 1):
+        states = torch.nn.functional.one_hot(top, 10).float()
+        rows = [0, 1, 2] if t < 4 else [0, 1]
+        trace.record(t, rows, *[states[rows]] * 3)
+    assert oracle_agree(trace) == [3, 1, 1]  # the last row went as far as iteration 3
+    assert oracle_correct(trace) == [3, 4, 2]
+    with pytest.raises(ValueError, match="no right tokens"):
+        oracle_correct(Trace())

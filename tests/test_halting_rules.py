@@ -1,0 +1,339 @@
+"""The catalogue of stop rules: each score against its formula, and the invariants of halting.md, section 9.
+
+Paths do not depend on halting here: f is a function, so every rule sees the same states.
+"""
+
+import math
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop.errors import InputError
+from innerloop.halting import Hints, Moment, StopKind, StopRule, StopSettings, decayed, drawn_depths, uniform
+from innerloop.halting.rule import COMPARES, PROBABILITIES, READS_OUT
+from innerloop.loop import InnerLoop, LoopResult, LoopSettings
+from innerloop.trace import Trace
+from tests.methods.tools import FunctionPass, iterate
+
+B, N, D, V, T = 5, 3, 6, 9, 12
+HEAD = torch.randn(D, V, generator=torch.Generator().manual_seed(3))
+KINDS = [kind for kind in get_args(StopKind) if kind not in ("none", "classifier")]
+FIELDS = {"random": {"stop_histogram": (0.2, 0.3, 0.1, 0.4)}}
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def swirl(x: Tensor, t: int) -> Tensor:
+    """A path that settles slowly, each row at its own speed, and never quite."""
+    rates = 0.3 + 0.12 * x[:, :1, :1].sign() * x[:, :1, :1].abs().clamp(max=4)
+    return x + rates * (x.roll(1, -1).tanh() - x) / t**0.5
+
+
+def made(kind: str, seed: int = 0, **settings) -> InnerLoop:
+    """Return a loop with a rule whose learned weights, if it has any, are random."""
+    loop = InnerLoop(LoopSettings(stop=kind, **{**FIELDS.get(kind, {}), **settings}), D, T, torch.ones(())).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in loop.parameters():
+            parameter += (2.0 if kind == "mlp_probe" else 0.5) * torch.randn(parameter.shape, generator=generator)
+    return loop
+
+
+def ran(loop: InnerLoop, f=swirl, state: Tensor | None = None, n_loops: int = T, **options) -> LoopResult:
+    state = draw(1, B, N, D) if state is None else state
+    return iterate(loop, f, state, n_loops, read_out=lambda u: u @ HEAD, **options)
+
+
+def scores_of(loop: InnerLoop) -> list[float]:
+    """Return the scores of a loop that never stops, all rows and iterations."""
+    trace, settings = Trace(), loop.settings
+    loop.settings = LoopSettings(**{**vars(settings), "stop_threshold": math.inf})
+    ran(loop, trace=trace)
+    loop.settings = settings
+    return sorted(s for entry in trace.iterations if entry.score is not None for s in entry.score.tolist())
+
+
+def thresholds_of(kind: str, **settings) -> list[float]:
+    """Return thresholds from strict to loose, those in between such that rows stop at many times."""
+    known = [s for s in scores_of(made(kind, **settings)) if math.isfinite(s)]
+    return [math.inf, *(known[len(known) * i // 6] for i in (5, 4, 3, 2, 1)), -1e9]
+
+
+by_kind = pytest.mark.parametrize("kind", KINDS)
+by_free = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "act"])  # act ends when its shares add up
+
+
+# Formulas
+
+
+def test_absolute_is_the_change_without_a_denominator():
+    now = Moment(*(draw(i, B, N, D) for i in range(3)))
+    expected = -(now.state - now.previous).norm(dim=-1).mean(1).log10()
+    torch.testing.assert_close(StopRule("absolute", D).score(now), expected)
+
+
+def test_acceleration_is_the_change_of_the_change_and_must_hold_twice():
+    rule, h = StopRule("acceleration", D), [draw(i, B, N, D) for i in range(5)]
+    got = [rule.score(Moment(h[t], h[t - 1], h[t], loop=t)) for t in range(1, 5)]
+    bends = [-((h[t] - 2 * h[t - 1] + h[t - 2]).norm(dim=-1) / h[t].norm(dim=-1)).mean(1).log10() for t in range(2, 5)]
+    assert torch.isinf(got[0]).all() and torch.isinf(got[1]).all()
+    for t in (3, 4):
+        torch.testing.assert_close(got[t - 1], torch.minimum(bends[t - 2], bends[t - 3]))
+
+
+def test_constant_velocity_has_no_acceleration_and_still_moves():
+    velocity, scores = draw(0, B, N, D), {}
+    for kind in ("acceleration", "delta"):
+        rule = StopRule(kind, D)
+        for t in range(1, 5):
+            scores[kind] = rule.score(Moment(t * velocity, (t - 1) * velocity, t * velocity, loop=t))
+    assert (scores["acceleration"] > 6).all()
+    torch.testing.assert_close(scores["delta"], torch.full((B,), math.log10(4)))
+
+
+def test_kl_reverse_begins_at_the_uniform_distribution_and_asks_the_old_about_the_new():
+    rule, logits = StopRule("kl_reverse", D), [draw(i, B, N, V) for i in range(2)]
+    states = [torch.zeros(B, N, D)] * 3
+    got = [rule.score(Moment(*states, logits=one)) for one in logits]
+    p = [torch.full((B, N, V), 1 / V), *(one.softmax(-1) for one in logits)]
+    for t in (0, 1):
+        divergence = (p[t] * (p[t] / p[t + 1]).log()).sum(-1).mean(1)
+        torch.testing.assert_close(got[t], -divergence.log10(), atol=1e-4, rtol=1e-4)
+
+
+def test_minp_kl_does_not_see_what_lies_below_a_tenth_of_the_largest():
+    rule, states = StopRule("minp_kl", D), [torch.zeros(1, 1, D)] * 3
+    p = torch.tensor([[[0.6, 0.3, 0.05, 0.05]], [[0.6, 0.3, 0.045, 0.055]], [[0.5, 0.3, 0.1, 0.1]]])
+    scores = [rule.score(Moment(*states, logits=one[None].log())).item() for one in p]
+    assert scores[1] > 20 > 3 > scores[2]
+    floored = [torch.tensor(row) for row in ([0.6, 0.3, 0.25, 0.25], [0.5, 0.3, 0.1, 0.1])]
+    old, new = (row / row.sum() for row in floored)
+    assert scores[2] == pytest.approx(-(old * (old / new).log()).sum().log10().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("agg", ["mean", "last", "max"])
+def test_levels_of_words_are_their_formulas(agg):
+    logits, states = draw(0, B, N, V), [torch.zeros(B, N, D)] * 3
+    p = logits.softmax(-1)
+    best = p.sort(-1, descending=True).values
+    reduce = {"mean": lambda x: x.mean(1), "last": lambda x: x[:, -1], "max": lambda x: x.amin(1)}[agg]
+    for kind, value in (("top_prob", best[..., 0]), ("gap", best[..., 0] - best[..., 1])):
+        torch.testing.assert_close(StopRule(kind, D, agg).score(Moment(*states, logits=logits)), reduce(value))
+    levels = -(p * p.log()).sum(-1) / math.log(V)
+    level = {"mean": levels.mean(1), "last": levels[:, -1], "max": levels.amax(1)}[agg]
+    torch.testing.assert_close(
+        StopRule("entropy_level", D, agg).score(Moment(*states, logits=logits)), -level.log10(), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", READS_OUT)
+def test_scores_of_words_do_not_see_a_constant_added_to_the_logits(kind):
+    one, other = StopRule(kind, D), StopRule(kind, D)
+    for seed in range(3):
+        states, logits = [draw(seed, B, N, D)] * 3, draw(seed, B, N, V)
+        left = one.score(Moment(*states, logits=logits))
+        right = other.score(Moment(*states, logits=logits + 7.0 * draw(9, B, N, 1)))
+        torch.testing.assert_close(left, right, atol=1e-3, rtol=1e-3)
+
+
+def test_scores_stay_in_their_bounds():
+    sharp = draw(0, B, N, V) * torch.tensor([0.0, 0.1, 1.0, 10.0, 1000.0])[:, None, None]
+    states = [draw(1, B, N, D)] * 3
+    top, gap, level = (
+        StopRule(kind, D).score(Moment(*states, logits=sharp)) for kind in ("top_prob", "gap", "entropy_level")
+    )
+    assert ((gap >= -1e-6) & (gap <= top) & (top <= 1 + 1e-6) & (top >= 1 / V - 1e-6)).all()
+    assert (level >= -1e-6).all() and level[0].item() == pytest.approx(0.0, abs=1e-5) and level[-1] > 5
+    for kind in ("kl", "kl_reverse", "minp_kl"):
+        rule = StopRule(kind, D)
+        rule.score(Moment(*states, logits=draw(2, B, N, V)))
+        assert (rule.score(Moment(*states, logits=draw(3, B, N, V))) < 3).all()
+        assert (rule.score(Moment(*states, logits=draw(3, B, N, V))) > 10).all()  # no divergence: as large as can be
+
+
+def test_cos_alone_is_blind_to_the_size_of_the_state():
+    now = Moment(draw(0, B, N, D), draw(1, B, N, D), draw(2, B, N, D))
+    larger = Moment(3 * now.state, now.previous, now.rescaled)
+    torch.testing.assert_close(StopRule("cos", D).score(now), StopRule("cos", D).score(larger))
+    assert (StopRule("delta", D).score(now) - StopRule("delta", D).score(larger)).abs().min() > 1e-3
+
+
+# Section 9
+
+
+@by_kind
+def test_a_rule_that_never_fires_leaves_the_loop_as_it_is(kind):
+    plain = InnerLoop(LoopSettings(), D, T, torch.ones(())).eval()
+    for fields in ({"stop_threshold": math.inf}, {"min_loops": T} if kind != "act" else {"stop_threshold": math.inf}):
+        loop = made(kind, **fields)
+        result = ran(loop)
+        assert result.n_loops == [T] * B and not any(result.stopped)
+        if kind != "act":  # which mixes all iterations
+            assert torch.equal(result.state, ran(plain).state)
+
+
+@pytest.mark.parametrize("n_loops", [1, 4, T])
+def test_fixed_is_the_loop_cut_short(n_loops):
+    result = ran(made("fixed", stop_threshold=float(n_loops)))
+    assert result.n_loops == [n_loops] * B
+    assert torch.equal(result.state, ran(InnerLoop(LoopSettings(), D, T, torch.ones(())), n_loops=n_loops).state)
+
+
+@by_kind
+def test_a_looser_threshold_never_stops_a_row_later(kind):
+    depths = [ran(made(kind, stop_threshold=kappa)).n_loops for kappa in thresholds_of(kind)]
+    for strict, loose in pairwise(depths):
+        assert all(a >= b for a, b in zip(strict, loose))
+    assert depths[0] == [T] * B and len({tuple(d) for d in depths}) > 2
+
+
+@by_free
+def test_more_patience_never_stops_a_row_earlier(kind):
+    kappa = thresholds_of(kind)[3]
+    depths = [ran(made(kind, stop_threshold=kappa, patience=m)).n_loops for m in (1, 2, 4)]
+    for less, more in pairwise(depths):
+        assert all(a <= b for a, b in zip(less, more))
+    assert depths[0] != depths[-1]
+
+
+@by_free
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_rule_that_looks_now_and_then_stops_only_then(kind, every):
+    kappa = thresholds_of(kind, check_every=every)[4]
+    depths = ran(made(kind, stop_threshold=kappa, check_every=every)).n_loops
+    assert all(n % every == 0 or n == T for n in depths) and min(depths) < T
+
+
+@pytest.mark.parametrize("kind", READS_OUT)
+def test_words_are_read_only_when_they_are_looked_at(kind):
+    n_read = []
+    iterate(
+        made(kind, stop_threshold=math.inf, check_every=3),
+        swirl,
+        draw(1, B, N, D),
+        T,
+        read_out=lambda u: n_read.append(1) or u @ HEAD,
+    )
+    assert len(n_read) == (T - 1) // 3  # at the last iteration there is nothing left to decide
+
+
+@by_kind
+@pytest.mark.parametrize("compacts", [True, False])
+def test_halted_rows_are_frozen_and_every_row_ends_once(kind, compacts):
+    kappa = thresholds_of(kind)[3]
+    loop, trace = made(kind, stop_threshold=kappa, **({"act_output": "last"} if kind == "act" else {})), Trace()
+    result = ran(loop, compacts=compacts, trace=trace)
+    n_active = [len(entry.rows) for entry in trace.iterations]
+    assert n_active == sorted(n_active, reverse=True) and n_active[0] == B
+    assert sum(a - b for a, b in zip(n_active, [*n_active[1:], 0])) == B
+    for row, n in enumerate(result.n_loops):
+        assert sum(row in entry.rows for entry in trace.iterations) == n
+        assert result.stopped[row] == (n < T)
+        rows, states = result.states[n - 1]
+        assert torch.equal(result.state[row], states[rows.index(row)])
+
+
+EARLIEST = {"delta": 1, "delta_undamped": 1, "cos": 1, "absolute": 1, "acceleration": 3}
+EARLIEST |= {"kl": 2, "kl_reverse": 2, "minp_kl": 2, "entropy": 2, "argmax": 6}
+
+
+@pytest.mark.parametrize("kind", EARLIEST)
+def test_a_loop_that_does_nothing_stops_as_soon_as_it_may(kind):
+    first, reads = EARLIEST[kind], kind in READS_OUT
+    assert ran(made(kind), lambda x, t: x).n_loops == [first] * B
+    # Looking now and then, states are compared with the iteration before, words with what was read before.
+    seldom = min(4 * first, T) if reads else 4
+    assert ran(made(kind, check_every=4), lambda x, t: x).n_loops == [seldom] * B
+
+
+@pytest.mark.parametrize("kind", COMPARES)
+def test_without_comparing_to_the_initial_state_the_second_iteration_is_the_first_to_compare(kind):
+    later = EARLIEST[kind] + 1
+    assert ran(made(kind, compare_init=False), lambda x, t: x).n_loops == [later] * B
+
+
+def test_random_draws_depths_with_the_chances_of_a_histogram():
+    shares, n = (0.1, 0.0, 0.4, 0.2, 0.3), 20_000
+    found = torch.bincount(drawn_depths(torch.arange(n), shares, seed=1), minlength=6)[1:].double()
+    expected = n * torch.tensor(shares).double()
+    assert found[1] == 0
+    chi_square = ((found - expected).square() / expected)[expected > 0].sum().item()
+    assert chi_square < 16.3  # 0.1 % with 3 degrees of freedom
+
+
+def test_draws_belong_to_a_place_and_a_seed_and_to_nothing_else():
+    places = torch.tensor([7, 3, 7, 100_000])
+    drawn = uniform(places, 0)
+    assert drawn[0] == drawn[2] and len(set(drawn.tolist())) == 3
+    assert torch.equal(uniform(places[[1]], 0), drawn[[1]])
+    assert (uniform(places, 1) - drawn).abs().min() > 1e-3
+    many = uniform(torch.arange(5000), 2)
+    assert many.min() >= 0 and many.max() < 1 and abs(many.mean() - 0.5) < 0.02
+    assert abs(torch.corrcoef(torch.stack([many[1:], many[:-1]]))[0, 1]) < 0.05
+
+
+def test_random_looks_at_nothing_and_numbers_rows_without_a_place_as_they_come():
+    one, other = made("random"), made("random", stop_seed=5)
+    assert ran(one).n_loops == ran(made("random"), lambda x, t: x * t).n_loops != ran(other).n_loops
+    assert ran(one).n_loops != ran(made("random")).n_loops  # the next rows draw anew
+    loop, f = made("random"), FunctionPass(swirl)
+    f.hints = Hints(torch.tensor([4, 4, 9, 4, 9]))
+    depths = loop(f, draw(1, B, N, D), [T] * B).n_loops
+    assert depths[0] == depths[1] == depths[3] and depths[2] == depths[4]
+
+
+def test_the_threshold_of_a_probability_falls_with_what_has_been_written():
+    at = decayed(0.5, torch.tensor([0, 10, 1000]), 10)
+    torch.testing.assert_close(at, torch.tensor([0.55, 0.45 + 0.1 * math.exp(-4), 0.45]))
+    assert decayed(0.5, None, 10) == pytest.approx(0.55) and decayed(0.5, torch.tensor([3]), 0) == 0.5
+    assert decayed(1.0, torch.tensor([0]), 10).item() == 1.0 and decayed(7.0, None, 10) == 1.0
+
+
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_decay_lets_later_tokens_stop_earlier(kind):
+    known = scores_of(made(kind))
+    kappa = (known[9 * len(known) // 10] - 0.04) / 0.9  # this score is enough later on, and not at first
+    depths = {}
+    for written in (0, 10_000):
+        f = FunctionPass(swirl)
+        f.hints = Hints(None, torch.full((B,), written))
+        loop = made(kind, stop_threshold=kappa, stop_decay=10)
+        depths[written] = loop(f, draw(1, B, N, D), [T] * B, read_out=lambda u: u @ HEAD).n_loops
+    assert all(a >= b for a, b in zip(depths[0], depths[10_000])) and depths[0] != depths[10_000]
+
+
+REFUSED = [
+    ({"stop": "random"}, "stop_histogram"),
+    ({"stop": "delta", "stop_histogram": (1.0,)}, "leave it out"),
+    ({"stop": "random", "stop_histogram": (0.0, 0.0)}, "stop_histogram"),
+    ({"stop": "random", "stop_histogram": (0.5, -0.5, 1.0)}, "stop_histogram"),
+    ({"stop": "delta", "stop_seed": 1}, "random or halt_sample"),
+    ({"stop": "kl", "compare_init": False}, "set stop to delta"),
+    ({"stop": "kl", "stop_decay": 5}, "probabilities"),
+    ({"stop": "gap", "stop_decay": -1}, "stop_decay"),
+    ({"check_every": 0}, "at least 1"),
+    ({"stop": "act", "min_loops": 2}, "check_every to 1"),
+    ({"stop": "act", "patience": 2}, "check_every to 1"),
+    ({"stop": "act", "check_every": 2}, "check_every to 1"),
+    ({"stop": "delta", "act_output": "last"}, "stop=act"),
+    ({"stop": "delta", "probe_width": 8}, "mlp_probe"),
+    ({"stop": "mlp_probe", "probe_width": 0}, "at least 1"),
+    ({"stop": "delta", "stop_features": ("gap",)}, "stop=classifier"),
+    ({"stop": "delta", "stop_classifier": "svm_rbf"}, "stop=classifier"),
+    ({"stop": "delta", "stop_per_step": True}, "stop=classifier"),
+    ({"stop": "classifier", "stop_features": ()}, "some of gap, top, block, depth"),
+    ({"stop": "classifier", "stop_features": ("gap", "gap")}, "each once"),
+    ({"stop": "classifier", "stop_features": ("attention",)}, "some of gap, top, block, depth"),
+    ({"stop": "nothing"}, "choose one of"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=str)
+def test_settings_that_go_together_badly_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        StopSettings(**fields)

@@ -1,0 +1,169 @@
+"""Stop rules token by token, in a looped decoder (halting.md, section 9), and what looking costs."""
+
+import math
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+
+from innerloop import InputError, LatentModel, Looped, Slr
+from innerloop.cost import Meter, flops_of
+from innerloop.halting import StopKind
+from innerloop.halting.rule import STATE_FLOPS
+from innerloop.methods import Method
+from innerloop.survey import survey, use_rule
+from innerloop.thought import think
+from tests.methods.tools import MIXED, PLAIN, QUESTIONS, by_arch, change
+from tests.models import tiny_model
+
+T = 4
+KINDS = [kind for kind in get_args(StopKind) if kind not in ("none", "classifier", "act")]
+FIELDS = {"random": {"stop_histogram": (0.3, 0.2, 0.3, 0.2)}}
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def looped(kind: str, arch: str = "llama", **fields) -> LatentModel:
+    """Return a looped model of two layers, its gate and probe random, whose tokens stop at different times.
+
+    Without a threshold, it stops where half of the scores are reached.
+    """
+    kappa = fields.pop("stop_threshold", None)
+    method = Looped(max_loops=T, stop=kind, stop_threshold=math.inf, **FIELDS.get(kind, {}), **fields)
+    model = tiny_model(method, arch, num_hidden_layers=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.loop.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    if kappa is None:
+        scores = survey(model, MIXED).scores_TM[:-1]
+        known = scores[scores.isfinite()].unique()
+        at = torch.nonzero(known.diff() > 1e-4)[:, 0]  # so that rounding decides nothing
+        at = at[len(at) // 2]
+        kappa = known[at : at + 2].mean().item()
+    use_rule(model, **{**method.rule, "stop_threshold": kappa})
+    return model
+
+
+def depths_of(model: LatentModel, examples=MIXED, meter: Meter | None = None) -> list[list[int]]:
+    """Return how often each token of each row went round."""
+    batch = model.batch(model.rows(examples))
+    with torch.no_grad():
+        thought = think(model.method, model.loop, batch, model.new_context(batch, meter))
+        model.written_logits(batch, thought)
+    deep = thought.deep[-1]
+    return [row[real].tolist() for row, real in zip(deep.depths_BL, batch.mask_BS.bool())]
+
+
+def on(model: LatentModel, method: Method) -> LatentModel:
+    return LatentModel(model.backbone, model.tokenizer, method).eval()
+
+
+@by_kind
+def test_every_rule_stops_tokens_one_by_one_batches_as_single_rows(kind):
+    model = looped(kind)
+    depths = depths_of(model)
+    assert kind == "fixed" or len({d for row in depths for d in row}) > 1
+    for example, row, logits in zip(MIXED, depths, model.answer_logits(MIXED)):
+        torch.testing.assert_close(model.answer_logits([example])[0], logits, atol=1e-4, rtol=0)
+        batch = model.batch(model.rows([example]))
+        assert sum(row) > 0 and len(row) == int(batch.mask_BS.sum())
+
+
+@by_kind
+def test_no_rule_sees_a_later_token(kind):
+    model = looped(kind)
+    example = MIXED[3]
+    other = change(example, steps=(*example.steps[:-1], "4 - 4 = 4"), answer="4")
+    left, right = (model.answer_logits([one])[0] for one in (example, other))
+    n_same = next(
+        i
+        for i, (a, b) in enumerate(zip(*(m.ids() for m in map(lambda e: model.rows([e])[0], (example, other)))))
+        if a != b
+    )
+    n_same -= len(model.prompts([example.question])[0]) - 1  # the token before a changed one predicts it alike
+    assert n_same > 10
+    torch.testing.assert_close(left[:n_same], right[:n_same], atol=1e-5, rtol=0)
+    assert (left[n_same:] - right[n_same:]).abs().max() > 1e-3
+
+
+@by_kind
+def test_a_rule_that_never_fires_is_the_looped_model_bit_for_bit(kind):
+    arch = ("gpt2", "llama")[KINDS.index(kind) % 2]
+    model = looped(kind, arch, stop_threshold=math.inf)
+    plain = on(model, Looped(max_loops=T))
+    for ours, theirs in zip(model.answer_logits(MIXED), plain.answer_logits(MIXED)):
+        assert torch.equal(ours, theirs)
+    late = looped(kind, arch, min_loops=T)
+    assert {d for row in depths_of(late) for d in row} == {T}
+
+
+@by_arch
+@pytest.mark.parametrize("n", [1, 3])
+def test_fixed_is_the_model_with_fewer_loops(n, arch):
+    model = looped("fixed", arch, stop_threshold=float(n))
+    shallow = on(model, Looped(max_loops=n))
+    for ours, theirs in zip(model.answer_logits(MIXED), shallow.answer_logits(MIXED)):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["random", "halt_sample"])
+def test_what_is_drawn_belongs_to_a_position_so_that_writing_equals_reading(kind):
+    model = looped(kind)
+    depths = depths_of(model)
+    if kind == "random":  # alike at each position, whatever the row
+        for a, b in pairwise(depths):
+            assert all(x == y for x, y in zip(a, b))
+    one = model.generate(QUESTIONS[:1], max_new_tokens=6)[0]
+    read = model.generate(QUESTIONS, max_new_tokens=6)[0]
+    assert [n for _, n in one.depths] == [n for _, n in read.depths]
+    seeded = looped(kind, stop_seed=3)
+    assert depths_of(seeded) != depths
+
+
+def test_a_falling_threshold_counts_the_written_tokens():
+    kappa = 0.55
+    flat, falling = looped("top_prob", stop_threshold=kappa), looped("top_prob", stop_threshold=kappa, stop_decay=4)
+    strict, loose = looped("top_prob", stop_threshold=0.9 * kappa + 0.1), looped("top_prob", stop_threshold=0.9 * kappa)
+    for row, example in enumerate(MIXED[:4]):
+        n_asked = len(falling.prompts([example.question])[0])
+        at = [depths_of(model)[row] for model in (falling, strict, loose)]
+        assert at[0][:n_asked] == at[1][:n_asked]
+        assert all(low <= mid <= high for mid, high, low in zip(*at))
+    assert depths_of(flat) != depths_of(falling) != depths_of(strict)
+    with pytest.raises(InputError, match="set it to 0"):
+        tiny_model(change(PLAIN, stop="top_prob", stop_decay=4))
+
+
+LOOKS = [("delta", 1), ("kl", 1), ("gap", 2), ("argmax", 1), ("halt", 1), ("mlp_probe", 1)]
+
+
+@by_arch
+@pytest.mark.parametrize(("kind", "every"), LOOKS)
+def test_flops_are_those_of_the_iterations_and_of_the_looks(kind, every, arch):
+    model = looped(kind, arch, check_every=every)
+    backbone, meter = model.backbone, Meter(1, model.device)
+    (depths,) = depths_of(model, MIXED[:1], meter)
+    looks = [sum(t % every == 0 for t in range(1, min(n, T - 1) + 1)) for n in depths]
+    d, v = backbone.width, backbone.config.vocab_size
+    price = {"delta": STATE_FLOPS * d, "halt": 2 * d, "mlp_probe": 2 * (64 * d + 64)}.get(kind, 2 * d * v)
+    positions = torch.tensor([float(sum(depths))])
+    keys = torch.tensor([float(sum(n * (i + 1) for i, n in enumerate(depths)))])  # those that stopped are seen, too
+    expected = flops_of(backbone, positions, keys, torch.zeros(1)) + price * sum(looks)
+    assert meter.costs(backbone)[0].flops == pytest.approx(expected.item(), rel=1e-9)
+    assert len(set(depths)) > 1
+
+
+def test_looks_at_latents_are_counted_for_the_rows_that_are_still_going():
+    method = Slr(n_slots=3, max_loops=T, stop="kl")
+    model = tiny_model(method, num_hidden_layers=2)
+    costs = {}
+    for kappa, every in ((math.inf, 1), (math.inf, 2), (-1e9, 1)):
+        stopping = on(model, change(method, stop_threshold=kappa, check_every=every))
+        costs[kappa, every] = [g.cost.flops for g in stopping.generate(QUESTIONS, max_new_tokens=3)]
+    look = 2 * 3 * model.backbone.width * model.backbone.config.vocab_size
+    for once, twice in zip(costs[math.inf, 2], costs[math.inf, 1]):
+        assert twice - once == pytest.approx(2 * look)  # after iterations 1, 2 and 3 instead of 2 alone
+    fixed = on(model, change(method, stop="fixed", stop_threshold=2.0)).generate(QUESTIONS, max_new_tokens=3)
+    for stopped, free in zip(costs[-1e9, 1], fixed):  # there is nothing to compare with after the first
+        assert stopped - free.cost.flops == pytest.approx(2 * look)

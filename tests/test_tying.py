@@ -1,0 +1,110 @@
+"""Stacks of layers made of others, the matrices of a layer, and what decoders do to embeddings."""
+
+import copy
+
+import pytest
+import torch
+
+from innerloop.backbone import Backbone
+from innerloop.checkpoint import from_scratch
+from innerloop.errors import InputError
+from innerloop.methods import Cot, Looped, Method, RelaxedRecursive
+from innerloop.model import LatentModel
+from innerloop.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
+from tests.models import answers_of, chain_tokenizer, random_ids, tiny_backbone
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.2}
+OTHERS = {
+    "phi3": {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128},
+    "granite": {"num_key_value_heads": 2, "intermediate_size": 48, "embedding_multiplier": 3.0},
+}
+
+
+def other(arch: str, method: Method) -> LatentModel:
+    """Make a model of an architecture with fused matrices, or with scaled embeddings."""
+    return from_scratch({"type": arch, **SMALL, **OTHERS[arch]}, chain_tokenizer(), method).eval()
+
+
+def test_a_stack_may_be_put_together_anew(arch: str):
+    backbone, ids = tiny_backbone(arch), random_ids(2, 7)
+    at = torch.arange(7).expand(2, 7)
+    kinds = getattr(backbone.config, "layer_types", None) or ["any"] * 3
+    order = [0, 2, 1, 2] if arch == "gemma3" else [2, 0, 0, 1]
+    with torch.no_grad():
+        states = backbone.enter(backbone.embed(ids), at)
+        for layer in order:
+            states = backbone(states, layers=range(layer, layer + 1), positions_BL=at, inner=True)
+        rebuild(backbone, [[layer] for layer in order])
+        torch.testing.assert_close(backbone(backbone.embed(ids)), backbone.norm(states), atol=1e-5, rtol=1e-5)
+    assert backbone.n_layers == backbone.config.num_hidden_layers == 4
+    assert (getattr(backbone.config, "layer_types", None) or ["any"] * 4) == [kinds[layer] for layer in order]
+    weights = [next(iter(backbone.layers[place].parameters())) for place in (1, 2)]
+    assert weights[0] is not weights[1]  # a layer twice is two layers
+
+
+def test_a_rebuilt_model_is_saved_by_transformers_and_loaded(arch: str, tmp_path):
+    backbone, ids = tiny_backbone(arch), random_ids(2, 7)
+    rebuild(backbone, [[0, 2], [1]])
+    backbone.lm.save_pretrained(tmp_path)
+    again = type(backbone.lm).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, backbone.lm(input_ids=ids).logits)
+
+
+def test_the_mean_is_taken_of_weights_and_the_shape_of_a_kind():
+    backbone = tiny_backbone("gemma3")  # sliding, full, sliding
+    first, last = (copy.deepcopy(backbone.layers[i].state_dict()) for i in (0, 2))
+    full = backbone.layers[1].self_attn.is_sliding
+    rebuild(backbone, [[0, 2], [0]], kinds=[0, 1])
+    for name, tensor in backbone.layers[0].state_dict().items():
+        torch.testing.assert_close(tensor, (first[name] + last[name]) / 2)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in backbone.layers[1].state_dict().items())
+    assert backbone.config.layer_types == ["sliding_attention", "full_attention"]
+    assert backbone.layers[1].self_attn.is_sliding == full != backbone.layers[0].self_attn.is_sliding
+
+
+def test_depths_are_shared_out_in_cycles():
+    assert depths_of(6, 2) == [[0, 2, 4], [1, 3, 5]] and depths_of(3, 3) == [[0], [1], [2]]
+    with pytest.raises(InputError, match="7 layers cannot be tied to blocks of 2: choose a number that divides 7"):
+        depths_of(7, 2)
+    assert stepwise(5, 2) == [0, 4] and stepwise(4, 3) == [0, 2, 3]  # 1.5 is rounded up
+    assert with_ends([[0, 2], [1]], 1, 6, 2) == [[0], [1, 3], [2], [4], [5]]
+
+
+def test_layers_that_attend_unlike_are_not_tied():
+    backbone = tiny_backbone("gemma3")
+    check_kinds(backbone, [[0, 2], [1]])
+    with pytest.raises(InputError, match="layers 0, 1 differ in layer_types"):
+        check_kinds(backbone, [[0, 1], [2]])
+    check_kinds(tiny_backbone("llama"), [[0, 1], [2]])
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "phi3"])
+def test_fused_matrices_are_taken_apart(arch):
+    backbone = tiny_backbone("gpt2") if arch == "gpt2" else other("phi3", Cot()).backbone
+    found = backbone.matrices(0)
+    attention = ["attn.c_attn"] if arch == "gpt2" else ["self_attn.qkv_proj"]
+    parts = [found[f"{attention[0]}.{part}"] for part in "qkv"]
+    module = parts[0].module
+    whole = module.weight.T if arch == "gpt2" else module.weight
+    assert torch.equal(torch.cat([part.weight for part in parts]), whole)
+    heads = {"gpt2": [32, 32, 32], "phi3": [32, 16, 16]}[arch]  # phi3 shares keys and values between two heads
+    assert [part.weight.shape for part in parts] == [(n, 32) for n in heads]
+    if arch == "phi3":
+        gate, up = (found[f"mlp.gate_up_proj.{part}"].weight for part in ("gate", "up"))
+        assert torch.equal(torch.cat([gate, up]), backbone.layers[0].mlp.gate_up_proj.weight)
+    assert sum(m.weight.numel() for m in found.values()) == sum(
+        p.numel() for p in backbone.layers[0].parameters() if p.ndim == 2
+    )
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+def test_other_decoders_loop_and_are_relaxed(arch):
+    model = other(arch, Cot())
+    plain = answers_of(model)
+    assert torch.equal(answers_of(LatentModel(model.backbone, model.tokenizer, Looped(max_loops=1)).eval()), plain)
+    backbone, method = Backbone(copy.deepcopy(model.backbone.lm)), RelaxedRecursive(rank=1000)
+    start = method.convert(backbone)
+    relaxed = LatentModel(backbone, model.tokenizer, method).eval()
+    torch.nn.ModuleDict(relaxed.parts()).load_state_dict(start, strict=False)
+    torch.testing.assert_close(answers_of(relaxed), plain, atol=1e-4, rtol=1e-4)
