@@ -105,7 +105,7 @@ def test_ask_shows_each_loop_and_the_answer(run: Path, capsys):
 def test_ask_shows_the_iterations_of_each_token(tmp_path: Path, capsys):
     tiny_model(Looped(max_loops=3, stop="delta", stop_threshold=0.4)).save_pretrained(tmp_path)
     code, out, _ = innerloop(capsys, "ask", tmp_path, "3 ; + 4", "--max_new_tokens", 4)
-    assert code == 0 and "iterations per token:" in out
+    assert code == 0 and "iterations per token:" in out and "latents held" not in out
     counts = [int(n) for n in re.findall(r" x (\d+)", out)]
     words = out.split("\niterations")[0].splitlines()[-1].split()
     assert sum(counts) == len(words) > 5 and words[:4] == ["3", ";", "+", "4"] and "mean" in out

@@ -202,7 +202,7 @@ def ask(
         chosen = Cot()
     model = LatentModel.from_pretrained(run, chosen)
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
-    if answer.trace is not None and answer.trace.iterations:
+    if answer.trace is not None and answer.trace.iterations and model.depth is None:
         console.print(trace_view(answer.trace, model.tokenizer))
         if answer.blocks:
             console.print(blocks_view(answer.blocks))

@@ -245,6 +245,7 @@ def test_a_token_changes_no_logits_before_it():
     assert_causal(sharp_model(Coconut()), MIXED[0])
 
 
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(examples):
     assert_learns_by_heart(Coconut(max_stage=2, latents_per_step=1), examples)
 

@@ -373,6 +373,7 @@ def test_gradients_do_not_change_when_passes_are_checkpointed():
     assert_same_gradients(gradients(model, model.loss(MIXED).loss), kept)
 
 
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(examples):
     assert_learns_by_heart(Codi(n_latents_total=2, hid_weight=0.0, teacher_weight=0.0), examples)
 

@@ -148,6 +148,7 @@ def test_i7_only_the_positions_that_predict_written_tokens_receive_a_gradient(me
 
 
 @pytest.mark.parametrize("learned", [NoCot(), Cot()], ids=["no_cot", "cot"])
+@pytest.mark.slow
 def test_i8_eight_examples_are_learnt_by_heart(learned, examples):
     assert_learns_by_heart(learned, examples)
 

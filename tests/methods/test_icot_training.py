@@ -216,5 +216,6 @@ def test_every_setting_does_something_of_its_own():
     assert {field.name for field in dataclasses.fields(Icot)} == moves.keys() | refused
 
 
+@pytest.mark.slow
 def test_it_learns_by_heart():
     assert_learns_by_heart(change(PLAIN, max_removed=1), list(chain_examples(8, 2)))

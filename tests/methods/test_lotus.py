@@ -132,5 +132,6 @@ def test_a_saved_model_gives_the_same_answers(tmp_path, arch, fields):
     assert loaded.loss(MIXED).terms == model.loss(MIXED).terms
 
 
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(examples):
     assert_learns_by_heart(Lotus(n_blocks=2, latents_per_block=1), examples)

@@ -141,6 +141,7 @@ def test_5_a_latent_does_not_depend_on_the_inputs_of_later_ones(arch):
 
 
 @by_last_pass
+@pytest.mark.slow
 def test_4_a_solver_finds_the_state_and_the_gradient_of_many_iterations(last_pass):
     fields = {"last_pass": last_pass, "feedback_scale": 0.02, "max_loops": 60, "aux_weight": 0.5}
     unrolled = on("gpt2", change(BASE, **fields))

@@ -88,6 +88,7 @@ def test_a_traced_answer_tells_each_blocks_step_its_alternatives_and_the_ranks_o
                     assert [q for _, q in words] == pytest.approx(p[ids].tolist(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_block_shows_its_step_after_training():
     model = tiny_model(Lotus(n_blocks=2, latents_per_block=6, step_weight=1.0), "gpt2", num_hidden_layers=2)
     examples = chain_examples(6, 2)

@@ -180,6 +180,7 @@ def test_a_token_changes_no_logits_before_it(method):
     assert_causal(sharp_model(method), MIXED[0])
 
 
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(examples):
     assert_learns_by_heart(Pause(n_pauses=4), examples)
 

@@ -137,6 +137,7 @@ def test_a_saved_model_gives_the_same_answers(tmp_path, arch):
     assert loaded.loss(MIXED).terms == model.loss(MIXED).terms
 
 
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(examples):
     assert_learns_by_heart(Pccot(n_slots=3, max_loops=2, hid_weight=0.0, teacher_weight=0.0), examples)
 

@@ -153,6 +153,7 @@ def test_7_every_decoder_is_brute_forces(fields, host, arch):
 @by_host
 @pytest.mark.parametrize("fields", [{"soft_beta": 0.7}, {"soft_alpha": 0.6, "soft_beta": 0.4}, {"soft_alpha": 0.5}],
                          ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_latents_may_be_mixed_with_the_words_that_they_show(fields, host, arch):
     """In what is told, in the answer, and when answering, with the words' embeddings and head in the gradient."""
     model = on(arch, change(HOSTS[host], **fields))

@@ -302,6 +302,7 @@ def distance(model, examples):
     ).mean()
 
 
+@pytest.mark.slow
 def test_10_latents_stay_further_apart_than_the_hosts():
     examples, found = chain_examples(8, 5), []
     for method in (SimCot(max_stage=6, latents_per_step=1), Coconut(max_stage=6, latents_per_step=1)):

@@ -446,5 +446,6 @@ def test_the_trace_holds_every_iteration_with_its_change_and_read_out():
 
 
 @choices(loop_scope=["slots", "append"])
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(settings, examples):
     assert_learns_by_heart(Slr(n_slots=4, max_loops=2, **settings), examples)

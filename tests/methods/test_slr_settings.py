@@ -304,6 +304,7 @@ def test_settings_of_training_change_its_loss_and_no_answer(setting, fields):
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "lognormal_poisson"])
+@pytest.mark.slow
 def test_sampled_numbers_of_iterations_follow_their_law_and_are_for_training_alone(sampling):
     method = change(SMALL, max_loops=8, loop_sampling=sampling)
     model = stirred(method, {})

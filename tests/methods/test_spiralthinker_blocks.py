@@ -317,6 +317,7 @@ def test_the_time_of_blocks_counts_once(answers, monkeypatch):
 # Learning
 
 
+@pytest.mark.slow
 def test_blocks_and_text_are_learned_by_heart(answers):
     """Examples of 1 to 4 steps: all answered, with a block for every other step, opened by the model itself."""
     examples = [Example(e.question, e.steps[: 1 + i % 4], e.answer) for i, e in enumerate(chain_examples(8, 4))]
