@@ -23,6 +23,7 @@ from innerloop.errors import check_choices, refuse
 from innerloop.stabilize import at_least_fp32
 
 EXPANSION = 4
+AT_ONCE = 4096  # tokens that are read out together: their logits are large
 N_SITES = 5  # layers that are looked at, unless they are named
 FREE, ONCE = -1, 0
 """What is known of a token: nothing, so ``iterate`` decides; that it is none of those asked, so it is read once."""
@@ -131,12 +132,16 @@ class Choice:
         inputs_RND: their next inputs; zero elsewhere.
         asked_RN: those that ``iterate`` decided on.
         scores_RN: what the decider said of them; zero elsewhere.
+        ends_A: places, row by row, of tokens that were read out and do not go on.
+        logits_AV: what they show; None where they are too many to keep.
     """
 
     goes_RN: Tensor
     inputs_RND: Tensor
     asked_RN: Tensor
     scores_RN: Tensor
+    ends_A: Tensor
+    logits_AV: Tensor | None
 
 
 class Chooser(nn.Module):
@@ -205,23 +210,33 @@ class Chooser(nn.Module):
         if len(at_A) == 0:
             return None
         flat = states_RND.flatten(0, 1)
-        shown_AV = self.backbone.head(flat[at_A]) if logits_RNV is None else logits_RNV.flatten(0, 1)[at_A]
-        top = at_least_fp32(shown_AV).topk(max(self.n_mixed, self.n_shown))
-        goes, scores = knows | asked, torch.zeros_like(known_RN, dtype=top.values.dtype)
+        shown_AV = None if logits_RNV is None else logits_RNV.flatten(0, 1)[at_A]
+        if shown_AV is None and len(at_A) <= AT_ONCE:
+            shown_AV = self.backbone.head(flat[at_A])
+        values, words = self.largest(flat, at_A, shown_AV)
+        goes, scores = knows | asked, torch.zeros_like(known_RN, dtype=values.dtype)
         if self.decider is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns):
                 seen = [layers[i].flatten(0, 1)[at_A].detach() for i in self.layers]
-                scores_A = self.decider(seen, top.values[:, : self.n_shown].detach())
+                scores_A = self.decider(seen, values[:, : self.n_shown].detach())
                 scores = scores.flatten().index_copy(0, at_A, scores_A.to(scores.dtype)).view(scores.shape)
             goes = knows | (asked & (scores.sigmoid() > self.settings.tau))
         goes_A = goes.flatten()[at_A]
-        mixed = self.mix(top.values[goes_A], top.indices[goes_A]).to(flat.dtype)
+        mixed = self.mix(values[goes_A], words[goes_A]).to(flat.dtype)
         inputs = torch.zeros_like(flat).index_copy(0, at_A[goes_A], mixed).view(states_RND.shape)
         if spending is not None:
             reads_out = logits_RNV is None
             charge(spending, tokens, asked | knows, self.decider_flops + self.read_out_flops * reads_out)
             charge(spending, tokens, goes, self.mix_flops + self.read_out_flops * (not reads_out))
-        return Choice(goes, inputs, asked, scores)
+        ends_AV = None if shown_AV is None else shown_AV[~goes_A]
+        return Choice(goes, inputs, asked, scores, at_A[~goes_A], ends_AV)
+
+    def largest(self, flat: Tensor, at_A: Tensor, shown_AV: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the largest logits of places of ``flat`` states and their words (A, K); not too many at once."""
+        n = max(self.n_mixed, self.n_shown)
+        parts = [shown_AV] if shown_AV is not None else (self.backbone.head(flat[some]) for some in at_A.split(AT_ONCE))
+        values, words = zip(*(at_least_fp32(logits).topk(n) for logits in parts))
+        return torch.cat(values), torch.cat(words)
 
     def mix(self, values_AK: Tensor, words_AK: Tensor) -> Tensor:
         """Return the mixtures (A, D) of the embeddings of the words with the largest logits."""

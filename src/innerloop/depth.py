@@ -201,6 +201,7 @@ class Deep:
         measured: what is worth reporting, such as the share of tokens that were chosen.
         done_BL: where a pass may leave tokens unfinished: the tokens, of this pass or an earlier one, that it finished.
         logits_BV: the logits of the last column, where the pass has them already.
+        shown: places of the pass (A,), numbered row by row, that it has read out, and their logits (A, V).
     """
 
     states_BLD: Tensor
@@ -211,6 +212,7 @@ class Deep:
     measured: dict[str, Tensor] = field(default_factory=dict)
     done_BL: Tensor | None = None
     logits_BV: Tensor | None = None
+    shown: tuple[Tensor, Tensor] | None = None
 
 
 class Depth(nn.Module):

@@ -215,7 +215,7 @@ class Writer:
         """Return the logits (R, V) of the last column; where the pass has read them out already, nothing is done."""
         for deep in self.context.deep[-1:]:
             if deep.logits_BV is not None:
-                logits, deep.logits_BV = deep.logits_BV, None  # they are large, and asked for once
+                logits, deep.logits_BV, deep.shown = deep.logits_BV, None, None  # they are large, and asked for once
                 return logits
         return self.backbone.head(states[:, -1])
 

@@ -115,7 +115,7 @@ class LoopLora(LoraBank):
         super().__init__(n_loops, 1 if kind == "shared" else n_loops, gamma / rank, beyond, backbone.device)
         self.rank, self.prefix = rank, _layers_prefix(backbone)
         self.dropout = 0.0  # of the inputs, in training
-        self.rows_by_loop: Mapping[int, Tensor] = {}
+        self.rows_by_entry: list[tuple[int, Tensor]] = []  # rows of a pass that have an update of their own
         linears = {n: m for n, m in backbone.layers.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
         chosen = {n: m for n, m in linears.items() if not targets or any(_is_target(n, target) for target in targets)}
         self.modules_by_name = {self.prefix + name: module for name, module in chosen.items()}
@@ -147,22 +147,23 @@ class LoopLora(LoraBank):
     @contextmanager
     def of_rows(self, rows_by_loop: Mapping[int, Tensor]) -> Iterator[None]:
         """Use iterations' weights in the block for some rows (R,) of a pass each; the others keep the base weights."""
-        before, self.rows_by_loop = self.rows_by_loop, rows_by_loop
+        entries = [(self.index(loop), rows) for loop, rows in rows_by_loop.items()]
+        before, self.rows_by_entry = self.rows_by_entry, [(i, rows) for i, rows in entries if i is not None]
         try:
             yield
         finally:
-            self.rows_by_loop = before
+            self.rows_by_entry = before
 
     def _add_update(self, key: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if key not in self.down or (self.entry is None and not self.rows_by_loop):
+        if key not in self.down or (self.entry is None and not self.rows_by_entry):
             return None
         inputs = dropout(args[0], self.dropout, self.training) if self.dropout else args[0]
         if self.entry is not None:
             return output + self.update(key, inputs).to(output.dtype)
-        for loop, rows in self.rows_by_loop.items():
-            with self.at(loop):
-                if self.entry is not None:
-                    output = output.index_add(0, rows, self.update(key, inputs[rows]).to(output.dtype))
+        for entry, rows in self.rows_by_entry:
+            down, up = self.down[key][entry], self.up[key][entry]
+            update = (inputs.index_select(0, rows).to(down.dtype) @ down.T) @ up.T
+            output = output.index_add(0, rows, update.to(output.dtype), alpha=self.scale)
         return output
 
     def delta(self, name: str, loop: int) -> Tensor:

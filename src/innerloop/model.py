@@ -250,7 +250,7 @@ class LatentModel(nn.Module):
             prompt = thought.prompt[0]
             normed = self.method.loop.feedback_site == "post_norm"
             written, start = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1), 0
-        return self.backbone.head(written[rows, at - start])
+        return context.read_out(written, rows, at - start)
 
     def memory(self, thought: Thought, state: Tensor | None = None) -> Masked:
         """Return what a decoder of its own attends to."""

@@ -188,7 +188,7 @@ def test_at_the_start_the_second_reading_is_the_base_model_on_the_mixed_embeddin
     moved, plain = read(model, ids(), depths)[0], read(without, ids(), depths)[0]
     assert torch.equal(moved[depths == 1], plain[depths == 1])
     assert (moved - plain)[depths == 2].abs().amax(-1).min() > 1e-4
-    assert model.loop.lora.entry is None and not model.loop.lora.rows_by_loop  # off again
+    assert model.loop.lora.entry is None and not model.loop.lora.rows_by_entry  # off again
 
 
 @by_arch

@@ -248,6 +248,8 @@ class TahDepth(Depth):
             nowhere = torch.zeros_like(known_BL)
             asked_BL = part.put(nowhere.bool(), choice.asked_RN)
             deep.decisions.append((asked_BL, part.put(nowhere.to(choice.scores_RN.dtype), choice.scores_RN)))
+            if choice.logits_AV is not None and depth == 1:
+                deep.shown = choice.ends_A, choice.logits_AV
             going = part.with_states(choice.inputs_RND).pick(choice.goes_RN)
             if going is None:
                 break
