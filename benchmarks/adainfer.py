@@ -36,6 +36,7 @@ from innerloop.tryout import TARGETS
 FILES = {"train": "train.jsonl.gz", "valid": "valid.jsonl", "test": "test.jsonl"}
 LOSSES = (0.01, 0.05, 0.2)  # of perplexity, relative, on the validation problems
 HARMLESS = 0.05  # nats by which a token that leaves may be less likely
+AGREEMENT = 0.97  # of the tokens that leave, where policies are compared
 POLICIES = ("lazy_backfill", "propagate", "full_compute")
 
 
@@ -163,15 +164,16 @@ def told(seen: Survey, stops_M: Tensor, ends: Tensor) -> dict:
 
 
 def fit(model: LatentModel, seen: dict[str, Survey]) -> None:
-    """Give the model the logistic classifier on all features, with thresholds for nine tenths of agreement."""
-    use_rule(model, stop="classifier", stop_features=FEATURES)
+    """Give the model the logistic classifier on the words, with thresholds for `AGREEMENT`."""
+    features = ("gap", "top", "depth")
+    use_rule(model, stop="classifier", stop_features=features)
     assert model.loop.stop is not None and model.loop.stop.judge is not None
-    judge, valid = model.loop.stop.judge, seen["valid"]
-    numbers = fit_judge(seen["train"].features_TMF, seen["train"].agrees_TM)
+    judge, at = model.loop.stop.judge, [FEATURES.index(feature) for feature in features]
+    x = {split: one.features_TMF[..., at] for split, one in seen.items() if one.features_TMF is not None}
+    numbers = fit_judge(x["train"], seen["train"].agrees_TM)
     judge.fill(numbers)
-    assert valid.features_TMF is not None
-    scores_TM = torch.stack([judge(z, t) for t, z in enumerate(valid.features_TMF, 1)])
-    judge.fill(numbers | {"tau_T": fitted_thresholds(scores_TM, valid.agrees_TM, 0.9)})
+    scores_TM = torch.stack([judge(z, t) for t, z in enumerate(x["valid"], 1)])
+    judge.fill(numbers | {"tau_T": fitted_thresholds(scores_TM, seen["valid"].agrees_TM, AGREEMENT)})
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """What Think-at-Hard costs: time and FLOPs of batches in which 6 % of the tokens are read twice, against a plain model.
 
-A Llama-shaped model with random weights reads questions (prefill) and writes (decode). Which tokens go on is given
-(pattern), or said by a decider whose tau is set so that about 6 % do. In the prefill every token is read out, as it is
-in scoring; tokens that the decider has read out, to look at their logits, are not read out again.
-Plain and Think-at-Hard runs take turns. Seconds are those of this process's CPU time on one thread, which other work on
-the machine does not lengthen; those of the clock are given beside them.
+A Llama-shaped model with random weights reads rows (prefill) and answers questions of unlike length, each until the
+context is full (decode; the time that reading the questions takes is taken off). Which tokens go on is given (pattern),
+or said by a decider: it runs, but what it says is drawn, since an untrained one finds all tokens of some rows hard and
+none of others. In the prefill every token is read out, as in scoring; what the decider has read out, to look at the
+logits, is not read out again.
+Plain and Think-at-Hard runs take turns on one thread. Seconds are CPU time; other work on the machine can only lengthen
+it, so the ratio is that of the least times, and those of the turns tell the spread.
 
     python benchmarks/tah_cost.py --out benchmarks/results/tah_cost.json               # a minute and a half on a CPU
 """
@@ -19,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from innerloop.backbone import Backbone
-from innerloop.cost import Cost, Meter, mean_cost
+from innerloop.cost import Meter
 from innerloop.decider import FREE, ONCE
 from innerloop.engine import Generation
 from innerloop.measure.accuracy import device_name, versions
@@ -39,12 +41,12 @@ BACKBONE = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 192,
     "vocab_size": 8192,
     "tie_word_embeddings": True,
 }
 METHOD = Tah(decider_width=64, decider_blocks=2, prompt_iterates=True)
-PREFILL, DECODE = {"rows": 4, "tokens": 256}, {"rows": 16, "question": 16, "written": 96}
+PREFILL, DECODE = {"rows": 4, "tokens": 192}, {"rows": 16, "question": [48, 128]}
 REPEATS = {"prefill": 4, "decode": 2}
 
 
@@ -66,7 +68,19 @@ def main() -> None:
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def models(method: Tah) -> tuple[LatentModel, LatentModel]:
+class Draws:
+    """Lets the decider work, and says of 6 % of the tokens that they go on, whatever they are; alike in each run."""
+
+    def __init__(self, tah: LatentModel):
+        self.generator = torch.Generator()
+        tah.depth.chooser.decider.register_forward_hook(self.say)
+
+    def say(self, module: nn.Module, args: tuple, scores: Tensor) -> Tensor:
+        """Return the logits of the decision."""
+        return torch.where(torch.rand(scores.shape, generator=self.generator) < SHARE, 9.0, -9.0)
+
+
+def models(method: Tah) -> tuple[LatentModel, LatentModel, Draws]:
     """Return the plain model and the one that reads hard tokens again, with the same weights."""
     tokenizer = train_tokenizer(Chain(n_train=64).examples("train"))
     backbone = Backbone(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **BACKBONE)))
@@ -77,43 +91,32 @@ def models(method: Tah) -> tuple[LatentModel, LatentModel]:
     with torch.no_grad():
         for up in tah.loop.lora.up.values():
             up.normal_(std=0.02)
-    return plain, tah
+    return plain, tah, Draws(tah)
 
 
-def times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+def times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Return the seconds of each of some runs, which take turns; the first turn is not counted."""
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    clock: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            started, began = time.process_time(), time.perf_counter()
+            started = time.process_time()
             run()
             if turn:
-                cpu[name].append(time.process_time() - started)
-                clock[name].append(time.perf_counter() - began)
-    return {
-        name: {
-            "median": statistics.median(cpu[name]),
-            "min": min(cpu[name]),
-            "max": max(cpu[name]),
-            "clock": statistics.median(clock[name]),
-        }
-        for name in runs
-    }
+                seconds[name].append(time.process_time() - started)
+    return seconds
 
 
-def ratios(seconds: dict[str, dict[str, float]], flops: dict[str, float], shares: dict[str, float]) -> dict:
-    """Return what each run took, as a multiple of the plain one."""
-    plain = seconds["plain"]
+def ratios(seconds: dict[str, list[float]], flops: dict[str, float], shares: dict[str, float]) -> dict:
+    """Return what each run took, as a multiple of the plain one: its least time, and each turn's."""
     points = {}
-    for name in seconds:
-        points[name] = {"seconds": seconds[name], "flops": flops[name]}
+    for name, found in seconds.items():
+        points[name] = {"seconds": found, "flops": flops[name]}
         if name != "plain":
+            by_turn = [mine / plain for mine, plain in zip(found, seconds["plain"], strict=True)]
             points[name] |= {
                 "share": shares[name],
-                "time_ratio": seconds[name]["median"] / plain["median"],
-                "time_ratio_range": [seconds[name]["min"] / plain["max"], seconds[name]["max"] / plain["min"]],
-                "clock_ratio": seconds[name]["clock"] / plain["clock"],
+                "time_ratio": min(found) / min(seconds["plain"]),
+                "time_ratio_by_turn": {"median": statistics.median(by_turn), "min": min(by_turn), "max": max(by_turn)},
                 "flops_ratio": flops[name] / flops["plain"],
             }
             print(name, {k: v for k, v in points[name].items() if "ratio" in k or k == "share"}, flush=True)
@@ -123,60 +126,56 @@ def ratios(seconds: dict[str, dict[str, float]], flops: dict[str, float], shares
 @torch.inference_mode()
 def measure_prefill() -> dict:
     """Read rows of random tokens and say what follows each: the pass of scoring, and of training's forward half."""
-    plain, tah = models(METHOD)
-    ids = torch.randint(3, BACKBONE["vocab_size"], (PREFILL["rows"], PREFILL["tokens"]))
-    pattern = torch.where(torch.rand(ids.shape) < SHARE, 2, ONCE)
-    scores: list[Tensor] = []
-    tah.depth.chooser.decider.register_forward_hook(lambda module, args, out: scores.append(out))
-
-    places = (torch.arange(len(ids)).repeat_interleave(ids.shape[1]), torch.arange(ids.shape[1]).repeat(len(ids)))
+    plain, tah, draws = models(METHOD)
+    n_rows, n_tokens = PREFILL["rows"], PREFILL["tokens"]
+    ids = torch.randint(3, BACKBONE["vocab_size"], (n_rows, n_tokens))
+    pattern, free = torch.where(torch.rand(ids.shape) < SHARE, 2, ONCE), torch.full_like(ids, FREE)
+    everywhere = torch.arange(n_rows).repeat_interleave(n_tokens), torch.arange(n_tokens).repeat(n_rows)
 
     def read(model: LatentModel, wanted: Tensor | None, meter: Meter | None = None) -> Tensor:
-        context = model.new_context(model.batch(model.prompts(["2"] * len(ids))), meter)
+        draws.generator.manual_seed(0)
+        context = model.new_context(model.batch(model.prompts(["2"] * n_rows)), meter)
         context.wanted_BS = wanted
-        context.read_out(context.read(model.backbone.embed(ids)), *places)
+        context.read_out(context.read(model.backbone.embed(ids)), *everywhere)
         return context.deep[0].depths_BL if context.deep else torch.ones_like(ids)
 
-    free = torch.full_like(ids, FREE)
-    tah.depth.chooser.settings = replace(METHOD, tau=1.0)
-    read(tah, free)
-    tau = scores[0].sigmoid().quantile(1 - SHARE).item()
-    tah.depth.chooser.settings = replace(METHOD, tau=tau)
     runs = {"plain": (plain, None), "pattern": (tah, pattern), "decider": (tah, free)}
     flops, shares = {}, {}
     for name, (model, wanted) in runs.items():
-        meter = Meter(len(ids), ids.device)
+        meter = Meter(n_rows, ids.device)
         depths = read(model, wanted, meter)
         shares[name] = (depths > 1).float().mean().item()
         # the decider reads out, and counts, all tokens; those that go on are read out once more at the end
-        meter.logits += (depths > 1).sum(1) if name == "decider" else ids.shape[1]
+        meter.logits += (depths > 1).sum(1) if name == "decider" else n_tokens
         flops[name] = sum(cost.flops for cost in meter.costs(model.backbone))
     seconds = times({n: (lambda m=m, w=w: read(m, w)) for n, (m, w) in runs.items()}, REPEATS["prefill"])
-    return {"tau": tau, **ratios(seconds, flops, shares)}
+    return ratios(seconds, flops, shares)
 
 
 def measure_decode() -> dict:
-    """Answer questions greedily, all rows for the same number of tokens."""
-    plain, tah = models(replace(METHOD, prompt_iterates=False))
-    questions = [" ".join(str((row + i) % 5) for i in range(DECODE["question"])) for row in range(DECODE["rows"])]
-    scores: list[Tensor] = []
-    tah.depth.chooser.decider.register_forward_hook(lambda module, args, out: scores.append(out))
+    """Answer questions, every row until the context is full."""
+    plain, tah, draws = models(replace(METHOD, prompt_iterates=False))
+    lengths = torch.randint(*DECODE["question"], (DECODE["rows"],)).tolist()
+    questions = [" ".join(map(str, torch.randint(0, 5, (n,)).tolist())) for n in lengths]
 
-    def write(model: LatentModel) -> list[Generation]:
-        return model.generate(questions, max_new_tokens=DECODE["written"], batch_size=len(questions))
+    def write(model: LatentModel, n: int = BACKBONE["max_position_embeddings"]) -> list[Generation]:
+        draws.generator.manual_seed(0)
+        return model.generate(questions, max_new_tokens=n, batch_size=len(questions))
 
-    tah.depth.chooser.settings = replace(METHOD, tau=1.0)
-    write(tah)
-    tau = torch.cat(scores).sigmoid().quantile(1 - SHARE).item()
-    tah.depth.chooser.settings = replace(METHOD, tau=tau)
     flops, shares = {}, {}
     for name, model in {"plain": plain, "decider": tah}.items():
         found = write(model)
-        flops[name] = mean_cost([Cost(flops=g.cost.flops) for g in found])["flops"]
-        written = [depth for g in found for _, depth in g.depths[-DECODE["written"] :]]
+        assert not any(generation.ended for generation in found)
+        flops[name] = sum(generation.cost.flops for generation in found)
+        written = [
+            depth for one, n in zip(found, lengths) for _, depth in one.depths[n:]
+        ]  # after the question's digits
         shares[name] = sum(depth > 1 for depth in written) / max(len(written), 1)
-    seconds = times({"plain": lambda: write(plain), "decider": lambda: write(tah)}, REPEATS["decode"])
-    return {"tau": tau, **ratios(seconds, flops, shares)}
+    runs = {"plain": lambda: write(plain), "decider": lambda: write(tah)}
+    reads = {"plain": lambda: write(plain, 1), "decider": lambda: write(tah, 1)}
+    reading = {name: min(found) for name, found in times(reads, REPEATS["decode"]).items()}
+    seconds = {n: [s - reading[n] for s in found] for n, found in times(runs, REPEATS["decode"]).items()}
+    return ratios(seconds, flops, shares)
 
 
 if __name__ == "__main__":

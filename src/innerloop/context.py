@@ -141,14 +141,15 @@ class Context:
         if shown is None:
             return self.backbone.head(states_BLD[rows_U, columns_U])
         places_A, logits_AV = shown
-        index = torch.full((states_BLD[..., 0].numel(),), -1, device=places_A.device)
+        index = torch.full((states_BLD[..., 0].numel() + 1,), -1, device=places_A.device)
         index[places_A] = torch.arange(len(places_A), device=places_A.device)
+        index[-1] = -1
         found_U = index[rows_U * states_BLD.shape[1] + columns_U]
         rest = torch.nonzero(found_U < 0)[:, 0]
         others = self.backbone.head(states_BLD[rows_U[rest], columns_U[rest]])
         if len(rest) == len(found_U):
             return others
-        return logits_AV[found_U.clamp(min=0)].index_copy(0, rest, others.to(logits_AV.dtype))
+        return logits_AV[found_U].index_copy_(0, rest, others.to(logits_AV.dtype))
 
     def peek(self, embeds_BLD: Tensor, mask_BL: Tensor | None = None, **options: Any):
         """Read as `read` does, but forget it again."""

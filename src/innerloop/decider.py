@@ -11,7 +11,7 @@ Shapes: `A` tokens, `R` and `N` rows and columns of a part of a pass, `D` width,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -132,7 +132,7 @@ class Choice:
         inputs_RND: their next inputs; zero elsewhere.
         asked_RN: those that ``iterate`` decided on.
         scores_RN: what the decider said of them; zero elsewhere.
-        ends_A: places, row by row, of tokens that were read out and do not go on.
+        ends_A: places, row by row, of the tokens that were read out; -1 for those that go on.
         logits_AV: what they show; None where they are too many to keep.
     """
 
@@ -225,11 +225,13 @@ class Chooser(nn.Module):
         mixed = self.mix(values[goes_A], words[goes_A]).to(flat.dtype)
         inputs = torch.zeros_like(flat).index_copy(0, at_A[goes_A], mixed).view(states_RND.shape)
         if spending is not None:
-            reads_out = logits_RNV is None
-            charge(spending, tokens, asked | knows, self.decider_flops + self.read_out_flops * reads_out)
-            charge(spending, tokens, goes, self.mix_flops + self.read_out_flops * (not reads_out))
-        ends_AV = None if shown_AV is None else shown_AV[~goes_A]
-        return Choice(goes, inputs, asked, scores, at_A[~goes_A], ends_AV)
+            looks, mixes = self.decider_flops, self.mix_flops
+            if logits_RNV is None:
+                looks += self.read_out_flops
+            else:
+                mixes += self.read_out_flops
+            charge(spending, tokens, (asked | knows).double() * looks + goes.double() * mixes)
+        return Choice(goes, inputs, asked, scores, at_A.masked_fill(goes_A, -1), shown_AV)
 
     def largest(self, flat: Tensor, at_A: Tensor, shown_AV: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the largest logits of places of ``flat`` states and their words (A, K); not too many at once."""
@@ -244,6 +246,11 @@ class Chooser(nn.Module):
         return self.backbone.embed_mix(words_AK[:, : self.n_mixed], shares)
 
 
-def charge(spending: Spending, tokens: Tokens, chosen_RN: Tensor, flops: float) -> None:
-    """Count FLOPs for each of some chosen tokens."""
-    spending.spend(replace(tokens, real_RN=chosen_RN), torch.zeros_like(tokens.positions_RN), 0.0, flops)
+def charge(spending: Spending, tokens: Tokens, flops_RN: Tensor) -> None:
+    """Count FLOPs of each of some tokens."""
+    flops_R, rows = flops_RN.sum(1), tokens.rows_R
+    if spending.counted_B is not None:
+        flops_R = flops_R * (spending.counted_B if rows is None else spending.counted_B[rows])
+    if rows is not None and spending.rows is not None:
+        rows = spending.rows[rows]
+    spending.meter.add(spending.rows if rows is None else rows, flops_R)

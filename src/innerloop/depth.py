@@ -201,7 +201,7 @@ class Deep:
         measured: what is worth reporting, such as the share of tokens that were chosen.
         done_BL: where a pass may leave tokens unfinished: the tokens, of this pass or an earlier one, that it finished.
         logits_BV: the logits of the last column, where the pass has them already.
-        shown: places of the pass (A,), numbered row by row, that it has read out, and their logits (A, V).
+        shown: places of the pass (A,), numbered row by row, that it has read out, -1 for none, and their logits (A, V).
     """
 
     states_BLD: Tensor

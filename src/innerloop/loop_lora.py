@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
 from innerloop.backbone import Backbone
@@ -157,13 +157,13 @@ class LoopLora(LoraBank):
     def _add_update(self, key: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if key not in self.down or (self.entry is None and not self.rows_by_entry):
             return None
-        inputs = dropout(args[0], self.dropout, self.training) if self.dropout else args[0]
+        inputs = dropout(args[0], self.dropout) if self.dropout and self.training else args[0]
         if self.entry is not None:
             return output + self.update(key, inputs).to(output.dtype)
         for entry, rows in self.rows_by_entry:
             down, up = self.down[key][entry], self.up[key][entry]
-            update = (inputs.index_select(0, rows).to(down.dtype) @ down.T) @ up.T
-            output = output.index_add(0, rows, update.to(output.dtype), alpha=self.scale)
+            update = linear(linear(inputs.index_select(0, rows).to(down.dtype), down), up)
+            output.index_add_(0, rows, update.to(output.dtype), alpha=self.scale)
         return output
 
     def delta(self, name: str, loop: int) -> Tensor:

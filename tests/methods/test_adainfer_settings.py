@@ -243,3 +243,12 @@ def test_agreement_on_the_tokens_that_chose_the_thresholds_is_as_asked():
         stops = seen.stops_at(model.method, 0.0)
         same = seen.agrees_TM.gather(0, stops[None] - 1).double().mean().item()
         assert same == pytest.approx(tokens["agreement"]) and len(stops) == tokens["n"]
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma2"])
+def test_a_few_words_are_read_as_the_head_reads_them(arch):
+    backbone = tiny_model(Cot(), arch).backbone
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(5, backbone.width, generator=generator)
+    ids = torch.randint(0, backbone.config.vocab_size, (5, 3), generator=generator)
+    torch.testing.assert_close(backbone.head_rows(states, ids), backbone.head(states).gather(1, ids), atol=1e-5, rtol=0)

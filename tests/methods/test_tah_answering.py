@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop import Cot, InputError, LatentModel, Tah
+from innerloop import Cot, InputError, LatentModel, Tah, decider
 from innerloop.cost import Meter
 from innerloop.decider import FREE
 from innerloop.trace import Trace
@@ -225,6 +225,27 @@ def test_six_of_a_hundred_tokens_read_twice_cost_less_than_a_tenth_more():
         context.read(one.backbone.embed(ids))
         flops.append(sum(cost.flops for cost in meter.costs(one.backbone)))
     assert 1.06 < flops[0] / flops[1] < 1.10
+
+
+@pytest.mark.parametrize("at_once", [4096, 5])
+@by_arch
+def test_no_token_is_read_out_twice_unless_they_are_too_many_to_keep(arch, at_once, monkeypatch):
+    model = deciding(arch)
+    whole = model.answer_logits(MIXED)
+    monkeypatch.setattr(decider, "AT_ONCE", at_once)
+    n_rows: list[int] = []
+    model.backbone.lm.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: n_rows.append(len(args[0]))
+    )
+    logits = model.answer_logits(MIXED)
+    n_read_out = sum(n_rows)
+    for ours, theirs in zip(logits, whole):
+        assert_close(ours, theirs, 1e-10)
+    out = model.loss(MIXED)
+    n = len(model.batch(model.rows(MIXED)).targets_U)
+    n_twice = round(out.terms["iterated"].item() * n)
+    assert 0 < n_twice < n
+    assert n_read_out == n + (n_twice if at_once == 4096 else n)
 
 
 def test_a_trace_tells_what_each_reading_showed():

@@ -292,8 +292,8 @@ class TahDepth(Depth):
         assert isinstance(reading.cache, DuoCache)
         slot = reading.cache.whole(self.backbone.n_layers, reading.tokens.positions_RN)
         looks = self.chooser is not None and self.chooser.decider is not None
-        if reading.spending is not None:
-            charge(reading.spending, tokens, tokens.real & (depth > 1), self.lora_flops)
+        if reading.spending is not None and not (isinstance(depth, int) and depth == 1):
+            charge(reading.spending, tokens, (tokens.real & (depth > 1)).double() * self.lora_flops)
         return read_at(self.backbone, tokens, slot, depth, self.method.depth_attention, reading.spending, looks)
 
     def choose(
