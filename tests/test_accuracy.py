@@ -4,9 +4,11 @@ import pytest
 from scipy.stats import binomtest
 
 from innerloop.cost import Cost, mean_cost
-from innerloop.engine import Generation
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.generation import Generation
 from innerloop.measure import evaluate, result_of, wilson
-from innerloop.methods import NoCot
+from innerloop.methods import Cot, NoCot
 from innerloop.tasks import Chain, Gsm8k
 from tests.models import chain_examples, tiny_model
 
@@ -63,3 +65,15 @@ def test_costs_are_averaged_over_examples():
         "passes": 2, "positions": 3, "flops": 4, "thought_tokens": 5, "loops": 7,
         "seconds": {"prefill": 0.5, "thought": 0.0, "answer": 1.0},
     }  # fmt: skip
+
+
+def test_a_question_that_is_too_long_counts_as_wrong_and_says_so():
+    model = tiny_model(Cot(), max_position_embeddings=24)
+    task = Chain(n_ops=1, modulus=5, n_train=4, n_valid=2, n_test=2)
+    examples = [Example("2", (), "2"), Example(" ; ".join(["1"] * 30), (), "1")]
+    predictions = evaluate(model, task, examples, max_new_tokens=3)
+    assert predictions[0].error is None and "at most 24" in predictions[1].error and not predictions[1].correct
+    assert result_of(model, task, "test", predictions, None, "m")["failed"] == 1
+    assert "failed" not in result_of(model, task, "test", predictions[:1], None, "m")
+    with pytest.raises(InputError, match="not one example could be answered"):
+        evaluate(model, task, examples[1:])

@@ -107,7 +107,7 @@ def test_phases_add_up_and_are_shared_by_the_rows(monkeypatch):
     for name in ("prefill", "answer", "prefill"):
         with meter.phase(name):
             pass
-    assert meter.seconds == {"prefill": 6.0, "thought": 0.0, "answer": 0.5}
+    assert meter.seconds == {"prefill": [3.0, 3.0], "thought": [0.0, 0.0], "answer": [0.25, 0.25]}
     costs = meter.costs(tiny_backbone())
     assert [c.seconds for c in costs] == [{"prefill": 3.0, "thought": 0.0, "answer": 0.25}] * 2
     costs[0].seconds["answer"] = 9.0

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
 from innerloop import Example, InputError, LatentModel, Slr, engine
+from innerloop import writer as writing
 from innerloop.decoder import AnswerDecoder, DecoderSettings
 from innerloop.layout import Kind, Piece
 from innerloop.measure import evaluate
@@ -132,14 +133,14 @@ def test_the_decoder_sees_the_final_state_and_the_prompt_only_if_it_is_to(reads)
 @by_table
 def test_generated_tokens_are_the_likeliest_when_the_answer_is_read_whole(reads, table, monkeypatch):
     model = taught(change(APART, decoder_reads=reads, decoder_table=table))
-    choose, chosen = engine.choose, []
+    choose, chosen = writing.choose, []
 
     def note(logits, *rest):
         chosen.append(choose(logits, *rest))
         return chosen[-1]
 
     together = model.generate(QUESTIONS, max_new_tokens=12)
-    monkeypatch.setattr(engine, "choose", note)
+    monkeypatch.setattr(writing, "choose", note)
     monkeypatch.setattr(engine, "CHECK_EVERY", 1)
     rows = model.prompts(QUESTIONS)
     for row, question, one in zip(rows, QUESTIONS, together):

@@ -7,7 +7,6 @@ from innerloop.backbone import Backbone
 from innerloop.cache import DepthCache, Slot, fork, join_rows, select_rows
 from innerloop.cost import Meter
 from innerloop.depth import BlockPass, Depth, Reading, Spending, TokenPass, Tokens, read_layers
-from innerloop.errors import InputError
 from innerloop.methods import Looped
 from tests.models import WIDTH, tiny_backbone, tiny_model
 
@@ -174,8 +173,11 @@ def test_a_fork_of_slots_grows_by_itself_and_rows_can_be_taken():
     part = select_rows(twin, torch.tensor([2, 0]))
     assert torch.equal(part.slots["a"].keys[1], twin.slots["a"].keys[1][[2, 0]])
     assert part.slots["a"].real_BP.shape == (2, 6)
-    with pytest.raises(InputError, match="unlike depth cannot be put together"):
-        join_rows([cache, twin], torch.arange(6))
+    whole = join_rows([cache, twin], [2, 0], torch.tensor([5, 4, 3, 2, 1, 0])).slots["a"]
+    assert whole.positions_BP.shape == (6, 6) and whole.is_dense and not whole.is_real
+    assert whole.real_BP[3:, :2].sum() == 0 and whole.real_BP[3:, 2:].all() and whole.real_BP[:3].all()
+    assert torch.equal(whole.keys[1][0], twin.slots["a"].keys[1][2])
+    assert torch.equal(whole.keys[1][5, :, 2:], cache.slots["a"].keys[1][0])
 
 
 # Counting

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr, engine
+from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr, engine, writer
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
@@ -74,7 +74,7 @@ def test_decoding_stops_when_every_row_has_ended():
     model = lean_towards_end(sharp_model(Cot()), 100.0)
     with passes(model) as seen:
         (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=50)
-    assert len(seen) == engine.CHECK_EVERY
+    assert len(seen) == 1
     assert (generation.text, generation.ended, generation.cost.passes) == ("", True, 1)
 
 
@@ -105,9 +105,32 @@ def test_no_questions_have_no_answers():
     assert tiny_model(Cot()).generate([]) == []
 
 
-def test_identical_questions_get_identical_answers():
-    first, second = ending_model(Coconut()).generate([QUESTIONS[0]] * 2, max_new_tokens=12)
-    assert comparable(first) == comparable(second)
+def test_a_question_asked_twice_is_read_and_thought_about_once(method):
+    model = ending_model(method)
+    with passes(model) as alone:
+        (single,) = model.generate(QUESTIONS[:1], max_new_tokens=12)
+    with passes(model) as seen:
+        first, second = model.generate(QUESTIONS[:1] * 2, max_new_tokens=12)
+    assert comparable(first) == comparable(single)
+    assert (second.text, second.cost.thought_tokens, second.cost.loops) == (
+        single.text,
+        single.cost.thought_tokens,
+        single.cost.loops,
+    )
+    n_first = len(alone) - (len(seen) - second.cost.passes)  # passes of prefill and thought
+    assert second.cost.passes == single.cost.passes - (len(seen) - second.cost.passes)
+    assert n_first == second.cost.passes
+    assert len(seen) == len(alone)
+    assert [len(embeds) for embeds in seen[: len(seen) - second.cost.passes]] == [1] * (len(seen) - second.cost.passes)
+
+
+def test_samples_of_one_question_differ_and_each_depends_on_its_index_alone():
+    model = ending_model(Slr(n_slots=2, max_loops=2))
+    asked = [QUESTIONS[0]] * 6
+    together = [g.text for g in model.generate(asked, max_new_tokens=12, temperature=1.5, seed=3)]
+    apart = [g.text for g in model.generate(asked, max_new_tokens=12, temperature=1.5, seed=3, batch_size=1)]
+    assert together == apart
+    assert len(set(together)) > 1
 
 
 # Length
@@ -213,7 +236,7 @@ def test_markers_are_never_written(marked, temperature):
     model.backbone.lm.get_output_embeddings().register_forward_hook(prefer_markers)
     states = torch.randn(64, model.backbone.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits = model.backbone.head(states)
-    written = engine.choose(logits, model.suppressed_ids(), temperature, torch.Generator().manual_seed(0))
+    written = writer.choose(logits, model.suppressed_ids(), temperature, torch.rand(64, dtype=torch.float64))
     assert not set(written.tolist()) & set(ids)
 
 
@@ -278,7 +301,7 @@ def test_the_answer_follows_the_last_hash_signs_and_thought_comes_before_the_fir
     pieces, answer, n_step_tokens, monkeypatch
 ):
     model = sharp_model(Coconut())
-    monkeypatch.setattr(engine, "choose", script(model, *pieces))
+    monkeypatch.setattr(writer, "choose", script(model, *pieces))
     monkeypatch.setattr(engine, "CHECK_EVERY", 1)
     (generation,) = model.generate(QUESTIONS[:1])
     assert (generation.text.replace("\n ", "\n"), generation.answer) == ("".join(pieces), answer)
@@ -291,7 +314,7 @@ def test_thought_tokens_are_latents_and_written_steps(monkeypatch):
     monkeypatch.setattr(engine, "CHECK_EVERY", 1)
     for method, latents in ((Cot(), 0), (NoCot(), 0), (Pause(n_pauses=3), 3), (Coconut(), 6), (Slr(n_slots=5), 5),
                             (Slr(loop_scope="append", max_loops=3), 4)):  # fmt: skip
-        monkeypatch.setattr(engine, "choose", script(model, "### 3"))
+        monkeypatch.setattr(writer, "choose", script(model, "### 3"))
         assert under(model, method).generate(QUESTIONS[:1])[0].cost.thought_tokens == latents
 
 

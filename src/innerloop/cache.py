@@ -14,10 +14,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
-
-from innerloop.errors import InputError
 
 
 def new_cache(config: PreTrainedConfig, n_loops: int = 1) -> DynamicCache:
@@ -52,17 +51,57 @@ def select_rows(cache: AnyCache, rows: Tensor) -> AnyCache:
     return view
 
 
-def join_rows(caches: Sequence[AnyCache], order: Tensor) -> AnyCache:
-    """Put the rows of caches of the same length below each other, then in the order ``order``."""
-    if isinstance(caches[0], DepthCache):
-        raise InputError("rows of unlike depth cannot be put together again: set answer_context to refeed")
+def join_rows(caches: Sequence[AnyCache], gaps: Sequence[int], order: Tensor) -> AnyCache:
+    """Put the rows of caches below each other, then in the order ``order``.
+
+    Caches of unlike length are made alike by ``gaps`` columns of padding before each.
+    """
+    first = caches[0]
+    if isinstance(first, DepthCache):
+        return first.joined([cache for cache in caches if isinstance(cache, DepthCache)], gaps, order)
     plain: list[DynamicCache] = [cache for cache in caches if not isinstance(cache, DepthCache)]
-    view: DynamicCache = fork(plain[0])
+    view: DynamicCache = fork(first)
     for i, layer in enumerate(view.layers):
-        if layer.get_seq_length() > 0:
-            layer.keys = torch.cat([cache.layers[i].keys for cache in plain]).index_select(0, order)
-            layer.values = torch.cat([cache.layers[i].values for cache in plain]).index_select(0, order)
+        if all(cache.layers[i].get_seq_length() == 0 for cache in plain):
+            continue
+        n_all = max(cache.layers[i].get_seq_length() + gap for cache, gap in zip(plain, gaps))
+        n_kept = min(n_all, layer.sliding_window - 1) if layer.is_sliding else n_all
+        if layer.is_sliding:
+            layer.cumulative_length = n_all
+        layer.keys = torch.cat([_left_padded(cache.layers[i].keys, n_kept) for cache in plain]).index_select(0, order)
+        layer.values = torch.cat([_left_padded(cache.layers[i].values, n_kept) for cache in plain])[order]
     return view
+
+
+def keep_columns(cache: AnyCache, kept: Tensor) -> AnyCache:
+    """Return a cache with some columns alone, in their order; the others are padding in every row.
+
+    Layers with a window count their columns, so with such layers only columns at the beginning may go.
+    """
+    if isinstance(cache, DepthCache):
+        return cache.keep_columns(kept)
+    view: DynamicCache = fork(cache)
+    for layer in view.layers:
+        if layer.get_seq_length() == 0:
+            continue
+        if layer.is_sliding:
+            layer.cumulative_length = len(kept)
+            n = min(len(kept), layer.sliding_window - 1)
+            start = layer.keys.shape[2] - n
+            layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
+        else:
+            layer.keys, layer.values = layer.keys.index_select(2, kept), layer.values.index_select(2, kept)
+    return view
+
+
+def has_window(cache: AnyCache) -> bool:
+    """Return whether some layers of a cache forget what lies behind their window."""
+    return not isinstance(cache, DepthCache) and any(layer.is_sliding for layer in cache.layers)
+
+
+def _left_padded(tensor: Tensor, n_columns: int) -> Tensor:
+    """Return keys or values (B, H, P, d) with zeros before them, ``n_columns`` in all."""
+    return pad(tensor, (0, 0, n_columns - tensor.shape[2], 0))
 
 
 def loop_slots(cache: DynamicCache, loop: int, n_layers: int, first_layer: int = 0) -> DynamicCache:
@@ -123,6 +162,48 @@ class Slot:
         keys, values = ([None if t is None else t[rows] for t in side] for side in (self.keys, self.values))
         return replace(self, positions_BP=self.positions_BP[rows], real_BP=self.real_BP[rows], keys=keys, values=values)
 
+    def padded(self, gap: int) -> Slot:
+        """Return the slot with columns of padding before its own."""
+        if gap == 0:
+            return self
+        keys, values = (
+            [None if t is None else _left_padded(t, t.shape[2] + gap) for t in side]
+            for side in (self.keys, self.values)
+        )
+        columns = {name: pad(t, (gap, 0)) for name, t in self.columns().items()}
+        return replace(self, is_real=False, keys=keys, values=values, **columns)  # type: ignore[arg-type]
+
+    def keep_columns(self, kept: Tensor) -> Slot:
+        """Return the slot with some columns alone; the others must be padding in every row."""
+        keys, values = (
+            [None if t is None else t.index_select(2, kept) for t in side] for side in (self.keys, self.values)
+        )
+        columns = {name: t[:, kept] for name, t in self.columns().items()}
+        return replace(self, is_real=bool(columns["real_BP"].all()), keys=keys, values=values, **columns)  # type: ignore[arg-type]
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return what is known of the columns (B, P), by the names of the fields."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def joined(self, slots: Sequence[Slot], order: Tensor) -> Slot:
+        """Return slots of the same layers and length, of which this is the first, as one; rows go in an order."""
+        keys, values = (
+            [None if any(t is None for t in parts) else torch.cat(parts)[order] for parts in zip(*sides)]
+            for sides in ([slot.keys for slot in slots], [slot.values for slot in slots])
+        )
+        columns = {name: torch.cat([slot.columns()[name] for slot in slots])[order] for name in self.columns()}
+        kinds = {name: all(getattr(slot, name) for slot in slots) for name in ("is_dense", "is_real")}
+        return replace(self, keys=keys, values=values, **kinds, **columns)  # type: ignore[arg-type]
+
+    def empty(self, n_rows: int, n_columns: int) -> Slot:
+        """Return a slot shaped like this one for rows that have left nothing in it."""
+        keys, values = (
+            [None if t is None else t.new_zeros(n_rows, t.shape[1], n_columns, t.shape[3]) for t in side]
+            for side in (self.keys, self.values)
+        )
+        columns = {name: t.new_zeros(n_rows, n_columns) for name, t in self.columns().items()}
+        return replace(self, is_dense=False, is_real=False, keys=keys, values=values, **columns)  # type: ignore[arg-type]
+
     def showing(self, visible_BP: Tensor) -> Slot:
         """Return the same contents, of which only some columns are seen."""
         return replace(self, real_BP=self.real_BP & visible_BP, is_real=False, is_dense=False)
@@ -171,6 +252,44 @@ class DepthCache:
     def keep_rows(self, rows: Tensor) -> DepthCache:
         """Return the cache of some rows."""
         return replace(self, slots={key: slot.keep_rows(rows) for key, slot in self.slots.items()})
+
+    @property
+    def joins(self) -> bool:
+        """Whether the cache can be put together with others now."""
+        return True
+
+    def joined(self, caches: Sequence[DepthCache], gaps: Sequence[int], order: Tensor) -> DepthCache:
+        """Return caches, of which this is the first, as one; see `join_rows`."""
+        slots = {}
+        n_rows = [cache.n_rows for cache in caches]
+        for key in dict.fromkeys(key for cache in caches for key in cache.slots):
+            found = [cache.slots.get(key) for cache in caches]
+            like = max((slot for slot in found if slot is not None), key=lambda slot: slot.length)
+            if all(slot is not None and slot.is_dense for slot in found):  # their columns are the contexts'
+                parts = [slot.padded(gap) for slot, gap in zip(found, gaps) if slot is not None]
+            else:
+                n = like.length
+                parts = [
+                    like.empty(rows, n)
+                    if slot is None or slot.length == 0
+                    else replace(slot.padded(n - slot.length), is_dense=False)
+                    for slot, rows in zip(found, n_rows)
+                ]
+            slots[key] = parts[0].joined(parts, order)
+        return replace(self, slots=slots)
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows, known once something has been read."""
+        return next((len(slot.positions_BP) for slot in self.slots.values()), 0)
+
+    def keep_columns(self, kept: Tensor) -> DepthCache:
+        """Return the cache without columns that are padding in every row; slots of some tokens drop their own."""
+        slots = {}
+        for key, slot in self.slots.items():
+            own = kept if slot.is_dense else torch.nonzero(slot.real_BP.any(0))[:, 0]
+            slots[key] = slot.keep_columns(own)
+        return replace(self, slots=slots)
 
     def slot(self, key: Hashable, layers: range, like_BL: Tensor) -> Slot:
         """Return the slot ``key`` of some layers; ``like_BL`` are positions of any tokens of the batch."""

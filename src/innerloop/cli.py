@@ -172,6 +172,10 @@ def eval_(
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     checkpoint.write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     checkpoint.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    if "failed" in result:
+        console.print(
+            f"note: {result['failed']} examples could not be answered, and count as wrong; predictions.jsonl says why"
+        )
     low, high = result["ci95"]
     cost = result["cost"]
     console.print(

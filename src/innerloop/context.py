@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from innerloop.backbone import Backbone
-from innerloop.cache import AnyCache, DepthCache, fork, join_rows, select_rows
+from innerloop.cache import AnyCache, DepthCache, fork, has_window, join_rows, keep_columns, select_rows
 from innerloop.cost import Meter
 from innerloop.depth import Deep, Depth, Reading, Spending, Tokens
 from innerloop.trace import Trace
@@ -135,6 +136,25 @@ class Context:
         """Count the time of a block towards a phase, if anything is counted."""
         return nullcontext() if self.meter is None else self.meter.phase(name)
 
+    def trim(self) -> Context:
+        """Return the context without columns that are padding in every row; this asks the device which they are."""
+        if self.mask_BP is None:
+            return self
+        is_real = self.mask_BP.any(0)
+        kept = torch.nonzero(is_real)[:, 0]
+        if len(kept) < self.length and (has_window(self.cache) or isinstance(self.cache, DepthCache)):
+            kept = torch.arange(int(kept[0]), self.length, device=kept.device)
+        whole = len(kept) == self.length
+        mask = self.mask_BP if whole else self.mask_BP[:, kept]
+        part = copy.copy(self)
+        part.mask_BP = None if self.depth is None and bool(mask.all()) else mask
+        part.deep = ()
+        if self.wanted_BS is not None:
+            part.wanted_BS = self.wanted_BS[:, kept[kept < self.wanted_BS.shape[1]]]
+        if not whole or isinstance(self.cache, DepthCache):
+            part.cache, part.length = keep_columns(self.cache, kept), len(kept)
+        return part
+
     def read_out(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Tensor:
         """Return the logits (U, V) of places of the last pass; those that it has read out are not read out again."""
         shown = self.deep[-1].shown if self.deep else None
@@ -232,21 +252,28 @@ class Context:
 
 
 def merge(parts: Sequence[tuple[list[int], Context]]) -> Context:
-    """Put contexts of the same length side by side, their rows in the given places."""
+    """Put contexts side by side, their rows in the given places; shorter ones get padding before their own columns."""
     order = [row for rows, _ in parts for row in rows]
     places = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=parts[0][1].next_position_B.device)
     contexts = [context for _, context in parts]
     whole = copy.copy(contexts[0])
-    whole.cache = join_rows([context.cache for context in contexts], places)
+    whole.length = max(context.length for context in contexts)
+    gaps = [whole.length - context.length for context in contexts]
+    whole.cache = join_rows([context.cache for context in contexts], gaps, places)
     whole.next_position_B = torch.cat([context.next_position_B for context in contexts])[places]
-    if any(context.mask_BP is not None for context in contexts):
+    whole.deep = ()
+    if any(gaps) or any(context.mask_BP is not None for context in contexts):
         masks = [
             context.next_position_B.new_ones(len(context.next_position_B), context.length)
             if context.mask_BP is None
             else context.mask_BP
             for context in contexts
         ]
-        whole.mask_BP = torch.cat(masks)[places]
+        whole.mask_BP = torch.cat([pad(mask, (gap, 0)) for mask, gap in zip(masks, gaps)])[places]
     if whole.rows is not None:
         whole.rows = torch.cat([context.rows for context in contexts if context.rows is not None])[places]
+    if whole.asked_B is not None:
+        whole.asked_B = torch.cat([context.asked_B for context in contexts if context.asked_B is not None])[places]
+    if whole.wanted_BS is not None:  # it speaks of columns that have been read
+        whole.wanted_BS = whole.next_position_B.new_zeros(len(places), 0)
     return whole

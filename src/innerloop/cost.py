@@ -8,7 +8,7 @@ synchronise it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -45,7 +45,12 @@ def mean_cost(costs: list[Cost]) -> dict:
 
 
 class Meter:
-    """Counts the work of a batch of ``n_rows`` rows while it runs."""
+    """Counts the work of ``n_rows`` rows while they run.
+
+    Attributes:
+        sharing: the rows that now share the time of what runs, set by who starts it; at first all.
+        seconds: of each phase, the seconds of each row.
+    """
 
     def __init__(self, n_rows: int, device: torch.device):
         zeros = torch.zeros(n_rows, dtype=torch.long, device=device)
@@ -54,7 +59,20 @@ class Meter:
         self.layer_keys = torch.zeros(n_rows, dtype=torch.float64, device=device)
         self.extra = self.layer_keys.clone()
         self.depths: list[tuple[Tensor | None, Tensor, Tensor | None]] = []
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.known_depths: list[list[int]] = [[] for _ in range(n_rows)]
+        self.sharing: Sequence[int] = range(n_rows)
+        self.seconds = {phase: [0.0] * n_rows for phase in PHASES}
+
+    def reset(self, rows: Tensor, places: Sequence[int]) -> None:
+        """Forget what was counted for the rows ``rows``, which are ``places`` on the host: others take their place."""
+        self.token_depths()
+        counters = (self.passes, self.positions, self.keys, self.logits, self.layer_keys, self.extra)
+        for counter in counters if self.layer_positions is None else (*counters, self.layer_positions):
+            counter[rows] = 0
+        for row in places:
+            self.known_depths[row] = []
+            for seconds in self.seconds.values():
+                seconds[row] = 0.0
 
     def count(self, rows: Tensor | None, new_B: Tensor | int, past_B: Tensor | int) -> None:
         """Count one pass of ``new_B`` positions over ``past_B`` earlier ones, for the rows ``rows`` (None: all).
@@ -104,13 +122,13 @@ class Meter:
 
     def token_depths(self) -> list[list[int]]:
         """Return how many iterations each token that was read had, row by row; empty where all have the same."""
-        depths: list[list[int]] = [[] for _ in range(len(self.passes))] if self.depths else []
         for rows, depths_BL, real_BL in self.depths:
             places = range(len(depths_BL)) if rows is None else rows.tolist()
             real = torch.ones_like(depths_BL, dtype=torch.bool) if real_BL is None else real_BL
             for row, values, is_real in zip(places, depths_BL.tolist(), real.tolist()):
-                depths[row] += [value for value, r in zip(values, is_real) if r]
-        return depths
+                self.known_depths[row] += [value for value, r in zip(values, is_real) if r]
+        self.depths = []
+        return self.known_depths
 
     def now(self) -> float:
         """Return the time once the device has done what was asked of it."""
@@ -120,21 +138,26 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the wall time of the block to a phase; synchronises a GPU at both ends, outside any loop."""
+        """Share the wall time of the block among the rows that share it; synchronises a GPU at both ends."""
+        seconds, sharing = self.seconds[name], self.sharing
         start = self.now()
         yield
-        self.seconds[name] += self.now() - start
+        share = (self.now() - start) / max(len(sharing), 1)
+        for row in sharing:
+            seconds[row] += share
 
-    def costs(self, backbone: Backbone) -> list[Cost]:
-        """Return what each row cost so far, batch seconds shared equally."""
+    def costs(self, backbone: Backbone, rows: Sequence[int] | None = None) -> list[Cost]:
+        """Return what each row, or each of some, cost so far."""
         positions, keys = self.positions, self.keys
         if self.layer_positions is not None:
             positions, keys = self.layer_positions / backbone.n_layers, self.layer_keys / backbone.n_layers
         flops = flops_of(backbone, positions, keys, self.logits) + self.extra
-        n = len(self.passes)
-        share = {phase: seconds / n for phase, seconds in self.seconds.items()}
-        columns = zip(self.passes.tolist(), self.positions.tolist(), flops.tolist())
-        return [Cost(passes, positions, f, seconds=dict(share)) for passes, positions, f in columns]
+        places = range(len(self.passes)) if rows is None else rows
+        counted = torch.stack([self.passes.double(), self.positions.double(), flops])[:, list(places)].tolist()
+        return [
+            Cost(int(passes), int(n), f, seconds={phase: self.seconds[phase][row] for phase in PHASES})
+            for row, passes, n, f in zip(places, *counted)
+        ]
 
 
 def flops_of(backbone: Backbone, positions: Tensor, keys: Tensor, logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Shapes: `B` rows, `P` columns of the slot, `R` and `N` rows and columns of a pas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -79,6 +80,10 @@ class Unfinished:
         """Return those of some rows."""
         return Unfinished(**{name: tensor[rows] for name, tensor in vars(self).items()})
 
+    def none(self, n_rows: int) -> Unfinished:
+        """Return what rows have that left nothing."""
+        return Unfinished(**{name: tensor.new_zeros(n_rows, *tensor.shape[1:]) for name, tensor in vars(self).items()})
+
 
 @dataclass
 class DuoCache(DepthCache):
@@ -90,6 +95,16 @@ class DuoCache(DepthCache):
         """Return the cache of some rows."""
         left = None if self.unfinished is None else self.unfinished.keep_rows(rows)
         return replace(super().keep_rows(rows), unfinished=left)  # type: ignore[call-arg, return-value]
+
+    def joined(self, caches: Sequence[DepthCache], gaps: Sequence[int], order: Tensor) -> DuoCache:
+        """Return caches, of which this is the first, as one."""
+        left = [cache.unfinished if isinstance(cache, DuoCache) else None for cache in caches]
+        like = next((one for one in left if one is not None), None)
+        whole = None
+        if like is not None:
+            parts = [like.none(cache.n_rows) if one is None else one for one, cache in zip(left, caches)]
+            whole = Unfinished(**{name: torch.cat([vars(one)[name] for one in parts])[order] for name in vars(like)})
+        return replace(super().joined(caches, gaps, order), unfinished=whole)  # type: ignore[call-arg, return-value]
 
     def whole(self, n_layers: int, like_BL: Tensor) -> DuoSlot:
         """Return the slot; ``like_BL`` are positions of any tokens of the batch."""

@@ -58,6 +58,11 @@ class ExitCache(DepthCache):
         part = super().keep_rows(rows)
         return replace(part, left=None if self.left is None else self.left.keep_rows(rows))  # type: ignore[call-arg]
 
+    @property
+    def joins(self) -> bool:
+        """Only where no row has layers still to run: how many tokens were left behind differs."""
+        return self.left is None
+
 
 class KeysMadeError(Exception):
     """Ends a pass whose keys are all that was wanted."""

@@ -35,7 +35,7 @@ from innerloop.tokenizer import train_tokenizer
 from innerloop.trace import Trace
 
 if TYPE_CHECKING:
-    from innerloop.engine import Generation
+    from innerloop.generation import Generation
 
 
 @dataclass

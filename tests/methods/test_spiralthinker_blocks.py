@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from innerloop import Example, engine
+from innerloop import Example
+from innerloop import writer as writing
 from innerloop.layout import Kind, Piece, Row
 from innerloop.methods import SpiralThinker
 from tests.methods.spiralthinker_reference import SPIRAL, Spiral, student
@@ -144,8 +145,10 @@ def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(
 ):
     """Sequential training is answering; in parallel that is so up to the second block."""
     model = writer(arch, change(SPIRAL, block_schedule=schedule, max_blocks=99, **fields))
-    choose, seen, fed = engine.choose, [], []
-    monkeypatch.setattr(engine, "choose", lambda logits, *rest: (seen.append(logits.clone()), choose(logits, *rest))[1])
+    choose, seen, fed = writing.choose, [], []
+    monkeypatch.setattr(
+        writing, "choose", lambda logits, *rest: (seen.append(logits.clone()), choose(logits, *rest))[1]
+    )
     model.loop.register_forward_hook(lambda module, args, result: fed.append(result.state[:, :N]))
     n_with_more = 0
     for question in QUESTIONS:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from innerloop.cost import Cost, mean_cost
+from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure.statistics import wilson
 from innerloop.tasks import Task
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answered example. ``predicted`` is None where the text holds no answer."""
+    """One answered example.
+
+    ``predicted`` is None where the text holds no answer; ``error`` tells why there is no text, where a question could
+    not be answered at all.
+    """
 
     id: str
     question: str
@@ -30,6 +35,7 @@ class Prediction:
     gold: str
     correct: bool
     cost: Cost
+    error: str | None = None
 
 
 def evaluate(
@@ -61,14 +67,24 @@ def evaluate(
         stage=stage,
         loops=loops,
         progress=progress,
+        strict=False,
     )
+    if generations and all(generation.error is not None for generation in generations):
+        raise InputError(f"not one example could be answered: {generations[0].error}")
     predictions = []
     for example, generation in zip(examples, generations):
         predicted = task.extract(generation.text)
         correct = predicted is not None and task.is_correct(predicted, example.answer)
         predictions.append(
             Prediction(
-                example.id, example.question, generation.text, predicted, example.answer, correct, generation.cost
+                example.id,
+                example.question,
+                generation.text,
+                predicted,
+                example.answer,
+                correct,
+                generation.cost,
+                generation.error,
             )
         )
     return predictions
@@ -101,6 +117,8 @@ def result_of(
         "ci95": list(wilson(n_correct, n)),
         "unparsable": sum(p.predicted is None for p in predictions),
     }
+    if n_failed := sum(p.error is not None for p in predictions):
+        result["failed"] = n_failed
     if hasattr(task, "match"):
         result["accuracy_by_match"] = {match: _rematch(task, match, predictions) for match in ("number", "string")}
     return result | {

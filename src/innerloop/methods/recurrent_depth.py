@@ -217,6 +217,11 @@ class ChainCache(DepthCache):
         part = super().keep_rows(rows)
         return part if self.state_B1D is None else replace(part, state_B1D=self.state_B1D[rows])  # type: ignore[call-arg]
 
+    def joined(self, caches: Sequence[DepthCache], gaps: Sequence[int], order: Tensor) -> DepthCache:
+        """Return caches, of which this is the first, as one."""
+        states = [cache.state_B1D for cache in caches if isinstance(cache, ChainCache) and cache.state_B1D is not None]
+        return replace(super().joined(caches, gaps, order), state_B1D=torch.cat(states)[order])  # type: ignore[call-arg]
+
 
 class RecurrentDecoder(Depth):
     """Prelude, the core over and over, coda."""

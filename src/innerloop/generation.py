@@ -1,0 +1,149 @@
+"""What was written for a question, and what it cost: `Generation`; and `Seat`, the question while it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from innerloop.cost import Cost, Meter
+from innerloop.layout import ANSWER_PREFIX, Row, ShownBlock
+from innerloop.trace import ShownStep, Trace
+
+if TYPE_CHECKING:
+    from innerloop.model import LatentModel
+
+NOTHING = -1  # in place of a token, where a row waits
+
+
+@dataclass
+class Generation:
+    """What was written for one question.
+
+    Attributes:
+        text: all written text, without the end-of-sequence token.
+        answer: the text after the last ``###``, or None.
+        cost: what it cost.
+        trace: the loop's record of the batch row (statistics (1,), read-outs (1, N, k)), where asked for.
+        ended: whether the end-of-sequence token was reached.
+        blocks: the steps that blocks of latents show, where asked for and the method has such blocks.
+        depths: each token of the question, and each written one that was read, with the number of its iterations
+            inside the model; empty for methods without.
+        ids: the tokens written, the ends of sequence among them.
+        error: why nothing was written, where the question could not be answered.
+    """
+
+    text: str
+    answer: str | None
+    cost: Cost
+    trace: Trace | None = None
+    ended: bool = True
+    blocks: tuple[ShownStep, ...] = ()
+    depths: tuple[tuple[str, int], ...] = ()
+    ids: list[int] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass
+class Seat:
+    """A question while it is answered.
+
+    Attributes:
+        index: which of the questions it is.
+        row: its layout.
+        budget: how many tokens may be written.
+        place: its row of the meter.
+        blocks: the steps that its latents should show.
+        written: the tokens so far.
+        ticks: the seconds of each, its share of the batch's.
+        waited: the seconds since the last token in which the row waited.
+        n_ends: ends of sequence among them.
+        n_loops: iterations of its latents.
+        n_latents: latents read while writing.
+        record: the trace of its batch, and its row there.
+    """
+
+    index: int
+    row: Row
+    budget: int
+    place: int = 0
+    blocks: Sequence[ShownBlock] = ()
+    written: list[int] = field(default_factory=list)
+    ticks: list[float] = field(default_factory=list)
+    waited: float = 0.0
+    n_ends: int = 0
+    n_loops: int = 0
+    n_latents: int = 0
+    record: tuple[Trace, int] | None = None
+
+    def is_done(self, n_ends: int) -> bool:
+        """Return whether it may write no more."""
+        return self.n_ends >= n_ends or len(self.written) >= self.budget
+
+    def take(self, ids: Sequence[int], ticks: Sequence[float], eos: int, n_ends: int) -> None:
+        """Take over tokens that were chosen for it, up to where it ends."""
+        for token, seconds in zip(ids, ticks):
+            if self.is_done(n_ends):
+                break
+            if token == NOTHING:
+                self.waited += seconds
+                continue
+            self.ticks.append(seconds + self.waited)
+            self.written.append(token)
+            self.waited = 0.0
+            self.n_ends += token == eos
+
+
+def finish(model: LatentModel, seats: Sequence[Seat], meter: Meter) -> list[Generation]:
+    """Turn what seats have written into generations; split the time of writing into thought and answer."""
+    depths = meter.token_depths()
+    results = []
+    for seat, cost in zip(seats, meter.costs(model.backbone, [seat.place for seat in seats])):
+        ids, n_ends = seat.written, model.method.n_ends
+        ended = seat.n_ends >= n_ends
+        text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        n_steps, n_marked = n_step_tokens(model, ids, text)
+        if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
+            n_steps -= ids[:n_steps].count(model.spell.eos_id)
+        cost.thought_tokens = model.n_thought_positions(seat.row) + seat.n_latents + n_steps
+        cost.loops = seat.n_loops
+        cost.seconds["thought"] += sum(seat.ticks[:n_marked])
+        cost.seconds["answer"] += sum(seat.ticks[n_marked:])
+        marker = ANSWER_PREFIX.strip()
+        answer = text.rsplit(marker, 1)[1].strip() if marker in text else None
+        own = depths[seat.place][: len(seat.row) + len(ids) - 1]  # a row that has ended may ride along for a while
+        tokens = model.tokenizer.convert_ids_to_tokens([*seat.row.ids(), *ids]) if own else []
+        one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
+        results.append(traced(model, seat, one))
+    return results
+
+
+def traced(model: LatentModel, seat: Seat, generation: Generation) -> Generation:
+    """Put the trace of its row into a generation, where there is one."""
+    if seat.record is not None:
+        record, row = seat.record
+        trace = generation.trace = record.row(row)
+        generation.blocks = tuple(trace.shown(block, model.tokenizer) for block in seat.blocks)
+    return generation
+
+
+def n_step_tokens(model: LatentModel, ids: list[int], text: str) -> tuple[int, int]:
+    """Return how many tokens were written before the answer's marker and up to its end; all, if it never came."""
+    marker = ANSWER_PREFIX.strip()
+    if marker not in text:
+        return len(ids), len(ids)
+    low, high = 0, len(ids)
+    while low < high:  # the shortest beginning that spells the marker
+        middle = (low + high) // 2
+        if marker in model.tokenizer.decode(ids[: middle + 1], skip_special_tokens=True):
+            high = middle
+        else:
+            low = middle + 1
+    return max(low + 1 - len(model.tokenizer.encode(marker, add_special_tokens=False)), 0), low + 1
+
+
+def failed(model: LatentModel, reason: str) -> Generation:
+    """Return what stands for a question that could not be answered."""
+    return Generation("", None, Meter(1, torch.device("cpu")).costs(model.backbone)[0], ended=False, error=reason)

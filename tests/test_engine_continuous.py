@@ -1,0 +1,204 @@
+"""Continuous batching: whoever comes and goes, a row writes what it writes alone, and all are answered once."""
+
+import gc
+import resource
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from innerloop import (
+    AdaInfer,
+    Coconut,
+    Codi,
+    Cot,
+    Icot,
+    InputError,
+    Lotus,
+    Mod,
+    Mor,
+    Pause,
+    Pccot,
+    RecurrentDepth,
+    Slr,
+    engine,
+)
+from innerloop.engine import Engine
+from innerloop.methods import Looped, SpiralThinker
+from tests.methods.reference import Reference
+from tests.methods.test_tah_answering import deciding
+from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model
+from tests.models import tiny_model
+
+LONG = "1 ; + 1 ; + 2 ; - 4 ; * 3 ; + 4 ; * 2 ; - 1 ; + 2"
+POOL = [*QUESTIONS, LONG, "3 ; + 1", "4 ; * 4 ; + 2"]
+N = 14
+STOPS = Slr(n_slots=3, max_loops=4, residual="A", rescale="rms", time="lookup", stop="delta")
+METHODS = {
+    "cot": Cot(),
+    "pause": Pause(),
+    "icot": Icot(),
+    "coconut": Coconut(),
+    "codi": Codi(n_latents_total=3),
+    "slots": Slr(n_slots=4, max_loops=2),
+    "kv_last": Slr(n_slots=3, max_loops=2, answer_from="kv_last"),
+    "per_iter": Slr(n_slots=3, max_loops=2, lora="per_iter", lora_rank=2, decode_lora=True),
+    "stops": STOPS,
+    "pccot": Pccot(n_slots=3, max_loops=2),
+    "lotus": Lotus(n_blocks=2, latents_per_block=3, max_loops=2),
+    "looped": Looped(max_loops=2),
+    "recurrent_depth": RecurrentDepth(n_prelude=1, n_core=1, n_coda=1, max_loops=3),
+    "chained": RecurrentDepth(n_prelude=1, n_core=1, n_coda=1, max_loops=2, chains_state=True),
+    "mod": Mod(),
+    "mor": Mor(n_recursions=2),
+    "apart": Slr(n_slots=2, max_loops=2, decoder="separate"),
+}
+
+
+@cache
+def made(name: str):
+    """Return a model whose rows end at different times, some never, and what it answers to each question alone."""
+    if name == "tah":
+        model = deciding("llama")
+    elif name == "spiral":
+        model = lean_towards(
+            tiny_model(SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2), "gpt2").double(),
+            {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5},
+        )
+    elif name == "stops":
+        model = lean_towards_end(halting("gpt2", STOPS), 1.0)
+    elif name == "adainfer":
+        model = tiny_model(AdaInfer(exits=(1, 2)), "llama").double()
+    elif isinstance(METHODS[name], Looped | RecurrentDepth | Mod | Mor):
+        model = lean_towards_end(tiny_model(METHODS[name], "llama", num_hidden_layers=3).double(), 1.0)
+    else:
+        model = lean_towards_end(sharp_model(METHODS[name]), 1.0)
+    model.eval()
+    return model, [told(model.generate([question], max_new_tokens=N)[0]) for question in POOL]
+
+
+def told(one):
+    """Everything that must not depend on the company."""
+    cost = one.cost
+    return one.ids, one.text, one.ended, cost.passes, cost.positions, round(cost.flops), cost.loops, one.depths
+
+
+@pytest.mark.parametrize("name", [*METHODS, "tah", "spiral", "adainfer"])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    asked=st.permutations(range(len(POOL))),
+    n=st.integers(1, len(POOL)),
+    batch_size=st.integers(1, 5),
+    max_positions=st.sampled_from([None, 40, 90]),
+    check_every=st.sampled_from([None, 3, 8]),
+)
+def test_a_row_writes_and_costs_what_it_does_alone(name, asked, n, batch_size, max_positions, check_every):
+    model, alone = made(name)
+    chosen = list(asked[:n])
+    before, engine.CHECK_EVERY = engine.CHECK_EVERY, check_every
+    try:
+        found = model.generate(
+            [POOL[i] for i in chosen], max_new_tokens=N, batch_size=batch_size, max_positions=max_positions
+        )
+    finally:
+        engine.CHECK_EVERY = before
+    for i, one in zip(chosen, found, strict=True):
+        assert told(one) == alone[i]
+
+
+@pytest.mark.parametrize("name", ["cot", "coconut", "slots"])
+def test_alone_is_what_the_plain_reference_writes(name):
+    model, alone = made(name)
+    slow = Reference(model)
+    for question, (ids, *_) in zip(POOL, alone):
+        assert ids == slow.write(question, N)
+
+
+def test_rows_that_wait_join_those_that_write():
+    model, _ = made("slots")
+    with_company = Engine(model, max_new_tokens=N, batch_size=3)
+    sizes, ready = [], []
+    for _ in with_company.groups(POOL):
+        sizes.append(0 if with_company.writer is None else len(with_company.writer.seats))
+        ready.append(with_company.ready is not None)
+    assert max(sizes) == 3 and any(ready)
+    n_steps = sum(size > 0 for size in sizes)
+    lengths = sorted(len(ids) for ids, *_ in made("slots")[1])
+    by_threes = sum(max(lengths[i : i + 3]) for i in range(0, len(lengths), 3))  # the least that waves alone could need
+    assert n_steps < by_threes
+
+
+def test_answers_come_as_soon_as_they_are_there():
+    model, alone = made("cot")
+    order = [index for index, _ in Engine(model, max_new_tokens=N, batch_size=len(POOL)).run(POOL)]
+    lengths = [len(alone[i][0]) for i in order]
+    assert sorted(order) == list(range(len(POOL)))
+    assert lengths == sorted(lengths) and len(set(lengths)) > 2
+
+
+def test_an_engine_left_early_leaves_the_model_as_it_was():
+    model, _ = made("cot")
+    model.train()
+    run = Engine(model, batch_size=2).run(POOL)
+    next(run)
+    assert not model.training
+    run.close()
+    assert model.training
+    model.eval()
+
+
+def test_a_question_that_is_too_long_fails_alone_with_its_reason():
+    model = tiny_model(Pause(), max_position_embeddings=16)
+    asked = ["2", LONG, "4 ; - 3"]
+    with pytest.raises(InputError, match="shorten the question"):
+        model.generate(asked)
+    first, second, third = model.generate(asked, max_new_tokens=2, strict=False)
+    assert "at most 16" in second.error and (second.text, second.answer, second.ended) == ("", None, False)
+    assert second.cost.passes == 0
+    assert first.error is None and third.error is None
+    assert [first.text, third.text] == [g.text for g in model.generate([asked[0], asked[2]], max_new_tokens=2)]
+
+
+@pytest.mark.parametrize("max_positions", [1, 30, 60, 200])
+def test_the_engine_keeps_to_its_positions(max_positions):
+    model, _ = made("slots")
+    room = Engine(model, max_new_tokens=N, batch_size=8, max_positions=max_positions)
+    most = 0
+    for _ in room.groups(POOL):
+        busy = [seat for writer in (room.writer, room.ready) if writer is not None for seat in writer.seats]
+        need = sum(len(seat.row) + seat.budget for seat in busy)
+        assert need <= max_positions or len(busy) == 1
+        most = max(most, len(busy))
+    assert most > 1 or max_positions < 60
+
+
+@pytest.mark.parametrize("name", ["slots", "coconut", "mod", "tah", "spiral"])
+def test_the_cache_holds_no_more_than_the_rows_that_write(name):
+    """Columns that no row uses any more are dropped, or a cache that rows keep joining would grow without end."""
+    model, _ = made(name)
+    steady = Engine(model, max_new_tokens=N, batch_size=3)
+    for _ in steady.groups([f"{i % 5} ; + {i % 3}" for i in range(60)]):
+        if steady.writer is not None:
+            longest = max(int(n) for n in steady.writer.context.next_position_B)
+            n_waits = N * (name in ("tah", "spiral"))  # a row that waits leaves columns that others use
+            assert steady.writer.context.length <= longest + 4 * n_waits + 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slots", "mod", "tah"])
+def test_thousands_of_requests_leave_no_memory_behind(name):
+    model, _ = made(name)
+    generator = torch.Generator().manual_seed(0)
+    asked = [
+        " ; ".join(["1", *("+ 2" for _ in range(int(n)))]) for n in torch.randint(0, 8, (3000,), generator=generator)
+    ]
+    peaks, seen = [], []
+    for index, _ in Engine(model, max_new_tokens=8, batch_size=16).run(asked):
+        seen.append(index)
+        if len(seen) % 500 == 0:
+            gc.collect()
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert sorted(seen) == list(range(len(asked)))
+    assert peaks[-1] - peaks[1] < 0.02 * peaks[1]
