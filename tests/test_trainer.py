@@ -69,6 +69,31 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path, 
     assert torch.equal(weights(resumed), weights(whole))
 
 
+GROUPED = {"train_sampling_strategy": "group_by_length", "max_steps": 30}
+
+
+def test_examples_of_like_length_share_a_batch_and_a_resumed_run_sees_the_same(tmp_path: Path, monkeypatch):
+    examples = [*chain_examples(32, 2), *chain_examples(32, 4), *chain_examples(32, 6)]  # 24 steps an epoch
+    examples = [examples[i] for i in torch.randperm(96, generator=torch.Generator().manual_seed(0)).tolist()]
+    batches, rows = [], LatentModel.rows
+
+    def note(self, found, *rest):
+        batches.append([len(example.steps) for example in found])
+        return rows(self, found, *rest)
+
+    monkeypatch.setattr(LatentModel, "rows", note)
+    make_trainer(tmp_path / "whole", tiny_model(Cot()), examples, **GROUPED).train()
+    whole = list(batches)
+    assert len(whole) == 30 and whole[:6] != whole[24:]
+    assert sum(len(set(batch)) for batch in whole) <= 30 + 5 * 2 + 4  # but for where two lengths meet, and the longest
+    assert sorted(n for batch in whole[:24] for n in batch) == sorted(len(e.steps) for e in examples)
+    make_trainer(tmp_path / "cut", tiny_model(Cot()), examples, callbacks=[StopAt(26)], **GROUPED).train()
+    make_trainer(tmp_path / "cut", tiny_model(Cot(), seed=1), examples, **GROUPED).train(resume_from_checkpoint=True)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    with pytest.raises(InputError, match="random, sequential or group_by_length"):
+        training_arguments(tmp_path, {"train_sampling_strategy": "batch_rebalance"})
+
+
 def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path):
     def adapted() -> LatentModel:
         torch.manual_seed(0)

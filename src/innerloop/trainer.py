@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from innerloop import checkpoint
@@ -100,6 +102,8 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
         raise InputError("train.per_device_train_batch_size is called train.batch_size here")
     if values.get("loss_norm", "global") not in ("global", "micro"):
         raise InputError(f"train.loss_norm is '{values['loss_norm']}'; choose global or micro")
+    if values.get("train_sampling_strategy") == "batch_rebalance":
+        raise InputError("train.train_sampling_strategy may be random, sequential or group_by_length")
     for name in ("batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens", "max_steps"):
         if values.get(name) is not None and values[name] < 1:
             raise InputError(f"train.{name} is {values[name]}, but must be at least 1")
@@ -120,6 +124,24 @@ def _number(name: str, value: Any, default: Any) -> Any:
     if name in WHOLE_NUMBERS and number != int(number):
         raise InputError(f"train.{name} is {value!r}, but must be a whole number")
     return int(number) if number == int(number) and isinstance(default, int) else number
+
+
+class ByLength(Sampler):
+    """An order of examples in which those of like length share a batch; it depends on the seed and the epoch alone."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw another order in another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.epoch + self.seed)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class LatentTrainer(Trainer):
@@ -200,6 +222,14 @@ class LatentTrainer(Trainer):
         if not kept:
             raise InputError(f"every training example is longer than max_length={limit}; raise it")
         return kept
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Return the order of the examples; with train_sampling_strategy=group_by_length like lengths go together."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [self.model.method.longest(example, self.model.spell) for example in self.train_dataset]
+        n = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength(lengths, n, self.args.data_seed or self.args.seed)
 
     def steps_per_epoch(self) -> int:
         """Return the number of optimizer steps in an epoch."""
