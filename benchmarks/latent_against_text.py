@@ -80,6 +80,8 @@ def measure(options, size: int, length: int, n_answer: int, repeats: int) -> lis
     for name, model in models.items():
         first, whole = seconds_of(turns[name, 1]), seconds_of(turns[name, n_answer])
         thought = [max(a - b, 0.0) for a, b in zip(first, prefill)]
+        loops = model.method.n_loops(model.method.curriculum.last_stage)
+        thinks = loops > 0 or name in texts
         point = {
             "method": name,
             "batch_size": size,
@@ -91,13 +93,13 @@ def measure(options, size: int, length: int, n_answer: int, repeats: int) -> lis
                 "thought": milliseconds(thought),
                 "answer": milliseconds([a - b for a, b in zip(whole, first)]),
             },
-            "loops": model.method.n_loops(model.method.curriculum.last_stage),
+            "loops": loops,
         }
         for text in texts:
             told = [a - b for a, b in zip(seconds_of(turns[text, 1]), prefill)]
             point[f"faster than {text}"] = {
-                # latents that are read together with the answer's first token may take no time of their own
-                "thought": spread([a / b for a, b in zip(told, thought)]) if min(thought) > 0 else None,
+                # latents that are read together with the answer's first token take no time of their own
+                "thought": spread([a / b for a, b in zip(told, thought)]) if thinks and min(thought) > 0 else None,
                 "total": spread([a / b for a, b in zip(seconds_of(turns[text, n_answer]), whole)]),
             }
         points.append(point)

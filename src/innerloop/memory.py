@@ -32,7 +32,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # type: ignore[attr-defined]  # torch's stubs leave it out
         peak = max(peak, held)
     return peak
 
