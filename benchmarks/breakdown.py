@@ -92,7 +92,7 @@ def picture(points: list[dict]) -> str:
     """Return the shares as bars, an SVG that suits light and dark pages."""
     lines = []
     for i, (part, colour) in enumerate(zip(PARTS, COLOURS)):
-        x = LEFT + 100 * i
+        x = LEFT + 115 * i
         lines.append(f'<rect x="{x}" y="12" width="12" height="12" fill="{colour}"/>')
         lines.append(f'<text x="{x + 17}" y="22">{part}</text>')
     for i, point in enumerate(points):

@@ -19,6 +19,7 @@ from innerloop.suite import seed_means
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(<!-- table: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+PICTURES = {"breakdown": "performance.svg"}  # in docs/, shown above a table where they are there
 Lines = list[list[str]]
 
 
@@ -49,6 +50,8 @@ def table(name: str, part: str, root: str) -> str:
     lines, note = suite_lines(results, part == "loops") if kind == "suite" else KINDS[kind, part](results)
     head, *rows = lines
     shown = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    if kind in PICTURES and (ROOT / "docs" / PICTURES[kind]).exists():
+        shown = [f"![{kind}]({root.replace('../', '') or 'docs/'}{PICTURES[kind]})", "", *shown]
     return "\n".join([*shown, "", f"{note}[{name}]({root}benchmarks/results/{name})", ""])
 
 

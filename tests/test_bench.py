@@ -81,6 +81,18 @@ def test_least_calls(passes: list[int], batch_size: int, calls: int):
     assert least_calls(passes, batch_size) == calls
 
 
+def test_a_cost_tells_what_passes_found_in_the_cache_and_what_was_read_out():
+    question = QUESTIONS[0]
+    model = tiny_model(Cot())
+    (one,) = model.generate([question], max_new_tokens=3)
+    n = len(model.spell.question(question).ids)
+    assert one.cost.passes == 3 and one.cost.cached == 0 + n + (n + 1) and one.cost.logits == 3
+    model = tiny_model(Slr(n_slots=4, max_loops=2))
+    (one,) = model.generate([question], max_new_tokens=1)
+    n += 1  # <bot>; two iterations, and the pass of h_T with <eot>, read on that
+    assert one.cost.passes == 4 and one.cost.cached == 0 + 3 * n and one.cost.logits == 1
+
+
 def test_floor_on_hand_numbers():
     backbone = tiny_backbone("llama", hidden_size=32, num_hidden_layers=2)  # 4 heads of 8, 2 of them for keys
     layers, head = sum(p.numel() for p in backbone.layers.parameters()), 64 * 32
@@ -198,18 +210,25 @@ def test_the_command_writes_bench_json_and_prints_a_table(runs: tuple[Path, Path
         (["--batch_sizes", "[0]"], "each at least 1"),
         (["--batch_sizes", "[2, 2]"], "give each once"),
         (["--repeats", 0], "must be at least 1"),
+        (["--max_new_tokens", 0], "must be at least 1"),
         (["--threads", 0], "at least one thread"),
         (["--baseline_method", "cot"], "there is none"),
         (["--batch_sizes", "[17]"], "there are 16"),
         (["--device", "tpu9"], "is no device"),
         (["--device", "cuda:99"], "CUDA devices"),
         (["--baseline", "nowhere"], "nowhere"),
+        (["--out", "/"], "name a file"),
     ],
 )
 def test_bad_input_is_one_sentence(runs: tuple[Path, Path], arguments: list, message: str, capsys):
     assert run("bench", runs[0], "--task", CHAIN, *arguments) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def test_a_run_that_is_not_there_is_named(capsys):
+    assert run("bench", "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def run(*arguments: object) -> int:

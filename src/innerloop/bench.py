@@ -179,7 +179,7 @@ def bench_table(report: Mapping[str, Any]) -> Table:
         **{f"  {phase}": partial(_latency, phase) for phase in PHASES},
         "examples per second": lambda p: _spread(p["examples_per_second"]),
         "peak memory, MiB": lambda p: f"{p['peak_mib']:.2f}",
-        "share of the floor": lambda p: f"{p['floor']['share']['median']:.1%} ({p['floor']['bound']})",
+        "floor / time": lambda p: f"{p['floor']['share']['median']:.1%} ({p['floor']['bound']})",
         "passes per example": partial(_count, "passes"),
         "positions per example": partial(_count, "positions"),
         "MFLOPs per example": lambda p: f"{p['cost']['flops'] / 1e6:.1f}",

@@ -362,11 +362,12 @@ def bench(
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads}: give at least one thread, or leave it out")
     where = _device(device)
+    chosen = _task(run, task, data, split)
     path = Path(out) if out is not None else Path(run) / "bench.json"
     if path.is_dir() or (out is None and not path.parent.is_dir()):
         raise InputError(f"the report cannot be written to {path}: name a file by --out FILE")
-    chosen = _task(run, task, data, split)
-    settings = BenchSettings(tuple(batch_sizes), repeats, questions, max_new_tokens or chosen.max_new_tokens, seed)
+    n_tokens = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
+    settings = BenchSettings(tuple(batch_sizes), repeats, questions, n_tokens, seed)
     asked = [example.question for example in chosen.examples(split, settings.most)]
     if threads is not None:
         torch.set_num_threads(threads)
