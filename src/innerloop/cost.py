@@ -24,7 +24,11 @@ PHASES = ("prefill", "thought", "answer")
 
 @dataclass
 class Cost:
-    """What one example cost. ``loops`` are its inner iterations, ``seconds`` its share of the batch it ran in."""
+    """What one example cost.
+
+    ``loops`` are its inner iterations, ``seconds`` its share of the batch it ran in, ``cached`` the earlier positions
+    that its passes found in the cache (each pass counts them anew), ``logits`` the positions that were read out.
+    """
 
     passes: int = 0
     positions: int = 0
@@ -32,6 +36,8 @@ class Cost:
     thought_tokens: int = 0
     loops: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    cached: int = 0
+    logits: int = 0
 
 
 def mean_cost(costs: list[Cost]) -> dict:
@@ -55,6 +61,7 @@ class Meter:
     def __init__(self, n_rows: int, device: torch.device):
         zeros = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.passes, self.positions, self.keys, self.logits = zeros, zeros.clone(), zeros.clone(), zeros.clone()
+        self.cached = zeros.clone()
         self.layer_positions: Tensor | None = None  # with layer_keys: where tokens do not all run every layer
         self.layer_keys = torch.zeros(n_rows, dtype=torch.float64, device=device)
         self.extra = self.layer_keys.clone()
@@ -66,7 +73,7 @@ class Meter:
     def reset(self, rows: Tensor, places: Sequence[int]) -> None:
         """Forget what was counted for the rows ``rows``, which are ``places`` on the host: others take their place."""
         self.token_depths()
-        counters = (self.passes, self.positions, self.keys, self.logits, self.layer_keys, self.extra)
+        counters = (self.passes, self.positions, self.keys, self.logits, self.cached, self.layer_keys, self.extra)
         for counter in counters if self.layer_positions is None else (*counters, self.layer_positions):
             counter[rows] = 0
         for row in places:
@@ -81,7 +88,9 @@ class Meter:
         """
         new = torch.as_tensor(new_B, device=self.passes.device)
         keys = new * past_B + new * (new + 1) // 2
-        for counter, amount in ((self.passes, (new > 0).long()), (self.positions, new), (self.keys, keys)):
+        passes, cached = (new > 0).long(), (new > 0) * torch.as_tensor(past_B, device=new.device)
+        counted = (self.passes, passes), (self.positions, new), (self.keys, keys), (self.cached, cached)
+        for counter, amount in counted:
             if rows is None:
                 counter += amount
             else:
@@ -153,10 +162,18 @@ class Meter:
             positions, keys = self.layer_positions / backbone.n_layers, self.layer_keys / backbone.n_layers
         flops = flops_of(backbone, positions, keys, self.logits) + self.extra
         places = range(len(self.passes)) if rows is None else rows
-        counted = torch.stack([self.passes.double(), self.positions.double(), flops])[:, list(places)].tolist()
+        counts = (self.passes.double(), self.positions.double(), flops, self.cached.double(), self.logits.double())
+        counted = torch.stack(counts)[:, list(places)].tolist()
         return [
-            Cost(int(passes), int(n), f, seconds={phase: self.seconds[phase][row] for phase in PHASES})
-            for row, passes, n, f in zip(places, *counted)
+            Cost(
+                int(passes),
+                int(n),
+                f,
+                seconds={phase: self.seconds[phase][row] for phase in PHASES},
+                cached=int(cached),
+                logits=int(logits),
+            )
+            for row, passes, n, f, cached, logits in zip(places, *counted)
         ]
 
 
