@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch import nn
 
 from innerloop.errors import InputError
 from innerloop.examples import Example
@@ -43,9 +44,9 @@ SLR = Slr(n_slots=3, max_loops=2, slots_per_step=1, step_weight=1.0)
 THOUGHT: list[Method] = [
     LOTUS,
     SLR,
-    replace(SLR, loop_scope="all"),
+    Slr(loop_scope="all", max_loops=2, residual="sum", rescale="none", time="none"),
     Coconut(latents_per_step=1, max_stage=3),
-    Codi(n_latents=3),
+    Codi(n_latents_total=3),
     SimCot(),
     Pause(n_pauses=2),
     SpiralThinker(latents_per_block=2, max_loops=2),
@@ -156,8 +157,11 @@ def test_blocks_stand_beside_their_gold_steps():
 
 
 def test_steps_that_single_latents_show_are_paired():
-    _, record = seen(SLR)
-    assert [step.where for step in record.looks[0].shown] == ["latent 1, loop 1", "latent 2, loop 2"]
+    model, record = seen(replace(SLR, max_loops=3))
+    steps = record.looks[0].shown
+    assert [step.where for step in steps] == ["latent 1, loop 1", "latent 2, loop 2", "latent 3, loop 3"]
+    first = [model.tokenizer.decode(model.spell.step(step, 0).ids[:1]).strip() for step in chain_examples(1)[0].steps]
+    assert [step.gold for step in steps] == first
 
 
 def test_coconut_has_one_line_of_latents():
@@ -197,17 +201,15 @@ def test_other_numbers_of_loops_are_shown():
 
 def test_blocks_opened_while_writing_are_said_to_be_missing():
     model = tiny_model(SpiralThinker(latents_per_block=2, max_loops=2, force_block_after_text=True))
-    bot, eot = (model.tokenizer.convert_tokens_to_ids(t) for t in ("<bot>", "<eot>"))
+    eot = model.tokenizer.convert_tokens_to_ids("<eot>")
     head = model.backbone.lm.get_output_embeddings()
-    from torch import nn
-
-    biased = nn.Linear(head.in_features, head.out_features)  # write <bot>, <eot> and nothing else
+    biased = nn.Linear(head.in_features, head.out_features)  # writes <eot>, which a block must follow
     biased.weight.data.copy_(head.weight.data)
     biased.bias.data.zero_()
     biased.bias.data[eot] = 1e4
     model.backbone.lm.set_output_embeddings(biased)
     one = look(model, TASK, chain_examples(1), max_new_tokens=6).looks[0]
-    assert bot != eot and one.cost.loops > len(one.loops) == 2
+    assert one.cost.loops > len(one.loops) == 2
     assert any("further iteration" in note for note in one.notes)
 
 
@@ -317,7 +319,7 @@ def test_examples_without_steps_or_answer(no_plotly):
     asked = [Example("3 ; + 4", (), "7", "a")]
     for method in (SLR, LOTUS, Looped(max_loops=2)):
         one = look(tiny_model(method), TASK, asked, max_new_tokens=2).looks[0]
-        assert one.steps == () and one.predicted is None and not one.is_right and not one.ended
+        assert one.steps == () and one.predicted is None and not one.is_right
         assert all(step.is_right is None for step in one.shown)
 
 

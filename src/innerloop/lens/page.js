@@ -253,13 +253,18 @@
   }
 
   const STATISTICS = [["change", "relative change", "‖zₜ − zₜ₋₁‖ / ‖zₜ‖"], ["cosine", "cosine", "zₜ with zₜ₋₁"], ["rms", "RMS", "of zₜ"], ["score", "stop score", ""]];
-  let drawn = [];
+  // One box for each statistic, for as long as the page is open: what is drawn in it is replaced, never taken away while
+  // plotly may still be at work on it.
+  const boxes = STATISTICS.map(([, title, formula]) => {
+    const plot = make("div", { class: "plot", role: "img" });
+    const box = make("div", { class: "curve" }, make("h3", {}, title, " ", make("span", { text: formula })), plot);
+    $("curves").append(box);
+    return { box, plot };
+  });
   function curves() {
     const look = current();
-    drawn.forEach((node) => Plotly.purge(node));
-    drawn = [];
     $("curves-section").hidden = look.loops.length === 0;
-    if ($("curves-section").hidden) return fill($("curves"));
+    if ($("curves-section").hidden) return;
     $("stop").hidden = look.stop === null;
     if (look.stop !== null) fill($("stop"), make("span", { class: "rule", text: "Stop: " }), look.stop.why);
     const series = [...new Set(look.loops.map((loop) => loop.series))];
@@ -273,12 +278,12 @@
     fill($("curves-legend"), ...marks);
     const known = STATISTICS.filter(([name]) => look.loops.some((loop) => loop[name] !== null));
     const last = Math.max(...look.loops.map((loop) => loop.loop));
-    $("loops-detail").open = last < 2; // a single iteration is no curve
     // All boxes are laid out before anything is drawn in them, so that every curve has its final width.
-    const boxes = known.map(() => make("div", { class: "plot", role: "img" }));
-    fill($("curves"), ...(last < 2 ? [] : known).map(([, title, formula], i) => make("div", { class: "curve" }, make("h3", {}, title, " ", make("span", { text: formula })), boxes[i])));
-    (last < 2 ? [] : known).forEach(([name, title], k) => {
-      const plot = boxes[k];
+    STATISTICS.forEach((statistic, k) => { boxes[k].box.hidden = last < 2 || !known.includes(statistic); });
+    $("curves").hidden = last < 2;
+    STATISTICS.forEach(([name, title], k) => {
+      const { box, plot } = boxes[k];
+      if (box.hidden) return;
       plot.setAttribute("aria-label", series.map((s) => `${title} ${s}: `
         + look.loops.filter((l) => l.series === s).map((l) => `loop ${l.loop} ${number(l[name])}`).join(", ")).join("; "));
       const traces = series.map((s, i) => ({ x: look.loops.filter((l) => l.series === s).map((l) => l.loop),
@@ -292,11 +297,15 @@
           line: { color: hues[1], width: 1.5, dash: "dot" }, hovertemplate: "threshold %{y:.4g}<extra></extra>" });
       }
       const axis = { gridcolor: rule, linecolor: rule, zeroline: false, tickfont: { color: soft, size: 12 }, fixedrange: true };
-      Plotly.newPlot(plot, traces, { margin: { l: 44, r: 12, t: 8, b: 38 }, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-        font: { color: ink, family: "system-ui, sans-serif" }, xaxis: { ...axis, title: { text: "iteration", font: { size: 12, color: soft }, standoff: 6 },
-        range: [0.7, last + 0.3], tickformat: "d", dtick: last <= 12 ? 1 : undefined }, yaxis: { ...axis, nticks: 5, ...range },
-        hoverlabel: { bgcolor: style.getPropertyValue("--card").trim(), font: { color: ink } } }, { displayModeBar: false, responsive: true });
-      drawn.push(plot);
+      Plotly.react(plot, traces, {
+        width: plot.clientWidth, height: plot.clientHeight, margin: { l: 44, r: 12, t: 8, b: 38 },
+        showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+        font: { color: ink, family: "system-ui, sans-serif" },
+        xaxis: { ...axis, title: { text: "iteration", font: { size: 12, color: soft }, standoff: 6 },
+          range: [0.7, last + 0.3], tickformat: "d", dtick: last <= 12 ? 1 : undefined },
+        yaxis: { ...axis, nticks: 5, ...range },
+        hoverlabel: { bgcolor: style.getPropertyValue("--card").trim(), font: { color: ink } },
+      }, { displayModeBar: false });
     });
     const names = [...(series.length > 1 ? ["passes"] : []), "loop", ...known.map(([, title]) => title)];
     fill($("loops"), make("thead", {}, make("tr", {}, ...names.map((text) => make("th", { scope: "col", text })))),
@@ -330,6 +339,7 @@
     $("next").disabled = view.example === record.looks.length - 1;
     [view.line, view.column] = firstCell(look);
     answer(); tokens(); map(); shown(); curves();
+    $("loops-detail").open = $("curves").hidden; // a single iteration is no curve
     select(view.line, view.column);
     if (announce) $("announce").textContent = `Example ${view.example + 1} of ${record.looks.length}, ${look.is_right ? "correct" : "wrong"}`;
   }
@@ -367,5 +377,10 @@
     legend();
   }));
   document.addEventListener("keydown", move);
+  let asked = 0; // curves have the width of their boxes
+  window.addEventListener("resize", () => {
+    cancelAnimationFrame(asked);
+    asked = requestAnimationFrame(curves);
+  });
   dark.addEventListener("change", () => { const { line, column } = view; tokens(); map(); curves(); select(line, column); });
 })();
