@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from io import StringIO
@@ -292,7 +293,7 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path):
     _, record = seen(SLR, n=1)
     write_page(record, tmp_path / "lens.html")
     text = (tmp_path / "lens.html").read_text()
-    assert "default-src 'none'" in text and text.count("Plotly.newPlot") and len(text) < 8_000_000
+    assert "default-src 'none'" in text and "Plotly.react(plot" in text and len(text) < 8_000_000
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(src|href)=[\"']?(https?:|//)", own)
     assert not re.search(r"<!--[A-Z]+-->", text)
@@ -305,7 +306,10 @@ def test_where_the_page_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not list((tmp_path / "new").iterdir())
     with pytest.raises(InputError, match="is a folder"):
         page_path(str(tmp_path / "run"), str(tmp_path))
-    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be made"):
+        page_path(str(tmp_path / "run"), str(tmp_path / "file" / "a.html"))
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(InputError, match=r"innerloop\[viz\]"):
         page_path(str(tmp_path / "run"))
 

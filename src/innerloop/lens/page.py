@@ -33,7 +33,10 @@ def page_path(run: str, out: str | None = None) -> Path:
     if path.is_dir():
         raise InputError(f"{path} is a folder: give --out a file, such as {path / NAME}")
     _plotly()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made: {error}; give --out another file") from error
     write_text(aside := path.with_name(f".{path.name}.partial"), "")
     aside.unlink()
     return path
