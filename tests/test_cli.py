@@ -117,6 +117,36 @@ def test_ask_shows_the_steps_of_the_blocks(tmp_path: Path, capsys):
     assert "block 1: " in out and "block 2: " in out and "block 3" not in out
 
 
+def test_lens_writes_one_page_into_the_run(run: Path, capsys):
+    code, out, _ = innerloop(capsys, "lens", run, "--examples", 2)
+    assert code == 0 and "lens.html: 2 examples" in out
+    page = (run / "lens.html").read_text()
+    examples = Chain(**without_name(RECIPE["task"])).examples("test", 3)
+    assert page.startswith("<!doctype html>") and '"loop 2"' in page
+    assert [f'"id":"{example.id}"' in page for example in examples] == [True, True, False]
+    other = run.parent / "other.html"
+    assert innerloop(capsys, "lens", run, "--examples", 1, "--loops", 3, "--split", "valid", "--out", other)[0] == 0
+    assert '"loop 3"' in other.read_text() and '"split":"valid"' in other.read_text()
+
+
+def test_lens_shows_the_first_example_in_the_terminal(run: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = innerloop(capsys, "lens", run, "--terminal", "true")
+    assert code == 0 and "what the latents held" in out and "gold step 1:" in out and not list(tmp_path.iterdir())
+
+
+def test_lens_of_a_plain_model_goes_here(tmp_path: Path, capsys, monkeypatch):
+    model = tiny_model(Cot())
+    model.backbone.lm.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = innerloop(capsys, "lens", "model", "--task", "chain")
+    assert code == 2 and "say how it shall reason: --method NAME" in err
+    arguments = ["--task", "chain", "--method", "cot", "--examples", 1, "--max_new_tokens", 3]
+    assert innerloop(capsys, "lens", "model", *arguments)[0] == 0
+    assert "no latents to look into" in (tmp_path / "lens.html").read_text()
+
+
 def test_calibrate_chooses_a_threshold_and_says_what_it_costs(run: Path, tmp_path: Path, capsys):
     arguments = ["--rule", "delta", "--max_drop", 1.0, "--limit", 6, "--check", 4]
     code, out, _ = innerloop(capsys, "calibrate", run, *arguments, "--out", tmp_path / "early")
@@ -186,6 +216,8 @@ def test_data_make_writes_every_split_and_data_show_lays_it_out(tmp_path: Path, 
         (["train"], "required"),
         (["eval", "runs/nowhere"], "there is no folder runs/nowhere"),
         (["ask", "./nowhere", "hi"], "there is no folder nowhere"),
+        (["lens", "./nowhere"], "there is no folder nowhere"),
+        (["lens", "./nowhere", "--examples", "0"], "lens needs examples >= 1"),
         (["data", "make", "chain", "--n_opss", "3"], "did you mean 'n_ops'"),
         (["data", "make", "gsm8k"], "task 'gsm8k' has no train split"),
         (["data", "show", "nowhere.jsonl"], "no such file: nowhere.jsonl"),

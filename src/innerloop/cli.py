@@ -26,13 +26,14 @@ from innerloop.errors import InputError, nearest
 from innerloop.examples import read_examples, write_examples
 from innerloop.halting import StopKind
 from innerloop.layout import Speller
+from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.methods import METHODS, Cot, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
 from innerloop.recipe import field_parser, load_recipe, named, parse_overrides, parse_value, read_recipe, typed
 from innerloop.run import CONFIG, FINISHED, run_recipe
-from innerloop.show import blocks_view, calibration_line, depth_view, print_rows, trace_view
+from innerloop.show import answer_view, calibration_line, print_rows
 from innerloop.suite import is_suite, load_suite, run_suite, suite_report, suite_table
 from innerloop.tasks import TASKS, Task, task_named
 from innerloop.tokenizer import train_tokenizer
@@ -209,19 +210,54 @@ def ask(
         chosen = Cot()
     model = LatentModel.from_pretrained(run, chosen)
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
-    if answer.trace is not None and answer.trace.iterations and model.depth is None:
-        console.print(trace_view(answer.trace, model.tokenizer))
-        if answer.blocks:
-            console.print(blocks_view(answer.blocks))
-    console.print(answer.text, markup=False, highlight=False)
-    if answer.depths:
-        console.print(depth_view(answer.depths))
-    cost = answer.cost
-    console.print(
-        f"{cost.passes} passes, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
-        + ("" if answer.ended else f"; stopped at max_new_tokens={max_new_tokens}"),
-        style="dim",
-    )
+    console.print(answer_view(answer, model.tokenizer))
+
+
+def lens(
+    run: str,
+    examples: int = 8,
+    task: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    loops: int | None = None,
+    out: str | None = None,
+    method: str | None = None,
+    max_new_tokens: int | None = None,
+    terminal: bool = False,
+) -> None:
+    """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        examples: how many examples the page holds.
+        task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
+        data: a file or Hub data set to read the split from.
+        split: train, valid or test.
+        loops: another number of loops than the model was trained with.
+        out: the file; by default RUN/lens.html for a run, and lens.html here for another model.
+        method: reason by another method than the run was trained with.
+        max_new_tokens: the most tokens to write per example; by default as the task says.
+        terminal: show the first example in the terminal, and write no file.
+    """
+    if examples < 1 or (loops is not None and loops < 0) or (max_new_tokens is not None and max_new_tokens < 1):
+        raise InputError("lens needs examples >= 1, loops >= 0 and max_new_tokens >= 1")
+    chosen = _task(run, task, data, split)
+    if method is None and not checkpoint.is_run(run):
+        raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
+    asked = chosen.examples(split, 1 if terminal else examples)
+    path = None if terminal else page_path(run, out)
+    model = LatentModel.from_pretrained(run, _method(method))
+    if path is None:
+        console.print(terminal_view(model, chosen, asked[0], loops, max_new_tokens))
+        return
+    with bar(console) as progress:
+        row = progress.add_task(f"lens {model.method.name}", total=len(asked), note="")
+        record = look(
+            model, chosen, asked, split, run, loops, max_new_tokens, progress=lambda n: progress.advance(row, n)
+        )
+    write_page(record, path)
+    n_right = sum(one.is_right for one in record.looks)
+    console.print(f"{path}: {len(asked)} examples, {n_right} right; open it in a browser", soft_wrap=True)
 
 
 def compare(
@@ -440,6 +476,7 @@ VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "train": train,
     "eval": eval_,
     "ask": ask,
+    "lens": lens,
     "compare": compare,
     "calibrate": calibrate,
     "bench": bench,

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.engine import Generation
 from innerloop.layout import ANSWER_PASS, Kind, Row
 from innerloop.trace import ShownStep, Trace
 
@@ -51,7 +52,7 @@ def row_view(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 100) -> 
         lines += [tokens, labels, positions]
     for loop, readouts in groupby(row.readouts, key=lambda readout: readout.loop):
         when = f"loop {loop}" if loop != ANSWER_PASS else "the pass of the answer"
-        shown = " ".join(f"{_visible(tokenizer, readout.token)}@{readout.at}" for readout in readouts)
+        shown = " ".join(f"{visible(tokenizer, readout.token)}@{readout.at}" for readout in readouts)
         lines.append(Text(f"{when} must show: {shown}", style=COLOURS[Kind.LATENT]))
     if row.n_loops:
         lines.append(Text(f"the latents are refined {row.n_loops} times", style=COLOURS[Kind.LATENT]))
@@ -63,12 +64,12 @@ def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, 
     suffix_start = len(row) - sum(len(piece.ids) for piece in row.suffix)
     for piece in row.pieces:
         for token_id in piece.ids:
-            token = _visible(tokenizer, token_id)
+            token = visible(tokenizer, token_id)
             if piece.kind is Kind.LATENT:
                 token, slot = f"{token}{slot}", slot + 1
             yield (
                 token,
-                _visible(tokenizer, token_id) if piece.supervised else NO_LABEL,
+                visible(tokenizer, token_id) if piece.supervised else NO_LABEL,
                 str(position + (row.skipped if position >= suffix_start else 0)),
                 COLOURS[piece.kind],
             )
@@ -89,7 +90,8 @@ def _wrap(cells: list[tuple[str, str, str, str]], width: int) -> Iterator[list[t
         yield line
 
 
-def _visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+def visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """Return a token as it can be seen: spaces and line breaks have signs of their own."""
     text = tokenizer.decode([token_id])
     return text.replace("\n", "⏎").replace(" ", "␣") or tokenizer.convert_ids_to_tokens(token_id)
 
@@ -110,11 +112,11 @@ def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int 
         slots = []
         if entry.top_ids is not None and entry.top_probs is not None:
             for ids, probs in zip(entry.top_ids[0][:max_slots].tolist(), entry.top_probs[0][:max_slots].tolist()):
-                slots.append(f"{_visible(tokenizer, ids[0])} {probs[0]:.2f}")
+                slots.append(f"{visible(tokenizer, ids[0])} {probs[0]:.2f}")
         table.add_row(str(entry.loop), *numbers, *slots)
     if trace.last is not None:
         pairs = zip(trace.last.top_ids[0, 1 : max_slots + 1], trace.last.top_probs[0, 1 : max_slots + 1])
-        shown = [f"{_visible(tokenizer, int(ids[0]))} {probs[0].item():.2f}" for ids, probs in pairs]
+        shown = [f"{visible(tokenizer, int(ids[0]))} {probs[0].item():.2f}" for ids, probs in pairs]
         table.add_row("answer", *[""] * (4 if scored else 3), *shown)
     return table
 
@@ -123,6 +125,22 @@ def blocks_view(blocks: Sequence[ShownStep]) -> Text:
     """Return the step that each block of latents shows, a line each (lotus.md, section 6)."""
     lines = [f"block {i}: {block.text.strip()}" for i, block in enumerate(blocks, 1)]
     return Text("\n".join(lines), style=COLOURS[Kind.LATENT])
+
+
+def answer_view(answer: Generation, tokenizer: PreTrainedTokenizerBase) -> Group:
+    """Return what can be seen of an answer: its loop or the depth of its tokens, the text, and what it cost."""
+    parts: list[RenderableType] = []
+    if answer.trace is not None and answer.trace.iterations and not answer.depths:
+        parts.append(trace_view(answer.trace, tokenizer))
+        if answer.blocks:
+            parts.append(blocks_view(answer.blocks))
+    parts.append(Text(answer.text))
+    if answer.depths:
+        parts.append(depth_view(answer.depths))
+    cost = answer.cost
+    line = f"{cost.passes} passes, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
+    parts.append(Text(line + ("" if answer.ended else "; stopped at max_new_tokens"), style="dim"))
+    return Group(*parts)
 
 
 def print_rows(console: Console, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,6 +28,7 @@ class Iteration:
         cosine: cos(z_t, z_{t-1}).
         rms: root mean square of z_t.
         score: the stop score, where there is one.
+        changes: (A, N) the delta of each position by itself.
         top_ids: (A, N, k) most likely tokens of the read-out of u_t, where asked for.
         top_probs: (A, N, k) their probabilities.
         ranks: (A, N) how many tokens are likelier than the gold one; -1 where none is known.
@@ -39,6 +40,7 @@ class Iteration:
     cosine: Tensor
     rms: Tensor
     score: Tensor | None = None
+    changes: Tensor | None = None
     top_ids: Tensor | None = None
     top_probs: Tensor | None = None
     ranks: Tensor | None = None
@@ -119,6 +121,7 @@ class Trace:
         if mask is not None:
             new, old = new * mask[..., None], old * mask[..., None]
             real = mask.float().mean(1).clamp(min=1e-8)
+        changes = (new - old).norm(dim=2) / (new.norm(dim=2) + 1e-8)
         new, old = new.flatten(1), old.flatten(1)
         entry = Iteration(
             loop=loop,
@@ -127,6 +130,7 @@ class Trace:
             cosine=cosine_similarity(new, old, dim=1),
             rms=rms(new)[:, 0] / real**0.5,
             score=score,
+            changes=changes,
         )
         if self.read_out is not None:
             reading = self.read(self.read_out(output), None if self.gold is None else self.gold[rows, 1:])
