@@ -11,12 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from innerloop import checkpoint
+from innerloop.bench import BASELINE, RUN, BenchSettings, bench_lines, bench_table
+from innerloop.bench import bench as benchmark
 from innerloop.calibrate import calibrate as calibration
 from innerloop.cluster import ray_workers
 from innerloop.compare import compare_folders, compare_suite
@@ -377,6 +380,90 @@ def calibrate(
     console.print(f"{path}" + ("; the run stops by this rule from now on" if adopt else ""), soft_wrap=True)
 
 
+def bench(
+    run: str,
+    baseline: str | None = None,
+    out: str | None = None,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    repeats: int = 5,
+    questions: int = 8,
+    max_new_tokens: int | None = None,
+    task: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    method: str | None = None,
+    baseline_method: str | None = None,
+    device: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Measure time, memory and the share of the machine's floor, against a baseline that takes turns; bench.json.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        baseline: another, answering the same questions.
+        out: the file to write; by default RUN/bench.json.
+        batch_sizes: rows that may run together.
+        repeats: timed turns.
+        questions: the least number of questions of a turn; a larger batch answers as many as it holds.
+        max_new_tokens: the most tokens to write per question; by default as the task says.
+        task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
+        data: a file or Hub data set to read the split from.
+        split: train, valid or test.
+        method: reason by another method than the run was trained with.
+        baseline_method: the same for the baseline.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+        dtype: the type of the weights; auto keeps the file's.
+        threads: threads of a CPU; by default as many as torch takes.
+        seed: of what models draw.
+    """
+    if baseline_method is not None and baseline is None:
+        raise InputError("--baseline_method is for a --baseline, and there is none")
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads {threads}: give at least one thread, or leave it out")
+    where = _device(device)
+    path = Path(out) if out is not None else Path(run) / "bench.json"
+    if path.is_dir() or (out is None and not path.parent.is_dir()):
+        raise InputError(f"the report cannot be written to {path}: name a file by --out FILE")
+    chosen = _task(run, task, data, split)
+    settings = BenchSettings(tuple(batch_sizes), repeats, questions, max_new_tokens or chosen.max_new_tokens, seed)
+    asked = [example.question for example in chosen.examples(split, settings.most)]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    named_models = {RUN: (run, method), BASELINE: (baseline, baseline_method)}
+    models = {
+        name: LatentModel.from_pretrained(folder, _method(written), device=where, dtype=dtype)
+        for name, (folder, written) in named_models.items()
+        if folder is not None
+    }
+    report = benchmark(models, asked, settings)
+    for name, found in report["models"].items():
+        found["model"] = named_models[name][0]
+    report = {"task": {"name": chosen.name, "version": chosen.version, **asdict(chosen)}, "split": split, **report}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(path, json.dumps(report, indent=1) + "\n")
+    console.print(bench_table(report))
+    for line in bench_lines(report):
+        console.print(line, soft_wrap=True)
+    console.print(f"{path}", soft_wrap=True)
+
+
+def _device(text: str | None) -> torch.device | None:
+    """Return the device of a name, if it is there."""
+    if text is None:
+        return None
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise InputError(f"--device {text} is no device: write cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InputError(f"--device {text}: there are the CPU and {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 def _task(run: str, task: str | None, data: str | None, split: str) -> Task:
     """Return the task asked for, or the one a run was trained on, with ``data`` as the source of the split."""
     checkpoint.resolve(run)
@@ -411,6 +498,7 @@ VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "compare": compare,
     "sweep": sweep,
     "calibrate": calibrate,
+    "bench": bench,
 }
 # verbs that take any --field: where these go, and which are the verb's own
 OPEN_ENDED = {("train",): "overrides", ("data", "make"): "fields", ("compare",): "overrides", ("sweep",): "overrides"}

@@ -24,7 +24,11 @@ PHASES = ("prefill", "thought", "answer")
 
 @dataclass
 class Cost:
-    """What one example cost. ``loops`` are its inner iterations, ``seconds`` its share of the batch it ran in."""
+    """What one example cost.
+
+    ``loops`` are its inner iterations, ``seconds`` its share of the batch it ran in, ``cached`` the earlier positions
+    that its passes found in the cache (each pass counts them anew), ``logits`` the positions that were read out.
+    """
 
     passes: int = 0
     positions: int = 0
@@ -32,6 +36,8 @@ class Cost:
     thought_tokens: int = 0
     loops: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    cached: int = 0
+    logits: int = 0
 
 
 def mean_cost(costs: list[Cost]) -> dict:
@@ -50,6 +56,7 @@ class Meter:
     def __init__(self, n_rows: int, device: torch.device):
         zeros = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.passes, self.positions, self.keys, self.logits = zeros, zeros.clone(), zeros.clone(), zeros.clone()
+        self.cached = zeros.clone()
         self.layer_positions: Tensor | None = None  # with layer_keys: where tokens do not all run every layer
         self.layer_keys = torch.zeros(n_rows, dtype=torch.float64, device=device)
         self.extra = self.layer_keys.clone()
@@ -63,7 +70,9 @@ class Meter:
         """
         new = torch.as_tensor(new_B, device=self.passes.device)
         keys = new * past_B + new * (new + 1) // 2
-        for counter, amount in ((self.passes, (new > 0).long()), (self.positions, new), (self.keys, keys)):
+        passes, cached = (new > 0).long(), (new > 0) * torch.as_tensor(past_B, device=new.device)
+        counted = (self.passes, passes), (self.positions, new), (self.keys, keys), (self.cached, cached)
+        for counter, amount in counted:
             if rows is None:
                 counter += amount
             else:
@@ -133,8 +142,11 @@ class Meter:
         flops = flops_of(backbone, positions, keys, self.logits) + self.extra
         n = len(self.passes)
         share = {phase: seconds / n for phase, seconds in self.seconds.items()}
-        columns = zip(self.passes.tolist(), self.positions.tolist(), flops.tolist())
-        return [Cost(passes, positions, f, seconds=dict(share)) for passes, positions, f in columns]
+        counts = (self.passes, self.positions, flops, self.cached, self.logits)
+        return [
+            Cost(passes, positions, f, seconds=dict(share), cached=cached, logits=logits)
+            for passes, positions, f, cached, logits in zip(*(count.tolist() for count in counts))
+        ]
 
 
 def flops_of(backbone: Backbone, positions: Tensor, keys: Tensor, logits: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""The most memory that a call holds, beyond what was held before it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that ``run`` holds at once on a device, beyond those held when it begins.
+
+    Bytes are those of torch's own allocator: on CUDA its high-water mark, on a CPU every allocation and release as the
+    profiler reports them, so that two runs give the same figure and what the rest of the process does is left out.
+    Profiling slows the run down, so it is never timed together.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quietly():
+        profiler.start()
+    try:
+        run()
+    finally:
+        with _quietly():
+            profiler.stop()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what the profiler's library writes to the process's standard error as it starts and stops out of sight."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

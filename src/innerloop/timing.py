@@ -1,0 +1,79 @@
+"""Timing runs that take turns, so that what disturbs the machine disturbs all of them, and saying how far times spread.
+
+turns = take_turns({"ours": f, "theirs": g}, repeats=5)
+ratio(turns["theirs"], turns["ours"])  # {"median": ..., "p10": ..., "p90": ...}
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import torch
+
+from innerloop.errors import InputError
+
+K, T = TypeVar("K"), TypeVar("T")
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Turn(Generic[T]):
+    """One timed call: its seconds, and what it returned."""
+
+    seconds: float
+    result: T
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return a clock that reads the time once a device has done what was asked of it."""
+    return time.perf_counter if device.type != "cuda" else partial(_synchronised, device)
+
+
+def _synchronised(device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def take_turns(
+    runs: Mapping[K, Callable[[], T]], repeats: int, clock: Clock = time.perf_counter, warm_up: int = 1
+) -> dict[K, list[Turn[T]]]:
+    """Call each run ``repeats`` times, one after the other, and time every call.
+
+    Every second turn goes backwards, so that none always follows the same other one. ``warm_up`` turns come first and
+    are not counted.
+    """
+    if repeats < 1 or warm_up < 0:
+        raise InputError(f"repeats is {repeats}, but at least one turn must be timed")
+    names = list(runs)
+    turns: dict[K, list[Turn[T]]] = {name: [] for name in names}
+    for number in range(-warm_up, repeats):
+        for name in names if number % 2 == 0 else reversed(names):
+            started = clock()
+            result = runs[name]()
+            seconds = clock() - started
+            if number >= 0:
+                turns[name].append(Turn(seconds, result))
+    return turns
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median of some values, and between what the middle four fifths of them lie (p10, p90)."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "p10", "p90"), values[0])
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
+
+
+def seconds_of(turns: Sequence[Turn]) -> list[float]:
+    """Return the seconds of each turn."""
+    return [turn.seconds for turn in turns]
+
+
+def ratio(above: Sequence[Turn], below: Sequence[Turn]) -> dict[str, float]:
+    """Return how many times longer one run took than another, as the spread over the turns that both took together."""
+    return spread([a / b for a, b in zip(seconds_of(above), seconds_of(below), strict=True)])
