@@ -234,6 +234,7 @@ def compare(
     task: str | None = None,
     split: str | None = None,
     limit: int | None = None,
+    timed: int = 64,
     overrides: Sequence[str] = (),
 ) -> None:
     """Compare a suite's variants, or runs: train and evaluate what is missing, print the table, write report.html.
@@ -249,12 +250,15 @@ def compare(
         task: of runs, what to answer: a task's name, or {name: ..., field: value}; by default what they learned.
         split: of runs, train, valid or test; by default test. A suite says so itself, under test.
         limit: of runs, answer only the first examples.
+        timed: examples that all answer in turns, for times and memory; 0: times are those of each evaluation.
         overrides: of a suite, fields that all variants share, written --section.field value.
     """
+    if timed < 0:
+        raise InputError(f"--timed is {timed}, but must be 0 or more")
     if len(subjects) == 1 and is_suite(subjects[0]):
         if (task, split, limit) != (None, None, None):
             raise InputError("--task, --split and --limit are of runs: a suite says under 'test' what is answered")
-        compare_suite(subjects[0], out, baseline, seeds, workers, results, overrides, console)
+        compare_suite(subjects[0], out, baseline, seeds, workers, results, overrides, console, timed)
         return
     if overrides:
         raise InputError(f"runs take no {overrides[0]}: they are compared as they are")
@@ -265,7 +269,7 @@ def compare(
     if len(subjects) < 2:
         raise InputError("compare takes a suite, or two runs or more")
     chosen = None if task is None else _task(subjects[0], task, None, split or "test")
-    compare_folders(subjects, Path(out or "runs/compare"), baseline, console, chosen, split or "test", limit)
+    compare_folders(subjects, Path(out or "runs/compare"), baseline, console, chosen, split or "test", limit, timed)
 
 
 def sweep(
@@ -506,7 +510,7 @@ OWN = {
     ("train",): {"--resume"},
     ("data", "make"): {"--resume", "--out"},
     ("compare",): {
-        "--out", "--baseline", "--seeds", "--workers", "--results", "--task", "--split", "--limit",
+        "--out", "--baseline", "--seeds", "--workers", "--results", "--task", "--split", "--limit", "--timed",
     },
     ("sweep",): {
         "--grid", "--search", "--trials", "--seeds", "--out", "--workers", "--on", "--split", "--limit",

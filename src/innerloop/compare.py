@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from innerloop import checkpoint
 from innerloop.cost import Cost, mean_cost
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example
+from innerloop.latency import time_runs
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.statistics import over_seeds, verdict_of_files
 from innerloop.methods import Method, method_named
 from innerloop.model import LatentModel
 from innerloop.points import run_suite
@@ -48,6 +50,7 @@ def compare_runs(
     split: str = "test",
     limit: int | None = None,
     batch_size: int = 64,
+    n_timed: int = 64,
 ) -> list[Standing]:
     """Return how runs stand on the same test data. Results that cover it are taken as they are, others are made.
 
@@ -59,6 +62,7 @@ def compare_runs(
         split: which examples.
         limit: how many; None: all.
         batch_size: rows per batch.
+        n_timed: examples that all answer in turns for times and memory; 0: times are those of each evaluation.
     """
     folders = [Path(run) for run in runs]
     for folder in folders:
@@ -102,11 +106,13 @@ def compare_runs(
             place.mkdir(exist_ok=True)
             write_answers(place, result, predictions)
             known[i] = place
-    return [
+    standings = [
         Standing(name, [read_json(place / RESULT)], [folder], [place])
         for name, folder, place in zip(names, folders, known)
         if place is not None
     ]
+    questions = [example.question for example in test.examples[:n_timed]]
+    return timed(standings, test.task, questions, out) if questions else standings
 
 
 def _test(folders: Sequence[Path], task: Task | None, split: str, limit: int | None) -> Asked:
@@ -245,9 +251,10 @@ def compare_folders(
     task: Task | None = None,
     split: str = "test",
     limit: int | None = None,
+    n_timed: int = 64,
 ) -> None:
     """Compare runs, print the table and write OUT/report.html and OUT/results.json."""
-    standings = compare_runs(runs, out, console, task, split, limit)
+    standings = compare_runs(runs, out, console, task, split, limit, n_timed=n_timed)
     chosen = chosen_baseline([s.name for s in standings], baseline)
     report = {"baseline": chosen, "points": [{"variant": s.name, **s.results[0]} for s in standings]}
     checkpoint.write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
@@ -263,6 +270,7 @@ def compare_suite(
     results: str | None,
     overrides: Sequence[str],
     console: Console,
+    n_timed: int = 64,
 ) -> None:
     """Run what is missing of a suite, print the table and write OUT/report.html and OUT/results.json.
 
@@ -280,7 +288,12 @@ def compare_suite(
         checkpoint.write_text(file, report)
     failed = failures(points)
     shown = {name: value for name, value in raw.items() if name != "out"}
-    _show(suite_standings(suite, points), chosen, folder, f"Suite {Path(path).stem}", console, failed, shown)
+    standings = suite_standings(suite, points)
+    if standings and n_timed:
+        task, exam = next(iter(suite.points.values())).task, suite.exam
+        questions = [example.question for example in task.examples(exam.split, min(n_timed, exam.limit or n_timed))]
+        standings = timed(standings, task, questions, folder)
+    _show(standings, chosen, folder, f"Suite {Path(path).stem}", console, failed, shown)
     if failed:
         raise InputError(f"{len(failed)} of {len(points)} points failed:\n" + "\n".join(failed))
 
@@ -302,6 +315,54 @@ def _show(
     console.print(f"the report is in {folder / REPORT}, every point in {folder / 'results.json'}", soft_wrap=True)
 
 
+def timed(standings: Sequence[Standing], task: Task, questions: Sequence[str], folder: Path) -> list[Standing]:
+    """Return rows with the times and the memory of the run of their first seed, measured in turns."""
+    measured = time_runs({s.name: s.folders[0] for s in standings}, task, questions, folder)["runs"]
+    return [replace(s, turns=tuple(measured[s.name]["seconds"]), memory=measured[s.name]["memory"]) for s in standings]
+
+
 def verdicts(standings: Sequence[Standing], baseline: str) -> list[str]:
-    """Say of each row whether it is better than the baseline, and how sure that is."""
-    return []
+    """Say of each row whether it is better than the baseline, and how sure that is.
+
+    With one seed the same rows are compared (McNemar's test, a paired bootstrap): that is about these two runs. With
+    several the differences of the seeds are, by their t-interval: that is about the methods.
+    """
+    base = next((s for s in standings if s.name == baseline), None)
+    if base is None:
+        return []
+    sentences = []
+    for standing in standings:
+        if standing is base:
+            continue
+        seeds = [r.get("seed") for r in base.results]
+        pairs = [
+            (place, base.answers[seeds.index(r.get("seed"))])
+            for r, place in zip(standing.results, standing.answers)
+            if r.get("seed") in seeds
+        ]
+        if len(standing.results) == len(base.results) == 1:
+            pairs = [(standing.answers[0], base.answers[0])]
+        found = [
+            verdict_of_files(ours / PREDICTIONS, theirs / PREDICTIONS, (standing.name, base.name))
+            for ours, theirs in pairs
+        ]
+        if len(found) > 1:
+            sentences.append(seeds_sentence(standing.name, base.name, [v.difference for v in found]))
+        else:
+            sentences += [v.sentence for v in found]
+    return sentences
+
+
+def seeds_sentence(name: str, other: str, differences: Sequence[float]) -> str:
+    """Say how two rows compare over seeds, by the t-interval of the differences of their accuracies."""
+    mean, half = over_seeds(differences)
+    low, high = max(mean - half, -1.0), min(mean + half, 1.0)
+    if not any(differences):
+        return f"{name} and {other} are equally accurate in each of {len(differences)} seeds"
+    tail = f"({len(differences)} seeds)"
+    if low <= 0 <= high:
+        interval = f"95 % t-interval {100 * low:.1f} to {100 * high:.1f}"
+        return f"{name} and {other} cannot be told apart: {100 * mean:+.1f} points, {interval} {tail}"
+    side, ends = ("above", (low, high)) if mean > 0 else ("below", (-high, -low))
+    interval = f"95 % t-interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+    return f"{name} is {100 * abs(mean):.1f} points {side} {other}, {interval} {tail}"

@@ -16,14 +16,15 @@ STYLE = """
   :root { --ink: #e6eaf0; --rule: #39424f; --soft: #9aa6b5; --paper: #14181f; --tint: #1c222b;
     --low: #1f2b3d; --high: #8fbaf5; %s }
 }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 76rem;
        margin: 2rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%%; font-size: .95rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; } thead th { white-space: normal; } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; vertical-align: bottom; } thead th { white-space: normal; }
+th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 400; } tr.baseline { background: var(--tint); }
 caption, figcaption, .note { color: var(--soft); text-align: left; padding: .4rem 0; font-size: .92rem; }
 caption { caption-side: bottom; }
@@ -36,7 +37,8 @@ details { border-bottom: 1px solid var(--rule); padding: .3rem 0; } summary { cu
 svg { width: 100%%; height: auto; display: block; margin: 0 auto; }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; paint-order: stroke; stroke: var(--paper);
   stroke-width: 3px; stroke-linejoin: round; } svg text.cell { stroke: none; } svg text.soft { fill: var(--soft); }
-svg .grid { stroke: var(--rule); } svg .spread { stroke: var(--soft); opacity: .45; } svg .whisker { stroke: var(--ink); stroke-width: 2; }
+svg .grid { stroke: var(--rule); } svg .spread { stroke: var(--soft); opacity: .45; }
+svg .whisker { stroke: var(--ink); stroke-width: 2; }
 svg .front { stroke: var(--soft); stroke-dasharray: 5 4; fill: none; } svg .leader { stroke: var(--soft); }
 svg .band { opacity: .16; stroke: none; } svg .line { fill: none; stroke-width: 2; } svg .halo { stroke: var(--paper); }
 svg .best { fill: none; stroke: var(--c1); stroke-width: 3; } svg .gap { fill: var(--tint); stroke: var(--rule); }

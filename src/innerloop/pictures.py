@@ -128,15 +128,22 @@ def scatter(marks: Sequence[Mark], title: str, log: bool = False, best_is_low: b
     return _svg(width, height, shapes, label)
 
 
-def curves(lines: Sequence[Curve], title: str, trained: Sequence[float | None] = ()) -> str:
+def curves(lines: Sequence[Curve], title: str, trained: Sequence[float | None] = (), are_shares: bool = True) -> str:
     """Draw a line with its band for each curve, the names at the right; a ring marks where it was trained."""
     right = 14 + max(len(_short(line.name)) for line in lines) * LETTER
     width, height = 560 + right, 380.0
     every = [mark for line in lines for mark in line.marks]
-    y = Scale(*_share_range(every), height - 44, 14)
+    span = _share_range(every) if are_shares else (0.0, max(m.high for m in every) * 1.05 or 1.0)
+    y = Scale(*span, height - 44, 14)
     x = Scale(min(m.x for m in every), max(m.x for m in every), 54, 546)
-    shapes = [*_axes(x, y, 556, height, title)]
+    shapes = [*_axes(x, y, 556, height, title, are_shares)]
     ends = []
+
+    def told(mark: Mark) -> str:
+        numbers = (mark.share, mark.low, mark.high)
+        value, low, high = (f"{number:.1%}" if are_shares else _number(number) for number in numbers)
+        return f"{value} ({low} to {high})"
+
     for i, line in enumerate(lines):
         colour = i % len(COLOURS)
         points = [(x(m.x), y(m.share)) for m in line.marks]
@@ -145,7 +152,8 @@ def curves(lines: Sequence[Curve], title: str, trained: Sequence[float | None] =
         shapes.append(f"<polygon class='band f{colour}' points='{_points(band)}' />")
         shapes.append(f"<polyline class='line s{colour}'{dashes} points='{_points(points)}' />")
         shapes += [
-            f"<circle class=f{colour} cx={px:.1f} cy={py:.1f} r=3>{_title(m, f'{title} {_number(m.x)}', line.name)}"
+            f"<circle class=f{colour} cx={px:.1f} cy={py:.1f} r=3>"
+            f"<title>{escape(f'{line.name}: {told(m)}, {title} {_number(m.x)}')}</title>"
             "</circle>"
             for m, (px, py) in zip(line.marks, points)
         ]
@@ -162,9 +170,9 @@ def curves(lines: Sequence[Curve], title: str, trained: Sequence[float | None] =
         shapes.append(f"<text class=f{i % len(COLOURS)} x=560 y={at + 4:.1f} style='fill:var(--c{i % len(COLOURS)})'>")
         shapes.append(f"{escape(name)}</text>")
     label = "; ".join(
-        f"{line.name}: " + ", ".join(f"{m.share:.1%} at {_number(m.x)}" for m in line.marks) for line in lines
+        f"{line.name}: " + ", ".join(f"{told(m)} at {_number(m.x)}" for m in line.marks) for line in lines
     )
-    return _svg(width, height, shapes, f"accuracy against {title}. {label}")
+    return _svg(width, height, shapes, f"against {title}: {label}")
 
 
 def heat_map(
@@ -223,11 +231,11 @@ def _share_range(marks: Sequence[Mark]) -> tuple[float, float]:
     return (math.floor(low * 10) / 10 if low > 0.5 else 0.0), 1.0
 
 
-def _axes(x: Scale, y: Scale, width: float, height: float, title: str) -> list[str]:
+def _axes(x: Scale, y: Scale, width: float, height: float, title: str, are_shares: bool = True) -> list[str]:
     shapes = []
     for tick in y.ticks():
         shapes.append(_line("grid", x.start, y(tick), width - 10, y(tick)))
-        shapes.append(_text(x.start - 7, y(tick) + 4, f"{tick:.0%}", "end", "soft"))
+        shapes.append(_text(x.start - 7, y(tick) + 4, f"{tick:.0%}" if are_shares else _number(tick), "end", "soft"))
     for tick in x.ticks():
         shapes.append(_line("grid", x(tick), y.start, x(tick), y.start + 5))
         shapes.append(_text(x(tick), y.start + 19, _number(tick), "middle", "soft"))
@@ -292,9 +300,9 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.3g}"
 
 
-def _title(mark: Mark, where: str = "", name: str | None = None) -> str:
+def _title(mark: Mark, where: str = "") -> str:
     place = f", {where}" if where else ""
-    text = f"{mark.name if name is None else name}: {mark.share:.1%} ({mark.low:.1%} to {mark.high:.1%}){place}"
+    text = f"{mark.name}: {mark.share:.1%} ({mark.low:.1%} to {mark.high:.1%}){place}"
     return f"<title>{escape(text)}</title>"
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from innerloop.checkpoint import write_text
 from innerloop.page import document, escape, figure, paragraph, settings, table
 from innerloop.pictures import Curve, bars, curves, scatter
+from innerloop.report_parts import controls_part, stability_part
 from innerloop.run import CONFIG
-from innerloop.standing import Standing, against_cot, caption, columns
+from innerloop.standing import Standing, against_cot, caption, columns, interval_kind
 
 
 def write_report(
@@ -38,9 +39,11 @@ def write_report(
             "<h2>Results</h2>",
             table(*columns(standings), _caption(standings)),
             "<h2>Accuracy</h2>",
-            figure(bars([s.mark for s in standings]), f"Accuracy. {caption(standings).partition('. ')[0]}."),
+            figure(bars([s.mark for s in standings]), interval_kind(standings)),
             _cost_pictures(standings),
             _loops(standings),
+            controls_part(standings),
+            stability_part(standings),
             _configurations(standings, suite),
         ]
     write_text(path, document(title, parts))
@@ -90,7 +93,7 @@ def _cost_pictures(standings: Sequence[Standing]) -> str:
     pictures = [
         figure(passes, "Accuracy against passes. Nothing is both better and cheaper than a point of the front.")
     ]
-    if len({machine for s in standings for machine in s.machine}) == 1:
+    if all(s.turns for s in standings) or len({machine for s in standings for machine in s.machine}) == 1:
         shown = scatter([s.at(1000 * s.seconds) for s in standings], "milliseconds per example", log=True)
         pictures.append(
             figure(shown, "Accuracy against time, on one machine, in the same engine; the axis is in logs.")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from innerloop.errors import InputError
 from innerloop.measure.statistics import over_seeds, wilson
 from innerloop.pictures import Mark
+from innerloop.timing import spread
 
 CONTROLS, STABILITY = "controls.json", "stability.json"
 
@@ -28,12 +31,16 @@ class Standing:
         results: result.json of each seed.
         folders: the run of each seed; empty where results alone are known.
         answers: the folder where each seed's predictions lie, which need not be the run's.
+        turns: seconds of an example in each of several turns that all rows took together; empty: none were taken.
+        memory: the peak of a turn in bytes, beyond the weights, where it was measured.
     """
 
     name: str
     results: Sequence[dict[str, Any]]
     folders: Sequence[Path] = ()
     answers: Sequence[Path] = ()
+    turns: Sequence[float] = ()
+    memory: float | None = None
 
     @property
     def accuracies(self) -> list[float]:
@@ -58,7 +65,9 @@ class Standing:
 
     @property
     def seconds(self) -> float:
-        """Mean seconds of an example, all phases."""
+        """Seconds of an example: the median of the turns, or else the mean of its own evaluation."""
+        if self.turns:
+            return statistics.median(self.turns)
         return sum(sum(r["cost"]["seconds"].values()) for r in self.results) / len(self.results)
 
     @property
@@ -80,6 +89,8 @@ class Standing:
     def loops(self) -> list[Mark]:
         """Accuracy by number of loops, where it was measured."""
         curves = [{int(n): at for n, at in r["loops"].items()} for r in self.results if r.get("loops")]
+        if not curves:
+            curves = [{at["loops"]: at for at in c["loops"]} for c in self.beside(CONTROLS) if c.get("loops")]
         if not curves:
             return []
         marks = []
@@ -127,55 +138,76 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def against_cot(standings: Sequence[Standing]) -> list[float | None]:
-    """Return for each the time of an example divided by that of written steps, measured on the same machine."""
+def against_cot(standings: Sequence[Standing]) -> list[dict[str, float] | None]:
+    """Return for each how long an example takes, divided by one with written steps: median, p10 and p90 of the turns.
+
+    Without turns it is the ratio of what each measured when it was evaluated, where that was on the same machine.
+    """
     cot = next((s for s in standings if s.method.get("name") == "cot"), None)
-    if cot is None or cot.seconds == 0:
-        return [None] * len(standings)
-    return [s.seconds / cot.seconds if set(s.machine) == set(cot.machine) else None for s in standings]
+    ratios: list[dict[str, float] | None] = []
+    for s in standings:
+        if cot is None or cot.seconds == 0:
+            ratios.append(None)
+        elif cot.turns and len(s.turns) == len(cot.turns):
+            ratios.append(spread([ours / theirs for ours, theirs in zip(s.turns, cot.turns)]))
+        else:
+            ratios.append(spread([s.seconds / cot.seconds]) if set(s.machine) == set(cot.machine) else None)
+    return ratios
 
 
-def columns(standings: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
-    """Return the table of a comparison: its head, and the cells of each row."""
-    ratios, peaks = against_cot(standings), [_peak(s) for s in standings]
-    several = any(len(s.results) > 1 for s in standings)
-    head = ["method", "accuracy", "95 % interval", *(["by seed"] if several else []), "passes", "positions"]
-    head += ["thought tokens", "MFLOPs", "ms"]
+def columns(standings: Sequence[Standing], brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Return the table of a comparison: its head, and the cells of each row; ``brief`` leaves out seeds and FLOPs."""
+    ratios = against_cot(standings)
+    several = any(len(s.results) > 1 for s in standings) and not brief
+    head = ["method", "accuracy, %", "95 % interval", *(["by seed"] if several else []), "passes", "positions"]
+    head += ["thought tokens", *([] if brief else ["MFLOPs"]), "ms"]
     head += ["time / CoT"] if any(ratio is not None for ratio in ratios) else []
-    head += ["memory, MiB"] if any(peak is not None for peak in peaks) else []
+    head += ["memory, MiB"] if any(s.memory is not None for s in standings) else []
     rows = []
-    for standing, ratio, peak in zip(standings, ratios, peaks):
-        row = [standing.name, f"{standing.mark.share:.1%}", standing.interval]
-        row += [" ".join(f"{100 * a:.0f}" for a in standing.accuracies)] if several else []
-        row += [f"{standing.cost(name):.1f}" for name in ("passes", "positions", "thought_tokens")]
-        row += [f"{standing.cost('flops') / 1e6:.3g}", f"{1000 * standing.seconds:.2f}"]
-        row += ["-" if ratio is None else f"{ratio:.2f}"] if "time / CoT" in head else []
-        row += ["-" if peak is None else f"{peak / 2**20:.0f}"] if "memory, MiB" in head else []
+    for s, ratio in zip(standings, ratios):
+        row = [s.name, f"{100 * s.mark.share:.1f}", s.interval]
+        row += [" ".join(f"{100 * a:.0f}" for a in s.accuracies)] if several else []
+        row += [f"{s.cost(name):.1f}" for name in ("passes", "positions", "thought_tokens")]
+        row += [*([] if brief else [f"{s.cost('flops') / 1e6:.3g}"]), f"{1000 * s.seconds:.2f}"]
+        row += [_ratio(ratio, brief)] if "time / CoT" in head else []
+        row += ["-" if s.memory is None else f"{s.memory / 2**20:.1f}"] if "memory, MiB" in head else []
         rows.append(row)
     return head, rows
 
 
+def _ratio(ratio: dict[str, float] | None, brief: bool) -> str:
+    if ratio is None:
+        return "-"
+    ends = [f"{ratio[name]:.2f}" for name in ("p10", "p90")]
+    return f"{ratio['median']:.2f}" + ("" if brief or ends[0] == ends[1] else f" ({ends[0]} to {ends[1]})")
+
+
 def standing_table(standings: Sequence[Standing]) -> Table:
     """Return the table of a comparison for a terminal."""
-    head, rows = columns(standings)
-    table = Table(title="per example", title_justify="left", caption=caption(standings), caption_justify="left")
+    head, rows = columns(standings, brief=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption(standings))
+    table.caption_justify = "left"
+    short = {"accuracy, %": "acc., %", "positions": "pos.", "thought tokens": "thought", "memory, MiB": "MiB"}
     for i, column in enumerate(head):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0)
+        table.add_column(short.get(column, column), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def caption(standings: Sequence[Standing]) -> str:
-    """Say what intervals and times mean."""
+def interval_kind(standings: Sequence[Standing]) -> str:
+    """Say what the intervals of accuracy are."""
     over = "the t-interval over seeds" if any(len(s.results) > 1 for s in standings) else "Wilson's over examples"
-    return (
-        f"Intervals are {over}. Costs are means of an example; ms is its share of the batch it was answered in, "
-        "taken when each was evaluated."
-    )
+    return f"Intervals are {over}."
 
 
-def _peak(standing: Standing) -> float | None:
-    """Return the peak memory in bytes, where it was measured."""
-    found = [r["cost"]["memory"] for r in standing.results if r["cost"].get("memory") is not None]
-    return sum(found) / len(found) if found else None
+def caption(standings: Sequence[Standing]) -> str:
+    """Say what intervals, costs and times mean."""
+    told = [interval_kind(standings), "Costs are means of an example."]
+    turns = {len(s.turns) for s in standings}
+    if turns == {0}:
+        told.append("ms is an example's share of its batch, taken when each was evaluated.")
+    else:
+        told.append(f"Times are medians of {max(turns)} turns that all took one after the other on one machine")
+        told[-1] += ", with the middle four fifths of the ratio." if max(turns) > 1 else "."
+    return " ".join(told)
