@@ -226,18 +226,33 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
     for name, fields in exam.also.items():
         other = replace(task, **fields)  # type: ignore[type-var]
         found = other.examples(exam.split, exam.limit)
-        at = result.setdefault("also", {}).setdefault(name, {})
-        at["trained"] = _score(model, other, found, None)
-        at |= {loops: _score(model, other, found, loops) for loops in exam.loops if iterates}
+        curve = _curve(model, other, found, exam.loops)[0] if iterates else {}
+        result.setdefault("also", {})[name] = {"trained": _score(model, other, found, None), **curve}
     if iterates:
-        result["loops"] = {loops: _score(model, task, examples, loops) for loops in exam.loops}
-        questions = [example.question for example in examples[:N_TRACED]]
-        answers = model.generate(questions, loops=max(exam.loops), trace=True, max_new_tokens=1)
-        changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
-        result["change"] = [sum(column) / len(column) for column in zip(*changes)]
+        result["loops"], refused = _curve(model, task, examples, exam.loops)
+        if refused:
+            result["loops_refused"] = refused
+        if result["loops"]:
+            questions = [example.question for example in examples[:N_TRACED]]
+            answers = model.generate(questions, loops=max(result["loops"]), trace=True, max_new_tokens=1)
+            changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
+            result["change"] = [sum(column) / len(column) for column in zip(*changes)]
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _curve(
+    model: LatentModel, task: Task, examples: list[Example], loops: Sequence[int]
+) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
+    scores, refused = {}, {}
+    for n in loops:
+        try:
+            scores[n] = _score(model, task, examples, n)
+        except InputError as error:
+            refused[n] = str(error)
+    return scores, refused
 
 
 def _score(model: LatentModel, task: Task, examples: list[Example], loops: int | None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     task: {name: chain, n_ops: 3}
     backbone: {scratch: {...}}
-    warm_up: {method: {name: cot}, train: {max_steps: 400}}     # once for each seed; every variant goes on from it
+    warm_up: {method: {name: cot}, train: {max_steps: 400}}     # once for each seed; variants go on from it, but for
+                                                                # those that make a backbone from scratch themselves
     train: {max_steps: 900, ...}
     variants:                                                   # each overrides sections of the recipe
       pause: {method: {name: pause, n_pauses: 3}}
@@ -119,6 +120,8 @@ def parse_suite(raw: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
     variants = {name: {} for name in settings} if settings else changes
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()) or not variants:
         raise InputError("a suite needs variants, for example variants: {pause: {method: {name: pause}}}")
+    if "warm_up" in variants:
+        raise InputError("no variant may be called warm_up: that is the folder of the warm-up")
     chosen = raw.get("seeds", [0])
     are_whole = isinstance(chosen, list) and all(isinstance(s, int) for s in chosen) and chosen
     if not are_whole or len(set(chosen)) != len(chosen):
@@ -173,8 +176,9 @@ def _variant(
         same = same and value.get("name", before.get("name")) == before.get("name")  # type: ignore[union-attr]
         raw[section] = {**before, **value} if same else value  # type: ignore[dict-item]
     if start is not None:
-        raw["backbone"] = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}
-        raw["backbone"]["model"] = start
+        if "scratch" not in (changes.get("backbone") or {}):  # one that makes its own decoder starts with that
+            kept = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}
+            raw["backbone"] = {**kept, "model": start}
         raw = _filled(raw, start)
     raw["train"] = {**(raw.get("train") or {}), "seed": seed}
     raw["out"] = out
