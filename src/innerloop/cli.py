@@ -29,6 +29,8 @@ from innerloop.examples import read_examples, write_examples
 from innerloop.halting import StopKind
 from innerloop.layout import Speller
 from innerloop.measure import evaluate, result_of
+from innerloop.measure.harness import RESULT as HARNESS_RESULT
+from innerloop.measure.harness import evaluate_tasks
 from innerloop.methods import METHODS, Cot, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
@@ -132,6 +134,10 @@ def eval_(
     max_new_tokens: int | None = None,
     stage: int | None = None,
     loops: int | None = None,
+    backend: Literal["innerloop", "lm-eval"] = "innerloop",
+    tasks: str | None = None,
+    tasks_dir: str | None = None,
+    shots: int | None = None,
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -147,7 +153,16 @@ def eval_(
         max_new_tokens: the most tokens to write per example; by default as the task says.
         stage: answer in the layout of this stage of the method's curriculum; by default the last.
         loops: another number of loops than the model was trained with.
+        backend: lm-eval answers tasks of lm-evaluation-harness instead, and writes lm_eval.json.
+        tasks: of lm-eval, names of tasks with commas between them.
+        tasks_dir: of lm-eval, a folder with tasks of your own.
+        shots: of lm-eval, examples put before a question; by default as the task says.
     """
+    if backend == "lm-eval":
+        _eval_harness(run, tasks, method, Path(out or run), limit, batch_size, tasks_dir, shots)
+        return
+    if (tasks, tasks_dir, shots) != (None, None, None):
+        raise InputError("--tasks, --tasks_dir and --shots are of --backend lm-eval; a task of ours is named by --task")
     if method is not None and out is None and checkpoint.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     checkpoint.resolve(run)
@@ -176,6 +191,9 @@ def eval_(
             progress=lambda n: progress.advance(row, n),
         )
     result = result_of(model, chosen, split, predictions, checkpoint.recorded(run, "seed"), run)
+    asked = {"max_new_tokens": max_new_tokens, "stage": stage, "loops": loops}
+    if asked := {name: value for name, value in asked.items() if value is not None}:
+        result["asked"] = asked  # answers that are not those of the run as it is
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     checkpoint.write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     checkpoint.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -188,6 +206,35 @@ def eval_(
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
         soft_wrap=True,
     )
+
+
+def _eval_harness(
+    run: str,
+    tasks: str | None,
+    method: str | None,
+    folder: Path,
+    limit: int | None,
+    batch_size: int,
+    tasks_dir: str | None,
+    shots: int | None,
+) -> None:
+    """Answer tasks of lm-evaluation-harness."""
+    if not tasks:
+        raise InputError("--backend lm-eval needs --tasks NAME,NAME")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    model = LatentModel.from_pretrained(run, _method(method))
+    folder.mkdir(parents=True, exist_ok=True)
+    report = evaluate_tasks(model, names, run, folder, shots, limit, batch_size, tasks_dir)
+    table = Table("task", "measure", "value", "standard error")
+    for task, measures in report["results"].items():
+        for name, value in measures.items():
+            kind, _, filtered = name.partition(",")
+            if isinstance(value, float) and not kind.endswith("_stderr"):
+                error = measures.get(f"{kind}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                table.add_row(task, name.removesuffix(",none"), f"{value:.4f}", shown)
+    console.print(table)
+    console.print(f"{folder / HARNESS_RESULT}", soft_wrap=True)
 
 
 def ask(

@@ -226,8 +226,9 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
     for name, fields in exam.also.items():
         other = replace(task, **fields)  # type: ignore[type-var]
         found = other.examples(exam.split, exam.limit)
-        curve = _curve(model, other, found, exam.loops)[0] if iterates else {}
-        result.setdefault("also", {})[name] = {"trained": _score(model, other, found, None), **curve}
+        at = result.setdefault("also", {}).setdefault(name, {})
+        at["trained"] = _score(model, other, found, None)
+        at.update(_curve(model, other, found, exam.loops)[0] if iterates else {})
     if iterates:
         result["loops"], refused = _curve(model, task, examples, exam.loops)
         if refused:
@@ -246,7 +247,8 @@ def _curve(
     model: LatentModel, task: Task, examples: list[Example], loops: Sequence[int]
 ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
     """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
-    scores, refused = {}, {}
+    scores: dict[int, dict[str, Any]] = {}
+    refused: dict[int, str] = {}
     for n in loops:
         try:
             scores[n] = _score(model, task, examples, n)
