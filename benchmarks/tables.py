@@ -2,35 +2,58 @@
 
 python benchmarks/tables.py            # a test fails where a page differs from what this would write
 
-A page has, around each table, <!-- table: FILE.json [loops] --> and <!-- end -->. FILE.json is in benchmarks/results
-and was written by `innerloop compare SUITE --results`; with `loops` the columns are numbers of iterations.
+A page has, around each table, <!-- table: FILE.json [PART] --> and <!-- end -->. FILE.json is in benchmarks/results. It
+was written by `innerloop compare SUITE --results` (with the part `loops` the columns are numbers of iterations), by
+`innerloop bench`, or by a benchmark beside this file, which says its kind. What is not there yet is said to be missing;
+what was run with --smoke is refused.
 """
 
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from innerloop.suite import seed_means
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TABLE = re.compile(r"(<!-- table: (\S+)( loops)? -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+Lines = list[list[str]]
 
 
 def main() -> None:
     for page in PAGES:
-        page.write_text(filled(page.read_text()))
+        page.write_text(filled(page.read_text(), to_root(page)))
 
 
-def filled(text: str) -> str:
-    """Return a page with its tables written anew."""
-    return TABLE.sub(lambda m: f"{m[1]}{table(ROOT / 'benchmarks' / 'results' / m[2], bool(m[3]))}{m[4]}", text)
+def to_root(page: Path) -> str:
+    """Return what a link on a page begins with to reach the root."""
+    return "" if page.parent == ROOT else "../"
 
 
-def table(path: Path, by_loops: bool) -> str:
-    """Return one suite's table in Markdown, with where its numbers come from."""
+def filled(text: str, root: str = "../") -> str:
+    """Return a page with its tables written anew; ``root`` is what links to files begin with."""
+    return TABLE.sub(lambda m: f"{m[1]}{table(m[2], m[3] or '', root)}{m[4]}", text)
+
+
+def table(name: str, part: str, root: str) -> str:
+    """Return the table of a file of results in Markdown, with where its numbers come from."""
+    path = ROOT / "benchmarks" / "results" / name
+    if not path.exists():
+        return f"*Not measured yet: there is no {name}.*\n"
     results = json.loads(path.read_text())
+    if results.get("smoke"):
+        raise ValueError(f"{name} was run with --smoke, which measures nothing")
+    kind = results.get("kind", "suite")
+    lines, note = suite_lines(results, part == "loops") if kind == "suite" else KINDS[kind, part](results)
+    head, *rows = lines
+    shown = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join([*shown, "", f"{note}[{name}]({root}benchmarks/results/{name})", ""])
+
+
+def suite_lines(results: dict, by_loops: bool) -> tuple[Lines, str]:
+    """Return the lines of a suite: a variant each."""
     means = seed_means(results["points"])
     seeds = sorted({point["seed"] for point in results["points"]})
     if by_loops:
@@ -52,15 +75,204 @@ def table(path: Path, by_loops: bool) -> str:
             ]
             for row in means
         ]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     failed = [f"{p['variant']} seed {p['seed']}" for p in results["points"] if "error" in p]
     note = (
         f"n = {results['n']} {results['split']} questions, seeds {', '.join(map(str, seeds))}, {results['device']}, "
         f"torch {results['versions']['torch']}, transformers {results['versions']['transformers']}; "
         + (f"failed: {', '.join(failed)}; " if failed else "")
-        + f"[{path.name}](../benchmarks/results/{path.name})"
     )
-    return "\n".join([*lines, "", note, ""])
+    return [head, *rows], note
+
+
+def wide(values: dict, digits: int = 1) -> str:
+    """Return a median with what the middle four fifths lie between."""
+    median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p10", "p90"))
+    return f"{median} ({low} to {high})"
+
+
+def made(results: dict, *facts: str) -> str:
+    """Return what produced a file, in words."""
+    versions = results["versions"]
+    found = [
+        "median (p10 to p90)",
+        *facts,
+        f"seed {results['seed']}",
+        results["device"],
+        results["dtype"],
+        *(f"{name} {versions[name]}" for name in ("torch", "transformers")),
+        *([f"commit {results['commit']}"] if results.get("commit") else []),
+    ]
+    return "; ".join(found) + "; "
+
+
+def work(results: dict) -> str:
+    """Return the shape of the model and the number of turns."""
+    shape = results["shape"].get("name", results["shape"]["type"])
+    return f"model `{shape}`, {results['repeats']} turns"
+
+
+def bench_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of `innerloop bench`."""
+    phases = ("total", "prefill", "thought", "answer")
+    head = ["model", "batch", *(f"{phase}, ms" for phase in phases), "examples/s", "peak MiB", "passes", "floor"]
+    rows = [
+        [
+            f"{name}: `{model['method']['name']}`",
+            str(point["batch_size"]),
+            *(wide(point["latency_ms"][phase]) for phase in phases),
+            wide(point["examples_per_second"]),
+            f"{point['peak_mib']:.1f}",
+            f"{point['cost']['passes']:.1f}",
+            f"{point['floor']['share']['median']:.1%} ({point['floor']['bound']})",
+        ]
+        for name, model in results["models"].items()
+        for point in model["points"]
+    ]
+    gains = ", ".join(f"{wide(one['speedup'], 2)} at batch {one['batch_size']}" for one in results.get("ratios", ()))
+    ceilings = results["ceilings"]
+    facts = [
+        f"{results['settings']['repeats']} turns",
+        f"ceilings {ceilings['matmul_gflops']['best']:.0f} GFLOP/s and {ceilings['copy_gb_s']['best']:.1f} GB/s",
+        *([f"the run is so many times as fast as the baseline: {gains}"] if gains else []),
+    ]
+    return [head, *rows], made(results, *facts)
+
+
+def reference_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of the engine against the plain reference."""
+    found = results["reference"]
+    head = ["method", "engine, examples/s", "reference, examples/s", "times as fast"]
+    rows = [
+        [
+            f"`{point['method']}`",
+            *(wide(point["examples_per_second"][side], 2) for side in ("engine", "reference")),
+            wide(point["speedup"]),
+        ]
+        for point in found["points"]
+    ]
+    low, high = found["question_tokens"]
+    asked = f"questions of {low} to {high} tokens, answers of {found['answer_tokens']}, batch {found['batch_size']}"
+    return [head, *rows], made(results, work(found), asked)
+
+
+def bare_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of the engine against the bare Hugging Face model."""
+    found = results["bare"]
+    head = ["batch", "engine, ms", "bare model, ms", "engine / bare"]
+    rows = [
+        [str(p["batch_size"]), wide(p["engine_ms"]), wide(p["bare_ms"]), wide(p["time_ratio"], 2)]
+        for p in found["points"]
+    ]
+    gain = found["batch_gain"]
+    facts = [
+        f"{found['model']}, {found['question_tokens']} question tokens, {found['latents']} latents, "
+        f"{found['answer_tokens']} answer tokens, {found['repeats']} turns",
+        f"the larger batch gains {wide(gain['engine'])} in the engine and {wide(gain['bare'])} in the bare model",
+    ]
+    return [head, *rows], made(results, *facts)
+
+
+def latent_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of latent methods against text; a ratio below 1 is one where the latents are slower."""
+    texts = [f"text, {n}" for n in results["texts"]]
+    phases = ("prefill", "thought", "answer", "total")
+    head = ["method", "batch", "passes", "positions", *(f"{phase}, ms" for phase in phases)]
+    head += [f"{what}, against {text}" for text in texts for what in ("thought", "all")]
+    rows, slower = [], []
+    for point in results["points"]:
+        line = [point["method"], str(point["batch_size"])]
+        line += [f"{point['cost'][name]:.0f}" for name in ("passes", "positions")]
+        line += [f"{point['ms'][phase]['median']:.1f}" for phase in phases]
+        for text in texts:
+            gain = point[f"faster than {text}"]
+            line += ["-" if gain[what] is None else f"{gain[what]['median']:.2f}" for what in ("thought", "total")]
+            if gain["total"]["median"] < 1 and not point["written"]:
+                slower.append(f"{point['method']} at batch {point['batch_size']} than {text}")
+        rows.append(line)
+    facts = [work(results), f"{results['question_tokens']} question tokens, {results['answer_tokens']} answer tokens"]
+    told = f"slower are {', '.join(slower)}" if slower else "no latent method is slower as a whole"
+    return [head, *rows], made(results, *facts, told)
+
+
+def training_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of training steps."""
+    sides = ("innerloop", "reference")
+    head = ["method", "iterations", *(f"{side}, ms" for side in sides), "times as fast"]
+    head += [*(f"{side}, peak MiB" for side in sides), "gradients differ by"]
+    rows = [
+        [
+            f"`{point['method']}`",
+            str(point["loops"]),
+            *(wide(point["ms"][side]) for side in sides),
+            wide(point["speedup"], 2),
+            *(f"{point['peak_mib'][side]:.1f}" for side in sides),
+            f"{point['gradients']['relative_gap']:.1e}",
+        ]
+        for point in results["points"]
+    ]
+    shape = f"batch {results['batch_size']}, {results['question_tokens']} question tokens"
+    return [head, *rows], made(results, work(results), f"{shape}, {results['answer_tokens']} answer tokens")
+
+
+def scaling_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of scaling: a line for each value of each axis."""
+    parts = ("answering", "training")
+    head = ["changed", "to", *(f"{part}, {unit}" for part in parts for unit in ("ms", "peak MiB"))]
+    rows = []
+    for axis, found in results["axes"].items():
+        for points in zip(*(found[part]["points"] for part in parts)):
+            cells = [cell for p in points for cell in (wide(p["ms"]), f"{p['peak_mib']:.1f}")]
+            rows.append([axis, f"{points[0][axis]:g}", *cells])
+    base = ", ".join(f"{name} {value:g}" for name, value in results["base"].items())
+    return [head, *rows], made(results, work(results), f"base point: {base}")
+
+
+def halting_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of rows that stop at unlike times."""
+    head = ["stop times", "mean", "time / time of all at the mean", "thinking alone", "all at 16 / all at the mean"]
+    names = ("against_the_mean", "against_the_mean_thinking", "maximum_against_the_mean")
+    rows = [
+        [point["stop_times"], f"{point['mean_loops']['median']:.2f}", *(wide(point[name], 2) for name in names)]
+        for point in results["points"]
+    ]
+    asked = f"{results['questions']} questions of {results['length']} tokens, batch {results['batch_size']}"
+    return [head, *rows], made(results, work(results), asked)
+
+
+def soak_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of the soak test."""
+    part = "rss" if all(p["memory"]["cuda"]["at_end_mib"] == 0 for p in results["points"]) else "cuda"
+    head = ["method", "answered, in order", "after warm-up, MiB", "at the end, MiB", "growth, MiB per 1000 requests"]
+    rows = []
+    for point in results["points"]:
+        held = point["memory"][part]
+        sizes = [f"{held[name]:.1f}" for name in ("after_warm_up_mib", "at_end_mib")]
+        rows.append([f"`{point['method']}`", str(point["answered"]), *sizes, f"{held['growth_mib_per_1000']:.3f}"])
+    return [head, *rows], made(results, f"questions of 2 to {results['longest']} tokens")
+
+
+def breakdown_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of where time goes."""
+    parts = results["parts"]
+    head = ["method", "batch", "ms", *parts]
+    rows = [
+        [p["method"], str(p["batch_size"]), wide(p["ms"]), *(f"{p['shares'][part]:.0%}" for part in parts)]
+        for p in results["points"]
+    ]
+    return [head, *rows], made(results, f"model `{results['shape']['name']}`")
+
+
+KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
+    ("bench", ""): bench_lines,
+    ("engine", "reference"): reference_lines,
+    ("engine", "bare"): bare_lines,
+    ("latent_against_text", ""): latent_lines,
+    ("training", ""): training_lines,
+    ("scaling", ""): scaling_lines,
+    ("halting", ""): halting_lines,
+    ("soak", ""): soak_lines,
+    ("breakdown", ""): breakdown_lines,
+}
 
 
 if __name__ == "__main__":

@@ -182,11 +182,13 @@ def test_the_command_writes_bench_json_and_prints_a_table(runs: tuple[Path, Path
     out, err = capfd.readouterr()
     assert "ceilings" in out and "bench.json" in out and "prefill" in out and not err
     report = json.loads((slr / "bench.json").read_text())
-    assert list(report) == ["task", "split", "settings", "models", "ratios", "ceilings", "dtype", "threads", "seed",
-                            "versions", "device"]  # fmt: skip
+    assert list(report) == ["kind", "task", "split", "settings", "models", "ratios", "ceilings", "dtype", "threads",
+                            "seed", "versions", "device"]  # fmt: skip
     assert report["models"]["run"]["model"] == str(slr) and report["models"]["baseline"]["method"]["name"] == "cot"
     assert run("bench", slr, "--task", CHAIN, "--out", tmp_path / "a" / "b.json", *arguments) == 0
     alone = json.loads((tmp_path / "a" / "b.json").read_text())
+    assert list(alone["models"]["run"]["points"][0]) == ["batch_size", "n", "latency_ms", "examples_per_second",
+                                                        "seconds", "peak_mib", "cost", "floor"]  # fmt: skip
     assert "ratios" not in alone and list(alone["models"]) == ["run"]
 
 

@@ -14,7 +14,7 @@ spec.loader.exec_module(tables)
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda p: p.name)
 def test_tables_are_those_of_the_results(page: Path):
-    assert tables.filled(page.read_text()) == page.read_text(), "run: python benchmarks/tables.py"
+    assert tables.filled(page.read_text(), tables.to_root(page)) == page.read_text(), "run: python benchmarks/tables.py"
 
 
 def test_a_wrong_number_is_noticed():
@@ -22,6 +22,16 @@ def test_a_wrong_number_is_noticed():
     path = next(p for p in results if '"points"' in p.read_text() and '"variants"' in p.read_text())
     page = f"<!-- table: {path.name} -->\n| variant |\n<!-- end -->\n"
     assert tables.filled(page) != page and tables.filled(tables.filled(page)) == tables.filled(page)
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing_and_a_smoke_run_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    page = "<!-- table: halting.json -->\n<!-- end -->\n"
+    assert "Not measured yet: there is no halting.json" in tables.filled(page)
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/halting.json").write_text('{"kind": "halting", "smoke": true}')
+    with pytest.raises(ValueError, match="measures nothing"):
+        tables.filled(page)
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda p: p.name)

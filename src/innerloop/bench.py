@@ -170,7 +170,7 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     """Return the report as a table: a column for each model, a group of lines for each batch size."""
     models = report["models"]
     table = Table(title=f"answering on {report['device']}, {report['dtype']}", title_justify="left")
-    table.add_column("batch", justify="right")
+    table.add_column("batch", justify="right", no_wrap=True)
     table.add_column("median (p10-p90)", no_wrap=True)
     for name, model in models.items():
         table.add_column(f"{name}: {model['method']['name']}", justify="right", no_wrap=True)

@@ -491,7 +491,8 @@ def bench(
     report = benchmark(models, asked, settings)
     for name, found in report["models"].items():
         found["model"] = named_models[name][0]
-    report = {"task": {"name": chosen.name, "version": chosen.version, **asdict(chosen)}, "split": split, **report}
+    asked_of = {"task": {"name": chosen.name, "version": chosen.version, **asdict(chosen)}, "split": split}
+    report = {"kind": "bench", **asked_of, **report}
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(path, json.dumps(report, indent=1) + "\n")
     console.print(bench_table(report))

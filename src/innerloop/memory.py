@@ -26,26 +26,32 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _quietly():
-        profiler.start()
-    try:
+    with profiling(profile(activities=[ProfilerActivity.CPU], profile_memory=True)) as profiler:
         run()
-    finally:
-        with _quietly():
-            profiler.stop()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # type: ignore[attr-defined]  # torch's stubs leave it out
         peak = max(peak, held)
     return peak
 
 
 @contextmanager
+def profiling(profiler: profile) -> Iterator[profile]:
+    """Profile a block, without the lines that the profiler's library writes to the standard error."""
+    with _quietly():
+        profiler.start()
+    try:
+        yield profiler
+    finally:
+        with _quietly():
+            profiler.stop()
+
+
+@contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what the profiler's library writes to the process's standard error as it starts and stops out of sight."""
+    """Send what a library writes to the process's standard error nowhere."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -17,7 +17,8 @@ import torch
 
 from innerloop.errors import InputError
 
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 Clock = Callable[[], float]
 
 

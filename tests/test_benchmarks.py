@@ -1,0 +1,82 @@
+"""The benchmark scripts run at smoke size, say what produced their files, and their tables can be written."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = {
+    "engine": ("reference", "bare"),
+    "latent_against_text": ("",),
+    "training": ("",),
+    "scaling": ("",),
+    "halting": ("",),
+    "soak": ("",),
+    "breakdown": ("",),
+}
+
+
+def run(script: str, out: Path, *arguments: object) -> dict:
+    """Run a script at smoke size; return what it wrote."""
+    path = ROOT / "benchmarks" / f"{script}.py"
+    command = [sys.executable, str(path), "--smoke", "--threads", "1", "--out", str(out), *map(str, arguments)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", PARTS)
+def test_a_script_runs_and_its_table_can_be_written(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    picture = tmp_path / "picture.svg"
+    results = tmp_path / "benchmarks/results" / f"{script}.json"
+    report = run(script, results, *(["--svg", picture] if script == "breakdown" else []))
+    assert report["kind"] == script and report["smoke"] and report["seed"] == 0 and report["threads"] == 1
+    assert {"versions", "commit", "device", "dtype"} <= set(report)
+    check(script, report, picture)
+
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    results.write_text(json.dumps({**report, "smoke": False}))
+    for part in PARTS[script]:
+        lines = tables.table(f"{script}.json", part, "../").splitlines()
+        widths = {line.count("|") for line in lines if line.startswith("|")}
+        assert len(widths) == 1 and len(lines) >= 5 and f"results/{script}.json" in lines[-1]
+
+
+def check(script: str, report: dict, picture: Path) -> None:
+    """Look at what is particular to a script."""
+    match script:
+        case "engine":
+            assert [p["method"] for p in report["reference"]["points"]] == ["cot", "coconut", "slr", "lotus"]
+            assert all(p["same_tokens"] for p in report["reference"]["points"]) and report["bare"]["same_tokens"]
+            assert report["bare"]["shapes"] == [11, 1, 1, 1, 1, 1, 2, 1, 1]
+        case "latent_against_text":
+            by_name = {point["method"]: point for point in report["points"]}
+            assert by_name["lotus, 48 x 3"]["loops"] == 3 and by_name["text, 12"]["written"]
+            assert by_name["text, 12"]["cost"]["passes"] == 12 + report["answer_tokens"]
+            assert by_name["text, 6"]["faster than text, 6"]["total"]["median"] == 1.0
+        case "training":
+            assert all(point["loops"] == 6 for point in report["points"])
+            assert all(point["gradients"]["relative_gap"] <= 1e-5 for point in report["points"])
+            assert report["question_tokens"] >= 4 * report["answer_tokens"]
+        case "scaling":
+            assert set(report["axes"]) == set(report["base"])
+            sizes = [point["weights"] for point in report["axes"]["size"]["answering"]["points"]]
+            assert sizes[0] < sizes[1]
+        case "halting":
+            for point in report["points"]:
+                assert point["least"] >= 1 and point["most"] <= 16
+                assert point["least"] < point["mean_loops"]["median"] < point["most"]
+        case "soak":
+            assert all(point["answered"] == 64 and point["checked_alone"] == 4 for point in report["points"])
+        case "breakdown":
+            assert all(sum(point["shares"].values()) == pytest.approx(1) for point in report["points"])
+            assert picture.read_text().startswith("<svg") and "batch 2" in picture.read_text()
