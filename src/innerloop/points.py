@@ -23,10 +23,12 @@ from innerloop.checkpoint import write_text
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure.accuracy import accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.controls import controls
 from innerloop.model import LatentModel
 from innerloop.progress import bar
 from innerloop.recipe import Recipe, load_recipe
 from innerloop.run import CONFIG, FINISHED, run_recipe
+from innerloop.standing import CONTROLS
 from innerloop.suite import Exam, Suite
 from innerloop.tasks import Task
 from innerloop.trainer import training_arguments
@@ -225,10 +227,10 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
     iterates = bool(exam.loops) and hasattr(model.method, "max_loops")
     for name, fields in exam.also.items():
         other = replace(task, **fields)  # type: ignore[type-var]
-        found = other.examples(exam.split, exam.limit)
+        asked = other.examples(exam.split, exam.limit)
         at = result.setdefault("also", {}).setdefault(name, {})
-        at["trained"] = _score(model, other, found, None)
-        at.update(_curve(model, other, found, exam.loops)[0] if iterates else {})
+        at["trained"] = _score(model, other, asked, None)
+        at.update(_curve(model, other, asked, exam.loops)[0] if iterates else {})
     if iterates:
         result["loops"], refused = _curve(model, task, examples, exam.loops)
         if refused:
@@ -238,6 +240,11 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
             answers = model.generate(questions, loops=max(result["loops"]), trace=True, max_new_tokens=1)
             changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
             result["change"] = [sum(column) / len(column) for column in zip(*changes)]
+    if exam.controls:
+        found = controls(model, task, examples, predictions, seed=key[1])
+        about: dict[str, Any] = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": exam.split}
+        about |= {"n": len(examples), "seed": key[1]}
+        write_text(out / CONTROLS, json.dumps({**about, **found.as_dict()}, indent=2) + "\n")
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     write_text(out / "result.json", json.dumps(result, indent=2) + "\n")

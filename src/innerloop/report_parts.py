@@ -23,6 +23,8 @@ def controls_part(standings: Sequence[Standing]) -> str:
         titles |= {entry["control"]: entry["title"] for file in files for entry in file["controls"]}
     rows = []
     for standing, files in found:
+        if not any(file["controls"] for file in files):
+            continue
         row = [standing.name, _percent([file["unedited"]["accuracy"] for file in files])]
         for control in titles:
             entries = [entry for file in files for entry in file["controls"] if entry["control"] == control]
@@ -42,7 +44,7 @@ def controls_part(standings: Sequence[Standing]) -> str:
             f"{name}: {file['verdict']['sentence']}" + (f" (seed {file['seed']})" if n > 1 else "")
             for name, file, n in told
         )
-        + table(head, rows, note)
+        + (table(head, rows, note) if rows else "")
         + picture
     )
 

@@ -9,7 +9,7 @@
       pause: {method: {name: pause, n_pauses: 3}}
       slr: {method: {name: slr, n_slots: 3, max_loops: 3}}
     seeds: [0, 1, 2]
-    test: {split: test, loops: [1, 2, 4, 8]}                    # loops: also answer with other numbers of iterations
+    test: {split: test, loops: [1, 2, 4, 8], controls: true}    # also with other numbers of iterations, latents edited
     out: runs/suites/NAME
 
 In place of variants, a grid gives every combination of the values of fields:
@@ -47,12 +47,14 @@ class Exam:
         loops: for methods that iterate, numbers of iterations to answer with besides that of training.
         also: by name, fields of the task in which other tests differ, such as ``{longer: {n_ops: 5, min_ops: 5}}``;
             each is answered as trained, and with every number of ``loops``.
+        controls: also edit the latents while the model answers (`measure/controls.py`); writes controls.json.
     """
 
     split: str = "test"
     limit: int | None = None
     loops: tuple[int, ...] = ()
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
+    controls: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loops", tuple(self.loops))
