@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from innerloop import points
 from innerloop import suite as suites
+from innerloop.compare import suite_standings
 from innerloop.errors import InputError
 from innerloop.measure.statistics import over_seeds
-from innerloop.suite import load_suite, run_suite, seed_means, suite_report, suite_table
+from innerloop.points import run_suite
+from innerloop.standing import standing_table
+from innerloop.suite import load_suite, seed_means, suite_report
 
 SUITES = sorted(Path("recipes/suites").glob("*.yaml"))
 SCRATCH = {
@@ -108,9 +112,9 @@ def in_this_process(suite, missing=None) -> list[dict]:
     """Train and test all points of a suite here, and return what `run_suite` then finds."""
     messages: queue.Queue = queue.Queue()
     for seed, recipe in suite.warm_ups.items():
-        suites._train(("warm-up", seed), recipe, messages)
+        points._train(("warm-up", seed), recipe, messages)
     for key, recipe in suite.points.items():
-        suites._point(key, recipe, suite.exam, messages)
+        points._point(key, recipe, suite.exam, messages)
     seen = list(messages.queue)
     assert {key for key, _, _ in seen} == {*suite.points, *(("warm-up", seed) for seed in suite.warm_ups)}
     return run_suite(suite)
@@ -126,13 +130,13 @@ def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     assert list(results[0]["also"]["longer"]) == ["trained", "1", "3"]
     assert list(results[2]["also"]["longer"]) == ["trained"]
     assert not list((path.parent / "out").rglob("checkpoint-*"))
-    monkeypatch.setattr(suites, "_run_pool", lambda context, suite, missing, *rest: {key: "ran" for key in missing})
+    monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: "ran" for key in missing})
     assert run_suite(suite) == results
     report = suite_report(path, results)
     assert len(report["points"]) == 3 and "versions" in report and "model" not in json.dumps(report["points"])
     assert report["suite"]["variants"] == RAW["variants"] and "out" not in report["suite"]
     assert [row["variant"] for row in seed_means(results)] == ["plain", "wide", "other"]
-    assert suite_table(results).row_count == 3
+    assert standing_table(suite_standings(suite, results)).row_count == 3
 
 
 def test_a_result_of_another_command_is_not_taken_for_a_points(path: Path):
@@ -140,7 +144,7 @@ def test_a_result_of_another_command_is_not_taken_for_a_points(path: Path):
     out = Path(suite.points["plain", 0].out)
     out.mkdir(parents=True)
     (out / "result.json").write_text(json.dumps({"accuracy": 1.0}))
-    assert suites._result(suite.points["plain", 0]) is None
+    assert points._result(suite.points["plain", 0], suite.exam) is None
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from innerloop import checkpoint
 from innerloop.bench import BASELINE, RUN, BenchSettings, bench_lines, bench_table
 from innerloop.bench import bench as benchmark
 from innerloop.calibrate import calibrate as calibration
+from innerloop.cluster import ray_workers
+from innerloop.compare import compare_folders, compare_suite
 from innerloop.demo import demo
 from innerloop.errors import InputError, nearest
 from innerloop.examples import read_examples, write_examples
@@ -28,13 +30,17 @@ from innerloop.halting import StopKind
 from innerloop.layout import Speller
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
+from innerloop.measure.harness import RESULT as HARNESS_RESULT
+from innerloop.measure.harness import evaluate_tasks
 from innerloop.methods import METHODS, Cot, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
 from innerloop.recipe import field_parser, load_recipe, named, parse_overrides, parse_value, read_recipe, typed
 from innerloop.run import CONFIG, FINISHED, run_recipe
 from innerloop.show import answer_view, calibration_line, print_rows
-from innerloop.suite import is_suite, load_suite, run_suite, suite_report, suite_table
+from innerloop.standing import failures
+from innerloop.suite import is_suite
+from innerloop.sweep import best_line, read_sweep, run_grid, run_search, sweep_table, write_sweep
 from innerloop.tasks import TASKS, Task, task_named
 from innerloop.tokenizer import train_tokenizer
 
@@ -129,6 +135,10 @@ def eval_(
     max_new_tokens: int | None = None,
     stage: int | None = None,
     loops: int | None = None,
+    backend: Literal["innerloop", "lm-eval"] = "innerloop",
+    tasks: str | None = None,
+    tasks_dir: str | None = None,
+    shots: int | None = None,
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -144,7 +154,16 @@ def eval_(
         max_new_tokens: the most tokens to write per example; by default as the task says.
         stage: answer in the layout of this stage of the method's curriculum; by default the last.
         loops: another number of loops than the model was trained with.
+        backend: lm-eval answers tasks of lm-evaluation-harness instead, and writes lm_eval.json.
+        tasks: of lm-eval, names of tasks with commas between them.
+        tasks_dir: of lm-eval, a folder with tasks of your own.
+        shots: of lm-eval, examples put before a question; by default as the task says.
     """
+    if backend == "lm-eval":
+        _eval_harness(run, tasks, method, Path(out or run), limit, batch_size, tasks_dir, shots)
+        return
+    if (tasks, tasks_dir, shots) != (None, None, None):
+        raise InputError("--tasks, --tasks_dir and --shots are of --backend lm-eval; a task of ours is named by --task")
     if method is not None and out is None and checkpoint.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     checkpoint.resolve(run)
@@ -173,6 +192,9 @@ def eval_(
             progress=lambda n: progress.advance(row, n),
         )
     result = result_of(model, chosen, split, predictions, checkpoint.recorded(run, "seed"), run)
+    asked = {"max_new_tokens": max_new_tokens, "stage": stage, "loops": loops}
+    if asked := {name: value for name, value in asked.items() if value is not None}:
+        result["asked"] = asked  # answers that are not those of the run as it is
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     checkpoint.write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     checkpoint.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -189,6 +211,35 @@ def eval_(
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
         soft_wrap=True,
     )
+
+
+def _eval_harness(
+    run: str,
+    tasks: str | None,
+    method: str | None,
+    folder: Path,
+    limit: int | None,
+    batch_size: int,
+    tasks_dir: str | None,
+    shots: int | None,
+) -> None:
+    """Answer tasks of lm-evaluation-harness."""
+    if not tasks:
+        raise InputError("--backend lm-eval needs --tasks NAME,NAME")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    model = LatentModel.from_pretrained(run, _method(method))
+    folder.mkdir(parents=True, exist_ok=True)
+    report = evaluate_tasks(model, names, run, folder, shots, limit, batch_size, tasks_dir)
+    table = Table("task", "measure", "value", "standard error")
+    for task, measures in report["results"].items():
+        for name, value in measures.items():
+            kind, _, filtered = name.partition(",")
+            if isinstance(value, float) and not kind.endswith("_stderr"):
+                error = measures.get(f"{kind}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                table.add_row(task, name.removesuffix(",none"), f"{value:.4f}", shown)
+    console.print(table)
+    console.print(f"{folder / HARNESS_RESULT}", soft_wrap=True)
 
 
 def ask(
@@ -261,36 +312,97 @@ def lens(
 
 
 def compare(
-    suite: str,
+    subjects: list[str],
     out: str | None = None,
+    baseline: str | None = None,
     seeds: list[int] | None = None,
     workers: int = 2,
     results: str | None = None,
+    task: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    timed: int = 64,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Train and test the variants of a suite with all its seeds, and print one table; what is there is not run again.
+    """Compare a suite's variants, or runs: train and evaluate what is missing, print the table, write report.html.
 
     Args:
-        suite: a YAML file with variants.
-        out: the folder of the runs; by default the suite's own.
-        seeds: other seeds than the suite's.
-        workers: points trained at a time, each on one thread.
-        results: also write the points to this file; by default OUT/results.json alone.
-        overrides: fields that all variants share, written --section.field value.
+        subjects: a YAML file with variants or a grid, or the folders of two runs or more.
+        out: the folder of the suite's runs, by default its own; of runs, where the report and what is evaluated go, by
+            default runs/compare.
+        baseline: the row that the others are set against; by default the first.
+        seeds: of a suite, other seeds than its own.
+        workers: of a suite, points trained at a time, each on one thread.
+        results: of a suite, also write the points to this file; by default OUT/results.json alone.
+        task: of runs, what to answer: a task's name, or {name: ..., field: value}; by default what they learned.
+        split: of runs, train, valid or test; by default test. A suite says so itself, under test.
+        limit: of runs, answer only the first examples.
+        timed: examples that all answer in turns, for times and memory; 0: times are those of each evaluation.
+        overrides: of a suite, fields that all variants share, written --section.field value.
     """
-    if not is_suite(suite):
-        raise InputError(f"{suite} has no variants to compare; train a single recipe with: innerloop train {suite}")
-    loaded = load_suite(suite, out, seeds, overrides)
-    points = run_suite(loaded, workers, console)
-    report = json.dumps(suite_report(suite, points, overrides), indent=1) + "\n"
-    for path in [Path(loaded.out) / "results.json", *([Path(results)] if results else [])]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, report)
-    console.print(suite_table(points))
-    failed = [f"{r['variant']} seed {r['seed']}: {r['error']}" for r in points if "error" in r]
-    console.print(f"every point is in {Path(loaded.out) / 'results.json'}", soft_wrap=True)
-    if failed:
-        raise InputError(f"{len(failed)} of {len(points)} points failed:\n" + "\n".join(failed))
+    if timed < 0:
+        raise InputError(f"--timed is {timed}, but must be 0 or more")
+    if len(subjects) == 1 and is_suite(subjects[0]):
+        if (task, split, limit) != (None, None, None):
+            raise InputError("--task, --split and --limit are of runs: a suite says under 'test' what is answered")
+        compare_suite(subjects[0], out, baseline, seeds, workers, results, overrides, console, timed)
+        return
+    if overrides:
+        raise InputError(f"runs take no {overrides[0]}: they are compared as they are")
+    if Path(subjects[0]).suffix in (".yaml", ".yml"):
+        raise InputError(
+            f"{subjects[0]} has no variants to compare; train a single recipe: innerloop train {subjects[0]}"
+        )
+    if len(subjects) < 2:
+        raise InputError("compare takes a suite, or two runs or more")
+    chosen = None if task is None else _task(subjects[0], task, None, split or "test")
+    compare_folders(subjects, Path(out or "runs/compare"), baseline, console, chosen, split or "test", limit, timed)
+
+
+def sweep(
+    recipe: str,
+    grid: list[str] = [],  # noqa: B006  (jsonargparse shows it)
+    search: Literal["none", "optuna"] = "none",
+    trials: int = 20,
+    seeds: list[int] | None = None,
+    out: str | None = None,
+    workers: int = 2,
+    on: Literal["local", "ray"] = "local",
+    split: str | None = None,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Train a recipe over a grid of values, or over points that a search draws; writes sweep.html and results.json.
+
+    Args:
+        recipe: a YAML recipe, or a suite that has a grid.
+        grid: FIELD=VALUE,VALUE,.. or, for a search, FIELD=LOW..HIGH or FIELD=LOW..HIGH:log; one --grid for each field.
+        search: none trains every combination of values; optuna draws points, told by the accuracy of those before.
+        trials: points that a search draws.
+        seeds: seeds of every point; by default the recipe's.
+        out: the folder of the points; by default the recipe's with -sweep behind it. What is there is not run again.
+        workers: points trained at a time, each on one thread; on Ray, points that a search draws at a time.
+        on: this machine, or the Ray cluster that is there.
+        split: the examples that points are chosen by; by default valid.
+        limit: how many of them.
+        overrides: other fields of the recipe, written --section.field value.
+    """
+    raw, axes = read_sweep(recipe, grid, out, seeds, split, limit, overrides)
+    place = ray_workers if on == "ray" else None
+    if search == "optuna":
+        swept = run_search(raw, axes, trials, workers, console, place)
+    else:
+        swept = run_grid(raw, axes, workers, console, place)
+    folder = Path(raw["out"])
+    write_sweep(swept, f"Sweep of {Path(recipe).stem}", folder)
+    console.print(sweep_table(swept))
+    if swept.best is not None:
+        console.print(best_line(swept), soft_wrap=True)
+    console.print(
+        f"the picture is in {folder / 'sweep.html'}, every point in {folder / 'results.json'}", soft_wrap=True
+    )
+    if failed := failures(swept.results):
+        raise InputError(f"{len(failed)} of {len(swept.results)} points failed:\n" + "\n".join(failed))
 
 
 def calibrate(
@@ -478,16 +590,26 @@ VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "ask": ask,
     "lens": lens,
     "compare": compare,
+    "sweep": sweep,
     "calibrate": calibrate,
     "bench": bench,
 }
 # verbs that take any --field: where these go, and which are the verb's own
-OPEN_ENDED = {("train",): "overrides", ("data", "make"): "fields", ("compare",): "overrides"}
+OPEN_ENDED = {("train",): "overrides", ("data", "make"): "fields", ("compare",): "overrides", ("sweep",): "overrides"}
 OWN = {
     ("train",): {"--resume"},
     ("data", "make"): {"--resume", "--out"},
-    ("compare",): {"--out", "--seeds", "--workers", "--results"},
-}
+    ("compare",): {
+        "--out", "--baseline", "--seeds", "--workers", "--results", "--task", "--split", "--limit", "--timed",
+    },
+    ("sweep",): {
+        "--grid", "--search", "--trials", "--seeds", "--out", "--workers", "--on", "--split", "--limit",
+    },
+}  # fmt: skip
+LISTED: dict[tuple[str, ...], str] = {
+    ("compare",): "",
+    ("sweep",): "--grid",
+}  # what may be given several times: '' are the positional arguments
 
 
 def build_parser() -> ArgumentParser:
@@ -572,25 +694,40 @@ def _run(arguments: list[str]) -> None:
 
 def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], list[str]]:
     """Take the open-ended overrides out of a verb's arguments; with --help after a recipe or task, show its fields."""
-    own = OWN[key]
+    own, listed = OWN[key], LISTED.get(key)
     kept, rest = list(key), list(arguments[len(key) :])
     extra: list[str] = []
+    several: list[str] = []
+    subjects: list[str] = []
     while rest:
         argument = rest.pop(0)
-        name = argument.partition("=")[0]
-        if not argument.startswith("-") or name in ("-h", "--help"):
+        name, is_given, value = argument.partition("=")
+        if name in ("-h", "--help"):
             kept.append(argument)
+        elif not argument.startswith("-"):
+            subjects.append(argument)
         elif argument == "--resume":
             kept.append("--resume=true")
+        elif name == listed and (is_given or rest):
+            several.append(value if is_given else rest.pop(0))
         else:
             target = kept if name in own else extra
+            if name == "--seeds":
+                numbers = [value] if is_given else []
+                while rest and (not numbers or rest[0].isdigit()):
+                    numbers.append(rest.pop(0))
+                target.append(f"--seeds=[{','.join(numbers).strip('[]')}]")
+                continue
             target.append(argument)
-            if "=" not in argument and rest:
+            if not is_given and rest:
                 target.append(rest.pop(0))
-    subject = [a for a in kept[len(key) :] if not a.startswith("-")]
-    if subject and {"-h", "--help"} & set(kept) and key != ("compare",):
-        _print_fields(key, subject[0], extra)
+    if subjects and {"-h", "--help"} & set(kept) and key in (("train",), ("data", "make")):
+        _print_fields(key, subjects[0], extra)
         raise SystemExit(0)
+    if listed == "":
+        kept += [json.dumps(subjects)] if subjects else []
+    else:
+        kept += subjects + ([f"{listed}={json.dumps(several)}"] if several else [])
     return kept, extra
 
 

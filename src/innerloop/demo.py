@@ -15,9 +15,11 @@ from rich.table import Table
 
 from innerloop.errors import InputError
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
+from innerloop.points import run_suite
 from innerloop.recipe import BackboneChoice, Recipe
 from innerloop.report import write_report
-from innerloop.suite import Suite, run_suite
+from innerloop.standing import Standing
+from innerloop.suite import Suite
 from innerloop.tasks import Chain
 
 TASK = Chain(n_ops=5, modulus=5)
@@ -72,9 +74,8 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
         raise InputError(f"the demo could not finish: {'; '.join(failed)}")
     examples = TASK.examples("test", 1)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    write_report(
-        folder / "report.html", f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}", results
-    )
+    title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
+    write_report(folder / "report.html", title, [Standing(r["method"]["name"], [r]) for r in results])
     console.print(result_table(results))
     console.print(
         f"The table is in {folder / 'results.json'} and {folder / 'report.html'}. Next, look inside one answer:",

@@ -203,6 +203,9 @@ class Row:
             yield from self.next.links()
 
 
+N_REMEMBERED = 2**15  # texts whose tokens a speller keeps
+
+
 class Speller:
     """Spells the parts of an example in a tokenizer's ids.
 
@@ -261,6 +264,8 @@ class Speller:
     def _ids(self, text: str, special: bool) -> tuple[int, ...]:
         key = (text, special)
         if key not in self._memory:
+            if len(self._memory) >= N_REMEMBERED:  # the oldest is forgotten, so that a stream of questions fills nothing
+                del self._memory[next(iter(self._memory))]
             self._memory[key] = tuple(
                 self.tokenizer.encode(text, add_special_tokens=special, split_special_tokens=True)
             )

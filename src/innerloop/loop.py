@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
+from innerloop.edit import Edit
 from innerloop.equilibrium import Gradient, Solver, jacobian_gain, solve
 from innerloop.errors import InputError, refuse
 from innerloop.halting import Ending, Hints, Moment, StopSettings
@@ -305,6 +306,7 @@ class InnerLoop(nn.Module):
             self.lora = LoopLora(backbone, n, s.lora_rank, s.lora_gamma, s.lora, s.lora_targets, s.lora_beyond)
         self.stop = s.make_rule(width)
         self.watch: Watch | None = None
+        self.edit: Edit | None = None
 
     def weights(self, loop: int) -> AbstractContextManager[None]:
         """Use iteration ``loop``'s weights in a block (0: the base weights)."""
@@ -387,8 +389,10 @@ class InnerLoop(nn.Module):
             n_free: so many iterations at first are run without a gradient, and not kept.
         """
         s, least, limit = self.settings, min(n_loops), max(n_loops)
+        if self.edit is not None:
+            self.edit.enter(f, state, n_loops)
         if s.solver != "none" and limit > 0:
-            return self._solve(f, state, n_loops, trace)
+            return self._left(self._solve(f, state, n_loops, trace))
         stops = self.stop is not None and not self.training
         ending = None
         if self.stop is not None and (stops or s.stop == "act"):
@@ -423,6 +427,8 @@ class InnerLoop(nn.Module):
             previous = state.detach() if all(cut) else state
             if any(cut) and not all(cut):
                 previous = torch.where(torch.tensor(cut, device=state.device)[:, None, None], state.detach(), state)
+            if self.edit is not None:
+                previous = self.edit.feed(previous, loop, going)
             learns = torch.is_grad_enabled() and s.bptt != 0 and loop > n_free  # else the cache too is out of reach
             with torch.set_grad_enabled(learns):
                 new, rescaled, output = self.step(f, previous, first, loop, change_B, active_B)
@@ -474,6 +480,12 @@ class InnerLoop(nn.Module):
                 return real(self.step(probe, z, first, limit, change_B, noisy=False)[0], mask)
 
             result.gain = jacobian_gain(stretch, real(state, mask))
+        return self._left(result)
+
+    def _left(self, result: LoopResult) -> LoopResult:
+        """Return the result with the final state that an edit leaves."""
+        if self.edit is not None:
+            result.state = self.edit.leave(result.state, result.n_loops)
         return result
 
     def _solve(self, f: Pass, state: Tensor, n_loops: Sequence[int], trace: Trace | None) -> LoopResult:

@@ -126,7 +126,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no recipe: it must have the sections {', '.join(SECTIONS)}")
     for name, value in parse_overrides(overrides):
-        _set(raw, name, value)
+        set_field(raw, name, value)
     return raw
 
 
@@ -154,7 +154,7 @@ def parse_value(text: str, origin: str) -> Any:
         raise InputError(f"cannot read the value of {origin}: '{text}' is not valid YAML") from None
 
 
-def _set(raw: dict[str, Any], name: str, value: Any) -> None:
+def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
     """Override one field.
 
     With stages, ``method`` means the last stage's, ``train`` every stage's, and ``stages.1.`` goes before the first's.

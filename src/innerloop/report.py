@@ -1,92 +1,131 @@
-"""report.html: results as one self-contained page that opens from disk, without scripts or network."""
+"""report.html: a comparison as one self-contained page that opens from disk, without scripts or network."""
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark; --bar: #3b6fb6; --ink: #1c2430; --rule: #d5dae2; --soft: #5b6675; --paper: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --bar: #7fa9e6; --ink: #e6eaf0; --rule: #39424f; --soft: #9aa6b5; --paper: #14181f; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
-       margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-caption, .note { color: var(--soft); text-align: left; padding: .4rem 0; }
-pre { overflow-x: auto; font-size: .85rem; }
-svg text { fill: var(--ink); font: 14px system-ui, sans-serif; }
-svg .bar { fill: var(--bar); } svg .whisker { stroke: var(--ink); stroke-width: 2; } svg .grid { stroke: var(--rule); }
-"""
-COLUMNS = ("method", "accuracy", "95 % interval", "passes", "positions", "thought tokens", "GFLOPs", "ms")
+from innerloop.checkpoint import write_text
+from innerloop.page import document, escape, figure, paragraph, settings, table
+from innerloop.pictures import Curve, bars, curves, scatter
+from innerloop.report_parts import controls_part, stability_part
+from innerloop.run import CONFIG
+from innerloop.standing import Standing, against_cot, caption, columns, interval_kind
 
 
-def write_report(path: Path, title: str, results: Sequence[dict[str, Any]]) -> None:
-    """Write results (each as in result.json) as a page: table, picture, settings."""
-    first = results[0]
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p class=note>{first['n']} examples of {html.escape(first['task']['name'])}/{first['split']}, seed "
-        f"{first['seed']}, {html.escape(first['device'])}, "
-        f"{html.escape(', '.join(f'{k} {v}' for k, v in first['versions'].items()))}.</p>",
-        _table(results),
-        "<h2>Accuracy</h2>",
-        _bars(results),
-        "<h2>Settings</h2>",
-        *(
-            f"<details><summary>{html.escape(r['method']['name'])}</summary>"
-            f"<pre>{html.escape(json.dumps({'task': r['task'], 'method': r['method']}, indent=2))}</pre></details>"
-            for r in results
-        ),
-    ]
-    page = (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
+def write_report(
+    path: Path,
+    title: str,
+    standings: Sequence[Standing],
+    verdicts: Sequence[str] = (),
+    failed: Sequence[str] = (),
+    suite: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a comparison as a page; the same results give the same bytes.
 
-
-def _table(results: Sequence[dict[str, Any]]) -> str:
-    head = "".join(f"<th scope=col>{column}</th>" for column in COLUMNS)
-    rows = []
-    for r in results:
-        cost, (low, high) = r["cost"], r["ci95"]
-        cells = [
-            html.escape(r["method"]["name"]),
-            f"{r['accuracy']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{cost['passes']:.1f}",
-            f"{cost['positions']:.1f}",
-            f"{cost['thought_tokens']:.1f}",
-            f"{cost['flops'] / 1e9:.3g}",
-            f"{1000 * sum(cost['seconds'].values()):.2f}",
+    Args:
+        path: the file.
+        title: the heading.
+        standings: the rows.
+        verdicts: sentences on who is better, each with its interval.
+        failed: sentences on points that have no result.
+        suite: the sections of the suite that was run, if it was one.
+    """
+    parts = [summary(standings) if standings else "", failed_part(failed)]
+    if standings:
+        parts += [
+            _verdicts(verdicts),
+            "<h2>Results</h2>",
+            table(*columns(standings), _caption(standings)),
+            "<h2>Accuracy</h2>",
+            figure(bars([s.mark for s in standings]), interval_kind(standings)),
+            _cost_pictures(standings),
+            _loops(standings),
+            controls_part(standings),
+            stability_part(standings),
+            _configurations(standings, suite),
         ]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    caption = "Cost is per example; time is measured in batches of like length."
-    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    write_text(path, document(title, parts))
 
 
-def _bars(results: Sequence[dict[str, Any]]) -> str:
-    """Draw one bar per method with its interval, as SVG."""
-    left, width, step = 110, 560, 34
-    height = step * len(results) + 30
-    shapes = []
-    for percent in (0, 25, 50, 75, 100):
-        x = left + width * percent / 100
-        shapes.append(f"<line class=grid x1={x} x2={x} y1=0 y2={height - 24} />")
-        shapes.append(f"<text x={x} y={height - 6} text-anchor=middle>{percent} %</text>")
-    for i, r in enumerate(results):
-        y, (low, high) = i * step + 6, r["ci95"]
-        name = html.escape(r["method"]["name"])
-        shapes.append(f"<text x={left - 8} y={y + 15} text-anchor=end>{name}</text>")
-        shapes.append(f"<rect class=bar x={left} y={y} width={width * r['accuracy']:.1f} height=20 />")
-        ends = f"x1={left + width * low:.1f} x2={left + width * high:.1f}"
-        shapes.append(f"<line class=whisker {ends} y1={y + 10} y2={y + 10} />")
-    label = "; ".join(f"{r['method']['name']} {r['accuracy']:.1%}" for r in results)
-    view = f"viewBox='0 0 {left + width + 30} {height}' role=img aria-label='{html.escape(label)}'"
-    return f"<svg {view}>{''.join(shapes)}</svg>"
+def summary(standings: Sequence[Standing]) -> str:
+    """Say what was answered, by how many seeds, where and with which versions."""
+    results = [result for standing in standings for result in standing.results]
+    tasks = {f"{r['task']['name']}/{r['split']}": None for r in results if "task" in r}
+    seeds = sorted({r["seed"] for r in results if r.get("seed") is not None})
+    told = [f"{' and '.join(map(str, sorted({r['n'] for r in results if 'n' in r})))} examples of {', '.join(tasks)}"]
+    told += [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"] if seeds else []
+    told += sorted({r["device"] for r in results if "device" in r})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results if "versions" in r})
+    return paragraph("; ".join([*told, *versions]) + ".")
+
+
+def failed_part(failed: Sequence[str]) -> str:
+    """List the points that have no result."""
+    if not failed:
+        return ""
+    listed = "".join(f"<li>{escape(sentence)}</li>" for sentence in failed)
+    return f"<div class=failed><h2>Without a result</h2><ul>{listed}</ul></div>"
+
+
+def _verdicts(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return ""
+    listed = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<h2>Who is better</h2><ul class=verdicts>{listed}</ul>"
+
+
+def _caption(standings: Sequence[Standing]) -> str:
+    ratios = against_cot(standings)
+    note = ""
+    if any(ratio is not None for ratio in ratios):
+        note = " time / CoT is the time of an example divided by that of written steps, in the same engine"
+        note += ", given where device and versions are the same." if None in ratios else "."
+    return caption(standings) + note
+
+
+def _cost_pictures(standings: Sequence[Standing]) -> str:
+    """Draw accuracy against what an example costs: passes, and time where all were timed on one machine."""
+    if len(standings) < 2:
+        return ""
+    passes = scatter([s.at(s.cost("passes")) for s in standings], "passes of the model per example")
+    pictures = [
+        figure(passes, "Accuracy against passes. Nothing is both better and cheaper than a point of the front.")
+    ]
+    if all(s.turns for s in standings) or len({machine for s in standings for machine in s.machine}) == 1:
+        shown = scatter([s.at(1000 * s.seconds) for s in standings], "milliseconds per example", log=True)
+        pictures.append(
+            figure(shown, "Accuracy against time, on one machine, in the same engine; the axis is in logs.")
+        )
+    else:
+        pictures.append(paragraph("Times are not drawn: they were taken on different devices or with other versions."))
+    return f"<h2>What accuracy costs</h2><div class=pair>{''.join(pictures)}</div>"
+
+
+def _loops(standings: Sequence[Standing]) -> str:
+    """Draw accuracy by number of loops."""
+    looped = [s for s in standings if len(s.loops) > 1]
+    if not looped:
+        return ""
+    trained = [s.method.get("max_loops") for s in looped]
+    note = "Accuracy by number of loops when answering, with its interval."
+    note += " A ring marks the number trained with." if any(n is not None for n in trained) else ""
+    picture = curves([Curve(s.name, s.loops) for s in looped], "loops", trained)
+    return f"<h2>Accuracy against loops</h2>{figure(picture, note)}"
+
+
+def _configurations(standings: Sequence[Standing], suite: Mapping[str, Any] | None) -> str:
+    """Show what produced the numbers: the suite, and of each row its recipe, or its method where that is all."""
+    parts = ["<h2>Configurations</h2>"]
+    if suite is not None:
+        parts.append(settings("the suite", dict(suite)))
+    for standing in standings:
+        recipe = next((f / CONFIG for f in standing.folders if (f / CONFIG).exists()), None)
+        if recipe is not None:
+            parts.append(settings(standing.name, recipe.read_text(encoding="utf-8")))
+        elif standing.method:
+            parts.append(settings(standing.name, standing.method))
+    first = standings[0].results[0]
+    parts.append(settings("task and versions", {k: first[k] for k in ("task", "versions", "device") if k in first}))
+    return "".join(parts) if len(parts) > 1 else ""

@@ -2,14 +2,19 @@
 
     task: {name: chain, n_ops: 3}
     backbone: {scratch: {...}}
-    warm_up: {method: {name: cot}, train: {max_steps: 400}}     # once for each seed; every variant goes on from it
+    warm_up: {method: {name: cot}, train: {max_steps: 400}}     # once for each seed; variants go on from it, but for
+                                                                # those that make a backbone from scratch themselves
     train: {max_steps: 900, ...}
     variants:                                                   # each overrides sections of the recipe
       pause: {method: {name: pause, n_pauses: 3}}
       slr: {method: {name: slr, n_slots: 3, max_loops: 3}}
     seeds: [0, 1, 2]
-    test: {split: test, loops: [1, 2, 4, 8]}                    # loops: also answer with other numbers of iterations
+    test: {split: test, loops: [1, 2, 4, 8], controls: true}    # also with other numbers of iterations, latents edited
     out: runs/suites/NAME
+
+In place of variants, a grid gives every combination of the values of fields:
+
+    grid: {method.max_loops: [1, 2, 4], train.learning_rate: [1.0e-3, 3.0e-4]}
 
 A point is one variant with one seed, a run of its own in OUT/VARIANT/SEED. Points that are there are not trained again;
 a point that fails is listed and stops no other. In fields of a method, ``{warm_up}`` is the folder of the warm-up.
@@ -18,38 +23,17 @@ a point that fails is listed and stops no other. In fields of a method, ``{warm_
 from __future__ import annotations
 
 import copy
-import json
-import math
-import multiprocessing
-import os
-import shutil
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.context import BaseContext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Column, Table
-from transformers import TrainerCallback
-from transformers.utils import logging as transformers_logging
-
-from innerloop.checkpoint import write_text
 from innerloop.errors import InputError, nearest
-from innerloop.examples import Example
-from innerloop.measure.accuracy import accuracy_of, evaluate, result_of, wilson
+from innerloop.grid import Choices, Range, axis_of, grid_variants
 from innerloop.measure.statistics import over_seeds
-from innerloop.model import LatentModel
-from innerloop.progress import bar
-from innerloop.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, typed
-from innerloop.run import FINISHED, run_recipe
-from innerloop.tasks import Task
+from innerloop.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field, typed
 
-SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "seeds", "test")
-N_TRACED = 64
+SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
 COSTS = ("passes", "positions", "flops", "thought_tokens", "loops")
 
 
@@ -63,12 +47,14 @@ class Exam:
         loops: for methods that iterate, numbers of iterations to answer with besides that of training.
         also: by name, fields of the task in which other tests differ, such as ``{longer: {n_ops: 5, min_ops: 5}}``;
             each is answered as trained, and with every number of ``loops``.
+        controls: also edit the latents while the model answers (`measure/controls.py`); writes controls.json.
     """
 
     split: str = "test"
     limit: int | None = None
     loops: tuple[int, ...] = ()
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
+    controls: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loops", tuple(self.loops))
@@ -83,12 +69,16 @@ class Suite:
         warm_ups: for each seed, what is trained first; empty: nothing is.
         points: the recipe of each (variant, seed), in the order of training.
         exam: how they are tested.
+        axes: of a grid, its fields with their values; empty: variants were listed.
+        settings: of a grid, the value of each field by variant.
     """
 
     out: str
     warm_ups: Mapping[int, Recipe]
     points: Mapping[tuple[str, int], Recipe]
     exam: Exam = field(default_factory=Exam)
+    axes: tuple[Choices, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def variants(self) -> list[str]:
@@ -98,7 +88,7 @@ class Suite:
 
 def is_suite(path: str | Path) -> bool:
     """Tell whether a file is a suite, rather than a recipe or a run."""
-    return Path(path).suffix in (".yaml", ".yml") and "variants" in read_recipe(path)
+    return Path(path).suffix in (".yaml", ".yml") and not {"variants", "grid"}.isdisjoint(read_recipe(path))
 
 
 def load_suite(
@@ -113,14 +103,30 @@ def load_suite(
         raw["out"] = out
     if seeds is not None:
         raw["seeds"] = list(seeds)
+    return parse_suite(raw)
+
+
+def parse_suite(raw: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]] | None = None) -> Suite:
+    """Type a suite as it is written in a file.
+
+    ``settings`` are variants by the values of fields, such as ``{"max_loops=4": {"method.max_loops": 4}}``, in place
+    of those that the file lists.
+    """
     for name in raw:
         if name not in SUITE_SECTIONS:
             raise InputError(f"a suite has no section '{name}'{nearest(str(name), SUITE_SECTIONS)}")
-    variants = raw.get("variants")
+    axes, changes = _axes(raw.get("grid")), raw.get("variants")
+    if axes and changes is not None:
+        raise InputError("a suite lists variants or has a grid, not both")
+    settings = settings or (grid_variants(axes) if axes else {})
+    variants = {name: {} for name in settings} if settings else changes
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()) or not variants:
         raise InputError("a suite needs variants, for example variants: {pause: {method: {name: pause}}}")
+    if "warm_up" in variants:
+        raise InputError("no variant may be called warm_up: that is the folder of the warm-up")
     chosen = raw.get("seeds", [0])
-    if not isinstance(chosen, list) or not all(isinstance(s, int) for s in chosen) or len(set(chosen)) != len(chosen):
+    are_whole = isinstance(chosen, list) and all(isinstance(s, int) for s in chosen) and chosen
+    if not are_whole or len(set(chosen)) != len(chosen):
         raise InputError(f"seeds is {chosen!r}, but must be a list of different whole numbers")
     if not isinstance(raw.get("out"), str):
         raise InputError("the suite has no 'out' folder")
@@ -131,13 +137,31 @@ def load_suite(
         if raw.get("warm_up") is not None:
             start = f"{raw['out']}/warm_up/{seed}"
             warm_ups[seed] = parse_recipe(_variant(common, raw["warm_up"], "warm_up", seed, start))
-        for name, changes in variants.items():
-            point = _variant(common, changes, name, seed, f"{raw['out']}/{name}/{seed}", start)
+        for name, changed in variants.items():
+            point = _variant(common, changed, name, seed, f"{raw['out']}/{name}/{seed}", start)
             try:
+                for field_name, value in settings.get(name, {}).items():
+                    set_field(point, field_name, value)
                 points[name, seed] = parse_recipe(point)
             except InputError as error:
                 raise InputError(f"variant '{name}': {error}") from None
-    return Suite(raw["out"], warm_ups, points, typed(Exam, raw.get("test") or {}, "test"))
+    exam = typed(Exam, raw.get("test") or {}, "test")
+    return Suite(raw["out"], warm_ups, points, exam, axes, settings)
+
+
+def _axes(grid: Any) -> tuple[Choices, ...]:
+    """Return the axes of a grid as it is written: field by field a list, or text such as ``1,2,4``."""
+    if grid is None:
+        return ()
+    if not isinstance(grid, dict) or not grid:
+        raise InputError("grid lists the values of fields, for example grid: {method.max_loops: [1, 2, 4]}")
+    axes = [axis_of(str(name), written) for name, written in grid.items()]
+    for axis in axes:
+        if axis.field in ("out", "train.seed"):
+            raise InputError(f"the grid cannot go over {axis.field}" + ("; list seeds" if axis.field != "out" else ""))
+    if drawn := [axis.field for axis in axes if isinstance(axis, Range)]:
+        raise InputError(f"{drawn[0]} has a range, which only a search draws from: list values, or --search optuna")
+    return tuple(axis for axis in axes if isinstance(axis, Choices))
 
 
 def _variant(
@@ -154,8 +178,9 @@ def _variant(
         same = same and value.get("name", before.get("name")) == before.get("name")  # type: ignore[union-attr]
         raw[section] = {**before, **value} if same else value  # type: ignore[dict-item]
     if start is not None:
-        raw["backbone"] = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}
-        raw["backbone"]["model"] = start
+        if "scratch" not in (changes.get("backbone") or {}):  # one that makes its own decoder starts with that
+            kept = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}
+            raw["backbone"] = {**kept, "model": start}
         raw = _filled(raw, start)
     raw["train"] = {**(raw.get("train") or {}), "seed": seed}
     raw["out"] = out
@@ -171,178 +196,16 @@ def _filled(value: Any, warm_up: str) -> Any:
     return value.replace("{warm_up}", warm_up) if isinstance(value, str) else value
 
 
-def run_suite(suite: Suite, workers: int = 2, console: Console | None = None) -> list[dict[str, Any]]:
-    """Train and test what is missing, side by side; return the result of every point, in order.
-
-    Args:
-        suite: what to run.
-        workers: points trained at a time, each on one thread.
-        console: where progress is shown.
-
-    Returns:
-        For each point its result.json, with ``variant`` and where asked for ``loops``, accuracy and interval by number
-        of iterations, and ``change``, the relative change of the state in each; or ``error`` in place of all but
-        variant and seed.
-    """
-    if workers < 1:
-        raise InputError("a suite needs workers >= 1")
-    missing = [key for key, recipe in suite.points.items() if _result(recipe) is None]
-    context = multiprocessing.get_context("spawn")
-    failed: dict[tuple[str, int], str] = {}
-    with context.Manager() as manager, bar(console or Console()) as progress:
-        messages = manager.Queue()
-        rows = {}
-        for seed in dict.fromkeys(seed for _, seed in missing):
-            if seed in suite.warm_ups:
-                rows["warm-up", seed] = suite.warm_ups[seed]
-        rows |= {key: suite.points[key] for key in missing}
-        bars = {
-            key: progress.add_task(
-                f"{key[0]} {key[1]}", total=sum(s.train.get("max_steps", 0) for s in r.stages or (r,)) or None, note=""
-            )
-            for key, r in rows.items()
-        }
-
-        def listen() -> None:
-            while (message := messages.get()) is not None:
-                key, done, note = message
-                progress.update(bars[key], completed=done, **({"note": note} if note else {}))
-
-        listener = threading.Thread(target=listen, daemon=True)
-        listener.start()
-        try:
-            failed = _run_pool(context, suite, missing, messages, workers)
-        finally:
-            messages.put(None)
-            listener.join()
-    results: list[dict[str, Any]] = []
-    for (variant, seed), recipe in suite.points.items():
-        if (variant, seed) in failed:
-            results.append({"variant": variant, "seed": seed, "error": failed[variant, seed]})
-        else:
-            results.append(_result(recipe) or {})
-    return results
-
-
-def _result(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the result of a point that has been tested."""
-    path = Path(recipe.out) / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    return result if "variant" in result else None
-
-
-def _run_pool(
-    context: BaseContext, suite: Suite, missing: Sequence[tuple[str, int]], messages: Any, workers: int
-) -> dict[tuple[str, int], str]:
-    """Train the warm-ups that are needed, then the points; return why those that failed did."""
-    failed = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:  # type: ignore[arg-type]
-        try:
-            first: dict[int, Future[Any]] = {
-                seed: pool.submit(_train, ("warm-up", seed), suite.warm_ups[seed], messages)
-                for seed in dict.fromkeys(seed for _, seed in missing)
-                if seed in suite.warm_ups
-            }
-            jobs: dict[Future[Any], tuple[str, int]] = {}
-            for seed, job in [*first.items(), *((s, None) for s in {s for _, s in missing} - set(first))]:
-                error = None if job is None else job.exception()
-                for key in (k for k in missing if k[1] == seed):
-                    if error is not None:
-                        failed[key] = f"the warm-up failed: {error}"
-                    else:
-                        jobs[pool.submit(_point, key, suite.points[key], suite.exam, messages)] = key
-            for done in as_completed(jobs):
-                if (error := done.exception()) is not None:
-                    failed[jobs[done]] = f"{type(error).__name__}: {error}"
-                    messages.put((jobs[done], 0, f"failed: {error}"))
-        except BaseException:
-            pool.shutdown(cancel_futures=True, wait=False)
-            raise
-    return failed
-
-
-def _one_thread() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)  # tiny models run faster so, and the workers share the cores
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def _train(key: tuple[str, int], recipe: Recipe, messages: Any) -> None:
-    """Train a recipe, unless it has been."""
-    out = Path(recipe.out)
-    if (out / FINISHED).exists():
-        return
-    finished = [s.train.get("max_steps", 0) for s in recipe.stages]
-    run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
-    for checkpoint in out.rglob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
-
-
-def _point(key: tuple[str, int], recipe: Recipe, exam: Exam, messages: Any) -> None:
-    """Train and test a point."""
-    _train(key, recipe, messages)
-    out = Path(recipe.out)
-    if not (out / FINISHED).exists():
-        raise InputError("interrupted; run the suite again to go on")
-    model, task = LatentModel.from_pretrained(recipe.out), recipe.task
-    examples = task.examples(exam.split, exam.limit)
-    predictions = evaluate(model, task, examples)
-    result = {"variant": key[0]} | result_of(model, task, exam.split, predictions, key[1], recipe.out)
-    iterates = bool(exam.loops) and hasattr(model.method, "max_loops")
-    for name, fields in exam.also.items():
-        other = replace(task, **fields)  # type: ignore[type-var]
-        found = other.examples(exam.split, exam.limit)
-        at = result.setdefault("also", {}).setdefault(name, {})
-        at["trained"] = _score(model, other, found, None)
-        at |= {loops: _score(model, other, found, loops) for loops in exam.loops if iterates}
-    if iterates:
-        result["loops"] = {loops: _score(model, task, examples, loops) for loops in exam.loops}
-        questions = [example.question for example in examples[:N_TRACED]]
-        answers = model.generate(questions, loops=max(exam.loops), trace=True, max_new_tokens=1)
-        changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
-        result["change"] = [sum(column) / len(column) for column in zip(*changes)]
-    lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
-    write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
-
-
-def _score(model: LatentModel, task: Task, examples: list[Example], loops: int | None) -> dict[str, Any]:
-    """Return accuracy and interval with a number of iterations."""
-    answered = evaluate(model, task, examples, loops=loops)
-    n_correct = sum(p.correct for p in answered)
-    return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
-
-
-class _Report(TrainerCallback):
-    """Sends progress to the process that shows it; steps are counted over all stages."""
-
-    def __init__(self, key: tuple[str, int], messages: Any, stages: Sequence[int], title: str):
-        number = title.partition("/")[0]
-        done = int(number) - 1 if stages and number.isdigit() else 0
-        self.key, self.messages, self.before = key, messages, sum(stages[:done])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Send the step, now and then."""
-        if state.global_step % 5 == 0 or state.global_step == state.max_steps:
-            self.messages.put((self.key, self.before + state.global_step, ""))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Send the newest loss."""
-        if logs and "loss" in logs:
-            self.messages.put((self.key, self.before + state.global_step, f"loss {logs['loss']:.3f}"))
-
-
-def suite_report(path: str | Path, results: Sequence[dict[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what is written of a suite: the file that defines it, and every point without what they share."""
+def suite_report(raw: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is written of a suite: what defines it, and every point without what they share."""
     first = next((r for r in results if "error" not in r), {})
     shared = ("task", "split", "n", "versions", "device")
-    raw = read_recipe(path, overrides)
     return {
         "suite": {name: value for name, value in raw.items() if name != "out"},
         **{name: first[name] for name in shared if name in first},
         "points": [
-            {k: v for k, v in r.items() if k not in (*shared, "model", "method", "accuracy_by_match")} for r in results
+            {k: v for k, v in r.items() if k not in (*shared, "model", "method", "accuracy_by_match", "exam")}
+            for r in results
         ],
     }
 
@@ -373,25 +236,3 @@ def seed_means(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return means
-
-
-def suite_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Return the means over seeds as a table."""
-    table = Table(
-        Column("variant", no_wrap=True),
-        caption="accuracy: mean over seeds and its 95 % t-interval; costs are per example",
-    )
-    for column in ("accuracy", "interval", "by seed", "passes", "positions", "MFLOPs", "ms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in seed_means(results):
-        table.add_row(
-            row["variant"],
-            f"{row['accuracy']:.1%}",
-            "-" if math.isinf(row["half"]) else f"± {row['half']:.1%}",
-            " ".join(f"{100 * value:.0f}" for value in row["accuracies"]),
-            f"{row['passes']:.1f}",
-            f"{row['positions']:.1f}",
-            f"{row['flops'] / 1e6:.3g}",
-            f"{1000 * row['seconds']:.2f}",
-        )
-    return table

@@ -94,8 +94,15 @@ def think(
     n_loops = max(batch.n_loops)
     makes_first = method.first_state == "forward" and region.shape[1] > 0
     reads_state = method.answering.decoder != "lm_head"
+    edit = loop.edit
+    if edit is not None:
+        edit.begin(batch)
     if n_loops == 0 and not makes_first and not method.decode_lora and not reads_state:
-        return Thought(context, segments, first_column=0, region_mask=region_mask)
+        if edit is not None:
+            edit.enter(None, region, batch.n_loops)
+            segments[1] = edit.leave(region, batch.n_loops), region_mask
+        thought = Thought(context, segments, first_column=0, region_mask=region_mask)
+        return thought if edit is None else edit.show(thought, batch)
     pinned: Pinned | None = None
     state_mask = region_mask
     if batch.pinned_BN is not None:
@@ -146,7 +153,7 @@ def think(
         fed = result.state.detach() if method.loop.detach and method.scope == "append" else result.state
         fed = fed if pinned is None else torch.where(*pinned, fed)
         thought.pending, thought.first_column = [(fed, mask)], batch.bounds[1] - fed.shape[1]
-    return thought
+    return thought if edit is None else edit.show(thought, batch)
 
 
 def _read_answer(

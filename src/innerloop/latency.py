@@ -1,0 +1,67 @@
+"""Time and memory of runs that answer the same questions in turns, so that what disturbs the machine disturbs all.
+
+What was measured is kept (times.json) and taken as it is the next time, as long as runs, device and versions are the
+same: one comparison gives one report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from innerloop import checkpoint
+from innerloop.measure.accuracy import device_name, versions
+from innerloop.memory import peak_memory
+from innerloop.model import LatentModel
+from innerloop.standing import read_json
+from innerloop.tasks import Task
+from innerloop.timing import clock_of, seconds_of, take_turns
+
+TIMES = "times.json"
+REPEATS = 5
+
+
+def time_runs(runs: Mapping[str, Path], task: Task, questions: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Return, and keep in FOLDER/times.json, the times of runs that take turns, and the memory each needs.
+
+    Args:
+        runs: folders by name; all models are held in memory together.
+        task: says how much may be written.
+        questions: what each answers in a turn, as one batch.
+        folder: where times.json lies.
+
+    Returns:
+        ``n`` questions, ``repeats``, ``device``, ``versions``, and in ``runs`` by name ``seconds``, of an example in
+        each turn, and ``memory``, the peak in bytes beyond the weights.
+    """
+    models = {name: LatentModel.from_pretrained(path).eval() for name, path in runs.items()}
+    device = next(iter(models.values())).device
+    asked = {"n": len(questions), "repeats": REPEATS, "device": device_name(device), "versions": versions()}
+    asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
+    if (known := _known(folder / TIMES, asked, list(runs.values()))) is not None:
+        return known
+    jobs = {
+        name: partial(model.generate, questions, max_new_tokens=task.max_new_tokens, batch_size=max(len(questions), 1))
+        for name, model in models.items()
+    }
+    turns = take_turns(jobs, REPEATS, clock_of(device))
+    found = {
+        name: {"seconds": [s / len(questions) for s in seconds_of(turns[name])], "memory": peak_memory(job, device)}
+        for name, job in jobs.items()
+    }
+    checkpoint.write_text(folder / TIMES, json.dumps({**asked, "runs": found}, indent=1) + "\n")
+    return {**asked, "runs": found}
+
+
+def _known(path: Path, asked: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any] | None:
+    """Return what was measured before, if it was the same."""
+    if not path.exists():
+        return None
+    written = path.stat().st_mtime
+    if any((Path(checkpoint.resolve(folder)) / checkpoint.SETTINGS).stat().st_mtime > written for folder in folders):
+        return None
+    found = read_json(path)
+    return found if all(found.get(name) == value for name, value in asked.items()) else None

@@ -1,0 +1,407 @@
+"""Are the latents used? A model answers again while its latents are replaced, hidden, or refined more or less often.
+
+found = controls(model, task, examples)
+print(found.verdict.sentence)
+
+Every control is compared with the unedited run on the same rows (McNemar, paired bootstrap). What is replaced, and where,
+says `innerloop.measure.latents`; how to read the outcome, docs/measuring.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.measure.accuracy import Prediction, evaluate
+from innerloop.measure.latents import (
+    Fed,
+    Key,
+    Record,
+    Replacement,
+    answer,
+    record,
+    same_answer,
+    seen_in_words,
+)
+from innerloop.measure.statistics import Verdict, p_words, verdict, wilson
+from innerloop.methods import Method
+from innerloop.model import LatentModel
+from innerloop.tasks import Task
+
+Kind = Literal["carried", "room", "unused", "undecided", "none"]
+
+TITLES = {
+    "shuffled": "latents of another example",
+    "zeroed": "latents zeroed",
+    "mean": "latents replaced by their mean over examples",
+    "noise": "latents replaced by noise of equal RMS",
+    "frozen": "latents frozen at z_0",
+    "hidden": "latents hidden from the answer",
+    "question_hidden": "question hidden from the answer",
+}
+DONE = {
+    "shuffled": "Shuffling the latents among examples",
+    "zeroed": "Zeroing the latents",
+    "mean": "Replacing the latents by their mean over examples",
+    "noise": "Replacing the latents by noise of equal RMS",
+    "frozen": "Freezing the latents at z_0",
+    "hidden": "Hiding the latents from the answer",
+    "question_hidden": "Hiding the question from the answer, which then sees the latents alone,",
+}
+ALIKE = 1e-5  # latents that differ less between examples, relative to their size, are the same
+SHARES_KEPT = (0.25, 0.5, 0.75)
+MOST_LOOPS = 13  # points of accuracy against T; beyond, every other one and so on
+HALF = 0.5  # of the answers must become the donor's to say that they come from the latents alone
+NARROW = 0.1  # "unused" is said only where a loss of more than this is ruled out
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit does to the answers.
+
+    Attributes:
+        compared: the edited run against the unedited one, on the same rows.
+        same_answers: the share of examples that get the answer of the unedited run.
+        donor_answers: of examples whose donor is answered otherwise, the share that is now answered as the donor is.
+    """
+
+    compared: Verdict
+    same_answers: float
+    donor_answers: float | None = None
+
+    @property
+    def costs(self) -> bool:
+        """Whether the edit makes answers worse, beyond doubt."""
+        return self.compared.told_apart and self.compared.difference < 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as JSON has them."""
+        accuracy, n = self.compared.accuracies[0], self.compared.n
+        return {
+            "accuracy": accuracy,
+            "ci95": list(wilson(round(accuracy * n), n)),
+            "difference": self.compared.difference,
+            "difference_ci95": list(self.compared.ci95),
+            "p": self.compared.p,
+            "told_apart": self.compared.told_apart,
+            "same_answers": self.same_answers,
+        }
+
+    def sentence(self, done: str) -> str:
+        """Say what ``done`` did."""
+        found, points = self.compared, abs(100 * self.compared.difference)
+        low, high = sorted(abs(100 * bound) for bound in found.ci95)
+        if found.told_apart:
+            verb = "costs" if found.difference < 0 else "gains"
+            text = f"{done} {verb} {points:.1f} points (95 % interval {low:.1f} to {high:.1f}, {p_words(found.p)})"
+        else:
+            text = (
+                f"{done} changes nothing that could be told from chance ({100 * found.difference:+.1f} points, "
+                f"{found.interval}, {p_words(found.p)})"
+            )
+        text += f"; {self.same_answers:.0%} of the answers stay the same"
+        if self.donor_answers is not None:
+            text += f", and {self.donor_answers:.0%} become the donor's where that is another"
+        return f"{text}."
+
+
+@dataclass
+class Controls:
+    """What the controls found.
+
+    Attributes:
+        unedited: the answers without an edit.
+        commonest: the share of the commonest gold answer.
+        n_latents: how many latents the answer sees.
+        seen: through what it sees them.
+        spread: how much they differ between examples, relative to their size.
+        effects: of each control that was run.
+        loops: accuracy against the number of loops; None stands for the unedited run.
+        trained_loops: the number of loops of the unedited run.
+        kept: accuracy when only the first so many latents are visible.
+        left_out: the controls that make no sense here, and why.
+    """
+
+    unedited: Sequence[Prediction]
+    commonest: float
+    n_latents: int = 0
+    seen: str = ""
+    spread: float = 0.0
+    effects: dict[str, Effect] = field(default_factory=dict)
+    loops: dict[int, Effect] = field(default_factory=dict)
+    trained_loops: int | None = None
+    kept: dict[int, Effect] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """What the latents do: see docs/measuring.md."""
+        return self._judge()[0]
+
+    @property
+    def sentence(self) -> str:
+        """What the latents do, in words."""
+        return self._judge()[1]
+
+    def _judge(self) -> tuple[Kind, str]:
+        if "latents" in self.left_out:
+            return "none", self.left_out["latents"]
+        shuffled, without = self.effects.get("shuffled"), self.effects.get("hidden") or self.effects.get("zeroed")
+        n, n_right = len(self.unedited), sum(p.correct for p in self.unedited)
+        if shuffled is None or without is None:
+            return "undecided", "The controls that could tell whether the latents are used make no sense here."
+        moved = f"{shuffled.sentence(DONE['shuffled'])} {without.sentence(DONE[self._without])}"
+        if self.spread < ALIKE:
+            moved = (
+                "What the latents are fed is the same for every example, so that exchanging it changes nothing. "
+                f"{without.sentence(DONE[self._without])}"
+            )
+        if shuffled.costs:
+            follows = (shuffled.donor_answers or 0.0) >= HALF
+            said = (
+                "The answers come from the latents."
+                if follows
+                else (
+                    "The answers need what the latents hold, together with the question: given another example's latents "
+                    "they are neither."
+                )
+            )
+            return "carried", f"{shuffled.sentence(DONE['shuffled'])} {said}"
+        if without.costs:
+            return "room", (
+                f"{moved} The answers need the latents' positions, but not what the loop has put into them: "
+                "they are room to compute in."
+            )
+        if wilson(n_right, n)[0] <= self.commonest:
+            return "undecided", (
+                f"The unedited run is right in {n_right / max(n, 1):.1%} of {n} examples, no better than always giving "
+                f"the commonest answer ({self.commonest:.1%}): there is no accuracy that the latents could carry. {moved}"
+            )
+        if min(shuffled.compared.ci95[0], without.compared.ci95[0]) < -NARROW:
+            return "undecided", f"{moved} {n} examples are too few to say whether the latents are used."
+        return "unused", f"{moved} The latents are not used."
+
+    @property
+    def _without(self) -> str:
+        return "hidden" if "hidden" in self.effects else "zeroed"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return controls.json but for what was measured on what."""
+        n, n_right = len(self.unedited), sum(p.correct for p in self.unedited)
+        return {
+            "unedited": {"accuracy": n_right / max(n, 1), "ci95": list(wilson(n_right, n))},
+            "commonest": self.commonest,
+            "latents": {"n": self.n_latents, "seen": self.seen, "spread": self.spread},
+            "controls": [
+                {
+                    "control": name,
+                    "title": TITLES[name],
+                    **effect.as_dict(),
+                    "donor_answers": effect.donor_answers,
+                    "sentence": effect.sentence(DONE[name]),
+                }
+                for name, effect in self.effects.items()
+            ],
+            "loops": [
+                {"loops": loops, "trained": loops == self.trained_loops, **effect.as_dict()}
+                for loops, effect in sorted(self.loops.items())
+            ],
+            "kept_latents": [
+                {"kept": kept, "of": self.n_latents, **effect.as_dict()} for kept, effect in sorted(self.kept.items())
+            ],
+            "left_out": [{"control": name, "why": why} for name, why in self.left_out.items()],
+            "verdict": {"kind": self.kind, "sentence": self.sentence},
+        }
+
+
+def controls(
+    model: LatentModel,
+    task: Task,
+    examples: Sequence[Example],
+    unedited: Sequence[Prediction] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    stage: int | None = None,
+    seed: int = 0,
+    planned: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Controls:
+    """Run all controls that make sense for a model's method.
+
+    Args:
+        model: the model.
+        task: extracts and checks answers.
+        examples: what to answer; the more, the narrower the intervals.
+        unedited: their answers without an edit, where they are known already.
+        max_new_tokens: the most tokens to write; None: as the task says.
+        batch_size: rows per batch.
+        stage: the curriculum's stage whose layout is used; None: the last.
+        seed: of the exchange of latents, of the noise, and of the bootstrap.
+        planned: told how many answers will be written.
+        progress: called with the number of answers written since the last call.
+    """
+    if not examples:
+        raise InputError("controls need examples to answer")
+    at = model.method.curriculum.last_stage if stage is None else stage
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
+    left_out = _left_out(model, at)
+    gold = Counter(example.answer for example in examples)
+    trained, loops = (None, []) if "loops" in left_out else _loops(model.method, at)
+    if unedited is None:
+        unedited = evaluate(model, task, examples, **options)
+    found = Controls(unedited, max(gold.values()) / len(examples), trained_loops=trained, left_out=left_out)
+    edits: dict[str, Replacement] = {}
+    donors: dict[Key, Key] = {}
+    seen: Record | None = None
+    if "latents" not in left_out:
+        seen = record(model, task, examples, batch_size, max_new_tokens, stage)
+        found.n_latents, found.seen, found.spread = seen.n_latents, seen_in_words(model.method, at), seen.spread()
+        donors = seen.donors(seed)
+        first = (
+            record(model, task, examples, batch_size, max_new_tokens, stage, True) if "frozen" not in left_out else None
+        )
+        edits = {name: edit for name, edit in _edits(seen, first, donors, seed).items() if name not in left_out}
+    kept = [] if "kept_latents" in left_out else sorted({round(s * found.n_latents) for s in SHARES_KEPT})
+    kept = [k for k in kept if 0 < k < found.n_latents]
+    if planned is not None:
+        planned((len(edits) + len([t for t in loops if t != trained]) + len(kept)) * len(examples))
+
+    def effect(edit: Replacement | None, loops: int | None = None) -> tuple[Effect, list[Prediction]]:
+        answered = answer(model, task, examples, edit, loops=loops, progress=progress, **options)
+        return _effect(answered, unedited, seed), answered
+
+    nothing = _effect(unedited, unedited, seed)
+    for name, edit in edits.items():
+        one, answered = effect(edit)
+        if name == "shuffled":
+            assert seen is not None
+            one = _effect(answered, unedited, seed, _donor_answers(answered, unedited, seen.keys, donors))
+        found.effects[name] = one
+    for t in loops:
+        found.loops[t] = nothing if t == trained else effect(None, t)[0]
+    for k in kept:
+        found.kept[k] = effect(Replacement(kept=k))[0]
+    if "kept_latents" not in left_out and found.n_latents:
+        found.kept |= {0: found.effects["hidden"], found.n_latents: nothing}
+    return found
+
+
+def _effect(
+    edited: Sequence[Prediction], unedited: Sequence[Prediction], seed: int, donor_answers: float | None = None
+) -> Effect:
+    names = "the edited run", "the unedited run"
+    compared = verdict([p.correct for p in edited], [p.correct for p in unedited], names, seed)
+    same = sum(same_answer(a, b) for a, b in zip(edited, unedited, strict=True)) / max(len(edited), 1)
+    return Effect(compared, same, donor_answers)
+
+
+def _donor_answers(
+    edited: Sequence[Prediction], unedited: Sequence[Prediction], keys: Sequence[Key], donors: dict[Key, Key]
+) -> float | None:
+    """Return of the examples whose donor is answered otherwise the share that is now answered as the donor is."""
+    plain = dict(zip(keys, unedited))
+    pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, edited)]
+    told = [same_answer(now, donor) for now, own, donor in pairs if not same_answer(own, donor)]
+    return sum(told) / len(told) if told else None
+
+
+def _edits(seen: Record, everything: Record | None, donors: dict[Key, Key], seed: int) -> dict[str, Replacement]:
+    """Return the edits, in the order in which they are shown."""
+    middle = seen.mean()
+
+    def mapped(change: Callable[[Key, int, Tensor, int], Tensor]) -> Replacement:
+        """Replace each state, told its prompt, block and place among the block's states."""
+
+        def of_block(key: Key, i: int, block: Fed) -> Fed:
+            fed = tuple(None if z is None else change(key, i, z, t) for t, z in enumerate(block.fed))
+            return Fed(fed, None if block.left is None else change(key, i, block.left, len(fed)))
+
+        return Replacement(seen.map(of_block))
+
+    def noise(key: Key, i: int, z: Tensor, t: int) -> Tensor:
+        name = hashlib.blake2b(repr((seed, key, i, t)).encode(), digest_size=7).digest()
+        drawn = torch.randn(z.shape, generator=torch.Generator().manual_seed(int.from_bytes(name, "big")))
+        return drawn * (z.float().square().mean(-1, keepdim=True) / drawn.square().mean(-1, keepdim=True)).sqrt()
+
+    def start(key: Key, i: int, z: Tensor, t: int) -> Tensor:
+        assert everything is not None
+        block = everything.blocks[key][i]
+        first = block.fed[0] if block.fed else block.left
+        assert first is not None
+        return first
+
+    edits = {
+        "shuffled": Replacement({key: seen.blocks[donor] for key, donor in donors.items()}),
+        "zeroed": mapped(lambda key, i, z, t: torch.zeros_like(z)),
+        "mean": Replacement({key: middle for key in seen.blocks}),
+        "noise": mapped(noise),
+    }
+    if everything is not None:
+        edits["frozen"] = mapped(start)
+    return edits | {"hidden": Replacement(kept=0), "question_hidden": Replacement(hides_question=True)}
+
+
+def _left_out(model: LatentModel, stage: int) -> dict[str, str]:
+    """Return the controls that make no sense for a method at a stage, and why."""
+    method, why = model.method, dict[str, str]()
+    row = model.prompts(["?"], stage)[0]
+    if method.family == "depth":
+        why["latents"] = f"'{method.name}' thinks inside its tokens and has no latents that could be taken away."
+    elif not row.region:
+        why["latents"] = f"'{method.name}' has no latents between the question and the answer here."
+    elif method.scope == "all":
+        why["latents"] = f"'{method.name}' refines the question itself here: without it there is nothing to answer."
+    elif method.loop.stop != "none" and method.answer_context == "kv_last" and method.scope != "append":
+        why["latents"] = (
+            "The answer sees the last iteration, and which that is, is known only once it is over: "
+            "set stop to none to see what replacing its latents does."
+        )
+    try:
+        if not _loops(method, stage)[1]:
+            raise InputError(f"'{method.name}' has no loop")
+    except InputError:
+        why["loops"] = f"'{method.name}' has no number of loops that could be set."
+    if "latents" in why:
+        return why
+    if method.n_loops(stage) == 0:
+        why["frozen"] = "nothing refines the latents, so that they are at z_0 anyway"
+    reason = None
+    if model.block() is not None:
+        reason = "latents are opened while answering, and the text between them has read them"
+    elif method.answering.decoder != "lm_head":
+        reason = "a decoder of its own answers, which attends to nothing that could be hidden"
+    elif not row.suffix:
+        reason = "the answer is predicted from the last latent itself"
+    if reason is not None:
+        why |= dict.fromkeys(("hidden", "question_hidden", "kept_latents"), reason)
+    return why
+
+
+def _loops(method: Method, stage: int) -> tuple[int | None, list[int]]:
+    """Return the number of loops that a method was trained with, and those to try: 0 to twice as many."""
+    wanted = method.depth() if hasattr(method, "depth") else method.n_loops(stage)
+    if not wanted:
+        return None, []
+    trained = next((t for t in range(wanted + 2) if _with(method, t, stage) == wanted), None)
+    if trained is None or trained == 0:
+        return None, []
+    possible = [t for t in range(2 * trained + 1) if _with(method, t, stage) is not None]
+    stride = -(-len(possible) // MOST_LOOPS)
+    return trained, sorted({*possible[::stride], trained, 2 * trained} & set(possible))
+
+
+def _with(method: Method, loops: int, stage: int) -> int | None:
+    """Return how often a method loops if told to loop so often; None where it cannot."""
+    try:
+        other = method.with_loops(loops)
+        return other.depth() if hasattr(other, "depth") else other.n_loops(stage)
+    except InputError:
+        return None

@@ -1,0 +1,346 @@
+"""What latents are fed, example by example: recorded, and replaced by something else while the model answers.
+
+A latent meets the answer as an input: what it is *seen* through are the inputs of the passes whose keys and values the
+answer attends to (or the final state, for a decoder of its own):
+
+    slots, refeed     the final state z_T, which is read once more with the answer
+    slots, kv_last    z_{T-1}, the input of the last iteration, whose cache the answer sees
+    append            every latent as it is appended: z_0, .., z_{T-1}, and z_T where that is fed once more
+    no iterations     the embeddings of the latents
+
+Replacing these leaves nothing of the example's own latents; the pass itself still attends to the example's own
+question, as it always does. Examples are told apart by the tokens of their prompts, whatever batch they run in. A block
+of latents that is opened while answering is replaced as the first one is.
+
+Shapes: `N` latents that are fed together, `D` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from innerloop.edit import edited
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.layout import Batch
+from innerloop.measure.accuracy import Prediction, evaluate
+from innerloop.tasks import Task
+from innerloop.thought import join
+
+if TYPE_CHECKING:
+    from innerloop.loop import Pass
+    from innerloop.methods import Method
+    from innerloop.model import LatentModel
+    from innerloop.thought import Thought
+
+Key = tuple[int, ...]
+"""The tokens of a prompt, up to its first written one."""
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What the latents of one block were fed, or what they are to be fed.
+
+    Attributes:
+        fed: for each iteration its input z_{t-1} (N, D); None: left as it is.
+        left: the final state z_T (N, D); None: left as it is.
+    """
+
+    fed: tuple[Tensor | None, ...]
+    left: Tensor | None
+
+    def at(self, loop: int) -> Tensor | None:
+        """Return what a 1-based iteration is fed; more iterations than known are fed what the last one was."""
+        return self.fed[min(loop, len(self.fed)) - 1] if self.fed else None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the latents of some examples were fed, and the sizes of what the answer sees of them.
+
+    Attributes:
+        blocks: by prompt, block after block.
+        keys: the prompts of the examples, in their order.
+    """
+
+    blocks: Mapping[Key, Sequence[Fed]]
+    keys: Sequence[Key]
+
+    @property
+    def n_latents(self) -> int:
+        """The number of latents that the answer sees of the first block."""
+        first = self.blocks[self.keys[0]][:1]
+        return 0 if not first else sum(len(z) for z in [*first[0].fed, first[0].left] if z is not None)
+
+    def map(self, change: Callable[[Key, int, Fed], Fed]) -> dict[Key, list[Fed]]:
+        """Return a table of replacements, made from each prompt, block number and what was seen."""
+        return {key: [change(key, i, block) for i, block in enumerate(blocks)] for key, blocks in self.blocks.items()}
+
+    def donors(self, seed: int) -> dict[Key, Key]:
+        """Draw for each prompt another one that lends its latents; no prompt lends to two."""
+        different = list(dict.fromkeys(self.keys))
+        if len(different) < 2:
+            raise InputError("latents are exchanged between examples: give at least two different questions")
+        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+        return {different[a]: different[b] for a, b in pairwise([*order, order[0]])}
+
+    def spread(self) -> float:
+        """Return how far latents are from their mean over examples (RMS), in units of their RMS; 0: all are alike."""
+        mean = self.mean()
+        deviations, sizes = [], []
+        for key in dict.fromkeys(self.keys):
+            for i, block in enumerate(self.blocks[key]):
+                for own, middle in zip(states_of(block), states_of(mean[i]), strict=False):
+                    deviations.append((own - middle).square().mean())
+                    sizes.append(own.square().mean())
+        if not sizes:
+            return 0.0
+        return (torch.stack(deviations).mean() / torch.stack(sizes).mean().clamp(min=1e-30)).sqrt().item()
+
+    def mean(self) -> list[Fed]:
+        """Return the mean over examples of each block, latent and iteration."""
+        every = [self.blocks[key] for key in dict.fromkeys(self.keys)]
+        means = []
+        for i in range(max(map(len, every))):
+            blocks = [blocks[i] for blocks in every if len(blocks) > i]
+            n_fed = max(len(block.fed) for block in blocks)
+            fed = [_mean([block.fed[t] for block in blocks if len(block.fed) > t]) for t in range(n_fed)]
+            means.append(Fed(tuple(fed), _mean([block.left for block in blocks])))
+        return means
+
+
+def _mean(states: Sequence[Tensor | None]) -> Tensor | None:
+    known = [state.float() for state in states if state is not None]
+    return torch.stack(known).mean(0) if known else None
+
+
+def states_of(block: Fed) -> list[Tensor]:
+    """Return all states of a block, in fp32."""
+    return [state.float() for state in [*block.fed, block.left] if state is not None]
+
+
+def seen_in_words(method: Method, stage: int) -> str:
+    """Say through what the answer sees the latents."""
+    if not _loops(method, stage):
+        return "the embeddings of the latents, which nothing refines"
+    if method.scope == "append":
+        return "every latent as it is appended"
+    if method.answer_context == "kv_last":
+        return "the state that the last iteration is fed"
+    return "the final state, which is fed once more"
+
+
+def _loops(method: Method, stage: int) -> bool:
+    return method.n_loops(stage) > 0 or method.first_state == "forward" or method.answering.decoder != "lm_head"
+
+
+def only_seen(method: Method, stage: int, block: Fed) -> Fed:
+    """Return of everything that was fed what the answer sees."""
+    if method.scope == "append":
+        return block if method.answer_context == "refeed" else Fed(block.fed, None)
+    if method.answer_context == "refeed" or not block.fed:
+        return Fed((None,) * len(block.fed), block.left)
+    return Fed((*[None] * (len(block.fed) - 1), block.fed[-1]), None)
+
+
+class _Rows:
+    """Follows which examples the rows of a loop are, and which of its positions are latents."""
+
+    def begin(self, batch: Batch) -> None:
+        """Learn the prompts of a batch."""
+        end = batch.bounds[1]
+        ids, mask = batch.ids_BS[:, :end].tolist(), batch.mask_BS[:, :end].tolist()
+        self.keys = [tuple(i for i, m in zip(row, real) if m) for row, real in zip(ids, mask)]
+        self.text_BN = batch.pinned_BN
+        self.begun()
+
+    def begun(self) -> None:
+        """Make ready for a batch."""
+
+    def enter(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
+        """Learn which rows of the batch loop; a row none of whose positions is a latent does not."""
+        context = getattr(f, "prefix", None) or getattr(f, "context", None)
+        rows = None if context is None else context.rows
+        self.rows = list(range(len(state))) if rows is None else rows.tolist()
+        mask, n = None if f is None else f.state_mask, state.shape[1]
+        if f is None and self.text_BN is not None:
+            mask = 1 - self.text_BN
+        real = [[1] * n] * len(state) if mask is None else mask.tolist()
+        self.places = [[column for column in range(n) if row[column]] for row in real]
+        self.entered()
+
+    def entered(self) -> None:
+        """Make ready for a loop."""
+
+    def show(self, thought: Thought, batch: Batch) -> Thought:
+        """Leave what the answer is written on as it is."""
+        return thought
+
+
+class Recorder(_Rows):
+    """Takes down what latents are fed.
+
+    Attributes:
+        blocks: by prompt, block after block.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[Key, list[Fed]] = {}
+
+    def begun(self) -> None:
+        """Make room for each row; of prompts that occur twice the last is kept."""
+        self.lists: list[list[Fed]] = [[] for _ in self.keys]
+        self.blocks |= dict(zip(self.keys, self.lists))
+
+    def entered(self) -> None:
+        """Make room for what iterations are fed."""
+        self.fed: list[list[Tensor]] = [[] for _ in self.rows]
+
+    def feed(self, state: Tensor, loop: int, going: Sequence[int]) -> Tensor:
+        """Take down an iteration's input."""
+        kept = state.detach().cpu()
+        for row, own in zip(going, kept):
+            self.fed[row].append(own[self.places[row]])
+        return state
+
+    def leave(self, state: Tensor, ran: Sequence[int]) -> Tensor:
+        """Take down the final state; what a row was fed after it had ended does not count."""
+        for i, (row, own, n) in enumerate(zip(self.rows, state.detach().cpu(), ran)):
+            if self.places[i]:
+                self.lists[row].append(Fed(tuple(self.fed[i][:n]), own[self.places[i]]))
+        return state
+
+
+class Replacement(_Rows):
+    """Feeds latents something else, or hides them or the question from the answer.
+
+    What is hidden keeps its position, so that those after it keep theirs; only from <eot> on nobody can attend to it.
+
+    Args:
+        table: by prompt and block what to feed; blocks past the last are fed what the last one is.
+        kept: how many latents the answer may attend to, from the first; None: all.
+        hides_question: the answer may attend to the latents and to what follows them alone.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[Key, Sequence[Fed]] | None = None,
+        kept: int | None = None,
+        hides_question: bool = False,
+    ):
+        self.table, self.kept, self.hides_question = table or {}, kept, hides_question
+
+    def begun(self) -> None:
+        """No row has had a block."""
+        self.n_blocks = [0] * len(self.keys)
+
+    def entered(self) -> None:
+        """Choose the block that each row is fed."""
+        self.blocks: list[Fed | None] = []
+        for row, places in zip(self.rows, self.places):
+            blocks = self.table.get(self.keys[row], ())
+            self.blocks.append(blocks[min(self.n_blocks[row], len(blocks) - 1)] if blocks and places else None)
+            self.n_blocks[row] += bool(places)
+
+    def feed(self, state: Tensor, loop: int, going: Sequence[int]) -> Tensor:
+        """Return what the iteration is fed."""
+        blocks = [self.blocks[row] for row in going]
+        return self._put(state, [None if block is None else block.at(loop) for block in blocks], going)
+
+    def leave(self, state: Tensor, ran: Sequence[int]) -> Tensor:
+        """Return what is left."""
+        return self._put(state, [None if block is None else block.left for block in self.blocks], range(len(state)))
+
+    def _put(self, state: Tensor, values: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor:
+        if all(value is None for value in values):
+            return state
+        new = torch.zeros(state.shape, dtype=torch.float32)
+        chosen = torch.zeros(*state.shape[:2], 1, dtype=torch.bool)
+        for i, (row, value) in enumerate(zip(rows, values)):
+            if value is not None:
+                new[i, self.places[row]] = value.float()
+                chosen[i, self.places[row]] = True
+        return torch.where(chosen.to(state.device), new.to(state.device, state.dtype), state)
+
+    def show(self, thought: Thought, batch: Batch) -> Thought:
+        """Hide what is to be hidden; what was pending is read by itself, as nobody may see it later."""
+        if self.kept is None and not self.hides_question:
+            return thought
+        context, (first, end) = thought.context, batch.bounds
+        if thought.pending:
+            context.read(*join(thought.pending))
+        thought.pending, thought.first_column = [], end
+        ones = context.next_position_B.new_ones(len(batch), context.length)
+        mask = ones if context.mask_BP is None else context.mask_BP.clone()
+        if self.hides_question:
+            mask[:, :first] = 0
+        if self.kept is not None:
+            start = first + max(context.length - end, 0)  # a token for the time comes before the latents
+            order = mask[:, start:].cumsum(1)
+            mask[:, start:] *= order <= self.kept
+            if self.kept == 0:
+                mask[:, first:] = 0
+        context.mask_BP = mask
+        return thought
+
+
+@torch.no_grad()
+def record(
+    model: LatentModel,
+    task: Task,
+    examples: Sequence[Example],
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    stage: int | None = None,
+    everything: bool = False,
+) -> Record:
+    """Record what the answer sees of the latents of examples, or ``everything`` that they are fed.
+
+    The answers are written only for methods that open blocks of latents while they answer.
+    """
+    recorder, method, was_training = Recorder(), model.method, model.training
+    rows = model.prompts([example.question for example in examples], stage)
+    keys = [tuple(i for piece in [*row.prefix, *row.region] for i in piece.ids) for row in rows]
+    model.eval()
+    with edited(model.loop, recorder):
+        if model.block() is not None:
+            evaluate(model, task, examples, max_new_tokens, batch_size, stage)
+        else:
+            for begin in range(0, len(rows), batch_size):
+                model.think(model.batch(rows[begin : begin + batch_size]))
+    model.train(was_training)
+    whole = Record(recorder.blocks, keys)
+    if everything:
+        return whole
+    at = method.curriculum.last_stage if stage is None else stage
+    return Record(whole.map(lambda key, i, block: only_seen(method, at, block)), keys)
+
+
+def answer(
+    model: LatentModel,
+    task: Task,
+    examples: Sequence[Example],
+    edit: Replacement | None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    stage: int | None = None,
+    loops: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Answer examples by the ordinary engine, with an edit if there is one."""
+    options = (max_new_tokens, batch_size, stage, loops, progress)
+    if edit is None:
+        return evaluate(model, task, examples, *options)
+    with edited(model.loop, edit):
+        return evaluate(model, task, examples, *options)
+
+
+def same_answer(a: Prediction, b: Prediction) -> bool:
+    """Say whether two predictions give the same answer, or where neither gives one, the same text."""
+    return a.predicted == b.predicted and (a.predicted is not None or a.text == b.text)

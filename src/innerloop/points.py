@@ -1,0 +1,295 @@
+"""Points: the variants of a suite with their seeds, trained and tested side by side; what is there is not run again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from innerloop.checkpoint import write_text
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.measure.accuracy import accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.controls import controls
+from innerloop.model import LatentModel
+from innerloop.progress import bar
+from innerloop.recipe import Recipe, load_recipe
+from innerloop.run import CONFIG, FINISHED, run_recipe
+from innerloop.standing import CONTROLS
+from innerloop.suite import Exam, Suite
+from innerloop.tasks import Task
+from innerloop.trainer import training_arguments
+
+N_TRACED = 64
+MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
+Key = tuple[str, int]  # a variant and a seed
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where points are trained.
+
+    Attributes:
+        submit: hands over a function with its arguments, of which the second is a recipe.
+        messages: a queue of what they report.
+    """
+
+    submit: Callable[..., Future[Any]]
+    messages: Any
+
+
+@contextmanager
+def local_workers(n: int) -> Iterator[Workers]:
+    """Train ``n`` points at a time on this machine, each on one thread."""
+    if n < 1:
+        raise InputError("a suite needs workers >= 1")
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(n, mp_context=context, initializer=one_thread) as pool:
+        try:
+            yield Workers(pool.submit, manager.Queue())
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+
+
+def run_suite(
+    suite: Suite,
+    workers: int = 2,
+    console: Console | None = None,
+    on: Callable[[], AbstractContextManager[Workers]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train and test what is missing, side by side; return the result of every point, in order.
+
+    Args:
+        suite: what to run.
+        workers: points trained at a time on this machine, each on one thread.
+        console: where progress is shown.
+        on: other workers, such as those of a cluster.
+
+    Returns:
+        For each point its result.json, with ``variant`` and where asked for ``loops``, accuracy and interval by number
+        of iterations, and ``change``, the relative change of the state in each; or ``error`` in place of all but
+        variant and seed.
+
+    Raises:
+        InputError: before anything is trained, where a folder holds a point of another recipe.
+    """
+    check_points(suite)
+    missing = [key for key, recipe in suite.points.items() if _result(recipe, suite.exam) is None]
+    failed: dict[Key, str] = {}
+    if missing:
+        with (on or (lambda: local_workers(workers)))() as chosen, bar(console or Console()) as progress:
+            failed = _shown(suite, missing, chosen, progress)
+    results: list[dict[str, Any]] = []
+    for (variant, seed), recipe in suite.points.items():
+        if (variant, seed) in failed:
+            results.append({"variant": variant, "seed": seed, "error": failed[variant, seed]})
+        else:
+            results.append(_result(recipe, suite.exam) or {})
+    return results
+
+
+def check_points(suite: Suite) -> None:
+    """Refuse training arguments that do not exist, and folders that hold what another recipe trained."""
+    for recipe in [*suite.warm_ups.values(), *suite.points.values()]:
+        for stage in recipe.stages or (recipe,):
+            training_arguments(recipe.out, stage.train)
+        config = Path(recipe.out) / CONFIG
+        if not config.exists():
+            continue
+        differ = [name for name, was in _sections(load_recipe(config)).items() if was != _sections(recipe).get(name)]
+        if differ:
+            raise InputError(
+                f"{recipe.out} was trained with another recipe ({', '.join(differ)} differ): choose another folder "
+                "with --out, or remove it"
+            )
+
+
+def _sections(recipe: Recipe) -> dict[str, str]:
+    """Return the sections of a point's recipe as text in which the suite's folder is left out: it may be moved."""
+    folder = str(Path(recipe.out).parent.parent)
+    written = recipe.as_dict()
+    for part in (written, *written.get("stages", ())):
+        part["train"] = {k: v for k, v in part["train"].items() if not k.startswith(MAY_DIFFER)}
+    return {k: json.dumps(v).replace(folder, "{suite}") for k, v in written.items() if k != "out"}
+
+
+def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any) -> dict[Key, str]:
+    """Run what is missing with a bar for each point; return why those that failed did."""
+    rows: dict[Key, Recipe] = {
+        ("warm-up", seed): suite.warm_ups[seed]
+        for seed in dict.fromkeys(seed for _, seed in missing)
+        if seed in suite.warm_ups
+    }
+    rows |= {key: suite.points[key] for key in missing}
+    bars = {
+        key: progress.add_task(
+            f"{key[0]} {key[1]}", total=sum(s.train.get("max_steps", 0) for s in r.stages or (r,)) or None, note=""
+        )
+        for key, r in rows.items()
+    }
+
+    def listen() -> None:
+        while (message := workers.messages.get()) is not None:
+            key, done, note = message
+            progress.update(bars[key], completed=done, **({"note": note} if note else {}))
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        return _run_pool(suite, missing, workers)
+    finally:
+        workers.messages.put(None)
+        listener.join()
+
+
+def _result(recipe: Recipe, exam: Exam) -> dict[str, Any] | None:
+    """Return the result of a point that has been tested by this exam."""
+    path = Path(recipe.out) / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    is_same = result.get("exam", _written(Exam())) == _written(exam)
+    return result if "variant" in result and is_same else None
+
+
+def _written(exam: Exam) -> dict[str, Any]:
+    return {**asdict(exam), "loops": list(exam.loops)}
+
+
+def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Key, str]:
+    """Train the warm-ups that are needed, then the points; return why those that failed did."""
+    failed = {}
+    messages = workers.messages
+    first: dict[int, Future[Any]] = {
+        seed: workers.submit(_train, ("warm-up", seed), suite.warm_ups[seed], messages)
+        for seed in dict.fromkeys(seed for _, seed in missing)
+        if seed in suite.warm_ups
+    }
+    jobs: dict[Future[Any], Key] = {}
+    for seed, job in [*first.items(), *((s, None) for s in sorted({s for _, s in missing} - set(first)))]:
+        error = None if job is None else job.exception()
+        for key in (k for k in missing if k[1] == seed):
+            if error is not None:
+                failed[key] = f"the warm-up failed: {error}"
+            else:
+                jobs[workers.submit(_point, key, suite.points[key], suite.exam, messages)] = key
+    for done in as_completed(jobs):
+        if (error := done.exception()) is not None:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            failed[jobs[done]] = reason
+            messages.put((jobs[done], 0, f"failed: {reason}"))
+    return failed
+
+
+def one_thread() -> None:
+    """Prepare a process that trains one point at a time."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)  # tiny models run faster so, and the workers share the cores
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _train(key: Key, recipe: Recipe, messages: Any) -> None:
+    """Train a recipe, unless it has been."""
+    out = Path(recipe.out)
+    if (out / FINISHED).exists():
+        return
+    finished = [s.train.get("max_steps", 0) for s in recipe.stages]
+    run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
+    for checkpoint in out.rglob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
+
+
+def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
+    """Train and test a point."""
+    _train(key, recipe, messages)
+    out = Path(recipe.out)
+    if not (out / FINISHED).exists():
+        raise InputError("interrupted; run the suite again to go on")
+    model, task = LatentModel.from_pretrained(recipe.out), recipe.task
+    examples = task.examples(exam.split, exam.limit)
+    predictions = evaluate(model, task, examples)
+    result = {"variant": key[0], "exam": _written(exam)} | result_of(
+        model, task, exam.split, predictions, key[1], recipe.out
+    )
+    iterates = bool(exam.loops) and hasattr(model.method, "max_loops")
+    for name, fields in exam.also.items():
+        other = replace(task, **fields)  # type: ignore[type-var]
+        asked = other.examples(exam.split, exam.limit)
+        at = result.setdefault("also", {}).setdefault(name, {})
+        at["trained"] = _score(model, other, asked, None)
+        at.update(_curve(model, other, asked, exam.loops)[0] if iterates else {})
+    if iterates:
+        result["loops"], refused = _curve(model, task, examples, exam.loops)
+        if refused:
+            result["loops_refused"] = refused
+        if result["loops"]:
+            questions = [example.question for example in examples[:N_TRACED]]
+            answers = model.generate(questions, loops=max(result["loops"]), trace=True, max_new_tokens=1)
+            changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
+            result["change"] = [sum(column) / len(column) for column in zip(*changes)]
+    if exam.controls:
+        found = controls(model, task, examples, predictions, seed=key[1])
+        about: dict[str, Any] = {
+            "method": model.method.name,
+            "model": recipe.out,
+            "task": task.name,
+            "split": exam.split,
+        }
+        about |= {"n": len(examples), "seed": key[1]}
+        write_text(out / CONTROLS, json.dumps({**about, **found.as_dict()}, indent=2) + "\n")
+    lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
+    write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _curve(
+    model: LatentModel, task: Task, examples: list[Example], loops: Sequence[int]
+) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
+    scores: dict[int, dict[str, Any]] = {}
+    refused: dict[int, str] = {}
+    for n in loops:
+        try:
+            scores[n] = _score(model, task, examples, n)
+        except InputError as error:
+            refused[n] = str(error)
+    return scores, refused
+
+
+def _score(model: LatentModel, task: Task, examples: list[Example], loops: int | None) -> dict[str, Any]:
+    """Return accuracy and interval with a number of iterations."""
+    answered = evaluate(model, task, examples, loops=loops)
+    n_correct = sum(p.correct for p in answered)
+    return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
+
+
+class _Report(TrainerCallback):
+    """Sends progress to the process that shows it; steps are counted over all stages."""
+
+    def __init__(self, key: Key, messages: Any, stages: Sequence[int], title: str):
+        number = title.partition("/")[0]
+        done = int(number) - 1 if stages and number.isdigit() else 0
+        self.key, self.messages, self.before = key, messages, sum(stages[:done])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Send the step, now and then."""
+        if state.global_step % 5 == 0 or state.global_step == state.max_steps:
+            self.messages.put((self.key, self.before + state.global_step, ""))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Send the newest loss."""
+        if logs and "loss" in logs:
+            self.messages.put((self.key, self.before + state.global_step, f"loss {logs['loss']:.3f}"))

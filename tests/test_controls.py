@@ -1,0 +1,224 @@
+"""Controls: models of hand-set weights that use their latents, or do not, are recognised, whatever the method."""
+
+import json
+
+import pytest
+import torch
+
+from innerloop.edit import edited
+from innerloop.errors import InputError
+from innerloop.measure.accuracy import evaluate
+from innerloop.measure.controls import Controls, _effect, controls
+from innerloop.measure.latents import Recorder, Replacement, record
+from innerloop.methods import (
+    Coconut,
+    Codi,
+    Cot,
+    Lotus,
+    Method,
+    NoCot,
+    Pause,
+    Pccot,
+    SimCot,
+    SimCotCodi,
+    Slr,
+    SpiralThinker,
+)
+from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built
+
+PLAIN = {"residual": "none", "rescale": "none", "time": "none"}
+ALONE = {"hid_weight": 0.0, "teacher": None, "teacher_weight": 0.0}
+REFEED = Slr(n_slots=2, max_loops=2, **PLAIN)
+METHODS: dict[str, Method] = {
+    "slots, refeed": REFEED,
+    "slots, kv_last": Slr(n_slots=2, max_loops=2, answer_from="kv_last", **PLAIN),
+    "slots, a pass first": Slr(n_slots=2, max_loops=1, h0="forward", **PLAIN),
+    "slots, a token for the time": Slr(
+        n_slots=2, max_loops=2, answer_from="kv_last", time_inject="token", **PLAIN | {"time": "lookup"}
+    ),
+    "residual and rms": Slr(n_slots=2, max_loops=2),
+    "last": Slr(loop_scope="last", max_loops=2, **PLAIN),
+    "append": Slr(loop_scope="append", max_loops=2, h0="forward", **PLAIN),
+    "append, kv_last": Slr(loop_scope="append", max_loops=2, h0="forward", answer_from="kv_last", **PLAIN),
+    "coconut": Coconut(max_stage=2, latents_per_step=1),
+    "simcot": SimCot(max_stage=2, latents_per_step=1),
+    "codi": Codi(n_latents_total=3, rescale="none", **ALONE),
+    "simcot_codi": SimCotCodi(n_latents_total=3, rescale="none", **ALONE),
+    "lotus": Lotus(n_blocks=2, latents_per_block=2),
+    "lotus, refeed": Lotus(n_blocks=1, latents_per_block=2, last_pass="refeed"),
+    "pccot": Pccot(n_slots=3, max_loops=2, rescale="none", **ALONE),
+    "spiralthinker": SpiralThinker(pattern="all", latents_per_block=2, max_loops=2, rescale="none", **ALONE),
+    "stops by itself": Slr(n_slots=2, max_loops=2, stop="delta", stop_threshold=-0.5, **PLAIN),
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+SOME = ("slots, refeed", "slots, kv_last", "coconut", "lotus", "pccot", "spiralthinker")
+some_methods = pytest.mark.parametrize("method", [METHODS[name] for name in SOME], ids=SOME)
+
+
+def accuracy_of(found: Controls, control: str) -> float:
+    return found.effects[control].compared.accuracies[0]
+
+
+@every_method
+def test_a_model_built_to_depend_on_its_latents_is_recognised(method: Method):
+    model, examples = built(method, LATENTS)
+    found = controls(model, TASK, examples)
+    assert sum(p.correct for p in found.unedited) == len(examples)
+    assert found.kind == "carried" and "The answers come from the latents." in found.sentence, found.sentence
+    assert found.effects["shuffled"].donor_answers == 1.0
+    for control in ("shuffled", "zeroed", "mean", "noise", "frozen", "hidden"):
+        if control in found.effects and not (control == "frozen" and method.first_state == "forward"):
+            assert accuracy_of(found, control) <= 0.4, control
+    if "question_hidden" in found.effects:
+        assert accuracy_of(found, "question_hidden") == 1.0
+
+
+@some_methods
+def test_a_model_built_to_ignore_its_latents_is_called_out(method: Method):
+    model, examples = built(method, QUESTION)
+    found = controls(model, TASK, examples)
+    assert found.kind == "unused" and found.sentence.endswith("The latents are not used."), found.sentence
+    for control, effect in found.effects.items():
+        if control != "question_hidden":
+            assert effect.same_answers == 1.0, control
+    if "question_hidden" in found.effects:
+        assert accuracy_of(found, "question_hidden") <= 0.2
+
+
+@pytest.mark.parametrize("method", [Pause(n_pauses=2), METHODS["lotus"]], ids=["pause", "lotus"])
+def test_latents_that_are_but_room_to_compute_in_are_told_from_those_that_carry(method: Method):
+    model, examples = built(method, ROOM)
+    found = controls(model, TASK, examples)
+    assert found.kind == "room" and "room to compute in" in found.sentence, found.sentence
+    assert accuracy_of(found, "shuffled") == 1.0 and accuracy_of(found, "hidden") <= 0.2
+    assert (found.spread == pytest.approx(0, abs=1e-5)) == (method.name == "pause")
+
+
+def test_where_nothing_is_right_nothing_can_be_taken_away():
+    model, examples = built(Pause(n_pauses=2), LATENTS)
+    found = controls(model, TASK, examples)
+    assert found.kind == "undecided" and "no better than always giving the commonest answer (10.0%)" in found.sentence
+    assert {"loops", "frozen"} == set(found.left_out)
+
+
+def test_too_few_examples_decide_nothing():
+    model, examples = built(REFEED, QUESTION, n=10)
+    found = controls(model, TASK, examples)
+    assert found.kind == "undecided" and "10 examples are too few" in found.sentence
+
+
+def test_accuracy_against_loops_and_latents():
+    model, examples = built(REFEED, LATENTS)
+    found = controls(model, TASK, examples).as_dict()
+    points = {point["loops"]: point["accuracy"] for point in found["loops"]}
+    assert list(points) == [0, 1, 2, 3, 4] and points[0] == 0.1 and points[1] == points[4] == 1.0
+    assert [point["loops"] for point in found["loops"] if point["trained"]] == [2]
+    kept = {point["kept"]: point["accuracy"] for point in found["kept_latents"]}
+    assert kept == {0: 0.1, 1: 1.0, 2: 1.0}
+
+
+def test_latents_that_hold_nothing_may_go():
+    model, examples = built(Slr(n_slots=4, distinct_slots=True, max_loops=1, **PLAIN), THIRD)
+    kept = {n: effect.compared.accuracies[0] for n, effect in controls(model, TASK, examples).kept.items()}
+    assert kept == {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 1.0}
+
+
+@pytest.mark.parametrize("method", [Cot(), NoCot(), Pause(placement="prepend"), Slr(loop_scope="all", max_loops=1)])
+def test_methods_without_latents_are_told_so(method: Method):
+    model, examples = built(method, QUESTION, n=10)
+    found = controls(model, TASK, examples)
+    assert found.kind == "none" and not found.effects and method.name in found.sentence
+    assert bool(found.loops) == (method.name == "slr")
+
+
+def test_what_cannot_be_hidden_is_left_out_with_the_reason():
+    model, examples = built(Pause(n_pauses=2, with_markers=False), QUESTION, n=10)
+    found = controls(model, TASK, examples).as_dict()
+    reasons = {entry["control"]: entry["why"] for entry in found["left_out"]}
+    assert "last latent itself" in reasons["hidden"] and "hidden" not in [c["control"] for c in found["controls"]]
+    model, examples = built(METHODS["slots, kv_last"].with_loops(3), QUESTION, n=10)
+    object.__setattr__(model.method, "stop", "delta")
+    assert "set stop to none" in controls(model, TASK, examples).left_out["latents"]
+
+
+def test_no_examples_or_one_question_are_refused():
+    model, examples = built(REFEED, LATENTS, n=3)
+    with pytest.raises(InputError, match="examples"):
+        controls(model, TASK, [])
+    with pytest.raises(InputError, match="two different questions"):
+        controls(model, TASK, examples[:1])
+
+
+def test_the_same_seed_gives_the_same_report_whatever_the_batches():
+    model, examples = built(REFEED, LATENTS, n=30)
+    first, second = (controls(model, TASK, examples, batch_size=size, seed=5) for size in (30, 11))
+    assert json.dumps(first.as_dict()) == json.dumps(second.as_dict())
+    other = controls(model, TASK, examples, seed=6).as_dict()
+    assert json.dumps(other) != json.dumps(first.as_dict())
+
+
+def test_progress_counts_every_answer_and_the_unedited_run_is_not_repeated():
+    model, examples = built(REFEED, LATENTS, n=10)
+    unedited, planned, done = evaluate(model, TASK, examples), [], []
+    found = controls(model, TASK, examples, unedited, planned=planned.append, progress=done.append)
+    assert found.unedited is unedited and planned == [sum(done)]
+    assert planned[0] == (len(found.effects) + len(found.loops) - 1 + len(found.kept) - 2) * 10
+
+
+# The edits themselves
+
+
+@every_method
+def test_feeding_latents_what_they_were_fed_changes_nothing(method: Method):
+    model, examples = built(method, LATENTS, n=12)
+    plain = model.generate([e.question for e in examples], max_new_tokens=4)
+    seen = record(model, TASK, examples, batch_size=5)
+    with edited(model.loop, Replacement(seen.blocks)):
+        again = model.generate([e.question for e in examples], max_new_tokens=4)
+    assert [g.text for g in again] == [g.text for g in plain]
+    logits = model.answer_logits(examples)
+    with edited(model.loop, Replacement(seen.blocks)):
+        for own, other in zip(logits, model.answer_logits(examples)):
+            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+    assert model.loop.edit is None
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.name != "spiralthinker"])
+def test_hiding_nothing_changes_nothing(name: str):
+    model, examples = built(METHODS[name], LATENTS, n=6)
+    logits = model.answer_logits(examples)
+    with edited(model.loop, Replacement(kept=99)):
+        for own, other in zip(logits, model.answer_logits(examples)):
+            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_latents_are_those_of_no_loops():
+    model, examples = built(REFEED, QUESTION, n=6)
+    first = record(model, TASK, examples, everything=True).map(lambda key, i, block: type(block)((), block.fed[0]))
+    without = [g.text for g in model.generate([e.question for e in examples], max_new_tokens=4, loops=0)]
+    with edited(model.loop, Replacement(first)):
+        assert [g.text for g in model.generate([e.question for e in examples], max_new_tokens=4)] == without
+
+
+def test_every_input_is_recorded_once():
+    model, examples = built(METHODS["codi"], LATENTS, n=4)
+    recorder = Recorder()
+    with edited(model.loop, recorder):
+        thought = model.think(model.batch(model.rows(examples)))
+    blocks = list(recorder.blocks.values())
+    assert [len(own) for own in blocks] == [1] * 4 and [len(own[0].fed) for own in blocks] == [2] * 4
+    torch.testing.assert_close(torch.stack([own[0].left for own in blocks]), thought.loop.state)
+    torch.testing.assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
+
+
+def test_blocks_opened_while_answering_are_replaced_too():
+    model, examples = built(METHODS["spiralthinker"], LATENTS, n=4)
+    seen = record(model, TASK, examples)
+    assert all(len(seen.blocks[key]) >= 1 for key in seen.keys)
+
+
+def test_an_effect_that_helps_is_said_to():
+    model, examples = built(REFEED, LATENTS, n=40)
+    right, wrong = evaluate(model, TASK, examples), evaluate(model, TASK, examples, loops=0)
+    gain = _effect(right, wrong, 0)
+    assert not gain.costs and "gains 90.0 points" in gain.sentence("Thinking")
