@@ -264,7 +264,7 @@ class Speller:
     def _ids(self, text: str, special: bool) -> tuple[int, ...]:
         key = (text, special)
         if key not in self._memory:
-            if len(self._memory) >= N_REMEMBERED:  # the oldest is forgotten, so that a stream of questions fills nothing
+            if len(self._memory) >= N_REMEMBERED:  # a stream of questions must fill nothing
                 del self._memory[next(iter(self._memory))]
             self._memory[key] = tuple(
                 self.tokenizer.encode(text, add_special_tokens=special, split_special_tokens=True)
