@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Edit(Protocol):
     """Told of all that latents are fed, in the order in which it happens."""
 
-    def begin(self, batch: Batch) -> None:
-        """Learn which rows are thought about from now on."""
+    def begin(self, batch: Batch, places: Sequence[int]) -> None:
+        """Learn which rows are thought about from now on, and their places: what ``Context.rows`` calls them."""
 
     def enter(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
         """Learn of a loop that begins at z_0 (B, N, D); ``f`` is None where nothing loops."""

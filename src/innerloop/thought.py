@@ -96,7 +96,7 @@ def think(
     reads_state = method.answering.decoder != "lm_head"
     edit = loop.edit
     if edit is not None:
-        edit.begin(batch)
+        edit.begin(batch, range(len(batch)) if context.rows is None else context.rows.tolist())
     if n_loops == 0 and not makes_first and not method.decode_lora and not reads_state:
         if edit is not None:
             edit.enter(None, region, batch.n_loops)

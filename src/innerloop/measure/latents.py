@@ -152,12 +152,16 @@ def only_seen(method: Method, stage: int, block: Fed) -> Fed:
 class _Rows:
     """Follows which examples the rows of a loop are, and which of its positions are latents."""
 
-    def begin(self, batch: Batch) -> None:
+    def __init__(self) -> None:
+        self.keys: dict[int, Key] = {}  # by place; whoever takes over a place takes its entry
+
+    def begin(self, batch: Batch, places: Sequence[int]) -> None:
         """Learn the prompts of a batch."""
         end = batch.bounds[1]
         ids, mask = batch.ids_BS[:, :end].tolist(), batch.mask_BS[:, :end].tolist()
-        self.keys = [tuple(i for i, m in zip(row, real) if m) for row, real in zip(ids, mask)]
-        self.text_BN = batch.pinned_BN
+        new = [tuple(i for i, m in zip(row, real) if m) for row, real in zip(ids, mask)]
+        self.keys |= dict(zip(places, new))
+        self.text_BN, self.order = batch.pinned_BN, list(places)
         self.begun()
 
     def begun(self) -> None:
@@ -166,8 +170,10 @@ class _Rows:
     def enter(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
         """Learn which rows of the batch loop; a row none of whose positions is a latent does not."""
         context = getattr(f, "prefix", None) or getattr(f, "context", None)
-        rows = None if context is None else context.rows
-        self.rows = list(range(len(state))) if rows is None else rows.tolist()
+        if context is None:
+            self.rows = self.order
+        else:
+            self.rows = list(range(len(state))) if context.rows is None else context.rows.tolist()
         mask, n = None if f is None else f.state_mask, state.shape[1]
         if f is None and self.text_BN is not None:
             mask = 1 - self.text_BN
@@ -191,12 +197,14 @@ class Recorder(_Rows):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.blocks: dict[Key, list[Fed]] = {}
+        self.lists: dict[int, list[Fed]] = {}
 
     def begun(self) -> None:
         """Make room for each row; of prompts that occur twice the last is kept."""
-        self.lists: list[list[Fed]] = [[] for _ in self.keys]
-        self.blocks |= dict(zip(self.keys, self.lists))
+        for place in self.order:
+            self.lists[place] = self.blocks[self.keys[place]] = []
 
     def entered(self) -> None:
         """Make room for what iterations are fed."""
@@ -234,11 +242,13 @@ class Replacement(_Rows):
         kept: int | None = None,
         hides_question: bool = False,
     ):
+        super().__init__()
         self.table, self.kept, self.hides_question = table or {}, kept, hides_question
+        self.n_blocks: dict[int, int] = {}
 
     def begun(self) -> None:
         """No row has had a block."""
-        self.n_blocks = [0] * len(self.keys)
+        self.n_blocks |= dict.fromkeys(self.order, 0)
 
     def entered(self) -> None:
         """Choose the block that each row is fed."""
