@@ -336,3 +336,14 @@ def test_the_terminal_shows_the_same():
     assert example.question in text and "what the latents held" in text and "gold step 1: " + example.steps[0] in text
     assert "block 1, the answer's pass" in text and "No stop rule is on" in text
     assert re.search(r"predicted .*, gold \d: (correct|wrong)", text)
+
+
+def test_the_terminal_lines_up_the_answer_where_nothing_stands_before_the_latents():
+    model = tiny_model(Slr(loop_scope="all", max_loops=2, residual="sum", rescale="none", time="none"))
+    example, out = Example("3 ; + 4", ("3 + 4 = 2",), "2", "a"), StringIO()
+    answer = answer_alone(model, TASK, example, max_new_tokens=2)
+    Console(file=out, width=200).print(terminal_view(model, TASK, example, max_new_tokens=2))
+    (line,) = (line for line in out.getvalue().splitlines() if line.startswith("│ answer"))
+    shown = [float(p) for p in re.findall(r"[01]\.\d\d", line)]
+    assert shown == pytest.approx(answer.trace.last.top_probs[0, :, 0].tolist(), abs=0.0051)
+    assert "latent 1" in out.getvalue() and "latent 0" not in out.getvalue()

@@ -104,7 +104,7 @@ def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int 
         table.add_column(column, justify="right")
     n_slots = max((e.top_ids.shape[1] for e in trace.iterations if e.top_ids is not None), default=0)
     for slot in range(min(n_slots, max_slots)):
-        table.add_column(f"latent {slot}")
+        table.add_column(f"latent {slot + 1}")
     for entry in trace.iterations:
         numbers = [f"{entry.delta[0].item():.3f}", f"{entry.cosine[0].item():.3f}", f"{entry.rms[0].item():.2f}"]
         if entry.score is not None:
@@ -115,7 +115,9 @@ def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int 
                 slots.append(f"{visible(tokenizer, ids[0])} {probs[0]:.2f}")
         table.add_row(str(entry.loop), *numbers, *slots)
     if trace.last is not None:
-        pairs = zip(trace.last.top_ids[0, 1 : max_slots + 1], trace.last.top_probs[0, 1 : max_slots + 1])
+        first = trace.last.top_ids.shape[1] - n_slots  # 1 where the position before the latents was read out too
+        shown_columns = slice(first, first + max_slots)
+        pairs = zip(trace.last.top_ids[0, shown_columns], trace.last.top_probs[0, shown_columns])
         shown = [f"{visible(tokenizer, int(ids[0]))} {probs[0].item():.2f}" for ids, probs in pairs]
         table.add_row("answer", *[""] * (4 if scored else 3), *shown)
     return table

@@ -61,7 +61,8 @@
   function frame() {
     const right = record.looks.filter((look) => look.is_right).length;
     $("title").textContent = `Inside ${record.method}`;
-    $("lead").textContent = `${record.summary} (${record.paper}). ${record.task}/${record.split}, ${record.run}`;
+    $("lead").textContent = `${record.summary} (${record.paper}). `
+      + [`${record.task}/${record.split}`, record.run].filter(Boolean).join(", ");
     $("score").textContent = `${right} of ${record.looks.length} right`;
     const name = (look, i) => `${i + 1} ${look.is_right ? "✓" : "✗"} ${look.question.replace(/\s+/g, " ").slice(0, 90)}`;
     fill($("example"), ...record.looks.map((look, i) => make("option", { value: i, text: name(look, i) })));
@@ -248,7 +249,7 @@
     const names = ["where", "expected", "decoded", "token by token"];
     fill($("shown"), make("thead", {}, make("tr", {}, ...names.map((text) => make("th", { scope: "col", text })))),
       make("tbody", {}, ...look.shown.map((step) => make("tr", {}, make("th", { scope: "row", text: step.where }),
-        make("td", { class: "mono", text: step.gold ?? "–" }), make("td", { class: "mono", text: step.decoded || "(nothing)" }),
+        make("td", { class: "mono expected", text: step.gold ?? "–" }), make("td", { class: "mono", text: step.decoded || "(nothing)" }),
         make("td", {}, step.is_right === null ? "not known" : make("span", { class: step.is_right ? "mark-good" : "mark-bad", text: step.is_right ? "✓ as expected" : "✗ differs" }))))));
   }
 

@@ -5,7 +5,7 @@ means over the passes that read written tokens. Examples are answered one at a t
 cost is that of a question asked alone.
 
     record = look(model, task, task.examples("test", 8))
-    record.looks[0].grid[0].cells[0].top      # the likeliest tokens of latent 1 after loop 1, with probabilities
+    record.looks[0].grid[0].cells[1].top      # the likeliest tokens of latent 1 after loop 1, with probabilities
 """
 
 from __future__ import annotations
@@ -18,52 +18,26 @@ from innerloop.cost import Cost
 from innerloop.engine import Generation
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Kind, Row
+from innerloop.layout import ANSWER_PASS, Row
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
-from innerloop.lens.grid import Cell, Column, Line, Loop, Spot, cells_of, loop_of
+from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loop_of
+from innerloop.lens.latents import (
+    Step,
+    Stop,
+    block_steps,
+    column_before,
+    gold_tokens,
+    how_it_ended,
+    latent_columns,
+    single_steps,
+    times,
+)
 from innerloop.measure.accuracy import versions
 from innerloop.measure.readout import Shown, shown_steps
 from innerloop.model import LatentModel
-from innerloop.show import visible
 from innerloop.tasks import Task
 
 Family = Literal["latents", "depth", "text"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step that latents are expected to show, and the one they show.
-
-    Attributes:
-        where: the latents and the loop.
-        gold: the text expected; None where it is not known.
-        decoded: the likeliest tokens there.
-        is_right: whether they are those expected; None where nothing is.
-    """
-
-    where: str
-    gold: str | None
-    decoded: str
-    is_right: bool | None
-
-
-@dataclass(frozen=True)
-class Stop:
-    """How a loop over latents came to its end.
-
-    Attributes:
-        rule: the stop score's name; none where nothing stops.
-        threshold: which the score must reach.
-        ran: the iterations of this row.
-        limit: the most it could have run.
-        why: the decision in a sentence.
-    """
-
-    rule: str
-    threshold: float | None
-    ran: int
-    limit: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -210,53 +184,23 @@ def look_at(
         return replace(base, notes=(f"'{name}' thinks in what it writes: there are no latents to look into.",)), "text"
     expects = loops is None and model.method.losses.step_weight > 0 and example.steps
     shown = shown_steps(model, [example])[0] if expects else []
-    return _latents(
-        model, base, row, answer, _expected(model, row, example, answer, shown, loops), shown, loops
-    ), "latents"
-
-
-def _expected(
-    model: LatentModel,
-    row: Row,
-    example: Example,
-    answer: Generation,
-    shown: Sequence[Shown],
-    loops: int | None,
-) -> dict[Spot, tuple[str, int]]:
-    """Return the gold token, and its rank, of each (pass, position) where one is expected."""
-    assert answer.trace is not None
-    found: dict[Spot, tuple[str, int]] = {}
-    blocks = model.shown_blocks([row], [example.steps], loops)[0]
-    ran = len(answer.trace.iterations)
-    for block, step in zip(blocks, answer.blocks):
-        for q, (token, rank) in enumerate(zip(block.gold, step.ranks)):
-            if rank is not None:
-                at = block.first + q
-                is_answer = answer.trace.last is not None and (block.loop == ANSWER_PASS or at < 0 or not ran)
-                found[ANSWER_PASS if is_answer else min(block.loop or ran, ran), at] = (
-                    visible(model.tokenizer, token),
-                    rank,
-                )
-    for entry in shown:
-        ids = model.tokenizer.convert_tokens_to_ids([entry.gold])
-        loop = ANSWER_PASS if entry.position < 0 else entry.loop
-        found[loop, entry.position] = visible(model.tokenizer, ids[0]), entry.rank
-    return found
+    return _latents(model, base, example, row, answer, shown, loops), "latents"
 
 
 def _latents(
     model: LatentModel,
     base: Look,
+    example: Example,
     row: Row,
     answer: Generation,
-    gold: dict[Spot, tuple[str, int]],
     shown: Sequence[Shown],
     loops: int | None,
 ) -> Look:
     """Fill in the map of latents and loops."""
+    gold = gold_tokens(model, row, example, answer, shown, loops)
     trace = answer.trace
     assert trace is not None
-    columns, notes = _columns(model, row, loops), list[str]()
+    columns, notes = latent_columns(model, row, loops), list[str]()
     lines: list[Line] = []
     if model.method.scope == "append":
         read = [cells_of(model.tokenizer, entry)[0] for entry in trace.iterations]
@@ -270,7 +214,7 @@ def _latents(
     else:
         has_before = trace.last is not None and trace.last.top_ids.shape[1] == len(columns) + 1
         if has_before:
-            columns = (_before(model, row, loops), *columns)
+            columns = (column_before(model, row, loops), *columns)
         shift = int(has_before)
         for entry in trace.iterations:
             own = cells_of(model.tokenizer, entry, gold, entry.loop, 0)
@@ -281,7 +225,7 @@ def _latents(
     ran, more = len(trace.iterations), answer.cost.loops - len(trace.iterations)
     if more > 0:
         notes.append(
-            f"{_times(more, 'further iteration')} refined blocks that were opened while writing; the trace "
+            f"{times(more, 'further iteration')} refined blocks that were opened while writing; the trace "
             "holds the first block alone."
         )
     return replace(
@@ -289,85 +233,7 @@ def _latents(
         columns=columns,
         grid=tuple(lines),
         loops=tuple(loop_of(entry) for entry in trace.iterations),
-        shown=(*_blocks(model, base, row, answer, loops), *_pairs(model, answer, shown)),
-        stop=_stop(model, [loop.score for loop in map(loop_of, trace.iterations)], ran, row.n_loops),
+        shown=(*block_steps(model, row, example, answer, loops), *single_steps(model, answer, shown)),
+        stop=how_it_ended(model, [loop.score for loop in map(loop_of, trace.iterations)], ran, row.n_loops),
         notes=tuple(notes),
     )
-
-
-def _before(model: LatentModel, row: Row, loops: int | None) -> Column:
-    """Return the position before the latents, which may show the first token of a step."""
-    is_read = any(block.first < 0 for block in model.shown_blocks([row], None, loops)[0])
-    return Column(visible(model.tokenizer, row.prefix[-1].ids[-1]), "before", group=1 if is_read else None)
-
-
-def _columns(model: LatentModel, row: Row, loops: int | None) -> tuple[Column, ...]:
-    """Return the looped positions: latents by their number, text as it is; with the block that each belongs to."""
-    groups: dict[int, int] = {}
-    for number, block in enumerate(model.shown_blocks([row], None, loops)[0], 1):
-        groups |= {block.first + q: number for q in range(block.n)}
-    columns: list[Column] = []
-    slot = 0
-    for piece in row.region:
-        for token_id in piece.ids:
-            is_latent = piece.kind is Kind.LATENT
-            slot += is_latent
-            name = str(slot) if is_latent else visible(model.tokenizer, token_id)
-            columns.append(Column(name, "latent" if is_latent else "text", group=groups.get(len(columns))))
-    return tuple(columns)
-
-
-def _blocks(model: LatentModel, base: Look, row: Row, answer: Generation, loops: int | None) -> list[Step]:
-    """Return the steps that blocks show."""
-    steps = []
-    for number, (place, block) in enumerate(zip(model.shown_blocks([row], [base.steps], loops)[0], answer.blocks), 1):
-        gold = base.steps[number - 1] if number <= len(base.steps) else None
-        known = block.ranks[: len(place.gold)]
-        is_right = all(rank == 0 for rank in known) if known else None
-        when = "the answer's pass" if place.loop == ANSWER_PASS else f"loop {place.loop}"
-        steps.append(Step(f"block {number}, {when}", gold, block.text.strip(), is_right))
-    return steps
-
-
-def _pairs(model: LatentModel, answer: Generation, shown: Sequence[Shown]) -> list[Step]:
-    """Return what each loop is expected to show, for methods whose latents show steps outside blocks."""
-    if answer.blocks:
-        return []
-    tokenizer, loops = model.tokenizer, sorted({entry.loop for entry in shown})
-    steps = []
-    for loop in loops:
-        own = [entry for entry in shown if entry.loop == loop]
-        numbers = [entry.position + 1 for entry in own]
-        where = f"latent {numbers[0]}" if len(own) == 1 else f"latents {numbers[0]} to {numbers[-1]}"
-        gold = tokenizer.convert_tokens_to_string([e.gold for e in own]).strip()
-        decoded = tokenizer.convert_tokens_to_string([e.alternatives[0][0] for e in own]).strip()
-        when = "the answer's pass" if loop == ANSWER_PASS else f"loop {loop}"
-        steps.append(Step(f"{where}, {when}", gold, decoded, all(e.rank == 0 for e in own)))
-    return steps
-
-
-def _stop(model: LatentModel, scores: Sequence[float | None], ran: int, limit: int) -> Stop | None:
-    """Return how the loop over latents ended."""
-    settings = model.method.loop
-    if limit == 0:
-        return None
-    rule = settings.stop
-    if settings.solver != "none":
-        why = f"A fixed point was looked for to {settings.solver_tol:g}: {ran} of at most {_times(limit)} ran."
-        return Stop(rule, None, ran, limit, why)
-    if rule == "none":
-        return Stop(rule, None, ran, limit, f"No stop rule is on: the loop ran {_times(ran)}, as set.")
-    threshold, score = settings.threshold, scores[-1] if scores else None
-    reached = "" if score is None else f" ({rule} score {score:.3g}, threshold {threshold:.3g})"
-    if ran < limit:
-        why = f"The stop rule ended the loop after {ran} of {_times(limit)}{reached}."
-    else:
-        why = f"The stop rule did not end the loop before its last iteration, {limit}{reached}."
-    asked = [
-        f"{name} {value}" for name in ("min_loops", "patience", "check_every") if (value := getattr(settings, name)) > 1
-    ]
-    return Stop(rule, threshold, ran, limit, why + (f" It asks for {', '.join(asked)}." if asked else ""))
-
-
-def _times(n: int, word: str = "iteration") -> str:
-    return f"{n} {word}{'' if n == 1 else 's'}"
