@@ -242,7 +242,12 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
             result["change"] = [sum(column) / len(column) for column in zip(*changes)]
     if exam.controls:
         found = controls(model, task, examples, predictions, seed=key[1])
-        about: dict[str, Any] = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": exam.split}
+        about: dict[str, Any] = {
+            "method": model.method.name,
+            "model": recipe.out,
+            "task": task.name,
+            "split": exam.split,
+        }
         about |= {"n": len(examples), "seed": key[1]}
         write_text(out / CONTROLS, json.dumps({**about, **found.as_dict()}, indent=2) + "\n")
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
