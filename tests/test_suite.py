@@ -11,9 +11,10 @@ from innerloop import suite as suites
 from innerloop.compare import suite_standings
 from innerloop.errors import InputError
 from innerloop.measure.statistics import over_seeds
+from innerloop.methods import METHODS
 from innerloop.points import run_suite
 from innerloop.standing import standing_table
-from innerloop.suite import load_suite, seed_means, suite_report
+from innerloop.suite import load_suite, parse_suite, seed_means, suite_report
 
 SUITES = sorted(Path("recipes/suites").glob("*.yaml"))
 SCRATCH = {
@@ -39,17 +40,22 @@ RAW = {
 }
 
 
+def written(folder: Path, raw: dict) -> Path:
+    """Write a suite whose points go beside it."""
+    (folder / "suite.yaml").write_text(yaml.safe_dump({**raw, "out": str(folder / "out")}, sort_keys=False))
+    return folder / "suite.yaml"
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**RAW, "out": str(tmp_path / "out")}, sort_keys=False))
-    return tmp_path / "suite.yaml"
+    return written(tmp_path, RAW)
 
 
 @pytest.mark.parametrize("file", SUITES, ids=lambda p: p.stem)
 def test_every_suite_loads(file: Path):
-    suite = load_suite(file)
-    assert len(suite.points) == len(suite.variants) * len({seed for _, seed in suite.points})
-    assert len({seed for _, seed in suite.points}) >= 3
+    suite = load_suite(file, seeds=[0])
+    assert len(suite.points) == len(suite.variants) > 1
+    assert len(set(yaml.safe_load(file.read_text())["seeds"])) >= 3
 
 
 def test_a_variant_changes_what_it_names_and_nothing_else(path: Path):
@@ -108,16 +114,17 @@ def test_mistakes_are_named_before_anything_is_trained(path: Path, changes: dict
     assert not (path.parent / "out").exists()
 
 
-def in_this_process(suite, missing=None) -> list[dict]:
-    """Train and test all points of a suite here, and return what `run_suite` then finds."""
+def in_this_process(suite, skip=()) -> list[dict]:
+    """Train and test the points of a suite here, all but those of some variants; return what `run_suite` then finds."""
     messages: queue.Queue = queue.Queue()
     for seed, recipe in suite.warm_ups.items():
         points._train(("warm-up", seed), recipe, messages)
-    for key, recipe in suite.points.items():
+    chosen = {key: recipe for key, recipe in suite.points.items() if key[0] not in skip}
+    for key, recipe in chosen.items():
         points._point(key, recipe, suite.exam, messages)
     seen = list(messages.queue)
-    assert {key for key, _, _ in seen} == {*suite.points, *(("warm-up", seed) for seed in suite.warm_ups)}
-    return run_suite(suite)
+    assert {key for key, _, _ in seen} == {*chosen, *(("warm-up", seed) for seed in suite.warm_ups)}
+    return [] if skip else run_suite(suite)
 
 
 def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
@@ -132,7 +139,7 @@ def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     assert not list((path.parent / "out").rglob("checkpoint-*"))
     monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: "ran" for key in missing})
     assert run_suite(suite) == results
-    report = suite_report(path, results)
+    report = suite_report(yaml.safe_load(path.read_text()), results)
     assert len(report["points"]) == 3 and "versions" in report and "model" not in json.dumps(report["points"])
     assert report["suite"]["variants"] == RAW["variants"] and "out" not in report["suite"]
     assert [row["variant"] for row in seed_means(results)] == ["plain", "wide", "other"]
@@ -166,3 +173,71 @@ def test_means_over_seeds_by_hand():
     (row,) = seed_means(points)
     assert row["accuracy"] == pytest.approx(0.3) and row["passes"] == 2.0 and row["seconds"] == 0.75
     assert row["loops"] == {1: pytest.approx(0.3), 2: 1.0}
+
+
+def test_a_grid_stands_in_place_of_variants(path: Path):
+    raw = yaml.safe_load(path.read_text())
+    del raw["variants"]
+    raw["grid"] = {"method.max_loops": [1, 2], "train.learning_rate": "1e-3,1e-2"}
+    suite = parse_suite(raw)
+    assert len(suite.points) == 8 and [axis.field for axis in suite.axes] == list(raw["grid"])
+    point = suite.points["max_loops=2, learning_rate=0.01", 1]
+    assert (point.method.max_loops, point.train["learning_rate"], point.train["seed"]) == (2, 0.01, 1)
+    assert point.backbone.model == suite.warm_ups[1].out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"grid": {"method.max_loops": [1]}}, "lists variants or has a grid, not both"),
+        ({"variants": None, "grid": []}, "grid lists the values of fields"),
+        ({"variants": None, "grid": {"train.seed": [1, 2]}}, "cannot go over train.seed; list seeds"),
+        ({"variants": None, "grid": {"method.alpha": "0..1"}}, "has a range"),
+        ({"variants": None, "grid": {"method.max_lops": [1]}}, "variant 'max_lops=1': method.max_lops"),
+        ({"variants": {"warm_up": {}}}, "no variant may be called warm_up"),
+    ],
+)
+def test_mistakes_in_grids_are_named(path: Path, changes: dict, words: str):
+    raw = {k: v for k, v in {**yaml.safe_load(path.read_text()), **changes}.items() if v is not None}
+    with pytest.raises(InputError) as error:
+        parse_suite(raw)
+    assert words in str(error.value)
+
+
+def test_a_variant_with_a_decoder_of_its_own_does_not_start_from_the_warm_up(path: Path):
+    raw = yaml.safe_load(path.read_text())
+    raw["variants"] = {"own": {"backbone": {"scratch": SCRATCH}}, "plain": {}}
+    suite = parse_suite(raw)
+    assert suite.points["own", 0].backbone.scratch == SCRATCH and suite.points["own", 0].backbone.model is None
+    assert suite.points["plain", 0].backbone.model == suite.warm_ups[0].out
+
+
+def test_a_folder_with_points_of_another_recipe_is_refused_and_one_that_was_moved_is_not(path: Path):
+    raw = {**yaml.safe_load(path.read_text()), "seeds": [0]}
+    suite = parse_suite(raw)
+    for recipe in [*suite.warm_ups.values(), *suite.points.values()]:
+        recipe.save(Path(recipe.out) / "config.yaml")
+    points.check_points(suite)
+    with pytest.raises(InputError, match=r"wide.0 was trained with another recipe \(method differ\)"):
+        points.check_points(parse_suite({**raw, "variants": {"wide": {"method": {"n_slots": 4}}}}))
+    points.check_points(parse_suite({**raw, "train": {**raw["train"], "logging_steps": 7}}))
+    Path(raw["out"]).rename(path.parent / "moved")
+    points.check_points(parse_suite({**raw, "out": str(path.parent / "moved")}))
+    with pytest.raises(InputError, match=r"train.max_stepz is not a training argument"):
+        points.check_points(parse_suite({**raw, "train": {"max_stepz": 1}}))
+
+
+def test_a_point_is_tested_again_where_the_exam_is_another(path: Path):
+    suite = load_suite(path)
+    recipe = suite.points["plain", 0]
+    Path(recipe.out).mkdir(parents=True)
+    result = {"variant": "plain", "exam": points._written(suite.exam)}
+    (Path(recipe.out) / "result.json").write_text(json.dumps(result))
+    assert points._result(recipe, suite.exam) == result
+    assert points._result(recipe, suites.Exam(limit=4)) is None
+
+
+def test_one_suite_has_all_methods():
+    suite = load_suite("recipes/suites/chain-all.yaml", seeds=[0])
+    assert {recipe.method.name for recipe in suite.points.values()} == set(METHODS)
+    assert suite.exam.controls

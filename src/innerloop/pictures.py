@@ -14,6 +14,7 @@ from innerloop.page import COLOURS, escape
 
 FONT = 13
 LETTER = 0.56 * FONT  # the width of a letter, nearly
+End = tuple[float, tuple[float, float], int, str]  # of a curve: its name's height, its last point, its number, its name
 SAME_PLACE = 7.0  # marks closer than this, in pixels, share one label
 
 
@@ -164,9 +165,9 @@ def curves(lines: Sequence[Curve], title: str, trained: Sequence[float | None] =
             for m, (px, py) in zip(line.marks, points)
             if m.x == at
         ]
-        ends.append((points[-1][1], points[-1][1], i, _short(line.name)))
-    for at, to, i, name in _apart(ends, 15, 14, height - 44):
-        shapes.append(_line("leader", 548, to, 556, at))
+        ends.append((points[-1][1], points[-1], i, _short(line.name)))
+    for at, (px, py), i, name in _apart(ends, 15, 14, height - 44):
+        shapes.append(_line("leader", px, py, 556, at))
         shapes.append(f"<text class=f{i % len(COLOURS)} x=560 y={at + 4:.1f} style='fill:var(--c{i % len(COLOURS)})'>")
         shapes.append(f"{escape(name)}</text>")
     label = "; ".join(
@@ -277,11 +278,9 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _apart(
-    ends: Sequence[tuple[float, float, int, str]], gap: float, top: float, bottom: float
-) -> list[tuple[float, float, int, str]]:
-    """Move the first numbers so that they lie at least ``gap`` apart; the second say where they were."""
-    moved: list[tuple[float, float, int, str]] = []
+def _apart(ends: Sequence[End], gap: float, top: float, bottom: float) -> list[End]:
+    """Move the first numbers, the heights of names, so that they lie at least ``gap`` apart."""
+    moved: list[End] = []
     for at, was, i, name in sorted(ends):
         moved.append((max(at, moved[-1][0] + gap) if moved else max(at, top), was, i, name))
     shift = max(moved[-1][0] - bottom, 0.0) if moved else 0.0

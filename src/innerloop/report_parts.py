@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from innerloop.page import escape, figure, table
+from innerloop.page import escape, figure, paragraph, table
 from innerloop.pictures import Curve, Mark, curves
 from innerloop.standing import CONTROLS, STABILITY, Standing
 
+KINDS = {
+    "carried": "carry the answer",
+    "room": "are room to compute in",
+    "unused": "are not used",
+    "undecided": "undecided",
+    "none": "none",
+}
 STATED = ("change", "cosine", "step_cosine", "drift", "radius", "growth", "kl")
 TITLES = ("change", "cosine", "cosine of steps", "size against loop 1", "spectral radius", "growth", "KL, nats")
 
@@ -25,27 +32,30 @@ def controls_part(standings: Sequence[Standing]) -> str:
     for standing, files in found:
         if not any(file["controls"] for file in files):
             continue
-        row = [standing.name, _percent([file["unedited"]["accuracy"] for file in files])]
+        kinds = dict.fromkeys(KINDS[file["verdict"]["kind"]] for file in files)
+        row = [standing.name, ", ".join(kinds), _percent([file["unedited"]["accuracy"] for file in files])]
         for control in titles:
             entries = [entry for file in files for entry in file["controls"] if entry["control"] == control]
             row.append(_edited(entries))
         rows.append([*row, _percent([file["commonest"] for file in files])])
-    head = ["method", "as it is", *titles.values(), "commonest answer"]
+    head = ["method", "the latents", "as it is", *titles.values(), "commonest answer"]
     note = "Accuracy in percent with the latents edited, and the difference; * where its 95 % interval leaves out 0."
     kept = [_kept(standing, files[0]) for standing, files in found if len(files[0].get("kept_latents", ())) > 1]
     picture = ""
     if kept:
         shown = curves(kept, "share of the latents that the answer sees")
         picture = figure(shown, "Accuracy when the answer sees the first latents alone.")
-    told = [(standing.name, file, len(files)) for standing, files in found for file in files]
+    told = [(s.name, file, len(files)) for s, files in found for file in files if file["verdict"]["kind"] != "none"]
+    without = [s.name for s, files in found if all(file["verdict"]["kind"] == "none" for file in files)]
     return (
         "<h2>Do the latents carry the answer?</h2>"
+        + (table(head, rows, note) if rows else "")
+        + picture
         + _list(
             f"{name}: {file['verdict']['sentence']}" + (f" (seed {file['seed']})" if n > 1 else "")
             for name, file, n in told
         )
-        + (table(head, rows, note) if rows else "")
-        + picture
+        + (paragraph(f"Without latents that could be edited: {', '.join(without)}.") if without else "")
     )
 
 

@@ -1,0 +1,191 @@
+"""Comparing: the same data for all, results that fit are taken and others made, and nothing of a run is overwritten."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from innerloop import compare, latency, points
+from innerloop.compare import compare_runs, compare_suite, run_names, seeds_sentence, verdicts
+from innerloop.errors import InputError
+from innerloop.methods import Cot, Pause
+from innerloop.recipe import parse_recipe
+from innerloop.standing import standing_table
+from innerloop.tasks import Chain
+from tests.models import tiny_model
+from tests.test_cli import innerloop
+
+TASK = Chain(n_ops=2, n_train=8, n_valid=8, n_test=12)
+QUIET = Console(quiet=True)
+
+
+def make_run(folder: Path, method, task: Chain = TASK) -> str:
+    """Save an untrained model as a run."""
+    tiny_model(method).save_pretrained(folder / "checkpoint")
+    recipe = {
+        "task": {"name": "chain", **asdict(task)},
+        "backbone": {"model": "x"},
+        "method": {"name": method.name},
+        "out": str(folder),
+    }
+    parse_recipe(recipe).save(folder / "config.yaml")
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    return [make_run(tmp_path / "a", Cot()), make_run(tmp_path / "b", Pause(n_pauses=2))]
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that every evaluation is written to."""
+    seen: list[str] = []
+    before = compare.evaluate
+
+    def spy(model, *arguments, **options):
+        seen.append(model.method.name)
+        return before(model, *arguments, **options)
+
+    monkeypatch.setattr(compare, "evaluate", spy)
+    return seen
+
+
+def test_what_is_missing_is_evaluated_once_and_kept_apart_from_the_runs(runs: list[str], tmp_path: Path, monkeypatch):
+    seen = evaluated(monkeypatch)
+    standings = compare_runs(runs, tmp_path / "out", QUIET, limit=5, n_timed=4)
+    assert seen == ["cot", "pause"] and [s.name for s in standings] == ["cot", "pause"]
+    assert all(s.results[0]["n"] == 5 and len(s.turns) == 5 and s.memory > 0 for s in standings)
+    assert not (tmp_path / "a" / "result.json").exists()
+    again = compare_runs(runs, tmp_path / "out", QUIET, limit=5, n_timed=4)
+    assert again == standings and seen == ["cot", "pause"]
+    assert standing_table(standings).row_count == 2
+
+
+def test_a_runs_own_result_is_taken_if_it_covers_the_test(runs: list[str], tmp_path: Path, monkeypatch, capsys):
+    for run in runs:
+        assert innerloop(capsys, "eval", run)[0] == 0
+    before = (tmp_path / "a" / "result.json").read_bytes()
+    seen = evaluated(monkeypatch)
+    whole, _ = compare_runs(runs, tmp_path / "whole", QUIET, n_timed=0)
+    assert not seen and whole.answers == [tmp_path / "a"]
+    part, _ = compare_runs(runs, tmp_path / "part", QUIET, limit=7, n_timed=0)  # the first of the same answers
+    assert not seen and part.results[0]["n"] == 7 and part.answers == [tmp_path / "part" / "cot"]
+    own = [json.loads(line)["correct"] for line in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
+    assert part.results[0]["accuracy"] == sum(own[:7]) / 7
+    assert (tmp_path / "a" / "result.json").read_bytes() == before
+    compare_runs(runs, tmp_path / "valid", QUIET, split="valid", n_timed=0)
+    assert seen == ["cot", "pause"]
+
+
+def test_a_result_that_is_not_the_runs_as_it_is_is_not_taken(runs: list[str], tmp_path: Path, monkeypatch, capsys):
+    innerloop(capsys, "eval", runs[0], "--max_new_tokens", 3)
+    innerloop(capsys, "eval", runs[1])
+    seen = evaluated(monkeypatch)
+    compare_runs(runs, tmp_path / "one", QUIET, n_timed=0)
+    assert seen == ["cot"]
+    later = (tmp_path / "b" / "result.json").stat().st_mtime + 10
+    os.utime(tmp_path / "b" / "checkpoint" / "innerloop.json", (later, later))  # trained on since
+    compare_runs(runs, tmp_path / "two", QUIET, n_timed=0)
+    assert seen == ["cot", "cot", "pause"]
+
+
+def test_runs_that_cannot_be_compared_are_named(runs: list[str], tmp_path: Path):
+    other = make_run(tmp_path / "c", Cot(), Chain(n_ops=3, n_train=8, n_valid=8, n_test=12))
+    for arguments, words in (
+        ([runs[0], other], "other test examples: say which to answer with --task"),
+        ([runs[0], runs[0]], "is named twice"),
+        ([runs[0], str(tmp_path / "nothing")], "nothing"),
+    ):
+        with pytest.raises(InputError) as error:
+            compare_runs(arguments, tmp_path / "out", QUIET)
+        assert words in str(error.value)
+    with pytest.raises(InputError, match="would be overwritten"):
+        compare_runs(runs, tmp_path / "a", QUIET)
+    standings = compare_runs([runs[0], other], tmp_path / "out", QUIET, task=TASK, limit=2, n_timed=0)
+    assert [s.name for s in standings] == ["a", "c"]
+
+
+def test_runs_of_one_method_are_told_apart_by_their_paths(tmp_path: Path):
+    folders = [Path(make_run(tmp_path / x / "0", Cot())) for x in ("one", "two")]
+    folders.append(Path(make_run(tmp_path / "pause", Pause())))
+    assert run_names(folders) == ["one/0", "two/0", "pause"]
+
+
+def test_times_are_kept_as_long_as_the_runs_are_the_same(runs: list[str], tmp_path: Path, monkeypatch):
+    chosen = {"a": Path(runs[0]), "b": Path(runs[1])}
+    questions = [example.question for example in TASK.examples("test", 3)]
+    first = latency.time_runs(chosen, TASK, questions, tmp_path)
+    assert first["n"] == 3 and set(first["runs"]) == {"a", "b"} and min(first["runs"]["a"]["seconds"]) > 0
+    assert latency.time_runs(chosen, TASK, questions, tmp_path) == json.loads((tmp_path / "times.json").read_text())
+    monkeypatch.setattr(latency, "take_turns", lambda jobs, *rest: 1 / 0)
+    assert latency.time_runs(chosen, TASK, questions, tmp_path)["runs"] == first["runs"]
+    with pytest.raises(ZeroDivisionError):
+        latency.time_runs(chosen, TASK, questions[:2], tmp_path)
+
+
+def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):
+    def standing(name: str, rights: list[list[bool]]) -> compare.Standing:
+        places, results = [], []
+        for seed, right in enumerate(rights):
+            place = tmp_path / name / str(seed)
+            place.mkdir(parents=True)
+            rows = [json.dumps({"id": f"e{i}", "correct": correct}) for i, correct in enumerate(right)]
+            (place / "predictions.jsonl").write_text("\n".join(rows))
+            places.append(place)
+            results.append({"seed": seed, "accuracy": sum(right) / len(right)})
+        return compare.Standing(name, results, places, places)
+
+    good, bad = [True] * 40, [False] * 30 + [True] * 10
+    ours, theirs = standing("ours", [good]), standing("theirs", [bad])
+    (sentence,) = verdicts([theirs, ours], "theirs")
+    assert sentence.startswith("ours is 75.0 points above theirs, 95 % interval") and "p < 0.001" in sentence
+    many, few = standing("many", [good, good, bad]), standing("few", [bad, bad, bad])
+    (sentence,) = verdicts([many, few], "few")
+    assert sentence == seeds_sentence("many", "few", [0.75, 0.75, 0.0])
+    assert verdicts([many], "gone") == []
+
+
+def test_a_sentence_over_seeds_by_hand():
+    found = seeds_sentence("a", "b", [0.1, 0.2, 0.3])  # 20 points, 4.302653 * 10 / sqrt(3) = 24.8 wide
+    assert found == "a and b cannot be told apart: +20.0 points, 95 % t-interval -4.8 to 44.8 (3 seeds)"
+    assert seeds_sentence("a", "b", [-0.1, -0.1]) == "a is 10.0 points below b, 95 % t-interval 10.0 to 10.0 (2 seeds)"
+    assert seeds_sentence("a", "b", [0.0, 0.0]) == "a and b are equally accurate in each of 2 seeds"
+
+
+def test_compare_writes_a_report_and_the_same_twice(runs: list[str], tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    arguments = ["compare", *runs, "--out", out, "--limit", 4, "--timed", 2, "--baseline", "pause"]
+    code, printed, _ = innerloop(capsys, *arguments)
+    assert code == 0 and "report.html" in printed and "cot and pause" in printed
+    page = (out / "report.html").read_bytes()
+    assert innerloop(capsys, *arguments)[0] == 0 and (out / "report.html").read_bytes() == page
+    assert [p["variant"] for p in json.loads((out / "results.json").read_text())["points"]] == ["cot", "pause"]
+
+
+def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp_path: Path, capsys):
+    for arguments, words in (
+        ([runs[0]], "compare takes a suite, or two runs or more"),
+        ([*runs, "--train.max_steps", "3"], "runs take no --train.max_steps"),
+        ([*runs, "--timed", "-1"], "--timed is -1"),
+        ([*runs, "--baseline", "coot", "--out", str(tmp_path / "o"), "--limit", 1], "--baseline coot: no such row"),
+        (["recipes/suites/chain_methods.yaml", "--limit", "3"], "are of runs"),
+    ):
+        code, _, err = innerloop(capsys, "compare", *arguments)
+        assert code == 2 and words in err, err
+
+
+def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):
+    from innerloop.suite import load_suite
+    from tests.test_suite import RAW, in_this_process, written
+
+    raw = {**RAW, "variants": {"plain": {}, "too long": {"train": {"max_length": 1}}}, "test": {"controls": True}}
+    path = written(tmp_path, raw)
+    in_this_process(load_suite(path, seeds=[0]), skip=["too long"])
+    monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: "it broke" for key in missing})
+    with pytest.raises(InputError, match="1 of 2 points failed:\ntoo long seed 0: it broke"):
+        compare_suite(str(path), None, None, [0], 1, None, [], QUIET, n_timed=2)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "too long seed 0: it broke" in page and "plain" in page and "Do the latents carry the answer?" in page

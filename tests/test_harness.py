@@ -1,0 +1,106 @@
+"""lm-evaluation-harness: what a run answers to its requests, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from innerloop.errors import InputError
+from innerloop.examples import Example, write_examples
+from innerloop.measure import harness
+from innerloop.measure.harness import evaluate_tasks, weighed, written
+from innerloop.methods import Coconut, Cot, Lotus, NoCot, Pause, Slr, SpiralThinker
+from innerloop.tasks import Chain
+from tests.models import tiny_model
+from tests.test_cli import innerloop
+
+QUESTIONS = [example.question for example in Chain(n_ops=2, n_train=8, n_valid=8, n_test=6).examples("test")]
+
+
+def test_what_is_written_ends_where_a_request_says_and_comes_in_order():
+    model = tiny_model(Slr(n_slots=2, max_loops=2))
+    whole = [answer.text for answer in model.generate(QUESTIONS, max_new_tokens=12)]
+    ends = whole[0].split()[3]
+    requests = [
+        (question, {"until": [ends] if i % 2 == 0 else "never there", "max_gen_toks": 12, "do_sample": False})
+        for i, question in enumerate(QUESTIONS)
+    ]
+    found = written(model, requests, batch_size=4)
+    assert found == [text.partition(ends)[0] if i % 2 == 0 else text for i, text in enumerate(whole)]
+    assert found[0] != whole[0]
+
+
+@pytest.mark.parametrize("method", [NoCot(), Pause(n_pauses=2), Slr(n_slots=2, max_loops=2)], ids=lambda m: m.name)
+def test_given_answers_are_weighed_as_the_model_would_write_them(method):
+    model = tiny_model(method)
+    found = weighed(model, [(question, f" {a}") for question in QUESTIONS[:3] for a in (1, 2)], batch_size=4)
+    example = Example(QUESTIONS[1], (), "2")
+    batch = model.batch(model.rows([example]))
+    by_hand = -torch.nn.functional.cross_entropy(model.answer_logits([example])[0], batch.targets_U, reduction="sum")
+    assert found[3][0] == pytest.approx(by_hand.item(), rel=1e-4)
+    assert len(found) == 6 and all(total < 0 for total, _ in found)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Cot(), SpiralThinker(latents_per_block=2), Coconut(latents_per_step=1, max_stage=2), Lotus(n_blocks=2)],
+    ids=lambda m: m.name,
+)
+def test_methods_that_write_steps_weigh_nothing(method):
+    model = tiny_model(method)
+    try:
+        found = weighed(model, [(QUESTIONS[0], "1")], 4)
+    except InputError as error:
+        assert "writes steps before it answers" in str(error) and method.name in ("cot", "spiralthinker")
+    else:
+        assert method.name in ("coconut", "lotus") and found[0][0] < 0
+
+
+def test_without_the_harness_the_command_says_what_to_install(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "LM", None)
+    tiny_model(Cot()).save_pretrained(tmp_path)
+    code, _, err = innerloop(capsys, "eval", tmp_path, "--backend", "lm-eval", "--tasks", "gsm8k")
+    assert code == 2 and "pip install 'innerloop[eval]'" in err
+    code, _, err = innerloop(capsys, "eval", tmp_path, "--backend", "lm-eval")
+    assert code == 2 and "needs --tasks NAME" in err
+    code, _, err = innerloop(capsys, "eval", tmp_path, "--tasks", "gsm8k")
+    assert code == 2 and "are of --backend lm-eval" in err
+
+
+@pytest.mark.slow
+def test_the_harness_scores_tasks_of_ones_own(tmp_path: Path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    examples = Chain(n_ops=2, n_train=8, n_valid=8, n_test=6).examples("test")
+    write_examples(examples, tmp_path / "chain.jsonl")
+    shared = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "chain.jsonl"}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+num_fewshot: 0
+metadata: {{version: 1.0}}
+"""
+    (tmp_path / "writes.yaml").write_text(
+        f"task: writes{shared}output_type: generate_until\ngeneration_kwargs: {{until: ['never'], max_gen_toks: 8}}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (tmp_path / "chooses.yaml").write_text(
+        f"task: chooses{shared}output_type: multiple_choice\ndoc_to_choice: ['0', '1', '2', '3', '4']\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    model = tiny_model(Slr(n_slots=2, max_loops=2))
+    report = evaluate_tasks(model, ["writes", "chooses"], "run", tmp_path, tasks_dir=str(tmp_path))
+    choices = [(e.question, f" {a}") for e in examples for a in range(5)]
+    scores = [total for total, _ in weighed(model, choices, 8)]
+    best = [max(range(5), key=lambda a: scores[5 * i + a]) for i in range(len(examples))]
+    right = sum(str(a) == e.answer for a, e in zip(best, examples)) / len(examples)
+    assert report["results"]["chooses"]["acc,none"] == pytest.approx(right)
+    texts = [answer.text for answer in model.generate([e.question for e in examples], max_new_tokens=8)]
+    right = sum(text == e.answer for text, e in zip(texts, examples)) / len(examples)
+    assert report["results"]["writes"]["exact_match,none"] == pytest.approx(right)
+    assert json.loads((tmp_path / "lm_eval.json").read_text()) == report and report["n-shot"]["writes"] == 0
+    with pytest.raises(InputError, match="has no task 'gone'"):
+        evaluate_tasks(model, ["gone"], "run", tmp_path, tasks_dir=str(tmp_path))

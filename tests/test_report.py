@@ -1,0 +1,224 @@
+"""report.html: what it says is what was measured, the same bytes twice, and a browser shows it without complaint."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from innerloop.page import document, table
+from innerloop.pictures import Cell, Curve, Mark, Scale, bars, curves, heat_map, pareto, scatter
+from innerloop.report import write_report
+from innerloop.standing import Standing, against_cot, columns, failures
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def result(method: str, accuracy: float, passes: float = 3.0, seconds: float = 0.01, seed: int = 0, **more) -> dict:
+    cost = {"passes": passes, "positions": 9.0, "flops": 2e6, "thought_tokens": 1.0, "loops": 0.0}
+    return {
+        "task": {"name": "chain"},
+        "split": "test",
+        "n": 50,
+        "accuracy": accuracy,
+        "ci95": [max(accuracy - 0.1, 0.0), min(accuracy + 0.1, 1.0)],
+        "cost": {**cost, "seconds": {"prefill": 0.0, "thought": 0.0, "answer": seconds}},
+        "method": {"name": method, "max_loops": 2},
+        "seed": seed,
+        "versions": {"innerloop": "0"},
+        "device": "cpu",
+        **more,
+    }
+
+
+CONTROLS = {
+    "method": "slr",
+    "seed": 0,
+    "unedited": {"accuracy": 0.9, "ci95": [0.8, 0.95]},
+    "commonest": 0.2,
+    "controls": [
+        {"control": "zeroed", "title": "zeroed latents", "accuracy": 0.3, "difference": -0.6, "told_apart": True}
+    ],
+    "loops": [{"loops": n, "accuracy": 0.3 * n, "ci95": [0.2 * n, 0.31 * n]} for n in (0, 1, 2, 3)],
+    "kept_latents": [{"kept": k, "of": 2, "accuracy": 0.4 * k, "ci95": [0.3 * k, 0.45 * k]} for k in (0, 1, 2)],
+    "verdict": {"kind": "carried", "sentence": "Zeroing costs 60 points."},
+}
+SPREAD = {"mean": 0.5, "std": 0.1, "low": 0.3, "median": 0.5, "high": 0.7}
+STABILITY = {
+    "loops": [
+        {
+            "loop": t,
+            "change": SPREAD,
+            "cosine": SPREAD,
+            "step_cosine": None,
+            "drift": SPREAD,
+            "radius": SPREAD,
+            "growth": None,
+            "kl": SPREAD,
+        }
+        for t in (1, 2)
+    ],
+    "diverged": 0.02,
+    "sentences": ["The loop contracts."],
+}
+
+
+@pytest.fixture
+def standings(tmp_path: Path) -> list[Standing]:
+    folder = tmp_path / "slr"
+    folder.mkdir()
+    (folder / "controls.json").write_text(json.dumps(CONTROLS))
+    (folder / "stability.json").write_text(json.dumps(STABILITY))
+    (folder / "config.yaml").write_text("method: {name: slr}\n")
+    turns = {"turns": (0.011, 0.010, 0.012)}
+    return [
+        Standing("cot", [result("cot", 0.8, 15.0)], turns=(0.022, 0.020, 0.024), memory=2**21),
+        Standing("slr <b>", [result("slr", 0.9, 6.0)], [folder], [folder], memory=2**20, **turns),
+    ]
+
+
+class Reader(HTMLParser):
+    """Checks that elements close in order, and collects what is shown."""
+
+    VOID = ("meta",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        assert tag not in ("script", "link", "iframe", "img"), tag
+        assert not any(name.startswith("on") or "http" in (value or "") for name, value in attrs)
+        self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open[-1] in self.VOID:
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(page: str) -> str:
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.open
+    return re.sub(r"\s+", " ", reader.text)
+
+
+def test_the_report_says_what_was_measured_and_is_the_same_twice(tmp_path: Path, standings: list[Standing]):
+    for name in ("a.html", "b.html"):
+        write_report(tmp_path / name, "Two methods", standings, ["slr is better"], ["x seed 1: OOM"], {"seeds": [0]})
+    page = (tmp_path / "a.html").read_text()
+    assert page == (tmp_path / "b.html").read_text()
+    text = read(page)
+    for words in (
+        "50 examples of chain/test; seed 0; cpu; innerloop 0.",
+        "slr is better",
+        "x seed 1: OOM",
+        "Accuracy against passes",
+        "Accuracy against time",
+        "Accuracy against loops",
+        "Zeroing costs 60 points.",
+        "carry the answer",
+        "30.0 (-60.0)*",
+        "The loop contracts.",
+        "method: {name: slr}",
+        "0.50",  # the time against written steps
+    ):
+        assert words in text, words
+    assert "slr <b>" in text and "<b>" not in page.replace("&lt;b&gt;", "")
+
+
+def test_a_report_without_any_result_lists_what_failed(tmp_path: Path):
+    write_report(tmp_path / "r.html", "Nothing", [], [], failures([{"variant": "a", "seed": 0, "error": "why"}]))
+    assert "a seed 0: why" in read((tmp_path / "r.html").read_text())
+
+
+def test_times_against_written_steps_are_of_turns_or_of_the_same_machine(standings: list[Standing]):
+    cot, slr = against_cot(standings)
+    assert cot["median"] == 1.0 and slr["median"] == pytest.approx(0.5)
+    alone = [Standing(s.name, s.results) for s in standings]
+    assert against_cot(alone)[1]["median"] == 1.0
+    elsewhere = Standing("pause", [result("pause", 0.1, device="another")])
+    assert against_cot([alone[0], elsewhere])[1] is None
+    assert against_cot([elsewhere]) == [None] and "time / CoT" not in columns([elsewhere])[0]
+
+
+def test_means_over_seeds_have_t_intervals_and_one_seed_has_wilsons():
+    several = Standing("a", [result("a", x, seed=i) for i, x in enumerate((0.5, 0.6, 0.7))])
+    assert several.mark.share == pytest.approx(0.6)
+    assert several.mark.high - several.mark.share == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    one = Standing("a", [result("a", 0.5)])
+    assert (one.mark.low, one.mark.high) == (0.4, 0.6)
+    head, rows = columns([several])
+    assert rows[0][head.index("by seed")] == "50 60 70"
+
+
+def test_the_front_is_what_nothing_beats():
+    marks = [Mark(n, s, s, s, x) for n, s, x in (("a", 0.5, 1), ("b", 0.4, 2), ("c", 0.9, 3), ("d", 0.9, 4))]
+    assert [m.name for m in pareto(marks)] == ["a", "c"]
+
+
+def test_axes_have_round_ticks():
+    assert Scale(0, 1, 0, 100).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Scale(0.7, 30, 0, 100, log=True).ticks() == [1, 2, 5, 10, 20]
+    assert Scale(1, 100, 0, 100, log=True)(10) == pytest.approx(50)
+    assert Scale(3, 3, 0, 100)(3) == 0
+
+
+def test_pictures_have_a_mark_for_every_number_and_titles_that_tell_it():
+    marks = [Mark(f"m{i}", i / 10, i / 20, i / 10, 5.0) for i in range(12)]  # all in one place on the other axis
+    drawn = scatter(marks, "passes")
+    assert drawn.count("<circle") == 12 and "m3: 30.0% (15.0% to 30.0%), passes 5" in drawn
+    assert bars(marks).count("<rect") == 12
+    lines = curves([Curve("a", marks[:3]), Curve("b", marks[:3])], "loops", [5.0, None])
+    assert lines.count("<polyline") == 2 and lines.count("trained here") == 3
+    assert "nan" not in drawn + lines
+
+
+def test_a_heat_map_frames_the_best_and_says_what_failed():
+    cells = [[Cell(0.5, "40 to 60"), Cell(None, "failed")], [Cell(0.9, "80 to 95", True), Cell(0.5, "40 to 60")]]
+    drawn = heat_map(["1", "2"], ["x", "y"], cells, "rows", "columns")
+    assert drawn.count("class=best") == 1 and drawn.count("class=gap") == 1
+    assert "rows 2, columns x: 90.0% 80 to 95" in drawn and "rows 1, columns y: failed" in drawn
+
+
+def screenshot(page: Path, folder: Path) -> tuple[bytes, str]:
+    """Open a page in a browser of its own; return the picture and what the console said."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += (
+        "--disable-component-update --disable-sync --hide-scrollbars --window-size=1000,1400 --enable-logging=stderr"
+    )
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={folder / 'profile'}"]
+    done = subprocess.run(
+        [*command, f"--screenshot={folder / 'shot.png'}", page.resolve().as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return (folder / "shot.png").read_bytes(), said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open pages with")
+def test_a_browser_shows_the_report_without_complaint(tmp_path: Path, standings: list[Standing]):
+    write_report(tmp_path / "report.html", "Two methods", standings, ["slr is better"], suite={"seeds": [0]})
+    (tmp_path / "empty.html").write_text(document("", []))
+    shown, said = screenshot(tmp_path / "report.html", tmp_path)
+    empty, _ = screenshot(tmp_path / "empty.html", tmp_path)
+    assert not said and len(shown) > 4 * len(empty)
+
+
+def test_cells_are_text():
+    assert "&lt;i&gt;" in table(["a"], [["<i>"]]) and read(document("t", [table(["a"], [["<i>"]])])).count("<i>") == 1

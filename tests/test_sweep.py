@@ -1,0 +1,228 @@
+"""Sweeps: grids and searches over any field of a recipe, resumed, with their failures, as one page."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from innerloop import points, sweep
+from innerloop.errors import InputError
+from innerloop.grid import Choices, Range
+from innerloop.search import search
+from innerloop.suite import Suite
+from innerloop.sweep import read_sweep, run_grid, run_search, suite_of, sweep_page, sweep_table, write_sweep
+from tests.test_cli import innerloop
+from tests.test_report import CHROMIUM, read, screenshot
+from tests.test_suite import RAW, in_this_process
+
+QUIET = Console(quiet=True)
+RECIPE = {name: RAW[name] for name in ("task", "backbone", "method", "train")}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "out": str(tmp_path / "run")}))
+    return tmp_path / "recipe.yaml"
+
+
+def result(variant: str, seed: int, accuracy: float) -> dict:
+    cost = {"passes": 3.0, "positions": 9.0, "flops": 2e6, "thought_tokens": 1.0, "loops": 0.0}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "n": 50,
+        "accuracy": accuracy,
+        "ci95": [accuracy - 0.01, min(accuracy + 0.01, 1.0)],
+        "cost": {**cost, "seconds": {"prefill": 0.0, "thought": 0.0, "answer": 0.01}},
+    }
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Suite]:
+    """Make points succeed at once, the better the more loops, but fail with three loops; return the suites that ran."""
+    seen: list[Suite] = []
+
+    def run(suite: Suite, *_) -> list[dict]:
+        seen.append(suite)
+        found = []
+        for (variant, seed), point in suite.points.items():
+            loops = point.method.max_loops
+            broke = {"variant": variant, "seed": seed, "error": "it broke"}
+            found.append(broke if loops == 3 else result(variant, seed, 0.1 * loops + 0.01 * seed))
+        return found
+
+    monkeypatch.setattr(sweep, "run_suite", run)
+    return seen
+
+
+def test_a_sweep_chooses_on_validation_data_unless_told_otherwise(recipe: Path, tmp_path: Path):
+    raw, axes = read_sweep(recipe, ["method.max_loops=1,2"])
+    assert raw["test"] == {"split": "valid"} and raw["seeds"] == [0] and raw["out"] == f"{tmp_path / 'run'}-sweep"
+    assert axes == [Choices("method.max_loops", (1, 2))]
+    raw, _ = read_sweep(recipe, ["a=1,2"], "x", [3, 4], "test", 9, ["--train.seed", "7"])
+    assert (raw["out"], raw["seeds"], raw["test"]) == ("x", [3, 4], {"split": "test", "limit": 9})
+
+
+def test_a_suite_with_a_grid_is_swept_as_it_says_and_its_axes_may_be_overridden(tmp_path: Path):
+    raw, axes = read_sweep("recipes/suites/chain_spiral_grid.yaml", ["method.max_loops=1,2"], seeds=[0])
+    assert [len(axis.values) for axis in axes] == [10, 2] and raw["test"] == {"split": "test"}
+    assert raw["out"] == "runs/suites/chain_spiral_grid" and "grid" not in raw
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ([], "a sweep needs values"),
+        (["a=1", "a=2"], "names a twice"),
+        (["method.max_loops=1..4"], "only a search draws from"),
+        (["method.max_lops=1,2"], "did you mean 'max_loops'"),
+        (["train.seed=1,2"], "list seeds"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(recipe: Path, tmp_path: Path, grid: list[str], words: str):
+    with pytest.raises(InputError) as error:
+        run_grid(*read_sweep(recipe, grid), 1, QUIET)
+    assert words in str(error.value) and not (tmp_path / "run-sweep").exists()
+
+
+def test_a_suite_of_variants_is_not_swept():
+    with pytest.raises(InputError, match="innerloop compare"):
+        read_sweep("recipes/suites/chain_methods.yaml", ["a=1"])
+
+
+def test_a_grid_is_one_page_with_its_failures_and_the_same_twice(recipe: Path, tmp_path: Path, ran: list[Suite]):
+    grid = ["method.max_loops=1,2,3", "train.learning_rate=1e-3,1e-2"]
+    swept = run_grid(*read_sweep(recipe, grid, seeds=[0, 1]), 1, QUIET)
+    assert len(ran[0].points) == 12 and swept.best.name == "max_loops=2, learning_rate=0.001"
+    page = sweep_page(swept, "a sweep")
+    assert page == sweep_page(swept, "a sweep")
+    text = read(page)
+    assert page.count("class=gap") == 2 and page.count("class=best") == 1  # both seeds of two cells failed
+    assert "max_loops=3, learning_rate=0.01 seed 1: it broke" in text
+    assert "Best of 4 on valid: max_loops=2, learning_rate=0.001, 20.5%" in text and "14 to 27" in page
+    assert sweep_table(swept).row_count == 4
+    write_sweep(swept, "a sweep", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["points"][0]["settings"] == {"method.max_loops": 1, "train.learning_rate": 0.001}
+    assert report["suite"]["grid"]["method.max_loops"] == [1, 2, 3]
+
+
+def test_one_axis_is_a_row_and_three_are_several_maps(recipe: Path, ran: list[Suite]):
+    page = sweep_page(run_grid(*read_sweep(recipe, ["method.max_loops=1,2,4"]), 1, QUIET), "one")
+    assert page.count("<svg") == 2 and "40.0" in page
+    grid = ["method.max_loops=1,2", "train.learning_rate=1e-3,1e-2", "method.n_slots=1,2"]
+    page = sweep_page(run_grid(*read_sweep(recipe, grid), 1, QUIET), "three")
+    assert page.count("<svg") == 2 and "<h3>n_slots 1</h3>" in page and "<h3>n_slots 2</h3>" in page
+
+
+def test_points_are_trained_tested_and_not_run_again(recipe: Path, tmp_path: Path, monkeypatch):
+    raw, axes = read_sweep(recipe, ["method.max_loops=1,2"], limit=3)
+    suite = sweep.parse_suite({**raw, "grid": {axis.field: list(axis.values) for axis in axes}})
+    in_this_process(suite)
+    monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: 1 / 0)
+    swept = run_grid(raw, axes, 1, QUIET)
+    assert [s.results[0]["n"] for s in swept.standings] == [3, 3] and swept.results[0]["split"] == "valid"
+    assert [s.cost("loops") for s in swept.standings] == [1.0, 2.0]
+
+
+def test_a_search_goes_on_where_it_was_and_is_the_same_as_one_that_was_not_interrupted(tmp_path: Path):
+    pytest.importorskip("optuna")
+    axes = [Range("a", 1e-4, 1e-1, log=True), Range("b", 1, 9, is_whole=True), Choices("c", ("x", "y"))]
+    asked: list[int] = []
+
+    def scores(trials):
+        asked.append(len(trials))
+        return [None if t["b"] == 5 else -abs(t["b"] - 7) + (t["c"] == "y") for t in trials]
+
+    whole = search(axes, 12, 2, tmp_path / "whole", scores)
+    assert len(whole) == 12 and asked == [2, 4, 6, 8, 10, 12]
+    part = search(axes, 6, 2, tmp_path / "part", scores)
+    assert part == whole[:6] and search(axes, 12, 2, tmp_path / "part", scores) == whole
+    assert all(1e-4 <= t["a"] <= 1e-1 and t["b"] in range(1, 10) and t["c"] in ("x", "y") for t in whole)
+    with pytest.raises(InputError, match="a search over other values"):
+        search(axes[:1], 12, 2, tmp_path / "part", scores)
+
+
+def test_a_search_ends_when_all_points_are_tried(tmp_path: Path):
+    pytest.importorskip("optuna")
+    tried = search([Choices("c", (1, 2, 3))], 20, 2, tmp_path, lambda trials: [0.5] * len(trials))
+    assert sorted(t["c"] for t in tried) == [1, 2, 3]
+
+
+def test_a_search_finds_what_is_better_and_shows_it(recipe: Path, tmp_path: Path, ran: list[Suite]):
+    pytest.importorskip("optuna")
+    grid = ["method.max_loops=1..6", "train.learning_rate=1e-4..1e-2:log"]
+    swept = run_search(*read_sweep(recipe, grid), 8, 4, QUIET)
+    assert len(swept.settings) == 8 and len(ran[-1].points) == 8
+    assert swept.best.mark.share == max(s.mark.share for s in swept.standings)
+    text = read(sweep_page(swept, "a search"))
+    assert "Accuracy by method.max_loops" in text and "Accuracy by train.learning_rate" in text
+
+
+def test_a_search_without_optuna_says_what_to_install(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(InputError, match="pip install 'innerloop\\[sweep\\]'"):
+        search([Choices("c", (1, 2))], 1, 1, tmp_path, lambda trials: [])
+
+
+def test_a_search_of_a_field_that_does_not_exist_is_refused_before_it_begins(recipe: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="did you mean 'max_loops'"):
+        run_search(*read_sweep(recipe, ["method.max_lops=1..4"]), 2, 1, QUIET)
+    assert not (tmp_path / "run-sweep").exists()
+
+
+def test_drawn_points_of_staged_recipes_change_the_last_method(tmp_path: Path):
+    raw = {**RECIPE, "seeds": [0], "out": str(tmp_path)}
+    raw["stages"] = [{"method": {"name": "cot"}}, {"method": {"name": "slr", "n_slots": 2}}]
+    suite = suite_of(raw, [{"method.n_slots": 5, "train.max_steps": 7}])
+    (point,) = suite.points.values()
+    assert point.method.n_slots == 5 and [stage.train["max_steps"] for stage in point.stages] == [7, 7]
+
+
+@pytest.mark.slow
+def test_the_command_trains_lists_failures_and_resumes(recipe: Path, tmp_path: Path, capsys):
+    grid = ["--grid", "method.max_loops=1,2", "--grid=train.max_length=1,64"]
+    for _ in range(2):  # points that failed are tried again
+        code, out, err = innerloop(capsys, "sweep", recipe, *grid, "--seeds", 0, 1, "--limit", 3)
+        assert code == 2 and "4 of 8 points failed" in err and "longer than max_length=1" in err
+        assert "Best of 2 on valid" in out
+    assert "max_loops=2, max_length=1 seed 1" in read((tmp_path / "run-sweep" / "sweep.html").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open pages with")
+def test_a_browser_shows_the_page_without_complaint(recipe: Path, tmp_path: Path, ran: list[Suite]):
+    grid = ["method.max_loops=1,2,3,4", "train.learning_rate=1e-3,1e-2"]
+    write_sweep(run_grid(*read_sweep(recipe, grid, seeds=[0, 1]), 1, QUIET), "a sweep", tmp_path)
+    (tmp_path / "empty.html").write_text(sweep.document("", []))
+    shown, said = screenshot(tmp_path / "sweep.html", tmp_path)
+    assert not said and len(shown) > 4 * len(screenshot(tmp_path / "empty.html", tmp_path)[0])
+
+
+@pytest.mark.slow
+def test_points_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, monkeypatch, capsys):
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.chdir(tmp_path)  # relative folders are the same on every node
+        grid = ["--grid", "method.max_loops=1,2", "--grid=train.max_length=1,64"]
+        code, _, err = innerloop(capsys, "sweep", recipe, *grid, "--limit", 3, "--on", "ray", "--out", "swept")
+    finally:
+        cluster.shutdown()
+    assert code == 2 and "2 of 4 points failed" in err and "longer than max_length=1" in err
+    found = json.loads((tmp_path / "swept" / "results.json").read_text())["points"]
+    assert sum("accuracy" in point for point in found) == 2
+    assert os.environ["RAY_ADDRESS"] == cluster.address
+
+
+def test_without_ray_the_command_says_what_to_install(recipe: Path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    code, _, err = innerloop(capsys, "sweep", recipe, "--grid", "method.max_loops=1,2", "--on", "ray")
+    assert code == 2 and "pip install 'innerloop[cluster]'" in err
