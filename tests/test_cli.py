@@ -281,6 +281,7 @@ def test_the_demo_trains_compares_and_reports(tmp_path: Path, capsys, monkeypatc
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [r["method"]["name"] for r in results] == ["no_cot", "cot", "pause", "coconut", "slr"]
     page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Inside slr" in (tmp_path / "demo" / "lens.html").read_text()
     assert page.count("<tr>") == 6 and "<svg" in page and "http" not in page.replace("http-equiv", "")
     assert "report.html" in out and "innerloop ask" in out
     code, _, err = innerloop(capsys, "demo", "--out", tmp_path / "demo")

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from innerloop.errors import InputError
+from innerloop.lens import look, write_page
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
+from innerloop.model import LatentModel
 from innerloop.points import run_suite
 from innerloop.recipe import BackboneChoice, Recipe
 from innerloop.report import write_report
 from innerloop.standing import Standing
-from innerloop.suite import Suite
+from innerloop.suite import Exam, Suite
 from innerloop.tasks import Chain
 
 TASK = Chain(n_ops=5, modulus=5)
@@ -32,6 +34,7 @@ BACKBONE = {
     "max_position_embeddings": 128,
 }
 WARM_UP_STEPS = 400
+LOOPS = (1, 2, 3, 4, 5, 6, 8, 10)  # numbers of iterations to answer with, besides that of training
 
 
 def demo_methods(steps: int) -> list[Method]:
@@ -69,16 +72,19 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     )
     start, chosen = BackboneChoice(model=warm.out), demo_methods(steps)
     points = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
-    results = run_suite(Suite(out, {seed: warm}, points), workers, console)
+    results = run_suite(Suite(out, {seed: warm}, points, Exam(loops=LOOPS, controls=True)), workers, console)
     if failed := [f"{r['variant']}: {r['error']}" for r in results if "error" in r]:
         raise InputError(f"the demo could not finish: {'; '.join(failed)}")
-    examples = TASK.examples("test", 1)
+    examples = TASK.examples("test", 8)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
     write_report(folder / "report.html", title, [Standing(r["method"]["name"], [r]) for r in results])
+    record = look(LatentModel.from_pretrained(folder / "slr"), TASK, examples, run=str(folder / "slr"))
+    write_page(record, folder / "lens.html")
     console.print(result_table(results))
     console.print(
-        f"The table is in {folder / 'results.json'} and {folder / 'report.html'}. Next, look inside one answer:",
+        f"To open in a browser: {folder / 'report.html'} (the table, what more loops do, and whether the latents carry "
+        f"the answers) and {folder / 'lens.html'} (what SLR's latents show). Or look inside one answer here:",
         soft_wrap=True,
     )
     console.print(f'  innerloop ask {folder / "slr"} "{examples[0].question}"', highlight=False, soft_wrap=True)
