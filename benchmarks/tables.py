@@ -47,19 +47,7 @@ def table(name: str, part: str, root: str) -> str:
     if results.get("smoke"):
         raise ValueError(f"{name} was run with --smoke, which measures nothing")
     kind = results.get("kind", "suite")
-    lines, note = suite_lines(results, part == "loops") if kind == "suite" else def loss_lines(results: dict) -> tuple[Lines, str]:
-    """Return the lines of what training did to the loss."""
-    rows = [
-        [p["variant"], str(p["steps"]), f"{p['first']:.3f}", f"{p['last']:.3f}", f"{p['largest']:.3f}"]
-        for p in results["points"]
-    ]
-    seeds = ", ".join(map(str, sorted({p["seed"] for p in results["points"]})))
-    versions = results["versions"]
-    note = f"seed {seeds}; {results['device']}; torch {versions['torch']}, transformers {versions['transformers']}; "
-    return [["variant", "steps", "loss, first four", "last four", "largest"], *rows], note
-
-
-KINDS[kind, part](results)
+    lines, note = suite_lines(results, part == "loops") if kind == "suite" else KINDS[kind, part](results)
     head, *rows = lines
     shown = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     if kind in PICTURES and (ROOT / "docs" / PICTURES[kind]).exists():
@@ -275,6 +263,18 @@ def breakdown_lines(results: dict) -> tuple[Lines, str]:
         for p in results["points"]
     ]
     return [head, *rows], made(results, f"model `{results['shape']['name']}`")
+
+
+def loss_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what training did to the loss."""
+    rows = [
+        [p["variant"], str(p["steps"]), f"{p['first']:.3f}", f"{p['last']:.3f}", f"{p['largest']:.3f}"]
+        for p in results["points"]
+    ]
+    seeds = ", ".join(map(str, sorted({p["seed"] for p in results["points"]})))
+    versions = results["versions"]
+    note = f"seed {seeds}; {results['device']}; torch {versions['torch']}, transformers {versions['transformers']}; "
+    return [["variant", "steps", "loss, first four", "last four", "largest"], *rows], note
 
 
 KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {

@@ -1,0 +1,98 @@
+"""Do rows that are harder loop more? SLR that may stop at any loop, with a threshold chosen on validation questions.
+
+For each seed: the recipe `chain/slr_anytime.yaml` is trained, `calibrate` chooses the threshold of the KL rule for a
+loss of at most one point, and test questions are answered with it and with fixed numbers of loops. What is reported is
+how many loops questions of one, two and three operations take, and what accuracy and FLOPs that comes to.
+
+    python benchmarks/adaptive_loops.py --out benchmarks/results/adaptive_loops.json     # a few minutes a seed on a CPU
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from innerloop.calibrate import calibrate
+from innerloop.cost import mean_cost
+from innerloop.examples import Example
+from innerloop.measure import evaluate
+from innerloop.measure.accuracy import Prediction, accuracy_of, device_name, versions
+from innerloop.measure.statistics import over_seeds, verdict
+from innerloop.model import LatentModel
+from innerloop.recipe import load_recipe
+from innerloop.run import run_recipe
+from innerloop.survey import ruled_by
+
+RECIPE = Path(__file__).parents[1] / "recipes/chain/slr_anytime.yaml"
+FIXED = (1, 2, 3, 4, 5, 6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--overrides", nargs=argparse.REMAINDER, default=[], help="of the recipe, such as --task.n_test 9"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    points = [measure(seed, options.overrides) for seed in options.seeds]
+    report = {
+        "kind": "adaptive_loops",
+        "recipe": str(RECIPE.relative_to(RECIPE.parents[2])),
+        "overrides": options.overrides,
+        "points": points,
+        "versions": versions(),
+        "device": device_name(torch.device("cpu")),
+    }
+    for name in ("accuracy", "loops", "flops"):
+        report[name] = over_seeds([point["stopped"][name] for point in points])
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(seed: int, overrides: list[str]) -> dict:
+    """Train, calibrate and test one seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ["--task.n_valid", "500", "--train.seed", str(seed), "--train.use_cpu", "true", "--out", folder]
+        recipe = load_recipe(RECIPE, [*settings, "--train.eval_strategy", "no", *overrides])
+        run_recipe(recipe)
+        model, task = LatentModel.from_pretrained(folder), recipe.task
+    found = calibrate(model, task, task.examples("valid"), "kl", 0.01)
+    examples = task.examples("test")
+    stopped = evaluate(model, task, examples)
+    with ruled_by(model, stop="none"):
+        fixed = {loops: evaluate(model, task, examples, loops=loops) for loops in FIXED}
+    full = fixed[max(FIXED)]
+    compared = verdict([p.correct for p in stopped], [p.correct for p in full], ("stopped", "all loops"), seed)
+    point = {
+        "seed": seed,
+        "threshold": found.report["threshold"],
+        "stopped": told(stopped),
+        "fixed": {str(loops): told(predictions) for loops, predictions in fixed.items()},
+        "verdict": compared.sentence,
+        "by_operations": by_operations(examples, stopped, full),
+    }
+    print(json.dumps(point), flush=True)
+    return point
+
+
+def told(predictions: list[Prediction]) -> dict:
+    """Return accuracy, loops and FLOPs."""
+    cost = mean_cost([prediction.cost for prediction in predictions])
+    return {"accuracy": accuracy_of(predictions), "loops": cost["loops"], "flops": cost["flops"]}
+
+
+def by_operations(examples: list[Example], stopped: list[Prediction], full: list[Prediction]) -> dict:
+    """Return what questions of each number of operations take and reach."""
+    groups = {}
+    for n in sorted({len(example.steps) for example in examples}):
+        mine = [i for i, example in enumerate(examples) if len(example.steps) == n]
+        groups[str(n)] = {"n": len(mine), **told([stopped[i] for i in mine])}
+        groups[str(n)]["accuracy_of_all_loops"] = accuracy_of([full[i] for i in mine])
+    return groups
+
+
+if __name__ == "__main__":
+    main()
