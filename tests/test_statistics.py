@@ -125,7 +125,9 @@ def test_coverage_of_the_mean_over_seeds(n: int):
     assert np.mean([abs(mean - 0.7) <= half for mean, half in found]) == pytest.approx(0.95, abs=0.015)
 
 
-@pytest.mark.parametrize(("first", "second", "n"), [(0.1, 0.1, 150), (0.2, 0.05, 100), (0.03, 0.01, 300), (0.9, 0, 100)])
+@pytest.mark.parametrize(
+    ("first", "second", "n"), [(0.1, 0.1, 150), (0.2, 0.05, 100), (0.03, 0.01, 300), (0.9, 0, 100)]
+)
 def test_coverage_of_the_paired_bootstrap(first: float, second: float, n: int):
     drawn = np.random.default_rng(2).multinomial(n, [first, second, 1 - first - second], RUNS)
     bounds = {(a, b): paired_bootstrap(int(a), int(b), n) for a, b, _ in np.unique(drawn, axis=0)[:, :3]}

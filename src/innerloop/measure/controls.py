@@ -30,6 +30,7 @@ from innerloop.measure.latents import (
     record,
     same_answer,
     seen_in_words,
+    unseen,
 )
 from innerloop.measure.statistics import Verdict, p_words, verdict, wilson
 from innerloop.methods import Method
@@ -166,9 +167,13 @@ class Controls:
             )
         if shuffled.costs:
             follows = (shuffled.donor_answers or 0.0) >= HALF
-            said = "The answers come from the latents." if follows else (
-                "The answers need what the latents hold, together with the question: given another example's latents "
-                "they are neither."
+            said = (
+                "The answers come from the latents."
+                if follows
+                else (
+                    "The answers need what the latents hold, together with the question: given another example's latents "
+                    "they are neither."
+                )
             )
             return "carried", f"{shuffled.sentence(DONE['shuffled'])} {said}"
         if without.costs:
@@ -261,7 +266,9 @@ def controls(
         seen = record(model, task, examples, batch_size, max_new_tokens, stage)
         found.n_latents, found.seen, found.spread = seen.n_latents, seen_in_words(model.method, at), seen.spread()
         donors = seen.donors(seed)
-        first = record(model, task, examples, batch_size, max_new_tokens, stage, True) if "frozen" not in left_out else None
+        first = (
+            record(model, task, examples, batch_size, max_new_tokens, stage, True) if "frozen" not in left_out else None
+        )
         edits = {name: edit for name, edit in _edits(seen, first, donors, seed).items() if name not in left_out}
     kept = [] if "kept_latents" in left_out else sorted({round(s * found.n_latents) for s in SHARES_KEPT})
     kept = [k for k in kept if 0 < k < found.n_latents]
@@ -346,18 +353,8 @@ def _edits(seen: Record, everything: Record | None, donors: dict[Key, Key], seed
 def _left_out(model: LatentModel, stage: int) -> dict[str, str]:
     """Return the controls that make no sense for a method at a stage, and why."""
     method, why = model.method, dict[str, str]()
-    row = model.prompts(["?"], stage)[0]
-    if method.family == "depth":
-        why["latents"] = f"'{method.name}' thinks inside its tokens and has no latents that could be taken away."
-    elif not row.region:
-        why["latents"] = f"'{method.name}' has no latents between the question and the answer here."
-    elif method.scope == "all":
-        why["latents"] = f"'{method.name}' refines the question itself here: without it there is nothing to answer."
-    elif method.loop.stop != "none" and method.answer_context == "kv_last" and method.scope != "append":
-        why["latents"] = (
-            "The answer sees the last iteration, and which that is, is known only once it is over: "
-            "set stop to none to see what replacing its latents does."
-        )
+    if (reason := unseen(model, stage)) is not None:
+        why["latents"] = reason[0].upper() + reason[1:]
     try:
         if not _loops(method, stage)[1]:
             raise InputError(f"'{method.name}' has no loop")
@@ -367,7 +364,7 @@ def _left_out(model: LatentModel, stage: int) -> dict[str, str]:
         return why
     if method.n_loops(stage) == 0:
         why["frozen"] = "nothing refines the latents, so that they are at z_0 anyway"
-    reason = None
+    row, reason = model.prompts(["?"], stage)[0], None
     if model.block() is not None:
         reason = "latents are opened while answering, and the text between them has read them"
     elif method.answering.decoder != "lm_head":
