@@ -1,4 +1,4 @@
-"""Stability: maps whose spectral radius, rotation and growth are known, put in as f; identical examples; every method."""
+"""Stability: maps of known spectral radius, rotation and growth put in as f; identical examples; every method."""
 
 import dataclasses
 import json
@@ -37,10 +37,10 @@ def rotation(angle: float, scale: float) -> Tensor:
 
 
 def watched(
-    matrix: Tensor, n_loops: int | list[int] = 4, rows: int = 3, settings: LoopSettings = LoopSettings(), **options
+    matrix: Tensor, n_loops: int | list[int] = 4, rows: int = 3, settings: LoopSettings | None = None, **options
 ):
     """Watch a loop whose f is a linear map, from random states of two positions."""
-    loop = InnerLoop(settings, D, 4, TAU)
+    loop = InnerLoop(settings or LoopSettings(), D, 4, TAU)
     start = torch.randn(rows, 2, D, generator=torch.Generator().manual_seed(1))
     return watch_loop(lambda: (iterate(loop, lambda x, t: x @ matrix.T, start, n_loops), None), loop, **options)[0]
 
@@ -187,7 +187,7 @@ def test_the_report_does_not_depend_on_the_batches():
     "method", [Cot(), Pause(), Coconut(max_stage=1, latents_per_step=1), Slr(max_loops=3, solver="plain", time="none")]
 )
 def test_what_has_no_loop_is_refused(method):
-    with pytest.raises(InputError, match="no loop over latents|solver"):
+    with pytest.raises(InputError, match=r"no loop over latents|solver"):
         stability(tiny_model(method), chain_examples(2))
 
 

@@ -24,6 +24,7 @@ from innerloop.examples import read_examples, write_examples
 from innerloop.halting import StopKind
 from innerloop.layout import Speller
 from innerloop.measure import evaluate, result_of
+from innerloop.measure.reports import Measurement, check_asked
 from innerloop.methods import METHODS, Cot, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
@@ -125,6 +126,9 @@ def eval_(
     max_new_tokens: int | None = None,
     stage: int | None = None,
     loops: int | None = None,
+    controls: bool = False,
+    stability: bool = False,
+    probes: bool = False,
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -140,6 +144,9 @@ def eval_(
         max_new_tokens: the most tokens to write per example; by default as the task says.
         stage: answer in the layout of this stage of the method's curriculum; by default the last.
         loops: another number of loops than the model was trained with.
+        controls: also answer with the latents replaced, hidden, or refined more or less often; writes controls.json.
+        stability: also measure how the loop behaves, iteration by iteration; writes stability.json.
+        probes: also read step results off the latents, and swap latents between examples; writes probes.json.
     """
     if method is not None and out is None and checkpoint.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
@@ -156,6 +163,7 @@ def eval_(
         raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
     if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
         console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
+    check_asked(model, stage, loops, controls, stability, probes)
     with bar(console) as progress:
         row = progress.add_task(f"eval {chosen.name}", total=len(examples), note="")
         predictions = evaluate(
@@ -181,6 +189,9 @@ def eval_(
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
         soft_wrap=True,
     )
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
+    measured = (model, chosen, split, examples, predictions, run, result["seed"], folder, console, options)
+    Measurement(*measured).run(controls, stability, probes)
 
 
 def ask(

@@ -100,9 +100,7 @@ def probes(
         planned: told how many probes there will be.
         progress: called with the number of probes since the last call.
     """
-    _need_sklearn()
-    if (why := unseen(model, stage)) is not None:
-        raise InputError(f"there are no latents to probe: {why}")
+    check(model, stage)
     sides = [record(model, task, side, batch_size, max_new_tokens, stage, everything=True) for side in (train, test)]
     cells = _cells(model, sides, stage)
     wanted = []
@@ -162,7 +160,10 @@ def _label(example: Example, target: Target) -> str:
     return result_of_step(example.steps[int(target)]) if int(target) < len(example.steps) else ""
 
 
-def _need_sklearn() -> None:
+def check(model: LatentModel, stage: int | None = None) -> None:
+    """Refuse a model that has no latents to probe, and a library that is missing."""
+    if (why := unseen(model, stage)) is not None:
+        raise InputError(f"there are no latents to probe: {why}")
     try:
         import sklearn  # noqa: F401
     except ImportError:

@@ -160,7 +160,8 @@ class Jacobians:
 
     def enter(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
         """Learn what is iterated, and from where."""
-        self.f, self.first, self.before = f, state, None
+        self.f, self.first = f, state
+        self.before: tuple[list[int], Tensor] | None = None
         self.radii.clear()
 
     def feed(self, state: Tensor, loop: int, going: Sequence[int]) -> Tensor:
@@ -332,13 +333,8 @@ def stability(
         n_jacobians: spectral radii are of the first so many examples, as they cost the most.
         progress: called with the number of examples done since the last call.
     """
-    method = model.method
-    at = method.curriculum.last_stage if stage is None else stage
-    rows = model.prompts([example.question for example in examples], stage)
-    if method.family == "depth" or method.n_loops(at) == 0 or not any(row.n_loops for row in rows):
-        raise InputError(f"'{method.name}' has no loop over latents here, so there is no stability to measure")
-    if method.loop.solver != "none":
-        raise InputError("stability looks at each iteration, of which a solver keeps none: set solver to none")
+    check_loop(model, stage)
+    method, rows = model.method, model.prompts([example.question for example in examples], stage)
     was_training = model.training
     model.eval()
     starts = [0, n_jacobians] if 0 < n_jacobians < len(rows) else [0]
@@ -369,6 +365,15 @@ def stability(
                     progress(len(batch))
     model.train(was_training)
     return _gathered(model, measures, states, method.scope == "append")
+
+
+def check_loop(model: LatentModel, stage: int | None = None) -> None:
+    """Refuse a model without a loop over latents."""
+    method = model.method
+    if method.family == "depth" or not model.prompts(["?"], stage)[0].n_loops:
+        raise InputError(f"'{method.name}' has no loop over latents here, so there is no stability to measure")
+    if method.loop.solver != "none":
+        raise InputError("stability looks at each iteration, of which a solver keeps none: set solver to none")
 
 
 def _latents(states: Tensor, batch: Batch, is_prompt: bool) -> Tensor:

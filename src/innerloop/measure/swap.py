@@ -108,8 +108,8 @@ def sentences(found: Sequence[Swap]) -> list[str]:
                 return ["All examples are answered alike, so that no answer could follow another example's latents."]
             low, high = swap.ci95
             said.append(
-                f"With another example's latents {swap.follows:.0%} of the answers become that example's (95 % interval "
-                f"{low:.0%} to {high:.0%}, n = {swap.n}), and {swap.keeps:.0%} stay as they were."
+                f"With another example's latents {swap.follows:.0%} of the answers become that example's (95 % "
+                f"interval {low:.0%} to {high:.0%}, n = {swap.n}), and {swap.keeps:.0%} stay as they were."
             )
     alone = [swap for swap in found if swap.latents != "all"]
     if alone:
