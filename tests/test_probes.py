@@ -12,7 +12,7 @@ from innerloop.measure.probes import best, probes, result_of_step, sentences
 from innerloop.measure.swap import evenly, swaps
 from innerloop.measure.swap import sentences as swap_sentences
 from innerloop.methods import Codi, Cot, Lotus, Method, Pause, Slr
-from tests.built import LATENTS, QUESTION, TASK, THIRD, built, digit_examples
+from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built, digit_examples
 from tests.test_controls import ALONE, METHODS, PLAIN
 
 FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, residual="sum", rescale="none", time="none")
@@ -21,7 +21,8 @@ FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, residual="sum", rescale=
 def test_the_answer_is_found_in_latent_3_by_a_probe():
     model, examples = built(FOUR, THIRD, n=90)
     found = probes(model, TASK, examples[:50], examples[50:])
-    assert {probe.step for probe in found} == {0, "answer"} and len(found) == 2 * 2 * 4
+    assert {probe.step for probe in found} == {0, "answer"} and len(found) == 2 * 3 * 4
+    assert {probe.loop for probe in found if probe.answer_pass} == {3}
     for probe in found:
         assert probe.n == 40 and probe.commonest == 0.1 and probe.control <= 0.3
         if probe.latent == 3:
@@ -63,8 +64,16 @@ def test_latents_that_are_followed_are_found_whatever_the_method(name: str):
 def test_append_methods_are_probed_latent_by_latent():
     model, examples = built(Codi(n_latents_total=3, rescale="none", **ALONE), LATENTS, n=60)
     found = probes(model, TASK, examples[:40], examples[40:])
-    assert {(probe.loop, probe.latent) for probe in found} == {(0, 0), (1, 1), (2, 2)}
+    assert {(probe.loop, probe.latent) for probe in found} == {(0, 0), (1, 1), (2, 2), (3, 3)}
     assert best(found)[0].accuracy == 1.0
+
+
+def test_pauses_are_probed_in_the_pass_that_the_answer_sees():
+    model, examples = built(Pause(n_pauses=2), ROOM, n=60)
+    found = probes(model, TASK, examples[:40], examples[40:])
+    by_loop = {probe.loop: probe for probe in found if probe.step == "answer"}
+    assert by_loop[0].accuracy <= 0.2 and by_loop[1].accuracy == 1.0 and by_loop[1].answer_pass
+    assert "in the answer's pass: 100%" in sentences(found)[1]
 
 
 def test_nothing_can_be_read_off_latents_that_hold_nothing():
@@ -87,7 +96,7 @@ def test_progress_is_told():
     model, examples = built(Slr(n_slots=2, max_loops=1, **PLAIN), LATENTS, n=24)
     planned, done = [], []
     probes(model, TASK, examples[:12], examples[12:], planned=planned.append, progress=done.append)
-    assert planned == [sum(done)] == [4]
+    assert planned == [sum(done)] == [8]
     swaps(model, TASK, examples, planned=planned.append, progress=done.append)
     assert sum(planned) == sum(done)
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from innerloop.errors import InputError
@@ -24,8 +25,11 @@ from innerloop.measure.statistics import wilson
 from innerloop.measure.swap import evenly
 from innerloop.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.thought import join
 
 Target = int | Literal["answer"]
+Cells = dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]
+"""By loop and latent: the states (n, D) of the examples to learn from, and of those to be tested on."""
 
 FEWEST = 10  # examples to learn from, and to test on
 ROUNDS = 1000
@@ -44,6 +48,8 @@ class Probe:
         control: the accuracy after learning from shuffled labels.
         commonest: the share of the commonest label among the test examples.
         n: the test examples.
+        answer_pass: the probe is of what the latents have become in the pass that the answer sees, which comes after
+            the last iteration; there ``loop`` is T + 1.
     """
 
     loop: int
@@ -54,6 +60,7 @@ class Probe:
     control: float
     commonest: float
     n: int
+    answer_pass: bool = False
 
     @property
     def selectivity(self) -> float:
@@ -102,7 +109,10 @@ def probes(
     """
     check(model, stage)
     sides = [record(model, task, side, batch_size, max_new_tokens, stage, everything=True) for side in (train, test)]
-    cells = _cells(model, sides, stage)
+    cells = _cells(model, sides)
+    if (last := _answer_cells(model, (train, test), batch_size, stage)) is not None:
+        cells |= last
+    n_loops = model.prompts(["?"], stage)[0].n_loops
     wanted = []
     for target in (*range(max((len(e.steps) for e in train), default=0)), "answer"):
         labels = [[_label(example, target) for example in side] for side in (train, test)]
@@ -123,7 +133,7 @@ def probes(
             told, by_chance = (float((_fit(seen, y, unseen_states) == gold).mean()) for y in (given, shuffled))
             n, share = len(gold), max(Counter(gold.tolist()).values()) / len(gold)
             interval = wilson(round(told * n), n)
-            found.append(Probe(loop, latent, target, told, interval, by_chance, share, n))
+            found.append(Probe(loop, latent, target, told, interval, by_chance, share, n, loop > n_loops))
             if progress is not None:
                 progress(1)
     return found
@@ -141,7 +151,9 @@ def sentences(found: Sequence[Probe]) -> list[str]:
     for probe in best(found):
         what = "The answer" if probe.step == "answer" else f"The result of step {int(probe.step) + 1}"
         low, high = probe.ci95
-        where = f"latent {probe.latent} after loop {probe.loop}"
+        where = f"latent {probe.latent} " + (
+            "in the answer's pass" if probe.answer_pass else f"after loop {probe.loop}"
+        )
         if low <= max(probe.control, probe.commonest):
             said.append(
                 f"{what} cannot be read off any latent (at best {probe.accuracy:.0%}, by chance {probe.control:.0%})."
@@ -182,9 +194,7 @@ def _fit(states: NDArray[Any], labels: NDArray[Any], others: NDArray[Any]) -> ND
     return learned.predict(scale.transform(others))
 
 
-def _cells(
-    model: LatentModel, sides: Sequence[Record], stage: int | None
-) -> dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]:
+def _cells(model: LatentModel, sides: Sequence[Record]) -> Cells:
     """Return for each (loop, latent) the states (n, D) of the examples to learn from and to test on.
 
     In append latent t is z_t, so that there is one latent for each loop.
@@ -194,9 +204,34 @@ def _cells(
     n_loops = min(len(states) for side in path for states in side) - 1
     appends = method.scope == "append"
     first = 0 if method.first_state == "forward" or n_loops == 0 else 1
-    cells = {}
+    cells: Cells = {}
     for t in range(first, n_loops + 1):
         stacked = [np.stack([states[t].float().numpy() for states in side]) for side in path]  # type: ignore[union-attr]
         for j in evenly(stacked[0].shape[1]):
             cells[t, t if appends else j] = (stacked[0][:, j], stacked[1][:, j])
     return cells
+
+
+@torch.no_grad()
+def _answer_cells(
+    model: LatentModel, sides: Sequence[Sequence[Example]], batch_size: int, stage: int | None
+) -> Cells | None:
+    """Return what the latents become in the pass that the answer sees; None where no such pass follows the loop."""
+    method = model.method
+    if model.block() is not None or method.answer_context != "refeed" or method.answering.decoder != "lm_head":
+        return None
+    was_training = model.training
+    model.eval()
+    found = []
+    for side in sides:
+        rows, parts = model.prompts([example.question for example in side], stage), []
+        n = 1 if method.scope == "append" else sum(len(piece.ids) for piece in rows[0].region)
+        for begin in range(0, len(rows), batch_size):
+            thought = model.think(model.batch(rows[begin : begin + batch_size]))
+            states = thought.context.fork().read(*join(thought.pending))
+            parts.append(states[:, -n:].float().cpu().numpy())
+        found.append(np.concatenate(parts))
+    model.train(was_training)
+    t = rows[0].n_loops + 1
+    latents = [(t, 0)] if method.scope == "append" else [(j, j) for j in evenly(n)]
+    return {(t, name): (found[0][:, j], found[1][:, j]) for name, j in latents}

@@ -223,13 +223,14 @@ def probes_view(found: Sequence[probing.Probe]) -> RenderableType:
     shown = [latents[i] for i in swapping.evenly(len(latents), MOST_CELLS)]
     table = Table(title="accuracy of linear probes (after learning from shuffled labels)", title_justify="left")
     table.add_column("what")
-    table.add_column("loop", justify="right")
+    table.add_column("after loop", justify="right")
     for latent in shown:
         table.add_column(f"latent {latent}", justify="right")
     for step, loop in dict.fromkeys((probe.step, probe.loop) for probe in found):
         row = {p.latent: f"{p.accuracy:.0%} ({p.control:.0%})" for p in found if (p.step, p.loop) == (step, loop)}
         what = "answer" if step == "answer" else f"step {int(step) + 1}"
-        table.add_row(what, str(loop), *(row.get(latent, "") for latent in shown))
+        passes = {p.loop for p in found if p.answer_pass}
+        table.add_row(what, "answer" if loop in passes else str(loop), *(row.get(latent, "") for latent in shown))
     return table
 
 
