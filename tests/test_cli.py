@@ -67,7 +67,8 @@ def test_eval_writes_the_result_of_the_contract_and_the_same_twice(run: Path, tm
         results.append(json.loads((tmp_path / folder / "result.json").read_text()))
     first, second = results
     assert list(first) == ["task", "split", "n", "accuracy", "ci95", "unparsable", "cost", "method", "model", "seed",
-                           "versions", "device"]  # fmt: skip
+                           "versions", "device", "asked"]  # fmt: skip
+    assert first["asked"] == {"max_new_tokens": 8}  # answers that are not those of the run as it is say so
     assert list(first["cost"]) == ["passes", "positions", "flops", "thought_tokens", "loops", "seconds"]
     assert list(first["cost"]["seconds"]) == ["prefill", "thought", "answer"]
     assert first["n"] == 8 and first["method"]["name"] == "slr" and first["seed"] == 0

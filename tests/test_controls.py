@@ -1,5 +1,6 @@
 """Controls: models of hand-set weights that use their latents, or do not, are recognised, whatever the method."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from innerloop.edit import edited
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import evaluate
-from innerloop.measure.controls import Controls, _effect, controls
+from innerloop.measure.controls import Controls, Effect, _effect, controls
 from innerloop.measure.latents import Recorder, Replacement, record
+from innerloop.measure.statistics import verdict
 from innerloop.methods import (
     Coconut,
     Codi,
@@ -97,8 +99,29 @@ def test_latents_that_are_but_room_to_compute_in_are_told_from_those_that_carry(
 def test_where_nothing_is_right_nothing_can_be_taken_away():
     model, examples = built(Pause(n_pauses=2), LATENTS)
     found = controls(model, TASK, examples)
-    assert found.kind == "undecided" and "no better than always giving the commonest answer (10.0%)" in found.sentence
+    assert found.kind == "unused" and "no better than always giving the commonest answer (10.0%)" in found.sentence
     assert {"loops", "frozen"} == set(found.left_out)
+    for name, same in (("shuffled", 0.3), ("hidden", 1.0)):
+        found.effects[name] = dataclasses.replace(found.effects[name], same_answers=same)
+    assert found.kind == "undecided" and found.sentence.startswith("The unedited run is right in 10.0% of 40 examples")
+
+
+def test_answers_that_follow_the_latents_are_seen_to_even_where_they_are_wrong():
+    model, examples = built(REFEED, LATENTS)
+    wrong = [dataclasses.replace(e, answer=str((int(e.answer) + 1) % 10)) for e in examples]
+    found = controls(model, TASK, wrong)
+    assert found.kind == "carried" and "The answers come from the latents, right or wrong." in found.sentence
+
+
+def test_answers_of_which_some_need_the_latents_are_told_from_those_that_all_do():
+    model, examples = built(REFEED, QUESTION, n=40)
+    found = controls(model, TASK, examples)
+    right = [p.correct for p in found.unedited]
+    compared = verdict([i % 4 > 0 for i in range(40)], right)
+    found.effects["shuffled"] = Effect(compared, 0.75, 0.1)
+    assert found.kind == "partly" and "Some answers need what the latents hold" in found.sentence
+    found.effects["shuffled"] = Effect(verdict([False] * 40, right), 0.1, 0.1)
+    assert found.kind == "carried" and "together with the question" in found.sentence
 
 
 def test_too_few_examples_decide_nothing():

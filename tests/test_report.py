@@ -171,6 +171,8 @@ def test_the_front_is_what_nothing_beats():
 def test_axes_have_round_ticks():
     assert Scale(0, 1, 0, 100).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert Scale(0.7, 30, 0, 100, log=True).ticks() == [1, 2, 5, 10, 20]
+    assert Scale(0.7, 1.5, 0, 100, log=True).ticks() == pytest.approx([0.7, 0.8, 0.9, 1])
+    assert Scale(1e-4, 1e-1, 0, 100, log=True).ticks() == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
     assert Scale(1, 100, 0, 100, log=True)(10) == pytest.approx(50)
     assert Scale(3, 3, 0, 100)(3) == 0
 

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import queue
+import signal
 from pathlib import Path
 
 import pytest
@@ -241,3 +243,24 @@ def test_one_suite_has_all_methods():
     suite = load_suite("recipes/suites/chain-all.yaml", seeds=[0])
     assert {recipe.method.name for recipe in suite.points.values()} == set(METHODS)
     assert suite.exam.controls
+
+
+def test_a_point_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, monkeypatch):
+    suite = load_suite(path, seeds=[0])
+    messages: queue.Queue = queue.Queue()
+    points._train(("warm-up", 0), suite.warm_ups[0], messages)
+    recipe = suite.points["plain", 0]
+    ended, log = points._Report.on_step_end, []
+
+    def interrupt(self, args, state, control, **_):
+        log.append(state.global_step)
+        if state.global_step == 1:  # noticed when the next step ends
+            os.kill(os.getpid(), signal.SIGINT)
+        ended(self, args, state, control)
+
+    monkeypatch.setattr(points._Report, "on_step_end", interrupt)
+    with pytest.raises(InputError, match="interrupted; run the suite again"):
+        points._point(("plain", 0), recipe, suite.exam, messages)
+    points._point(("plain", 0), recipe, suite.exam, messages)
+    assert log == [1, 2, 3] and points._result(recipe, suite.exam)["n"] == 5
+    assert not list(Path(recipe.out).rglob("checkpoint-*"))

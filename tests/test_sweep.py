@@ -1,7 +1,6 @@
 """Sweeps: grids and searches over any field of a recipe, resumed, with their failures, as one page."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -219,7 +218,6 @@ def test_points_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, mo
     assert code == 2 and "2 of 4 points failed" in err and "longer than max_length=1" in err
     found = json.loads((tmp_path / "swept" / "results.json").read_text())["points"]
     assert sum("accuracy" in point for point in found) == 2
-    assert os.environ["RAY_ADDRESS"] == cluster.address
 
 
 def test_without_ray_the_command_says_what_to_install(recipe: Path, monkeypatch, capsys):

@@ -32,6 +32,7 @@ from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
+from innerloop.measure.reports import Measurement, check_asked
 from innerloop.methods import METHODS, Cot, Method, method_named
 from innerloop.model import LatentModel
 from innerloop.progress import LiveProgress, bar
@@ -139,6 +140,9 @@ def eval_(
     tasks: str | None = None,
     tasks_dir: str | None = None,
     shots: int | None = None,
+    controls: bool = False,
+    stability: bool = False,
+    probes: bool = False,
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -158,6 +162,9 @@ def eval_(
         tasks: of lm-eval, names of tasks with commas between them.
         tasks_dir: of lm-eval, a folder with tasks of your own.
         shots: of lm-eval, examples put before a question; by default as the task says.
+        controls: also answer with the latents replaced, hidden, or refined more or less often; writes controls.json.
+        stability: also measure how the loop behaves, iteration by iteration; writes stability.json.
+        probes: also read step results off the latents, and swap latents between examples; writes probes.json.
     """
     if backend == "lm-eval":
         _eval_harness(run, tasks, method, Path(out or run), limit, batch_size, tasks_dir, shots)
@@ -179,6 +186,7 @@ def eval_(
         raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
     if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
         console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
+    check_asked(model, stage, loops, controls, stability, probes)
     with bar(console) as progress:
         row = progress.add_task(f"eval {chosen.name}", total=len(examples), note="")
         predictions = evaluate(
@@ -211,6 +219,9 @@ def eval_(
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
         soft_wrap=True,
     )
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
+    measured = (model, chosen, split, examples, predictions, run, result["seed"], folder, console, options)
+    Measurement(*measured).run(controls, stability, probes)
 
 
 def _eval_harness(

@@ -29,6 +29,7 @@ from innerloop.standing import Standing, failures, read_json, standing_table
 from innerloop.suite import Suite, load_suite, suite_report
 from innerloop.tasks import Task
 
+OF_THE_WHOLE = ("loops", "change", "also", "accuracy_by_match", "controls", "stability", "probes")  # no part's
 RESULT, PREDICTIONS, REPORT = "result.json", "predictions.jsonl", "report.html"
 
 
@@ -211,7 +212,7 @@ def write_answers(folder: Path, result: Mapping[str, Any], predictions: Sequence
 def shortened_result(result: Mapping[str, Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Return the result of the first of a run's answers: shares and costs anew, what else was recorded as it was."""
     n, n_correct = len(predictions), sum(p.correct for p in predictions)
-    kept = {k: v for k, v in result.items() if k not in ("loops", "change", "also", "accuracy_by_match")}
+    kept = {k: v for k, v in result.items() if k not in OF_THE_WHOLE}
     return kept | {
         "n": n,
         "accuracy": accuracy_of(predictions),

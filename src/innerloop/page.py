@@ -21,8 +21,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%%; font-size: .95rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+table { border-collapse: collapse; width: 100%%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .4rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; } thead th { white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 400; } tr.baseline { background: var(--tint); }

@@ -66,8 +66,10 @@ class Scale:
         """Return round values on the axis, about five of them."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if len(decades) < 5 else (1,)
-            values = [step * 10.0**decade for decade in decades for step in steps]
+            for steps in ((1,), (1, 2, 5), range(1, 10)):  # the first that gives enough
+                values = [step * 10.0**decade for decade in decades for step in steps]
+                if sum(self.low <= value <= self.high for value in values) > 3:
+                    break
         else:
             rough = (self.high - self.low) / 6 or 1.0
             power = 10.0 ** math.floor(math.log10(rough))
@@ -118,7 +120,8 @@ def scatter(marks: Sequence[Mark], title: str, log: bool = False, best_is_low: b
         shapes.append(f"<path class=front d='{''.join(steps)}' />")
     placed = [(x(mark.x), y(mark.share)) for mark in marks]
     for mark, (px, py) in zip(marks, placed):
-        colour = "f0" if not best_is_low or mark in front else "f7"
+        is_best = any((mark.x, mark.share) == (best.x, best.share) for best in front)
+        colour = "f0" if not best_is_low or is_best else "f7"
         shapes.append(
             f"<g>{_title(mark, f'{title} {_number(mark.x)}')}"
             f"{_line('spread', px, y(mark.low), px, y(mark.high), ' stroke-width=2')}"
@@ -137,7 +140,9 @@ def curves(lines: Sequence[Curve], title: str, trained: Sequence[float | None] =
     span = _share_range(every) if are_shares else (0.0, max(m.high for m in every) * 1.05 or 1.0)
     y = Scale(*span, height - 44, 14)
     x = Scale(min(m.x for m in every), max(m.x for m in every), 54, 546)
-    shapes = [*_axes(x, y, 556, height, title, are_shares)]
+    are_whole = all(float(m.x).is_integer() for m in every)
+    ticks = [tick for tick in x.ticks() if float(tick).is_integer()] if are_whole else []
+    shapes = [*_axes(x, y, 556, height, title, are_shares, ticks)]
     ends = []
 
     def told(mark: Mark) -> str:
@@ -232,12 +237,20 @@ def _share_range(marks: Sequence[Mark]) -> tuple[float, float]:
     return (math.floor(low * 10) / 10 if low > 0.5 else 0.0), 1.0
 
 
-def _axes(x: Scale, y: Scale, width: float, height: float, title: str, are_shares: bool = True) -> list[str]:
+def _axes(
+    x: Scale,
+    y: Scale,
+    width: float,
+    height: float,
+    title: str,
+    are_shares: bool = True,
+    ticks: Sequence[float] = (),
+) -> list[str]:
     shapes = []
     for tick in y.ticks():
         shapes.append(_line("grid", x.start, y(tick), width - 10, y(tick)))
         shapes.append(_text(x.start - 7, y(tick) + 4, f"{tick:.0%}" if are_shares else _number(tick), "end", "soft"))
-    for tick in x.ticks():
+    for tick in ticks or x.ticks():
         shapes.append(_line("grid", x(tick), y.start, x(tick), y.start + 5))
         shapes.append(_text(x(tick), y.start + 19, _number(tick), "middle", "soft"))
     shapes.append(_text((x.start + width) / 2, height - 6, title, "middle", "soft"))

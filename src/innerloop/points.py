@@ -208,8 +208,9 @@ def _train(key: Key, recipe: Recipe, messages: Any) -> None:
         return
     finished = [s.train.get("max_steps", 0) for s in recipe.stages]
     run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
-    for checkpoint in out.rglob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
+    if (out / FINISHED).exists():
+        for checkpoint in out.rglob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
 
 
 def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:

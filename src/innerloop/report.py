@@ -90,13 +90,11 @@ def _cost_pictures(standings: Sequence[Standing]) -> str:
     if len(standings) < 2:
         return ""
     passes = scatter([s.at(s.cost("passes")) for s in standings], "passes of the model per example")
-    pictures = [
-        figure(passes, "Accuracy against passes. Nothing is both better and cheaper than a point of the front.")
-    ]
+    pictures = [figure(passes, "Accuracy against passes. Blue: nothing cheaper is as accurate.")]
     if all(s.turns for s in standings) or len({machine for s in standings for machine in s.machine}) == 1:
         shown = scatter([s.at(1000 * s.seconds) for s in standings], "milliseconds per example", log=True)
         pictures.append(
-            figure(shown, "Accuracy against time, on one machine, in the same engine; the axis is in logs.")
+            figure(shown, "Accuracy against time, on one machine, in the same engine; the axis is logarithmic.")
         )
     else:
         pictures.append(paragraph("Times are not drawn: they were taken on different devices or with other versions."))

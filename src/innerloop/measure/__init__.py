@@ -1,5 +1,6 @@
-"""Measuring: accuracy with its interval, and what it cost."""
+"""Measuring: accuracy with its interval and its cost; whether latents are used, what they hold, how loops behave."""
 
 from innerloop.measure.accuracy import Prediction, evaluate, result_of, wilson
+from innerloop.measure.statistics import Verdict, verdict, verdict_of_files
 
-__all__ = ["Prediction", "evaluate", "result_of", "wilson"]
+__all__ = ["Prediction", "Verdict", "evaluate", "result_of", "verdict", "verdict_of_files", "wilson"]

@@ -1,10 +1,10 @@
 """Are the latents used? A model answers again while its latents are replaced, hidden, or refined more or less often.
 
 found = controls(model, task, examples)
-print(found.verdict.sentence)
+print(found.sentence)
 
-Every control is compared with the unedited run on the same rows (McNemar, paired bootstrap). What is replaced, and where,
-says `innerloop.measure.latents`; how to read the outcome, docs/measuring.md.
+Every control is compared with the unedited run on the same rows (McNemar, paired bootstrap). What is replaced, and
+where, says `innerloop.measure.latents`; how to read the outcome, docs/measuring.md.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from innerloop.measure.latents import (
     record,
     same_answer,
     seen_in_words,
+    unseen,
 )
 from innerloop.measure.statistics import Verdict, p_words, verdict, wilson
 from innerloop.methods import Method
 from innerloop.model import LatentModel
 from innerloop.tasks import Task
 
-Kind = Literal["carried", "room", "unused", "undecided", "none"]
+Kind = Literal["carried", "partly", "room", "unused", "undecided", "none"]
 
 TITLES = {
     "shuffled": "latents of another example",
@@ -59,7 +60,10 @@ DONE = {
 ALIKE = 1e-5  # latents that differ less between examples, relative to their size, are the same
 SHARES_KEPT = (0.25, 0.5, 0.75)
 MOST_LOOPS = 13  # points of accuracy against T; beyond, every other one and so on
-HALF = 0.5  # of the answers must become the donor's to say that they come from the latents alone
+HALF = 0.5  # of the answers must become the donor's, or stay, to say that they come from the latents, or mostly not
+SAME = (
+    0.9  # of the answers stay, at least, where latents are said not to be used by a run that is right by chance alone
+)
 NARROW = 0.1  # "unused" is said only where a loss of more than this is ruled out
 
 
@@ -164,27 +168,31 @@ class Controls:
                 "What the latents are fed is the same for every example, so that exchanging it changes nothing. "
                 f"{without.sentence(DONE[self._without])}"
             )
+        exchanged = shuffled.sentence(DONE["shuffled"])
+        if (shuffled.donor_answers or 0.0) >= HALF:
+            right = "" if shuffled.costs else ", right or wrong"
+            return "carried", f"{exchanged} The answers come from the latents{right}."
+        if shuffled.costs and shuffled.same_answers >= HALF:
+            return "partly", f"{exchanged} Some answers need what the latents hold, most do without."
         if shuffled.costs:
-            follows = (shuffled.donor_answers or 0.0) >= HALF
-            said = (
-                "The answers come from the latents."
-                if follows
-                else (
-                    "The answers need what the latents hold, together with the question: given another example's latents "
-                    "they are neither."
-                )
+            return "carried", (
+                f"{exchanged} The answers need what the latents hold, together with the question: given another "
+                "example's latents, they are neither example's."
             )
-            return "carried", f"{shuffled.sentence(DONE['shuffled'])} {said}"
         if without.costs:
             return "room", (
                 f"{moved} The answers need the latents' positions, but not what the loop has put into them: "
                 "they are room to compute in."
             )
         if wilson(n_right, n)[0] <= self.commonest:
-            return "undecided", (
-                f"The unedited run is right in {n_right / max(n, 1):.1%} of {n} examples, no better than always giving "
-                f"the commonest answer ({self.commonest:.1%}): there is no accuracy that the latents could carry. {moved}"
+            guessing = (
+                f"The unedited run is right in {n_right / max(n, 1):.1%} of {n} examples, no better than always "
+                f"giving the commonest answer ({self.commonest:.1%}): there is no accuracy that the latents could "
+                f"carry. {moved}"
             )
+            if min(wilson(round(effect.same_answers * n), n)[0] for effect in (shuffled, without)) >= SAME:
+                return "unused", f"{guessing} The latents are not used."
+            return "undecided", guessing
         if min(shuffled.compared.ci95[0], without.compared.ci95[0]) < -NARROW:
             return "undecided", f"{moved} {n} examples are too few to say whether the latents are used."
         return "unused", f"{moved} The latents are not used."
@@ -352,18 +360,8 @@ def _edits(seen: Record, everything: Record | None, donors: dict[Key, Key], seed
 def _left_out(model: LatentModel, stage: int) -> dict[str, str]:
     """Return the controls that make no sense for a method at a stage, and why."""
     method, why = model.method, dict[str, str]()
-    row = model.prompts(["?"], stage)[0]
-    if method.family == "depth":
-        why["latents"] = f"'{method.name}' thinks inside its tokens and has no latents that could be taken away."
-    elif not row.region:
-        why["latents"] = f"'{method.name}' has no latents between the question and the answer here."
-    elif method.scope == "all":
-        why["latents"] = f"'{method.name}' refines the question itself here: without it there is nothing to answer."
-    elif method.loop.stop != "none" and method.answer_context == "kv_last" and method.scope != "append":
-        why["latents"] = (
-            "The answer sees the last iteration, and which that is, is known only once it is over: "
-            "set stop to none to see what replacing its latents does."
-        )
+    if (reason := unseen(model, stage)) is not None:
+        why["latents"] = reason[0].upper() + reason[1:]
     try:
         if not _loops(method, stage)[1]:
             raise InputError(f"'{method.name}' has no loop")
@@ -373,7 +371,7 @@ def _left_out(model: LatentModel, stage: int) -> dict[str, str]:
         return why
     if method.n_loops(stage) == 0:
         why["frozen"] = "nothing refines the latents, so that they are at z_0 anyway"
-    reason = None
+    row, reason = model.prompts(["?"], stage)[0], None
     if model.block() is not None:
         reason = "latents are opened while answering, and the text between them has read them"
     elif method.answering.decoder != "lm_head":

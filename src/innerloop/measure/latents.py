@@ -140,6 +140,23 @@ def _loops(method: Method, stage: int) -> bool:
     return method.n_loops(stage) > 0 or method.first_state == "forward" or method.answering.decoder != "lm_head"
 
 
+def unseen(model: LatentModel, stage: int | None = None) -> str | None:
+    """Return why the latents of a method can be neither replaced nor probed; None where they can."""
+    method, row = model.method, model.prompts(["?"], stage)[0]
+    if method.family == "depth":
+        return f"'{method.name}' thinks inside its tokens and has no latents that could be taken away."
+    if not row.region:
+        return f"'{method.name}' has no latents between the question and the answer here."
+    if method.scope == "all":
+        return f"'{method.name}' refines the question itself here: without it there is nothing to answer."
+    if method.loop.stop != "none" and method.answer_context == "kv_last" and method.scope != "append":
+        return (
+            "the answer sees the last iteration, and which that is, is known only once it is over: "
+            "set stop to none to see what replacing its latents does."
+        )
+    return None
+
+
 def only_seen(method: Method, stage: int, block: Fed) -> Fed:
     """Return of everything that was fed what the answer sees."""
     if method.scope == "append":

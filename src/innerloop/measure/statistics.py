@@ -162,7 +162,7 @@ def aligned(first: str | Path, second: str | Path) -> tuple[list[bool], list[boo
         example = (missing or extra)[0]
         raise InputError(
             f"{first} and {second} answer different examples: {len(missing)} of {len(a)} are only in the first and "
-            f"{len(extra)} of {len(b)} only in the second, such as '{example}'; evaluate both on the same data and limit"
+            f"{len(extra)} of {len(b)} only in the second, such as '{example}'; evaluate both on the same examples"
         )
     return list(a.values()), [b[key] for key in a]
 

@@ -1,0 +1,156 @@
+"""Does the answer follow the latents? Latents are exchanged between pairs of examples, all, one by one, loop by loop.
+
+Each example lends its latents to another (`Record.donors`). Of the pairs that are answered otherwise without a swap, an
+answer that becomes the donor's *follows* the latents, one that stays *keeps* to the question. A latent that is swapped
+alone shows what it alone holds; in append the latents after it are made from what was swapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.measure.accuracy import Prediction, evaluate
+from innerloop.measure.latents import Fed, Key, Record, Replacement, answer, only_seen, record, same_answer, unseen
+from innerloop.measure.statistics import wilson
+from innerloop.model import LatentModel
+from innerloop.tasks import Task
+
+MOST_LATENTS = 16  # swapped one by one; of more, evenly spaced ones
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What a swap does.
+
+    Attributes:
+        latents: the 0-based latent that was swapped, or all.
+        loop: all latents were swapped after this iteration, and the loop went on from them; None: what the answer sees.
+        follows: the share of pairs now answered as the donor is.
+        ci95: its Wilson interval.
+        keeps: the share answered as without the swap.
+        n: the pairs, whose answers differ without it.
+    """
+
+    latents: int | Literal["all"]
+    loop: int | None
+    follows: float
+    ci95: tuple[float, float]
+    keeps: float
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return asdict(self) | {"ci95": list(self.ci95)}
+
+
+def evenly(n: int, most: int = MOST_LATENTS) -> list[int]:
+    """Return at most ``most`` of 0 .. n - 1, evenly spaced, the first and the last among them."""
+    return list(range(n)) if n <= most else sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
+
+
+def swaps(
+    model: LatentModel,
+    task: Task,
+    examples: Sequence[Example],
+    unedited: Sequence[Prediction] | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    stage: int | None = None,
+    seed: int = 0,
+    planned: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Swap]:
+    """Swap all latents, each one, and all after each iteration; the arguments are those of `controls`."""
+    if (why := unseen(model, stage)) is not None:
+        raise InputError(f"there are no latents to swap: {why}")
+    method = model.method
+    at = method.curriculum.last_stage if stage is None else stage
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
+    if unedited is None:
+        unedited = evaluate(model, task, examples, **options)
+    everything = record(model, task, examples, batch_size, max_new_tokens, stage, everything=True)
+    seen = Record(everything.map(lambda key, i, block: only_seen(method, at, block)), everything.keys)
+    donors = seen.donors(seed)
+    wanted: list[tuple[int | Literal["all"], int | None, Replacement]] = [
+        ("all", None, Replacement({key: seen.blocks[donor] for key, donor in donors.items()}))
+    ]
+    if seen.n_latents > 1:
+        wanted += [(j, None, Replacement(_with_one(seen, donors, j))) for j in evenly(seen.n_latents)]
+    if method.scope != "append":
+        last = method.n_loops(at) - (method.answer_context == "kv_last")
+        wanted += [("all", t, Replacement(_after_loop(everything, donors, t))) for t in range(1, last)]
+    if planned is not None:
+        planned(len(wanted) * len(examples))
+    plain = dict(zip(seen.keys, unedited))
+    found = []
+    for latents, loop, edit in wanted:
+        answered = answer(model, task, examples, edit, progress=progress, **options)
+        pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(seen.keys, answered)]
+        pairs = [(now, own, donor) for now, own, donor in pairs if not same_answer(own, donor)]
+        n, n_follow = len(pairs), sum(same_answer(now, donor) for now, _, donor in pairs)
+        keeps = sum(same_answer(now, own) for now, own, _ in pairs) / max(n, 1)
+        found.append(Swap(latents, loop, n_follow / max(n, 1), wilson(n_follow, n), keeps, n))
+    return found
+
+
+def sentences(found: Sequence[Swap]) -> list[str]:
+    """Say what the swaps show."""
+    said = []
+    for swap in found:
+        if swap.latents == "all" and swap.loop is None:
+            if swap.n == 0:
+                return ["All examples are answered alike, so that no answer could follow another example's latents."]
+            low, high = swap.ci95
+            said.append(
+                f"With another example's latents {swap.follows:.0%} of the answers become that example's (95 % "
+                f"interval {low:.0%} to {high:.0%}, n = {swap.n}), and {swap.keeps:.0%} stay as they were."
+            )
+    alone = [swap for swap in found if swap.latents != "all"]
+    if alone:
+        best = max(alone, key=lambda swap: swap.follows)
+        said.append(f"Of single latents, latent {best.latents} is followed most: {best.follows:.0%} of the answers.")
+    return said
+
+
+def _with_one(seen: Record, donors: dict[Key, Key], latent: int) -> dict[Key, list[Fed]]:
+    """Return replacements of one latent of each block; side by side or one after the other."""
+
+    def change(key: Key, i: int, block: Fed) -> Fed:
+        lent = seen.blocks[donors[key]]
+        other = lent[min(i, len(lent) - 1)]
+        count, states = 0, list[Tensor | None]()
+        for own, theirs in zip([*block.fed, block.left], [*other.fed, other.left], strict=False):
+            if own is None or theirs is None:
+                states.append(None)
+                continue
+            place, count = latent - count, count + len(own)
+            if 0 <= place < len(own):
+                mixed = own.clone()
+                mixed[place] = theirs[place]
+                states.append(mixed if len(own) > 1 else theirs)
+            else:
+                states.append(None)
+        states += [None] * (len(block.fed) + 1 - len(states))
+        return Fed(tuple(states[:-1]), states[-1])
+
+    return seen.map(change)
+
+
+def _after_loop(everything: Record, donors: dict[Key, Key], loop: int) -> dict[Key, list[Fed]]:
+    """Return replacements of z_t, which is what iteration t + 1 is fed."""
+
+    def change(key: Key, i: int, block: Fed) -> Fed:
+        lent = everything.blocks[donors[key]]
+        other = lent[min(i, len(lent) - 1)]
+        fed: list[Tensor | None] = [None] * len(block.fed)
+        if loop < min(len(fed), len(other.fed)):
+            fed[loop] = other.fed[loop]
+        return Fed(tuple(fed), None)
+
+    return everything.map(change)

@@ -1,0 +1,75 @@
+"""`innerloop eval` with controls, stability and probes: the files, the screen, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from innerloop.cli import main
+from innerloop.methods import Cot, Method, Pause, Slr
+from tests.models import moved, saved, tiny_model
+
+TASK = "{name: chain, n_ops: 3, n_train: 40, n_valid: 12, n_test: 12}"
+SMALL = Slr(n_slots=2, max_loops=2)
+
+
+def evaluated(method: Method, folder: Path, *options: str) -> int:
+    """Evaluate a tiny model as a user would; return the exit code."""
+    run = saved(moved(tiny_model(method, num_hidden_layers=1)), folder / "run")
+    return main(["eval", str(run), "--task", TASK, "--max_new_tokens", "3", "--out", str(folder / "out"), *options])
+
+
+def test_everything_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture):
+    flags = ["--controls", "true", "--stability", "true", "--probes", "true"]
+    assert evaluated(SMALL, tmp_path, *flags) == 0
+    files = {name: json.loads((tmp_path / "out" / name).read_text()) for name in ("controls.json", "stability.json")}
+    found, shaky = files["controls.json"], files["stability.json"]
+    assert [entry["control"] for entry in found["controls"]] == [
+        "shuffled",
+        "zeroed",
+        "mean",
+        "noise",
+        "frozen",
+        "hidden",
+        "question_hidden",
+    ]
+    for report in (found, shaky):
+        assert (report["method"], report["task"], report["split"], report["n"]) == ("slr", "chain", "test", 12)
+    assert found["verdict"]["kind"] == "undecided" and [point["loops"] for point in found["loops"]] == [0, 1, 2, 3, 4]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["controls"] == found and result["n"] == 12
+    assert [entry["loop"] for entry in shaky["loops"]] == [1, 2] and shaky["sentences"]
+    probed = json.loads((tmp_path / "out" / "probes.json").read_text())
+    assert (probed["n_train"], probed["n_test"]) == (40, 12)
+    assert {probe["step"] for probe in probed["probes"]} == {0, 1, 2, "answer"} and len(probed["best"]) == 4
+    assert probed["swap"][0]["latents"] == "all"
+    screen = capsys.readouterr().out
+    for words in ("are the latents used?", "accuracy against loops", "stability", "linear probes", "swapped"):
+        assert words in screen
+
+
+def test_a_method_without_latents_is_told_so_and_still_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert evaluated(Cot(), tmp_path, "--controls", "true") == 0
+    assert json.loads((tmp_path / "out" / "controls.json").read_text())["verdict"]["kind"] == "none"
+    assert "'cot' has no latents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (SMALL, ("--controls", "true", "--loops", "3"), "leave --loops out"),
+        (Pause(), ("--stability", "true"), "no loop over latents"),
+        (Cot(), ("--probes", "true"), "no latents to probe"),
+    ],
+    ids=["loops", "stability", "probes"],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_answered(
+    method: Method, options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert evaluated(method, tmp_path, *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out" / "result.json").exists()
+
+
+def test_plain_evaluation_writes_no_more_than_before(tmp_path: Path):
+    assert evaluated(SMALL, tmp_path) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.jsonl", "result.json"]

@@ -1,0 +1,206 @@
+"""Stability: maps of known spectral radius, rotation and growth put in as f; identical examples; every method."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from innerloop.errors import InputError
+from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.measure.stability import (
+    LoopStability,
+    Spread,
+    Stability,
+    diverged_rate,
+    spectral_radius,
+    stability,
+    watch_loop,
+)
+from innerloop.methods import Coconut, Cot, Lotus, Pause, Slr
+from tests.built import LATENTS, built
+from tests.methods.tools import iterate
+from tests.models import chain_examples, tiny_model
+from tests.test_controls import METHODS
+
+D = 4
+TAU = torch.ones(())
+
+
+def rotation(angle: float, scale: float) -> Tensor:
+    """Return a matrix (D, D) that turns two planes by an angle and scales them."""
+    c, s = math.cos(angle), math.sin(angle)
+    plane = torch.tensor([[c, -s], [s, c]])
+    return scale * torch.block_diag(plane, plane)
+
+
+def watched(
+    matrix: Tensor, n_loops: int | list[int] = 4, rows: int = 3, settings: LoopSettings | None = None, **options
+):
+    """Watch a loop whose f is a linear map, from random states of two positions."""
+    loop = InnerLoop(settings or LoopSettings(), D, 4, TAU)
+    start = torch.randn(rows, 2, D, generator=torch.Generator().manual_seed(1))
+    return watch_loop(lambda: (iterate(loop, lambda x, t: x @ matrix.T, start, n_loops), None), loop, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "radius"),
+    [
+        (torch.diag(torch.tensor([0.5, 0.3, -0.2, 0.1])), 0.5),
+        (torch.diag(torch.tensor([1.0, -1.7, 0.3, 0.2])), 1.7),
+        (rotation(1.1, 0.8), 0.8),
+        (rotation(2.5, 1.3), 1.3),
+        (torch.tensor([[0.6, 9.0, 0, 0], [0, 0.5, 0, 0], [0, 0, 0.1, 0], [0, 0, 0, 0.1]]), 0.6),  # far from normal
+    ],
+    ids=["contracting", "expanding", "turning, contracting", "turning, expanding", "not normal"],
+)
+def test_the_spectral_radius_of_a_linear_map(matrix: Tensor, radius: float):
+    for entry in watched(matrix):
+        torch.testing.assert_close(entry["radius"], torch.full((3,), radius), atol=0.02 * radius, rtol=0)
+
+
+def test_the_radius_is_that_of_the_whole_step_and_of_each_row():
+    matrix = torch.diag(torch.tensor([0.9, 0.5, 0.4, 0.1]))
+    entry = watched(matrix, settings=LoopSettings(residual="B", alpha=0.5))[-1]  # (1 + 0.9) / 2
+    torch.testing.assert_close(entry["radius"], torch.full((3,), 0.95), atol=0.01, rtol=0)
+    state = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]])
+    radius = spectral_radius(lambda z: z**2 / 2, state)  # J = diag(z)
+    torch.testing.assert_close(radius, torch.tensor([1.0, 3.0]), atol=1e-3, rtol=0)
+    assert spectral_radius(lambda z: 0 * z, state).max() < 1e-20
+
+
+def test_a_rotation_by_half_a_turn_oscillates():
+    turning, sliding = watched(rotation(math.pi, 1.0)), watched(rotation(0.0, 0.9))
+    for entry in turning[1:]:
+        torch.testing.assert_close(entry["step_cosine"], torch.full((3,), -1.0))
+        torch.testing.assert_close(entry["cosine"], torch.full((3,), -1.0))
+        torch.testing.assert_close(entry["change"], torch.full((3,), 2.0))
+    torch.testing.assert_close(sliding[1]["step_cosine"], torch.ones(3))
+    assert "step_cosine" not in turning[0]
+
+
+def test_change_drift_and_growth_of_a_scaling():
+    for scale in (0.5, 2.0):
+        for t, entry in enumerate(watched(scale * torch.eye(D)), 1):
+            torch.testing.assert_close(entry["growth"], torch.full((3,), scale**t), atol=1e-2 * scale**t, rtol=0)
+            torch.testing.assert_close(entry["drift"], torch.full((3,), scale ** (t - 1)))
+            torch.testing.assert_close(entry["change"], torch.full((3,), abs(scale - 1) / scale))
+
+
+def test_rows_that_have_ended_have_no_value():
+    found = watched(0.5 * torch.eye(D), n_loops=[1, 3, 2])
+    assert [entry["ran"].tolist() for entry in found] == [[True] * 3, [False, True, True], [False, True, False]]
+    for entry in found:
+        for name in ("change", "radius", "growth"):
+            assert torch.equal(~entry[name].isnan(), entry["ran"]), name
+
+
+def test_kl_of_read_outs():
+    weights = torch.eye(D)
+    same = watched(torch.eye(D), read_out=lambda u: u @ weights)
+    assert "kl" not in same[0] and same[1]["kl"].abs().max() < 1e-6
+    p, q = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.full((D,), 0.25)
+    loop, outputs = InnerLoop(LoopSettings(), D, 2, TAU), {1: q.log(), 2: p.log()}
+    run = lambda: (iterate(loop, lambda x, t: outputs[t].expand_as(x), torch.zeros(1, 2, D) + 1.0, 2), None)  # noqa: E731
+    kl = watch_loop(run, loop, read_out=lambda u: u, radius=False)[0][1]["kl"]
+    torch.testing.assert_close(kl, (p * (p / q).log()).sum()[None])
+
+
+def test_padding_has_no_say():
+    loop = InnerLoop(LoopSettings(), D, 3, TAU)
+    start = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    matrix = 0.7 * torch.eye(D)
+
+    def values(state: Tensor, mask: Tensor | None) -> list[dict[str, Tensor]]:
+        return watch_loop(lambda: (iterate(loop, lambda x, t: x @ matrix, state, 3), mask), loop, radius=False)[0]
+
+    for padded, plain in zip(values(start, mask), values(start[:, :2], None)):
+        for name in ("change", "size", "drift", "cosine"):
+            torch.testing.assert_close(padded[name], plain[name])
+
+
+def test_what_diverges_is_said_to():
+    model, examples = built(METHODS["slots, refeed"], LATENTS, n=6)
+    with torch.no_grad():
+        model.backbone.decoder.ln_f.weight[:] = 1e30
+    found = stability(model, examples, n_jacobians=0)
+    assert found.diverged == 1.0 and "diverges in 100%" in found.sentences()[0]
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_identical_examples_have_collapsed_and_different_ones_have_not():
+    model, examples = built(METHODS["slots, refeed"], LATENTS, n=10)
+    same = stability(model, [examples[0]] * 5)
+    assert same.loops[-1].spread < 1e-5 and any("collapsed" in sentence for sentence in same.sentences())
+    different = stability(model, examples)
+    assert different.loops[-1].spread > 0.1 and not any("collapsed" in sentence for sentence in different.sentences())
+
+
+def test_a_loop_in_words():
+    still = tiny_model(Slr(n_slots=2, max_loops=2, residual="A", alpha=0.01, rescale="none", time="none"))
+    text = " ".join(stability(still, chain_examples(3), n_jacobians=1).sentences())
+    assert "The loop comes to rest" in text and "The last loop shrinks small differences" in text
+    measures = {"change": Spread.of(torch.ones(3)), "radius": Spread.of(2 * torch.ones(3))}
+    measures["step_cosine"] = Spread.of(-torch.ones(3))
+    wild = Stability([LoopStability(t, 3, measures, 1.0, 1.0, 1.0) for t in (1, 2)])
+    text = " ".join(wild.sentences())
+    assert "does not come to rest" in text and "enlarges" in text and "oscillates" in text and "collapsed" not in text
+    assert Stability().sentences() == [] and Spread.of(torch.tensor([math.nan])) is None
+
+
+MEASURED = ("slots, kv_last", "slots, a token for the time", "last", "append", "lotus", "pccot", "spiralthinker")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_method_can_be_measured(name: str):
+    model = tiny_model(METHODS[name], num_hidden_layers=1)
+    method, examples = model.method, list(chain_examples(5))
+    found = stability(model, examples, batch_size=3, n_jacobians=1)
+    report = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert [entry["loop"] for entry in report["loops"]] == list(
+        range(1, method.n_loops(method.curriculum.last_stage) + 1)
+    )
+    for entry in report["loops"]:
+        assert entry["n"] == 5 and entry["finite"] == 1.0
+        for measure in ("change", "cosine", "drift", "size", "radius", "growth"):
+            assert entry[measure]["low"] <= entry[measure]["median"] <= entry[measure]["high"], measure
+        assert (entry["kl"] is None) == (entry["step_cosine"] is None) == (entry["loop"] == 1)
+    assert not model.training and model.loop.edit is None
+
+
+def test_the_report_does_not_depend_on_the_batches():
+    model = tiny_model(Slr(n_slots=2, max_loops=2), num_hidden_layers=1)
+    whole, parts = (stability(model, chain_examples(5), size, n_jacobians=2) for size in (5, 2))
+    for a, b in zip(whole.loops, parts.loops):
+        for name in a.measures:
+            if a.measures[name] is not None:
+                assert dataclasses.astuple(a.measures[name]) == pytest.approx(
+                    dataclasses.astuple(b.measures[name]), rel=2e-2
+                )
+        assert (a.spread, a.centre) == pytest.approx((b.spread, b.centre), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", [Cot(), Pause(), Coconut(max_stage=1, latents_per_step=1), Slr(max_loops=3, solver="plain", time="none")]
+)
+def test_what_has_no_loop_is_refused(method):
+    with pytest.raises(InputError, match=r"no loop over latents|solver"):
+        stability(tiny_model(method), chain_examples(2))
+
+
+def test_the_rate_of_diverged_runs():
+    good, bad = Stability().as_dict(), Stability(diverged=0.7).as_dict()
+    points = [good, bad, {"accuracy": 0.4}, {"error": "DivergedError: training stopped"}, {"error": "InputError: x"}]
+    rate = diverged_rate(points)
+    assert (rate["n"], rate["diverged"], rate["share"]) == (5, 2, 0.4)
+    assert rate["ci95"][0] < 0.4 < rate["ci95"][1]
+    with pytest.raises(InputError):
+        diverged_rate([])
+
+
+def test_lotus_is_measured_at_all_its_passes():
+    model = tiny_model(Lotus(n_blocks=2, latents_per_block=2, last_pass="refeed"))
+    assert len(stability(model, chain_examples(2), n_jacobians=0).loops) == 3
