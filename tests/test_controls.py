@@ -12,6 +12,7 @@ from innerloop.measure.accuracy import evaluate
 from innerloop.measure.controls import Controls, Effect, _effect, controls
 from innerloop.measure.latents import Recorder, Replacement, record
 from innerloop.measure.statistics import verdict
+from innerloop.measure.swap import swaps
 from innerloop.methods import (
     Coconut,
     Codi,
@@ -26,7 +27,7 @@ from innerloop.methods import (
     Slr,
     SpiralThinker,
 )
-from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built
+from tests.built import LATENTS, LOUD, QUESTION, ROOM, TASK, THIRD, built
 
 PLAIN = {"residual": "none", "rescale": "none", "time": "none"}
 ALONE = {"hid_weight": 0.0, "teacher": None, "teacher_weight": 0.0}
@@ -234,10 +235,20 @@ def test_every_input_is_recorded_once():
     torch.testing.assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
 
 
-def test_blocks_opened_while_answering_are_replaced_too():
-    model, examples = built(METHODS["spiralthinker"], LATENTS, n=4)
-    seen = record(model, TASK, examples)
-    assert all(len(seen.blocks[key]) >= 1 for key in seen.keys)
+def test_methods_that_begin_with_text_may_open_their_blocks_later():
+    method = SpiralThinker(pattern="even", latents_per_block=2, max_loops=2, rescale="none", **ALONE)
+    model, examples = built(method, QUESTION, n=10)  # it opens none
+    found = controls(model, TASK, examples)
+    assert found.n_latents == 0 and found.kind == "undecided" and "shuffled" in found.effects
+    assert not any(record(model, TASK, examples).blocks.values())
+    model, examples = built(method, LATENTS)
+    head = model.backbone.lm.get_output_embeddings().weight.data
+    opening, newline = model.block().opened_by, model.spell.question("q").ids[-1]
+    head[opening, newline], head[opening, -1] = LOUD, -LOUD  # now each opens one after the question
+    found = controls(model, TASK, examples)
+    assert found.kind == "carried" and found.n_latents == 2 and found.effects["shuffled"].donor_answers == 1.0
+    assert accuracy_of(found, "zeroed") == 0.1
+    assert swaps(model, TASK, examples)[0].follows == 1.0
 
 
 def test_an_effect_that_helps_is_said_to():
