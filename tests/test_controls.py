@@ -64,7 +64,7 @@ def accuracy_of(found: Controls, control: str) -> float:
 
 @every_method
 def test_a_model_built_to_depend_on_its_latents_is_recognised(method: Method):
-    model, examples = built(method, LATENTS)
+    model, examples = built(method, LATENTS, n=24)
     found = controls(model, TASK, examples)
     assert sum(p.correct for p in found.unedited) == len(examples)
     assert found.kind == "carried" and "The answers come from the latents." in found.sentence, found.sentence
@@ -78,7 +78,7 @@ def test_a_model_built_to_depend_on_its_latents_is_recognised(method: Method):
 
 @some_methods
 def test_a_model_built_to_ignore_its_latents_is_called_out(method: Method):
-    model, examples = built(method, QUESTION)
+    model, examples = built(method, QUESTION, n=24)
     found = controls(model, TASK, examples)
     assert found.kind == "unused" and found.sentence.endswith("The latents are not used."), found.sentence
     for control, effect in found.effects.items():
@@ -90,7 +90,7 @@ def test_a_model_built_to_ignore_its_latents_is_called_out(method: Method):
 
 @pytest.mark.parametrize("method", [Pause(n_pauses=2), METHODS["lotus"]], ids=["pause", "lotus"])
 def test_latents_that_are_but_room_to_compute_in_are_told_from_those_that_carry(method: Method):
-    model, examples = built(method, ROOM)
+    model, examples = built(method, ROOM, n=24)
     found = controls(model, TASK, examples)
     assert found.kind == "room" and "room to compute in" in found.sentence, found.sentence
     assert accuracy_of(found, "shuffled") == 1.0 and accuracy_of(found, "hidden") <= 0.2
