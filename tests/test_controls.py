@@ -12,6 +12,7 @@ from innerloop.measure.accuracy import evaluate
 from innerloop.measure.controls import Controls, Effect, _effect, controls
 from innerloop.measure.latents import Recorder, Replacement, record
 from innerloop.measure.statistics import verdict
+from innerloop.measure.swap import swaps
 from innerloop.methods import (
     Coconut,
     Codi,
@@ -26,7 +27,7 @@ from innerloop.methods import (
     Slr,
     SpiralThinker,
 )
-from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built
+from tests.built import LATENTS, LOUD, QUESTION, ROOM, TASK, THIRD, built
 
 PLAIN = {"residual": "none", "rescale": "none", "time": "none"}
 ALONE = {"hid_weight": 0.0, "teacher": None, "teacher_weight": 0.0}
@@ -63,7 +64,7 @@ def accuracy_of(found: Controls, control: str) -> float:
 
 @every_method
 def test_a_model_built_to_depend_on_its_latents_is_recognised(method: Method):
-    model, examples = built(method, LATENTS)
+    model, examples = built(method, LATENTS, n=24)
     found = controls(model, TASK, examples)
     assert sum(p.correct for p in found.unedited) == len(examples)
     assert found.kind == "carried" and "The answers come from the latents." in found.sentence, found.sentence
@@ -77,7 +78,7 @@ def test_a_model_built_to_depend_on_its_latents_is_recognised(method: Method):
 
 @some_methods
 def test_a_model_built_to_ignore_its_latents_is_called_out(method: Method):
-    model, examples = built(method, QUESTION)
+    model, examples = built(method, QUESTION, n=24)
     found = controls(model, TASK, examples)
     assert found.kind == "unused" and found.sentence.endswith("The latents are not used."), found.sentence
     for control, effect in found.effects.items():
@@ -89,7 +90,7 @@ def test_a_model_built_to_ignore_its_latents_is_called_out(method: Method):
 
 @pytest.mark.parametrize("method", [Pause(n_pauses=2), METHODS["lotus"]], ids=["pause", "lotus"])
 def test_latents_that_are_but_room_to_compute_in_are_told_from_those_that_carry(method: Method):
-    model, examples = built(method, ROOM)
+    model, examples = built(method, ROOM, n=24)
     found = controls(model, TASK, examples)
     assert found.kind == "room" and "room to compute in" in found.sentence, found.sentence
     assert accuracy_of(found, "shuffled") == 1.0 and accuracy_of(found, "hidden") <= 0.2
@@ -234,10 +235,20 @@ def test_every_input_is_recorded_once():
     torch.testing.assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
 
 
-def test_blocks_opened_while_answering_are_replaced_too():
-    model, examples = built(METHODS["spiralthinker"], LATENTS, n=4)
-    seen = record(model, TASK, examples)
-    assert all(len(seen.blocks[key]) >= 1 for key in seen.keys)
+def test_methods_that_begin_with_text_may_open_their_blocks_later():
+    method = SpiralThinker(pattern="even", latents_per_block=2, max_loops=2, rescale="none", **ALONE)
+    model, examples = built(method, QUESTION, n=10)  # it opens none
+    found = controls(model, TASK, examples)
+    assert found.n_latents == 0 and found.kind == "undecided" and "shuffled" in found.effects
+    assert not any(record(model, TASK, examples).blocks.values())
+    model, examples = built(method, LATENTS)
+    head = model.backbone.lm.get_output_embeddings().weight.data
+    opening, newline = model.block().opened_by, model.spell.question("q").ids[-1]
+    head[opening, newline], head[opening, -1] = LOUD, -LOUD  # now each opens one after the question
+    found = controls(model, TASK, examples)
+    assert found.kind == "carried" and found.n_latents == 2 and found.effects["shuffled"].donor_answers == 1.0
+    assert accuracy_of(found, "zeroed") == 0.1
+    assert swaps(model, TASK, examples)[0].follows == 1.0
 
 
 def test_an_effect_that_helps_is_said_to():

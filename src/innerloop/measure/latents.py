@@ -74,9 +74,9 @@ class Record:
 
     @property
     def n_latents(self) -> int:
-        """The number of latents that the answer sees of the first block."""
-        first = self.blocks[self.keys[0]][:1]
-        return 0 if not first else sum(len(z) for z in [*first[0].fed, first[0].left] if z is not None)
+        """The number of latents that the answer sees of a first block; examples that open none have none."""
+        first = next((blocks[0] for blocks in self.blocks.values() if blocks), None)
+        return 0 if first is None else sum(map(len, states_of(first)))
 
     def map(self, change: Callable[[Key, int, Fed], Fed]) -> dict[Key, list[Fed]]:
         """Return a table of replacements, made from each prompt, block number and what was seen."""
@@ -145,7 +145,7 @@ def unseen(model: LatentModel, stage: int | None = None) -> str | None:
     method, row = model.method, model.prompts(["?"], stage)[0]
     if method.family == "depth":
         return f"'{method.name}' thinks inside its tokens and has no latents that could be taken away."
-    if not row.region:
+    if not row.region and model.block() is None:
         return f"'{method.name}' has no latents between the question and the answer here."
     if method.scope == "all":
         return f"'{method.name}' refines the question itself here: without it there is nothing to answer."

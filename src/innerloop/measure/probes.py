@@ -200,6 +200,8 @@ def _cells(model: LatentModel, sides: Sequence[Record]) -> Cells:
     In append latent t is z_t, so that there is one latent for each loop.
     """
     method = model.method
+    if n := sum(not side.blocks[key] for side in sides for key in side.keys):
+        raise InputError(f"{n} examples open no block of latents while they are answered, so there is none to probe")
     path = [[[*side.blocks[key][0].fed, side.blocks[key][0].left] for key in side.keys] for side in sides]
     n_loops = min(len(states) for side in path for states in side) - 1
     appends = method.scope == "append"

@@ -42,6 +42,7 @@ SETTLING = 10  # of them, before growth counts
 NUDGE = 1e-3  # size of the change whose growth is followed, relative to the state
 MANY_TIMES = 1e3  # a state so many times as large as z_1 has diverged
 LOGITS_AT_ONCE = 2**24
+NOTHING = 1e-20
 AT_REST, OSCILLATES, COLLAPSED = 0.05, -0.5, 0.01
 
 MEASURES = ("change", "cosine", "step_cosine", "drift", "size", "radius", "growth", "kl")
@@ -228,7 +229,8 @@ def spectral_radius(g: Map, state: Tensor) -> Tensor:
             size = _sizes(vector)
             logs.append(size.float().flatten().log())
             vector = vector / size
-    return torch.stack(logs[SETTLING:]).mean(0).exp()
+    radius_B = torch.stack(logs[SETTLING:]).mean(0).exp()
+    return torch.where(radius_B < NOTHING, 0.0, radius_B)  # a change that is gone, as after k Jacobi iterations
 
 
 @torch.no_grad()

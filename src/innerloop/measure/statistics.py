@@ -94,8 +94,8 @@ class Verdict:
 
     @property
     def told_apart(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.ci95[0] > 0 or self.ci95[1] < 0
+        """Whether the interval leaves out 0, and the exact test agrees at 5 %."""
+        return (self.ci95[0] > 0 or self.ci95[1] < 0) and self.p < 0.05
 
     @property
     def interval(self) -> str:

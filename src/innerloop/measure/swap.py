@@ -122,8 +122,7 @@ def _with_one(seen: Record, donors: dict[Key, Key], latent: int) -> dict[Key, li
     """Return replacements of one latent of each block; side by side or one after the other."""
 
     def change(key: Key, i: int, block: Fed) -> Fed:
-        lent = seen.blocks[donors[key]]
-        other = lent[min(i, len(lent) - 1)]
+        other = _lent(seen, donors[key], i)
         count, states = 0, list[Tensor | None]()
         for own, theirs in zip([*block.fed, block.left], [*other.fed, other.left], strict=False):
             if own is None or theirs is None:
@@ -146,11 +145,16 @@ def _after_loop(everything: Record, donors: dict[Key, Key], loop: int) -> dict[K
     """Return replacements of z_t, which is what iteration t + 1 is fed."""
 
     def change(key: Key, i: int, block: Fed) -> Fed:
-        lent = everything.blocks[donors[key]]
-        other = lent[min(i, len(lent) - 1)]
+        other = _lent(everything, donors[key], i)
         fed: list[Tensor | None] = [None] * len(block.fed)
         if loop < min(len(fed), len(other.fed)):
             fed[loop] = other.fed[loop]
         return Fed(tuple(fed), None)
 
     return everything.map(change)
+
+
+def _lent(known: Record, donor: Key, i: int) -> Fed:
+    """Return what a donor lends for the 0-based block: its own, or its last; nothing if it has none."""
+    blocks = known.blocks[donor]
+    return blocks[min(i, len(blocks) - 1)] if blocks else Fed((), None)
