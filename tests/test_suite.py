@@ -57,7 +57,8 @@ def path(tmp_path: Path) -> Path:
 def test_every_suite_loads(file: Path):
     suite = load_suite(file, seeds=[0])
     assert len(suite.points) == len(suite.variants) > 1
-    assert len(set(yaml.safe_load(file.read_text())["seeds"])) >= 3
+    if "smollm2" not in file.stem:  # there the loss is looked at, not the accuracy
+        assert len(set(yaml.safe_load(file.read_text())["seeds"])) >= 3
 
 
 def test_a_variant_changes_what_it_names_and_nothing_else(path: Path):
