@@ -1,7 +1,9 @@
 """Continuous batching: whoever comes and goes, a row writes what it writes alone, and all are answered once."""
 
 import gc
+import itertools
 import resource
+import time
 from functools import cache
 
 import pytest
@@ -108,6 +110,20 @@ def test_a_row_writes_and_costs_what_it_does_alone(name, asked, n, batch_size, m
         assert told(one) == alone[i]
 
 
+def assert_as_alone(model, questions=POOL, n=N, batch_size=3):
+    """Rows that come and go write and cost what they do alone."""
+    together = model.generate(questions, max_new_tokens=n, batch_size=batch_size)
+    for question, one in zip(questions, together, strict=True):
+        assert told(one) == told(model.generate([question], max_new_tokens=n)[0])
+
+
+@pytest.mark.parametrize("kv_share", ["first_loop", "last_loop", "mean"])
+def test_rows_join_others_that_keep_one_iteration_for_all(kv_share):
+    method = Looped(max_loops=2, kv_share=kv_share)
+    model = tiny_model(method, "gpt2", num_hidden_layers=2).double()
+    assert_as_alone(lean_towards_end(model, 2.0), POOL[:6], 6)
+
+
 @pytest.mark.parametrize("name", ["cot", "coconut", "slots"])
 def test_alone_is_what_the_plain_reference_writes(name):
     model, alone = made(name)
@@ -138,15 +154,83 @@ def test_answers_come_as_soon_as_they_are_there():
     assert lengths == sorted(lengths) and len(set(lengths)) > 2
 
 
-def test_an_engine_left_early_leaves_the_model_as_it_was():
-    model, _ = made("cot")
+@pytest.mark.parametrize("n_seen", [1, 2, 3, 7])
+@pytest.mark.parametrize("check_every", [1, 8])
+def test_an_engine_left_early_leaves_the_model_as_it_was_and_answers_again(n_seen, check_every, monkeypatch):
+    monkeypatch.setattr(engine, "CHECK_EVERY", check_every)
+    model, alone = made("slots")
+    used = Engine(model, max_new_tokens=N, batch_size=2)
     model.train()
-    run = Engine(model, batch_size=2).run(POOL)
-    next(run)
-    assert not model.training
-    run.close()
-    assert model.training
+    model.loop.eval()  # a part that is in another mode than the rest
+    groups = used.groups(POOL[::-1])
+    for _ in range(n_seen):
+        next(groups)
+        assert model.training and model.backbone.training and not model.loop.training
+    groups.close()
+    assert model.training and model.backbone.training and not model.loop.training
     model.eval()
+    again = dict(used.run(POOL))
+    assert [told(again[i]) for i in range(len(POOL))] == alone and len(again) == len(POOL)
+
+
+def test_an_engine_answers_after_an_error(monkeypatch):
+    model, alone = made("slots")
+    used = Engine(model, max_new_tokens=N, batch_size=2)
+    run = used.groups(POOL)
+    for _ in range(3):
+        next(run)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(model.backbone, "head", fail)
+        next(run)
+    again = dict(used.run(POOL))
+    assert [told(again[i]) for i in range(len(POOL))] == alone
+
+
+def test_an_engine_that_is_at_work_refuses_other_questions():
+    model, _ = made("cot")
+    used = Engine(model, max_new_tokens=2)
+    run = used.run(POOL)
+    next(run)
+    with pytest.raises(InputError, match="still answering"):
+        next(used.run(POOL))
+    run.close()
+    assert len(list(used.run(POOL))) == len(POOL)
+
+
+def test_two_engines_take_turns_on_one_model_and_one_ends_sooner():
+    model = tiny_model(Cot(), "gpt2").double()
+    expected = [told(one) for one in model.generate(POOL, max_new_tokens=N)]
+    model.train()  # with dropout, which must stay off in both
+    short, long = (Engine(model, max_new_tokens=n, batch_size=2).groups(POOL[:k]) for n, k in ((2, 2), (N, len(POOL))))
+    found = {}
+    for _, group in itertools.zip_longest(short, long, fillvalue=[]):
+        found |= dict(group)
+    assert [told(found[i]) for i in range(len(POOL))] == expected
+    assert model.training
+
+
+def test_seconds_are_those_of_the_engine_not_of_who_reads_its_answers():
+    model, _ = made("cot")
+    start, slept, costs = time.perf_counter(), 0.0, []
+    for _, one in Engine(model, max_new_tokens=N, batch_size=3).run(POOL):
+        costs.append(one.cost)
+        time.sleep(0.03)
+        slept += 0.03
+    spent = sum(sum(cost.seconds.values()) for cost in costs)
+    assert 0 < spent < time.perf_counter() - start - slept
+
+
+@pytest.mark.parametrize("name", ["looped", "mod", "mor", "tah", "adainfer"])
+def test_a_question_asked_twice_has_the_depths_of_its_own_tokens(name):
+    model, alone = made(name)
+    for first, second in itertools.pairwise([*POOL, POOL[0]]):
+        asked = [first, second, first, first]
+        for question, one in zip(asked, model.generate(asked, max_new_tokens=N)):
+            assert one.depths == alone[POOL.index(question)][-1]
 
 
 def test_a_question_that_is_too_long_fails_alone_with_its_reason():
