@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from innerloop import (
     AdaInfer,
@@ -31,7 +32,7 @@ from innerloop.engine import Engine
 from innerloop.methods import Looped, SpiralThinker
 from tests.methods.reference import Reference
 from tests.methods.test_tah_answering import deciding
-from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model
+from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model, stir
 from tests.models import tiny_model
 
 LONG = "1 ; + 1 ; + 2 ; - 4 ; * 3 ; + 4 ; * 2 ; - 1 ; + 2"
@@ -122,6 +123,28 @@ def test_rows_join_others_that_keep_one_iteration_for_all(kv_share):
     method = Looped(max_loops=2, kv_share=kv_share)
     model = tiny_model(method, "gpt2", num_hidden_layers=2).double()
     assert_as_alone(lean_towards_end(model, 2.0), POOL[:6], 6)
+
+
+WINDOWED = {
+    "append": Slr(loop_scope="append", max_loops=4, residual="none", stop="delta"),  # rows stop, and read padding
+    "all": Slr(loop_scope="all", max_loops=2),  # regions are as long as questions
+    "spiral": SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2),  # rows wait for others
+    "restrict": Looped(max_loops=3, kv_missing="restrict", stop="delta", stop_threshold=0.3),  # tokens leave
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [(name, "mistral") for name in WINDOWED] + [("all", "gemma2"), ("append", "gemma2")]
+)
+def test_windows_do_not_count_padding(name, arch):
+    if name == "append":
+        model = lean_towards_end(halting(arch, WINDOWED[name]), 1.0)
+    else:
+        model = tiny_model(WINDOWED[name], arch).double()
+        stir(model)
+        by = {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5} if name == "spiral" else {"<eos>": 1.0}
+        model = lean_towards(model, by)
+    assert_as_alone(model, POOL[:7], 8, batch_size=4)
 
 
 @pytest.mark.parametrize("name", ["cot", "coconut", "slots"])
@@ -268,6 +291,56 @@ def test_the_cache_holds_no_more_than_the_rows_that_write(name):
             longest = max(int(n) for n in steady.writer.context.next_position_B)
             n_waits = N * (name in ("tah", "spiral"))  # a row that waits leaves columns that others use
             assert steady.writer.context.length <= longest + 4 * n_waits + 8
+
+
+class Asked(TorchDispatchMode):
+    """Counts what makes the host wait for a device: asking it for numbers, or handing it some."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = [i for i in args[1] if i is not None] if name in ("index", "index_put", "index_put_") else []
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh") or any(
+            index.dtype in (torch.bool, torch.uint8) for index in indices
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_makes_the_host_wait_is_noticed():
+    with Asked() as asked:
+        bool(torch.zeros(1)[0] > 0)
+        torch.as_tensor(5, device="cpu")
+        torch.zeros(3)[torch.zeros(3) > 0]
+    assert asked.found.count("_local_scalar_dense") == 1 and "lift_fresh" in asked.found and "index" in asked.found
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("name", ["cot", "slots", "append", "coconut", "lotus", "pccot", "looped", "recurrent_depth"])
+def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monkeypatch):
+    """Neither in a loop nor in a step of writing, whatever is padded (style.md, section 4)."""
+    monkeypatch.setattr(engine, "CHECK_EVERY", 100)
+    method = Slr(loop_scope="append", max_loops=3) if name == "append" else METHODS[name]
+    model = tiny_model(method, arch).eval()
+    at_work = Engine(model, max_new_tokens=N, batch_size=3)
+    groups = at_work.groups([POOL[0], POOL[3], POOL[7]])
+    next(groups)
+    in_loops, inner = Asked(), model.loop.forward
+
+    def watched(*args, **kwargs):
+        with in_loops:
+            return inner(*args, **kwargs)
+
+    monkeypatch.setattr(model.loop, "forward", watched)
+    next(groups)  # the wave, and the first token
+    with Asked() as in_steps:
+        for _ in range(N - 2):
+            next(groups)
+    assert at_work.writer is not None and len(at_work.pending) == N - 1
+    assert (in_loops.found, in_steps.found) == ([], [])
 
 
 @pytest.mark.slow
