@@ -25,6 +25,8 @@ class WindowLayer(DynamicSlidingWindowLayer):
     Once columns may be padding (`expect_padding`) it forgets nothing until `keep_columns` says what no row sees.
     """
 
+    keys: Tensor
+    values: Tensor
     is_padded = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
