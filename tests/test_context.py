@@ -6,12 +6,11 @@ from torch import Tensor
 
 from innerloop.context import Context
 from innerloop.cost import Meter
-from tests.models import ARCHS, SLIDING, WINDOW, left_pad, random_ids, tiny_backbone
+from tests.models import ARCHS, WINDOW, left_pad, random_ids, tiny_backbone
 
 LENGTH = 2 * WINDOW + 3
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 CPU = torch.device("cpu")
-FULL_ATTENTION = [arch for arch in ARCHS if arch not in SLIDING]
 
 
 @torch.no_grad()
@@ -96,7 +95,7 @@ def test_learned_positions_count_from_a_rows_own_start():
     torch.testing.assert_close(read(Context(backbone, 2), ids, mask)[1, 5:], alone(backbone, row), **CLOSE)
 
 
-@pytest.mark.parametrize("arch", FULL_ATTENTION)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("cuts", [[9], [3, 3, 3], [1] * 9])
 def test_holes_anywhere_in_a_row_are_as_if_they_were_not_there(arch, cuts):
     backbone, ids = tiny_backbone(arch), random_ids(3, 9)

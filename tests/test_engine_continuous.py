@@ -1,13 +1,16 @@
 """Continuous batching: whoever comes and goes, a row writes what it writes alone, and all are answered once."""
 
 import gc
+import itertools
 import resource
+import time
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from innerloop import (
     AdaInfer,
@@ -29,7 +32,7 @@ from innerloop.engine import Engine
 from innerloop.methods import Looped, SpiralThinker
 from tests.methods.reference import Reference
 from tests.methods.test_tah_answering import deciding
-from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model
+from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model, stir
 from tests.models import tiny_model
 
 LONG = "1 ; + 1 ; + 2 ; - 4 ; * 3 ; + 4 ; * 2 ; - 1 ; + 2"
@@ -108,6 +111,42 @@ def test_a_row_writes_and_costs_what_it_does_alone(name, asked, n, batch_size, m
         assert told(one) == alone[i]
 
 
+def assert_as_alone(model, questions=POOL, n=N, batch_size=3):
+    """Rows that come and go write and cost what they do alone."""
+    together = model.generate(questions, max_new_tokens=n, batch_size=batch_size)
+    for question, one in zip(questions, together, strict=True):
+        assert told(one) == told(model.generate([question], max_new_tokens=n)[0])
+
+
+@pytest.mark.parametrize("kv_share", ["first_loop", "last_loop", "mean"])
+def test_rows_join_others_that_keep_one_iteration_for_all(kv_share):
+    method = Looped(max_loops=2, kv_share=kv_share)
+    model = tiny_model(method, "gpt2", num_hidden_layers=2).double()
+    assert_as_alone(lean_towards_end(model, 2.0), POOL[:6], 6)
+
+
+WINDOWED = {
+    "append": Slr(loop_scope="append", max_loops=4, residual="none", stop="delta"),  # rows stop, and read padding
+    "all": Slr(loop_scope="all", max_loops=2),  # regions are as long as questions
+    "spiral": SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2),  # rows wait for others
+    "restrict": Looped(max_loops=3, kv_missing="restrict", stop="delta", stop_threshold=0.3),  # tokens leave
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [(name, "mistral") for name in WINDOWED] + [("all", "gemma2"), ("append", "gemma2")]
+)
+def test_windows_do_not_count_padding(name, arch):
+    if name == "append":
+        model = lean_towards_end(halting(arch, WINDOWED[name]), 1.0)
+    else:
+        model = tiny_model(WINDOWED[name], arch).double()
+        stir(model)
+        by = {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5} if name == "spiral" else {"<eos>": 1.0}
+        model = lean_towards(model, by)
+    assert_as_alone(model, POOL[:7], 8, batch_size=4)
+
+
 @pytest.mark.parametrize("name", ["cot", "coconut", "slots"])
 def test_alone_is_what_the_plain_reference_writes(name):
     model, alone = made(name)
@@ -138,15 +177,83 @@ def test_answers_come_as_soon_as_they_are_there():
     assert lengths == sorted(lengths) and len(set(lengths)) > 2
 
 
-def test_an_engine_left_early_leaves_the_model_as_it_was():
-    model, _ = made("cot")
+@pytest.mark.parametrize("n_seen", [1, 2, 3, 7])
+@pytest.mark.parametrize("check_every", [1, 8])
+def test_an_engine_left_early_leaves_the_model_as_it_was_and_answers_again(n_seen, check_every, monkeypatch):
+    monkeypatch.setattr(engine, "CHECK_EVERY", check_every)
+    model, alone = made("slots")
+    used = Engine(model, max_new_tokens=N, batch_size=2)
     model.train()
-    run = Engine(model, batch_size=2).run(POOL)
-    next(run)
-    assert not model.training
-    run.close()
-    assert model.training
+    model.loop.eval()  # a part that is in another mode than the rest
+    groups = used.groups(POOL[::-1])
+    for _ in range(n_seen):
+        next(groups)
+        assert model.training and model.backbone.training and not model.loop.training
+    groups.close()
+    assert model.training and model.backbone.training and not model.loop.training
     model.eval()
+    again = dict(used.run(POOL))
+    assert [told(again[i]) for i in range(len(POOL))] == alone and len(again) == len(POOL)
+
+
+def test_an_engine_answers_after_an_error(monkeypatch):
+    model, alone = made("slots")
+    used = Engine(model, max_new_tokens=N, batch_size=2)
+    run = used.groups(POOL)
+    for _ in range(3):
+        next(run)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(model.backbone, "head", fail)
+        next(run)
+    again = dict(used.run(POOL))
+    assert [told(again[i]) for i in range(len(POOL))] == alone
+
+
+def test_an_engine_that_is_at_work_refuses_other_questions():
+    model, _ = made("cot")
+    used = Engine(model, max_new_tokens=2)
+    run = used.run(POOL)
+    next(run)
+    with pytest.raises(InputError, match="still answering"):
+        next(used.run(POOL))
+    run.close()
+    assert len(list(used.run(POOL))) == len(POOL)
+
+
+def test_two_engines_take_turns_on_one_model_and_one_ends_sooner():
+    model = tiny_model(Cot(), "gpt2").double()
+    expected = [told(one) for one in model.generate(POOL, max_new_tokens=N)]
+    model.train()  # with dropout, which must stay off in both
+    short, long = (Engine(model, max_new_tokens=n, batch_size=2).groups(POOL[:k]) for n, k in ((2, 2), (N, len(POOL))))
+    found = {}
+    for _, group in itertools.zip_longest(short, long, fillvalue=[]):
+        found |= dict(group)
+    assert [told(found[i]) for i in range(len(POOL))] == expected
+    assert model.training
+
+
+def test_seconds_are_those_of_the_engine_not_of_who_reads_its_answers():
+    model, _ = made("cot")
+    start, slept, costs = time.perf_counter(), 0.0, []
+    for _, one in Engine(model, max_new_tokens=N, batch_size=3).run(POOL):
+        costs.append(one.cost)
+        time.sleep(0.03)
+        slept += 0.03
+    spent = sum(sum(cost.seconds.values()) for cost in costs)
+    assert 0 < spent < time.perf_counter() - start - slept
+
+
+@pytest.mark.parametrize("name", ["looped", "mod", "mor", "tah", "adainfer"])
+def test_a_question_asked_twice_has_the_depths_of_its_own_tokens(name):
+    model, alone = made(name)
+    for first, second in itertools.pairwise([*POOL, POOL[0]]):
+        asked = [first, second, first, first]
+        for question, one in zip(asked, model.generate(asked, max_new_tokens=N)):
+            assert one.depths == alone[POOL.index(question)][-1]
 
 
 def test_a_question_that_is_too_long_fails_alone_with_its_reason():
@@ -184,6 +291,56 @@ def test_the_cache_holds_no_more_than_the_rows_that_write(name):
             longest = max(int(n) for n in steady.writer.context.next_position_B)
             n_waits = N * (name in ("tah", "spiral"))  # a row that waits leaves columns that others use
             assert steady.writer.context.length <= longest + 4 * n_waits + 8
+
+
+class Asked(TorchDispatchMode):
+    """Counts what makes the host wait for a device: asking it for numbers, or handing it some."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = [i for i in args[1] if i is not None] if name in ("index", "index_put", "index_put_") else []
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh") or any(
+            index.dtype in (torch.bool, torch.uint8) for index in indices
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_makes_the_host_wait_is_noticed():
+    with Asked() as asked:
+        bool(torch.zeros(1)[0] > 0)
+        torch.as_tensor(5, device="cpu")
+        torch.zeros(3)[torch.zeros(3) > 0]
+    assert asked.found.count("_local_scalar_dense") == 1 and "lift_fresh" in asked.found and "index" in asked.found
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("name", ["cot", "slots", "append", "coconut", "lotus", "pccot", "looped", "recurrent_depth"])
+def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monkeypatch):
+    """Neither in a loop nor in a step of writing, whatever is padded (style.md, section 4)."""
+    monkeypatch.setattr(engine, "CHECK_EVERY", 100)
+    method = Slr(loop_scope="append", max_loops=3) if name == "append" else METHODS[name]
+    model = tiny_model(method, arch).eval()
+    at_work = Engine(model, max_new_tokens=N, batch_size=3)
+    groups = at_work.groups([POOL[0], POOL[3], POOL[7]])
+    next(groups)
+    in_loops, inner = Asked(), model.loop.forward
+
+    def watched(*args, **kwargs):
+        with in_loops:
+            return inner(*args, **kwargs)
+
+    monkeypatch.setattr(model.loop, "forward", watched)
+    next(groups)  # the wave, and the first token
+    with Asked() as in_steps:
+        for _ in range(N - 2):
+            next(groups)
+    assert at_work.writer is not None and len(at_work.pending) == N - 1
+    assert (in_loops.found, in_steps.found) == ([], [])
 
 
 @pytest.mark.slow

@@ -144,6 +144,18 @@ class Backbone(nn.Module):
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
+    def kinds(self) -> set[str]:
+        """The kinds of attention of the layers; none where the model does not tell."""
+        return set(getattr(self.config, "layer_types", None) or ())
+
+    @property
+    def window(self) -> int | None:
+        """How many positions some layers look back, their own among them; None: all look at all."""
+        config = self.config
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return None if self.kinds == {"full_attention"} else window
+
+    @property
     def device(self) -> torch.device:
         """The device of the embedding table."""
         return self.lm.get_input_embeddings().weight.device
@@ -293,6 +305,31 @@ class Backbone(nn.Module):
         """Apply the final norm."""
         return getattr(self.decoder, self.anatomy.norm)(states)
 
+    def mask_of(self, mask_BP: Tensor, n_new: int, n_window: int | None, dtype: torch.dtype) -> Any:
+        """Return the attention mask of the last ``n_new`` columns, of which ``mask_BP`` says which are real.
+
+        Windows are counted in real columns: padding between them, wherever it is, is as if it were not there. Made
+        here, the mask asks the device nothing. Kernels that pack real columns get ``mask_BP`` as it is.
+
+        Args:
+            mask_BP: 1 where a column is real, the new ones included.
+            n_new: how many are new.
+            n_window: how many of the earlier ones the layers with a window hold; None: there are no such layers.
+            dtype: of an additive mask.
+        """
+        kind = self.config._attn_implementation
+        if kind not in ("sdpa", "eager") or not self.kinds <= {"full_attention", "sliding_attention"}:
+            return mask_BP
+        ranks_BP, columns_P = mask_BP.cumsum(1), torch.arange(mask_BP.shape[1], device=mask_BP.device)
+        is_past_QP = columns_P <= columns_P[-n_new:, None]
+        behind_BQP = ranks_BP[:, -n_new:, None] - ranks_BP[:, None, :]
+        masks = self.seen(is_past_QP & mask_BP.bool()[:, None, :], behind_BQP, torch.bool if kind == "sdpa" else dtype)
+        if n_window is None:
+            return masks["full_attention"] if isinstance(masks, dict) else masks
+        if not isinstance(masks, dict):
+            return masks[..., -(n_window + n_new) :]
+        return masks | {"sliding_attention": masks["sliding_attention"][..., -(n_window + n_new) :]}
+
     def mask_4d(self, queries_BQ: Tensor, keys_BK: Tensor, real_BK: Tensor | None, dtype: torch.dtype) -> Any:
         """Return the additive attention mask (B, 1, Q, K) of queries and keys at given positions.
 
@@ -306,15 +343,16 @@ class Backbone(nn.Module):
         return self.seen(seen_BQK, behind_BQK, dtype)
 
     def seen(self, seen_BQK: Tensor, behind_BQK: Tensor, dtype: torch.dtype) -> Any:
-        """Return the additive mask of which keys each query sees; ``behind_BQK`` is how far back they lie."""
+        """Return the mask of which keys each query sees; ``behind_BQK`` is how far back they lie. Additive, or bool."""
 
         def additive(seen: Tensor) -> Tensor:
-            return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+            if dtype == torch.bool:
+                return seen[:, None]
+            least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # softmax may be taken in fp32
+            return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, least)[:, None]
 
-        config = self.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if window is None or kinds == {"full_attention"}:
+        window, kinds = self.window, self.kinds
+        if window is None:
             return additive(seen_BQK)
         sliding = additive(seen_BQK & (behind_BQK < window))
         if not kinds:

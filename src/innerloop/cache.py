@@ -10,13 +10,46 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A layer that forgets what lies behind its window, which is counted in real columns.
+
+    Once columns may be padding (`expect_padding`) it forgets nothing until `keep_columns` says what no row sees.
+    """
+
+    keys: Tensor
+    values: Tensor
+    is_padded = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
+        if not self.is_padded:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many columns a pass attends to, and how many came before them."""
+        if not self.is_padded:
+            return super().get_mask_sizes(query_length)
+        return self.n_kept + query_length, self.cumulative_length - self.n_kept
+
+    @property
+    def n_kept(self) -> int:
+        """The number of columns that are remembered."""
+        return self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0
 
 
 def new_cache(config: PreTrainedConfig, n_loops: int = 1) -> DynamicCache:
@@ -24,7 +57,18 @@ def new_cache(config: PreTrainedConfig, n_loops: int = 1) -> DynamicCache:
     cache = DynamicCache(config=config)
     for _ in range(n_loops - 1):
         cache.layers.extend(DynamicCache(config=config).layers)
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            cache.layers[i] = WindowLayer(layer.sliding_window)
     return cache
+
+
+def expect_padding(cache: DynamicCache) -> int | None:
+    """Let layers with a window forget nothing; return how many columns they hold, None if there are none."""
+    windows = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
+    for layer in windows:
+        layer.is_padded = True
+    return max((layer.n_kept for layer in windows), default=None)
 
 
 def fork(cache: AnyCache) -> AnyCache:
@@ -64,19 +108,20 @@ def join_rows(caches: Sequence[AnyCache], gaps: Sequence[int], order: Tensor) ->
     for i, layer in enumerate(view.layers):
         if all(cache.layers[i].get_seq_length() == 0 for cache in plain):
             continue
-        n_all = max(cache.layers[i].get_seq_length() + gap for cache, gap in zip(plain, gaps))
-        n_kept = min(n_all, layer.sliding_window - 1) if layer.is_sliding else n_all
-        if layer.is_sliding:
-            layer.cumulative_length = n_all
+        n_kept = n_all = max(cache.layers[i].get_seq_length() + gap for cache, gap in zip(plain, gaps))
+        if layer.is_sliding:  # what a row has forgotten already it sees no more, whatever stands there
+            n_kept = max(cache.layers[i].n_kept for cache in plain)
+            layer.cumulative_length, layer.is_padded = n_all, any(gaps) or any(c.layers[i].is_padded for c in plain)
         layer.keys = torch.cat([_left_padded(cache.layers[i].keys, n_kept) for cache in plain]).index_select(0, order)
         layer.values = torch.cat([_left_padded(cache.layers[i].values, n_kept) for cache in plain])[order]
     return view
 
 
-def keep_columns(cache: AnyCache, kept: Tensor) -> AnyCache:
+def keep_columns(cache: AnyCache, kept: Tensor, first_seen: int = 0, is_padded: bool = True) -> AnyCache:
     """Return a cache with some columns alone, in their order; the others are padding in every row.
 
-    Layers with a window count their columns, so with such layers only columns at the beginning may go.
+    Layers with a window keep only what any row may yet see: the columns from the place ``first_seen`` of ``kept`` on.
+    ``is_padded`` says whether any of ``kept`` is padding in some row.
     """
     if isinstance(cache, DepthCache):
         return cache.keep_columns(kept)
@@ -85,18 +130,18 @@ def keep_columns(cache: AnyCache, kept: Tensor) -> AnyCache:
         if layer.get_seq_length() == 0:
             continue
         if layer.is_sliding:
-            layer.cumulative_length = len(kept)
-            n = min(len(kept), layer.sliding_window - 1)
-            start = layer.keys.shape[2] - n
-            layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
+            own = kept[first_seen:] - (layer.cumulative_length - layer.n_kept)
+            layer.cumulative_length, layer.is_padded = len(kept), is_padded
+            layer.keys, layer.values = layer.keys.index_select(2, own), layer.values.index_select(2, own)
         else:
             layer.keys, layer.values = layer.keys.index_select(2, kept), layer.values.index_select(2, kept)
     return view
 
 
-def has_window(cache: AnyCache) -> bool:
-    """Return whether some layers of a cache forget what lies behind their window."""
-    return not isinstance(cache, DepthCache) and any(layer.is_sliding for layer in cache.layers)
+def window_of(cache: AnyCache) -> int | None:
+    """Return how many columns some layers of a cache look back, their own among them; None: all look at all."""
+    layers = () if isinstance(cache, DepthCache) else cache.layers
+    return next((layer.sliding_window for layer in layers if layer.is_sliding), None)
 
 
 def _left_padded(tensor: Tensor, n_columns: int) -> Tensor:

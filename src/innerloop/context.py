@@ -20,7 +20,16 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from innerloop.backbone import Backbone
-from innerloop.cache import AnyCache, DepthCache, fork, has_window, join_rows, keep_columns, select_rows
+from innerloop.cache import (
+    AnyCache,
+    DepthCache,
+    expect_padding,
+    fork,
+    join_rows,
+    keep_columns,
+    select_rows,
+    window_of,
+)
 from innerloop.cost import Meter
 from innerloop.depth import Deep, Depth, Reading, Spending, Tokens
 from innerloop.trace import Trace
@@ -142,17 +151,22 @@ class Context:
             return self
         is_real = self.mask_BP.any(0)
         kept = torch.nonzero(is_real)[:, 0]
-        if len(kept) < self.length and (has_window(self.cache) or isinstance(self.cache, DepthCache)):
+        if len(kept) < self.length and isinstance(self.cache, DepthCache):
             kept = torch.arange(int(kept[0]), self.length, device=kept.device)
         whole = len(kept) == self.length
         mask = self.mask_BP if whole else self.mask_BP[:, kept]
         part = copy.copy(self)
         part.mask_BP = None if self.depth is None and bool(mask.all()) else mask
+        first, window = 0, window_of(self.cache)
+        if window is not None:
+            n_after = mask.flip(1).cumsum(1).flip(1)
+            first = int((mask.bool() & (n_after < window)).any(0).long().argmax()) if window > 1 else len(kept)
         part.deep = ()
         if self.wanted_BS is not None:
             part.wanted_BS = self.wanted_BS[:, kept[kept < self.wanted_BS.shape[1]]]
-        if not whole or isinstance(self.cache, DepthCache):
-            part.cache, part.length = keep_columns(self.cache, kept), len(kept)
+        if not whole or window is not None or isinstance(self.cache, DepthCache):
+            part.cache = keep_columns(self.cache, kept, first, is_padded=part.mask_BP is not None)
+            part.length = len(kept)
         return part
 
     def read_out(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Tensor:
@@ -223,13 +237,18 @@ class Context:
                 places = self.rows.tolist()
                 for entry in self.trace.iterations[known:]:
                     entry.rows = [places[row] for row in entry.rows]
+        for slot in self.cache.slots.values():  # those in which nobody took part lack the pass's columns
+            slot.is_dense = slot.is_dense and slot.length >= self.length
         self.deep = (*self.deep, deep)
         if self.meter is not None:
             self.meter.depths.append((self.rows, deep.depths_BL, real if deep.done_BL is None else deep.done_BL))
         return deep.states_BLD
 
     def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, **options: bool):
-        known = {"mask": self.mask_BP, "positions_BL": positions_BL, **options}
+        mask: Any = self.mask_BP
+        if mask is not None and not isinstance(self.cache, DepthCache):
+            mask = self.backbone.mask_of(mask, embeds_BLD.shape[1], expect_padding(self.cache), embeds_BLD.dtype)
+        known = {"mask": mask, "positions_BL": positions_BL, **options}
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
             with weights():
                 return self.backbone(embeds_BLD, cache=self.cache, **known)

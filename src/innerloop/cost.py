@@ -86,9 +86,9 @@ class Meter:
 
         A row without a real position in the pass is not charged for it.
         """
-        new = torch.as_tensor(new_B, device=self.passes.device)
+        new = new_B if isinstance(new_B, Tensor) else self.passes.new_full((), new_B)  # filled there, not copied
         keys = new * past_B + new * (new + 1) // 2
-        passes, cached = (new > 0).long(), (new > 0) * torch.as_tensor(past_B, device=new.device)
+        passes, cached = (new > 0).long(), (new > 0) * past_B
         counted = (self.passes, passes), (self.positions, new), (self.keys, keys), (self.cached, cached)
         for counter, amount in counted:
             if rows is None:

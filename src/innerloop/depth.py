@@ -310,8 +310,10 @@ def read_layers(
         spared = 0.0 if writes else -2.0 * backbone.n_key_weights(slot.layers)
         spending.spend(tokens, (behind & real[:, None, :]).sum(-1), len(slot.layers), spared)
     mask: Any
+    n_new = tokens.positions_RN.shape[1]
     if slot.is_dense and writes and not also:  # just as the decoder itself would do it
-        mask = None if slot.is_real else real.long()
+        n_past = keys.shape[1] - n_new
+        mask = None if slot.is_real else backbone.mask_of(real.long(), n_new, n_past, tokens.states_RND.dtype)
     else:
         mask = backbone.mask_4d(tokens.positions_RN, keys, real, tokens.states_RND.dtype)
     return backbone(

@@ -16,11 +16,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from innerloop.context import Context
 from innerloop.cost import Meter
@@ -116,11 +117,15 @@ class Engine:
         self.pending: list[Tensor] = []  # tokens chosen since the last look
         self.ticks: list[float] = []  # and the seconds of each step
         self.spent, self.mark = 0.0, 0.0
+        self.is_busy = False
 
     def run(
         self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None = None, strict: bool = True
     ) -> Iterator[tuple[int, Generation]]:
-        """Yield each question's index and generation as soon as it is answered; meanwhile the model is in eval mode."""
+        """Yield each question's index and generation as soon as it is answered.
+
+        Between two of them the model is in the mode that it was in, and others may use it.
+        """
         for found in self.groups(questions, steps, strict):
             yield from found
 
@@ -130,16 +135,19 @@ class Engine:
         """Yield what `run` yields, those together that were answered at once."""
         if steps is not None and len(steps) != len(questions):
             raise InputError(f"steps are of {len(steps)} questions, but {len(questions)} are asked")
-        yield self._seat(questions, steps, strict)
-        was_training = self.model.training
-        self.model.eval()
+        if self.is_busy:
+            raise InputError("this engine is still answering other questions; close that run first, or make another")
+        self.is_busy, parts = True, list(self.model.modules())
         try:
+            yield self._seat(questions, steps, strict)
             while self.waiting or self.ready is not None or self.writer is not None:
-                yield self._advance()
-        finally:
-            self.model.train(was_training)
+                with _evaluating(parts):
+                    found = self._advance()
+                yield found
+        finally:  # whatever ended the run, the next one begins afresh
             self.waiting.clear()
             self.ready = self.writer = None
+            self.pending, self.ticks, self.spent, self.is_busy = [], [], 0.0, False
 
     # Questions
 
@@ -184,10 +192,9 @@ class Engine:
     def _advance(self) -> list[tuple[int, Generation]]:
         """Let rows in if there is room, then write one token; return what is answered."""
         found: list[tuple[int, Generation]] = []
+        self.mark = time.perf_counter()
         if not self.pending:
-            self.spent += time.perf_counter() - self.mark if self.writer is not None else 0.0
             found = self._admit()
-            self.mark = time.perf_counter()
         writer = self.writer
         if writer is None:
             return found
@@ -204,6 +211,7 @@ class Engine:
             writer.write()
         else:
             self.writer = None
+        self.spent = time.perf_counter() - self.mark
         return found
 
     def _admit(self) -> list[tuple[int, Generation]]:
@@ -220,7 +228,9 @@ class Engine:
                 wave = self._wave()
                 if not wave:
                     break
+                self.spent += time.perf_counter() - self.mark
                 self.ready, done = self._think(wave)
+                self.mark = time.perf_counter()
                 found += done
                 continue
             if self.writer is not None and not self.ready.joins:
@@ -266,6 +276,7 @@ class Engine:
         if record is not None and writer.first_states is not None:
             _read_last(model, record, batch, thought, writer.first_states)
         if len(seats) < len(wave):
+            self._share_depths(wave, [seats[i] for i in same])
             writer.keep_rows(same)
             writer.seats, writer.context.rows = list(wave), self._places(wave)
         writer.context = writer.context.trim()
@@ -280,6 +291,12 @@ class Engine:
             return BlockWriter(model, context, seats, None, self.block)
         kind = PatientWriter if model.depth is not None and model.depth.waits else Writer
         return kind(model, context, seats)
+
+    def _share_depths(self, wave: Sequence[Seat], read: Sequence[Seat]) -> None:
+        """Let rows know how deeply their question was read, by whichever row it was read for."""
+        depths = self.meter.token_depths()
+        for seat, other in zip(wave, read):
+            depths[seat.place] = list(depths[other.place])
 
     def _uniforms(self, seats: Sequence[Seat]) -> Tensor:
         """Return the numbers that draw each row's tokens (R, budget)."""
@@ -335,6 +352,19 @@ class Engine:
             found.append((seat.index, traced(model, seat, Generation(ANSWER_PREFIX + answer, answer, cost))))
         self._release(wave)
         return found
+
+
+@contextmanager
+def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Have modules in evaluation mode in the block; each goes back to the mode it was in."""
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def check_length(model: LatentModel, question: str, row: Row) -> None:

@@ -261,6 +261,8 @@ class LoopedDepth(Depth):
             return deep
         block = LoopedPass(self, reading, first, n_loops)
         result = self.loop(block, first, [n_loops] * len(first), reading.trace, self.read_out)
+        if method.kv_share != "none" and not self.training and reading.n_read == 0 and n_loops > 0:
+            SharedKv(method.kv_share, reading.cache, n_loops)  # now, as rows may join that have read more
         deep.states_BLD = self.leave(reading, result.state)
         if self.training and method.wants_exits:
             states = [state for _, state in result.states]
