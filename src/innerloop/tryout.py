@@ -142,6 +142,11 @@ class Tryout:
         flops = torch.tensor([one.cost.flops for one in found], dtype=torch.float64)
         return Answers(torch.tensor(correct), texts, torch.tensor(loops, dtype=torch.float64), flops)
 
+    def ask_at_full_depth(self, examples: Sequence[Example]) -> Answers:
+        """Answer examples with all iterations; nothing is looked at."""
+        with ruled_by(self.model, stop="fixed", stop_threshold=math.inf):
+            return self.ask(examples)
+
     def at_depths(self, examples: Sequence[Example], n_T: int) -> list[Answers]:
         """Answer examples after 1, 2, ..., T iterations."""
         found = []
@@ -154,7 +159,9 @@ class Tryout:
     def look(self, examples: Sequence[Example], wants_states: bool = False) -> Survey:
         """Survey examples."""
         most = MOST_TOKENS // (8 if wants_states else 1) if self.is_inside else None
-        return survey(self.model, examples, self.batch_size, wants_states, most, self.seed)
+        seen = survey(self.model, examples, self.batch_size, wants_states, most, self.seed)
+        refuse((len(seen.scores_TM) < 2, "the loop has a single iteration, so there is nothing that could stop early"))
+        return seen
 
     def fit(self, examples: Sequence[Example], label: Label) -> None:
         """Fit a classifier or a probe."""
@@ -177,8 +184,7 @@ class Tryout:
 
     def search(self, examples: Sequence[Example], min_rows: int) -> Search:
         """Look where rows would stop, for every threshold."""
-        with ruled_by(self.model, stop="none"):
-            full = self.ask(examples)
+        full = self.ask_at_full_depth(examples)
         seen = self.look(examples)
         self.progress(f"answered {len(examples)} questions at full depth")
         depths: list[Answers] = []
@@ -201,19 +207,32 @@ class Tryout:
             never = torch.full((len(seen.scores_TM),), math.inf)
             found = [Choice(None, never, seen.stops_at(settings, 0.0, never))]
             for target in TARGETS:
-                tau_T = fitted_thresholds(seen.scores_TM, agrees_TM, target, settings.patience, min_rows)
+                tau_T = fitted_thresholds(
+                    seen.scores_TM,
+                    agrees_TM,
+                    target,
+                    settings.patience,
+                    min_rows,
+                    settings.min_loops,
+                    settings.check_every,
+                )
                 found.append(Choice(None, tau_T, seen.stops_at(settings, 0.0, tau_T)))
             return found
-        scores = seen.scores_TM[:-1]
-        thresholds = thresholds_between(scores[scores.isfinite()])
+        known = seen.scores_TM[:-1][seen.scores_TM[:-1].isfinite()]
+        refuse(
+            (
+                len(known) == 0,
+                f"stop={rule.kind} says nothing before the last of {len(seen.scores_TM)} iterations: calibrate another "
+                "score, or a loop of more iterations",
+            )
+        )
+        thresholds = thresholds_between(known)
         return [Choice(kappa, None, seen.stops_at(settings, kappa)) for kappa in thresholds]
 
 
 def thresholds_between(scores: Tensor, most: int = MOST_TRIED) -> list[float]:
     """Return thresholds that tell scores apart, from one above all to one below all; of many, some spread evenly."""
     known = scores.double().unique().flip(0)
-    if len(known) == 0:
-        return [math.inf]
     if bool((known == known.round()).all()):  # counts
         return [known[0].item() + 1, *known.tolist()]
     if len(known) > most:
