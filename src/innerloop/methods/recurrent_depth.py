@@ -30,7 +30,7 @@ from innerloop.lookup import DEFAULT_SLOTS, ENDED, Lookup, LookupKind, LookupPas
 from innerloop.loop import InnerLoop, LoopSettings
 from innerloop.loop_sampling import LoopSampling, draw_loops
 from innerloop.methods.method import DepthMethod
-from innerloop.recurrence import Ramp, RampKind, mean_cosine, noise_at, shared_seed
+from innerloop.recurrence import Ramp, RampKind, mean_cosine, noise_at
 
 SPLIT = "recurrent_depth_layers"  # where the configuration of a rebuilt decoder says how many layers each part has
 
@@ -164,7 +164,7 @@ class RecurrentDepth(LoopSettings, DepthMethod):
         rows = super().rows(examples, spell, stage, seed)
         if seed:
             mean = self.n_loops(self.curriculum.last_stage if stage is None else stage)
-            drawn = draw_loops(self.loop_sampling, mean, shared_seed(seed))
+            drawn = draw_loops(self.loop_sampling, mean, seed)
             for row in rows:
                 row.depth = drawn
         return rows
