@@ -133,7 +133,7 @@ class Mor(DepthMethod):
 
     @property
     def loop(self) -> LoopSettings:
-        """A recursion gives back states between two layers, and nothing else is done to them."""
+        """A recursion gives back states between two layers; gate and router take the place of the loop's options."""
         return LoopSettings(feedback_site="pre_norm")
 
     @property
