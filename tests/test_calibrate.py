@@ -9,6 +9,7 @@ import torch
 from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
 from innerloop.calibrate import REPORT, adopt_rule, calibrate
 from innerloop.checkpoint import PARTS, SETTINGS
+from innerloop.halting import first_agreeing, first_correct
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import Method
 from innerloop.survey import ruled_by, survey, use_rule
@@ -212,6 +213,20 @@ def test_under_teacher_forcing_what_is_foretold_of_leaving_tokens_is_exact():
         assert torch.equal(
             thought.deep[-1].depths_BL.flatten()[batch.predict_at_U], seen.stops_at(model.method, kappa).long()
         )
+
+
+def test_the_best_there_could_be_is_told_beside():
+    tops, gold = torch.tensor([[1, 5, 2], [3, 5, 2], [1, 5, 4]]), torch.tensor([1, 6, 2])
+    assert first_agreeing(tops).tolist() == [1, 1, 3] and first_correct(tops, gold).tolist() == [1, 3, 1]
+    model = model_of(Looped(max_loops=T))
+    use_rule(model, stop="gap", stop_threshold=math.inf)
+    search = Tryout(model, EVEN, 64, 4, 0, lambda done: None).search(VALID, 3)
+    oracle = search.report(0, Goal(0.0))["tokens"]["oracle"]
+    soonest = first_agreeing(search.seen.tops_TM)
+    assert oracle["agree"] == pytest.approx(soonest.double().mean().item()) and 1 < oracle["agree"] < T
+    assert oracle["right_at_last"] < oracle["right"] <= 1 < oracle["correct"] <= T
+    perfect = [choice for choice in search.choices if search.agreement(choice) == 1]
+    assert perfect and all(choice.stops_M.double().mean() >= oracle["agree"] for choice in perfect)
 
 
 def test_the_last_good_and_the_first_good_are_found_by_bisection(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 from innerloop.errors import refuse
 from innerloop.examples import Example
 from innerloop.fitting import fit_judge, fit_probe, fitted_thresholds
-from innerloop.halting import StopSettings
+from innerloop.halting import StopSettings, first_agreeing, first_correct
 from innerloop.measure.statistics import clopper_pearson, wilson
 from innerloop.model import LatentModel
 from innerloop.survey import Survey, ruled_by, survey, use_rule
@@ -196,7 +196,7 @@ class Tryout:
         else:
             agrees_TM = None
         choices = self.choices(seen, agrees_TM, min_rows)
-        return Search(self, examples, choices, full, depths, agrees_TM)
+        return Search(self, examples, seen, choices, full, depths, agrees_TM)
 
     def choices(self, seen: Survey, agrees_TM: Tensor | None, min_rows: int) -> list[Choice]:
         """Return the ways to stop that may be chosen, from strict to loose; the first stops nowhere."""
@@ -248,6 +248,7 @@ class Search:
     Attributes:
         tryout: the model that is asked.
         examples: the questions.
+        seen: their survey.
         choices: the ways to stop, from strict to loose.
         full: the answers at full depth.
         depths: the answers after 1..T iterations, where whole rows stop.
@@ -256,6 +257,7 @@ class Search:
 
     tryout: Tryout
     examples: Sequence[Example]
+    seen: Survey
     choices: list[Choice]
     full: Answers
     depths: list[Answers]
@@ -331,8 +333,23 @@ class Search:
             told["histogram"] = shares_T.tolist()
             told["frontier"] = [{**told_of(c), **asdict(self.foreseen(c))} for c in self.choices]
         elif self.agrees_TM is not None:
-            told["tokens"] = self.tokens(choice, self.agrees_TM)
+            told["tokens"] = self.tokens(choice, self.agrees_TM) | {"oracle": self.oracles()}
         return told
+
+    def oracles(self) -> dict[str, float]:
+        """Return the mean iterations of tokens that stop as soon as they show what they will, or what is right.
+
+        ``right`` is the share of tokens that show what is right at some iteration, ``right_at_last`` at the last.
+        """
+        tops_TM, gold_M = self.seen.tops_TM, self.seen.gold_M
+        assert tops_TM is not None and gold_M is not None
+        numbers = {
+            "agree": first_agreeing(tops_TM),
+            "correct": first_correct(tops_TM, gold_M),
+            "right": (tops_TM == gold_M).any(0),
+            "right_at_last": tops_TM[-1] == gold_M,
+        }
+        return {name: value_M.double().mean().item() for name, value_M in numbers.items()}
 
     def tokens(self, choice: Choice, agrees_TM: Tensor) -> dict[str, Any]:
         """Return what the survey says of the tokens that write, with the gold answers before them."""
