@@ -159,8 +159,9 @@ def test_calibrate_chooses_a_threshold_and_says_what_it_costs(run: Path, tmp_pat
     model = tmp_path / "plain"
     tiny_model(Cot()).backbone.lm.save_pretrained(model)
     tiny_model(Cot()).tokenizer.save_pretrained(model)
-    code, _, err = innerloop(capsys, "calibrate", model, "--task", "chain", "--adopt", "true")
-    assert code == 2 and "by --out DIR" in err
+    for options in (["--adopt", "true"], ["--method", "adainfer", "--rule", "gap"]):
+        code, _, err = innerloop(capsys, "calibrate", model, "--task", "chain", *options)
+        assert code == 2 and "by --out DIR" in err and not (model / "calibration.json").exists()
 
 
 @pytest.mark.slow

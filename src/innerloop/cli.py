@@ -441,8 +441,8 @@ def calibrate(
         min_loops: iterations before a row may stop.
         seed: of draws in fitting.
     """
-    if adopt and not checkpoint.is_run(run):
-        raise InputError(f"{run} is no run that could adopt a rule: save the model with its rule by --out DIR")
+    if not checkpoint.is_run(run) and (adopt or out is None):
+        raise InputError(f"{run} is no run that could keep a rule: save the model with its rule by --out DIR")
     chosen = _task(run, task, data, "valid")
     examples = chosen.examples("valid", limit)
     checked = chosen.examples("test", check) if check else []
