@@ -148,7 +148,7 @@ def test_lens_of_a_plain_model_goes_here(tmp_path: Path, capsys, monkeypatch):
 
 
 def test_calibrate_chooses_a_threshold_and_says_what_it_costs(run: Path, tmp_path: Path, capsys):
-    arguments = ["--rule", "delta", "--max_drop", 1.0, "--limit", 6, "--check", 4]
+    arguments = ["--rule", "delta", "--max-drop", 1.0, "--limit=6", "--check", 4]
     code, out, _ = innerloop(capsys, "calibrate", run, *arguments, "--out", tmp_path / "early")
     assert code == 0 and "validation: delta at" in out and "test: accuracy" in out
     report = json.loads((tmp_path / "early" / "calibration.json").read_text())
