@@ -129,6 +129,11 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
         """Return D."""
         return self.max_loops
 
+    def begin(self, backbone: Backbone) -> None:
+        """Refuse to choose among layers that have learned nothing."""
+        message = "a model from scratch has no layers to delete: lower num_hidden_layers, and leave prune_layers out"
+        refuse((self.prune_layers > 0, message))
+
     def convert(self, backbone: Backbone) -> None:
         """Delete the layers that are missed least."""
         if self.prune_rows is None:
