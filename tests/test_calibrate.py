@@ -225,6 +225,9 @@ def test_the_best_there_could_be_is_told_beside():
     soonest = first_agreeing(search.seen.tops_TM)
     assert oracle["agree"] == pytest.approx(soonest.double().mean().item()) and 1 < oracle["agree"] < T
     assert oracle["right_at_last"] < oracle["right"] <= 1 < oracle["correct"] <= T
+    model.eval()
+    told = torch.cat([logits.log_softmax(-1) for logits in model.answer_logits(VALID)])
+    torch.testing.assert_close(-told.gather(1, search.seen.gold_M[:, None])[:, 0], search.seen.losses_TM[-1])
     perfect = [choice for choice in search.choices if search.agreement(choice) == 1]
     assert perfect and all(choice.stops_M.double().mean() >= oracle["agree"] for choice in perfect)
 

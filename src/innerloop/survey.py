@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from innerloop.depth import TokenPass
 from innerloop.errors import InputError
@@ -92,6 +93,7 @@ class Survey:
         written_M: how many tokens were written before it.
         tops_TM: the likeliest token, of tokens that write.
         gold_M: the right one.
+        losses_TM: minus its log-probability.
         features_TMF: what a classifier looks at, where the rule is one.
         states_TMD: the states, where asked for.
     """
@@ -101,6 +103,7 @@ class Survey:
     written_M: Tensor
     tops_TM: Tensor | None = None
     gold_M: Tensor | None = None
+    losses_TM: Tensor | None = None
     features_TMF: Tensor | None = None
     states_TMD: Tensor | None = None
 
@@ -127,14 +130,15 @@ class Survey:
 
 
 class Watcher:
-    """Collects what an inner loop does."""
+    """Collects what an inner loop does; ``gold_X`` are the words that tokens must write, where it runs inside them."""
 
-    def __init__(self, model: LatentModel, wants_states: bool):
-        self.model, self.wants_states = model, wants_states
+    def __init__(self, model: LatentModel, wants_states: bool, gold_X: Tensor | None):
+        self.model, self.wants_states, self.gold_X = model, wants_states, gold_X
         self.tokens_A: Tensor | None = None
         self.written_A: Tensor | None = None
         self.scores: list[Tensor] = []
         self.tops: list[Tensor] = []
+        self.losses: list[Tensor] = []
         self.features: list[Tensor] = []
         self.states: list[Tensor] = []
 
@@ -145,11 +149,12 @@ class Watcher:
         if f.hints is not None:
             self.written_A = f.hints.written_B
         self.scores.append(torch.full_like(now.state[:, 0, 0], -math.inf).float() if score is None else score.float())
-        if self.tokens_A is not None:
+        if self.gold_X is not None and self.tokens_A is not None:
             logits = read() if now.logits is None else now.logits
             if isinstance(f, ExitPass) and f.n_candidates:
                 logits = f.read_all(now.state)
             self.tops.append(logits[:, 0].argmax(-1))
+            self.losses.append(cross_entropy(logits[:, 0].float(), self.gold_X[self.tokens_A], reduction="none"))
         stop = self.model.loop.stop
         if stop is not None and stop.judge is not None and score is not None:
             self.features.append(stop.features(now))
@@ -196,7 +201,8 @@ def survey(
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
         batch = model.batch(model.rows(chunk))
-        watcher = Watcher(model, wants_states)
+        gold_X = batch.ids_BS.flatten().index_copy(0, batch.predict_at_U, batch.targets_U) if inside else None
+        watcher = Watcher(model, wants_states, gold_X)
         with ruled_by(model, **rule), watched(model, watcher):
             thought = model.think(batch)
             if inside:
@@ -205,6 +211,7 @@ def survey(
         part = {
             "scores": torch.stack(watcher.scores),
             "tops": torch.stack(watcher.tops) if watcher.tops else None,
+            "losses": torch.stack(watcher.losses) if watcher.losses else None,
             "features": torch.stack(watcher.features) if watcher.features else None,
             "states": torch.stack(watcher.states) if watcher.states else None,
         }
@@ -226,5 +233,5 @@ def survey(
         whole["scores"],
         whole["example"],
         written,
-        *(whole.get(name) for name in ("tops", "gold", "features", "states")),
+        *(whole.get(name) for name in ("tops", "gold", "losses", "features", "states")),
     )
