@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from innerloop.backbone import Backbone
 from innerloop.cache import AnyCache, DepthCache, fork, has_window, join_rows, keep_columns, select_rows
 from innerloop.cost import Meter
-from innerloop.depth import Deep, Depth, Reading, Spending, Tokens
+from innerloop.depth.passes import Deep, Depth, Reading, Spending, Tokens
 from innerloop.trace import Trace
 
 Weights = Callable[[], AbstractContextManager[None]]

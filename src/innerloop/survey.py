@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.depth import TokenPass
+from innerloop.depth.exit_pass import ExitPass
+from innerloop.depth.passes import TokenPass
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.exit_pass import ExitPass
 from innerloop.halting import Moment, StopKind, StopSettings, decayed, masked_mean
 from innerloop.loop import Pass
 from innerloop.methods import Method

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop import Cot, InputError, LatentModel, Tah, decider
+from innerloop import Cot, InputError, LatentModel, Tah
 from innerloop.cost import Meter
-from innerloop.decider import FREE
+from innerloop.depth import decider
+from innerloop.depth.decider import FREE
 from innerloop.trace import Trace
 from tests.methods.reference_tah import read, slow
 from tests.methods.tools import MIXED, QUESTIONS, assert_close, by_arch, change, logits_of, on, stir, with_token

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from innerloop.backbone import Backbone
-from innerloop.depth import Deep, Depth, Reading
+from innerloop.depth.passes import Deep, Depth, Reading
+from innerloop.depth.recursion import ExpertPass, TokenChoicePass
+from innerloop.depth.router import CapacityBase, Notes, Router
+from innerloop.depth.tying import check_kinds, rebuild, stepwise
 from innerloop.errors import check_choices, refuse
 from innerloop.loop import InnerLoop, LoopSettings
 from innerloop.methods.method import DepthMethod
-from innerloop.recursion import ExpertPass, TokenChoicePass
-from innerloop.router import CapacityBase, Notes, Router
-from innerloop.tying import check_kinds, rebuild, stepwise
 
 if TYPE_CHECKING:
     from innerloop.layout import Batch
