@@ -22,8 +22,8 @@ def main() -> None:
     points = []
     for point in shared["points"]:
         folder = options.suite / point["variant"] / str(point["seed"])
-        stages = sorted((folder / "stages").glob("*/metrics.jsonl")) or [folder / "metrics.jsonl"]
-        lines = [json.loads(line) for path in stages for line in path.read_text().splitlines()]
+        metrics = folder / "metrics.jsonl"  # of the last stage, where there are several
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         points.append(
             {

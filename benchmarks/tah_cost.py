@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from innerloop.backbone import Backbone
 from innerloop.cost import Meter
-from innerloop.decider import FREE, ONCE
+from innerloop.depth.decider import FREE, ONCE
 from innerloop.generation import Generation
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.methods import Cot, Tah

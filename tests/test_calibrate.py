@@ -9,6 +9,7 @@ import torch
 from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
 from innerloop.calibrate import REPORT, adopt_rule, calibrate
 from innerloop.checkpoint import PARTS, SETTINGS
+from innerloop.halting import first_agreeing, first_correct
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import Method
 from innerloop.survey import ruled_by, survey, use_rule
@@ -52,7 +53,6 @@ def test_thresholds_tell_scores_apart_from_strict_to_loose():
     assert thresholds_between(torch.tensor([3.0, 1.0, 2.0])) == [4.0, 3.0, 2.0, 1.0]
     many = thresholds_between(torch.rand(1000, generator=torch.Generator().manual_seed(0)), most=10)
     assert len(many) == 11 and many == sorted(many, reverse=True)
-    assert thresholds_between(torch.tensor([])) == [math.inf]
 
 
 def test_clopper_pearson_at_known_values():
@@ -96,6 +96,71 @@ def _near(report: dict) -> list[dict]:
         for one in report["frontier"]
         if (one["threshold"], one["thresholds"]) == (report["threshold"], report["thresholds"])
     ]
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        (Looped(max_loops=T, stop="halt", gate="distribution"), "halt"),
+        (Looped(max_loops=T, stop="halt", gate="distribution"), "kl"),
+        (Looped(max_loops=T, stop="kl", kv_missing="restrict"), "kl"),
+        (AdaInfer(exits=(1, 2, 3), stop="gap", kv_missing="propagate", n_candidates=4), "gap"),
+        (AdaInfer(exits=(1, 2, 3), stop="halt", gate="improvement"), "halt"),
+        (change(SLR, stop="act", ponder_weight=0.1), "act"),
+        (change(SLR, stop="halt", halt_weight=0.1), "halt"),
+        (change(SLR, stop="halt", halt_weight=0.1), "kl_reverse"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_what_was_trained_to_stop_is_calibrated_too(method, rule):
+    model = model_of(method, layers=T)
+    report = quick(model, rule, mean_loops=3.0).report
+    assert report["full"]["mean_loops"] == T and model.method.stop == rule
+    kept = ("gate", "halt_weight", "ponder_weight") if rule == method.stop else ()
+    assert all(getattr(model.method, name, None) == getattr(method, name, None) for name in kept)
+
+
+@pytest.mark.parametrize("method", [SLR, Looped(max_loops=T), AdaInfer(exits=(1, 2, 3))], ids=lambda m: m.name)
+def test_full_depth_costs_what_the_model_without_a_rule_does(method):
+    model = model_of(method, layers=T)
+    plain = Tryout(model, EVEN, 8, 3, 0, print).ask(VALID)
+    use_rule(model, stop="delta")
+    full = Tryout(model, EVEN, 8, 3, 0, print).ask_at_full_depth(VALID)
+    assert full.texts == plain.texts and torch.equal(full.flops_M, plain.flops_M)
+
+
+@pytest.mark.parametrize("method", [Looped(max_loops=T), AdaInfer(exits=(1, 2, 3))], ids=lambda m: m.name)
+@pytest.mark.parametrize("fields", [{"min_loops": 2}, {"check_every": 2}], ids=str)
+def test_a_classifier_leaves_where_it_may(fields, method):
+    model = model_of(method, layers=T)
+    report = quick(model, "classifier", agreement=0.5, **fields).report
+    n_1, n_2, n_3, _ = (one["n"] for one in report["tokens"]["iterations"])
+    assert n_1 == 0 and n_2 > 0 and (n_3 == 0 or "check_every" not in fields)
+    assert report["tokens"]["agreement"] >= 0.5
+    mean_depth = model.loop.stop.judge.mean_KF[0, 2].item()
+    assert mean_depth == pytest.approx((1 + 2 + 3) / 3 / T)  # it was fitted to every iteration but the last
+
+
+def test_a_sure_model_is_surveyed_to_its_end_though_thresholds_fall():
+    model = model_of(Looped(max_loops=T))
+    with torch.no_grad():
+        model.backbone.lm.get_output_embeddings().weight.mul_(100)
+    use_rule(model, stop="top_prob", stop_decay=8)
+    seen = survey(model, VALID)
+    assert (seen.scores_TM == 1).any() and seen.scores_TM.shape[0] == T
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "message"),
+    [
+        (Looped(max_loops=1), "delta", "single iteration"),
+        (change(SLR, max_loops=1), "classifier", "single iteration"),
+        (change(SLR, max_loops=2), "acceleration", "says nothing before the last of 2"),
+    ],
+)
+def test_a_loop_too_short_to_be_stopped_is_refused(method, rule, message):
+    with pytest.raises(InputError, match=message):
+        quick(model_of(method), rule)
 
 
 @pytest.mark.parametrize("fields", [{"patience": 2}, {"min_loops": 2}, {"check_every": 2}], ids=str)
@@ -148,6 +213,23 @@ def test_under_teacher_forcing_what_is_foretold_of_leaving_tokens_is_exact():
         assert torch.equal(
             thought.deep[-1].depths_BL.flatten()[batch.predict_at_U], seen.stops_at(model.method, kappa).long()
         )
+
+
+def test_the_best_there_could_be_is_told_beside():
+    tops, gold = torch.tensor([[1, 5, 2], [3, 5, 2], [1, 5, 4]]), torch.tensor([1, 6, 2])
+    assert first_agreeing(tops).tolist() == [1, 1, 3] and first_correct(tops, gold).tolist() == [1, 3, 1]
+    model = model_of(Looped(max_loops=T))
+    use_rule(model, stop="gap", stop_threshold=math.inf)
+    search = Tryout(model, EVEN, 64, 4, 0, lambda done: None).search(VALID, 3)
+    oracle = search.report(0, Goal(0.0))["tokens"]["oracle"]
+    soonest = first_agreeing(search.seen.tops_TM)
+    assert oracle["agree"] == pytest.approx(soonest.double().mean().item()) and 1 < oracle["agree"] < T
+    assert oracle["right_at_last"] < oracle["right"] <= 1 < oracle["correct"] <= T
+    model.eval()
+    told = torch.cat([logits.log_softmax(-1) for logits in model.answer_logits(VALID)])
+    torch.testing.assert_close(-told.gather(1, search.seen.gold_M[:, None])[:, 0], search.seen.losses_TM[-1])
+    perfect = [choice for choice in search.choices if search.agreement(choice) == 1]
+    assert perfect and all(choice.stops_M.double().mean() >= oracle["agree"] for choice in perfect)
 
 
 def test_the_last_good_and_the_first_good_are_found_by_bisection(monkeypatch):

@@ -149,7 +149,7 @@ def test_lens_of_a_plain_model_goes_here(tmp_path: Path, capsys, monkeypatch):
 
 
 def test_calibrate_chooses_a_threshold_and_says_what_it_costs(run: Path, tmp_path: Path, capsys):
-    arguments = ["--rule", "delta", "--max_drop", 1.0, "--limit", 6, "--check", 4]
+    arguments = ["--rule", "delta", "--max-drop", 1.0, "--limit=6", "--check", 4]
     code, out, _ = innerloop(capsys, "calibrate", run, *arguments, "--out", tmp_path / "early")
     assert code == 0 and "validation: delta at" in out and "test: accuracy" in out
     report = json.loads((tmp_path / "early" / "calibration.json").read_text())
@@ -160,8 +160,9 @@ def test_calibrate_chooses_a_threshold_and_says_what_it_costs(run: Path, tmp_pat
     model = tmp_path / "plain"
     tiny_model(Cot()).backbone.lm.save_pretrained(model)
     tiny_model(Cot()).tokenizer.save_pretrained(model)
-    code, _, err = innerloop(capsys, "calibrate", model, "--task", "chain", "--adopt", "true")
-    assert code == 2 and "by --out DIR" in err
+    for options in (["--adopt", "true"], ["--method", "adainfer", "--rule", "gap"]):
+        code, _, err = innerloop(capsys, "calibrate", model, "--task", "chain", *options)
+        assert code == 2 and "by --out DIR" in err and not (model / "calibration.json").exists()
 
 
 @pytest.mark.slow

@@ -318,6 +318,18 @@ def test_a_threshold_is_the_loosest_that_keeps_the_promise_and_ties_stop_togethe
     assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.9)
 
 
+def test_rows_that_may_not_stop_yet_count_at_the_iterations_after():
+    scores = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.7, 0.6], [0.0, 0.0, 0.0]])
+    agrees = torch.ones(3, 3, dtype=torch.bool)
+    at_once, later, every_second = (
+        fitted_thresholds(scores, agrees, 1.0, min_rows=2, **fields).tolist()
+        for fields in ({}, {"min_loops": 2}, {"check_every": 2})
+    )
+    assert at_once == pytest.approx([0.1, math.inf, math.inf])
+    assert later == pytest.approx([0.1, 0.6, math.inf])
+    assert every_second == pytest.approx([math.inf, 0.6, math.inf])
+
+
 # Oracles
 
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from innerloop import adapters, checkpoint
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
+from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, Slr
 from innerloop.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.trainer import DivergedError, LatentTrainer, training_arguments
@@ -169,6 +169,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         trainer.train()
     saved = LatentModel.from_pretrained(tmp_path / "checkpoint-2")
     assert torch.isfinite(weights(saved)).all()
+
+
+def test_a_finished_run_that_is_taken_further_leaves_the_model_of_its_last_step(tmp_path: Path):
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, tiny_model(Cot()), max_steps=4, **settings).train()
+    further = tiny_model(Cot(), seed=1)
+    make_trainer(tmp_path, further, max_steps=8, **settings).train(resume_from_checkpoint=True)
+    assert torch.equal(weights(LatentModel.from_pretrained(tmp_path / "checkpoint")), weights(further))
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (Mod(routed_layers=(1, 2)), ("selected_1", "selected_2", "agreement_1", "agreement_2")),
+        (Mod(routed_layers=(1,)), ("selected", "agreement")),
+        (Mor(n_recursions=2, sharing="cycle", routing="token"), ("selected_1", "selected_2", "load_1", "load_2")),
+        (RecurrentDepth(max_loops=2, loop_sampling="fixed", state_std=0.0), ("state_cosine",)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Method) else "",
+)
+def test_what_a_depth_method_measures_is_logged(tmp_path: Path, method: Method, names: tuple[str, ...]):
+    model, examples = tiny_model(method), list(chain_examples(8, 3))
+    measured = model.train().loss(examples).measured
+    wanted = torch.cat([measured[name].flatten() for name in dict.fromkeys(n.rstrip("_12") for n in names)]).float()
+    make_trainer(tmp_path / "one", copy.deepcopy(model), examples, batch_size=8, max_steps=2).train()
+    first, second = (torch.tensor([logged(tmp_path / "one", name)[step] for name in names]) for step in (0, 1))
+    torch.testing.assert_close(first, wanted)
+    if names[-1] != "load_2":
+        return
+    make_trainer(
+        tmp_path / "parts", model, examples, gradient_accumulation_steps=2, max_steps=2, logging_steps=2
+    ).train()
+    ((one, two),) = zip(*(logged(tmp_path / "parts", name) for name in names[2:]))
+    torch.testing.assert_close(2 * torch.tensor([one, two]), ((first + second) / 2)[2:])  # means over micro-batches
 
 
 def test_a_loss_far_above_guessing_stops_the_run(tmp_path: Path):

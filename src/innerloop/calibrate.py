@@ -27,7 +27,7 @@ from innerloop.halting import StopKind
 from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.model import LatentModel
-from innerloop.survey import ruled_by, use_rule
+from innerloop.survey import use_rule
 from innerloop.tasks import Task
 from innerloop.tryout import Goal, Label, Tryout, told_of
 
@@ -118,8 +118,7 @@ def calibrate(
     report |= search.report(best, goal)
     if check:
         found = tryout.ask(check)
-        with ruled_by(model, stop="none"):
-            full = tryout.ask(check)
+        full = tryout.ask_at_full_depth(check)
         report["check"] = {"full": full.told(), "chosen": found.compared(full)}
     report |= {"seconds": round(time.perf_counter() - start, 1), "versions": versions()}
     return Calibration(model, report | {"device": device_name(model.device)})

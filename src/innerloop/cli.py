@@ -452,8 +452,8 @@ def calibrate(
         min_loops: iterations before a row may stop.
         seed: of draws in fitting.
     """
-    if adopt and not checkpoint.is_run(run):
-        raise InputError(f"{run} is no run that could adopt a rule: save the model with its rule by --out DIR")
+    if not checkpoint.is_run(run) and (adopt or out is None):
+        raise InputError(f"{run} is no run that could keep a rule: save the model with its rule by --out DIR")
     chosen = _task(run, task, data, "valid")
     examples = chosen.examples("valid", limit)
     checked = chosen.examples("test", check) if check else []
@@ -655,7 +655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code. Errors are one sentence on stderr; --debug shows where they arose."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    arguments = [_underscored(a) for a in arguments if a != "--debug"]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -678,6 +678,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"innerloop: {type(error).__name__}: {reason} (--debug shows where it arose)", file=sys.stderr)
         return 1
     return 0
+
+
+def _underscored(argument: str) -> str:
+    """Return an option as it is called here: --max-drop is --max_drop."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
 def _run(arguments: list[str]) -> None:

@@ -31,7 +31,7 @@ from innerloop.cache import (
     window_of,
 )
 from innerloop.cost import Meter
-from innerloop.depth import Deep, Depth, Reading, Spending, Tokens
+from innerloop.depth.passes import Deep, Depth, Reading, Spending, Tokens
 from innerloop.trace import Trace
 
 Weights = Callable[[], AbstractContextManager[None]]

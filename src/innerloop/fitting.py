@@ -125,21 +125,29 @@ def fit_probe(rule: StopRule, states_TMD: Tensor, labels_TM: Tensor, seed: int =
 
 
 def fitted_thresholds(
-    scores_TM: Tensor, agrees_TM: Tensor, target: float, patience: int = 1, min_rows: int = 50
+    scores_TM: Tensor,
+    agrees_TM: Tensor,
+    target: float,
+    patience: int = 1,
+    min_rows: int = 50,
+    min_loops: int = 1,
+    check_every: int = 1,
 ) -> Tensor:
     """Return for each iteration the loosest threshold tau_t (T,).
 
     Of those that come as far as iteration t and have a score of at least tau_t, a share of at least ``target`` agrees
-    with the last iteration; where fewer than ``min_rows`` would stop, iteration t is closed (infinity).
+    with the last iteration; where fewer than ``min_rows`` would stop, iteration t is closed (infinity), as are those
+    that are not looked at. Nobody stops before iteration ``min_loops``.
     """
     n_T, n_M = scores_TM.shape
     tau_T = torch.full((n_T,), math.inf)
     streak_M, goes_M = torch.zeros(n_M, dtype=torch.long), torch.ones(n_M, dtype=torch.bool)
-    for t in range(1, n_T):
+    for t in range(check_every, n_T, check_every):
         score_M, agrees_M = scores_TM[t - 1], agrees_TM[t - 1]
         tau_T[t - 1] = _loosest(score_M[goes_M], agrees_M[goes_M], target, min_rows)
         streak_M = torch.where(score_M >= tau_T[t - 1], streak_M + 1, 0)
-        goes_M = goes_M & ~(streak_M >= patience)
+        if t >= min_loops:
+            goes_M = goes_M & ~(streak_M >= patience)
     return tau_T
 
 

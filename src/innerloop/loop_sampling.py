@@ -8,13 +8,22 @@ LoopSampling = Literal["fixed", "uniform", "lognormal_poisson"]
 
 
 def draw_loops(kind: LoopSampling, n_loops: int, seed: str) -> int:
-    """Draw a number of iterations: T, U{1..T}, or Poisson(e^n) + 1 with n ~ N(ln T - 1/8, 1/4); T is ``n_loops``."""
+    """Draw a number of iterations: T, U{1..T}, or Poisson(e^n) + 1 with n ~ N(ln T - 1/8, 1/4); T is ``n_loops``.
+
+    ``seed`` is a batch's, ``SEED/STEP/PROCESS/BATCH``; all processes draw alike, so that none waits for a longer loop.
+    """
     if kind == "fixed":
         return n_loops
-    rng = random.Random(f"loops/{seed}")
+    rng = random.Random(f"loops/{_shared(seed)}")
     if kind == "uniform":
         return rng.randint(1, max(n_loops, 1))
     return 1 + _poisson(math.exp(rng.gauss(math.log(n_loops) - 0.125, 0.5)), rng)
+
+
+def _shared(seed: str) -> str:
+    """Return what all processes have in common of a batch's seed."""
+    parts = seed.split("/")
+    return "/".join(parts[:2] + parts[3:]) if len(parts) == 4 else seed
 
 
 def _poisson(rate: float, rng: random.Random) -> int:

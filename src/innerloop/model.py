@@ -8,7 +8,7 @@ model.generate(["How many legs have 3 cats?"])[0].text
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,13 @@ class Output:
         loss: the weighted sum of the terms.
         terms: each term's mean over its own supervised items, before weighting.
         trace: the loop's record, where asked for.
+        measured: what depth methods report of a pass, such as the shares of tokens that routers chose.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     trace: Trace | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LatentModel(nn.Module):
@@ -161,7 +163,7 @@ class LatentModel(nn.Module):
             trace: filled with the loop's iterations.
         """
         terms = Terms(self, batch, n_items or batch.counts())
-        context = None
+        context, measured = None, dict[str, Tensor]()
         for link in batch.links():
             thought = self.think(link, trace, context)
             if isinstance(self.decoder, Classifier):
@@ -175,9 +177,10 @@ class LatentModel(nn.Module):
             add_loop_terms(terms, link, thought, trains=self.training)
             if self.depth is not None:
                 self.depth.add_terms(terms, link, thought)
+                measured |= thought.deep[-1].measured
             context = thought.after
         loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
-        return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace)
+        return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace, measured)
 
     def loss(self, examples: Sequence[Example], stage: int | None = None, trace: bool = False) -> Output:
         """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""

@@ -18,27 +18,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.depth import TokenPass
+from innerloop.depth.exit_pass import ExitPass
+from innerloop.depth.passes import TokenPass
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.exit_pass import ExitPass
-from innerloop.halting import Moment, StopSettings, decayed, masked_mean
+from innerloop.halting import Moment, StopKind, StopSettings, decayed, masked_mean
 from innerloop.loop import Pass
 from innerloop.methods import Method
 from innerloop.model import LatentModel
+
+TRAINED_BY: dict[str, tuple[Any, tuple[StopKind, ...]]] = {
+    "gate": ("none", ("halt", "halt_sample")),
+    "halt_weight": (0.0, ("halt", "halt_sample")),
+    "ponder_weight": (0.0, ("act",)),
+}
+"""Settings of training that some rules learn by: what they are without, and the rules."""
 
 
 def use_rule(model: LatentModel, **options: Any) -> None:
     """Let a model stop by other `StopSettings` than it has; those not named get their usual values.
 
-    What a rule has learned is kept where the new one is of the same kind.
+    What a rule has learned is kept where the new one is of the same kind. What a rule of another kind was trained by is
+    set aside.
     """
     if not isinstance(model.method, StopSettings):
         raise InputError(f"'{model.method.name}' has no loop that could stop by itself")
     usual = {field.name: field.default for field in fields(StopSettings)}
     if unknown := set(options) - set(usual):
         raise InputError(f"{', '.join(sorted(unknown))}: no setting of stopping; these are {', '.join(usual)}")
-    use_method(model, replace(model.method, **{**usual, **options}))
+    stop = options.get("stop", "none")
+    aside = {
+        name: off for name, (off, kinds) in TRAINED_BY.items() if hasattr(model.method, name) and stop not in kinds
+    }
+    use_method(model, replace(model.method, **{**usual, **options, **aside}))
 
 
 def use_method(model: LatentModel, method: Method) -> None:
@@ -180,7 +192,9 @@ def survey(
         seed: of that draw.
     """
     assert isinstance(model.method, StopSettings)
-    rule, inside = dict(model.method.rule), model.depth is not None
+    rule, inside = {**model.method.rule, "stop_threshold": math.inf}, model.depth is not None
+    if model.method.loop.stop == "classifier":  # its features do not depend on when it was asked last
+        rule["check_every"] = 1
     was_training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()
     parts: list[dict[str, Tensor]] = []
@@ -189,7 +203,7 @@ def survey(
         batch = model.batch(model.rows(chunk))
         gold_X = batch.ids_BS.flatten().index_copy(0, batch.predict_at_U, batch.targets_U) if inside else None
         watcher = Watcher(model, wants_states, gold_X)
-        with ruled_by(model, **{**rule, "stop_threshold": math.inf}), watched(model, watcher):
+        with ruled_by(model, **rule), watched(model, watcher):
             thought = model.think(batch)
             if inside:
                 model.written_logits(batch, thought)

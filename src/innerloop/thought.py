@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from innerloop.context import Context, Weights, merge
-from innerloop.depth import Deep
+from innerloop.depth.passes import Deep
 from innerloop.halting import Hints
 from innerloop.layout import Batch
 from innerloop.loop import InnerLoop, LoopResult

@@ -194,6 +194,7 @@ class LatentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
+        self._measured: dict[str, tuple[Tensor, int]] = {}  # the sums of what is only reported, and of how many
         self._n_logged_steps: int | None = None  # set when the first step begins
         self._taught = self._cache_teacher()
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
@@ -340,6 +341,9 @@ class LatentTrainer(Trainer):
         n_means = 1 if inputs["n_items"] else self.current_gradient_accumulation_steps
         for name, mean in out.terms.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=mean.device)) + mean / n_means
+        for name, value in out.measured.items():
+            total, n = self._measured.get(name, (torch.zeros_like(value), 0))
+            self._measured[name] = total + value, n + 1
         # Data-parallel gradients are averaged over processes, but the mean is over the global batch.
         loss = out.loss * self.accelerator.num_processes if inputs["n_items"] else out.loss
         return (loss, out) if return_outputs else loss
@@ -350,11 +354,14 @@ class LatentTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with each term of the loss and the stage; stop if training has gone wrong."""
+        """Log, with each term of the loss, what the method measured and the stage; stop if training has gone wrong."""
         if "loss" in logs:
             n_steps = max(self.state.global_step - (self._n_logged_steps or 0), 1)
             logs |= {f"loss_{name}": total.item() / n_steps for name, total in self._sums.items()}
-            self._sums, self._n_logged_steps = {}, self.state.global_step
+            for name, (total, n) in self._measured.items():
+                means = (total / n).flatten().tolist()  # where there are several routers, they are numbered from 1
+                logs |= {f"{name}_{i}" if len(means) > 1 else name: mean for i, mean in enumerate(means, 1)}
+            self._sums, self._measured, self._n_logged_steps = {}, {}, self.state.global_step
             if self.curriculum.last_stage:
                 logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
             self._check_health(logs["loss_answer"])
@@ -402,8 +409,12 @@ class LatentTrainer(Trainer):
         """Where the best model is kept."""
         return Path(self.args.output_dir) / checkpoint.RUN_CHECKPOINT
 
+    def _kept_validation(self) -> dict[str, Any] | None:
+        """Return what validation chose the kept model by; None where it was not chosen, or there is none."""
+        return checkpoint.read_settings(self.best_folder).get("validation") if self.best_folder.exists() else None
+
     def _keep_if_best(self, accuracy: float, stage: int) -> None:
-        best = checkpoint.read_settings(self.best_folder).get("validation") if self.best_folder.exists() else None
+        best = self._kept_validation()
         if self.args.should_save and (best is None or accuracy >= best["accuracy"]):
             self._check_weights()
             record = {"accuracy": accuracy, "n": len(self.eval_dataset), "step": self.state.global_step}
@@ -432,7 +443,7 @@ class LatentTrainer(Trainer):
         except BaseException:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and signals are put away
             raise
-        if self.args.should_save and not self.best_folder.exists() and not self.interrupted:
+        if self.args.should_save and not self.interrupted and self._kept_validation() is None:
             checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed, "stage": self.reached_stage})
         return output
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from innerloop.errors import refuse
 from innerloop.examples import Example
 from innerloop.fitting import fit_judge, fit_probe, fitted_thresholds
-from innerloop.halting import StopSettings
+from innerloop.halting import StopSettings, first_agreeing, first_correct
 from innerloop.measure.statistics import clopper_pearson, wilson
 from innerloop.model import LatentModel
 from innerloop.survey import Survey, ruled_by, survey, use_rule
@@ -142,6 +142,11 @@ class Tryout:
         flops = torch.tensor([one.cost.flops for one in found], dtype=torch.float64)
         return Answers(torch.tensor(correct), texts, torch.tensor(loops, dtype=torch.float64), flops)
 
+    def ask_at_full_depth(self, examples: Sequence[Example]) -> Answers:
+        """Answer examples with all iterations; nothing is looked at."""
+        with ruled_by(self.model, stop="fixed", stop_threshold=math.inf):
+            return self.ask(examples)
+
     def at_depths(self, examples: Sequence[Example], n_T: int) -> list[Answers]:
         """Answer examples after 1, 2, ..., T iterations."""
         found = []
@@ -154,7 +159,9 @@ class Tryout:
     def look(self, examples: Sequence[Example], wants_states: bool = False) -> Survey:
         """Survey examples."""
         most = MOST_TOKENS // (8 if wants_states else 1) if self.is_inside else None
-        return survey(self.model, examples, self.batch_size, wants_states, most, self.seed)
+        seen = survey(self.model, examples, self.batch_size, wants_states, most, self.seed)
+        refuse((len(seen.scores_TM) < 2, "the loop has a single iteration, so there is nothing that could stop early"))
+        return seen
 
     def fit(self, examples: Sequence[Example], label: Label) -> None:
         """Fit a classifier or a probe."""
@@ -177,8 +184,7 @@ class Tryout:
 
     def search(self, examples: Sequence[Example], min_rows: int) -> Search:
         """Look where rows would stop, for every threshold."""
-        with ruled_by(self.model, stop="none"):
-            full = self.ask(examples)
+        full = self.ask_at_full_depth(examples)
         seen = self.look(examples)
         self.progress(f"answered {len(examples)} questions at full depth")
         depths: list[Answers] = []
@@ -190,7 +196,7 @@ class Tryout:
         else:
             agrees_TM = None
         choices = self.choices(seen, agrees_TM, min_rows)
-        return Search(self, examples, choices, full, depths, agrees_TM)
+        return Search(self, examples, seen, choices, full, depths, agrees_TM)
 
     def choices(self, seen: Survey, agrees_TM: Tensor | None, min_rows: int) -> list[Choice]:
         """Return the ways to stop that may be chosen, from strict to loose; the first stops nowhere."""
@@ -201,19 +207,32 @@ class Tryout:
             never = torch.full((len(seen.scores_TM),), math.inf)
             found = [Choice(None, never, seen.stops_at(settings, 0.0, never))]
             for target in TARGETS:
-                tau_T = fitted_thresholds(seen.scores_TM, agrees_TM, target, settings.patience, min_rows)
+                tau_T = fitted_thresholds(
+                    seen.scores_TM,
+                    agrees_TM,
+                    target,
+                    settings.patience,
+                    min_rows,
+                    settings.min_loops,
+                    settings.check_every,
+                )
                 found.append(Choice(None, tau_T, seen.stops_at(settings, 0.0, tau_T)))
             return found
-        scores = seen.scores_TM[:-1]
-        thresholds = thresholds_between(scores[scores.isfinite()])
+        known = seen.scores_TM[:-1][seen.scores_TM[:-1].isfinite()]
+        refuse(
+            (
+                len(known) == 0,
+                f"stop={rule.kind} says nothing before the last of {len(seen.scores_TM)} iterations: calibrate another "
+                "score, or a loop of more iterations",
+            )
+        )
+        thresholds = thresholds_between(known)
         return [Choice(kappa, None, seen.stops_at(settings, kappa)) for kappa in thresholds]
 
 
 def thresholds_between(scores: Tensor, most: int = MOST_TRIED) -> list[float]:
     """Return thresholds that tell scores apart, from one above all to one below all; of many, some spread evenly."""
     known = scores.double().unique().flip(0)
-    if len(known) == 0:
-        return [math.inf]
     if bool((known == known.round()).all()):  # counts
         return [known[0].item() + 1, *known.tolist()]
     if len(known) > most:
@@ -229,6 +248,7 @@ class Search:
     Attributes:
         tryout: the model that is asked.
         examples: the questions.
+        seen: their survey.
         choices: the ways to stop, from strict to loose.
         full: the answers at full depth.
         depths: the answers after 1..T iterations, where whole rows stop.
@@ -237,6 +257,7 @@ class Search:
 
     tryout: Tryout
     examples: Sequence[Example]
+    seen: Survey
     choices: list[Choice]
     full: Answers
     depths: list[Answers]
@@ -312,8 +333,23 @@ class Search:
             told["histogram"] = shares_T.tolist()
             told["frontier"] = [{**told_of(c), **asdict(self.foreseen(c))} for c in self.choices]
         elif self.agrees_TM is not None:
-            told["tokens"] = self.tokens(choice, self.agrees_TM)
+            told["tokens"] = self.tokens(choice, self.agrees_TM) | {"oracle": self.oracles()}
         return told
+
+    def oracles(self) -> dict[str, float]:
+        """Return the mean iterations of tokens that stop as soon as they show what they will, or what is right.
+
+        ``right`` is the share of tokens that show what is right at some iteration, ``right_at_last`` at the last.
+        """
+        tops_TM, gold_M = self.seen.tops_TM, self.seen.gold_M
+        assert tops_TM is not None and gold_M is not None
+        numbers = {
+            "agree": first_agreeing(tops_TM),
+            "correct": first_correct(tops_TM, gold_M),
+            "right": (tops_TM == gold_M).any(0),
+            "right_at_last": tops_TM[-1] == gold_M,
+        }
+        return {name: value_M.double().mean().item() for name, value_M in numbers.items()}
 
     def tokens(self, choice: Choice, agrees_TM: Tensor) -> dict[str, Any]:
         """Return what the survey says of the tokens that write, with the gold answers before them."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from innerloop import LatentModel, RecurrentDepth
 from innerloop.context import Context
 from innerloop.cost import Meter
-from innerloop.depth import Deep
-from innerloop.recurrence import noise_at
+from innerloop.depth.passes import Deep
+from innerloop.depth.recurrence import noise_at
 from tests.models import WIDTH, random_ids, tiny_model
 
 LENGTH = 9

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from innerloop import LatentModel
 from innerloop.context import Context
-from innerloop.duo import DuoCache
+from innerloop.depth.duo import DuoCache
 
 Pair = tuple[int, int]  # token, depth
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
 from innerloop.cost import Meter, flops_of
-from innerloop.exit_pass import ExitCache
+from innerloop.depth.exit_pass import ExitCache
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.layout import Batch
 from innerloop.survey import survey, use_rule

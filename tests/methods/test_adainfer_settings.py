@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments
 from innerloop.calibrate import calibrate
-from innerloop.exits import exit_loss
+from innerloop.depth.exits import exit_loss
 from innerloop.halting.judge import JudgeKind
 from innerloop.methods import METHODS
 from innerloop.survey import survey, use_rule

@@ -8,9 +8,9 @@ import torch
 from innerloop import Cot, LatentModel, Mod
 from innerloop.context import Context
 from innerloop.cost import Meter
-from innerloop.depth import Reading, Tokens
+from innerloop.depth.passes import Reading, Tokens
+from innerloop.depth.router import mixed
 from innerloop.methods.mod import ModDepth
-from innerloop.router import mixed
 from tests.methods.reference_routing import IDS, LENGTH, dense_mod, displaces, leak, read, some_ids, stepwise
 from tests.methods.tools import MIXED, QUESTIONS, ROUNDED, assert_close, by_arch
 from tests.models import answers_of, left_pad, tiny_model

@@ -98,6 +98,13 @@ def test_a_retrofit_starts_at_the_base_model_while_the_capacity_is_one():
     assert not torch.equal(plain.terms["answer"], model.loss(EXAMPLES).terms["answer"])
 
 
+@pytest.mark.parametrize("causality", ["aux_bce", "predictor", "calibrated"])
+def test_routers_in_half_precision_too_score_in_fp32(causality):
+    model = tiny_model(Mod(causality=causality)).bfloat16()
+    model.train().loss(list(chain_examples(4, 2))).loss.backward()
+    assert model.depth.routers[0](torch.randn(1, 2, 32).bfloat16()).dtype == torch.float32
+
+
 def test_half_precision_models_are_routed_in_fp32():
     model = tiny_model(Mod(capacity=0.4, routing_mode="topk"), num_hidden_layers=4)
     model.backbone.bfloat16()

@@ -10,9 +10,9 @@ from innerloop import Cot, InputError, LatentModel, Mor
 from innerloop.backbone import Backbone
 from innerloop.checkpoint import from_scratch
 from innerloop.context import Context
-from innerloop.depth import Reading, Tokens
-from innerloop.recursion import TokenChoicePass
-from innerloop.router import Notes
+from innerloop.depth.passes import Reading, Tokens
+from innerloop.depth.recursion import TokenChoicePass
+from innerloop.depth.router import Notes
 from tests.methods.reference_routing import IDS, dense_mor, read, some_ids
 from tests.methods.test_mor import TOKENS, recursive
 from tests.methods.tools import ROUNDED, assert_close, learn

@@ -10,7 +10,7 @@ import torch
 
 from innerloop import Cot, Example, InputError, LatentModel, Looped, RecurrentDepth
 from innerloop.cost import Meter
-from innerloop.recurrence import mean_cosine, noise_at
+from innerloop.depth.recurrence import mean_cosine, noise_at
 from tests.methods.reference_recurrence import (
     IDS,
     LENGTH,

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from innerloop import LatentModel, LatentTrainer, LatentTrainingArguments, RecurrentDepth
+from innerloop import LatentModel, LatentTrainer, LatentTrainingArguments, Looped, RecurrentDepth, Slr
+from innerloop.depth.recurrence import Ramp
 from innerloop.loop_sampling import draw_loops
-from innerloop.recurrence import Ramp
 from tests.methods.reference_recurrence import PLAIN, recurrent, with_settings
 from tests.methods.tools import (
     MIXED,
@@ -19,7 +19,7 @@ from tests.methods.tools import (
     by_arch,
     gradients,
 )
-from tests.models import answers_of, chain_examples
+from tests.models import answers_of, chain_examples, tiny_model
 
 ZERO = replace(PLAIN, state_std=0.0, bptt=2)  # training draws no state, so that gradients can be compared
 
@@ -57,11 +57,13 @@ def test_iterations_may_be_drawn_evenly_or_not_at_all():
         assert {model.rows(MIXED[:1], seed=f"0/{step}/0/0")[0].depth for step in range(30)} == expected
 
 
-def test_all_processes_draw_the_same_and_every_micro_batch_its_own():
-    model = recurrent(replace(PLAIN, max_loops=16, loop_sampling="lognormal_poisson"))
+@pytest.mark.parametrize("method", [PLAIN, Looped(), Slr(n_slots=2)], ids=lambda method: method.name)
+def test_all_processes_draw_the_same_and_every_micro_batch_its_own(method):
+    model = tiny_model(replace(method, max_loops=16, loop_sampling="lognormal_poisson"), num_hidden_layers=4)
 
     def drawn(step: int, process: int, micro: int) -> int:
-        return model.rows(MIXED[:1], seed=f"3/{step}/{process}/{micro}")[0].depth
+        (row,) = model.rows(MIXED[:1], seed=f"3/{step}/{process}/{micro}")
+        return row.n_loops or row.depth
 
     assert all(drawn(step, 0, 1) == drawn(step, 5, 1) for step in range(20))
     assert [drawn(step, 0, 0) for step in range(20)] != [drawn(step, 0, 1) for step in range(20)]

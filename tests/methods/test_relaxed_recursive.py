@@ -20,9 +20,9 @@ from innerloop import (
     RelaxedRecursive,
 )
 from innerloop.backbone import Backbone
+from innerloop.depth.residual_lora import key_of, truncated
+from innerloop.depth.tying import rebuild, stepwise
 from innerloop.methods.relaxed_recursive import divergence
-from innerloop.residual_lora import key_of, truncated
-from innerloop.tying import rebuild, stepwise
 from tests.methods.test_looped import NO_DROPOUT, assert_same, gap, stirred, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, learn, logits_of, with_token
 from tests.models import chain_examples, saved, tiny_model

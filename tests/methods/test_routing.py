@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from innerloop import Cot, InputError, LatentModel, Mod, Mor, checkpoint, recursion
+from innerloop import Cot, InputError, LatentModel, Mod, Mor, checkpoint
 from innerloop.adapters import freeze
 from innerloop.context import Context
+from innerloop.depth import recursion
 from innerloop.methods import METHODS, Method
 from innerloop.methods import mod as mod_module
 from innerloop.recipe import parse_recipe

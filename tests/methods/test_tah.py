@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from innerloop import Cot, LatentModel, Tah
-from innerloop.duo import sees
+from innerloop.depth.duo import sees
 from innerloop.methods import Method
 from tests.methods.reference_tah import columns, read, slow
 from tests.methods.tools import MIXED, assert_close, base, by_arch, change, on, stir

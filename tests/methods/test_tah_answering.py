@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop import Cot, InputError, LatentModel, Tah, decider
+from innerloop import Cot, InputError, LatentModel, Tah
 from innerloop.cost import Meter
-from innerloop.decider import FREE
+from innerloop.depth import decider
+from innerloop.depth.decider import FREE
 from innerloop.trace import Trace
 from tests.methods.reference_tah import read, slow
 from tests.methods.tools import MIXED, QUESTIONS, assert_close, by_arch, change, logits_of, on, stir, with_token
@@ -156,9 +157,16 @@ def test_a_token_goes_on_if_the_decider_is_surer_than_tau():
     _, context = read(model, ids, context.wanted_BS)
     went = context.deep[0].depths_BL == 2
     assert torch.equal(went, (scores[0].sigmoid() > 0.3).view(2, 7))
-    at = change(SMALL, tau=scores[0].sigmoid().max().item())  # strictly surer
-    _, context = read(on("llama", at), ids, torch.full_like(ids, FREE))
-    assert (context.deep[0].depths_BL == 1).all()
+    surest = scores[0].sigmoid().max().item()
+    for tau, n_went in ((surest, 0), (surest - 1e-9, 1)):  # strictly surer
+        model.depth.chooser.settings = change(SMALL, tau=tau)
+        _, context = read(model, ids, torch.full_like(ids, FREE))
+        assert (context.deep[0].depths_BL == 2).sum() == n_went
+    with torch.no_grad():
+        model.depth.chooser.decider.leave.bias.fill_(1e3)
+    model.depth.chooser.settings = change(SMALL, tau=1.0)
+    _, context = read(model, ids, torch.full_like(ids, FREE))
+    assert (scores[-1].sigmoid() == 1).all() and (context.deep[0].depths_BL == 1).all()
 
 
 def test_what_the_decider_sees():

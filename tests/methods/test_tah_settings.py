@@ -9,8 +9,8 @@ from torch import nn
 
 from innerloop import Cot, InputError, LatentModel, Tah, write_examples
 from innerloop.backbone import Backbone
-from innerloop.decider import Decider, usual_layers
-from innerloop.prune import loss_without, prune_layers
+from innerloop.depth.decider import Decider, usual_layers
+from innerloop.depth.prune import loss_without, prune_layers
 from innerloop.recipe import parse_recipe
 from tests.methods.tools import MIXED, by_arch
 from tests.models import chain_examples, saved, tiny_backbone, tiny_model
@@ -36,6 +36,7 @@ SMALL = {"lora_rank": 2, "decider_width": 8, "decider_blocks": 1}
         ({"decider_blocks": -1}, "decider_blocks cannot be negative"),
         ({"pos_weight": 0.0}, "pos_weight must be above 0"),
         ({"label_share": 1.0}, "label_share is a share of the tokens"),
+        ({"label_share": 0.3, "iterate": "oracle", "reference": "x"}, "mismatch has a share of its own"),
         (
             {"trains": "decider", "iterate": "oracle", "reference": "x"},
             "set iterate to decider and max_loops to at least 2",
@@ -190,6 +191,11 @@ def test_deleting_more_layers_tells_them_by_their_first_numbers():
         prune_layers(backbone, [[1, 2, 3]], 2)
     with pytest.raises(InputError, match="give at least one of two tokens"):
         prune_layers(backbone, [[1]], 1)
+
+
+def test_a_model_from_scratch_is_not_pruned():
+    with pytest.raises(InputError, match="from scratch has no layers to delete"):
+        tiny_model(Tah(prune_layers=1, prune_rows="rows.jsonl", **SMALL))
 
 
 @by_arch

@@ -11,8 +11,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from innerloop import Cot, InputError, LatentModel, Looped, Tah
 from innerloop.adapters import freeze
-from innerloop.decider import ONCE
-from innerloop.oracle import Oracle
+from innerloop.depth.decider import ONCE
+from innerloop.depth.oracle import Oracle
 from innerloop.recipe import load_recipe, parse_recipe
 from innerloop.run import run_recipe
 from tests.methods.reference_tah import slow_logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -72,9 +73,10 @@ STATE_FLOPS = 6  # per element of a state, of a score that compares two
 def decayed(threshold: float, written_B: Tensor | None, span: int) -> float | Tensor:
     """Return CALM's threshold clip(0.9 tau + 0.1 exp(-4 i / span), 0, 1) of the i-th token written (arXiv 2207.07061).
 
-    ``written_B`` is i, from 0; None: nothing has been written yet. A span of 0 leaves the threshold alone.
+    ``written_B`` is i, from 0; None: nothing has been written yet. A span of 0 leaves the threshold alone, and so does
+    an infinite one, which never stops.
     """
-    if span == 0:
+    if span == 0 or math.isinf(threshold):
         return threshold
     if written_B is None:
         return min(max(0.9 * threshold + 0.1, 0.0), 1.0)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from innerloop.backbone import Backbone
 from innerloop.cache import DepthCache
-from innerloop.depth import Deep, Depth, Reading
+from innerloop.depth.exit_pass import ExitCache, ExitPass, KvMissing
+from innerloop.depth.exits import ExitSettings, add_exit_terms
+from innerloop.depth.passes import Deep, Depth, Reading
 from innerloop.errors import refuse
-from innerloop.exit_pass import ExitCache, ExitPass, KvMissing
-from innerloop.exits import ExitSettings, add_exit_terms
 from innerloop.halting import StopSettings
 from innerloop.halting.judge import TAPPED
 from innerloop.layout import Batch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from innerloop.backbone import Backbone, Matrix
-from innerloop.depth import Deep, Depth, Reading
+from innerloop.depth.passes import Deep, Depth, Reading
 from innerloop.errors import refuse
 from innerloop.loop import InnerLoop
 from innerloop.methods.method import DepthMethod

@@ -8,7 +8,7 @@ The loop is the library's inner loop: its state are the tokens' states between t
 loop-wise LoRA, residuals and stop scores work here as well; beta_i is ``residual: B, alpha: 1, alpha_learn: free``.
 Every (loop, layer) has keys and values of its own. Stop scores that look at words see the block's output through the
 final norm and the head. What is learned at earlier exits, such as the gate of Ouro (arXiv 2510.25741), is in
-`innerloop.exits`.
+`innerloop.depth.exits`.
 """
 
 import copy
@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
 from innerloop.cache import DepthCache, Slot
-from innerloop.depth import BlockPass, Deep, Depth, Reading, TokenPass, Tokens, read_layers
+from innerloop.depth.exits import ExitSettings, add_exit_terms
+from innerloop.depth.kv_sharing import KvMissing, KvShare, SharedKv, stopped_earlier
+from innerloop.depth.passes import BlockPass, Deep, Depth, Reading, TokenPass, Tokens, read_layers
+from innerloop.depth.tying import depths_of, rebuild, stepwise, with_ends
 from innerloop.errors import refuse
-from innerloop.exits import ExitSettings, add_exit_terms
-from innerloop.kv_sharing import KvMissing, KvShare, SharedKv, stopped_earlier
 from innerloop.layout import Batch
 from innerloop.loop import InnerLoop, LoopSettings
 from innerloop.loop_sampling import LoopSampling, draw_loops
 from innerloop.losses import Terms
 from innerloop.methods.method import DepthMethod
 from innerloop.thought import Thought
-from innerloop.tying import depths_of, rebuild, stepwise, with_ends
 
 
 @dataclass(frozen=True)

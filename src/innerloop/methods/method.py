@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from innerloop.backbone import Backbone
-    from innerloop.depth import Depth
+    from innerloop.depth.passes import Depth
     from innerloop.loop import InnerLoop
 
 Scope = Literal["slots", "append", "all", "last"]

@@ -19,11 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from innerloop.backbone import Backbone
-from innerloop.depth import Deep, Depth, Reading, Tokens
-from innerloop.errors import InputError, check_choices, refuse
-from innerloop.loop import InnerLoop
-from innerloop.methods.method import DepthMethod
-from innerloop.router import (
+from innerloop.depth.passes import Deep, Depth, Reading, Tokens
+from innerloop.depth.router import (
     CapacityBase,
     Gate,
     GateTarget,
@@ -38,6 +35,9 @@ from innerloop.router import (
     top_k,
     warmed,
 )
+from innerloop.errors import InputError, check_choices, refuse
+from innerloop.loop import InnerLoop
+from innerloop.methods.method import DepthMethod
 
 if TYPE_CHECKING:
     from innerloop.examples import Example

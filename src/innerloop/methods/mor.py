@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from innerloop.backbone import Backbone
-from innerloop.depth import Deep, Depth, Reading
+from innerloop.depth.passes import Deep, Depth, Reading
+from innerloop.depth.recursion import ExpertPass, TokenChoicePass
+from innerloop.depth.router import CapacityBase, Notes, Router
+from innerloop.depth.tying import check_kinds, rebuild, stepwise
 from innerloop.errors import check_choices, refuse
 from innerloop.loop import InnerLoop, LoopSettings
 from innerloop.methods.method import DepthMethod
-from innerloop.recursion import ExpertPass, TokenChoicePass
-from innerloop.router import CapacityBase, Notes, Router
-from innerloop.tying import check_kinds, rebuild, stepwise
 
 if TYPE_CHECKING:
     from innerloop.layout import Batch
@@ -133,7 +133,7 @@ class Mor(DepthMethod):
 
     @property
     def loop(self) -> LoopSettings:
-        """A recursion gives back states between two layers, and nothing else is done to them."""
+        """A recursion gives back states between two layers; gate and router take the place of the loop's options."""
         return LoopSettings(feedback_site="pre_norm")
 
     @property

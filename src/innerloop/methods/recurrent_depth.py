@@ -4,7 +4,7 @@
 
 Training draws r, r = Poisson(exp(N(log rbar - 1/8, 1/4))) + 1, and back-propagates through the last k iterations; e has
 its gradient in all of these. The loop is the library's inner loop, so timestep embedding, loop-wise LoRA, residuals and
-stop scores work here as well; a token stops by itself, and `innerloop.lookup` says which keys others then find of it.
+stop scores work here as well; a token stops by itself: `innerloop.depth.lookup` says which keys others then find.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from innerloop.backbone import Backbone
 from innerloop.cache import DepthCache
 from innerloop.curriculum import Schedule
-from innerloop.depth import Deep, Depth, Reading, Tokens
+from innerloop.depth.lookup import DEFAULT_SLOTS, ENDED, Lookup, LookupKind, LookupPass, LookupTokenPass
+from innerloop.depth.passes import Deep, Depth, Reading, Tokens
+from innerloop.depth.recurrence import Ramp, RampKind, mean_cosine, noise_at
 from innerloop.errors import refuse
 from innerloop.examples import Example
 from innerloop.halting.rule import GATES
 from innerloop.layout import Row, Speller
-from innerloop.lookup import DEFAULT_SLOTS, ENDED, Lookup, LookupKind, LookupPass, LookupTokenPass
 from innerloop.loop import InnerLoop, LoopSettings
 from innerloop.loop_sampling import LoopSampling, draw_loops
 from innerloop.methods.method import DepthMethod
-from innerloop.recurrence import Ramp, RampKind, mean_cosine, noise_at, shared_seed
 
 SPLIT = "recurrent_depth_layers"  # where the configuration of a rebuilt decoder says how many layers each part has
 
@@ -164,7 +164,7 @@ class RecurrentDepth(LoopSettings, DepthMethod):
         rows = super().rows(examples, spell, stage, seed)
         if seed:
             mean = self.n_loops(self.curriculum.last_stage if stage is None else stage)
-            drawn = draw_loops(self.loop_sampling, mean, shared_seed(seed))
+            drawn = draw_loops(self.loop_sampling, mean, seed)
             for row in rows:
                 row.depth = drawn
         return rows

@@ -19,15 +19,15 @@ from torch.nn.functional import kl_div
 
 from innerloop.backbone import Backbone
 from innerloop.context import Context
-from innerloop.depth import Depth
+from innerloop.depth.passes import Depth
+from innerloop.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
+from innerloop.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
 from innerloop.errors import refuse
 from innerloop.layout import Batch
 from innerloop.loop import InnerLoop
 from innerloop.losses import LossSettings, Terms
 from innerloop.methods.looped import BlockLoop, LoopedDepth
-from innerloop.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
 from innerloop.thought import Thought
-from innerloop.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel

@@ -5,7 +5,7 @@
     e^(d+1) = sum_v p_v E[v] with p = softmax over the top-K of Z^d;  Z^(d+1) = Z^d + P_LoRA(e^(d+1))       (tah.md, 3)
 
 What adds up are the states after the final norm: the head is linear, so it reads the sum of the logits off their sum.
-The query of token i at depth d sees token j <= i at depths up to d (`innerloop.duo`). While answering, one pass serves
+A query at depth d sees earlier tokens at depths up to d (`innerloop.depth.duo`). While answering, one pass serves
 rows at every depth: a row whose token is hard waits for one more pass, and the others write on.
 
 Training has two stages: the model and the LoRA, with depths from an oracle (``iterate: oracle``); then the decider
@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from innerloop.backbone import Backbone
-from innerloop.decider import FREE, ONCE, Choice, Chooser, DeciderSettings, charge
-from innerloop.depth import Deep, Depth, Reading, Tokens
-from innerloop.duo import DepthAttention, DuoCache, Unfinished, read_at
+from innerloop.depth.decider import FREE, ONCE, Choice, Chooser, DeciderSettings, charge
+from innerloop.depth.duo import DepthAttention, DuoCache, Unfinished, read_at
+from innerloop.depth.oracle import Oracle, OracleSettings, hashes
+from innerloop.depth.passes import Deep, Depth, Reading, Tokens
 from innerloop.errors import refuse
 from innerloop.examples import read_examples
 from innerloop.loop import InnerLoop, LoopSettings
 from innerloop.loop_lora import BankKind
 from innerloop.methods.method import DepthMethod
-from innerloop.oracle import Oracle, OracleSettings, hashes
 
 if TYPE_CHECKING:
     from innerloop.layout import Batch
@@ -129,13 +129,18 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
         """Return D."""
         return self.max_loops
 
+    def begin(self, backbone: Backbone) -> None:
+        """Refuse to choose among layers that have learned nothing."""
+        message = "a model from scratch has no layers to delete: lower num_hidden_layers, and leave prune_layers out"
+        refuse((self.prune_layers > 0, message))
+
     def convert(self, backbone: Backbone) -> None:
         """Delete the layers that are missed least."""
         if self.prune_rows is None:
             return
         from innerloop.checkpoint import load_tokenizer
+        from innerloop.depth.prune import N_ROWS, prune_layers
         from innerloop.layout import Speller
-        from innerloop.prune import N_ROWS, prune_layers
 
         spell = Speller(load_tokenizer(backbone.lm.name_or_path))
         rows = [self.lay_out(example, spell).ids() for example in read_examples(self.prune_rows, limit=N_ROWS)]

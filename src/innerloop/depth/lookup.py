@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from innerloop.cache import DepthCache, Slot
-from innerloop.depth import BlockPass, Depth, Reading, TokenPass, Tokens
+from innerloop.depth.passes import BlockPass, Depth, Reading, TokenPass, Tokens
 
 LookupKind = Literal["latest", "always_last", "skip", "compress", "anchor"]
 DEFAULT_SLOTS = {"compress": 4, "anchor": 8}

@@ -50,7 +50,13 @@ class OracleSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        refuse((not 0 < self.label_share < 1, "label_share is a share of the tokens: choose a value between 0 and 1"))
+        refuse(
+            (not 0 < self.label_share < 1, "label_share is a share of the tokens: choose a value between 0 and 1"),
+            (
+                self.label_metric == "mismatch" and self.label_share != OracleSettings.label_share,
+                "label_share is for the hardest tokens by ce or entropy: mismatch has a share of its own",
+            ),
+        )
 
 
 class Oracle:

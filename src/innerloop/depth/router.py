@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from innerloop.stabilize import at_least_fp32
+
 Gate = Literal["identity", "sigmoid", "scaled_sigmoid", "st"]
 GateTarget = Literal["delta", "full", "replace"]
 CapacityBase = Literal["valid", "static"]
@@ -37,7 +39,8 @@ class Router(nn.Module):
     def forward(self, states_BLD: Tensor) -> Tensor:
         """Return the scores (B, L, N)."""
         with torch.autocast(states_BLD.device.type, enabled=False):
-            return states_BLD.to(self.weight.dtype) @ self.weight.T
+            weight = at_least_fp32(self.weight)
+            return states_BLD.to(weight.dtype) @ weight.T
 
     @property
     def flops(self) -> float:

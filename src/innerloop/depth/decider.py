@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
-from innerloop.depth import Spending, Tokens
+from innerloop.depth.passes import Spending, Tokens
 from innerloop.errors import check_choices, refuse
 from innerloop.stabilize import at_least_fp32
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from innerloop.backbone import Backbone
 from innerloop.cache import DepthCache, Slot, view
-from innerloop.depth import Spending, Tokens
+from innerloop.depth.passes import Spending, Tokens
 
 DepthAttention = Literal["duo", "depth1_only", "same_depth"]
 

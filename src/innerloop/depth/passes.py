@@ -198,7 +198,7 @@ class Deep:
             for them.
         gates: the logits (B, L) of a gate at each of them, where there is one.
         sums: what the method's own terms of the loss add up to, summed over rows.
-        measured: what is worth reporting, such as the share of tokens that were chosen.
+        measured: what is worth reporting, such as the share of tokens that were chosen; training logs it.
         done_BL: where a pass may leave tokens unfinished: the tokens, of this pass or an earlier one, that it finished.
         logits_BV: the logits of the last column, where the pass has them already.
         shown: places of the pass (A,), numbered row by row, that it has read out, -1 for none, and their logits (A, V).

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from innerloop.depth import BlockPass, Reading, Tokens
-from innerloop.router import (
+from innerloop.depth.passes import BlockPass, Reading, Tokens
+from innerloop.depth.router import (
     GateTarget,
     Notes,
     Router,

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from innerloop.backbone import Backbone
 from innerloop.cache import DepthCache, Slot, SlotLayer
-from innerloop.depth import BlockPass, Depth, Reading, Spending, TokenPass, Tokens
+from innerloop.depth.passes import BlockPass, Depth, Reading, Spending, TokenPass, Tokens
 
 KvMissing = Literal["lazy_backfill", "propagate", "full_compute"]
 

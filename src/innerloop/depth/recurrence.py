@@ -52,12 +52,6 @@ class Ramp(Schedule):
         return max(1, math.ceil(self.mean * share - 1e-9))
 
 
-def shared_seed(seed: str) -> str:
-    """Return what all processes have in common of a batch's seed, ``SEED/STEP/PROCESS/BATCH``."""
-    parts = seed.split("/")
-    return "/".join(parts[:2] + parts[3:]) if len(parts) == 4 else seed
-
-
 def noise_at(seeds_B1: Tensor, positions_BL: Tensor, width: int) -> Tensor:
     """Return normal noise (B, L, D) in fp32, cut at three standard deviations.
 

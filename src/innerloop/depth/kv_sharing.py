@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from innerloop.cache import DepthCache, Slot
-from innerloop.depth import Reading, Tokens
+from innerloop.depth.passes import Reading, Tokens
 
 KvShare = Literal["none", "last_loop", "first_loop", "mean"]
 KvMissing = Literal["restrict", "share_step"]
