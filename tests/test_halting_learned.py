@@ -9,7 +9,7 @@ from torch import Tensor
 
 from innerloop import Slr
 from innerloop.errors import InputError
-from innerloop.fitting import fit_judge, fit_probe, fitted_thresholds
+from innerloop.fitting import MOST_VECTORS, fit_judge, fit_probe, fitted_thresholds
 from innerloop.halting import (
     Judge,
     Moment,
@@ -316,6 +316,13 @@ def test_a_threshold_is_the_loosest_that_keeps_the_promise_and_ties_stop_togethe
     assert fitted_thresholds(scores, agrees, 1.0, min_rows=5)[0].item() == math.inf
     agrees[0, 2] = False
     assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.9)
+
+
+def test_a_kernel_machine_is_fitted_to_so_many_rows_of_each_kind():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.rand(2, 1400, 2, generator=generator), torch.rand(2, 1400, generator=generator) < 0.5
+    fitted = fit_judge(features, labels, "svm_rbf")  # noise, so that nearly every row is a support vector
+    assert MOST_VECTORS // 2 < fitted["share_KS"].shape[1] <= MOST_VECTORS < 1400
 
 
 def test_rows_that_may_not_stop_yet_count_at_the_iterations_after():
