@@ -88,16 +88,18 @@ def told(one):
     return one.ids, one.text, one.ended, cost.passes, cost.positions, round(cost.flops), cost.loops, one.depths
 
 
-@pytest.mark.parametrize("name", [*METHODS, "tah", "spiral", "adainfer"])
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
+every_method = pytest.mark.parametrize("name", [*METHODS, "tah", "spiral", "adainfer"])
+any_company = given(
     asked=st.permutations(range(len(POOL))),
     n=st.integers(1, len(POOL)),
     batch_size=st.integers(1, 5),
     max_positions=st.sampled_from([None, 40, 90]),
     check_every=st.sampled_from([None, 3, 8]),
 )
-def test_a_row_writes_and_costs_what_it_does_alone(name, asked, n, batch_size, max_positions, check_every):
+quiet = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+def assert_company_does_not_matter(name, asked, n, batch_size, max_positions, check_every):
     model, alone = made(name)
     chosen = list(asked[:n])
     before, engine.CHECK_EVERY = engine.CHECK_EVERY, check_every
@@ -109,6 +111,21 @@ def test_a_row_writes_and_costs_what_it_does_alone(name, asked, n, batch_size, m
         engine.CHECK_EVERY = before
     for i, one in zip(chosen, found, strict=True):
         assert told(one) == alone[i]
+
+
+@every_method
+@settings(max_examples=3, **quiet)
+@any_company
+def test_a_row_writes_and_costs_what_it_does_alone(name, **company):
+    assert_company_does_not_matter(name, **company)
+
+
+@pytest.mark.slow
+@every_method
+@settings(max_examples=25, **quiet)
+@any_company
+def test_a_row_writes_and_costs_what_it_does_alone_in_any_company(name, **company):
+    assert_company_does_not_matter(name, **company)
 
 
 def assert_as_alone(model, questions=POOL, n=N, batch_size=3):

@@ -1,0 +1,1 @@
+"""The verbs of the command line; `innerloop.cli` makes a parser of their signatures."""

@@ -1,0 +1,56 @@
+"""What the command line was given, as objects: where to print, a task, a method, a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from innerloop import checkpoint
+from innerloop.errors import InputError
+from innerloop.methods import Method, method_named
+from innerloop.recipe import named, parse_value, read_recipe
+from innerloop.run import CONFIG
+from innerloop.tasks import Task, task_named
+
+console = Console()
+
+
+def device_given(text: str | None) -> torch.device | None:
+    """Return the device of a name, if it is there."""
+    if text is None:
+        return None
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise InputError(f"--device {text} is no device: write cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InputError(f"--device {text}: there are the CPU and {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def task_given(run: str, task: str | None, data: str | None, split: str) -> Task:
+    """Return the task asked for, or the one a run was trained on, with ``data`` as the source of the split."""
+    checkpoint.resolve(run)
+    if task is not None:
+        section = parse_value(task, "--task")
+    elif (Path(run) / CONFIG).exists():
+        section = read_recipe(Path(run) / CONFIG)["task"]
+    else:
+        raise InputError(f"{run} is no folder with a {CONFIG}, so say what to answer: --task NAME")
+    if not isinstance(section, str | dict):
+        raise InputError(f"--task {task}: write a task's name, or {{name: ..., field: value}}")
+    section = {"name": section} if isinstance(section, str) else dict(section)
+    if data is not None:
+        if split not in getattr(task_named(section.get("name", "")), "__dataclass_fields__", {}):
+            raise InputError(f"task '{section['name']}' makes its own examples and reads no --data")
+        section[split] = data
+    return named(section, "task", task_named)
+
+
+def method_given(text: str | None) -> Method | None:
+    """Return the method written as a name or as {name: ..., field: value}."""
+    return None if text is None else named(parse_value(text, "--method"), "method", method_named)

@@ -1,0 +1,221 @@
+"""Verbs that answer and look: eval, ask, lens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from innerloop import checkpoint
+from innerloop.errors import InputError
+from innerloop.lens import look, page_path, terminal_view, write_page
+from innerloop.measure import evaluate, result_of
+from innerloop.measure.harness import RESULT as HARNESS_RESULT
+from innerloop.measure.harness import evaluate_tasks
+from innerloop.measure.reports import Measurement, check_asked
+from innerloop.methods import Cot
+from innerloop.model import LatentModel
+from innerloop.progress import bar
+from innerloop.show import answer_view
+from innerloop.verbs.given import console, method_given, task_given
+
+
+def eval_(
+    run: str,
+    task: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    out: str | None = None,
+    method: str | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int | None = None,
+    stage: int | None = None,
+    loops: int | None = None,
+    backend: Literal["innerloop", "lm-eval"] = "innerloop",
+    tasks: str | None = None,
+    tasks_dir: str | None = None,
+    shots: int | None = None,
+    controls: bool = False,
+    stability: bool = False,
+    probes: bool = False,
+) -> None:
+    """Measure accuracy with its 95 % interval, and the cost per example.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
+        data: a file or Hub data set to read the split from.
+        split: train, valid or test.
+        limit: answer only the first examples.
+        out: the folder for result.json and predictions.jsonl; by default the run's own.
+        method: reason by another method than the run was trained with.
+        batch_size: rows per batch.
+        max_new_tokens: the most tokens to write per example; by default as the task says.
+        stage: answer in the layout of this stage of the method's curriculum; by default the last.
+        loops: another number of loops than the model was trained with.
+        backend: lm-eval answers tasks of lm-evaluation-harness instead, and writes lm_eval.json.
+        tasks: of lm-eval, names of tasks with commas between them.
+        tasks_dir: of lm-eval, a folder with tasks of your own.
+        shots: of lm-eval, examples put before a question; by default as the task says.
+        controls: also answer with the latents replaced, hidden, or refined more or less often; writes controls.json.
+        stability: also measure how the loop behaves, iteration by iteration; writes stability.json.
+        probes: also read step results off the latents, and swap latents between examples; writes probes.json.
+    """
+    if backend == "lm-eval":
+        _eval_harness(run, tasks, method, Path(out or run), limit, batch_size, tasks_dir, shots)
+        return
+    if (tasks, tasks_dir, shots) != (None, None, None):
+        raise InputError("--tasks, --tasks_dir and --shots are of --backend lm-eval; a task of ours is named by --task")
+    if method is not None and out is None and checkpoint.is_run(run):
+        raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
+    checkpoint.resolve(run)
+    folder = Path(out or run)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(folder / "predictions.jsonl.partial", "")  # a folder that cannot be written is found now
+    (folder / "predictions.jsonl.partial").unlink()
+    chosen = task_given(run, task, data, split)
+    examples = chosen.examples(split, limit)
+    model = LatentModel.from_pretrained(run, method_given(method))
+    last = model.method.curriculum.last_stage
+    if stage is not None and not 0 <= stage <= last:
+        raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
+    if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
+        console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
+    check_asked(model, stage, loops, controls, stability, probes)
+    with bar(console) as progress:
+        row = progress.add_task(f"eval {chosen.name}", total=len(examples), note="")
+        predictions = evaluate(
+            model,
+            chosen,
+            examples,
+            max_new_tokens,
+            batch_size,
+            stage,
+            loops,
+            progress=lambda n: progress.advance(row, n),
+        )
+    result = result_of(model, chosen, split, predictions, checkpoint.recorded(run, "seed"), run)
+    asked = {"max_new_tokens": max_new_tokens, "stage": stage, "loops": loops}
+    if asked := {name: value for name, value in asked.items() if value is not None}:
+        result["asked"] = asked  # answers that are not those of the run as it is
+    lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
+    checkpoint.write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    checkpoint.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    if "failed" in result:
+        console.print(
+            f"note: {result['failed']} examples could not be answered, and count as wrong; predictions.jsonl says why"
+        )
+    low, high = result["ci95"]
+    cost = result["cost"]
+    console.print(
+        f"{model.method.name} on {chosen.name}/{split}: accuracy {result['accuracy']:.1%} "
+        f"(95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable {result['unparsable']}); "
+        f"per example {cost['passes']:.1f} passes, {cost['positions']:.1f} positions, "
+        f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
+        soft_wrap=True,
+    )
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
+    measured = (model, chosen, split, examples, predictions, run, result["seed"], folder, console, options)
+    Measurement(*measured).run(controls, stability, probes)
+
+
+def _eval_harness(
+    run: str,
+    tasks: str | None,
+    method: str | None,
+    folder: Path,
+    limit: int | None,
+    batch_size: int,
+    tasks_dir: str | None,
+    shots: int | None,
+) -> None:
+    """Answer tasks of lm-evaluation-harness."""
+    if not tasks:
+        raise InputError("--backend lm-eval needs --tasks NAME,NAME")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    model = LatentModel.from_pretrained(run, method_given(method))
+    folder.mkdir(parents=True, exist_ok=True)
+    report = evaluate_tasks(model, names, run, folder, shots, limit, batch_size, tasks_dir)
+    table = Table("task", "measure", "value", "standard error")
+    for task, measures in report["results"].items():
+        for name, value in measures.items():
+            kind, _, filtered = name.partition(",")
+            if isinstance(value, float) and not kind.endswith("_stderr"):
+                error = measures.get(f"{kind}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                table.add_row(task, name.removesuffix(",none"), f"{value:.4f}", shown)
+    console.print(table)
+    console.print(f"{folder / HARNESS_RESULT}", soft_wrap=True)
+
+
+def ask(
+    run: str, question: str, method: str | None = None, max_new_tokens: int = 128, temperature: float = 0.0
+) -> None:
+    """Answer one question, and show what the latents held at each loop.
+
+    Args:
+        run: a run's folder, or any model; a plain model writes freely.
+        question: the question.
+        method: reason by another method than the run was trained with.
+        max_new_tokens: the most tokens to write.
+        temperature: 0 writes the likeliest tokens.
+    """
+    if not question.strip():
+        raise InputError("the question is empty")
+    chosen = method_given(method)
+    if chosen is None and not checkpoint.is_run(run):
+        chosen = Cot()
+    model = LatentModel.from_pretrained(run, chosen)
+    answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
+    console.print(answer_view(answer, model.tokenizer))
+
+
+def lens(
+    run: str,
+    examples: int = 8,
+    task: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    loops: int | None = None,
+    out: str | None = None,
+    method: str | None = None,
+    max_new_tokens: int | None = None,
+    terminal: bool = False,
+) -> None:
+    """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        examples: how many examples the page holds.
+        task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
+        data: a file or Hub data set to read the split from.
+        split: train, valid or test.
+        loops: another number of loops than the model was trained with.
+        out: the file; by default RUN/lens.html for a run, and lens.html here for another model.
+        method: reason by another method than the run was trained with.
+        max_new_tokens: the most tokens to write per example; by default as the task says.
+        terminal: show the first example in the terminal, and write no file.
+    """
+    if examples < 1 or (loops is not None and loops < 0) or (max_new_tokens is not None and max_new_tokens < 1):
+        raise InputError("lens needs examples >= 1, loops >= 0 and max_new_tokens >= 1")
+    chosen = task_given(run, task, data, split)
+    if method is None and not checkpoint.is_run(run):
+        raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
+    asked = chosen.examples(split, 1 if terminal else examples)
+    path = None if terminal else page_path(run, out)
+    model = LatentModel.from_pretrained(run, method_given(method))
+    if path is None:
+        console.print(terminal_view(model, chosen, asked[0], loops, max_new_tokens))
+        return
+    with bar(console) as progress:
+        row = progress.add_task(f"lens {model.method.name}", total=len(asked), note="")
+        record = look(
+            model, chosen, asked, split, run, loops, max_new_tokens, progress=lambda n: progress.advance(row, n)
+        )
+    write_page(record, path)
+    n_right = sum(one.is_right for one in record.looks)
+    console.print(f"{path}: {len(asked)} examples, {n_right} right; open it in a browser", soft_wrap=True)
