@@ -7,10 +7,26 @@ import transformers
 from innerloop.examples import Example
 from tests import models
 
+LARGE_GRID = 12  # cases of one test
+
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave two of three cases of a method's large grids to the slow tests; the fast ones run every third."""
+    grids: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if "tests/methods/" in item.nodeid:
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in grids.values():
+        if len(cases) > LARGE_GRID:
+            for i, item in enumerate(cases):
+                if i % 3:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
