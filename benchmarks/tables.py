@@ -51,7 +51,7 @@ def table(name: str, part: str, root: str) -> str:
     head, *rows = lines
     shown = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     if kind in PICTURES and (ROOT / "docs" / PICTURES[kind]).exists():
-        shown = [f"![{kind}]({root.replace('../', '') or 'docs/'}{PICTURES[kind]})", "", *shown]
+        shown = [f"![{kind}]({'' if root else 'docs/'}{PICTURES[kind]})", "", *shown]
     return "\n".join([*shown, "", f"{note}[{name}]({root}benchmarks/results/{name})", ""])
 
 
