@@ -277,8 +277,32 @@ def loss_lines(results: dict) -> tuple[Lines, str]:
     return [["variant", "steps", "loss, first four", "last four", "largest"], *rows], note
 
 
+def adaptive_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of rows that may stop by themselves: a seed each, and what each number of operations takes."""
+    sizes = sorted(results["points"][0]["by_operations"])
+    head = ["seed", "all loops", "stopped", "loops", *(f"{n} operations: loops" for n in sizes), "FLOPs saved"]
+    rows = []
+    for point in results["points"]:
+        full, stopped = point["fixed"][max(point["fixed"], key=int)], point["stopped"]
+        by = point["by_operations"]
+        rows.append(
+            [
+                str(point["seed"]),
+                f"{full['accuracy']:.1%} in {full['loops']:.0f}",
+                f"{stopped['accuracy']:.1%}",
+                f"{stopped['loops']:.2f}",
+                *(f"{by[n]['loops']:.2f}" for n in sizes),
+                f"{1 - stopped['flops'] / full['flops']:.0%}",
+            ]
+        )
+    versions = results["versions"]
+    note = f"{results['device']}; torch {versions['torch']}, transformers {versions['transformers']}; "
+    return [head, *rows], note
+
+
 KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("losses", ""): loss_lines,
+    ("adaptive_loops", ""): adaptive_lines,
     ("bench", ""): bench_lines,
     ("engine", "reference"): reference_lines,
     ("engine", "bare"): bare_lines,
