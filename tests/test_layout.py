@@ -319,7 +319,7 @@ def test_every_real_position_is_read_once_and_in_order(method, monkeypatch):
     forward = Backbone.forward
 
     def spy(self, embeds, *, mask=None, positions_BL=None, **options):
-        new = torch.ones(len(rows), embeds.shape[1]) if mask is None else mask[:, -embeds.shape[1] :]
+        new = torch.ones(len(rows), embeds.shape[1]) if mask is None else mask[:, 0, -1, -embeds.shape[1] :]
         for row, (is_real, positions) in enumerate(zip(new, positions_BL)):
             read[row] += positions[is_real.bool()].tolist()
         return forward(self, embeds, mask=mask, positions_BL=positions_BL, **options)

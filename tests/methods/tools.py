@@ -188,7 +188,8 @@ def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tol
 
 def assert_close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
     assert left.shape == right.shape
-    assert (left - right).abs().max().item() <= tolerance
+    gap = (left - right).abs().max().item()
+    assert gap <= tolerance
 
 
 def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float = 1e-10) -> None:
