@@ -6,7 +6,13 @@ import pytest
 
 from innerloop import LatentModel
 from innerloop.generation import Generation
-from tests.methods.tools import QUESTIONS
+from tests.methods.tools import QUESTIONS, restore_bases
+
+
+@pytest.fixture(autouse=True)
+def unspoiled() -> None:
+    """Let no test find what another has taught the models that they share."""
+    restore_bases()
 
 
 @pytest.fixture

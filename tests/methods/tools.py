@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,10 +124,21 @@ def under(model: LatentModel, method: Method) -> LatentModel:
     return twin.eval()
 
 
-@functools.cache
+_BASES: dict[str, tuple[LatentModel, dict[str, Tensor]]] = {}
+
+
 def base(arch: str) -> LatentModel:
     """Return a model of an architecture whose weights many tests share; it knows every marker."""
-    return tiny_model(Slr(), arch, num_hidden_layers=2).double()
+    if arch not in _BASES:
+        model = tiny_model(Slr(), arch, num_hidden_layers=2).double()
+        _BASES[arch] = model, {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    return _BASES[arch][0]
+
+
+def restore_bases() -> None:
+    """Give the shared models the weights back that they began with, whatever a test has taught them."""
+    for model, weights in _BASES.values():
+        model.backbone.double().load_state_dict(weights)
 
 
 def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
