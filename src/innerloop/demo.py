@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from innerloop.compare import suite_standings, verdicts
 from innerloop.errors import InputError
 from innerloop.lens import look, write_page
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
@@ -20,7 +21,6 @@ from innerloop.model import LatentModel
 from innerloop.points import run_suite
 from innerloop.recipe import BackboneChoice, Recipe
 from innerloop.report import write_report
-from innerloop.standing import Standing
 from innerloop.suite import Exam, Suite
 from innerloop.tasks import Chain
 
@@ -72,13 +72,15 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     )
     start, chosen = BackboneChoice(model=warm.out), demo_methods(steps)
     points = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
-    results = run_suite(Suite(out, {seed: warm}, points, Exam(loops=LOOPS, controls=True)), workers, console)
+    suite = Suite(out, {seed: warm}, points, Exam(loops=LOOPS, controls=True))
+    results = run_suite(suite, workers, console)
     if failed := [f"{r['variant']}: {r['error']}" for r in results if "error" in r]:
         raise InputError(f"the demo could not finish: {'; '.join(failed)}")
     examples = TASK.examples("test", 8)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
-    write_report(folder / "report.html", title, [Standing(r["method"]["name"], [r]) for r in results])
+    standings = suite_standings(suite, results)
+    write_report(folder / "report.html", title, standings, verdicts(standings, "cot"))
     record = look(LatentModel.from_pretrained(folder / "slr"), TASK, examples, run=str(folder / "slr"))
     write_page(record, folder / "lens.html")
     console.print(result_table(results))
