@@ -39,7 +39,7 @@ def controls_part(standings: Sequence[Standing]) -> str:
             row.append(_edited(entries))
         rows.append([*row, _percent([file["commonest"] for file in files])])
     head = ["method", "the latents", "as it is", *titles.values(), "commonest answer"]
-    note = "Accuracy in percent with the latents edited, and the difference; * where its 95 % interval leaves out 0."
+    note = "Accuracy in percent with the latents edited, and the difference; * where it can be told from 0."
     kept = [_kept(standing, files[0]) for standing, files in found if len(files[0].get("kept_latents", ())) > 1]
     picture = ""
     if kept:
