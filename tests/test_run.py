@@ -1,13 +1,15 @@
 """Stages of training: what a stage begins with is set by its seed."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from innerloop import Slr
+from innerloop.errors import InputError
 from innerloop.recipe import BackboneChoice, Recipe
-from innerloop.run import prepare_stage
+from innerloop.run import build, prepare_stage
 from innerloop.tasks import Chain
 from tests.models import chain_examples, saved, tiny_model
 
@@ -36,3 +38,19 @@ def test_what_the_method_draws_is_set_by_the_seed_whatever_ran_before(method, so
     first, again, other = parts(0), parts(0), parts(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert any(not torch.equal(a, b) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("source", ["scratch", "model"])
+def test_the_kernels_of_attention_may_be_chosen(source, tmp_path: Path):
+    examples, method = list(chain_examples(4)), Slr(n_slots=2)
+    start = {"scratch": SCRATCH}
+    if source == "model":
+        start = {"model": str(saved(tiny_model(method), tmp_path / "start"))}
+    usual, eager = (build(BackboneChoice(**start, attention=kind), method, examples) for kind in ("sdpa", "eager"))
+    assert usual.backbone.config._attn_implementation == "sdpa"
+    assert eager.backbone.config._attn_implementation == "eager"
+    for one, other in zip(usual.answer_logits(examples), eager.answer_logits(examples)):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    if find_spec("flash_attn") is None:
+        with pytest.raises(InputError, match=r"attention=flash_attention_2 cannot be used here.*choose sdpa or eager"):
+            build(BackboneChoice(**start, attention="flash_attention_2"), method, examples)

@@ -59,10 +59,10 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     """
     console = Console()
     folder = Path(out)
-    if (folder / "results.json").exists():
-        raise InputError(f"{folder} holds a demo already; choose another folder with --out, or remove it")
     if steps < 1 or workers < 1:
         raise InputError("the demo needs steps >= 1 and workers >= 1")
+    if (folder / "results.json").exists():
+        raise InputError(f"{folder} holds a demo already; choose another folder with --out, or remove it")
     console.print(
         f"Chain task: {TASK.n_ops} operations modulo {TASK.modulus}. Five methods continue from one chain-of-thought "
         f"checkpoint for {steps} steps each (seed {seed})."

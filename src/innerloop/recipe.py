@@ -43,6 +43,7 @@ class BackboneChoice:
         lora: train low-rank updates instead of all weights: fields of peft's LoraConfig, such as r and lora_alpha.
         freeze: train nothing of the backbone but the embeddings of markers; see also train.unfreeze_after.
         dtype: type of the weights.
+        attention: which kernels compute attention; None: as transformers chooses.
         marker_init: what the rows of new markers start from: the row of << (token), the mean row, or normal draws.
         vocab_size: the most words of the tokenizer that a scratch backbone gets from the training data.
         trust_remote_code: let the model's own code run.
@@ -53,6 +54,7 @@ class BackboneChoice:
     lora: dict[str, Any] | None = None
     freeze: bool = False
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     marker_init: MarkerInit = "token"
     vocab_size: int = 8192
     trust_remote_code: bool = False

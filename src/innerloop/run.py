@@ -124,6 +124,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
         if backbone.freeze:
             raise InputError("backbone.freeze needs weights worth keeping: give backbone.model, or a stage before")
         model = checkpoint.from_scratch(backbone.scratch, tokenizer, method, seed)
+        _choose_attention(model, backbone.attention)
         if backbone.lora is not None:
             add_lora(model, backbone.lora)
         return model
@@ -137,9 +138,21 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
         device="cpu",  # the trainer moves it
         trust_remote_code=backbone.trust_remote_code,
     )
+    _choose_attention(model, backbone.attention)
     if backbone.freeze:
         freeze(model)
     return model
+
+
+def _choose_attention(model: LatentModel, kind: str | None) -> None:
+    """Let kernels of a kind compute attention, for as long as the model is in memory."""
+    if kind is None:
+        return
+    try:
+        model.backbone.lm.set_attn_implementation(kind)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"backbone.attention={kind} cannot be used here ({reason}); choose sdpa or eager") from None
 
 
 def _data(stage: Recipe) -> tuple[list[Example], list[Example] | None]:
