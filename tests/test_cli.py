@@ -283,8 +283,11 @@ def test_the_demo_trains_compares_and_reports(tmp_path: Path, capsys, monkeypatc
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [r["method"]["name"] for r in results] == ["no_cot", "cot", "pause", "coconut", "slr"]
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert "Inside slr" in (tmp_path / "demo" / "lens.html").read_text()
-    assert page.count("<tr>") == 6 and "<svg" in page and "http" not in page.replace("http-equiv", "")
+    assert "<title>slr on chain: inside 8 answers" in (tmp_path / "demo" / "lens.html").read_text()
+    rows = [part.partition("</table>")[0].count("<tr>") for part in page.split("<table")[1:]]
+    assert rows == [6, 4]  # the results of five methods, and the controls of the three that have latents
+    assert "cannot be told apart" in page or "points below" in page or "points above" in page
+    assert "<svg" in page and "http" not in page.replace("http-equiv", "")
     assert "report.html" in out and "innerloop ask" in out
     code, _, err = innerloop(capsys, "demo", "--out", tmp_path / "demo")
     assert code == 2 and "holds a demo already" in err
