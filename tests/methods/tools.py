@@ -136,9 +136,12 @@ def base(arch: str) -> LatentModel:
 
 
 def restore_bases() -> None:
-    """Give the shared models the weights back that they began with, whatever a test has taught them."""
+    """Give the shared models the weights back that they began with, and take away what a test has hung on them."""
     for model, weights in _BASES.values():
         model.backbone.double().load_state_dict(weights)
+        for module in model.backbone.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
 
 
 def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
