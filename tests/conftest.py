@@ -6,6 +6,7 @@ import transformers
 
 from innerloop.examples import Example
 from tests import models
+from tests.methods.tools import restore_bases
 
 LARGE_GRID = 12  # cases of one test
 
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """Draw the same weights in every run, whatever ran before on the same worker."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unspoiled() -> None:
+    """Let no test find what another has taught the models that they share."""
+    restore_bases()
 
 
 @pytest.fixture(params=models.ARCHS)

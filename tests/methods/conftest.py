@@ -6,13 +6,7 @@ import pytest
 
 from innerloop import LatentModel
 from innerloop.generation import Generation
-from tests.methods.tools import QUESTIONS, restore_bases
-
-
-@pytest.fixture(autouse=True)
-def unspoiled() -> None:
-    """Let no test find what another has taught the models that they share."""
-    restore_bases()
+from tests.methods.tools import QUESTIONS
 
 
 @pytest.fixture

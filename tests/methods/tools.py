@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from innerloop import Example, LatentModel, Slr
 from innerloop.halting import Hints
@@ -125,6 +126,7 @@ def under(model: LatentModel, method: Method) -> LatentModel:
 
 
 _BASES: dict[str, tuple[LatentModel, dict[str, Tensor]]] = {}
+_LEANING: list[RemovableHandle] = []  # what raises logits
 
 
 def base(arch: str) -> LatentModel:
@@ -139,9 +141,8 @@ def restore_bases() -> None:
     """Give the shared models the weights back that they began with, and take away what a test has hung on them."""
     for model, weights in _BASES.values():
         model.backbone.double().load_state_dict(weights)
-        for module in model.backbone.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
+    while _LEANING:
+        _LEANING.pop().remove()
 
 
 def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
@@ -299,7 +300,7 @@ def lean_towards_end(model: LatentModel, by: float) -> LatentModel:
     def raise_eos(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
         return logits + by * torch.nn.functional.one_hot(torch.tensor(eos), logits.shape[-1]).to(logits)
 
-    model.backbone.lm.get_output_embeddings().register_forward_hook(raise_eos)
+    _LEANING.append(model.backbone.lm.get_output_embeddings().register_forward_hook(raise_eos))
     return model
 
 
@@ -379,5 +380,5 @@ def lean_towards(model: LatentModel, by: dict[str, float]) -> LatentModel:
     bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype)
     for token, value in by.items():
         bias[model.tokenizer.encode(token, add_special_tokens=False)[0]] = value
-    head.register_forward_hook(lambda module, args, logits: logits + bias)
+    _LEANING.append(head.register_forward_hook(lambda module, args, logits: logits + bias))
     return model
