@@ -126,7 +126,7 @@ def under(model: LatentModel, method: Method) -> LatentModel:
 
 
 _BASES: dict[str, tuple[LatentModel, dict[str, Tensor]]] = {}
-_LEANING: list[RemovableHandle] = []  # what raises logits
+_LEANING: list[tuple[nn.Module, RemovableHandle]] = []  # heads, and what raises their logits
 
 
 def base(arch: str) -> LatentModel:
@@ -141,8 +141,10 @@ def restore_bases() -> None:
     """Give the shared models the weights back that they began with, and take away what a test has hung on them."""
     for model, weights in _BASES.values():
         model.backbone.double().load_state_dict(weights)
-    while _LEANING:
-        _LEANING.pop().remove()
+        for head, handle in _LEANING:
+            if head is model.backbone.lm.get_output_embeddings():
+                handle.remove()
+    _LEANING.clear()
 
 
 def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
@@ -300,7 +302,8 @@ def lean_towards_end(model: LatentModel, by: float) -> LatentModel:
     def raise_eos(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
         return logits + by * torch.nn.functional.one_hot(torch.tensor(eos), logits.shape[-1]).to(logits)
 
-    _LEANING.append(model.backbone.lm.get_output_embeddings().register_forward_hook(raise_eos))
+    head = model.backbone.lm.get_output_embeddings()
+    _LEANING.append((head, head.register_forward_hook(raise_eos)))
     return model
 
 
@@ -380,5 +383,5 @@ def lean_towards(model: LatentModel, by: dict[str, float]) -> LatentModel:
     bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype)
     for token, value in by.items():
         bias[model.tokenizer.encode(token, add_special_tokens=False)[0]] = value
-    _LEANING.append(head.register_forward_hook(lambda module, args, logits: logits + bias))
+    _LEANING.append((head, head.register_forward_hook(lambda module, args, logits: logits + bias)))
     return model
