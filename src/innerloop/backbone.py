@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from innerloop.cache import new_cache
+from innerloop.compiled import CompiledPasses
 from innerloop.errors import InputError
 
 
@@ -105,6 +106,7 @@ class Backbone(nn.Module):
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm
+        self.compiled: CompiledPasses | None = None  # makes short passes, where it can
         self.anatomy = GPT2_LIKE if hasattr(self.decoder, "wpe") else LLAMA_LIKE
         for name in (self.anatomy.layers, self.anatomy.norm):
             if not hasattr(self.decoder, name):
@@ -248,6 +250,10 @@ class Backbone(nn.Module):
             for name, parameter in self.layers.named_parameters():
                 if name.endswith("c_proj.weight"):
                     parameter.mul_((self.n_layers / n_layers) ** 0.5)
+
+    def compile_passes(self, backend: str = "inductor") -> None:
+        """Let passes that read a few new columns be compiled from now on, as CUDA graphs on a GPU (see `compiled`)."""
+        self.compiled = CompiledPasses(self, backend)
 
     def empty_cache(self, n_loops: int = 1) -> DynamicCache:
         """Return a new cache with one slot per (loop, layer)."""

@@ -244,11 +244,15 @@ class Context:
             self.meter.depths.append((self.rows, deep.depths_BL, real if deep.done_BL is None else deep.done_BL))
         return deep.states_BLD
 
-    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, **options: bool):
+    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, all_states: bool, normed: bool):
         mask: Any = self.mask_BP
+        compiled = None if all_states or not normed else self.backbone.compiled
+        if compiled is not None and compiled.takes(self.cache, embeds_BLD.shape[1]):
+            with weights():
+                return compiled(embeds_BLD, positions_BL, mask, self.cache)
         if mask is not None and not isinstance(self.cache, DepthCache):
             mask = self.backbone.mask_of(mask, embeds_BLD.shape[1], expect_padding(self.cache), embeds_BLD.dtype)
-        known = {"mask": mask, "positions_BL": positions_BL, **options}
+        known = {"mask": mask, "positions_BL": positions_BL, "all_states": all_states, "normed": normed}
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
             with weights():
                 return self.backbone(embeds_BLD, cache=self.cache, **known)

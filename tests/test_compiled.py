@@ -1,0 +1,161 @@
+"""Compiled passes give what other passes give, write nowhere else, and are compiled once for all lengths of a room."""
+
+import pytest
+import torch
+
+from innerloop import cache as caches
+from innerloop.context import Context
+from innerloop.methods import Coconut, Cot, Lotus, Method, Pccot, Slr, SpiralThinker
+from tests.methods.tools import base, by_arch, lean_towards_end, on
+from tests.models import tiny_model
+
+QUESTIONS = ["3 ; + 4 ; * 2", "1 ; + 1", "2 ; * 3 ; - 1 ; + 2", "4 ; - 1 ; - 1"]
+METHODS = {
+    "cot": Cot(),
+    "coconut": Coconut(),
+    "slr": Slr(n_slots=2, max_loops=3, lora="per_iter", stop="delta"),
+    "append": Slr(loop_scope="append", max_loops=3, residual="none"),
+    "lotus": Lotus(n_blocks=2, latents_per_block=2, max_loops=3),
+    "pccot": Pccot(n_slots=3, max_loops=2),
+    "spiral": SpiralThinker(latents_per_block=2, max_loops=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> None:
+    """Let no test find programs of another."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def columns_read(context: Context) -> list[torch.Tensor]:
+    """Return all keys and values."""
+    return [t for layer in context.cache.layers for t in (layer.keys.clone(), layer.values.clone())]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_answers_are_those_of_passes_that_are_not_compiled(name):
+    model = lean_towards_end(own(METHODS[name], "gpt2" if name in ("cot", "slr", "spiral") else "llama"), 2.0)
+    plain = model.generate(QUESTIONS, max_new_tokens=9, batch_size=2)
+    model.backbone.compile_passes("eager")
+    compiled = model.generate(QUESTIONS, max_new_tokens=9, batch_size=2)
+    assert [g.ids for g in compiled] == [g.ids for g in plain]
+    assert [g.cost.passes for g in compiled] == [g.cost.passes for g in plain]
+
+
+def own(method: Method, arch: str):
+    """Return a model of its own in double precision."""
+    return tiny_model(method, arch).double().eval()
+
+
+@by_arch
+def test_states_and_what_is_remembered_are_those_of_other_passes(arch, monkeypatch):
+    monkeypatch.setattr(caches, "COLUMNS", 8)  # rooms fill up
+    backbone = own(Cot(), arch).backbone
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    embeds = [torch.randn(2, n, backbone.width, dtype=torch.double) for n in (5, 1, 3, 1, 1, 2, 4)]
+    found = []
+    for compiles in (False, True):
+        backbone.compiled = None
+        if compiles:
+            backbone.compile_passes("eager")
+        context, states = Context(backbone, 2), []
+        with torch.no_grad():
+            states.append(context.read(embeds[0], mask))
+            for i, new in enumerate(embeds[1:]):
+                states.append(context.read(new, torch.tensor([[1], [0]]).expand(2, new.shape[1]) if i == 2 else None))
+        found.append([*(s[:1] if i == 3 else s[:, -1:] for i, s in enumerate(states)), *columns_read(context)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_forks_that_live_keep_what_they_have_read_and_those_that_are_gone_leave_their_place():
+    backbone = own(Cot(), "llama").backbone
+    backbone.compile_passes("eager")
+    with torch.no_grad():
+        context = Context(backbone, 1)
+        context.read(torch.randn(1, 4, backbone.width, dtype=torch.double))
+        new = [torch.randn(1, 2, backbone.width, dtype=torch.double) for _ in range(4)]
+        first = context.fork()
+        first.read(new[0])
+        before = columns_read(first)
+        room = first.cache.layers[0].room
+        second = first.fork()  # has read nothing of its own, and must find what it shares
+        context.read(new[1])
+        assert context.cache.layers[0].room is not room
+        first.read(new[2])
+        assert first.cache.layers[0].room is room
+        for one, other in zip(columns_read(second), before):
+            assert torch.equal(one, other)
+        kept = columns_read(first)
+        second.read(new[3])  # first has columns there
+        assert second.cache.layers[0].room is not room
+        for one, other in zip(columns_read(first), kept):
+            assert torch.equal(one, other)
+        peeked = [context.peek(new[0]) for _ in range(3)]
+        assert torch.equal(peeked[0], peeked[2])
+        room = context.cache.layers[0].room
+        context.peek(new[0])
+        assert context.cache.layers[0].room is room
+        after = context.fork()
+        after.read(new[3])
+        assert after.cache.layers[0].room is room  # the peeks are gone, so their place is free
+
+
+def test_rows_that_leave_take_their_columns_along():
+    backbone = own(Cot(), "gpt2").backbone
+    backbone.compile_passes("eager")
+    embeds, more = (torch.randn(3, n, backbone.width, dtype=torch.double) for n in (4, 1))
+    with torch.no_grad():
+        context = Context(backbone, 3)
+        context.read(embeds)
+        context.read(more)
+        part = context.keep_rows(torch.tensor([2, 0]))
+        states = part.read(more[[2, 0]])
+        again = Context(backbone, 3)
+        for new in (embeds, more):
+            again.read(new)
+        torch.testing.assert_close(states, again.read(more)[[2, 0]], rtol=0, atol=1e-12)
+
+
+def test_one_program_serves_all_lengths_of_a_room_and_all_iterations():
+    model = own(Slr(n_slots=2, max_loops=4, lora="per_iter"), "llama")
+    model.backbone.compile_passes("eager")
+    model.generate(QUESTIONS[:1], max_new_tokens=12)
+    counted = torch._dynamo.utils.counters
+    assert sum(counted["graph_break"].values()) == 0
+    assert counted["stats"]["unique_graphs"] == 3  # two columns of the thought; the answer's first; one more column
+
+
+@pytest.mark.parametrize("arch", ["mistral", "gemma2"])
+def test_windows_are_read_as_before(arch):
+    model = own(Cot(), arch)
+    plain = model.generate(QUESTIONS, max_new_tokens=5)
+    model.backbone.compile_passes("eager")
+    assert [g.ids for g in model.generate(QUESTIONS, max_new_tokens=5)] == [g.ids for g in plain]
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_nothing_is_compiled_where_gradients_are_asked_for():
+    backbone = base("llama").backbone
+    model = on("llama", Cot())
+    backbone.compile_passes("eager")
+    try:
+        assert not backbone.compiled.takes(Context(backbone, 1).cache, 1)
+        with torch.no_grad():
+            context = Context(backbone, 1)
+            context.read(torch.randn(1, 2, backbone.width, dtype=torch.double))
+        assert not backbone.compiled.takes(context.cache, 1)
+        with torch.no_grad():
+            assert backbone.compiled.takes(context.cache, 1)
+            assert not backbone.compiled.takes(context.cache, 65)
+    finally:
+        model.backbone.compiled = None
+
+
+@pytest.mark.slow
+def test_programs_of_inductor_write_the_same():
+    model = tiny_model(Lotus(n_blocks=2, latents_per_block=2, max_loops=3), "llama").eval()
+    plain = model.generate(QUESTIONS, max_new_tokens=9)
+    model.backbone.compile_passes()
+    assert [g.ids for g in model.generate(QUESTIONS, max_new_tokens=9)] == [g.ids for g in plain]
