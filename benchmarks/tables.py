@@ -242,6 +242,31 @@ def halting_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, work(results), asked)
 
 
+def compiled_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of compiled passes."""
+    head = ["method", "batch", "first call, s", "plain, ms", "compiled, ms", "times as fast"]
+    rows = [
+        [
+            point["method"],
+            str(point["batch_size"]),
+            f"{point['first_call_s']:.0f}",
+            *(wide(point["ms"][side]) for side in ("plain", "compiled")),
+            wide(point["faster"], 2),
+        ]
+        for point in results["points"]
+    ]
+    return [head, *rows], made(results, work(results), f"questions of {results['length']} tokens")
+
+
+def thought_pass_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of one thought pass against its memory floor."""
+    found = results["thought_pass"]
+    head = ["passes", "ms", "times the floor"]
+    rows = [[side, wide(found["ms"][side], 2), wide(found["against_floor"][side], 2)] for side in ("plain", "compiled")]
+    told = f"one row, {found['new_columns']} latents after {results['length']} tokens"
+    return [head, *rows], made(results, work(results), told, f"the floor is {found['floor_ms']:.2f} ms")
+
+
 def soak_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of the soak test."""
     part = "rss" if all(p["memory"]["cuda"]["at_end_mib"] == 0 for p in results["points"]) else "cuda"
@@ -311,6 +336,8 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("scaling", ""): scaling_lines,
     ("halting", ""): halting_lines,
     ("soak", ""): soak_lines,
+    ("compiled", ""): compiled_lines,
+    ("compiled", "pass"): thought_pass_lines,
     ("breakdown", ""): breakdown_lines,
 }
 

@@ -16,6 +16,7 @@ PARTS = {
     "scaling": ("",),
     "halting": ("",),
     "soak": ("",),
+    "compiled": ("", "pass"),
     "breakdown": ("",),
 }
 
@@ -77,6 +78,9 @@ def check(script: str, report: dict, picture: Path) -> None:
                 assert point["least"] < point["mean_loops"]["median"] < point["most"]
         case "soak":
             assert all(point["answered"] == 64 and point["checked_alone"] == 4 for point in report["points"])
+        case "compiled":
+            assert all(point["same_tokens"] for point in report["points"])
+            assert report["thought_pass"]["floor_ms"] > 0
         case "breakdown":
             assert all(sum(point["shares"].values()) == pytest.approx(1) for point in report["points"])
             assert picture.read_text().startswith("<svg") and "batch 2" in picture.read_text()
