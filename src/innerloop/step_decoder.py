@@ -216,12 +216,30 @@ def _of_another_row(sites: ToldSites) -> Tensor:
     return torch.tensor([other[place] for place in range(len(other))], device=sites.first_G.device)
 
 
-def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool = False) -> Tensor:
-    """Return the cross-entropy of the told steps, averaged over groups as ``aux_norm`` says, times the rows.
+def told_weights(groups_G: Tensor, counts_K3: Tensor, norm: Literal["per_row", "token_mean"]) -> Tensor:
+    """Return what groups (G,) count in the mean over all groups of the mean over rows, or tokens, of each.
+
+    A group that tells nothing in any row counts too.
+    """
+    n_groups = (counts_K3[:, 0] > 0).sum()
+    return 1 / (n_groups * counts_K3[groups_G, 1 if norm == "per_row" else 2])
+
+
+def told_loss(
+    model: LatentModel,
+    batch: Batch,
+    thought: Thought,
+    shuffled: bool = False,
+    counts_K3: Tensor | None = None,
+) -> Tensor:
+    """Return the cross-entropy of the told steps, averaged over groups as ``aux_norm`` says.
 
     ``shuffled`` gives every group the latents of the same group in another row: a decoder that reads them does worse.
+    ``counts_K3`` are the counts of the groups of the global batch, of which this one gives its share of the mean; None:
+    those of this batch.
     """
     assert model.step_decoder is not None
+    counts_K3 = batch.told_K3 if counts_K3 is None else counts_K3
     settings = model.method.auxiliary
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
     for sites in batch.told:
@@ -233,6 +251,6 @@ def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool
         asked = group_questions(model, batch, sites)
         logits = model.step_decoder(latents, sites.ids_GL, model.backbone, asked).float()
         loss_GL = cross_entropy(logits.transpose(1, 2), sites.targets_GL, reduction="none", ignore_index=IGNORE)
-        weights_G = sites.per_row_G if settings.aux_norm == "per_row" else sites.per_token_G
-        total = total + (loss_GL.sum(1) * weights_G).sum()
-    return total * len(batch)
+        assert counts_K3 is not None
+        total = total + (loss_GL.sum(1) * told_weights(sites.groups_G, counts_K3, settings.aux_norm)).sum()
+    return total
