@@ -318,11 +318,11 @@ def test_validation_needs_examples_and_a_task(tmp_path: Path):
 DISTRIBUTED = """
 import sys
 from pathlib import Path
-from innerloop.methods import Coconut
+from innerloop.methods import SimCot
 from tests.test_trainer import make_trainer, uneven_examples
 from tests.models import tiny_model
 batch = int(sys.argv[2])
-method = Coconut(latents_per_step=1, max_stage=1, first_stage=1)
+method = SimCot(max_stage=3, first_stage=3, surplus="ignore")
 make_trainer(Path(sys.argv[1]), tiny_model(method), uneven_examples(), batch_size=batch, max_steps=3).train()
 """
 

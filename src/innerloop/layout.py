@@ -190,11 +190,8 @@ class Row:
 
     @property
     def n_positions(self) -> int:
-        """The most positions that are read at once: by the model, by its teacher, or to tell a step."""
-        told = [told.n_latents + len(told.ids) - 1 for link in self.links() for told in link.told]
-        return max(
-            sum(map(len, self.links())) + self.skipped, 0 if self.teacher is None else len(self.teacher), *told, 0
-        )
+        """The most positions that are read at once, by the model or its teacher."""
+        return max(sum(map(len, self.links())) + self.skipped, 0 if self.teacher is None else len(self.teacher))
 
     def links(self) -> Iterator[Row]:
         """Return this row and those it goes on with."""

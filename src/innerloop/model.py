@@ -144,7 +144,7 @@ class LatentModel(nn.Module):
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Pad rows into one batch on the model's device; rows longer than the context are refused."""
         limit = self.backbone.context_length
-        longest = max(row.n_positions for row in rows)
+        longest = max(self.method.n_positions(row) for row in rows)
         if limit is not None and longest > limit:
             raise InputError(
                 f"a row has {longest} positions but the model reads at most {limit}; "

@@ -26,7 +26,7 @@ from innerloop.loop_lora import LoopLora
 from innerloop.losses import held
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch, ToldSites
+    from innerloop.layout import Batch, Row, ToldSites
     from innerloop.model import LatentModel
     from innerloop.thought import Masked, Thought
 
@@ -97,6 +97,12 @@ class AuxSettings:
                 "a decoder that shares the model's weights has no table of its own: set aux_embed to base",
             ),
         )
+
+    def n_positions(self, row: Row) -> int:
+        """Return the most positions that the decoder reads at once to tell a step of a row."""
+        told = [told for link in row.links() for told in link.told if told.ids]
+        before = self.aux_position + (row.region_start if self.aux_question else 0)
+        return max((before + one.n_latents + len(one.ids) - 1 for one in told), default=0)
 
 
 class StepDecoder(nn.Module):

@@ -10,6 +10,7 @@ from innerloop import Coconut, Example, LatentModel, NoCot
 from innerloop.errors import InputError
 from innerloop.methods import Lotus, SimCot, SimCotCodi
 from innerloop.step_decoder import AuxSettings, group_latents, told_loss
+from innerloop.trainer import LatentTrainer, training_arguments
 from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.tools import (
     MIXED,
@@ -155,6 +156,24 @@ def test_a_decoder_of_other_tokens_or_none_at_all_is_refused(another, tmp_path: 
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="choose one of its family"):
         fresh(change(method, aux_source=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(("fields", "more"), [({}, 0), ({"aux_question": True, "aux_position": 3}, 3 + 9)])
+def test_what_the_decoder_reads_must_fit_into_the_context(fields, more, tmp_path: Path):
+    """A long step is told after the latents, and after the question where that is read too."""
+    (example,) = [Example("3 ; + 4 ; * 2", (" ".join(["3 + 4 = 2"] * 4), "2 * 2 = 4"), "4")]
+    method = change(ON_COCONUT, max_stage=2, first_stage=3, surplus="ignore", **fields)
+    needs = more + method.latents_per_step + 4 * 5  # the step's tokens with its end, of which the last is not read
+    for room, fits in ((needs, True), (needs - 1, False)):
+        model = tiny_model(method, "gpt2", max_position_embeddings=room)
+        assert len(model.rows([example])[0]) < room  # the row itself would fit
+        if fits:
+            assert model.loss([example]).loss.isfinite()
+            continue
+        with pytest.raises(InputError, match=f"has {needs} positions"):
+            model.loss([example])
+        with pytest.raises(InputError, match=f"takes {needs} positions"):
+            LatentTrainer(model, training_arguments(tmp_path, {"max_steps": 1, "use_cpu": True}), [example])
 
 
 # The control

@@ -103,7 +103,11 @@ class Method:
 
     def longest(self, example: Example, spell: Speller) -> int:
         """Return the number of positions of the longest row that training may make of an example."""
-        return max(self.lay_out(example, spell, stage).n_positions for stage in self.stages())
+        return max(self.n_positions(self.lay_out(example, spell, stage)) for stage in self.stages())
+
+    def n_positions(self, row: Row) -> int:
+        """Return the most positions that are read at once: by the model, by its teacher, or to tell a step."""
+        return max(row.n_positions, self.auxiliary.n_positions(row))
 
     def stages(self) -> Sequence[int]:
         """Return the stages that training may lay out an example at."""
