@@ -186,16 +186,20 @@ class LatentModel(nn.Module):
         """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
         return self(self.batch(self.rows(examples, stage)), trace=self.new_trace() if trace else None)
 
-    @torch.no_grad()
     def answer_logits(self, examples: Sequence[Example], stage: int | None = None) -> list[Tensor]:
         """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens, no dropout.
 
         A classifier writes none; its logits are (1, C).
         """
+        return self.row_logits(self.rows(examples, stage))
+
+    @torch.no_grad()
+    def row_logits(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Return for each laid-out row what `answer_logits` returns."""
         was_training = self.training
         self.eval()
-        batch = self.batch(self.rows(examples, stage))
-        logits: list[list[Tensor]] = [[] for _ in examples]
+        batch = self.batch(rows)
+        logits: list[list[Tensor]] = [[] for _ in rows]
         context = None
         for link in batch.links():
             thought = self.think(link, context=context)

@@ -97,8 +97,9 @@ class Spiral(Reference):
         bot, eot = self.marker("<bot>"), self.marker("<eot>")
         row.add(self.question(example.question))
         first_latent = {"odd": 0, "even": 1, "random_parity": parity}
+        drawn = {i for i in range(len(example.steps)) if m.pattern == "random" and parity & 2**i}
         for i, step in enumerate(self.steps(example)):
-            if m.pattern == "all" or (m.pattern != "none" and i % 2 == first_latent[m.pattern]):
+            if m.pattern == "all" or i in drawn or i % 2 == first_latent.get(m.pattern):
                 self.add_block(row, i)
             else:
                 row.add([*bot, *step, *eot], learned=True)
@@ -109,7 +110,7 @@ class Spiral(Reference):
 
     def add_block(self, row: Laid, step: int | None) -> None:
         """Add <bol> <latent>xN <eol>; the first <bol> after the question is given, unless rows begin with text."""
-        is_given = not row.learned and not row.blocks and self.method.pattern != "even"
+        is_given = not row.learned and not row.blocks and self.method.pattern not in ("even", "random")
         row.add(self.marker("<bol>"), learned=not is_given or self.method.supervise_first_bol)
         row.blocks.append(list(range(len(row.ids), len(row.ids) + self.method.latents_per_block)))
         row.add(self.marker("<lat>") * self.method.latents_per_block)

@@ -21,6 +21,7 @@ from innerloop.losses import LossSettings
 from innerloop.step_decoder import AuxSettings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from innerloop.backbone import Backbone
@@ -96,6 +97,10 @@ class Method:
             drawn = self.stage_of(scheduled, len(example.steps), f"{seed}/{i}") if seed else scheduled
             rows.append(method.lay_out(example, spell, drawn))
         return rows
+
+    def prepared(self, examples: Sequence[Example], device: torch.device) -> list[Example]:
+        """Return training examples with what the method must know of them; called once, before training begins."""
+        return list(examples)
 
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
         """Draw the stage one example uses when ``stage`` is scheduled; the same ``seed`` draws the same stage."""
