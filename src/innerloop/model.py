@@ -150,6 +150,8 @@ class LatentModel(nn.Module):
                 f"a row has {longest} positions but the model reads at most {limit}; "
                 "shorten the question, or set train.max_length to leave long examples out"
             )
+        if self.step_decoder is not None:
+            self.step_decoder.check_room(rows, self.backbone)
         return collate(rows, self.spell.pad_id).to(self.device)
 
     # Loss

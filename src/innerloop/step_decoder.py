@@ -10,6 +10,7 @@ Shapes: `G` latent groups, `c` latents of a group, `L` tokens of the longest ste
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from innerloop.backbone import Backbone
 from innerloop.context import Context
-from innerloop.errors import check_choices, refuse
+from innerloop.errors import InputError, check_choices, refuse
 from innerloop.layout import ANSWER_PASS, FED, IGNORE
 from innerloop.loop_lora import LoopLora
 from innerloop.losses import held
@@ -136,6 +137,18 @@ class StepDecoder(nn.Module):
     def reader(self, backbone: Backbone) -> Backbone:
         """Return what reads."""
         return backbone if self.own is None else self.own
+
+    def check_room(self, rows: Iterable[Row], backbone: Backbone) -> None:
+        """Refuse rows whose steps need more positions than a decoder of a smaller context than the model's reads."""
+        room = None if self.own is None else self.own.context_length
+        if room is None or (backbone.context_length is not None and room >= backbone.context_length):
+            return
+        longest = max(map(self.settings.n_positions, rows))
+        if longest > room:
+            raise InputError(
+                f"the auxiliary decoder needs {longest} positions to tell a step but reads at most {room}; leave long "
+                "examples out with train.max_length, or choose another aux_source"
+            )
 
     def embed(self, ids_GL: Tensor, backbone: Backbone) -> Tensor:
         """Return the embeddings of step tokens (G, L, D)."""

@@ -173,6 +173,10 @@ class LatentTrainer(Trainer):
         self.n_left_out = 0
         train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
         train = model.method.prepared(train, args.device)
+        if model.step_decoder is not None:
+            stages = model.method.stages()
+            rows = (model.method.lay_out(example, model.spell, stage) for example in train for stage in stages)
+            model.step_decoder.check_room(rows, model.backbone)
         valid = None if eval_dataset is None else _examples(eval_dataset, "eval_dataset")[: args.eval_limit]
         if valid is not None and args.eval_limit < 1:
             raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")

@@ -176,6 +176,15 @@ def test_what_the_decoder_reads_must_fit_into_the_context(fields, more, tmp_path
             LatentTrainer(model, training_arguments(tmp_path, {"max_steps": 1, "use_cpu": True}), [example])
 
 
+def test_a_decoder_of_a_smaller_context_than_the_models_refuses_steps_that_are_too_long(another, tmp_path: Path):
+    model = fresh(change(ON_COCONUT, aux_source=another, aux_embed="own"))
+    model.step_decoder.own.config.max_position_embeddings = 6
+    with pytest.raises(InputError, match="needs 8 positions to tell a step but reads at most 6"):
+        model.loss([Example("3 ; + 4", ("3 + 4 = 2 = 2",), "2")])
+    with pytest.raises(InputError, match="needs 8 positions to tell a step"):
+        make_trainer(tmp_path, model, [Example("3 ; + 4", ("3 + 4 = 2 = 2",), "2")])
+
+
 # The control
 
 
