@@ -325,9 +325,31 @@ def adaptive_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], note
 
 
+def switch_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of which steps were latent: a variant each."""
+    head = ["variant", "accuracy", "95 % interval", "thought tokens", "passes", "MFLOPs", "latent steps"]
+    head += ["of one operation", "of two"]
+    rows = [
+        [
+            row["variant"],
+            f"{row['accuracy']:.1%}",
+            "-" if row["half"] is None else f"± {100 * row['half']:.1f}",
+            f"{row['thought_tokens']:.1f}",
+            f"{row['passes']:.1f}",
+            f"{row['flops'] / 1e6:.2f}",
+            *("-" if row[f"latent_{n}"] is None else f"{row[f'latent_{n}']:.0%}" for n in ("all", "1", "2")),
+        ]
+        for row in results["variants"]
+    ]
+    seeds, versions = sorted({point["seed"] for point in results["points"]}), results["versions"]
+    note = f"n = {results['n']} test questions, seeds {', '.join(map(str, seeds))}; {results['device']}; "
+    return [head, *rows], note + f"torch {versions['torch']}, transformers {versions['transformers']}; "
+
+
 KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("losses", ""): loss_lines,
     ("adaptive_loops", ""): adaptive_lines,
+    ("step_switch", ""): switch_lines,
     ("bench", ""): bench_lines,
     ("engine", "reference"): reference_lines,
     ("engine", "bare"): bare_lines,

@@ -7,10 +7,10 @@ from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.console import Console
-from torch import nn
 
 from innerloop.errors import InputError
 from innerloop.examples import Example
@@ -36,7 +36,9 @@ from innerloop.methods import (
     Tah,
 )
 from innerloop.model import LatentModel
+from innerloop.show import answer_view
 from innerloop.tasks import Chain
+from tests.methods.tools import lean_towards
 from tests.models import chain_examples, tiny_model
 
 TASK = Chain(n_ops=3)
@@ -105,7 +107,7 @@ def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("innerloop.lens.page._plotly", lambda: "/* plotly */")
 
 
-@pytest.mark.parametrize("method", [LOTUS, SLR, SpiralThinker(latents_per_block=2, max_loops=2)], ids=named)
+@pytest.mark.parametrize("method", [LOTUS, SLR, SpiralThinker(latents_per_block=2, max_blocks=1)], ids=named)
 def test_the_map_is_the_trace(method: Method):
     model, record = seen(method)
     for one, example in zip(record.looks, chain_examples(2)):
@@ -122,6 +124,36 @@ def test_the_map_is_the_trace(method: Method):
         assert [[p for _, p in cell.top] for cell in one.grid[-1].cells] == answer.trace.last.top_probs[0].tolist()
         for loop, entry in zip(one.loops, answer.trace.iterations):
             assert (loop.change, loop.cosine, loop.rms) == (entry.delta.item(), entry.cosine.item(), entry.rms.item())
+
+
+@pytest.mark.parametrize("pattern", ["odd", "even"])
+def test_the_map_has_the_blocks_that_were_opened_beside_the_first(pattern: Literal["odd", "even"]):
+    method = SpiralThinker(pattern=pattern, latents_per_block=2, max_loops=2, max_blocks=3)
+    model = lean_towards(tiny_model(method), {"<bol>": 30.0})
+    (example,) = chain_examples(1)
+    answer = answer_alone(model, TASK, example, max_new_tokens=6)
+    one = look(model, TASK, [example], max_new_tokens=6).looks[0]
+    blocks = [*([answer.trace] if pattern == "odd" else []), *answer.trace.opened]
+    assert len(blocks) == 3 and [column.group for column in one.columns] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [column.name for column in one.columns] == ["<bol>", "1", "2", "<eol>"] * 3
+    assert [line.loop for line in one.grid] == [1, 2, 0]
+    for n, block in enumerate(blocks):
+        own = slice(4 * n + 1, 4 * n + 3)
+        for line, entry in zip(one.grid, block.iterations):
+            assert [[p for _, p in cell.top] for cell in line.cells[own]] == entry.top_probs[0, :2].tolist()
+        shown = [[p for _, p in cell.top] for cell in one.grid[2].cells[4 * n : 4 * n + 4]]
+        assert shown == block.last.top_probs[0].tolist()
+        curve = [loop for loop in one.loops if loop.series == f"block {n + 1}"]
+        assert [loop.change for loop in curve] == [entry.delta.item() for entry in block.iterations]
+    assert one.stop.why == "No stop rule is on: the loop ran 2 iterations, as set."
+    console = Console(record=True, width=200, file=StringIO())
+    console.print(answer_view(answer, model.tokenizer))
+    text = console.export_text()
+    assert all(f"what the latents of block {n} held" in text for n in (1, 2, 3))
+    shown = [float(line.split()[-2]) for line in text.splitlines() if line.startswith("│ answer")]  # before the frame
+    column = {"odd": [3, 2, 2], "even": [2, 2, 2]}[pattern]  # the last one: of the first block's region, <eol>
+    wanted = [block.last.top_probs[0, at, 0].item() for block, at in zip(blocks, column)]
+    assert shown == pytest.approx(wanted, abs=0.0051)
 
 
 def test_changes_of_positions_make_up_the_change_of_the_row():
@@ -198,20 +230,6 @@ def test_other_numbers_of_loops_are_shown():
     assert [loop.loop for loop in record.looks[0].loops] == [1, 2, 3, 4] and not record.looks[0].shown
     _, record = seen(LOTUS, loops=4)
     assert len(record.looks[0].shown) == 2 and record.looks[0].grid[-1].cells[1].gold is not None
-
-
-def test_blocks_opened_while_writing_are_said_to_be_missing():
-    model = tiny_model(SpiralThinker(latents_per_block=2, max_loops=2, force_block_after_text=True))
-    eot = model.tokenizer.convert_tokens_to_ids("<eot>")
-    head = model.backbone.lm.get_output_embeddings()
-    biased = nn.Linear(head.in_features, head.out_features)  # writes <eot>, which a block must follow
-    biased.weight.data.copy_(head.weight.data)
-    biased.bias.data.zero_()
-    biased.bias.data[eot] = 1e4
-    model.backbone.lm.set_output_embeddings(biased)
-    one = look(model, TASK, chain_examples(1), max_new_tokens=6).looks[0]
-    assert one.cost.loops > len(one.loops) == 2
-    assert any("further iteration" in note for note in one.notes)
 
 
 @pytest.mark.parametrize("method", DEPTH, ids=named)

@@ -295,3 +295,12 @@ def test_terms_are_divided_by_the_counts_of_the_global_batch():
     outs = [model(half, n_items=counts).terms for half in halves]
     for name in ("answer", "deep", "halt"):
         assert sum(out[name].item() for out in outs) == pytest.approx(whole[name].item(), abs=1e-5)
+
+
+def test_the_gain_penalty_of_micro_batches_is_their_mean():
+    model = model_of(dataclasses.replace(SMALL, spectral_weight=1.0, spectral_bound=0.1))
+    parts = [model.batch(model.rows(part)) for part in (MIXED[:2], MIXED[2:])]
+    alone = [model(part).terms["gain"].item() for part in parts]
+    shares = [model(part, n_items={**part.counts(), "rows": len(MIXED)}).terms["gain"].item() for part in parts]
+    assert min(alone) > 1e-3
+    assert shares == pytest.approx([alone[0] * 2 / 6, alone[1] * 4 / 6])

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from innerloop import adapters, checkpoint
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, Slr
+from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, SimCot, Slr
 from innerloop.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.trainer import DivergedError, LatentTrainer, training_arguments
@@ -107,7 +107,9 @@ def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: P
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", [Cot(), STAGED], ids=["cot", "coconut"])
+@pytest.mark.parametrize(
+    "method", [Cot(), STAGED, SimCot(max_stage=3, first_stage=3, surplus="ignore")], ids=["cot", "coconut", "simcot"]
+)
 def test_gradient_accumulation_takes_the_mean_over_the_global_batch(tmp_path: Path, method: Method):
     uneven = [Example(e.question, e.steps[: i % 4], e.answer, e.id) for i, e in enumerate(chain_examples(32, 3))]
     one, parts = tiny_model(method), tiny_model(method)
@@ -316,11 +318,11 @@ def test_validation_needs_examples_and_a_task(tmp_path: Path):
 DISTRIBUTED = """
 import sys
 from pathlib import Path
-from innerloop.methods import Coconut
+from innerloop.methods import SimCot
 from tests.test_trainer import make_trainer, uneven_examples
 from tests.models import tiny_model
 batch = int(sys.argv[2])
-method = Coconut(latents_per_step=1, max_stage=1, first_stage=1)
+method = SimCot(max_stage=3, first_stage=3, surplus="ignore")
 make_trainer(Path(sys.argv[1]), tiny_model(method), uneven_examples(), batch_size=batch, max_steps=3).train()
 """
 

@@ -26,7 +26,8 @@ class Generation:
         text: all written text, without the end-of-sequence token.
         answer: the text after the last ``###``, or None.
         cost: what it cost.
-        trace: the loop's record of the batch row (statistics (1,), read-outs (1, N, k)), where asked for.
+        trace: the loop's record of the batch row (statistics (1,), read-outs (1, N, k)), where asked for; that of each
+            block which the row opened while it answered is in ``trace.opened``.
         ended: whether the end-of-sequence token was reached.
         blocks: the steps that blocks of latents show, where asked for and the method has such blocks.
         depths: each token of the question, and each written one that was read, with the number of its iterations
@@ -63,6 +64,7 @@ class Seat:
         n_loops: iterations of its latents.
         n_latents: latents read while writing.
         record: the trace of its batch, and its row there.
+        opened: the same of each block that it has opened while writing.
     """
 
     index: int
@@ -77,6 +79,7 @@ class Seat:
     n_loops: int = 0
     n_latents: int = 0
     record: tuple[Trace, int] | None = None
+    opened: list[tuple[Trace, int]] = field(default_factory=list)
 
     def is_done(self, n_ends: int) -> bool:
         """Return whether it may write no more."""
@@ -125,6 +128,7 @@ def traced(model: LatentModel, seat: Seat, generation: Generation) -> Generation
     if seat.record is not None:
         record, row = seat.record
         trace = generation.trace = record.row(row)
+        trace.opened = [opened.row(at) for opened, at in seat.opened]
         generation.blocks = tuple(trace.shown(block, model.tokenizer) for block in seat.blocks)
     return generation
 

@@ -11,7 +11,6 @@ every row. Labels are unshifted: "token x is supervised" means that the real pos
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.errors import InputError
@@ -190,11 +190,8 @@ class Row:
 
     @property
     def n_positions(self) -> int:
-        """The most positions that are read at once: by the model, by its teacher, or to tell a step."""
-        told = [told.n_latents + len(told.ids) - 1 for link in self.links() for told in link.told]
-        return max(
-            sum(map(len, self.links())) + self.skipped, 0 if self.teacher is None else len(self.teacher), *told, 0
-        )
+        """The most positions that are read at once, by the model or its teacher."""
+        return max(sum(map(len, self.links())) + self.skipped, 0 if self.teacher is None else len(self.teacher))
 
     def links(self) -> Iterator[Row]:
         """Return this row and those it goes on with."""
@@ -309,8 +306,7 @@ class ToldSites:
         first_G: the first latent of each group, 0-based.
         ids_GL: the tokens, padded on the right.
         targets_GL: the same, IGNORE where padded.
-        per_row_G: 1 / (groups x rows that have this group).
-        per_token_G: 1 / (groups x tokens of this group in the batch).
+        groups_G: the number of each group within its row, by which the loss is averaged.
     """
 
     loop: int
@@ -319,8 +315,7 @@ class ToldSites:
     first_G: Tensor
     ids_GL: Tensor
     targets_GL: Tensor
-    per_row_G: Tensor
-    per_token_G: Tensor
+    groups_G: Tensor
 
     def to(self, device: torch.device) -> ToldSites:
         """Return the groups on a device."""
@@ -350,6 +345,7 @@ class Batch:
         follows: which of the teacher's states are followed where, pass by pass.
         followed_P: where the teacher's states are that the rows follow, in any link and pass, each once.
         told: which steps must be told from which latents, pass by pass.
+        told_K3: of group 0, 1, .., how many rows have it, in how many it tells something, and how many tokens.
         class_B: the class that a classifier must answer.
         depth: how often a pass iterates inside the tokens.
         next: what the rows go on with.
@@ -372,6 +368,7 @@ class Batch:
     follows: list[Sites] = field(default_factory=list)
     followed_P: Tensor | None = None
     told: list[ToldSites] = field(default_factory=list)
+    told_K3: Tensor | None = None
     class_B: Tensor | None = None
     depth: int | None = None
     next: Batch | None = None
@@ -379,15 +376,20 @@ class Batch:
     def __len__(self) -> int:
         return self.ids_BS.shape[0]
 
-    def counts(self) -> dict[str, float]:
-        """Return how much each term of the loss counts: supervised items, or the weight of what is followed."""
+    def counts(self) -> dict[str, Any]:
+        """Return how much each term of the loss counts: supervised items, or the weight of what is followed.
+
+        ``told``, where something must be told, has a line for each group (see ``told_K3``); all else are numbers.
+        """
         links = list(self.links())
+        told = [link.told_K3 for link in links if link.told_K3 is not None]
         return {
             "answer": sum(len(link.targets_U) for link in links),
             "step": sum(len(sites.rows_F) for link in links for sites in link.readouts),
             "hid": sum(sites.total for link in links for sites in link.follows),
             "teacher": 0 if self.teacher is None else len(self.teacher.targets_U),
             "rows": len(self),
+            **({"told": added(told)} if told else {}),
         }
 
     def links(self) -> Iterator[Batch]:
@@ -462,7 +464,7 @@ def _place(batch: Batch, rows: Sequence[Row], seen: list[list[int]] | list[dict[
     batch.readouts = _sites(
         (entry.loop, r, real[r][entry.at], entry.token, 1.0) for r, row in enumerate(rows) for entry in row.readouts
     )
-    batch.told = _told(rows, pad_id)
+    batch.told, batch.told_K3 = _told(rows, pad_id)
     batch.follows = _sites(
         (entry.loop, r, -1 if entry.at is None else real[r][entry.at], seen[r][entry.teacher_at], entry.weight)
         for r, row in enumerate(rows)
@@ -475,16 +477,21 @@ def _real_columns(batch: Batch) -> list[list[int]]:
     return [[column for column, m in enumerate(mask) if m] for mask in batch.mask_BS.tolist()]
 
 
-def _told(rows: Sequence[Row], pad_id: int) -> list[ToldSites]:
-    """Group what must be told by pass; weights are over all passes."""
-    n_groups = len({told.group for row in rows for told in row.told})
+def added(counts: Sequence[Tensor]) -> Tensor:
+    """Add the counts of groups (K, 3), some of which may know fewer groups than others."""
+    n_groups = max(map(len, counts))
+    return torch.stack([pad(count, (0, 0, 0, n_groups - len(count))) for count in counts]).sum(0)
+
+
+def _told(rows: Sequence[Row], pad_id: int) -> tuple[list[ToldSites], Tensor | None]:
+    """Group what must be told by pass, and count it by group, over all passes."""
+    every = [told for row in rows for told in row.told]
     entries = [(r, told) for r, row in enumerate(rows) for told in row.told if told.ids]
     if not entries:
-        return []
-    n_rows, n_tokens = Counter[int](), Counter[int]()
-    for _, told in entries:
-        n_rows[told.group] += 1
-        n_tokens[told.group] += len(told.ids)
+        return [], None
+    counts = torch.zeros(1 + max(told.group for told in every), 3)
+    for told in every:
+        counts[told.group] += torch.tensor([1, bool(told.ids), len(told.ids)])
     sites = []
     for loop, c in sorted({(told.loop, told.n_latents) for _, told in entries}):
         found = [(r, told) for r, told in entries if (told.loop, told.n_latents) == (loop, c)]
@@ -498,11 +505,10 @@ def _told(rows: Sequence[Row], pad_id: int) -> list[ToldSites]:
                 first_G=torch.tensor([told.first for _, told in found]),
                 ids_GL=torch.tensor([[*told.ids, *[pad_id] * gap] for (_, told), gap in zip(found, gaps)]),
                 targets_GL=torch.tensor([[*told.ids, *[IGNORE] * gap] for (_, told), gap in zip(found, gaps)]),
-                per_row_G=torch.tensor([1 / (n_groups * n_rows[told.group]) for _, told in found]),
-                per_token_G=torch.tensor([1 / (n_groups * n_tokens[told.group]) for _, told in found]),
+                groups_G=torch.tensor([told.group for _, told in found]),
             )
         )
-    return sites
+    return sites, counts
 
 
 def _sites(entries: Iterable[tuple[int, int, int, int, float]]) -> list[Sites]:

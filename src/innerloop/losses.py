@@ -122,7 +122,10 @@ class Terms:
     def add(self, name: str, total: Tensor, count: str | None = None) -> None:
         """Add a term by its sum over the items that ``count`` (by default its name) counts."""
         n = self.counts[count or name]
-        mean = total / (torch.where(n > 0, n, 1) if isinstance(n, Tensor) else n or 1)
+        self.add_mean(name, total / (torch.where(n > 0, n, 1) if isinstance(n, Tensor) else n or 1))
+
+    def add_mean(self, name: str, mean: Tensor) -> None:
+        """Add a term by its share of the global batch's mean."""
         self.means[name] = self.means[name] + mean if name in self.means else mean
 
 
@@ -140,7 +143,7 @@ def add_loop_terms(terms: Terms, batch: Batch, thought: Thought, trains: bool) -
     if batch.follows:
         terms.add("hid", follow_loss(model, batch, thought, terms.targets))
     if batch.told and model.step_decoder is not None:
-        terms.add("aux", told_loss(model, batch, thought), "rows")
+        terms.add_mean("aux", told_loss(model, batch, thought, counts_K3=terms.counts.get("told")))
     if thought.loop is None:
         return
     if trains and (weights.get("deep") or weights.get("halt")):
@@ -153,8 +156,7 @@ def add_loop_terms(terms: Terms, batch: Batch, thought: Thought, trains: bool) -
         terms.add("ponder", thought.loop.ponder_B.sum(), "rows")
     if thought.loop.gain is not None:
         bound = model.method.loop.spectral_bound
-        penalty = (thought.loop.gain - bound).clamp(min=0).square()
-        terms.means["gain"] = terms.means["gain"] + penalty if "gain" in terms.means else penalty
+        terms.add("gain", len(batch) * (thought.loop.gain - bound).clamp(min=0).square(), "rows")
 
 
 def step_loss(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:

@@ -144,12 +144,14 @@ class LatentModel(nn.Module):
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Pad rows into one batch on the model's device; rows longer than the context are refused."""
         limit = self.backbone.context_length
-        longest = max(row.n_positions for row in rows)
+        longest = max(self.method.n_positions(row) for row in rows)
         if limit is not None and longest > limit:
             raise InputError(
                 f"a row has {longest} positions but the model reads at most {limit}; "
                 "shorten the question, or set train.max_length to leave long examples out"
             )
+        if self.step_decoder is not None:
+            self.step_decoder.check_room(rows, self.backbone)
         return collate(rows, self.spell.pad_id).to(self.device)
 
     # Loss
@@ -186,16 +188,20 @@ class LatentModel(nn.Module):
         """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
         return self(self.batch(self.rows(examples, stage)), trace=self.new_trace() if trace else None)
 
-    @torch.no_grad()
     def answer_logits(self, examples: Sequence[Example], stage: int | None = None) -> list[Tensor]:
         """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens, no dropout.
 
         A classifier writes none; its logits are (1, C).
         """
+        return self.row_logits(self.rows(examples, stage))
+
+    @torch.no_grad()
+    def row_logits(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Return for each laid-out row what `answer_logits` returns."""
         was_training = self.training
         self.eval()
-        batch = self.batch(self.rows(examples, stage))
-        logits: list[list[Tensor]] = [[] for _ in examples]
+        batch = self.batch(rows)
+        logits: list[list[Tensor]] = [[] for _ in rows]
         context = None
         for link in batch.links():
             thought = self.think(link, context=context)

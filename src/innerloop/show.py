@@ -96,9 +96,11 @@ def visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     return text.replace("\n", "⏎").replace(" ", "␣") or tokenizer.convert_ids_to_tokens(token_id)
 
 
-def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int = 12) -> Table:
+def trace_view(
+    trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str = "what the latents held", max_slots: int = 12
+) -> Table:
     """Return the loops of one row: how much the state changed, and what each latent showed through the head."""
-    table = Table(title="what the latents held", title_justify="left")
+    table = Table(title=title, title_justify="left")
     scored = any(entry.score is not None for entry in trace.iterations)
     for column in ("loop", "change", "cosine", "RMS", *(["stop score"] if scored else [])):
         table.add_column(column, justify="right")
@@ -115,8 +117,8 @@ def trace_view(trace: Trace, tokenizer: PreTrainedTokenizerBase, max_slots: int 
                 slots.append(f"{visible(tokenizer, ids[0])} {probs[0]:.2f}")
         table.add_row(str(entry.loop), *numbers, *slots)
     if trace.last is not None:
-        first = trace.last.top_ids.shape[1] - n_slots  # 1 where the position before the latents was read out too
-        shown_columns = slice(first, first + max_slots)
+        first = int(trace.last.top_ids.shape[1] > n_slots)  # 1 where the position before the latents was read out too
+        shown_columns = slice(first, first + min(n_slots, max_slots))
         pairs = zip(trace.last.top_ids[0, shown_columns], trace.last.top_probs[0, shown_columns])
         shown = [f"{visible(tokenizer, int(ids[0]))} {probs[0].item():.2f}" for ids, probs in pairs]
         table.add_row("answer", *[""] * (4 if scored else 3), *shown)
@@ -132,8 +134,11 @@ def blocks_view(blocks: Sequence[ShownStep]) -> Text:
 def answer_view(answer: Generation, tokenizer: PreTrainedTokenizerBase) -> Group:
     """Return what can be seen of an answer: its loop or the depth of its tokens, the text, and what it cost."""
     parts: list[RenderableType] = []
-    if answer.trace is not None and answer.trace.iterations and not answer.depths:
-        parts.append(trace_view(answer.trace, tokenizer))
+    if answer.trace is not None and not answer.depths:
+        traces = [trace for trace in (answer.trace, *answer.trace.opened) if trace.iterations]
+        for number, trace in enumerate(traces, 1):
+            of = f" of block {number}" if len(traces) > 1 else ""
+            parts.append(trace_view(trace, tokenizer, f"what the latents{of} held"))
         if answer.blocks:
             parts.append(blocks_view(answer.blocks))
     parts.append(Text(answer.text))

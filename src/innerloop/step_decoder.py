@@ -10,6 +10,7 @@ Shapes: `G` latent groups, `c` latents of a group, `L` tokens of the longest ste
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,13 +21,13 @@ from transformers import PreTrainedModel
 
 from innerloop.backbone import Backbone
 from innerloop.context import Context
-from innerloop.errors import check_choices, refuse
+from innerloop.errors import InputError, check_choices, refuse
 from innerloop.layout import ANSWER_PASS, FED, IGNORE
 from innerloop.loop_lora import LoopLora
 from innerloop.losses import held
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch, ToldSites
+    from innerloop.layout import Batch, Row, ToldSites
     from innerloop.model import LatentModel
     from innerloop.thought import Masked, Thought
 
@@ -98,6 +99,12 @@ class AuxSettings:
             ),
         )
 
+    def n_positions(self, row: Row) -> int:
+        """Return the most positions that the decoder reads at once to tell a step of a row."""
+        told = [told for link in row.links() for told in link.told if told.ids]
+        before = self.aux_position + (row.region_start if self.aux_question else 0)
+        return max((before + one.n_latents + len(one.ids) - 1 for one in told), default=0)
+
 
 class StepDecoder(nn.Module):
     """The decoder.
@@ -130,6 +137,18 @@ class StepDecoder(nn.Module):
     def reader(self, backbone: Backbone) -> Backbone:
         """Return what reads."""
         return backbone if self.own is None else self.own
+
+    def check_room(self, rows: Iterable[Row], backbone: Backbone) -> None:
+        """Refuse rows whose steps need more positions than a decoder of a smaller context than the model's reads."""
+        room = None if self.own is None else self.own.context_length
+        if room is None or (backbone.context_length is not None and room >= backbone.context_length):
+            return
+        longest = max(map(self.settings.n_positions, rows))
+        if longest > room:
+            raise InputError(
+                f"the auxiliary decoder needs {longest} positions to tell a step but reads at most {room}; leave long "
+                "examples out with train.max_length, or choose another aux_source"
+            )
 
     def embed(self, ids_GL: Tensor, backbone: Backbone) -> Tensor:
         """Return the embeddings of step tokens (G, L, D)."""
@@ -216,12 +235,30 @@ def _of_another_row(sites: ToldSites) -> Tensor:
     return torch.tensor([other[place] for place in range(len(other))], device=sites.first_G.device)
 
 
-def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool = False) -> Tensor:
-    """Return the cross-entropy of the told steps, averaged over groups as ``aux_norm`` says, times the rows.
+def told_weights(groups_G: Tensor, counts_K3: Tensor, norm: Literal["per_row", "token_mean"]) -> Tensor:
+    """Return what groups (G,) count in the mean over all groups of the mean over rows, or tokens, of each.
+
+    A group that tells nothing in any row counts too.
+    """
+    n_groups = (counts_K3[:, 0] > 0).sum()
+    return 1 / (n_groups * counts_K3[groups_G, 1 if norm == "per_row" else 2])
+
+
+def told_loss(
+    model: LatentModel,
+    batch: Batch,
+    thought: Thought,
+    shuffled: bool = False,
+    counts_K3: Tensor | None = None,
+) -> Tensor:
+    """Return the cross-entropy of the told steps, averaged over groups as ``aux_norm`` says.
 
     ``shuffled`` gives every group the latents of the same group in another row: a decoder that reads them does worse.
+    ``counts_K3`` are the counts of the groups of the global batch, of which this one gives its share of the mean; None:
+    those of this batch.
     """
     assert model.step_decoder is not None
+    counts_K3 = batch.told_K3 if counts_K3 is None else counts_K3
     settings = model.method.auxiliary
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
     for sites in batch.told:
@@ -233,6 +270,6 @@ def told_loss(model: LatentModel, batch: Batch, thought: Thought, shuffled: bool
         asked = group_questions(model, batch, sites)
         logits = model.step_decoder(latents, sites.ids_GL, model.backbone, asked).float()
         loss_GL = cross_entropy(logits.transpose(1, 2), sites.targets_GL, reduction="none", ignore_index=IGNORE)
-        weights_G = sites.per_row_G if settings.aux_norm == "per_row" else sites.per_token_G
-        total = total + (loss_GL.sum(1) * weights_G).sum()
-    return total * len(batch)
+        assert counts_K3 is not None
+        total = total + (loss_GL.sum(1) * told_weights(sites.groups_G, counts_K3, settings.aux_norm)).sum()
+    return total

@@ -7,7 +7,7 @@ positions of an example, `D` width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,8 @@ class TeacherCache:
 
     Args:
         path: the file.
-        rows: the laid-out training set; rows that are read by the teacher alike share an entry.
+        rows: the laid-out training set; rows that are read by the teacher alike share an entry, which has the positions
+            that any of them follows.
         backbone: the teacher, run only if the file is not there yet.
         pad_id: what fills padded columns.
         batch_size: rows that the teacher reads at once.
@@ -42,16 +43,21 @@ class TeacherCache:
 
     def __init__(self, path: str | Path, rows: Sequence[Row], backbone: Backbone, pad_id: int, batch_size: int = 64):
         self.path = Path(path)
-        known = {_key(row): row for row in rows if row.teacher is not None and positions(row)}
-        entries = dict(sorted(known.items()))  # the file does not depend on the order of the data
+        read: dict[tuple[int, ...], Row] = {}
+        followed: dict[tuple[int, ...], set[int]] = {}
+        for row in rows:
+            if row.teacher is not None and (at := positions(row)):
+                key = tuple(row.teacher.ids())
+                read[key] = row.teacher
+                followed.setdefault(key, set()).update(at)
         self.places: dict[tuple[int, ...], tuple[int, list[int]]] = {}
         n = 0
-        for key, row in entries.items():
-            self.places[key] = (n, positions(row))
-            n += len(positions(row))
-        made_of = fingerprint(backbone, entries)
+        for key in sorted(read):  # the file does not depend on the order of the data
+            self.places[key] = (n, sorted(followed[key]))
+            n += len(followed[key])
+        made_of = fingerprint(backbone, [(*key, -1, *at) for key, (_, at) in self.places.items()])
         if not self.path.exists():
-            self._make(list(entries.values()), backbone, pad_id, batch_size, made_of)
+            self._make([read[key] for key in self.places], backbone, pad_id, batch_size, made_of)
         try:
             self.file = safe_open(str(self.path), framework="pt")
             stored = (self.file.metadata() or {}).get(MADE_OF)
@@ -68,13 +74,15 @@ class TeacherCache:
         parts = []
         for start in range(0, len(rows), batch_size):
             chosen = rows[start : start + batch_size]
-            batch = collate([row.teacher for row in chosen if row.teacher is not None], pad_id).to(backbone.device)
+            batch = collate(chosen, pad_id).to(backbone.device)
             with torch.no_grad():
                 context = Context(backbone, len(batch))
                 layers = context.read(backbone.embed(batch.ids_BS), batch.mask_BS, all_states=True)
             states_BSLD = torch.stack(layers, dim=2).cpu()
             first_B = (batch.mask_BS.cpu() > 0).int().argmax(1).tolist()
-            parts += [states_BSLD[r, first_B[r] + torch.tensor(positions(row))] for r, row in enumerate(chosen)]
+            for r, row in enumerate(chosen):
+                _, at = self.places[tuple(row.ids())]
+                parts.append(states_BSLD[r, first_B[r] + torch.tensor(at)])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".{self.path.name}.writing")
         try:
@@ -85,9 +93,13 @@ class TeacherCache:
             raise InputError(f"could not write the teacher's states to {self.path}: {error}") from error
 
     def states_of(self, row: Row) -> dict[int, Tensor]:
-        """Return the states after every layer (n_layers + 1, D) at each position that a row follows."""
-        start, at = self.places.get(_key(row), (0, []))  # a row may follow nothing
-        return dict(zip(at, self.states[start : start + len(at)], strict=True))
+        """Return the states after every layer (n_layers + 1, D) at each position that a row follows; it may be none."""
+        wanted = positions(row)
+        if not wanted or row.teacher is None:
+            return {}
+        start, at = self.places[tuple(row.teacher.ids())]
+        states = self.states[start : start + len(at)]
+        return {position: states[at.index(position)] for position in wanted}
 
 
 def positions(row: Row) -> list[int]:
@@ -95,8 +107,8 @@ def positions(row: Row) -> list[int]:
     return sorted({follow.teacher_at for link in row.links() for follow in link.follows})
 
 
-def fingerprint(backbone: Backbone, entries: dict[tuple[int, ...], Row]) -> str:
-    """Return a hash of a teacher's weights, of what it reads, and of the positions that are followed."""
+def fingerprint(backbone: Backbone, entries: Iterable[tuple[int, ...]]) -> str:
+    """Return a hash of a teacher's weights, and of what it reads with the positions that are followed."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.lm.state_dict().items()):
         digest.update(name.encode())
@@ -104,9 +116,3 @@ def fingerprint(backbone: Backbone, entries: dict[tuple[int, ...], Row]) -> str:
     for key in entries:
         digest.update(str(key).encode())
     return digest.hexdigest()
-
-
-def _key(row: Row) -> tuple[int, ...]:
-    """Return what tells two entries apart: the tokens that the teacher reads, and the positions followed."""
-    assert row.teacher is not None
-    return (*row.teacher.ids(), -1, *positions(row))

@@ -78,6 +78,8 @@ class Trace:
     """The iterations of a loop.
 
     ``last`` is the reading of the pass that the answer sees: of the position before the latents, and of the latents.
+    ``opened`` are the traces of the blocks that a row opened by itself while it answered, in order; their iterations
+    are of the latents alone, and their ``last`` is also of what closes the block.
 
     Args:
         read_out: maps outputs u (A, N, D) to logits (A, N, V); None records no read-outs.
@@ -91,6 +93,7 @@ class Trace:
     iterations: list[Iteration] = field(default_factory=list)
     last: Reading | None = None
     gold: Tensor | None = None
+    opened: list[Trace] = field(default_factory=list)
 
     def read(self, logits: Tensor, gold_AN: Tensor | None = None) -> Reading:
         """Return the likeliest tokens of logits (A, N, V), and the ranks of the gold ones."""

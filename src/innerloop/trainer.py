@@ -26,7 +26,7 @@ from innerloop.adapters import adapted
 from innerloop.engine import check_length
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example, from_rows
-from innerloop.layout import Batch, Row, collate
+from innerloop.layout import Batch, Row, added, collate
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import LatentModel
 from innerloop.progress import MetricsFile, StopOnInterrupt
@@ -172,6 +172,11 @@ class LatentTrainer(Trainer):
         self.curriculum = model.method.curriculum
         self.n_left_out = 0
         train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
+        train = model.method.prepared(train, args.device)
+        if model.step_decoder is not None:
+            stages = model.method.stages()
+            rows = (model.method.lay_out(example, model.spell, stage) for example in train for stage in stages)
+            model.step_decoder.check_room(rows, model.backbone)
         valid = None if eval_dataset is None else _examples(eval_dataset, "eval_dataset")[: args.eval_limit]
         if valid is not None and args.eval_limit < 1:
             raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")
@@ -285,10 +290,13 @@ class LatentTrainer(Trainer):
             micro_batches.append(self._collate(self.model.rows(examples, stage, seed)))
         if not micro_batches or self.args.loss_norm == "micro":
             return [{"batch": batch, "n_items": None} for batch in micro_batches], None
-        totals: dict[str, float] = {}
+        counts: dict[str, list[Any]] = {}
+        if self.model.step_decoder is not None:  # all processes count the same things
+            counts["told"] = [torch.zeros(1, 3, device=self.args.device)]
         for batch in micro_batches:
             for name, n in batch.counts().items():
-                totals[name] = totals.get(name, 0) + n
+                counts.setdefault(name, []).append(n)
+        totals = {name: added(ns) if name == "told" else sum(ns) for name, ns in counts.items()}
         n_items = {name: self._over_processes(n, device) for name, n in totals.items()}
         return [{"batch": batch, "n_items": n_items} for batch in micro_batches], None
 
@@ -309,10 +317,13 @@ class LatentTrainer(Trainer):
         rows = [method.lay_out(example, model.spell, stage) for stage in stages for example in self.train_dataset]
         return TeacherCache(path, rows, model.teacher, model.spell.pad_id)
 
-    def _over_processes(self, n: float, device: torch.device) -> Any:
+    def _over_processes(self, n: Any, device: torch.device) -> Any:
         if self.args.world_size == 1:
             return n
-        return self.accelerator.gather(torch.tensor([n], device=device)).sum()
+        own = torch.as_tensor(n, device=device)
+        if own.ndim:  # processes may know unlike numbers of groups
+            own = self.accelerator.pad_across_processes(own)
+        return self.accelerator.gather(own[None]).sum(0)
 
     def _maybe_reset_optimizer(self, step: int, stage: int) -> None:
         if step == 0:

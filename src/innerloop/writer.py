@@ -188,17 +188,22 @@ class BlockWriter(Writer):
         normed = model.method.loop.feedback_site == "post_norm"
         steps = RegionPass(self.context, mask, model.loop.weights, normed, state_mask=mask)
         n_loops = [block.n_loops if waits else 0 for waits in waits_R.tolist()]
-        result = model.loop(steps, self.backbone.embed(ids), n_loops, None, model.read_out)
+        record = None if self.seats[0].record is None else model.new_trace()
+        result = model.loop(steps, self.backbone.embed(ids), n_loops, record, model.read_out)
         closing = self.backbone.embed(torch.tensor(block.closing.ids, device=ids.device)).expand(len(waits_R), -1, -1)
         read = torch.cat([result.state, closing], dim=1)
         states = self.context.read(read, waits_R[:, None].long().expand(read.shape[:2]))
+        if record is not None:  # what opened the blocks has been read out already
+            record.last = record.read(torch.cat([self.logits_RV[:, None], self.backbone.head(states)], dim=1))
         self.logits_RV = torch.where(waits_R[:, None], self.backbone.head(states[:, -1]), self.logits_RV)
         self.n_blocks_R = self.n_blocks_R + waits_R
         self.last_R = torch.where(waits_R, block.closing.ids[-1], self.last_R)
         self.waits_R = torch.zeros_like(waits_R)
-        for seat, waits, ran in zip(self.seats, waits_R.tolist(), result.n_loops):
+        for r, (seat, waits, ran) in enumerate(zip(self.seats, waits_R.tolist(), result.n_loops)):
             seat.n_latents += waits * len(block.region.ids)
             seat.n_loops += ran
+            if record is not None and waits:
+                seat.opened.append((record, r))
         if (room := self.backbone.context_length) is not None:
             over_R = (self.room_R + self.context.next_position_B - room).clamp(min=0) * waits_R
             self.room_R = self.room_R - over_R

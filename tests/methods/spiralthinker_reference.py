@@ -84,6 +84,7 @@ class Spiral(Reference):
         super().__init__(model)
         self.rescale = model.loop.rescale
         self.teacher = model._teacher[0].backbone.lm if model._teacher else None
+        self.read_blocks: list[tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]] = []
 
     @property
     def n_updates(self) -> int:
@@ -96,8 +97,9 @@ class Spiral(Reference):
         bot, eot = self.marker("<bot>"), self.marker("<eot>")
         row.add(self.question(example.question))
         first_latent = {"odd": 0, "even": 1, "random_parity": parity}
+        drawn = {i for i in range(len(example.steps)) if m.pattern == "random" and parity & 2**i}
         for i, step in enumerate(self.steps(example)):
-            if m.pattern == "all" or (m.pattern != "none" and i % 2 == first_latent[m.pattern]):
+            if m.pattern == "all" or i in drawn or i % 2 == first_latent.get(m.pattern):
                 self.add_block(row, i)
             else:
                 row.add([*bot, *step, *eot], learned=True)
@@ -108,7 +110,7 @@ class Spiral(Reference):
 
     def add_block(self, row: Laid, step: int | None) -> None:
         """Add <bol> <latent>xN <eol>; the first <bol> after the question is given, unless rows begin with text."""
-        is_given = not row.learned and not row.blocks and self.method.pattern != "even"
+        is_given = not row.learned and not row.blocks and self.method.pattern not in ("even", "random")
         row.add(self.marker("<bol>"), learned=not is_given or self.method.supervise_first_bol)
         row.blocks.append(list(range(len(row.ids), len(row.ids) + self.method.latents_per_block)))
         row.add(self.marker("<lat>") * self.method.latents_per_block)
@@ -248,7 +250,7 @@ class Spiral(Reference):
     @torch.no_grad()
     def write(self, question: str, max_new_tokens: int) -> tuple[list[int], int]:
         """Greedy decoding: what is written, and the number of blocks that were read."""
-        m, x_LD = self.method, self.embed(self.question(question))
+        m, x_LD, self.read_blocks = self.method, self.embed(self.question(question)), []
         bol, eot, eos = self.marker("<bol>")[0], self.marker("<eot>")[0], self.tokenizer.eos_token_id
         answer = self.tokenizer.encode("### ", add_special_tokens=False)[0]
         n_blocks, ids = 0, []
@@ -269,8 +271,16 @@ class Spiral(Reference):
         return ids, n_blocks
 
     def read_block(self, x_LD: Tensor) -> Tensor:
-        """Append a block after its <bol>: K updates on what came before, then <eol>."""
-        z_ND = self.embed(self.marker("<lat>") * self.method.latents_per_block)
+        """Append a block after its <bol>: K updates on what came before, then <eol>.
+
+        ``read_blocks`` gets for each update the logits (N, V) of its pass and the latents after and before it, and the
+        logits (1 + N + 1, V) that <bol>, the final latents and <eol> show.
+        """
+        z_ND, updates = self.embed(self.marker("<lat>") * self.method.latents_per_block), []
         for _ in range(self.n_updates):
-            z_ND = self.g(self.run(torch.cat([x_LD, z_ND]))[0][len(x_LD) :])
-        return torch.cat([x_LD, z_ND, self.embed(self.marker("<eol>"))])
+            fed_LD, _, logits_LV = self.run(torch.cat([x_LD, z_ND]))
+            updates.append((logits_LV[len(x_LD) :], self.g(fed_LD[len(x_LD) :]), z_ND))
+            z_ND = updates[-1][1]
+        whole_LD = torch.cat([x_LD, z_ND, self.embed(self.marker("<eol>"))])
+        self.read_blocks.append((updates, self.run(whole_LD)[2][len(x_LD) - 1 :]))
+        return whole_LD

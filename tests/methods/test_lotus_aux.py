@@ -82,7 +82,7 @@ def test_told_loss_is_the_mean_over_tokens_of_steps_told_one_by_one(arch):
         prompt = torch.cat([latents, model.backbone.embed(ids[:-1])])
         logits = decoder(inputs_embeds=prompt[None], use_cache=False).logits[0, 3:]
         losses.append(cross_entropy(logits, ids, reduction="none"))
-    assert_close(told_loss(model, batch, thought) / len(batch), torch.cat(losses).mean(), 5e-6)
+    assert_close(told_loss(model, batch, thought), torch.cat(losses).mean(), 5e-6)
     assert len(losses) == sum(min(len(example.steps), 3) for example in MIXED)
 
 

@@ -119,7 +119,7 @@ def aux_of(model, rows):
     batch = model.batch(rows)
     thought = model.think(batch)
     model.written_logits(batch, thought)
-    return told_loss(model, batch, thought) / len(batch)
+    return told_loss(model, batch, thought)
 
 
 # The loss against brute force

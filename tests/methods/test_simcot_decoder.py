@@ -10,6 +10,7 @@ from innerloop import Coconut, Example, LatentModel, NoCot
 from innerloop.errors import InputError
 from innerloop.methods import Lotus, SimCot, SimCotCodi
 from innerloop.step_decoder import AuxSettings, group_latents, told_loss
+from innerloop.trainer import LatentTrainer, training_arguments
 from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.tools import (
     MIXED,
@@ -157,6 +158,33 @@ def test_a_decoder_of_other_tokens_or_none_at_all_is_refused(another, tmp_path: 
         fresh(change(method, aux_source=str(tmp_path / "other")))
 
 
+@pytest.mark.parametrize(("fields", "more"), [({}, 0), ({"aux_question": True, "aux_position": 3}, 3 + 9)])
+def test_what_the_decoder_reads_must_fit_into_the_context(fields, more, tmp_path: Path):
+    """A long step is told after the latents, and after the question where that is read too."""
+    (example,) = [Example("3 ; + 4 ; * 2", (" ".join(["3 + 4 = 2"] * 4), "2 * 2 = 4"), "4")]
+    method = change(ON_COCONUT, max_stage=2, first_stage=3, surplus="ignore", **fields)
+    needs = more + method.latents_per_step + 4 * 5  # the step's tokens with its end, of which the last is not read
+    for room, fits in ((needs, True), (needs - 1, False)):
+        model = tiny_model(method, "gpt2", max_position_embeddings=room)
+        assert len(model.rows([example])[0]) < room  # the row itself would fit
+        if fits:
+            assert model.loss([example]).loss.isfinite()
+            continue
+        with pytest.raises(InputError, match=f"has {needs} positions"):
+            model.loss([example])
+        with pytest.raises(InputError, match=f"takes {needs} positions"):
+            LatentTrainer(model, training_arguments(tmp_path, {"max_steps": 1, "use_cpu": True}), [example])
+
+
+def test_a_decoder_of_a_smaller_context_than_the_models_refuses_steps_that_are_too_long(another, tmp_path: Path):
+    model = fresh(change(ON_COCONUT, aux_source=another, aux_embed="own"))
+    model.step_decoder.own.config.max_position_embeddings = 6
+    with pytest.raises(InputError, match="needs 8 positions to tell a step but reads at most 6"):
+        model.loss([Example("3 ; + 4", ("3 + 4 = 2 = 2",), "2")])
+    with pytest.raises(InputError, match="needs 8 positions to tell a step"):
+        make_trainer(tmp_path, model, [Example("3 ; + 4", ("3 + 4 = 2 = 2",), "2")])
+
+
 # The control
 
 
@@ -178,7 +206,7 @@ def test_the_shuffled_control_takes_the_latents_of_another_row(arch):
         return sum((losses[g].sum() / is_target[g].sum()).item() for g in groups) / 2
 
     with torch.no_grad():
-        shuffled = told_loss(model, batch, thought, shuffled=True).item() / len(examples)
+        shuffled = told_loss(model, batch, thought, shuffled=True).item()
         assert shuffled in (
             pytest.approx(loss_when_shifted(1), rel=1e-5),
             pytest.approx(loss_when_shifted(-1), rel=1e-5),

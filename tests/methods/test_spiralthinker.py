@@ -15,16 +15,18 @@ from tests.methods.tools import (
     same_weights,
 )
 
-PATTERNS = ("odd", "even", "random_parity", "all", "none")
+PATTERNS = ("odd", "even", "random_parity", "all", "none", "random")
 PARITIES = [1, 0, 0, 1, 1, 0]
+DRAWN = {"random_parity": PARITIES, "random": [0b101, 0, 0, 0b1011, 0b10, 0]}  # of random, bit i tells of step i
 STEPPED = [example for example in MIXED if example.steps]
 by_schedule = pytest.mark.parametrize("schedule", ["parallel", "sequential"])
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
-def rows_of(model, examples=MIXED, parities=PARITIES):
-    """Lay out each example at a parity of its own, as random_parity does."""
-    chosen = parities if model.method.pattern == "random_parity" else [0] * len(examples)
+def rows_of(model, examples=MIXED, parities=None):
+    """Lay out each example at a parity of its own, as random_parity does, or with steps of its own in blocks."""
+    chosen = DRAWN.get(model.method.pattern) if parities is None else parities
+    chosen = [0] * len(examples) if chosen is None else chosen
     return [model.method.lay_out(example, model.spell, parity) for example, parity in zip(examples, chosen)]
 
 
@@ -46,7 +48,7 @@ def test_the_logits_of_the_last_pass_are_the_cards(pattern, schedule, arch):
     model = student(arch, change(SPIRAL, pattern=pattern, block_schedule=schedule))
     slow, rows = Spiral(model), rows_of(model)
     model.rows = lambda *_: rows
-    parities = PARITIES if pattern == "random_parity" else [0] * len(MIXED)
+    parities = DRAWN.get(pattern, [0] * len(MIXED))
     with torch.no_grad():
         for example, parity, logits in zip(MIXED, parities, model.answer_logits(MIXED)):
             assert_close(logits, slow.logits(example, parity), tolerance(arch))
@@ -54,10 +56,10 @@ def test_the_logits_of_the_last_pass_are_the_cards(pattern, schedule, arch):
 
 @by_arch
 @by_schedule
-@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all"])
+@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "random"])
 def test_the_loss_and_its_gradient_are_the_cards(pattern, schedule, arch):
     model = student(arch, change(ALIGNED, pattern=pattern, block_schedule=schedule))
-    slow, parities = Spiral(model), PARITIES if pattern == "random_parity" else None
+    slow, parities = Spiral(model), DRAWN.get(pattern)
     output = loss_of(model, rows_of(model))
     expected = slow.loss(MIXED, parities)
     assert output.terms["hid"].item() == pytest.approx(slow.progressive(MIXED, parities).item(), abs=1e-5)

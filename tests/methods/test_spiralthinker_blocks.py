@@ -113,6 +113,38 @@ def test_rows_wait_so_that_their_blocks_are_refined_together(answers):
     assert len(firsts) > 1
 
 
+# What blocks hold
+
+
+def assert_shows(top_probs, top_ids, logits):
+    """Read-outs of one row (1, N, k) are the likeliest tokens of logits (N, V)."""
+    expected = logits.float().softmax(-1).topk(5)
+    torch.testing.assert_close(top_probs[0], expected.values.float(), atol=1e-5, rtol=0)
+    assert (top_ids[0] == expected.indices).float().mean() > 0.9  # but for tokens that are as likely as each other
+
+
+@by_arch
+@by_pattern
+def test_a_trace_holds_every_block_as_the_slow_twin_reads_it(pattern, arch, answers):
+    """Rows of one batch open different numbers of blocks; each is recorded, and nothing else changes."""
+    model = writer(arch, change(SPIRAL, pattern=pattern))
+    slow, traced = Spiral(model), answers(model, trace=True)
+    assert len({len(generation.trace.opened) for generation in traced}) > 2
+    for question, plain, generation in zip(QUESTIONS, answers(model), traced):
+        assert_alike(plain, generation)
+        slow.write(question, 14)
+        first = [generation.trace] if pattern == "odd" else []
+        blocks = [*first, *generation.trace.opened]
+        assert len(blocks) == len(slow.read_blocks) and (first or not generation.trace.iterations)
+        for block, (updates, last) in zip(blocks, slow.read_blocks):
+            assert [entry.loop for entry in block.iterations] == list(range(1, K + 1))
+            for entry, (logits, new, old) in zip(block.iterations, updates):
+                assert_shows(entry.top_probs[:, :N], entry.top_ids[:, :N], logits)
+                assert_close(entry.delta[0], ((new - old).norm() / new.norm()).float(), ROUNDED)
+                assert_close(entry.changes[0, :N], ((new - old).norm(dim=1) / new.norm(dim=1)).float(), ROUNDED)
+            assert_shows(block.last.top_probs, block.last.top_ids, last)
+
+
 # 5: answering equals training
 
 

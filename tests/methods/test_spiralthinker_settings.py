@@ -76,6 +76,7 @@ CASES = [
     (BASE, {"pattern": "even"}, {"rows", "labels", "prompt", "paid"} | FORWARD, WORDS),
     (BASE, {"pattern": "random_parity"}, LAID_OUT, {"passes"}),
     (BASE, {"pattern": "all"}, LAID_OUT, set()),
+    (BASE, {"pattern": "random"}, LAID_OUT | {"prompt", "paid"}, WORDS | {"passes"}),
     (BASE, {"latents_per_block": 3}, {"rows", "labels", "prompt", "paid"} | FORWARD, WORDS),
     (BASE, {"max_loops": 2}, {"passes", "paid"} | FORWARD, WORDS),
     (BASE, {"count_static_pass": True}, {"passes", "paid"} | FORWARD, WORDS),
@@ -147,7 +148,7 @@ def test_no_setting_has_been_forgotten():
     tried = {name for _, changes, _, _ in CASES for name in changes}
     refused = {"step_weight", "deep_weight", "deep_schedule", "halt_weight", "halt_prior", "halt_beta", "shift"}
     refused |= {"solver", "solver_gradient", "solver_tol", "stop_site"}
-    elsewhere = {"hid_width"} | OF_STOPPING  # test_codi.py
+    elsewhere = {"hid_width", "labeller"} | OF_STOPPING  # test_codi.py, test_step_labels.py
     assert {field.name for field in fields(SpiralThinker)} == tried | refused | elsewhere
 
 

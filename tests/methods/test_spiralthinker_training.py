@@ -45,7 +45,7 @@ def test_a_student_learns_from_text_and_from_its_teacher(pattern, schedule, teac
 
 
 @by_schedule
-@pytest.mark.parametrize("pattern", ["even", "random_parity"])
+@pytest.mark.parametrize("pattern", ["even", "random_parity", "random"])
 @pytest.mark.slow
 def test_states_on_disk_give_the_same_losses(pattern, schedule, teacher, tmp_path: Path):
     """Also for batches in which rows follow nothing: examples without steps, or with text alone."""

@@ -22,6 +22,25 @@ def test_default_examples_follow_the_arithmetic():
         assert example.answer == str(number)
 
 
+@pytest.mark.parametrize("options", [{}, {"n_ops": 2, "operations": "+", "n_train": 400, "n_test": 40}])
+def test_steps_of_several_operations_follow_the_arithmetic(options):
+    task = Chain(**SMALL | {"n_ops": 3, "ops_per_step": 2, "n_valid": 20} | options)
+    sizes = Counter()
+    for example in task.examples("train"):
+        first, *clauses = example.question.split(" ; ")
+        number = int(first)
+        for clause, step in zip(clauses, example.steps, strict=True):
+            written = str(number)
+            for operation, operand in re.findall(r"([-+*]) (\d)", clause):
+                number = eval(f"({number} {operation} {operand}) % 5")
+                written += f" {operation} {operand} = {number}"
+            assert step == written
+            sizes[step.count("=")] += 1
+        assert example.answer == str(number)
+        assert sum(len(step) + 1 for step in example.steps) + 6 <= task.max_new_tokens
+    assert set(sizes) == {1, 2} and (options or 0.9 < sizes[1] / sizes[2] < 1.1)  # all are drawn where there are few
+
+
 def test_sizes_ids_and_no_question_twice():
     task = Chain(**SMALL)
     for split, size in (("train", 2000), ("valid", 100), ("test", 200)):

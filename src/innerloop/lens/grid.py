@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.show import visible
-from innerloop.trace import Iteration, Reading
+from innerloop.trace import Iteration, Reading, Trace
 
 Spot = tuple[int, int]
 """A pass (0: the one that the answer sees) and a position, counted from the first that loops."""
@@ -103,3 +103,8 @@ def loop_of(entry: Iteration, series: str = "") -> Loop:
     score = None if entry.score is None else entry.score[0].item()
     known = score if score is not None and math.isfinite(score) else None
     return Loop(entry.loop, entry.delta[0].item(), entry.cosine[0].item(), entry.rms[0].item(), known, series)
+
+
+def loops_of(trace: Trace, series: str = "") -> tuple[Loop, ...]:
+    """Return the statistics of the iterations of one row."""
+    return tuple(loop_of(entry, series) for entry in trace.iterations)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from innerloop.engine import Generation
 from innerloop.examples import Example
 from innerloop.layout import ANSWER_PASS, Kind, Row
-from innerloop.lens.grid import Column, Spot
+from innerloop.lens.grid import Column, Spot, loops_of
 from innerloop.measure.readout import Shown
 from innerloop.model import LatentModel
 from innerloop.show import visible
+from innerloop.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,19 @@ def single_steps(model: LatentModel, answer: Generation, shown: Sequence[Shown])
     return steps
 
 
-def how_it_ended(model: LatentModel, scores: Sequence[float | None], ran: int, limit: int) -> Stop | None:
-    """Return how the loop over latents ended."""
-    settings = model.method.loop
+def how_it_ended(model: LatentModel, trace: Trace, limit: int) -> Stop | None:
+    """Return how the loop over latents ended; None where none was to run."""
+    settings, loops = model.method.loop, loops_of(trace)
     if limit == 0:
         return None
+    ran = len(loops)
     rule = settings.stop
     if settings.solver != "none":
         why = f"A fixed point was looked for to {settings.solver_tol:g}: {ran} of at most {times(limit)} ran."
         return Stop(rule, None, ran, limit, why)
     if rule == "none":
         return Stop(rule, None, ran, limit, f"No stop rule is on: the loop ran {times(ran)}, as set.")
-    threshold, score = settings.threshold, scores[-1] if scores else None
+    threshold, score = settings.threshold, loops[-1].score if loops else None
     reached = "" if score is None else f" ({rule} score {score:.3g}, threshold {threshold:.3g})"
     if ran < limit:
         why = f"The stop rule ended the loop after {ran} of {times(limit)}{reached}."

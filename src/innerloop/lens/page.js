@@ -254,6 +254,8 @@
   }
 
   const STATISTICS = [["change", "relative change", "‖zₜ − zₜ₋₁‖ / ‖zₜ‖"], ["cosine", "cosine", "zₜ with zₜ₋₁"], ["rms", "RMS", "of zₜ"], ["score", "stop score", ""]];
+  const STYLES = [["● ─", "solid", "circle"], ["■ ╌", "dash", "square"], ["◆ ┈", "dot", "diamond"], ["▲ ╌", "dashdot", "triangle-up"],
+    ["✚ ─", "longdash", "cross"]].map(([mark, dash, symbol]) => ({ mark, dash, symbol }));
   // One box for each statistic, for as long as the page is open: what is drawn in it is replaced, never taken away while
   // plotly may still be at work on it.
   const boxes = STATISTICS.map(([, title, formula]) => {
@@ -272,9 +274,10 @@
     const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink").trim();
     const soft = style.getPropertyValue("--soft").trim(), rule = style.getPropertyValue("--line").trim();
     const hues = [style.getPropertyValue("--accent").trim(), dark.matches ? "#f2b263" : "#b5600b"];
+    const styleOf = (i) => ({ hue: hues[i % 2], ...STYLES[i % STYLES.length] }); // no two of the first ten are alike
     const threshold = look.stop?.threshold ?? null;
     const marks = series.length < 2 ? [] : series.map((s, i) => make("span", { class: "key" },
-      make("span", { "aria-hidden": "true", text: i ? "■ ╌" : "● ─", style: `color: ${hues[i % 2]}` }), s));
+      make("span", { "aria-hidden": "true", text: styleOf(i).mark, style: `color: ${styleOf(i).hue}` }), s));
     if (threshold !== null) marks.push(make("span", { class: "key" }, make("span", { "aria-hidden": "true", text: "┈┈", style: `color: ${hues[1]}` }), `threshold ${number(threshold)}`));
     fill($("curves-legend"), ...marks);
     const known = STATISTICS.filter(([name]) => look.loops.some((loop) => loop[name] !== null));
@@ -289,7 +292,7 @@
         + look.loops.filter((l) => l.series === s).map((l) => `loop ${l.loop} ${number(l[name])}`).join(", ")).join("; "));
       const traces = series.map((s, i) => ({ x: look.loops.filter((l) => l.series === s).map((l) => l.loop),
         y: look.loops.filter((l) => l.series === s).map((l) => l[name]), name: s, mode: "lines+markers",
-        line: { color: hues[i % 2], width: 2, dash: i ? "dash" : "solid" }, marker: { size: 8, symbol: i ? "square" : "circle" },
+        line: { color: styleOf(i).hue, width: 2, dash: styleOf(i).dash }, marker: { size: 8, symbol: styleOf(i).symbol },
         hovertemplate: "loop %{x}: %{y:.4g}<extra></extra>" }));
       const values = look.loops.map((l) => l[name]).filter((value) => value !== null);
       const range = name === "cosine" ? { range: [Math.min(0, Math.min(...values) - 0.1), 1.08] } : { rangemode: name === "score" ? "normal" : "tozero" };

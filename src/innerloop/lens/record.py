@@ -20,7 +20,7 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.layout import ANSWER_PASS, Row
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
-from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loop_of
+from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of
 from innerloop.lens.latents import (
     Step,
     Stop,
@@ -32,6 +32,7 @@ from innerloop.lens.latents import (
     single_steps,
     times,
 )
+from innerloop.lens.opened import Part, opened_curves, opened_parts, side_by_side
 from innerloop.measure.accuracy import versions
 from innerloop.measure.readout import Shown, shown_steps
 from innerloop.model import LatentModel
@@ -179,7 +180,8 @@ def look_at(
         columns = tuple(Column(token, "asked" if i < n_asked else "written", d) for i, (token, d) in enumerate(tokens))
         return replace(base, columns=columns, grid=grid, loops=depth_loops(answer, tokens), notes=notes), "depth"
     row = model.prompts([example.question], loops=loops)[0]
-    if answer.trace is None or (not answer.trace.iterations and answer.trace.last is None):
+    trace = answer.trace
+    if trace is None or not (trace.iterations or trace.last or trace.opened):
         name = model.method.name
         return replace(base, notes=(f"'{name}' thinks in what it writes: there are no latents to look into.",)), "text"
     expects = loops is None and model.method.losses.step_weight > 0 and example.steps
@@ -222,18 +224,20 @@ def _latents(
         if trace.last is not None:
             lines.append(Line("answer", ANSWER_PASS, cells_of(model.tokenizer, trace.last, gold, ANSWER_PASS, -shift)))
             notes.append("The line 'answer' is the pass that reads the final latents together with the answer.")
-    ran, more = len(trace.iterations), answer.cost.loops - len(trace.iterations)
-    if more > 0:
-        notes.append(
-            f"{times(more, 'further iteration')} refined blocks that were opened while writing; the trace "
-            "holds the first block alone."
-        )
+    curves, stop = loops_of(trace), how_it_ended(model, trace, row.n_loops)
+    if trace.opened:
+        parts = opened_parts(model, trace, loops)
+        blocks = [Part(columns, tuple(lines)), *parts] if columns else parts
+        columns, lines = side_by_side(blocks)
+        curves, stop = opened_curves(model, trace, loops, row.n_loops)
+        n = len(parts)
+        notes.append(f"{times(n, 'block')} {'was' if n == 1 else 'were'} opened by what was written.")
     return replace(
         base,
         columns=columns,
         grid=tuple(lines),
-        loops=tuple(loop_of(entry) for entry in trace.iterations),
+        loops=curves,
         shown=(*block_steps(model, row, example, answer, loops), *single_steps(model, answer, shown)),
-        stop=how_it_ended(model, [loop.score for loop in map(loop_of, trace.iterations)], ran, row.n_loops),
+        stop=stop,
         notes=tuple(notes),
     )

@@ -2,6 +2,11 @@
 
 The student thinks as Coconut does, each state passed through a projection. At the token before the answer's digits its
 states, layer by layer, are pulled to those the same model has there after reading the chain of thought (codi.md).
+
+The authors' code leaves out examples whose answer does not begin with a digit, such as negative numbers, and cuts texts
+at 256 tokens; it finds the token before the answer by its text. Here that token is found from the tokens of the answer
+itself, whatever it begins with, so nothing is left out on its account and nothing is cut; `train.max_length` leaves out
+long examples and counts them.
 """
 
 from dataclasses import dataclass, replace

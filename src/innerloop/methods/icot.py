@@ -2,6 +2,10 @@
 
 No latents, no passes, no parameters: a schedule. s tokens are gone at optimizer step t, s(t) = floor(t / n) with
 n = round(Y / Delta) and Y steps per epoch; once s >= s_max all are (icot.md, section 5).
+
+The authors' code skips a batch for as long as what is left of it is longer than max_len_train. Here `train.max_length`
+leaves out single examples, by their length before anything is removed and for the whole training, and counts them: so
+what is trained on does not change with the schedule.
 """
 
 import math

@@ -21,6 +21,7 @@ from innerloop.losses import LossSettings
 from innerloop.step_decoder import AuxSettings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from innerloop.backbone import Backbone
@@ -97,13 +98,21 @@ class Method:
             rows.append(method.lay_out(example, spell, drawn))
         return rows
 
+    def prepared(self, examples: Sequence[Example], device: torch.device) -> list[Example]:
+        """Return training examples with what the method must know of them; called once, before training begins."""
+        return list(examples)
+
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
         """Draw the stage one example uses when ``stage`` is scheduled; the same ``seed`` draws the same stage."""
         return self.curriculum.stage_of(stage, n_steps, seed)
 
     def longest(self, example: Example, spell: Speller) -> int:
         """Return the number of positions of the longest row that training may make of an example."""
-        return max(self.lay_out(example, spell, stage).n_positions for stage in self.stages())
+        return max(self.n_positions(self.lay_out(example, spell, stage)) for stage in self.stages())
+
+    def n_positions(self, row: Row) -> int:
+        """Return the most positions that are read at once: by the model, by its teacher, or to tell a step."""
+        return max(row.n_positions, self.auxiliary.n_positions(row))
 
     def stages(self) -> Sequence[int]:
         """Return the stages that training may lay out an example at."""

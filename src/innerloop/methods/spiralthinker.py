@@ -5,12 +5,16 @@
 After every pass the states at the latents go through an adapter and become the latents' inputs, K times. At every pass
 the states at <eol> are pulled to those that the teacher, which writes all steps, has at the end of the step that the
 block stands for; later passes count more (spiralthinker.md, sections 3 and 4). Pattern `none` is that teacher.
+
+Of our own are the patterns `random` and `labelled`, in which every step is text or a block by itself, whichever it was
+drawn or labelled to be, and the model learns to write the marker that begins it: when answering it chooses, step by
+step. Labels say which steps a model of pattern `random` can do without text (`step_labels.py`).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.curriculum import uniforms
 from innerloop.errors import refuse
@@ -20,6 +24,13 @@ from innerloop.loop import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.methods.method import Method
 from innerloop.stabilize import RescaleKind
+from innerloop.step_labels import check_labels, labelled_by, latent_mask
+
+if TYPE_CHECKING:
+    import torch
+
+
+ALL_LATENT = -1  # as a number whose bits tell of steps
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,9 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
 
     Args:
         pattern: which steps (1, 2, ..) become blocks: odd, even, either for each example anew (random_parity), all, or
-            none: the explicit teacher of stage 1.
+            none: the explicit teacher of stage 1; each step by a coin (random), or those that are labelled so.
+        labeller: pattern=labelled: folder of a run of pattern random, whose model labels the training examples; None:
+            they bring their labels, a list of true (latent) and false for each, as ``latent`` in their meta.
         latents_per_block: N.
         max_loops: K, the number of updates of a block.
         count_static_pass: K counts the pass over the latents' own embeddings too.
@@ -50,7 +63,8 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
     summary: ClassVar[str] = "iterated latent blocks between steps of text, aligned with an explicit teacher"
     needs: ClassVar[str] = "question, steps, answer; a teacher of pattern none"
 
-    pattern: Literal["odd", "even", "random_parity", "all", "none"] = "odd"
+    pattern: Literal["odd", "even", "random_parity", "all", "none", "random", "labelled"] = "odd"
+    labeller: str | None = None
     latents_per_block: int = 5
     max_loops: int = 5
     count_static_pass: bool = False
@@ -96,6 +110,10 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
                 self.shift or self.stop_site == "answer",
                 "shift and stop_site=answer are for latents that the answer follows: leave them out with spiralthinker",
             ),
+            (
+                self.labeller is not None and self.pattern != "labelled",
+                "labeller tells which steps are latent: set pattern to labelled, or leave it out",
+            ),
             (self.align_alpha < 0, "later passes count more: align_alpha cannot be negative"),
             (self.time_inject == "token", "a token for the time has no place between text: set time_inject to add"),
         )
@@ -116,6 +134,16 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
         return (BOT, EOT) if self.pattern == "none" else (BOT, EOT, BOL)
 
     @property
+    def begins_with_block(self) -> bool:
+        """Whether the first block is given with the question, rather than opened by what is written."""
+        return self.pattern in ("odd", "random_parity", "all")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether each step is text or a block by itself; a stage is then a number whose bit i tells of step i."""
+        return self.pattern in ("random", "labelled")
+
+    @property
     def n_updates(self) -> int:
         """The number of times a block is written anew."""
         return self.max_loops - self.count_static_pass
@@ -130,16 +158,36 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
         return 0 if self.pattern == "none" else self.n_updates
 
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
-        """Draw the parity of one example: 0 odd, 1 even."""
+        """Draw the parity of one example: 0 odd, 1 even; of pattern random, which steps are latent."""
+        if self.pattern == "random":
+            return int(uniforms(seed)[0] * 2**n_steps)
         return int(uniforms(seed)[0] < 0.5) if self.pattern == "random_parity" else stage
 
     def stages(self) -> Sequence[int]:
-        """Return both parities, if either may be drawn."""
+        """Return both parities, if either may be drawn; where steps are free, all in text and all latent."""
+        if self.is_free:
+            return (0, ALL_LATENT)
         return (0, 1) if self.pattern == "random_parity" else (0,)
+
+    def longest(self, example: Example, spell: Speller) -> int:
+        """Return the length of the longest row: a step that is free is whichever is longer."""
+        if not self.is_free:
+            return super().longest(example, spell)
+        latent = (len(step.ids) < self.latents_per_block for step in spell.steps(example))
+        mask = sum(1 << i for i, is_latent in enumerate(latent) if is_latent)
+        return self.n_positions(self.lay_out(replace(example, meta={}), spell, mask))
+
+    def prepared(self, examples: Sequence[Example], device: "torch.device") -> list[Example]:
+        """Return the examples with their labels."""
+        if self.labeller is not None:
+            return labelled_by(self.labeller, examples, device)
+        return check_labels(examples) if self.pattern == "labelled" else list(examples)
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out; the region goes from the first latent to the last <eol>, with the text between as it is."""
         steps = spell.steps(example)
+        if self.pattern == "labelled":
+            stage = latent_mask(example, stage)
         head = row = Row([spell.question(example.question)])
         if self.hid_weight > 0:
             head.teacher = self._teacher(example, spell)
@@ -158,7 +206,7 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
     def prompt(self, question: str, spell: Speller, stage: int) -> Row:
         """Return ``[Q]``, with the first block where the pattern begins with one."""
         row = Row([spell.question(question)])
-        return row if self.pattern in ("none", "even") else self._add_block(row, spell)
+        return self._add_block(row, spell) if self.begins_with_block else row
 
     def block(self, spell: Speller) -> Block | None:
         """What happens when <bol> is written."""
@@ -183,6 +231,8 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
                 return False
             case "random_parity":
                 return index % 2 == stage
+            case "random" | "labelled":
+                return bool(stage >> index & 1)
         return index % 2 == (self.pattern == "even")
 
     def _add_block(self, row: Row, spell: Speller) -> Row:
@@ -192,7 +242,7 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
         the first begins a next row. A first block directly after the question is opened in the prefix.
         """
         is_first = not row.region and not row.suffix
-        is_given = is_first and self.pattern != "even"
+        is_given = is_first and self.begins_with_block
         begin = Piece(spell.marker(BOL).ids, Kind.MARKER, supervised=not is_given or self.supervise_first_bol)
         if is_first:
             row.prefix.append(begin)

@@ -3,6 +3,8 @@
     question  3 ; + 4 ; * 2 ; - 1        steps  3 + 4 = 2 | 2 * 2 = 4 | 4 - 1 = 3        answer  3        (modulus 5)
 
 Every operation is applied to the number reached so far and is a bijection of it, so no part of a chain can be skipped.
+Steps may be of unlike difficulty (ops_per_step): ``3 ; + 4 * 2 ; - 1`` has the steps ``3 + 4 = 2 * 2 = 4`` and
+``4 - 1 = 3``.
 """
 
 import math
@@ -29,6 +31,7 @@ class Chain(Task):
     Args:
         n_ops: operations in a chain, which is also its number of steps
         min_ops: draw the number of operations uniformly from min_ops to n_ops (default: always n_ops)
+        ops_per_step: each of these is from 1 to so many operations in a row, drawn uniformly
         modulus: all arithmetic is modulo this number
         operations: the operations to draw from, some of + - *
         n_train: training examples
@@ -42,6 +45,7 @@ class Chain(Task):
 
     n_ops: int = 5
     min_ops: int | None = None
+    ops_per_step: int = 1
     modulus: int = 5
     operations: str = "+-*"
     n_train: int = 20_000
@@ -50,7 +54,7 @@ class Chain(Task):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"n_ops": 1, "modulus": 2, "n_train": 1, "n_valid": 1, "n_test": 1}
+        least = {"n_ops": 1, "ops_per_step": 1, "modulus": 2, "n_train": 1, "n_valid": 1, "n_test": 1}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise InputError(f"chain: {name} is {getattr(self, name)}, but must be at least {minimum}")
@@ -58,9 +62,11 @@ class Chain(Task):
             raise InputError(f"chain: min_ops is {self.min_ops}, but must be from 1 to n_ops ({self.n_ops})")
         if not self.operations or len(set(self.operations) & set(OPERATIONS)) != len(self.operations):
             raise InputError(f"chain: operations is '{self.operations}', but must be some of '{OPERATIONS}', each once")
-        # One token a character is the worst a tokenizer can do: "a + b = c\n" for each step, then "### a" and the end.
+        # One token a character is the worst a tokenizer can do: "a + b = c\n" for each step, with " * d = e" for each
+        # further operation, then "### a" and the end.
         digits = len(str(self.modulus - 1))
-        object.__setattr__(self, "max_new_tokens", self.n_ops * (7 + 3 * digits) + digits + 8)
+        step = 7 + 3 * digits + (self.ops_per_step - 1) * (6 + 2 * digits)
+        object.__setattr__(self, "max_new_tokens", self.n_ops * step + digits + 8)
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Make the examples of a split; a smaller ``limit`` gives the first of them."""
@@ -75,7 +81,8 @@ class Chain(Task):
 
     def n_questions(self) -> int:
         """Count the different questions there are, over all splits."""
-        return sum(self.modulus * len(self._clauses()) ** length for length in self._lengths())
+        n_clauses = sum(len(self._clauses()) ** n for n in range(1, self.ops_per_step + 1))
+        return sum(self.modulus * n_clauses**length for length in self._lengths())
 
     def _lengths(self) -> range:
         return range(self.min_ops or self.n_ops, self.n_ops + 1)
@@ -90,7 +97,10 @@ class Chain(Task):
         clauses, lengths = self._clauses(), self._lengths()
         seen = set()
         while True:
-            chain = rng.randrange(self.modulus), tuple(rng.choices(clauses, k=rng.choice(lengths)))
+            number, drawn = rng.randrange(self.modulus), rng.choices(clauses, k=rng.choice(lengths))
+            if self.ops_per_step > 1:
+                drawn = [" ".join(rng.choices(clauses, k=rng.randint(1, self.ops_per_step))) for _ in drawn]
+            chain = number, tuple(drawn)
             question = _question(chain)
             if question not in seen and split_of(question) == split:
                 seen.add(question)
@@ -98,8 +108,9 @@ class Chain(Task):
 
     def _draw_listed(self, split: str, rng: random.Random, n_examples: int) -> Iterator[Drawn]:
         pools = []  # one for each length
+        joined = [" ".join(c) for n in range(1, self.ops_per_step + 1) for c in product(self._clauses(), repeat=n)]
         for length in self._lengths():
-            every = product(range(self.modulus), product(self._clauses(), repeat=length))
+            every = product(range(self.modulus), product(joined, repeat=length))
             pools.append([chain for chain in every if split_of(_question(chain)) == split])
             rng.shuffle(pools[-1])
         n_found = sum(map(len, pools))
@@ -115,9 +126,11 @@ class Chain(Task):
         number, clauses = chain
         steps = []
         for clause in clauses:
-            result = _apply(clause, number) % self.modulus
-            steps.append(f"{number} {clause} = {result}")
-            number = result
+            words, step = clause.split(), str(number)
+            for operation in zip(words[::2], words[1::2]):
+                number = _apply(" ".join(operation), number) % self.modulus
+                step += f" {' '.join(operation)} = {number}"
+            steps.append(step)
         return Example(_question(chain), tuple(steps), str(number), identity, {"n_ops": len(clauses)})
 
 
