@@ -144,3 +144,16 @@ def test_answer_check():
     assert task.extract("3 + 4 = 2\n### 2") == "2"
     assert task.is_correct("2", "2") and not task.is_correct("3", "2")
     assert task.extract("3 + 4 = 2") is None
+
+
+def test_steps_may_be_their_results_alone():
+    equations, results = (
+        Chain(n_ops=3, n_train=20, n_valid=1, n_test=1, steps=steps).examples("train")
+        for steps in ("equations", "results")
+    )
+    for long, short in zip(equations, results, strict=True):
+        assert (long.question, long.answer) == (short.question, short.answer)
+        assert [step.split(" = ")[-1] for step in long.steps] == list(short.steps)
+        assert short.steps[-1] == short.answer
+    with pytest.raises(InputError, match="steps is 'words', but must be equations or results"):
+        Chain(steps="words")

@@ -4,7 +4,7 @@
 
 Every operation is applied to the number reached so far and is a bijection of it, so no part of a chain can be skipped.
 Steps may be of unlike difficulty (ops_per_step): ``3 ; + 4 * 2 ; - 1`` has the steps ``3 + 4 = 2 * 2 = 4`` and
-``4 - 1 = 3``.
+``4 - 1 = 3``. Written as results alone they are ``4`` and ``3``: what one latent is to hold is one token.
 """
 
 import math
@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, product
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from innerloop.errors import InputError
 from innerloop.examples import Example, check_limit
@@ -20,6 +20,8 @@ from innerloop.tasks.task import Task, check_split, split_of
 
 OPERATIONS = "+-*"
 SPLIT_SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
+
+Written = Literal["equations", "results"]
 
 Drawn = tuple[int, tuple[str, ...]]  # the first number, then clauses such as "+ 4"
 
@@ -32,6 +34,7 @@ class Chain(Task):
         n_ops: operations in a chain, which is also its number of steps
         min_ops: draw the number of operations uniformly from min_ops to n_ops (default: always n_ops)
         ops_per_step: each of these is from 1 to so many operations in a row, drawn uniformly
+        steps: how steps are written: equations, or their results alone
         modulus: all arithmetic is modulo this number
         operations: the operations to draw from, some of + - *
         n_train: training examples
@@ -46,6 +49,7 @@ class Chain(Task):
     n_ops: int = 5
     min_ops: int | None = None
     ops_per_step: int = 1
+    steps: Written = "equations"
     modulus: int = 5
     operations: str = "+-*"
     n_train: int = 20_000
@@ -62,6 +66,8 @@ class Chain(Task):
             raise InputError(f"chain: min_ops is {self.min_ops}, but must be from 1 to n_ops ({self.n_ops})")
         if not self.operations or len(set(self.operations) & set(OPERATIONS)) != len(self.operations):
             raise InputError(f"chain: operations is '{self.operations}', but must be some of '{OPERATIONS}', each once")
+        if self.steps not in get_args(Written):
+            raise InputError(f"chain: steps is '{self.steps}', but must be equations or results")
         # One token a character is the worst a tokenizer can do: "a + b = c\n" for each step, with " * d = e" for each
         # further operation, then "### a" and the end.
         digits = len(str(self.modulus - 1))
@@ -130,7 +136,7 @@ class Chain(Task):
             for operation in zip(words[::2], words[1::2]):
                 number = _apply(" ".join(operation), number) % self.modulus
                 step += f" {' '.join(operation)} = {number}"
-            steps.append(step)
+            steps.append(step if self.steps == "equations" else str(number))
         return Example(_question(chain), tuple(steps), str(number), identity, {"n_ops": len(clauses)})
 
 
