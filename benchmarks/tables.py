@@ -251,7 +251,10 @@ def soak_lines(results: dict) -> tuple[Lines, str]:
         held = point["memory"][part]
         sizes = [f"{held[name]:.1f}" for name in ("after_warm_up_mib", "at_end_mib")]
         rows.append([f"`{point['method']}`", str(point["answered"]), *sizes, f"{held['growth_mib_per_1000']:.3f}"])
-    return [head, *rows], made(results, f"questions of 2 to {results['longest']} tokens")
+    what = f"questions of 2 to {results['longest']} tokens"
+    if results.get("too_long"):
+        what += f"; {results['points'][0]['failed']} more were too long for the model, and each failed alone"
+    return [head, *rows], made(results, what)
 
 
 def breakdown_lines(results: dict) -> tuple[Lines, str]:

@@ -23,9 +23,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from innerloop import checkpoint
 from innerloop.adapters import adapted
-from innerloop.engine import check_length
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example, from_rows
+from innerloop.generation import check_length
 from innerloop.layout import Batch, Row, collate
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import LatentModel
