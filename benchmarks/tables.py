@@ -257,6 +257,18 @@ def soak_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, what)
 
 
+def shared_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what sharing the beginnings of questions saves."""
+    head = ["method", "shared tokens", "rows", "read once, ms", "read for each, ms", "times as fast"]
+    rows = [
+        [f"`{p['method']}`", str(p["shared"]), str(p["rows"]), *map(wide, (p["ms"], p["each_ms"]))]
+        + [wide(p["speedup"], 2)]
+        for p in results["points"]
+    ]
+    what = f"model `{results['shape']['name']}`, {results['repeats']} turns; {results['own_tokens']} tokens of their own"
+    return [head, *rows], made(results, f"{what}, {results['answer_tokens']} written")
+
+
 def breakdown_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of where time goes."""
     parts = results["parts"]
@@ -314,6 +326,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("scaling", ""): scaling_lines,
     ("halting", ""): halting_lines,
     ("soak", ""): soak_lines,
+    ("shared_prefix", ""): shared_lines,
     ("breakdown", ""): breakdown_lines,
 }
 

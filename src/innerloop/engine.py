@@ -5,7 +5,8 @@
     writing   one batch, a token at each step; rows that have ended leave it, rows that have thought join it
 
 A wave thinks when there is room in the batch that writes; what does not fit yet is kept ready. So both phases run on
-full batches, whatever lengths answers have. Questions that are asked more than once are read and thought about once.
+full batches, whatever lengths answers have. Questions that are asked more than once are read and thought about once,
+and what all questions of a wave begin with is read once (`innerloop.prefix`).
 Where memory runs out, rows go back to those that wait and fewer run together from then on; see `Engine._give_way`.
 
     gens = generate(model, ["3 ; + 4 ; * 2"], max_new_tokens=8)
@@ -30,6 +31,7 @@ from innerloop.decoder import AnswerDecoder, Classifier
 from innerloop.errors import InputError
 from innerloop.generation import Generation, Seat, failed, finish, lay_out, traced
 from innerloop.layout import ANSWER_PREFIX, IGNORE, Batch, Row, ShownBlock
+from innerloop.prefix import begin, n_shared
 from innerloop.thought import Thought, join, think
 from innerloop.trace import Trace
 from innerloop.writer import ApartWriter, BlockWriter, PatientWriter, Writer
@@ -316,9 +318,10 @@ class Engine:
                 seat.place = self.free.pop()
             self.meter.reset(self._places(wave), [seat.place for seat in wave])
         self.meter.sharing = [seat.place for seat in wave]
-        batch = model.batch([seat.row for seat in seats])
-        context = model.new_context(batch, self.meter)
-        context.trace, context.rows = record, None if record is not None else self._places(seats)
+        rows = [seat.row for seat in seats]
+        n = 0 if record is not None else n_shared(model, rows)
+        batch, context = begin(model, rows, n, self.meter, None if record is not None else self._places(seats))
+        context.trace = record
 
         # What is pending is read with the first answer token.
         columns, mask = batch.columns(2)
@@ -331,7 +334,7 @@ class Engine:
             self._classify(wave, same, thought)
             return None
         writer = self._writer(thought.context, seats, thought, batch.ids_BS[:, columns])
-        with self.meter.phase("answer" if thought.context.length else "prefill"):
+        with self.meter.phase("answer" if thought.context.length > n else "prefill"):
             writer.start(join([*thought.pending, *suffix]))
         if record is not None and writer.first_states is not None:
             _read_last(model, record, batch, thought, writer.first_states)
