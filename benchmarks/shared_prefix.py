@@ -1,7 +1,7 @@
 """What it saves to read once what all questions of a wave begin with, against reading it for each.
 
-Questions share their first ``shared`` tokens and have 20 of their own; both ways answer the same rows in turns, and must
-write the same tokens.
+Questions share their first ``shared`` tokens and have 20 of their own; both ways answer the same rows in turns, and
+must write the same tokens.
 
     python benchmarks/shared_prefix.py --out benchmarks/results/shared_prefix.json                # a minute on a CPU
     python benchmarks/shared_prefix.py --smoke --out /tmp/shared_prefix.json                      # seconds

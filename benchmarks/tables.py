@@ -261,12 +261,31 @@ def shared_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of what sharing the beginnings of questions saves."""
     head = ["method", "shared tokens", "rows", "read once, ms", "read for each, ms", "times as fast"]
     rows = [
-        [f"`{p['method']}`", str(p["shared"]), str(p["rows"]), *map(wide, (p["ms"], p["each_ms"]))]
-        + [wide(p["speedup"], 2)]
+        [f"`{p['method']}`", str(p["shared"]), str(p["rows"]), wide(p["ms"]), wide(p["each_ms"]), wide(p["speedup"], 2)]
         for p in results["points"]
     ]
-    what = f"model `{results['shape']['name']}`, {results['repeats']} turns; {results['own_tokens']} tokens of their own"
+    what = (
+        f"model `{results['shape']['name']}`, {results['repeats']} turns; {results['own_tokens']} tokens of their own"
+    )
     return [head, *rows], made(results, f"{what}, {results['answer_tokens']} written")
+
+
+def loss_memory_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what logits cost a training step."""
+    head = ["rows of logits at a time", "peak MiB", "ms", "time / time of all at once", "gradients differ by"]
+    rows = [
+        [
+            "all" if p["loss_chunk"] is None else str(p["loss_chunk"]),
+            f"{p['peak_mib']:.1f}",
+            wide(p["ms"]),
+            wide(p["time_against_whole"], 2),
+            f"{p['gradients']['relative_gap']:.1e}",
+        ]
+        for p in results["points"]
+    ]
+    n, n_words = results["supervised_tokens"], results["shape"]["vocab_size"]
+    what = f"{n} supervised tokens, vocabulary of {n_words}: all logits take {results['logits_mib']:.0f} MiB"
+    return [head, *rows], made(results, f"{what}; {results['repeats']} turns")
 
 
 def breakdown_lines(results: dict) -> tuple[Lines, str]:
@@ -327,6 +346,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("halting", ""): halting_lines,
     ("soak", ""): soak_lines,
     ("shared_prefix", ""): shared_lines,
+    ("loss_memory", ""): loss_memory_lines,
     ("breakdown", ""): breakdown_lines,
 }
 

@@ -16,6 +16,8 @@ PARTS = {
     "scaling": ("",),
     "halting": ("",),
     "soak": ("",),
+    "shared_prefix": ("",),
+    "loss_memory": ("",),
     "breakdown": ("",),
 }
 
@@ -78,6 +80,12 @@ def check(script: str, report: dict, picture: Path) -> None:
         case "soak":
             assert all(point["answered"] == 58 and point["failed"] == 6 for point in report["points"])
             assert all(point["checked_alone"] == 4 for point in report["points"])
+        case "shared_prefix":
+            assert [point["spared"] for point in report["points"]] == [48, 64] * 2
+        case "loss_memory":
+            assert [point["loss_chunk"] for point in report["points"]] == [None, 256, 64, 16]
+            assert all(point["gradients"]["relative_gap"] <= 1e-5 for point in report["points"])
+            assert report["points"][3]["peak_mib"] < report["points"][0]["peak_mib"]
         case "breakdown":
             assert all(sum(point["shares"].values()) == pytest.approx(1) for point in report["points"])
             assert picture.read_text().startswith("<svg") and "batch 2" in picture.read_text()
