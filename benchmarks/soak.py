@@ -1,6 +1,7 @@
 """Many requests of random lengths: each is answered once and in order, and memory stays where it was after warm-up.
 
-A tiny model answers; what is tested is the engine. Requests come in calls of some hundreds each. In order means that
+A tiny model answers; what is tested is the engine. Requests come in calls of some hundreds each. A share of them is too
+long for the model: each of these must fail, alone and with its reason. In order means that
 what a request has cost beyond its own length is the same for all of them, and that some, drawn at random, have the very
 text that they have when answered alone. Memory is the process's resident set, and on a GPU what torch has allocated;
 ``growth`` is the slope of a line through all samples after the first quarter.
@@ -37,11 +38,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--longest", type=int, default=96, help="tokens of the longest question")
     parser.add_argument("--n_tokens", type=int, default=6)
+    parser.add_argument("--too_long", type=float, default=0.02, help="share of requests that are too long")
     parser.add_argument("--alone", type=int, default=100, help="requests that are also answered alone")
     options = record.begin(parser)
     if options.smoke:
         options.requests, options.per_call, options.alone, options.longest = 64, 8, 4, 12
-    names = ("requests", "per_call", "batch_size", "longest", "n_tokens", "alone")
+        options.too_long = 0.1
+    names = ("requests", "per_call", "batch_size", "longest", "n_tokens", "too_long", "alone")
     work = {name: getattr(options, name) for name in names}
     points = [measure(options, name, method) for name, method in METHODS.items()]
     record.write(options, "soak", {"shape": subjects.SMOKE, **work, "points": points})
@@ -52,15 +55,26 @@ def measure(options, name: str, method: Method) -> dict:
     model = subjects.random_model(subjects.SMOKE, method, options.seed, options.device, options.dtype)
     draw = random.Random(options.seed)
     lengths = [draw.randint(2, options.longest) for _ in range(options.requests)]
+    room = model.backbone.context_length
+    assert room is not None
+    too_long = set(draw.sample(range(options.requests), round(options.too_long * options.requests)))
+    for place in too_long:
+        lengths[place] = room + draw.randint(0, options.longest)
     samples, texts, started, overheads = [], [], time.perf_counter(), set[int]()
-    checked = set(draw.sample(range(options.requests), options.alone))
+    checked = set(draw.sample(sorted(set(range(options.requests)) - too_long), options.alone))
     for first in range(0, options.requests, options.per_call):
         places = range(first, min(first + options.per_call, options.requests))
         asked = [question(model, lengths[place], place) for place in places]
-        answers = subjects.answer(model, asked, options.n_tokens, options.batch_size)
+        answers = subjects.answer(model, asked, options.n_tokens, options.batch_size, strict=False)
         if len(answers) != len(asked):
             raise SystemExit(f"{name}: {len(asked)} requests, {len(answers)} answers")
         for place, one in zip(places, answers):
+            if (one.error is not None) != (place in too_long):
+                raise SystemExit(f"{name}: request {place} of {lengths[place]} tokens: {one.error or 'answered'}")
+            if one.error is not None:
+                if f"reads at most {room}" not in one.error:
+                    raise SystemExit(f"{name}: request {place} failed for another reason: {one.error}")
+                continue
             if asked.count(asked[place - first]) > 1:  # of questions asked twice one alone is read
                 continue
             n_slots = method.n_slots * (one.cost.loops + 1) if isinstance(method, Slr) else 0
@@ -80,7 +94,8 @@ def measure(options, name: str, method: Method) -> dict:
     point = {
         "method": name,
         "seconds": time.perf_counter() - started,
-        "answered": options.requests,
+        "answered": options.requests - len(too_long),
+        "failed": len(too_long),
         "checked_alone": len(texts),
         "memory": {part: grown([(n, *sizes) for n, *sizes in samples], i) for i, part in enumerate(("rss", "cuda"), 1)},
     }

@@ -276,7 +276,41 @@ def soak_lines(results: dict) -> tuple[Lines, str]:
         held = point["memory"][part]
         sizes = [f"{held[name]:.1f}" for name in ("after_warm_up_mib", "at_end_mib")]
         rows.append([f"`{point['method']}`", str(point["answered"]), *sizes, f"{held['growth_mib_per_1000']:.3f}"])
-    return [head, *rows], made(results, f"questions of 2 to {results['longest']} tokens")
+    what = f"questions of 2 to {results['longest']} tokens"
+    if results.get("too_long"):
+        what += f"; {results['points'][0]['failed']} more were too long for the model, and each failed alone"
+    return [head, *rows], made(results, what)
+
+
+def shared_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what sharing the beginnings of questions saves."""
+    head = ["method", "shared tokens", "rows", "read once, ms", "read for each, ms", "times as fast"]
+    rows = [
+        [f"`{p['method']}`", str(p["shared"]), str(p["rows"]), wide(p["ms"]), wide(p["each_ms"]), wide(p["speedup"], 2)]
+        for p in results["points"]
+    ]
+    what = (
+        f"model `{results['shape']['name']}`, {results['repeats']} turns; {results['own_tokens']} tokens of their own"
+    )
+    return [head, *rows], made(results, f"{what}, {results['answer_tokens']} written")
+
+
+def loss_memory_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what logits cost a training step."""
+    head = ["rows of logits at a time", "peak MiB", "ms", "time / time of all at once", "gradients differ by"]
+    rows = [
+        [
+            "all" if p["loss_chunk"] is None else str(p["loss_chunk"]),
+            f"{p['peak_mib']:.1f}",
+            wide(p["ms"]),
+            wide(p["time_against_whole"], 2),
+            f"{p['gradients']['relative_gap']:.1e}",
+        ]
+        for p in results["points"]
+    ]
+    n, n_words = results["supervised_tokens"], results["shape"]["vocab_size"]
+    what = f"{n} supervised tokens, vocabulary of {n_words}: all logits take {results['logits_mib']:.0f} MiB"
+    return [head, *rows], made(results, f"{what}; {results['repeats']} turns")
 
 
 def breakdown_lines(results: dict) -> tuple[Lines, str]:
@@ -360,6 +394,8 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("soak", ""): soak_lines,
     ("compiled", ""): compiled_lines,
     ("compiled", "pass"): thought_pass_lines,
+    ("shared_prefix", ""): shared_lines,
+    ("loss_memory", ""): loss_memory_lines,
     ("breakdown", ""): breakdown_lines,
 }
 

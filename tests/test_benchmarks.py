@@ -17,6 +17,8 @@ PARTS = {
     "halting": ("",),
     "soak": ("",),
     "compiled": ("", "pass"),
+    "shared_prefix": ("",),
+    "loss_memory": ("",),
     "breakdown": ("",),
 }
 
@@ -77,10 +79,17 @@ def check(script: str, report: dict, picture: Path) -> None:
                 assert point["least"] >= 1 and point["most"] <= 16
                 assert point["least"] < point["mean_loops"]["median"] < point["most"]
         case "soak":
-            assert all(point["answered"] == 64 and point["checked_alone"] == 4 for point in report["points"])
+            assert all(point["answered"] == 58 and point["failed"] == 6 for point in report["points"])
+            assert all(point["checked_alone"] == 4 for point in report["points"])
         case "compiled":
             assert all(point["same_tokens"] for point in report["points"])
             assert report["thought_pass"]["floor_ms"] > 0
+        case "shared_prefix":
+            assert [point["spared"] for point in report["points"]] == [48, 64] * 2
+        case "loss_memory":
+            assert [point["loss_chunk"] for point in report["points"]] == [None, 256, 64, 16]
+            assert all(point["gradients"]["relative_gap"] <= 1e-5 for point in report["points"])
+            assert report["points"][3]["peak_mib"] < report["points"][0]["peak_mib"]
         case "breakdown":
             assert all(sum(point["shares"].values()) == pytest.approx(1) for point in report["points"])
             assert picture.read_text().startswith("<svg") and "batch 2" in picture.read_text()

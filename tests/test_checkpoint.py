@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from innerloop import Coconut, Cot, InputError, LatentModel, NoCot, Pause, Slr, checkpoint
 from innerloop.checkpoint import from_scratch
+from innerloop.methods import METHODS as ALL_METHODS
 from tests.methods.tools import learn
 from tests.models import answers_of, chain_examples, chain_tokenizer, moved, saved, text_logits, tiny_lm, tiny_model
 
@@ -39,6 +41,45 @@ def test_a_saved_model_gives_the_same_logits_bit_for_bit(method, tmp_path):
     assert loaded.method == method
     assert torch.equal(answers_of(loaded), answers_of(model))
     assert not loaded.training
+
+
+SHORT = {  # of methods whose defaults do not fit two layers, or take long
+    "loop_regularised": {"block_size": 2},
+    "recurrent_depth": {"n_prelude": 1, "n_core": 1, "n_coda": 0, "max_loops": 2},
+    "mor": {"n_recursions": 2, "sharing": "cycle"},
+    "adainfer": {"exits": (1,)},
+}
+FULL = Slr(n_slots=2, max_loops=2, residual="C", rescale="adapter", lora="per_iter", lora_rank=2, stop="kl")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A model of two layers that any method can be put on."""
+    return saved(tiny_model(Cot(), num_hidden_layers=2), tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [*(cls(**SHORT.get(name, {})) for name, cls in ALL_METHODS.items()), FULL, *DECODERS],
+    ids=lambda m: m.name,
+)
+def test_every_method_answers_and_learns_in_half_precision(method, plain):
+    """What it adds, and what it decides by, stays in fp32."""
+    model = LatentModel.from_pretrained(plain, method, dtype="bf16", device="cpu")
+    assert model.backbone.lm.dtype == torch.bfloat16 and model.backbone.n_layers >= 1
+    found = model.generate([example.question for example in EXAMPLES[:2]], max_new_tokens=2, temperature=0.7)
+    assert [one.cost.passes > 0 for one in found] == [True, True]
+    loss = model.train().loss([replace(example, answer="1") for example in EXAMPLES[:2]]).loss
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    loss.backward()
+
+
+def test_types_of_weights_have_two_names_and_others_are_refused(plain):
+    found = [LatentModel.from_pretrained(plain, dtype=name).backbone.lm.dtype for name in ("fp16", "float32", "auto")]
+    assert found == [torch.float16, torch.float32, torch.float32]
+    for name in ("int8", "softmax", "fp8"):
+        with pytest.raises(InputError, match=f"dtype is '{name}'; choose one of auto, fp32"):
+            LatentModel.from_pretrained(plain, dtype=name)
 
 
 def test_a_saved_model_of_every_architecture_gives_the_same_logits_bit_for_bit(arch, tmp_path):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -163,6 +164,21 @@ def test_calibrate_chooses_a_threshold_and_says_what_it_costs(run: Path, tmp_pat
     for options in (["--adopt", "true"], ["--method", "adainfer", "--rule", "gap"]):
         code, _, err = innerloop(capsys, "calibrate", model, "--task", "chain", *options)
         assert code == 2 and "by --out DIR" in err and not (model / "calibration.json").exists()
+
+
+def test_verbs_that_answer_take_a_type_of_weights_and_a_device(run: Path, tmp_path: Path, capsys):
+    half = ["--dtype", "bf16", "--device", "cpu"]
+    assert innerloop(capsys, "eval", run, "--limit", 2, "--out", tmp_path, *half)[0] == 0
+    assert json.loads((tmp_path / "result.json").read_text())["asked"] == {"dtype": "bfloat16"}
+    assert innerloop(capsys, "ask", run, "3 ; + 4", "--max_new_tokens", 2, *half)[0] == 0
+    assert innerloop(capsys, "lens", run, "--terminal", "true", *half)[0] == 0
+    found = innerloop(capsys, "calibrate", run, "--rule", "delta", "--limit", 2, "--out", tmp_path / "early", *half)
+    assert found[0] == 0 and load_file(tmp_path / "early" / "model.safetensors").popitem()[1].dtype == torch.bfloat16
+    for verb in (["eval", run], ["ask", run, "3"], ["lens", run, "--out", tmp_path / "l.html"], ["calibrate", run]):
+        code, _, err = innerloop(capsys, *verb, "--device", "cuda:99")
+        assert code == 2 and "there are the CPU and" in err
+        code, _, err = innerloop(capsys, *verb, "--dtype", "int4")
+        assert code == 2 and "int4" in err and "Traceback" not in err
 
 
 @pytest.mark.slow

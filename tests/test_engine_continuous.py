@@ -28,6 +28,7 @@ from innerloop import (
     Slr,
     engine,
 )
+from innerloop.context import Context
 from innerloop.engine import Engine
 from innerloop.methods import Looped, SpiralThinker
 from tests.methods.reference import Reference
@@ -283,6 +284,95 @@ def test_a_question_that_is_too_long_fails_alone_with_its_reason():
     assert second.cost.passes == 0
     assert first.error is None and third.error is None
     assert [first.text, third.text] == [g.text for g in model.generate([asked[0], asked[2]], max_new_tokens=2)]
+
+
+BAD = {"": "is empty", " \n": "is empty", 7: "is a int", None: "is a NoneType", "1 \ud800": "no encoding has"}
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_requests_that_are_no_questions_fail_alone_with_their_reasons(trace):
+    model, alone = made("slots")
+    asked = [POOL[0], *BAD, POOL[2]]
+    found = model.generate(asked, max_new_tokens=N, strict=False, trace=trace)
+    assert [told(found[0]), told(found[-1])] == [alone[0], alone[2]]
+    for one, (question, reason) in zip(found[1:-1], BAD.items(), strict=True):
+        assert reason in one.error and (one.text, one.ended, one.cost.passes) == ("", False, 0)
+        with pytest.raises(InputError, match=reason):
+            model.generate([POOL[0], question])
+
+
+def test_a_question_that_the_tokenizer_refuses_fails_alone(monkeypatch):
+    model, alone = made("cot")
+    encode = type(model.tokenizer).encode
+
+    def fussy(self, text, **options):
+        if text.startswith(LONG):
+            raise Exception("WordLevel error: Missing [UNK] token from the vocabulary")
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(model.tokenizer), "encode", fussy)
+    model.spell._memory.clear()
+    found = model.generate(POOL, max_new_tokens=N, strict=False)
+    assert "Missing [UNK]" in found[POOL.index(LONG)].error
+    assert [told(one) for one in found if one.error is None] == [alone[i] for i in range(len(POOL)) if POOL[i] != LONG]
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class Scarce:
+    """Memory for ``room`` columns of all rows together; a pass finds out when it has been made."""
+
+    def __init__(self, monkeypatch, room, error=OUT_OF_MEMORY):
+        self.failed, read = [], Context.read
+
+        def scarce(context, embeds, *args, **options):
+            found = read(context, embeds, *args, **options)
+            if len(embeds) * context.length > room:
+                self.failed.append(embeds.shape[1] > 1)
+                raise error
+            return found
+
+        monkeypatch.setattr(Context, "read", scarce)
+
+
+@pytest.mark.parametrize("name", ["cot", "coconut", "slots", "stops", "apart", "mor", "tah", "spiral"])
+def test_where_memory_runs_out_fewer_rows_run_together_and_nobody_notices(name, monkeypatch):
+    model, alone = made(name)
+    longest = max(alone[i][4] for i in range(len(POOL)))  # positions, as if each had taken a column
+    memory = Scarce(monkeypatch, 2 * longest)
+    found = model.generate(POOL, max_new_tokens=N, batch_size=6)
+    assert [told(one) for one in found] == alone
+    assert (
+        memory.failed and len(memory.failed) < 8 and (name != "cot" or False in memory.failed)
+    )  # what has run out once is not asked for again
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_a_row_that_does_not_fit_into_memory_alone_fails_alone(batch_size, monkeypatch):
+    model, alone = made("cot")
+    lengths = [len(row) for row in model.prompts(POOL)]
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    memory = Scarce(monkeypatch, max(lengths) - 1, error)
+    at_work = Engine(model, max_new_tokens=3, batch_size=batch_size)
+    found = dict(at_work.run(POOL, strict=False))
+    assert sorted(found) == list(range(len(POOL))) and set(memory.failed) >= {True}
+    for i, one in found.items():
+        if lengths[i] == max(lengths):
+            assert f"takes {lengths[i]} positions and does not fit" in one.error and "can't allocate" in one.error
+        else:
+            assert one.ids == alone[i][0][:3] and one.error is None
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        model.generate(POOL, max_new_tokens=3, batch_size=batch_size)
+    monkeypatch.undo()
+    assert [one.ids for _, one in sorted(at_work.run(POOL))] == [ids[:3] for ids, *_ in alone]
+
+
+def test_other_errors_are_nobodys_memory(monkeypatch):
+    model, _ = made("cot")
+    Scarce(monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        model.generate(POOL, strict=False)
 
 
 @pytest.mark.parametrize("max_positions", [1, 30, 60, 200])

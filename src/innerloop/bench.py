@@ -18,8 +18,8 @@ import torch
 from rich.table import Table
 
 from innerloop.cost import PHASES, mean_cost
-from innerloop.engine import Generation, check_length
 from innerloop.errors import InputError, refuse
+from innerloop.generation import Generation, check_length
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.memory import MIB, peak_memory
 from innerloop.model import LatentModel

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
 RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def save(model: LatentModel, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
@@ -173,7 +174,8 @@ def load(
         path: a folder or a Hub name.
         method: how to reason. None: as the folder says. With a saved folder, another method starts from its weights.
         lora: fields of peft's LoraConfig; trains low-rank updates instead of the backbone.
-        dtype: the backbone's type; "auto" keeps the file's.
+        dtype: the backbone's type, as torch names it or fp32, bf16 or fp16; "auto" keeps the file's. What the method
+            adds stays in fp32, as do losses, scores of stop rules and drawing tokens.
         device: where to put the model; None chooses a GPU if there is one.
         marker_init: what new rows of the embeddings start from; see `add_markers`.
         trust_remote_code: let the model's own code run; off unless you say so.
@@ -184,7 +186,7 @@ def load(
     """
     from innerloop.model import LatentModel
 
-    path = resolve(path)
+    path, dtype = resolve(path), dtype_named(dtype)
     folder = Path(path)
     saved = read_settings(folder) if (folder / SETTINGS).exists() else None
     if folder.is_dir() and saved is None and method is None:
@@ -223,6 +225,16 @@ def load(
     if lora is not None:
         add_lora(model, lora)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def dtype_named(name: torch.dtype | str) -> torch.dtype | str:
+    """Return the type of weights of a name, or "auto"."""
+    if not isinstance(name, str) or name == "auto":
+        return name
+    found = getattr(torch, SHORT_DTYPES.get(name, name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype is '{name}'; choose one of auto, {', '.join(SHORT_DTYPES)}")
+    return found
 
 
 def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:

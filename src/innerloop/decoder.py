@@ -96,6 +96,10 @@ class AnswerDecoder(nn.Module):
 
     def forward(self, ids_BS: Tensor, memory: Masked, backbone: Backbone) -> Tensor:
         """Return the logits (B, S, V) of the token after each of the suffix ``ids_BS`` (padded on the right)."""
+        return self.show(self.read(ids_BS, memory, backbone), backbone)
+
+    def read(self, ids_BS: Tensor, memory: Masked, backbone: Backbone) -> Tensor:
+        """Return the states (B, S, D) of a suffix (padded on the right)."""
         embeds = backbone.embed(ids_BS) if self.table is None else self.table(ids_BS)
         kept, known = memory
         embeds = layer_norm(embeds.to(kept.dtype), embeds.shape[-1:])
@@ -104,7 +108,10 @@ class AnswerDecoder(nn.Module):
         causal = nn.Transformer.generate_square_subsequent_mask(ids_BS.shape[1], embeds.device, embeds.dtype)
         assert known is not None
         hidden = torch.zeros(known.shape, device=kept.device, dtype=kept.dtype).masked_fill(~known, -torch.inf)
-        states = self.layers(embeds, kept, tgt_mask=causal, memory_key_padding_mask=hidden, tgt_is_causal=True)
+        return self.layers(embeds, kept, tgt_mask=causal, memory_key_padding_mask=hidden, tgt_is_causal=True)
+
+    def show(self, states: Tensor, backbone: Backbone) -> Tensor:
+        """Return the logits (..., V) of states."""
         if self.head is not None:
             return self.head(states)
         return backbone.head(states.to(backbone.lm.get_output_embeddings().weight.dtype))

@@ -5,7 +5,9 @@
     writing   one batch, a token at each step; rows that have ended leave it, rows that have thought join it
 
 A wave thinks when there is room in the batch that writes; what does not fit yet is kept ready. So both phases run on
-full batches, whatever lengths answers have. Questions that are asked more than once are read and thought about once.
+full batches, whatever lengths answers have. Questions that are asked more than once are read and thought about once,
+and what all questions of a wave begin with is read once (`innerloop.prefix`).
+Where memory runs out, rows go back to those that wait and fewer run together from then on; see `Engine._give_way`.
 
     gens = generate(model, ["3 ; + 4 ; * 2"], max_new_tokens=8)
     gens[0].text, gens[0].answer, gens[0].cost
@@ -27,8 +29,9 @@ from innerloop.context import Context
 from innerloop.cost import Meter
 from innerloop.decoder import AnswerDecoder, Classifier
 from innerloop.errors import InputError
-from innerloop.generation import Generation, Seat, failed, finish, traced
+from innerloop.generation import Generation, Seat, failed, finish, lay_out, traced
 from innerloop.layout import ANSWER_PREFIX, IGNORE, Batch, Row, ShownBlock
+from innerloop.prefix import begin, n_shared
 from innerloop.thought import Thought, join, think
 from innerloop.trace import Trace
 from innerloop.writer import ApartWriter, BlockWriter, PatientWriter, Writer
@@ -71,7 +74,8 @@ def generate(
         steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
         max_positions: the most positions that rows in the engine may come to occupy together; None: no limit but
             ``batch_size``.
-        strict: refuse them all if one is too long; otherwise that one alone fails, with its reason in ``error``.
+        strict: refuse them all if one cannot be answered (it is too long, empty, no text, or does not fit into memory
+            by itself); otherwise that one alone fails, with its reason in ``error``.
     """
     engine = Engine(model, max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions)
     results: list[Generation | None] = [None] * len(questions)
@@ -112,11 +116,15 @@ class Engine:
         self.waiting: deque[Seat] = deque()
         self.ready: Writer | None = None  # has thought, and written nothing yet
         self.writer: Writer | None = None
+        self.most: int | None = None  # rows that may be in the engine together, once memory has run out
         self.meter = Meter(0, model.device)
         self.free: list[int] = []  # rows of the meter that nobody uses
         self.pending: list[Tensor] = []  # tokens chosen since the last look
         self.ticks: list[float] = []  # and the seconds of each step
         self.spent, self.mark = 0.0, 0.0
+        self.thinking: list[Seat] = []  # the wave that is being read
+        self.joining: list[Seat] = []  # rows on their way to those that write
+        self.answered: list[tuple[int, Generation]] = []  # and not told yet
         self.is_busy = False
 
     def run(
@@ -142,11 +150,12 @@ class Engine:
             yield self._seat(questions, steps, strict)
             while self.waiting or self.ready is not None or self.writer is not None:
                 with _evaluating(parts):
-                    found = self._advance()
-                yield found
+                    self._advance_in_memory(strict)
+                yield self._answered()
         finally:  # whatever ended the run, the next one begins afresh
             self.waiting.clear()
-            self.ready = self.writer = None
+            self.ready = self.writer = self.most = None
+            self.thinking, self.joining, self.answered = [], [], []
             self.pending, self.ticks, self.spent, self.is_busy = [], [], 0.0, False
 
     # Questions
@@ -155,31 +164,34 @@ class Engine:
         self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None, strict: bool
     ) -> list[tuple[int, Generation]]:
         """Lay questions out and let them wait, the shortest first; return those that cannot be answered."""
-        model = self.model
-        rows = model.prompts(questions, self.stage, self.loops)
-        blocks = model.shown_blocks(rows, steps, self.loops) if self.traces else [[] for _ in rows]
-        room, seats, refused = model.backbone.context_length, [], []
-        for index, (question, row) in enumerate(zip(questions, rows)):
+        seats, refused = [], []
+        for index, question in enumerate(questions):
+            told = (() if steps is None else steps[index]) if self.traces else None
             try:
-                check_length(model, question, row)
-            except InputError as error:
+                row, blocks = lay_out(self.model, question, self.stage, self.loops, told)
+            except Exception as error:  # a tokenizer names no errors of its own
                 if strict:
                     raise
-                refused.append((index, failed(model, str(error))))
+                refused.append((index, failed(self.model, " ".join(str(error).split()))))
                 continue
-            budget = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(row))
-            seats.append(Seat(index, row, budget, blocks=blocks[index]))
+            seats.append(Seat(index, row, self._budget(row), blocks=blocks))
         self.waiting.extend(sorted(seats, key=lambda seat: len(seat.row)))
         n_places = min(2 * self.batch_size, len(seats))
-        self.meter, self.free = Meter(n_places, model.device), list(range(n_places))
+        self.meter, self.free = Meter(n_places, self.model.device), list(range(n_places))
         return refused
+
+    def _budget(self, row: Row) -> int:
+        """Return how many tokens may be written for a row."""
+        room = self.model.backbone.context_length
+        return self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(row))
 
     def _wave(self) -> list[Seat]:
         """Take from those that wait as many as there is room for, one at least."""
         busy = [seat for writer in (self.writer, self.ready) if writer is not None for seat in writer.seats]
         room = None if self.max_positions is None else self.max_positions - sum(map(_most, busy))
         wave: list[Seat] = []
-        while self.waiting and len(wave) < self.batch_size:
+        most = self.batch_size if self.most is None else min(self.batch_size, self.most - len(busy))
+        while self.waiting and len(wave) < most:
             need = _most(self.waiting[0]) * (len(wave) + 1)  # rows are padded to the longest, which is the last
             if room is not None and need > room and (wave or busy):
                 break
@@ -188,16 +200,62 @@ class Engine:
 
     # Steps
 
+    def _answered(self) -> list[tuple[int, Generation]]:
+        """Return what has been answered since it was last asked."""
+        found, self.answered = self.answered, []
+        return found
+
+    def _advance_in_memory(self, strict: bool) -> None:
+        """Advance, with as few rows as memory takes."""
+        while True:
+            try:
+                return self._advance()
+            except Exception as error:
+                n_rows = len(self._in_flight())
+                if not _is_out_of_memory(error) or n_rows == 0 or (n_rows == 1 and strict):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+            self._give_way(reason)  # out here, where nothing holds on to what the failed pass has made
+
+    def _in_flight(self) -> list[Seat]:
+        """Return the rows that think, have thought or write."""
+        writing = [seat for writer in (self.ready, self.writer) if writer is not None for seat in writer.seats]
+        return [*self.thinking, *self.joining, *writing]
+
+    def _give_way(self, reason: str) -> None:
+        """After memory has run out, let half as many rows run together; a row that was alone has failed, for a reason.
+
+        A wave that was being read waits again, and others write on; where memory ran out in writing, all begin anew.
+        Costs are those of the attempt that succeeds.
+        """
+        seats = self._in_flight()
+        if len(seats) > 1:
+            self.most = len(seats) // 2
+        fell = self.thinking or seats
+        if not self.thinking:
+            self.ready = self.writer = None
+            self.pending, self.ticks = [], []
+        self.thinking, self.joining = [], []
+        self._release(fell)
+        if len(seats) == 1:
+            index, n = seats[0].index, len(seats[0].row)
+            told = f"the question takes {n} positions and does not fit into memory by itself ({reason}); shorten it"
+            self.answered.append((index, failed(self.model, told)))
+        else:
+            fresh = [Seat(seat.index, seat.row, self._budget(seat.row), blocks=seat.blocks) for seat in fell]
+            self.waiting = deque(sorted([*fresh, *self.waiting], key=lambda seat: len(seat.row)))
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.no_grad()
-    def _advance(self) -> list[tuple[int, Generation]]:
-        """Let rows in if there is room, then write one token; return what is answered."""
-        found: list[tuple[int, Generation]] = []
+    def _advance(self) -> None:
+        """Let rows in if there is room, then write one token."""
         self.mark = time.perf_counter()
         if not self.pending:
-            found = self._admit()
+            self._admit()
         writer = self.writer
         if writer is None:
-            return found
+            return
         writer.choose(self.suppressed, self.temperature)
         self.pending.append(writer.chosen_R)
         now = time.perf_counter()
@@ -206,17 +264,15 @@ class Engine:
         every = CHECK_EVERY or (1 if self.model.device.type == "cpu" else 8)
         n = len(self.pending)
         if n >= every or n >= min(seat.budget - len(seat.written) for seat in writer.seats):
-            found += self._collect(writer)
+            self._collect(writer)
         if writer.seats:
             writer.write()
         else:
             self.writer = None
         self.spent = time.perf_counter() - self.mark
-        return found
 
-    def _admit(self) -> list[tuple[int, Generation]]:
-        """Let rows that have thought join those that write, if there is room; return what needs no writing."""
-        found: list[tuple[int, Generation]] = []
+    def _admit(self) -> None:
+        """Let rows that have thought join those that write, if there is room."""
         while self.waiting or self.ready is not None:
             n_writing = 0 if self.writer is None else len(self.writer.seats)
             free = self.batch_size - n_writing
@@ -229,22 +285,27 @@ class Engine:
                 if not wave:
                     break
                 self.spent += time.perf_counter() - self.mark
-                self.ready, done = self._think(wave)
+                self.thinking = wave
+                self.ready = self._think(wave)
+                self.thinking = []
                 self.mark = time.perf_counter()
-                found += done
                 continue
             if self.writer is not None and not self.ready.joins:
                 break
-            n = min(free, len(self.ready.seats))
-            part, self.ready = (self.ready, None) if n == len(self.ready.seats) else (self.ready.split(n), self.ready)
+            n, ready = min(free, len(self.ready.seats)), self.ready
+            self.joining, self.ready = ready.seats, None
+            part = ready
+            if n < len(ready.seats):
+                part, self.ready = ready.split(n), ready
+                self.joining = part.seats
             if self.writer is None:
                 self.writer = part
             else:
                 self.writer.join(part)
-        return found
+            self.joining = []
 
-    def _think(self, wave: list[Seat]) -> tuple[Writer | None, list[tuple[int, Generation]]]:
-        """Prefill and thought of a wave, and the logits of its first tokens; or its answers, where they are classes."""
+    def _think(self, wave: list[Seat]) -> Writer | None:
+        """Prefill and thought of a wave, and the logits of its first tokens; None where its answers are classes."""
         model = self.model
         first: dict[tuple[int, ...], int] = {}  # rows that are asked the same are read once
         same = [
@@ -257,9 +318,10 @@ class Engine:
                 seat.place = self.free.pop()
             self.meter.reset(self._places(wave), [seat.place for seat in wave])
         self.meter.sharing = [seat.place for seat in wave]
-        batch = model.batch([seat.row for seat in seats])
-        context = model.new_context(batch, self.meter)
-        context.trace, context.rows = record, None if record is not None else self._places(seats)
+        rows = [seat.row for seat in seats]
+        n = 0 if record is not None else n_shared(model, rows)
+        batch, context = begin(model, rows, n, self.meter, None if record is not None else self._places(seats))
+        context.trace = record
 
         # What is pending is read with the first answer token.
         columns, mask = batch.columns(2)
@@ -269,9 +331,10 @@ class Engine:
             for seat, i in zip(wave, same):
                 seat.n_loops = thought.loop.n_loops[i]
         if isinstance(model.decoder, Classifier):
-            return None, self._classify(wave, same, thought)
+            self._classify(wave, same, thought)
+            return None
         writer = self._writer(thought.context, seats, thought, batch.ids_BS[:, columns])
-        with self.meter.phase("answer" if thought.context.length else "prefill"):
+        with self.meter.phase("answer" if thought.context.length > n else "prefill"):
             writer.start(join([*thought.pending, *suffix]))
         if record is not None and writer.first_states is not None:
             _read_last(model, record, batch, thought, writer.first_states)
@@ -281,7 +344,7 @@ class Engine:
             writer.seats, writer.context.rows = list(wave), self._places(wave)
         writer.context = writer.context.trim()
         writer.uniforms = self._uniforms(wave) if self.temperature > 0 else None
-        return writer, []
+        return writer
 
     def _writer(self, context: Context, seats: Sequence[Seat], thought: Thought, ids_RS: Tensor) -> Writer:
         model = self.model
@@ -316,7 +379,7 @@ class Engine:
             seat.place, seat.record = i, (record, i)
         return record
 
-    def _collect(self, writer: Writer) -> list[tuple[int, Generation]]:
+    def _collect(self, writer: Writer) -> None:
         """Move chosen tokens to the host; rows that have ended leave."""
         tokens = torch.stack(self.pending, dim=1).tolist()
         ticks = [seconds / len(writer.seats) for seconds in self.ticks]
@@ -326,20 +389,20 @@ class Engine:
             seat.take(ids, ticks, eos, n_ends)
         done = [seat for seat in writer.seats if seat.is_done(n_ends)]
         if not done:
-            return []
+            return
         found = finish(self.model, done, self.meter)
         if len(done) < len(writer.seats):
             writer.keep_rows([i for i, seat in enumerate(writer.seats) if not seat.is_done(n_ends)])
         else:
             writer.seats = []
         self._release(done)
-        return [(seat.index, generation) for seat, generation in zip(done, found)]
+        self.answered += [(seat.index, generation) for seat, generation in zip(done, found)]
 
     def _release(self, seats: Sequence[Seat]) -> None:
         if not self.traces:
             self.free += [seat.place for seat in seats]
 
-    def _classify(self, wave: list[Seat], same: list[int], thought: Thought) -> list[tuple[int, Generation]]:
+    def _classify(self, wave: list[Seat], same: list[int], thought: Thought) -> None:
         """Answer by the class of the largest logit."""
         model = self.model
         assert isinstance(model.decoder, Classifier)
@@ -351,7 +414,7 @@ class Engine:
             cost.thought_tokens, cost.loops = model.n_thought_positions(seat.row), seat.n_loops
             found.append((seat.index, traced(model, seat, Generation(ANSWER_PREFIX + answer, answer, cost))))
         self._release(wave)
-        return found
+        self.answered += found
 
 
 @contextmanager
@@ -367,14 +430,14 @@ def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
             part.training = True
 
 
-def check_length(model: LatentModel, question: str, row: Row) -> None:
-    """Refuse a question that leaves no room for an answer."""
-    room = model.backbone.context_length
-    if room is not None and len(row) >= room:
-        raise InputError(
-            f"the question '{question[:40]}...' takes {len(row)} positions, but the model reads at most {room} "
-            "and needs room for the answer; shorten the question"
-        )
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory has run out; only on CUDA does torch have a type for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in told for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
 
 
 def _most(seat: Seat) -> int:

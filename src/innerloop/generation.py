@@ -1,4 +1,7 @@
-"""What was written for a question, and what it cost: `Generation`; and `Seat`, the question while it is answered."""
+"""What was written for a question, and what it cost: `Generation`; and `Seat`, the question while it is answered.
+
+A question that cannot be answered is found where it is laid out (`lay_out`), before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from innerloop.cost import Cost, Meter
+from innerloop.errors import InputError
 from innerloop.layout import ANSWER_PREFIX, Row, ShownBlock
 from innerloop.trace import ShownStep, Trace
 
@@ -151,3 +155,36 @@ def n_step_tokens(model: LatentModel, ids: list[int], text: str) -> tuple[int, i
 def failed(model: LatentModel, reason: str) -> Generation:
     """Return what stands for a question that could not be answered."""
     return Generation("", None, Meter(1, torch.device("cpu")).costs(model.backbone)[0], ended=False, error=reason)
+
+
+def lay_out(
+    model: LatentModel, question: str, stage: int | None, loops: int | None, steps: Sequence[str] | None
+) -> tuple[Row, Sequence[ShownBlock]]:
+    """Lay out a question, and the blocks of latents that show its steps; ``steps`` are None where nobody looks.
+
+    Raises:
+        InputError: it is no text, is empty, or leaves no room for an answer.
+    """
+    if not isinstance(question, str):
+        raise InputError(f"a question is text, but this one is a {type(question).__name__}: {str(question)[:40]}")
+    if not question.strip():
+        raise InputError("the question is empty; write what is asked")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the question holds characters that no encoding has ({error.reason}); take them out"
+        ) from None
+    (row,) = model.prompts([question], stage, loops)
+    check_length(model, question, row)
+    return row, () if steps is None else model.shown_blocks([row], [steps], loops)[0]
+
+
+def check_length(model: LatentModel, question: str, row: Row) -> None:
+    """Refuse a question that leaves no room for an answer."""
+    room, n = model.backbone.context_length, max(len(row), row.n_positions)
+    if room is not None and (len(row) >= room or n > room):
+        raise InputError(
+            f"the question '{question[:40]}...' takes {n} positions, but the model reads at most {room} "
+            "and needs room for the answer; shorten the question"
+        )

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, smooth_l1_loss
+from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
+from innerloop.chunks import ALL, Show, shown_by, summed_loss, token_losses
 from innerloop.context import Context
 from innerloop.errors import refuse
 from innerloop.halting import Pull, StopSettings, exit_distribution, expected_loss, masked_mean, pull
@@ -163,13 +164,17 @@ def step_loss(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
     """Return the summed cross-entropy of the read-outs (slr.md and lotus.md, L_step)."""
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
     for sites in batch.readouts:
-        logits_FV = site_logits(model, batch, thought, sites)
-        total = total + cross_entropy(logits_FV.float(), sites.targets_F, reduction="sum")
+        total = total + summed_loss(showing(model, batch, thought, sites), sites.targets_F, model.loss_chunk)
     return total
 
 
 def site_logits(model: LatentModel, batch: Batch, thought: Thought, sites: Sites) -> Tensor:
     """Return what places of a pass show through the head (F, V); the position before the region is one of them."""
+    return showing(model, batch, thought, sites)(ALL)
+
+
+def showing(model: LatentModel, batch: Batch, thought: Thought, sites: Sites) -> Show:
+    """Return what shows places of a pass through the head."""
     if sites.loop == ANSWER_PASS:
         states, start = thought.answer[-1], thought.first_column
     else:
@@ -181,7 +186,7 @@ def site_logits(model: LatentModel, batch: Batch, thought: Thought, sites: Sites
             before = model.backbone.norm(before)
         states, start = torch.cat([before, states], dim=1), start - 1
     chosen = states[sites.rows_F, sites.columns_F - start]
-    return model.backbone.head(chosen) if sites.loop == ANSWER_PASS else model.read_out(chosen)
+    return shown_by(model.backbone.head if sites.loop == ANSWER_PASS else model.read_out, chosen)
 
 
 def held(parts: list[tuple[list[int], Tensor]], like: Tensor, loop: int) -> Tensor:
@@ -214,7 +219,7 @@ def teacher_states(model: LatentModel, batch: Batch, terms: Terms) -> tuple[Tens
         states = read()
     if learns:
         chosen = states[-1].flatten(0, 1)[taught.predict_at_U]
-        terms.add("teacher", cross_entropy(backbone.head(chosen).float(), taught.targets_U, reduction="sum"))
+        terms.add("teacher", summed_loss(shown_by(backbone.head, chosen), taught.targets_U, model.loss_chunk))
         if settings.teacher_passes == 2:
             with torch.no_grad():
                 states = read()
@@ -276,8 +281,7 @@ def answer_losses(model: LatentModel, batch: Batch, thought: Thought) -> Tensor:
     losses = []
     for loop in range(1, len(thought.loop.states) + 1):
         state = held(thought.loop.states, thought.loop.state, loop)
-        logits_UV = model.written_logits(batch, thought, state)
-        loss_U = cross_entropy(logits_UV.float(), batch.targets_U, reduction="none")
+        loss_U = token_losses(model.writing(batch, thought, state), batch.targets_U, model.loss_chunk)
         losses.append(loss_U.new_zeros(len(batch)).index_add(0, batch.predict_at_U // n_columns, loss_U))
     return torch.stack(losses)
 
@@ -291,8 +295,8 @@ def every_pass_loss(model: LatentModel, batch: Batch, thought: Thought, last: Te
     if not model.method.learns_every_pass or loop is None:
         return last
     earlier = [loop.first, *(held(loop.states, loop.state, k) for k in range(1, len(loop.states)))]
-    shown = (model.written_logits(batch, thought, state).float() for state in earlier)
-    totals = [cross_entropy(logits_UV, batch.targets_U, reduction="sum") for logits_UV in shown]
+    shown = (model.writing(batch, thought, state) for state in earlier)
+    totals = [summed_loss(show, batch.targets_U, model.loss_chunk) for show in shown]
     return torch.stack([*totals, last]).mean()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from innerloop import checkpoint
 from innerloop.adapters import add_markers
 from innerloop.backbone import Backbone
+from innerloop.chunks import ALL, Show, shown_by, summed_loss
 from innerloop.context import Context
 from innerloop.cost import Meter
 from innerloop.decoder import AnswerDecoder, Classifier, decoder_for
@@ -104,6 +106,7 @@ class LatentModel(nn.Module):
                 part.requires_grad_(False)
         self._teacher: list[LatentModel] = []  # in a list, so that it is no part of this model
         self.checkpoint_passes = False
+        self.loss_chunk: int | None = None  # rows of logits that a loss may have in memory; None: all of them
 
     def parts(self) -> dict[str, nn.Module]:
         """Return what the method trains besides the backbone, by name."""
@@ -173,8 +176,7 @@ class LatentModel(nn.Module):
                 assert batch.class_B is not None
                 terms.add("answer", cross_entropy(logits_BC, batch.class_B, reduction="sum"), "rows")
             else:
-                logits_UV = self.written_logits(link, thought)
-                total = cross_entropy(logits_UV.float(), link.targets_U, reduction="sum")
+                total = summed_loss(self.writing(link, thought), link.targets_U, self.loss_chunk)
                 terms.add("answer", every_pass_loss(self, link, thought, total))
             add_loop_terms(terms, link, thought, trains=self.training)
             if self.depth is not None:
@@ -233,12 +235,16 @@ class LatentModel(nn.Module):
 
     def written_logits(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Tensor:
         """Return the logits (U, V) of the supervised tokens, written on a final state (None: the thought's own)."""
+        return self.writing(batch, thought, state)(ALL)
+
+    def writing(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Show:
+        """Read the supervised tokens on a final state (None: the thought's own); return what shows their logits."""
         columns, mask = batch.columns(2)
         n_columns = batch.ids_BS.shape[1]
         rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns
         if isinstance(self.decoder, AnswerDecoder):
-            logits = self.decoder(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
-            return logits[rows, at - columns.start]
+            read = self.decoder.read(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
+            return shown_by(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
         if state is not None and thought.pinned is not None:
             state = torch.where(*thought.pinned, state)
         pending = thought.pending if state is None else [(state, thought.region_mask)]
@@ -259,7 +265,7 @@ class LatentModel(nn.Module):
             prompt = thought.prompt[0]
             normed = self.method.loop.feedback_site == "post_norm"
             written, start = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1), 0
-        return context.read_out(written, rows, at - start)
+        return lambda part: context.read_out(written, rows[part], at[part] - start)
 
     def memory(self, thought: Thought, state: Tensor | None = None) -> Masked:
         """Return what a decoder of its own attends to."""

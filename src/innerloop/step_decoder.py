@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from innerloop.backbone import Backbone
+from innerloop.chunks import shown_by, token_losses
 from innerloop.context import Context
 from innerloop.errors import InputError, check_choices, refuse
 from innerloop.layout import ANSWER_PASS, FED, IGNORE
@@ -160,6 +160,10 @@ class StepDecoder(nn.Module):
 
         ``asked`` are the embeddings of what is read before the latents.
         """
+        return self.reader(backbone).head(self.read(latents_GcD, ids_GL, backbone, asked))
+
+    def read(self, latents_GcD: Tensor, ids_GL: Tensor, backbone: Backbone, asked: Masked | None = None) -> Tensor:
+        """Return the states (G, L, D) that predict each step token."""
         reader, c = self.reader(backbone), latents_GcD.shape[1]
         if self.widen is not None:
             latents_GcD = self.widen(latents_GcD.to(self.widen.weight.dtype)).to(latents_GcD.dtype)
@@ -174,7 +178,7 @@ class StepDecoder(nn.Module):
             context.weights = lambda: lora.at(1)
         if asked is not None:
             context.read(*asked)
-        return reader.head(context.read(embeds)[:, c - 1 :])
+        return context.read(embeds)[:, c - 1 :]
 
     @torch.no_grad()
     def tell(
@@ -268,8 +272,10 @@ def told_loss(
         if shuffled:
             latents = latents[_of_another_row(sites)]
         asked = group_questions(model, batch, sites)
-        logits = model.step_decoder(latents, sites.ids_GL, model.backbone, asked).float()
-        loss_GL = cross_entropy(logits.transpose(1, 2), sites.targets_GL, reduction="none", ignore_index=IGNORE)
+        states = model.step_decoder.read(latents, sites.ids_GL, model.backbone, asked).flatten(0, 1)
+        show = shown_by(model.step_decoder.reader(model.backbone).head, states)
+        losses = token_losses(show, sites.targets_GL.flatten(), model.loss_chunk, IGNORE)
+        loss_GL = losses.view_as(sites.targets_GL)
         assert counts_K3 is not None
         total = total + (loss_GL.sum(1) * told_weights(sites.groups_G, counts_K3, settings.aux_norm)).sum()
     return total

@@ -23,9 +23,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from innerloop import checkpoint
 from innerloop.adapters import adapted
-from innerloop.engine import check_length
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example, from_rows
+from innerloop.generation import check_length
 from innerloop.layout import Batch, Row, added, collate
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import LatentModel
@@ -57,6 +57,8 @@ class LatentTrainingArguments(TrainingArguments):
         max_new_tokens: the most tokens to write per validation example; None: as the task says.
         teacher_cache: file for the teacher's states, computed once before training and read from then on; None: the
             teacher is run in every step.
+        loss_chunk: rows of logits that a loss may have in memory at a time, the others are made again for the gradient
+            (for large vocabularies); None: all.
     """
 
     learning_rate: float = field(default=1e-4)
@@ -82,6 +84,7 @@ class LatentTrainingArguments(TrainingArguments):
     eval_limit: int = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
     teacher_cache: str | None = field(default=None, metadata={"help": "file for the teacher's states"})
+    loss_chunk: int | None = field(default=None, metadata={"help": "rows of logits at a time in a loss; None: all"})
 
     def __post_init__(self) -> None:
         self.per_device_train_batch_size = self.batch_size
@@ -104,9 +107,17 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
         raise InputError(f"train.loss_norm is '{values['loss_norm']}'; choose global or micro")
     if values.get("train_sampling_strategy") == "batch_rebalance":
         raise InputError("train.train_sampling_strategy may be random, sequential or group_by_length")
-    for name in ("batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens", "max_steps"):
-        if values.get(name) is not None and values[name] < 1:
-            raise InputError(f"train.{name} is {values[name]}, but must be at least 1")
+    for name in (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+        "max_new_tokens",
+        "max_steps",
+        "loss_chunk",
+    ):
+        value = values.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"train.{name} is {value!r}, but must be at least 1, and whole")
     try:
         return LatentTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as error:
@@ -188,6 +199,7 @@ class LatentTrainer(Trainer):
             raise InputError("validation by generation needs a task that checks answers: pass task=...")
         if valid is None and args.eval_strategy != "no":
             raise InputError(f"eval_strategy={args.eval_strategy} needs validation examples: pass eval_dataset=...")
+        model.loss_chunk = args.loss_chunk
         super().__init__(
             model=model,
             args=args,

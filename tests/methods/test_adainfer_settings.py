@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments
 from innerloop.calibrate import calibrate
-from innerloop.depth.exits import exit_loss
+from innerloop.depth.exits import exit_losses
 from innerloop.halting.judge import JudgeKind
 from innerloop.methods import METHODS
 from innerloop.survey import survey, use_rule
@@ -163,7 +163,7 @@ def test_earlier_exits_learn_to_speak(schedule, kd, arch):
         logits.append(backbone.head(backbone.norm(state)).flatten(0, 1)[batch.predict_at_U])
     last = logits[-1].detach().log_softmax(-1) if kd else None
     shares = [1.0] * 3 if schedule == "equal" else [1 / 4, 2 / 4, 3 / 4]
-    expected = sum(w * exit_loss(one, batch.targets_U, last, kd) for w, one in zip(shares, logits)) / len(
+    expected = sum(w * exit_losses(one, batch.targets_U, last, kd).sum() for w, one in zip(shares, logits)) / len(
         batch.targets_U
     )
     assert out.terms["exits"].item() == pytest.approx(expected.item(), abs=1e-4)

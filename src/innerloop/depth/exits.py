@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
 
+from innerloop.chunks import ALL, Show, by_rows, shown_by, token_losses
 from innerloop.errors import refuse
 from innerloop.halting import exit_distribution, expected_loss, gain_targets, pull
 
@@ -80,15 +82,17 @@ def add_exit_terms(
     n_columns = batch.ids_BS.shape[1]
     rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - thought.first_column
     states = [exit_BLD[rows, at] for exit_BLD in deep.exits]
+    chunk, targets_U = terms.model.loss_chunk, batch.targets_U
     if settings.exit_weight > 0:
-        last = head(states[-1]).detach().float().log_softmax(-1) if settings.exit_kd > 0 else None
+        last = _last_said(head, states[-1].detach(), chunk) if settings.exit_kd > 0 else None
         total = states[-1].new_zeros((), dtype=torch.float32)
         for t, state in enumerate(states[:-1], 1):
             share = 1.0 if settings.exit_schedule == "equal" else t / len(states)
-            total = total + share * exit_loss(head(state).float(), batch.targets_U, last, settings.exit_kd)
+            losses_of = partial(_losses_of, shown_by(head, state), targets_U, last, settings.exit_kd)
+            total = total + share * by_rows(losses_of, len(targets_U), chunk).sum()
         terms.add("exits", total, "answer")
     if settings.gate != "none":
-        losses_TU = torch.stack([cross_entropy(head(s).float(), batch.targets_U, reduction="none") for s in states])
+        losses_TU = torch.stack([token_losses(shown_by(head, s), batch.targets_U, chunk) for s in states])
         logits_TU = torch.stack([gate_BL[rows, at] for gate_BL in deep.gates])
         if settings.gate == "distribution":
             total = distribution_loss(losses_TU, logits_TU, settings.gate_beta) - losses_TU[-1].sum()
@@ -97,12 +101,30 @@ def add_exit_terms(
         terms.add("gate", total, "answer")
 
 
-def exit_loss(logits_UV: Tensor, targets_U: Tensor, last_UV: Tensor | None, kd: float) -> Tensor:
-    """Return CE + kd KL(p_T || p_t), summed; ``last_UV`` are the log-probabilities of the last exit."""
-    loss = cross_entropy(logits_UV, targets_U, reduction="sum")
+def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: int | None) -> Show:
+    """Return what gives the log-probabilities of the last exit, which learns nothing here; made once if all at once."""
+    show = shown_by(lambda states: head(states).float().log_softmax(-1), states_UD)
+    if chunk is not None:
+        return show
+    with torch.no_grad():
+        whole_UV = show(ALL)
+    return lambda part: whole_UV[part]
+
+
+def _losses_of(show: Show, targets_U: Tensor, last: Show | None, kd: float, part: slice) -> Tensor:
+    last_UV = None
+    if last is not None:
+        with torch.no_grad():
+            last_UV = last(part)
+    return exit_losses(show(part).float(), targets_U[part], last_UV, kd)
+
+
+def exit_losses(logits_UV: Tensor, targets_U: Tensor, last_UV: Tensor | None, kd: float) -> Tensor:
+    """Return CE + kd KL(p_T || p_t) of each token (U,); ``last_UV`` are the log-probabilities of the last exit."""
+    losses_U = cross_entropy(logits_UV, targets_U, reduction="none")
     if last_UV is None:
-        return loss
-    return loss + kd * kl_div(logits_UV.log_softmax(-1), last_UV, reduction="sum", log_target=True)
+        return losses_U
+    return losses_U + kd * kl_div(logits_UV.log_softmax(-1), last_UV, reduction="none", log_target=True).sum(-1)
 
 
 def distribution_loss(losses_TU: Tensor, logits_TU: Tensor, beta: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -10,11 +11,18 @@ from rich.console import Console
 from innerloop import checkpoint
 from innerloop.errors import InputError
 from innerloop.methods import Method, method_named
+from innerloop.model import LatentModel
 from innerloop.recipe import named, parse_value, read_recipe
 from innerloop.run import CONFIG
 from innerloop.tasks import Task, task_named
 
 console = Console()
+Dtype = Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
+
+
+def model_given(run: str, method: Method | None, device: str | None, dtype: Dtype) -> LatentModel:
+    """Load the model of every verb that answers: a run or any model, where and in the type that was asked for."""
+    return LatentModel.from_pretrained(run, method, device=device_given(device), dtype=dtype)
 
 
 def device_given(text: str | None) -> torch.device | None:

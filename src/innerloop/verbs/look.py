@@ -20,7 +20,7 @@ from innerloop.methods import Cot
 from innerloop.model import LatentModel
 from innerloop.progress import bar
 from innerloop.show import answer_view
-from innerloop.verbs.given import console, method_given, task_given
+from innerloop.verbs.given import Dtype, console, method_given, model_given, task_given
 
 
 def eval_(
@@ -42,6 +42,8 @@ def eval_(
     controls: bool = False,
     stability: bool = False,
     probes: bool = False,
+    device: str | None = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -64,9 +66,14 @@ def eval_(
         controls: also answer with the latents replaced, hidden, or refined more or less often; writes controls.json.
         stability: also measure how the loop behaves, iteration by iteration; writes stability.json.
         probes: also read step results off the latents, and swap latents between examples; writes probes.json.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+        dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
     """
     if backend == "lm-eval":
-        _eval_harness(run, tasks, method, Path(out or run), limit, batch_size, tasks_dir, shots)
+        if not tasks:
+            raise InputError("--backend lm-eval needs --tasks NAME,NAME")
+        model = model_given(run, method_given(method), device, dtype)
+        _eval_harness(model, run, tasks, Path(out or run), limit, batch_size, tasks_dir, shots)
         return
     if (tasks, tasks_dir, shots) != (None, None, None):
         raise InputError("--tasks, --tasks_dir and --shots are of --backend lm-eval; a task of ours is named by --task")
@@ -79,7 +86,7 @@ def eval_(
     (folder / "predictions.jsonl.partial").unlink()
     chosen = task_given(run, task, data, split)
     examples = chosen.examples(split, limit)
-    model = LatentModel.from_pretrained(run, method_given(method))
+    model = model_given(run, method_given(method), device, dtype)
     last = model.method.curriculum.last_stage
     if stage is not None and not 0 <= stage <= last:
         raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
@@ -99,7 +106,8 @@ def eval_(
             progress=lambda n: progress.advance(row, n),
         )
     result = result_of(model, chosen, split, predictions, checkpoint.recorded(run, "seed"), run)
-    asked = {"max_new_tokens": max_new_tokens, "stage": stage, "loops": loops}
+    asked_dtype = None if dtype == "auto" else str(model.backbone.lm.dtype).removeprefix("torch.")
+    asked = {"max_new_tokens": max_new_tokens, "stage": stage, "loops": loops, "dtype": asked_dtype}
     if asked := {name: value for name, value in asked.items() if value is not None}:
         result["asked"] = asked  # answers that are not those of the run as it is
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
@@ -124,9 +132,9 @@ def eval_(
 
 
 def _eval_harness(
+    model: LatentModel,
     run: str,
-    tasks: str | None,
-    method: str | None,
+    tasks: str,
     folder: Path,
     limit: int | None,
     batch_size: int,
@@ -134,10 +142,7 @@ def _eval_harness(
     shots: int | None,
 ) -> None:
     """Answer tasks of lm-evaluation-harness."""
-    if not tasks:
-        raise InputError("--backend lm-eval needs --tasks NAME,NAME")
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    model = LatentModel.from_pretrained(run, method_given(method))
     folder.mkdir(parents=True, exist_ok=True)
     report = evaluate_tasks(model, names, run, folder, shots, limit, batch_size, tasks_dir)
     table = Table("task", "measure", "value", "standard error")
@@ -153,7 +158,13 @@ def _eval_harness(
 
 
 def ask(
-    run: str, question: str, method: str | None = None, max_new_tokens: int = 128, temperature: float = 0.0
+    run: str,
+    question: str,
+    method: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    device: str | None = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Answer one question, and show what the latents held at each loop.
 
@@ -163,13 +174,15 @@ def ask(
         method: reason by another method than the run was trained with.
         max_new_tokens: the most tokens to write.
         temperature: 0 writes the likeliest tokens.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+        dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
     """
     if not question.strip():
         raise InputError("the question is empty")
     chosen = method_given(method)
     if chosen is None and not checkpoint.is_run(run):
         chosen = Cot()
-    model = LatentModel.from_pretrained(run, chosen)
+    model = model_given(run, chosen, device, dtype)
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
     console.print(answer_view(answer, model.tokenizer))
 
@@ -185,6 +198,8 @@ def lens(
     method: str | None = None,
     max_new_tokens: int | None = None,
     terminal: bool = False,
+    device: str | None = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
 
@@ -199,6 +214,8 @@ def lens(
         method: reason by another method than the run was trained with.
         max_new_tokens: the most tokens to write per example; by default as the task says.
         terminal: show the first example in the terminal, and write no file.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+        dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
     """
     if examples < 1 or (loops is not None and loops < 0) or (max_new_tokens is not None and max_new_tokens < 1):
         raise InputError("lens needs examples >= 1, loops >= 0 and max_new_tokens >= 1")
@@ -207,7 +224,7 @@ def lens(
         raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
     asked = chosen.examples(split, 1 if terminal else examples)
     path = None if terminal else page_path(run, out)
-    model = LatentModel.from_pretrained(run, method_given(method))
+    model = model_given(run, method_given(method), device, dtype)
     if path is None:
         console.print(terminal_view(model, chosen, asked[0], loops, max_new_tokens))
         return

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,9 +16,8 @@ from innerloop.bench import bench as benchmark
 from innerloop.calibrate import calibrate as calibration
 from innerloop.errors import InputError
 from innerloop.halting import StopKind
-from innerloop.model import LatentModel
 from innerloop.show import calibration_line
-from innerloop.verbs.given import console, device_given, method_given, task_given
+from innerloop.verbs.given import Dtype, console, device_given, method_given, model_given, task_given
 
 
 def calibrate(
@@ -37,6 +36,8 @@ def calibrate(
     patience: int | None = None,
     min_loops: int | None = None,
     seed: int = 0,
+    device: str | None = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Choose the threshold of a stop rule for a stated loss on validation data; writes RUN/calibration.json.
 
@@ -56,13 +57,16 @@ def calibrate(
         patience: consecutive iterations for which the score must hold.
         min_loops: iterations before a row may stop.
         seed: of draws in fitting.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+        dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so. What --out saves
+            has it too.
     """
     if not checkpoint.is_run(run) and (adopt or out is None):
         raise InputError(f"{run} is no run that could keep a rule: save the model with its rule by --out DIR")
     chosen = task_given(run, task, data, "valid")
     examples = chosen.examples("valid", limit)
     checked = chosen.examples("test", check) if check else []
-    model = LatentModel.from_pretrained(run, method_given(method))
+    model = model_given(run, method_given(method), device, dtype)
     options: dict[str, Any] = {"patience": patience, "min_loops": min_loops}
     found = calibration(
         model,
@@ -101,7 +105,7 @@ def bench(
     method: str | None = None,
     baseline_method: str | None = None,
     device: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Dtype = "auto",
     threads: int | None = None,
     seed: int = 0,
 ) -> None:
@@ -121,7 +125,7 @@ def bench(
         method: reason by another method than the run was trained with.
         baseline_method: the same for the baseline.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
-        dtype: the type of the weights; auto keeps the file's.
+        dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
         threads: threads of a CPU; by default as many as torch takes.
         seed: of what models draw.
     """
@@ -129,7 +133,7 @@ def bench(
         raise InputError("--baseline_method is for a --baseline, and there is none")
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads}: give at least one thread, or leave it out")
-    where = device_given(device)
+    device_given(device)  # before long work starts
     chosen = task_given(run, task, data, split)
     path = Path(out) if out is not None else Path(run) / "bench.json"
     if path.is_dir() or (out is None and not path.parent.is_dir()):
@@ -141,7 +145,7 @@ def bench(
         torch.set_num_threads(threads)
     named_models = {RUN: (run, method), BASELINE: (baseline, baseline_method)}
     models = {
-        name: LatentModel.from_pretrained(folder, method_given(written), device=where, dtype=dtype)
+        name: model_given(folder, method_given(written), device, dtype)
         for name, (folder, written) in named_models.items()
         if folder is not None
     }
