@@ -118,6 +118,41 @@ def check_points(suite: Suite) -> None:
             )
 
 
+def check_tasks(suite: Suite) -> None:
+    """Refuse tasks that cannot give the examples that missing points ask for, before anything is trained.
+
+    Of each split the first example is made or read.
+    """
+    asked: dict[str, tuple[Task, str, list[str]]] = {}
+    for variant, task, split in _splits(suite):
+        asked.setdefault(repr((task, split)), (task, split, []))[2].append(variant)
+    reasons: dict[str, list[str]] = {}
+    for task, split, variants in asked.values():
+        try:
+            task.examples(split, 1)
+        except InputError as error:
+            reasons.setdefault(str(error), []).extend(variants)
+    if reasons:
+        told = [f"{reason} ({', '.join(dict.fromkeys(variants))})" for reason, variants in reasons.items()]
+        raise InputError("nothing was trained: " + "; ".join(told))
+
+
+def _splits(suite: Suite) -> Iterator[tuple[str, Task, str]]:
+    """Yield for each missing point, and the warm-ups they need, the name of the variant, a task and a split of it."""
+    missing = {key: recipe for key, recipe in suite.points.items() if _result(recipe, suite.exam) is None}
+    seeds = {seed for _, seed in missing}
+    needed = {**{("warm-up", seed): r for seed, r in suite.warm_ups.items() if seed in seeds}, **missing}
+    for (variant, seed), recipe in needed.items():
+        if not (Path(recipe.out) / FINISHED).exists():
+            for stage in recipe.stages or (recipe,):
+                yield variant, stage.task, "train"
+                if str(stage.train.get("eval_strategy", "no")) != "no":
+                    yield variant, stage.task, "valid"
+        if (variant, seed) in missing:
+            for fields in ({}, *suite.exam.also.values()):
+                yield variant, replace(recipe.task, **fields), suite.exam.split  # type: ignore[type-var]
+
+
 def _sections(recipe: Recipe) -> dict[str, str]:
     """Return the sections of a point's recipe as text in which the suite's folder is left out: it may be moved."""
     folder = str(Path(recipe.out).parent.parent)
@@ -187,7 +222,8 @@ def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Ke
                 jobs[workers.submit(_point, key, suite.points[key], suite.exam, messages)] = key
     for done in as_completed(jobs):
         if (error := done.exception()) is not None:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            name = "" if type(error) is InputError else f"{type(error).__name__}: "
+            reason = " ".join(f"{name}{error}".split())
             failed[jobs[done]] = reason
             messages.put((jobs[done], 0, f"failed: {reason}"))
     return failed
