@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure.latents import Record, record, unseen
+from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.statistics import wilson
 from innerloop.measure.swap import evenly
 from innerloop.model import LatentModel
@@ -71,6 +73,12 @@ class Probe:
         """Return the fields as JSON has them."""
         return asdict(self) | {"ci95": list(self.ci95), "selectivity": self.selectivity}
 
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Probe:
+        """Return the probe whose fields JSON has kept."""
+        own = {name: value for name, value in fields.items() if name != "selectivity"}
+        return cls(**{**own, "ci95": tuple(own["ci95"])})
+
 
 def result_of_step(step: str) -> str:
     """Return what a step comes to: what stands after its last '=', or else its last word."""
@@ -92,6 +100,7 @@ def probes(
     seed: int = 0,
     planned: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    parts: Parts | None = None,
 ) -> list[Probe]:
     """Fit and test the probes of every step result and of the answer.
 
@@ -106,12 +115,16 @@ def probes(
         seed: of the shuffled labels.
         planned: told how many probes there will be.
         progress: called with the number of probes since the last call.
+        parts: keeps the probes of each target as soon as they are known; those that it knows already are not fitted.
     """
     check(model, stage)
-    sides = [record(model, task, side, batch_size, max_new_tokens, stage, everything=True) for side in (train, test)]
-    cells = _cells(model, sides)
-    if (last := _answer_cells(model, (train, test), batch_size, stage)) is not None:
-        cells |= last
+    parts = Parts() if parts is None else parts
+
+    @cache
+    def states() -> Cells:
+        sides = [record(model, task, s, batch_size, max_new_tokens, stage, everything=True) for s in (train, test)]
+        return _cells(model, sides) | (_answer_cells(model, (train, test), batch_size, stage) or {})
+
     n_loops = model.prompts(["?"], stage)[0].n_loops
     wanted = []
     for target in (*range(max((len(e.steps) for e in train), default=0)), "answer"):
@@ -121,14 +134,17 @@ def probes(
             wanted.append((target, labels, known))
     if not wanted:
         raise InputError(f"a probe needs {FEWEST} examples with steps to learn from and {FEWEST} to be tested on")
-    if planned is not None:
-        planned(len(cells) * len(wanted))
-    found = []
-    for target, labels, (fit, held) in wanted:
+    learned_from = digest_of(train)[:8]
+    names = [f"probe {target}, learned from {learned_from}" for target, _, _ in wanted]
+    if planned is not None and (missing := parts.missing(names)):
+        planned(len(states()) * len(missing))
+
+    def fitted(target: Target, labels: Sequence[Sequence[str]], fit: list[int], held: list[int]) -> list[Probe]:
+        found = []
         given = np.array([labels[0][i] for i in fit])
         gold = np.array([labels[1][i] for i in held])
         shuffled = np.random.default_rng(seed).permutation(given)
-        for (loop, latent), (known_train, known_test) in cells.items():
+        for (loop, latent), (known_train, known_test) in states().items():
             seen, unseen_states = known_train[fit], known_test[held]
             told, by_chance = (float((_fit(seen, y, unseen_states) == gold).mean()) for y in (given, shuffled))
             n, share = len(gold), max(Counter(gold.tolist()).values()) / len(gold)
@@ -136,7 +152,13 @@ def probes(
             found.append(Probe(loop, latent, target, told, interval, by_chance, share, n, loop > n_loops))
             if progress is not None:
                 progress(1)
-    return found
+        return found
+
+    kept = [
+        parts(name, lambda of=of: [probe.as_dict() for probe in fitted(of[0], of[1], *of[2])])  # type: ignore[misc]
+        for name, of in zip(names, wanted)
+    ]
+    return [Probe.read(fields) for probed in kept for fields in probed]
 
 
 def best(found: Sequence[Probe]) -> list[Probe]:

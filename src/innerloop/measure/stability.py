@@ -112,6 +112,17 @@ class Stability:
             entries.append({"loop": entry.loop, "n": entry.n, **measures, **sizes})
         return {"loops": entries, "diverged": self.diverged, "sentences": self.sentences()}
 
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Stability:
+        """Return the stability whose fields JSON has kept."""
+        loops = []
+        for entry in fields["loops"]:
+            measures = {
+                name: None if spread is None else Spread(**spread) for name, spread in entry["measures"].items()
+            }
+            loops.append(LoopStability(**{**entry, "measures": measures}))
+        return cls(loops, fields["diverged"], fields["appends"])
+
     def sentences(self) -> list[str]:
         """Say what the numbers mean."""
         if not self.loops:
