@@ -340,10 +340,12 @@ def record(
     max_new_tokens: int | None = None,
     stage: int | None = None,
     everything: bool = False,
+    then: Callable[[Thought], None] | None = None,
 ) -> Record:
     """Record what the answer sees of the latents of examples, or ``everything`` that they are fed.
 
-    The answers are written only for methods that open blocks of latents while they answer.
+    The answers are written only for methods that open blocks of latents while they answer; of others ``then`` is told
+    every batch's thought, in order.
     """
     recorder, method, was_training = Recorder(), model.method, model.training
     rows = model.prompts([example.question for example in examples], stage)
@@ -353,7 +355,9 @@ def record(
             evaluate(model, task, examples, max_new_tokens, batch_size, stage)
         else:
             for begin in range(0, len(rows), batch_size):
-                model.think(model.batch(rows[begin : begin + batch_size]))
+                thought = model.think(model.batch(rows[begin : begin + batch_size]))
+                if then is not None:
+                    then(thought)
     model.train(was_training)
     whole = Record(recorder.blocks, keys_of(rows))
     return whole if everything else whole.seen(method, method.curriculum.last_stage if stage is None else stage)

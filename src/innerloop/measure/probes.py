@@ -27,7 +27,7 @@ from innerloop.measure.statistics import wilson
 from innerloop.measure.swap import evenly
 from innerloop.model import LatentModel
 from innerloop.tasks import Task
-from innerloop.thought import join
+from innerloop.thought import Thought, join
 
 Target = int | Literal["answer"]
 Cells = dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]
@@ -120,12 +120,20 @@ def probes(
     check(model, stage)
     parts = Parts() if parts is None else parts
 
+    row = model.prompts(["?"], stage)[0]
+    n_loops, n_last = row.n_loops, 1 if model.method.scope == "append" else sum(len(p.ids) for p in row.region)
+
     @cache
     def states() -> Cells:
-        sides = [record(model, task, s, batch_size, max_new_tokens, stage, everything=True) for s in (train, test)]
-        return _cells(model, sides) | (_answer_cells(model, (train, test), batch_size, stage) or {})
+        sides, read = list[Record](), list[list[NDArray[Any]]]()
+        for side in (train, test):
+            last: list[NDArray[Any]] = []
+            then = (lambda thought, last=last: last.append(_read(thought, n_last))) if _answer_pass(model) else None
+            sides.append(record(model, task, side, batch_size, max_new_tokens, stage, everything=True, then=then))
+            read.append(last)
+        cells = _cells(model, sides)
+        return cells | _answer_cells(model, n_last, n_loops, read) if _answer_pass(model) else cells
 
-    n_loops = model.prompts(["?"], stage)[0].n_loops
     wanted = []
     for target in (*range(max((len(e.steps) for e in train), default=0)), "answer"):
         labels = [[_label(example, target) for example in side] for side in (train, test)]
@@ -236,26 +244,22 @@ def _cells(model: LatentModel, sides: Sequence[Record]) -> Cells:
     return cells
 
 
-@torch.no_grad()
-def _answer_cells(
-    model: LatentModel, sides: Sequence[Sequence[Example]], batch_size: int, stage: int | None
-) -> Cells | None:
-    """Return what the latents become in the pass that the answer sees; None where no such pass follows the loop."""
+def _answer_pass(model: LatentModel) -> bool:
+    """Tell whether the final latents are read once more, in the pass that the answer sees."""
     method = model.method
-    if model.block() is not None or method.answer_context != "refeed" or method.answering.decoder != "lm_head":
-        return None
-    was_training = model.training
-    model.eval()
-    found = []
-    for side in sides:
-        rows, parts = model.prompts([example.question for example in side], stage), []
-        n = 1 if method.scope == "append" else sum(len(piece.ids) for piece in rows[0].region)
-        for begin in range(0, len(rows), batch_size):
-            thought = model.think(model.batch(rows[begin : begin + batch_size]))
-            states = thought.context.fork().read(*join(thought.pending))
-            parts.append(states[:, -n:].float().cpu().numpy())
-        found.append(np.concatenate(parts))
-    model.train(was_training)
-    t = rows[0].n_loops + 1
-    latents = [(t, 0)] if method.scope == "append" else [(j, j) for j in evenly(n)]
-    return {(t, name): (found[0][:, j], found[1][:, j]) for name, j in latents}
+    return model.block() is None and method.answer_context == "refeed" and method.answering.decoder == "lm_head"
+
+
+@torch.no_grad()
+def _read(thought: Thought, n: int) -> NDArray[Any]:
+    """Return what the last ``n`` latents of each row (B, n, D) become in the pass that the answer sees."""
+    states: NDArray[Any] = thought.context.fork().read(*join(thought.pending))[:, -n:].float().cpu().numpy()
+    return states
+
+
+def _answer_cells(model: LatentModel, n: int, n_loops: int, read: Sequence[Sequence[NDArray[Any]]]) -> Cells:
+    """Return for each latent what it becomes in the answer's pass, from what was read of both sides."""
+    train, test = (np.concatenate(side) for side in read)
+    t = n_loops + 1
+    latents = [(t, 0)] if model.method.scope == "append" else [(j, j) for j in evenly(n)]
+    return {(t, name): (train[:, j], test[:, j]) for name, j in latents}
