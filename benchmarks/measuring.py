@@ -59,10 +59,11 @@ BASE, ALONE = "plain evaluation", "plain evaluation, one at a time"
 
 
 class Work:
-    """Seconds and work of parts, one after the other; calls of the first layer are passes."""
+    """Seconds and work of parts; on a CPU the process's own seconds, and calls of the first layer are passes."""
 
     def __init__(self, model: LatentModel, device: torch.device):
-        self.clock, self.passes, self.positions = clock_of(device), 0, 0
+        self.clock = time.process_time if device.type == "cpu" else clock_of(device)
+        self.passes = self.positions = 0
         self.found: dict[str, list[tuple[float, int, int]]] = {}
         model.backbone.layers[0].register_forward_pre_hook(self._count, with_kwargs=True)
 
