@@ -21,7 +21,7 @@ REPORTS = ("controls.json", "stability.json", "probes.json", "predictions.jsonl"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return saved(moved(tiny_model(Slr(n_slots=2, max_loops=2), num_hidden_layers=1)), tmp_path / "run")
+    return saved(moved(tiny_model(Slr(n_slots=2, max_loops=1), num_hidden_layers=1)), tmp_path / "run")
 
 
 def evaluated(run: Path, out: Path, *options: str) -> int:
@@ -57,9 +57,9 @@ def test_what_was_interrupted_goes_on_and_gives_what_an_uninterrupted_one_does(r
     assert "7 parts are kept in" in shown and "the same command goes on" in shown
     assert not (tmp_path / "twice" / "controls.json").exists() and (tmp_path / "twice" / "result.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        calls = counted(patch, stops_at=10)
+        calls = counted(patch, stops_at=7)
         assert evaluated(run, tmp_path / "twice", *ALL) == 130  # among the swaps
-        assert (tmp_path / "twice" / "stability.json").exists() and len(calls) == 10
+        assert (tmp_path / "twice" / "stability.json").exists() and len(calls) == 7
     shown = " ".join(capsys.readouterr().out.split())
     assert "measured before: accuracy, latents, shuffled, zeroed, mean, noise, frozen (--fresh true starts" in shown
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +67,7 @@ def test_what_was_interrupted_goes_on_and_gives_what_an_uninterrupted_one_does(r
         assert evaluated(run, tmp_path / "twice", *ALL) == 0
         rest = len(calls)
         assert evaluated(run, tmp_path / "once", *ALL) == 0
-    assert len(calls) - rest == 16 == 5 + 9 + rest  # of 12 controls and 4 swaps
+    assert len(calls) - rest == 13 == 5 + 6 + rest  # of 10 controls and 3 swaps
     for name in REPORTS:
         assert without_seconds(tmp_path / "twice" / name) == without_seconds(tmp_path / "once" / name)
 
@@ -91,7 +91,7 @@ def test_what_is_stale_is_not_taken(run: Path, tmp_path: Path, monkeypatch, caps
     assert evaluated(run, tmp_path / "out") == 0 and evaluated(run, tmp_path / "out", "--batch_size", "5") == 0
     assert len(json.loads(path.read_text())) == 2
     capsys.readouterr()
-    model = moved(tiny_model(Slr(n_slots=2, max_loops=2), num_hidden_layers=1))
+    model = moved(tiny_model(Slr(n_slots=2, max_loops=1), num_hidden_layers=1))
     model.backbone.lm.get_input_embeddings().weight.data[5, 5] += 1.0
     saved(model, run)
     assert evaluated(run, tmp_path / "out") == 0 and "measured before" not in capsys.readouterr().out
