@@ -21,6 +21,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(<!-- table: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURES = {"breakdown": "performance.svg"}  # in docs/, shown above a table where they are there
 Lines = list[list[str]]
+DEAR = {  # kinds of measuring that need more than two plain evaluations by nature
+    "the probes of a target": "two regressions for each latent and loop, whatever the model's size",
+    "the states that probes learn from, of two splits": "twice the rows",
+    "stability": "20 Jacobian-vector products for each loop, of 32 rows",
+}
 
 
 def main() -> None:
@@ -267,6 +272,26 @@ def thought_pass_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, work(results), told, f"the floor is {found['floor_ms']:.2f} ms")
 
 
+def measuring_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what measuring costs: parts of a kind together, from the cheapest to the dearest of them."""
+    head = ["what is measured", "parts", "time / plain evaluation", "passes", "positions", "above 2 because"]
+    rows = []
+    for kind in dict.fromkeys(point["kind"] for point in results["points"]):
+        own = [point for point in results["points"] if point["kind"] == kind]
+        times = sorted(point["seconds"]["median"] for point in own)
+        sides = [[point[name] for point in own] for name in ("passes", "positions")]
+        shown = [f"{times[0]:.2f}" + (f" to {times[-1]:.2f}" if len(own) > 1 else "")]
+        shown += [f"{sum(side) / len(side):.2f}" for side in sides]
+        rows.append([kind, str(len(own)), *shown, DEAR.get(kind, "") if times[-1] > 2 else ""])
+    facts = [
+        f"SLR of {results['latents']} latents and {results['loops']} loops, width {results['shape']['hidden_size']}",
+        f"{results['rows']} rows, batch {results['batch_size']}, {results['repeats']} turns",
+        f"a plain evaluation takes {results['base']['seconds']['median']:.2f} s",
+    ]
+    note = made(results, *facts).replace("median (p10 to p90)", "medians over turns, the lowest to the highest part")
+    return [head, *rows], note
+
+
 def soak_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of the soak test."""
     part = "rss" if all(p["memory"]["cuda"]["at_end_mib"] == 0 for p in results["points"]) else "cuda"
@@ -391,6 +416,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("training", ""): training_lines,
     ("scaling", ""): scaling_lines,
     ("halting", ""): halting_lines,
+    ("measuring", ""): measuring_lines,
     ("soak", ""): soak_lines,
     ("compiled", ""): compiled_lines,
     ("compiled", "pass"): thought_pass_lines,

@@ -15,6 +15,7 @@ PARTS = {
     "training": ("",),
     "scaling": ("",),
     "halting": ("",),
+    "measuring": ("",),
     "soak": ("",),
     "compiled": ("", "pass"),
     "shared_prefix": ("",),
@@ -78,6 +79,13 @@ def check(script: str, report: dict, picture: Path) -> None:
             for point in report["points"]:
                 assert point["least"] >= 1 and point["most"] <= 16
                 assert point["least"] < point["mean_loops"]["median"] < point["most"]
+        case "measuring":
+            kinds = {point["kind"] for point in report["points"]}
+            assert len(kinds) == 11 and {p["against"] for p in report["points"] if p["part"] == "lens"} != {
+                "plain evaluation"
+            }
+            edits = [p for p in report["points"] if p["kind"] == "a control that edits latents"]
+            assert len(edits) == 7 and all(0.9 < p["positions"] < 2 for p in edits)
         case "soak":
             assert all(point["answered"] == 58 and point["failed"] == 6 for point in report["points"])
             assert all(point["checked_alone"] == 4 for point in report["points"])

@@ -145,7 +145,8 @@ def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):
     many, few = standing("many", [good, good, bad]), standing("few", [bad, bad, bad])
     (sentence,) = verdicts([many, few], "few")
     assert sentence == seeds_sentence("many", "few", [0.75, 0.75, 0.0])
-    assert verdicts([many], "gone") == []
+    assert verdicts([many], "gone") == ["gone has no result, so nothing is set against it."]
+    assert verdicts([], "gone") == []
 
 
 def test_a_sentence_over_seeds_by_hand():
@@ -185,7 +186,34 @@ def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Pa
     path = written(tmp_path, raw)
     in_this_process(load_suite(path, seeds=[0]), skip=["too long"])
     monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: "it broke" for key in missing})
-    with pytest.raises(InputError, match="1 of 2 points failed:\ntoo long seed 0: it broke"):
+    with pytest.raises(InputError, match=r"^1 of 2 points failed: it broke$"):
         compare_suite(str(path), None, None, [0], 1, None, [], QUIET, n_timed=2)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "too long seed 0: it broke" in page and "plain" in page and "Do the latents carry the answer?" in page
+
+
+def test_a_suite_all_of_whose_points_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
+    from tests.test_suite import RAW, written
+
+    path = written(tmp_path, {**RAW, "variants": {"a": {}, "b": {"method": "pause"}}})
+    why = {"a": "it [broke]", "b": "no room"}
+    monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: why[key[0]] for key in missing})
+    code, out, err = innerloop(capsys, "compare", path, "--seeds", 0, 1)
+    assert code == 2 and err == (
+        "innerloop: all of 4 points failed: it [broke] (and for another reason, listed above)\n"
+    )
+    assert out.count("it [broke]") == out.count("no room") == out.count("b seed 1") == 1
+    assert "a seed 0; a seed 1: it [broke]" in (tmp_path / "out" / "report.html").read_text()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
+    assert [p["error"] for p in found] == ["it [broke]", "no room", "it [broke]", "no room"]
+
+
+def test_a_task_that_cannot_be_made_is_refused_before_anything_is_trained(tmp_path: Path, capsys):
+    from tests.test_suite import RAW, written
+
+    bad = {"task": {"n_train": 9_999}}
+    path = written(tmp_path, {**RAW, "variants": {"small": {}, "much": bad, "more": bad}})
+    code, _, err = innerloop(capsys, "compare", path)
+    assert code == 2 and "nothing was trained: chain: there are only 490 different train questions, not 9999" in err
+    assert err.count("chain:") == 1 and err.endswith("or lower n_train (much, more)\n")
+    assert not (tmp_path / "out").exists()

@@ -116,7 +116,9 @@ def read(page: str) -> str:
 
 def test_the_report_says_what_was_measured_and_is_the_same_twice(tmp_path: Path, standings: list[Standing]):
     for name in ("a.html", "b.html"):
-        write_report(tmp_path / name, "Two methods", standings, ["slr is better"], ["x seed 1: OOM"], {"seeds": [0]})
+        write_report(
+            tmp_path / name, "Two methods", standings, ["slr is better"], {"OOM": ["x seed 1"]}, {"seeds": [0]}
+        )
     page = (tmp_path / "a.html").read_text()
     assert page == (tmp_path / "b.html").read_text()
     text = read(page)

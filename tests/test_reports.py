@@ -70,6 +70,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_answered(
     assert message in capsys.readouterr().err and not (tmp_path / "out" / "result.json").exists()
 
 
-def test_plain_evaluation_writes_no_more_than_before(tmp_path: Path):
+def test_plain_evaluation_writes_answers_and_their_parts_alone(tmp_path: Path):
     assert evaluated(SMALL, tmp_path) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.jsonl", "result.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "parts.json",
+        "predictions.jsonl",
+        "result.json",
+    ]

@@ -3,6 +3,7 @@ import math
 import os
 import queue
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_every_suite_loads(file: Path):
     assert len(suite.points) == len(suite.variants) > 1
     if "smollm2" not in file.stem:  # there the loss is looked at, not the accuracy
         assert len(set(yaml.safe_load(file.read_text())["seeds"])) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [p for p in SUITES if p.stem.startswith("slr_")], ids=lambda p: p.stem)
+def test_the_first_point_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
+    suite = load_suite(file, str(tmp_path), [0])
+    few = {"max_steps": 2, "batch_size": 8}
+    for warm_up in suite.warm_ups.values():
+        points._train(("warm-up", 0), replace(warm_up, train=warm_up.train | few), queue.Queue())
+    key, recipe = next(iter(suite.points.items()))
+    stages = tuple(replace(stage, train=stage.train | few) for stage in recipe.stages)
+    exam = replace(suite.exam, limit=4)
+    points._point(key, replace(recipe, train=recipe.train | few, stages=stages), exam, queue.Queue())
+    assert points._result(recipe, exam)["n"] == 4
 
 
 def test_a_variant_changes_what_it_names_and_nothing_else(path: Path):

@@ -181,6 +181,14 @@ def test_drawn_points_of_staged_recipes_change_the_last_method(tmp_path: Path):
     assert point.method.n_slots == 5 and [stage.train["max_steps"] for stage in point.stages] == [7, 7]
 
 
+def test_a_sweep_all_of_whose_points_fail_says_why_once(recipe: Path, tmp_path: Path, ran: list[Suite], capsys):
+    code, out, err = innerloop(capsys, "sweep", recipe, "--grid", "method.max_loops=3", "--seeds", 0, 1)
+    assert code == 2 and err == "innerloop: all of 2 points failed: it broke\n" and out.count("it broke") == 1
+    assert "Best of" not in out and "it broke" in (tmp_path / "run-sweep" / "sweep.html").read_text()
+    code, _, err = innerloop(capsys, "sweep", recipe, "--grid", "task.n_train=9,99999", "--seeds", 0)
+    assert code == 2 and "nothing was trained: chain: there are only" in err and "(n_train=99999)" in err
+
+
 @pytest.mark.slow
 def test_the_command_trains_lists_failures_and_resumes(recipe: Path, tmp_path: Path, capsys):
     grid = ["--grid", "method.max_loops=1,2", "--grid=train.max_length=1,64"]

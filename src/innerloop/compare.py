@@ -20,12 +20,12 @@ from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result
 from innerloop.measure.statistics import over_seeds, verdict_of_files
 from innerloop.methods import Method, method_named
 from innerloop.model import LatentModel
-from innerloop.points import run_suite
+from innerloop.points import check_tasks, run_suite
 from innerloop.progress import bar
 from innerloop.recipe import load_recipe, named, read_recipe
 from innerloop.report import write_report
 from innerloop.run import CONFIG
-from innerloop.standing import Standing, failures, read_json, standing_table
+from innerloop.standing import Standing, failure_sentence, failure_table, failures, read_json, standing_table
 from innerloop.suite import Suite, load_suite, suite_report
 from innerloop.tasks import Task
 
@@ -276,10 +276,12 @@ def compare_suite(
     """Run what is missing of a suite, print the table and write OUT/report.html and OUT/results.json.
 
     Raises:
-        InputError: points failed; all else was written before.
+        InputError: before anything is trained, where it can be told that points would fail; otherwise after all else
+            was written.
     """
     suite = load_suite(path, out, seeds, overrides)
     chosen = chosen_baseline(suite.variants, baseline)
+    check_tasks(suite)
     points = run_suite(suite, workers, console)
     raw = read_recipe(path, overrides)
     report = json.dumps(suite_report(raw, points), indent=1) + "\n"
@@ -296,7 +298,7 @@ def compare_suite(
         standings = timed(standings, task, questions, folder)
     _show(standings, chosen, folder, f"Suite {Path(path).stem}", console, failed, shown)
     if failed:
-        raise InputError(f"{len(failed)} of {len(points)} points failed:\n" + "\n".join(failed))
+        raise InputError(failure_sentence(failed, len(points)))
 
 
 def _show(
@@ -305,12 +307,15 @@ def _show(
     folder: Path,
     title: str,
     console: Console,
-    failed: Sequence[str] = (),
+    failed: Mapping[str, Sequence[str]] | None = None,
     suite: Mapping[str, Any] | None = None,
 ) -> None:
     sentences = verdicts(standings, baseline)
     write_report(folder / REPORT, title, standings, sentences, failed, suite)
-    console.print(standing_table(standings))
+    if standings:
+        console.print(standing_table(standings))
+    if failed:
+        console.print(failure_table(failed))
     for sentence in sentences:
         console.print(sentence, soft_wrap=True)
     console.print(f"the report is in {folder / REPORT}, every point in {folder / 'results.json'}", soft_wrap=True)
@@ -330,7 +335,7 @@ def verdicts(standings: Sequence[Standing], baseline: str) -> list[str]:
     """
     base = next((s for s in standings if s.name == baseline), None)
     if base is None:
-        return []
+        return [f"{baseline} has no result, so nothing is set against it."] if standings else []
     sentences = []
     for standing in standings:
         if standing is base:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure.accuracy import accuracy_of, evaluate, result_of, wilson
 from innerloop.measure.controls import controls
+from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.model import LatentModel
 from innerloop.progress import bar
 from innerloop.recipe import Recipe, load_recipe
@@ -34,6 +36,7 @@ from innerloop.tasks import Task
 from innerloop.trainer import training_arguments
 
 N_TRACED = 64
+EXAM_PARTS = "exam.parts.json"  # beside a point until it has been tested
 MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
 Key = tuple[str, int]  # a variant and a seed
 
@@ -118,6 +121,41 @@ def check_points(suite: Suite) -> None:
             )
 
 
+def check_tasks(suite: Suite) -> None:
+    """Refuse tasks that cannot give the examples that missing points ask for, before anything is trained.
+
+    Of each split the first example is made or read.
+    """
+    asked: dict[str, tuple[Task, str, list[str]]] = {}
+    for variant, task, split in _splits(suite):
+        asked.setdefault(repr((task, split)), (task, split, []))[2].append(variant)
+    reasons: dict[str, list[str]] = {}
+    for task, split, variants in asked.values():
+        try:
+            task.examples(split, 1)
+        except InputError as error:
+            reasons.setdefault(str(error), []).extend(variants)
+    if reasons:
+        told = [f"{reason} ({', '.join(dict.fromkeys(variants))})" for reason, variants in reasons.items()]
+        raise InputError("nothing was trained: " + "; ".join(told))
+
+
+def _splits(suite: Suite) -> Iterator[tuple[str, Task, str]]:
+    """Yield for each missing point, and the warm-ups they need, the name of the variant, a task and a split of it."""
+    missing = {key: recipe for key, recipe in suite.points.items() if _result(recipe, suite.exam) is None}
+    seeds = {seed for _, seed in missing}
+    needed = {**{("warm-up", seed): r for seed, r in suite.warm_ups.items() if seed in seeds}, **missing}
+    for (variant, seed), recipe in needed.items():
+        if not (Path(recipe.out) / FINISHED).exists():
+            for stage in recipe.stages or (recipe,):
+                yield variant, stage.task, "train"
+                if str(stage.train.get("eval_strategy", "no")) != "no":
+                    yield variant, stage.task, "valid"
+        if (variant, seed) in missing:
+            for fields in ({}, *suite.exam.also.values()):
+                yield variant, replace(recipe.task, **fields), suite.exam.split  # type: ignore[type-var]
+
+
 def _sections(recipe: Recipe) -> dict[str, str]:
     """Return the sections of a point's recipe as text in which the suite's folder is left out: it may be moved."""
     folder = str(Path(recipe.out).parent.parent)
@@ -187,7 +225,8 @@ def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Ke
                 jobs[workers.submit(_point, key, suite.points[key], suite.exam, messages)] = key
     for done in as_completed(jobs):
         if (error := done.exception()) is not None:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            name = "" if type(error) is InputError else f"{type(error).__name__}: "
+            reason = " ".join(f"{name}{error}".split())
             failed[jobs[done]] = reason
             messages.put((jobs[done], 0, f"failed: {reason}"))
     return failed
@@ -221,7 +260,11 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
         raise InputError("interrupted; run the suite again to go on")
     model, task = LatentModel.from_pretrained(recipe.out), recipe.task
     examples = task.examples(exam.split, exam.limit)
-    predictions = evaluate(model, task, examples)
+    facts = made_of(model, task, exam.split, examples, {"limit": exam.limit}, key[1])
+    parts = Parts(out / EXAM_PARTS, facts)
+    steps = sum(stage.train.get("max_steps", 0) for stage in recipe.stages or (recipe,))
+    parts.begins = lambda name: messages.put((key, steps, f"test: {name}"))
+    predictions = kept_predictions(parts, "accuracy", lambda: evaluate(model, task, examples))
     result = {"variant": key[0], "exam": _written(exam)} | result_of(
         model, task, exam.split, predictions, key[1], recipe.out
     )
@@ -229,11 +272,11 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
     for name, fields in exam.also.items():
         other = replace(task, **fields)  # type: ignore[type-var]
         asked = other.examples(exam.split, exam.limit)
-        at = result.setdefault("also", {}).setdefault(name, {})
-        at["trained"] = _score(model, other, asked, None)
-        at.update(_curve(model, other, asked, exam.loops)[0] if iterates else {})
+        at, about = result.setdefault("also", {}).setdefault(name, {}), f"{name} {fields} {digest_of(asked)[:8]}"
+        at["trained"] = parts(f"{about} as trained", partial(_score, model, other, asked, None))
+        at.update(_curve(model, other, asked, exam.loops, parts, about)[0] if iterates else {})
     if iterates:
-        result["loops"], refused = _curve(model, task, examples, exam.loops)
+        result["loops"], refused = _curve(model, task, examples, exam.loops, parts, "accuracy")
         if refused:
             result["loops_refused"] = refused
         if result["loops"]:
@@ -242,29 +285,30 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
             changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
             result["change"] = [sum(column) / len(column) for column in zip(*changes)]
     if exam.controls:
-        found = controls(model, task, examples, predictions, seed=key[1])
-        about: dict[str, Any] = {
+        found = controls(model, task, examples, predictions, seed=key[1], parts=parts)
+        what: dict[str, Any] = {
             "method": model.method.name,
             "model": recipe.out,
             "task": task.name,
             "split": exam.split,
         }
-        about |= {"n": len(examples), "seed": key[1]}
-        write_text(out / CONTROLS, json.dumps({**about, **found.as_dict()}, indent=2) + "\n")
+        what |= {"n": len(examples), "seed": key[1]}
+        write_text(out / CONTROLS, json.dumps({**what, **found.as_dict()}, indent=2) + "\n")
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+    (out / EXAM_PARTS).unlink(missing_ok=True)
 
 
 def _curve(
-    model: LatentModel, task: Task, examples: list[Example], loops: Sequence[int]
+    model: LatentModel, task: Task, examples: list[Example], loops: Sequence[int], parts: Parts, about: str
 ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
     """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
     scores: dict[int, dict[str, Any]] = {}
     refused: dict[int, str] = {}
     for n in loops:
         try:
-            scores[n] = _score(model, task, examples, n)
+            scores[n] = parts(f"{about} of {n} loops", partial(_score, model, task, examples, n))
         except InputError as error:
             refused[n] = str(error)
     return scores, refused

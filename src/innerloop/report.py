@@ -19,7 +19,7 @@ def write_report(
     title: str,
     standings: Sequence[Standing],
     verdicts: Sequence[str] = (),
-    failed: Sequence[str] = (),
+    failed: Mapping[str, Sequence[str]] | None = None,
     suite: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a comparison as a page; the same results give the same bytes.
@@ -29,10 +29,10 @@ def write_report(
         title: the heading.
         standings: the rows.
         verdicts: sentences on who is better, each with its interval.
-        failed: sentences on points that have no result.
+        failed: why points have no result, each reason with its points.
         suite: the sections of the suite that was run, if it was one.
     """
-    parts = [summary(standings) if standings else "", failed_part(failed)]
+    parts = [summary(standings) if standings else "", failed_part(failed or {})]
     if standings:
         parts += [
             _verdicts(verdicts),
@@ -61,11 +61,12 @@ def summary(standings: Sequence[Standing]) -> str:
     return paragraph("; ".join([*told, *versions]) + ".")
 
 
-def failed_part(failed: Sequence[str]) -> str:
-    """List the points that have no result."""
+def failed_part(failed: Mapping[str, Sequence[str]]) -> str:
+    """List the points that have no result, each reason once."""
     if not failed:
         return ""
-    listed = "".join(f"<li>{escape(sentence)}</li>" for sentence in failed)
+    told = [f"{'; '.join(points)}: {reason}" for reason, points in failed.items()]
+    listed = "".join(f"<li>{escape(sentence)}</li>" for sentence in told)
     return f"<div class=failed><h2>Without a result</h2><ul>{listed}</ul></div>"
 
 

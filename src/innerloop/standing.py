@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from innerloop.errors import InputError
@@ -109,9 +110,32 @@ class Standing:
         return [read_json(folder / file) for folder in self.folders if (folder / file).exists()]
 
 
-def failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say of the points of a suite that have no result why."""
-    return [f"{r['variant']} seed {r['seed']}: {r['error']}" for r in results if "error" in r]
+def failures(results: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return why points of a suite have no result: each reason once, with the points."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        if "error" in result:
+            found.setdefault(result["error"], []).append(f"{result['variant']} seed {result['seed']}")
+    return found
+
+
+def failure_table(failed: Mapping[str, Sequence[str]]) -> Table:
+    """Return why points failed, each reason once, for a terminal."""
+    table = Table("points", "failed because", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for reason, points in failed.items():
+        table.add_row(escape("\n".join(points)), escape(reason))
+    return table
+
+
+def failure_sentence(failed: Mapping[str, Sequence[str]], n_points: int) -> str:
+    """Say how many of the points failed and why: the first reason stands for all."""
+    n, reason = sum(map(len, failed.values())), next(iter(failed)).rstrip(".")
+    others = (
+        "",
+        " (and for another reason, listed above)",
+        f" (and for {len(failed) - 1} other reasons, listed above)",
+    )
+    return f"{'all' if n == n_points else n} of {n_points} points failed: {reason}{others[min(len(failed) - 1, 2)]}"
 
 
 def seed_mark(name: str, accuracies: Sequence[float]) -> Mark:
@@ -205,7 +229,7 @@ def caption(standings: Sequence[Standing]) -> str:
     """Say what intervals, costs and times mean."""
     told = [interval_kind(standings), "Costs are means of an example."]
     turns = {len(s.turns) for s in standings}
-    if turns == {0}:
+    if turns <= {0}:
         told.append("ms is an example's share of its batch, taken when each was evaluated.")
     else:
         told.append(f"Times are medians of {max(turns)} turns that all took one after the other on one machine")

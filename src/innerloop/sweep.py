@@ -19,7 +19,7 @@ from innerloop.errors import InputError
 from innerloop.grid import Axis, Choices, Range, axis_of, number, parse_axis, short_names, value_name, variant_name
 from innerloop.page import document, escape, figure, settings, table
 from innerloop.pictures import Cell, Mark, bars, heat_map, scatter
-from innerloop.points import Workers, run_suite
+from innerloop.points import Workers, check_tasks, run_suite
 from innerloop.recipe import read_recipe
 from innerloop.report import failed_part, summary
 from innerloop.search import search
@@ -98,6 +98,7 @@ def run_grid(
         raise InputError(f"{drawn[0]} has a range, which only a search draws from: list values, or add --search optuna")
     listed = {**raw, "grid": {a.field: list(a.values) for a in axes if isinstance(a, Choices)}}
     suite = parse_suite(listed)
+    check_tasks(suite)
     results = run_suite(suite, workers, console, on)
     return Sweep(listed, axes, suite.settings, results, suite_standings(suite, results))
 
@@ -139,6 +140,7 @@ def write_sweep(sweep: Sweep, title: str, folder: Path) -> None:
     report = suite_report(sweep.raw, sweep.results)
     for point in report["points"]:
         point["settings"] = dict(sweep.settings[point["variant"]])
+    folder.mkdir(parents=True, exist_ok=True)  # points that fail at once leave none
     write_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
     write_text(folder / "sweep.html", sweep_page(sweep, title))
 

@@ -134,7 +134,7 @@ class Oracle:
     def _read(self, backbone: Backbone) -> dict[str, list[float]]:
         """Return what the file knows, after making it if there is none."""
         assert self.path is not None
-        title = {"metric": self.metric, "reference": _fingerprint(self.model(backbone))}
+        title = {"metric": self.metric, "reference": fingerprint(self.model(backbone))}
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(title))
@@ -159,7 +159,7 @@ def _key(ids: list[int], mask: list[int]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _fingerprint(model: LatentModel) -> str:
+def fingerprint(model: LatentModel) -> str:
     """Return a hash of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -132,9 +132,9 @@ def look(
     if not examples:
         raise InputError("there is no example to look at: give at least one")
     looks, families = [], set[Family]()
-    for example in examples:
+    for example, shown in zip(examples, steps_shown(model, examples, loops)):
         answer = answer_alone(model, task, example, loops, max_new_tokens)
-        one, family = look_at(model, task, example, answer, loops)
+        one, family = look_at(model, task, example, answer, loops, shown)
         looks.append(one)
         families.add(family)
         if progress is not None:
@@ -156,10 +156,28 @@ def answer_alone(
     ]
 
 
+def steps_shown(model: LatentModel, examples: Sequence[Example], loops: int | None = None) -> list[list[Shown]]:
+    """Return what the latents of each example show where they learned to show steps; nothing where they did not."""
+    told = [i for i, example in enumerate(examples) if example.steps]
+    found: list[list[Shown]] = [[] for _ in examples]
+    if loops is None and model.method.losses.step_weight > 0:
+        for i, shown in zip(told, shown_steps(model, [examples[i] for i in told])):
+            found[i] = [replace(one, example=0) for one in shown]
+    return found
+
+
 def look_at(
-    model: LatentModel, task: Task, example: Example, answer: Generation, loops: int | None = None
+    model: LatentModel,
+    task: Task,
+    example: Example,
+    answer: Generation,
+    loops: int | None = None,
+    shown: Sequence[Shown] | None = None,
 ) -> tuple[Look, Family]:
-    """Return what there is to see inside an answer made by `answer_alone`, and what kind of thing that is."""
+    """Return what there is to see inside an answer made by `answer_alone`, and what kind of thing that is.
+
+    ``shown`` is what `steps_shown` says of the example, where it is known.
+    """
     predicted = task.extract(answer.text)
     is_right = predicted is not None and task.is_correct(predicted, example.answer)
     base = Look(
@@ -184,8 +202,7 @@ def look_at(
     if trace is None or not (trace.iterations or trace.last or trace.opened):
         name = model.method.name
         return replace(base, notes=(f"'{name}' thinks in what it writes: there are no latents to look into.",)), "text"
-    expects = loops is None and model.method.losses.step_weight > 0 and example.steps
-    shown = shown_steps(model, [example])[0] if expects else []
+    shown = steps_shown(model, [example], loops)[0] if shown is None else shown
     return _latents(model, base, example, row, answer, shown, loops), "latents"
 
 

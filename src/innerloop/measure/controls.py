@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -27,11 +28,14 @@ from innerloop.measure.latents import (
     Record,
     Replacement,
     answer,
+    donors_of,
+    keys_of,
     record,
     same_answer,
     seen_in_words,
     unseen,
 )
+from innerloop.measure.parts import Parts
 from innerloop.measure.statistics import Verdict, p_words, verdict, wilson
 from innerloop.methods import Method
 from innerloop.model import LatentModel
@@ -80,6 +84,11 @@ class Effect:
     compared: Verdict
     same_answers: float
     donor_answers: float | None = None
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Effect:
+        """Return the effect whose fields JSON has kept."""
+        return cls(**{**fields, "compared": Verdict.read(fields["compared"])})
 
     @property
     def costs(self) -> bool:
@@ -241,6 +250,7 @@ def controls(
     seed: int = 0,
     planned: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    parts: Parts | None = None,
 ) -> Controls:
     """Run all controls that make sense for a model's method.
 
@@ -255,6 +265,7 @@ def controls(
         seed: of the exchange of latents, of the noise, and of the bootstrap.
         planned: told how many answers will be written.
         progress: called with the number of answers written since the last call.
+        parts: keeps every control as soon as it is known; those that it knows already are not run again.
     """
     if not examples:
         raise InputError("controls need examples to answer")
@@ -266,40 +277,55 @@ def controls(
     if unedited is None:
         unedited = evaluate(model, task, examples, **options)
     found = Controls(unedited, max(gold.values()) / len(examples), trained_loops=trained, left_out=left_out)
-    edits: dict[str, Replacement] = {}
-    donors: dict[Key, Key] = {}
-    seen: Record | None = None
+    parts = Parts() if parts is None else parts
+    names, donors = list[str](), dict[Key, Key]()
+    keys = keys_of(model.prompts([example.question for example in examples], stage))
+
+    @cache
+    def recorded() -> Record:
+        return record(model, task, examples, batch_size, max_new_tokens, stage, everything=True)
+
+    @cache
+    def edits() -> dict[str, Replacement]:
+        return _edits(recorded().seen(model.method, at), recorded(), donors, seed)
+
     if "latents" not in left_out:
-        seen = record(model, task, examples, batch_size, max_new_tokens, stage)
-        found.n_latents, found.seen, found.spread = seen.n_latents, seen_in_words(model.method, at), seen.spread()
-        donors = seen.donors(seed)
-        first = (
-            record(model, task, examples, batch_size, max_new_tokens, stage, True) if "frozen" not in left_out else None
-        )
-        edits = {name: edit for name, edit in _edits(seen, first, donors, seed).items() if name not in left_out}
+        donors = donors_of(keys, seed)
+        names = [name for name in TITLES if name not in left_out]
+        found.n_latents, found.spread = latents_of(lambda: recorded().seen(model.method, at), parts)
+        found.seen = seen_in_words(model.method, at)
     kept = [] if "kept_latents" in left_out else sorted({round(s * found.n_latents) for s in SHARES_KEPT})
     kept = [k for k in kept if 0 < k < found.n_latents]
+    others = [t for t in loops if t != trained]
     if planned is not None:
-        planned((len(edits) + len([t for t in loops if t != trained]) + len(kept)) * len(examples))
+        every = [*names, *(f"loops {t}" for t in others), *(f"kept {k}" for k in kept)]
+        planned(len(parts.missing(every)) * len(examples))
 
-    def effect(edit: Replacement | None, loops: int | None = None) -> tuple[Effect, list[Prediction]]:
-        answered = answer(model, task, examples, edit, loops=loops, progress=progress, **options)
-        return _effect(answered, unedited, seed), answered
+    def effect(name: str, edit: Callable[[], Replacement] | None, loops: int | None = None) -> Effect:
+        def measure() -> dict[str, Any]:
+            replaced = None if edit is None else edit()
+            answered = answer(model, task, examples, replaced, loops=loops, progress=progress, **options)
+            follows = _donor_answers(answered, unedited, keys, donors) if name == "shuffled" else None
+            return asdict(_effect(answered, unedited, seed, follows))
+
+        return Effect.read(parts(name, measure))
 
     nothing = _effect(unedited, unedited, seed)
-    for name, edit in edits.items():
-        one, answered = effect(edit)
-        if name == "shuffled":
-            assert seen is not None
-            one = _effect(answered, unedited, seed, _donor_answers(answered, unedited, seen.keys, donors))
-        found.effects[name] = one
+    for name in names:
+        found.effects[name] = effect(name, lambda name=name: edits()[name])  # type: ignore[misc]
     for t in loops:
-        found.loops[t] = nothing if t == trained else effect(None, t)[0]
+        found.loops[t] = nothing if t == trained else effect(f"loops {t}", None, t)
     for k in kept:
-        found.kept[k] = effect(Replacement(kept=k))[0]
+        found.kept[k] = effect(f"kept {k}", lambda k=k: Replacement(kept=k))  # type: ignore[misc]
     if "kept_latents" not in left_out and found.n_latents:
         found.kept |= {0: found.effects["hidden"], found.n_latents: nothing}
     return found
+
+
+def latents_of(seen: Callable[[], Record], parts: Parts) -> tuple[int, float]:
+    """Return how many latents the answer sees, and how much they differ between examples; a part."""
+    found = parts("latents", lambda: {"n": seen().n_latents, "spread": seen().spread()})
+    return found["n"], found["spread"]
 
 
 def _effect(
@@ -321,7 +347,7 @@ def _donor_answers(
     return sum(told) / len(told) if told else None
 
 
-def _edits(seen: Record, everything: Record | None, donors: dict[Key, Key], seed: int) -> dict[str, Replacement]:
+def _edits(seen: Record, everything: Record, donors: dict[Key, Key], seed: int) -> dict[str, Replacement]:
     """Return the edits, in the order in which they are shown."""
     middle = seen.mean()
 
@@ -340,21 +366,20 @@ def _edits(seen: Record, everything: Record | None, donors: dict[Key, Key], seed
         return drawn * (z.float().square().mean(-1, keepdim=True) / drawn.square().mean(-1, keepdim=True)).sqrt()
 
     def start(key: Key, i: int, z: Tensor, t: int) -> Tensor:
-        assert everything is not None
         block = everything.blocks[key][i]
         first = block.fed[0] if block.fed else block.left
         assert first is not None
         return first
 
-    edits = {
+    return {
         "shuffled": Replacement({key: seen.blocks[donor] for key, donor in donors.items()}),
         "zeroed": mapped(lambda key, i, z, t: torch.zeros_like(z)),
         "mean": Replacement({key: middle for key in seen.blocks}),
         "noise": mapped(noise),
+        "frozen": mapped(start),
+        "hidden": Replacement(kept=0),
+        "question_hidden": Replacement(hides_question=True),
     }
-    if everything is not None:
-        edits["frozen"] = mapped(start)
-    return edits | {"hidden": Replacement(kept=0), "question_hidden": Replacement(hides_question=True)}
 
 
 def _left_out(model: LatentModel, stage: int) -> dict[str, str]:

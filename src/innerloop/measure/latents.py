@@ -28,7 +28,7 @@ from torch import Tensor
 from innerloop.edit import edited
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import Batch
+from innerloop.layout import Batch, Row
 from innerloop.measure.accuracy import Prediction, evaluate
 from innerloop.tasks import Task
 from innerloop.thought import join
@@ -84,11 +84,11 @@ class Record:
 
     def donors(self, seed: int) -> dict[Key, Key]:
         """Draw for each prompt another one that lends its latents; no prompt lends to two."""
-        different = list(dict.fromkeys(self.keys))
-        if len(different) < 2:
-            raise InputError("latents are exchanged between examples: give at least two different questions")
-        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
-        return {different[a]: different[b] for a, b in pairwise([*order, order[0]])}
+        return donors_of(self.keys, seed)
+
+    def seen(self, method: Method, stage: int) -> Record:
+        """Return of everything that was fed what the answer sees."""
+        return Record(self.map(lambda key, i, block: only_seen(method, stage, block)), self.keys)
 
     def spread(self) -> float:
         """Return how far latents are from their mean over examples (RMS), in units of their RMS; 0: all are alike."""
@@ -113,6 +113,20 @@ class Record:
             fed = [_mean([block.fed[t] for block in blocks if len(block.fed) > t]) for t in range(n_fed)]
             means.append(Fed(tuple(fed), _mean([block.left for block in blocks])))
         return means
+
+
+def donors_of(keys: Sequence[Key], seed: int) -> dict[Key, Key]:
+    """Draw for each prompt another one that lends its latents; no prompt lends to two."""
+    different = list(dict.fromkeys(keys))
+    if len(different) < 2:
+        raise InputError("latents are exchanged between examples: give at least two different questions")
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {different[a]: different[b] for a, b in pairwise([*order, order[0]])}
+
+
+def keys_of(rows: Sequence[Row]) -> list[Key]:
+    """Return the keys of prompts."""
+    return [tuple(i for piece in [*row.prefix, *row.region] for i in piece.ids) for row in rows]
 
 
 def _mean(states: Sequence[Tensor | None]) -> Tensor | None:
@@ -326,27 +340,27 @@ def record(
     max_new_tokens: int | None = None,
     stage: int | None = None,
     everything: bool = False,
+    then: Callable[[Thought], None] | None = None,
 ) -> Record:
     """Record what the answer sees of the latents of examples, or ``everything`` that they are fed.
 
-    The answers are written only for methods that open blocks of latents while they answer.
+    The answers are written only for methods that open blocks of latents while they answer; of others ``then`` is told
+    every batch's thought, in order.
     """
     recorder, method, was_training = Recorder(), model.method, model.training
     rows = model.prompts([example.question for example in examples], stage)
-    keys = [tuple(i for piece in [*row.prefix, *row.region] for i in piece.ids) for row in rows]
     model.eval()
     with edited(model.loop, recorder):
         if model.block() is not None:
             evaluate(model, task, examples, max_new_tokens, batch_size, stage)
         else:
             for begin in range(0, len(rows), batch_size):
-                model.think(model.batch(rows[begin : begin + batch_size]))
+                thought = model.think(model.batch(rows[begin : begin + batch_size]))
+                if then is not None:
+                    then(thought)
     model.train(was_training)
-    whole = Record(recorder.blocks, keys)
-    if everything:
-        return whole
-    at = method.curriculum.last_stage if stage is None else stage
-    return Record(whole.map(lambda key, i, block: only_seen(method, at, block)), keys)
+    whole = Record(recorder.blocks, keys_of(rows))
+    return whole if everything else whole.seen(method, method.curriculum.last_stage if stage is None else stage)
 
 
 def answer(

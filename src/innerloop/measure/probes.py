@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +22,12 @@ from numpy.typing import NDArray
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure.latents import Record, record, unseen
+from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.statistics import wilson
 from innerloop.measure.swap import evenly
 from innerloop.model import LatentModel
 from innerloop.tasks import Task
-from innerloop.thought import join
+from innerloop.thought import Thought, join
 
 Target = int | Literal["answer"]
 Cells = dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]
@@ -71,6 +73,12 @@ class Probe:
         """Return the fields as JSON has them."""
         return asdict(self) | {"ci95": list(self.ci95), "selectivity": self.selectivity}
 
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Probe:
+        """Return the probe whose fields JSON has kept."""
+        own = {name: value for name, value in fields.items() if name != "selectivity"}
+        return cls(**{**own, "ci95": tuple(own["ci95"])})
+
 
 def result_of_step(step: str) -> str:
     """Return what a step comes to: what stands after its last '=', or else its last word."""
@@ -92,6 +100,7 @@ def probes(
     seed: int = 0,
     planned: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    parts: Parts | None = None,
 ) -> list[Probe]:
     """Fit and test the probes of every step result and of the answer.
 
@@ -106,13 +115,25 @@ def probes(
         seed: of the shuffled labels.
         planned: told how many probes there will be.
         progress: called with the number of probes since the last call.
+        parts: keeps the probes of each target as soon as they are known; those that it knows already are not fitted.
     """
     check(model, stage)
-    sides = [record(model, task, side, batch_size, max_new_tokens, stage, everything=True) for side in (train, test)]
-    cells = _cells(model, sides)
-    if (last := _answer_cells(model, (train, test), batch_size, stage)) is not None:
-        cells |= last
-    n_loops = model.prompts(["?"], stage)[0].n_loops
+    parts = Parts() if parts is None else parts
+
+    row = model.prompts(["?"], stage)[0]
+    n_loops, n_last = row.n_loops, 1 if model.method.scope == "append" else sum(len(p.ids) for p in row.region)
+
+    @cache
+    def states() -> Cells:
+        sides, read = list[Record](), list[list[NDArray[Any]]]()
+        for side in (train, test):
+            last: list[NDArray[Any]] = []
+            then = (lambda thought, last=last: last.append(_read(thought, n_last))) if _answer_pass(model) else None
+            sides.append(record(model, task, side, batch_size, max_new_tokens, stage, everything=True, then=then))
+            read.append(last)
+        cells = _cells(model, sides)
+        return cells | _answer_cells(model, n_last, n_loops, read) if _answer_pass(model) else cells
+
     wanted = []
     for target in (*range(max((len(e.steps) for e in train), default=0)), "answer"):
         labels = [[_label(example, target) for example in side] for side in (train, test)]
@@ -121,14 +142,17 @@ def probes(
             wanted.append((target, labels, known))
     if not wanted:
         raise InputError(f"a probe needs {FEWEST} examples with steps to learn from and {FEWEST} to be tested on")
-    if planned is not None:
-        planned(len(cells) * len(wanted))
-    found = []
-    for target, labels, (fit, held) in wanted:
+    learned_from = digest_of(train)[:8]
+    names = [f"probe {target}, learned from {learned_from}" for target, _, _ in wanted]
+    if planned is not None and (missing := parts.missing(names)):
+        planned(len(states()) * len(missing))
+
+    def fitted(target: Target, labels: Sequence[Sequence[str]], fit: list[int], held: list[int]) -> list[Probe]:
+        found = []
         given = np.array([labels[0][i] for i in fit])
         gold = np.array([labels[1][i] for i in held])
         shuffled = np.random.default_rng(seed).permutation(given)
-        for (loop, latent), (known_train, known_test) in cells.items():
+        for (loop, latent), (known_train, known_test) in states().items():
             seen, unseen_states = known_train[fit], known_test[held]
             told, by_chance = (float((_fit(seen, y, unseen_states) == gold).mean()) for y in (given, shuffled))
             n, share = len(gold), max(Counter(gold.tolist()).values()) / len(gold)
@@ -136,7 +160,13 @@ def probes(
             found.append(Probe(loop, latent, target, told, interval, by_chance, share, n, loop > n_loops))
             if progress is not None:
                 progress(1)
-    return found
+        return found
+
+    kept = [
+        parts(name, lambda of=of: [probe.as_dict() for probe in fitted(of[0], of[1], *of[2])])  # type: ignore[misc]
+        for name, of in zip(names, wanted)
+    ]
+    return [Probe.read(fields) for probed in kept for fields in probed]
 
 
 def best(found: Sequence[Probe]) -> list[Probe]:
@@ -214,26 +244,22 @@ def _cells(model: LatentModel, sides: Sequence[Record]) -> Cells:
     return cells
 
 
-@torch.no_grad()
-def _answer_cells(
-    model: LatentModel, sides: Sequence[Sequence[Example]], batch_size: int, stage: int | None
-) -> Cells | None:
-    """Return what the latents become in the pass that the answer sees; None where no such pass follows the loop."""
+def _answer_pass(model: LatentModel) -> bool:
+    """Tell whether the final latents are read once more, in the pass that the answer sees."""
     method = model.method
-    if model.block() is not None or method.answer_context != "refeed" or method.answering.decoder != "lm_head":
-        return None
-    was_training = model.training
-    model.eval()
-    found = []
-    for side in sides:
-        rows, parts = model.prompts([example.question for example in side], stage), []
-        n = 1 if method.scope == "append" else sum(len(piece.ids) for piece in rows[0].region)
-        for begin in range(0, len(rows), batch_size):
-            thought = model.think(model.batch(rows[begin : begin + batch_size]))
-            states = thought.context.fork().read(*join(thought.pending))
-            parts.append(states[:, -n:].float().cpu().numpy())
-        found.append(np.concatenate(parts))
-    model.train(was_training)
-    t = rows[0].n_loops + 1
-    latents = [(t, 0)] if method.scope == "append" else [(j, j) for j in evenly(n)]
-    return {(t, name): (found[0][:, j], found[1][:, j]) for name, j in latents}
+    return model.block() is None and method.answer_context == "refeed" and method.answering.decoder == "lm_head"
+
+
+@torch.no_grad()
+def _read(thought: Thought, n: int) -> NDArray[Any]:
+    """Return what the last ``n`` latents of each row (B, n, D) become in the pass that the answer sees."""
+    states: NDArray[Any] = thought.context.fork().read(*join(thought.pending))[:, -n:].float().cpu().numpy()
+    return states
+
+
+def _answer_cells(model: LatentModel, n: int, n_loops: int, read: Sequence[Sequence[NDArray[Any]]]) -> Cells:
+    """Return for each latent what it becomes in the answer's pass, from what was read of both sides."""
+    train, test = (np.concatenate(side) for side in read)
+    t = n_loops + 1
+    latents = [(t, 0)] if model.method.scope == "append" else [(j, j) for j in evenly(n)]
+    return {(t, name): (train[:, j], test[:, j]) for name, j in latents}

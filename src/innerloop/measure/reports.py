@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.controls import Controls, controls
+from innerloop.measure.parts import Parts
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.model import LatentModel
 from innerloop.progress import bar
@@ -48,6 +50,7 @@ class Measurement:
         folder: where the files go.
         console: where tables go.
         options: max_new_tokens, batch_size and stage, as `evaluate` takes them.
+        parts: what has been measured; every part is kept as soon as it is known.
     """
 
     model: LatentModel
@@ -59,7 +62,8 @@ class Measurement:
     seed: int | None
     folder: Path
     console: Console
-    options: Mapping[str, Any]
+    options: dict[str, Any]
+    parts: Parts
 
     def run(self, with_controls: bool, with_stability: bool, with_probes: bool) -> None:
         """Measure what is asked for, one after the other; each file is written as soon as it is known."""
@@ -81,8 +85,7 @@ class Measurement:
                 self.examples,
                 self.unedited,
                 **self.options,
-                planned=lambda n: progress.update(row, total=n),
-                progress=lambda n: progress.advance(row, n),
+                **self._told(progress, row),
             )
         report = self._what() | {"n": len(self.examples)} | found.as_dict()
         self._show(controls_view(found), "controls.json", report)
@@ -92,7 +95,12 @@ class Measurement:
         batch_size, stage = self.options["batch_size"], self.options["stage"]
         with bar(self.console) as progress:
             row = progress.add_task("stability", total=len(self.examples), note="")
-            found = stability(self.model, self.examples, batch_size, stage, progress=lambda n: progress.advance(row, n))
+
+            def measure() -> dict[str, Any]:
+                done = self._told(progress, row)["progress"]
+                return asdict(stability(self.model, self.examples, batch_size, stage, progress=done))
+
+            found = Stability.read(self.parts("stability", measure))
         report = self._what() | {"n": len(self.examples)} | found.as_dict()
         self._show(stability_view(found), "stability.json", report)
 
@@ -100,17 +108,10 @@ class Measurement:
         train = self.task.examples("valid" if self.split == "train" else "train", PROBE_EXAMPLES)
         with bar(self.console) as progress:
             rows = [progress.add_task(title, total=None, note="") for title in ("probes", "swaps")]
-
-            def told(row: Any) -> dict[str, Any]:
-                return {
-                    "planned": lambda n: progress.update(row, total=n),
-                    "progress": lambda n: progress.advance(row, n),
-                }
-
-            found = probing.probes(self.model, self.task, train, self.examples, **self.options, **told(rows[0]))
-            swapped = swapping.swaps(
-                self.model, self.task, self.examples, self.unedited, **self.options, **told(rows[1])
-            )
+            told = self.options | self._told(progress, rows[0])
+            found = probing.probes(self.model, self.task, train, self.examples, **told)
+            told = self.options | self._told(progress, rows[1])
+            swapped = swapping.swaps(self.model, self.task, self.examples, self.unedited, **told)
         said = [*probing.sentences(found), *swapping.sentences(swapped)]
         report = self._what() | {
             "n_train": len(train),
@@ -121,6 +122,15 @@ class Measurement:
             "sentences": said,
         }
         self._show(Group(probes_view(found), swaps_view(swapped), Text("\n".join(said))), "probes.json", report)
+
+    def _told(self, progress: Progress, row: TaskID) -> dict[str, Any]:
+        """Return what a measurement tells its progress to, and where it keeps its parts."""
+        self.parts.begins = lambda name: progress.update(row, note=name.partition(",")[0])
+        return {
+            "planned": lambda n: progress.update(row, total=n),
+            "progress": lambda n: progress.advance(row, n),
+            "parts": self.parts,
+        }
 
     def _what(self) -> dict[str, Any]:
         method, task = self.model.method.name, self.task.name

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 
@@ -111,6 +112,17 @@ class Stability:
             sizes = {"spread": _finite(entry.spread), "centre": _finite(entry.centre), "finite": entry.finite}
             entries.append({"loop": entry.loop, "n": entry.n, **measures, **sizes})
         return {"loops": entries, "diverged": self.diverged, "sentences": self.sentences()}
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Stability:
+        """Return the stability whose fields JSON has kept."""
+        loops = []
+        for entry in fields["loops"]:
+            measures = {
+                name: None if spread is None else Spread(**spread) for name, spread in entry["measures"].items()
+            }
+            loops.append(LoopStability(**{**entry, "measures": measures}))
+        return cls(loops, fields["diverged"], fields["appends"])
 
     def sentences(self) -> list[str]:
         """Say what the numbers mean."""
@@ -225,7 +237,10 @@ def spectral_radius(g: Map, state: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the other kernels have no JVP
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)  # torch's own
         for _ in range(POWER_ITERATIONS):
-            vector = torch.func.jvp(g, (state,), (vector.contiguous(),))[1]
+            with forward_ad.dual_level():
+                output = g(forward_ad.make_dual(state, vector.contiguous()))
+                tangent = forward_ad.unpack_dual(output).tangent
+            vector = torch.zeros_like(state) if tangent is None else tangent
             size = _sizes(vector)
             logs.append(size.float().flatten().log())
             vector = vector / size

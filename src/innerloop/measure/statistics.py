@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ class Verdict:
     ci95: tuple[float, float]
     p: float
     n_discordant: tuple[int, int]
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Verdict:
+        """Return the verdict whose fields JSON has kept."""
+        pairs: dict[str, Any] = {n: tuple(fields[n]) for n in ("names", "accuracies", "ci95", "n_discordant")}
+        return cls(**{**fields, **pairs})
 
     @property
     def told_apart(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,7 +17,20 @@ from torch import Tensor
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure.accuracy import Prediction, evaluate
-from innerloop.measure.latents import Fed, Key, Record, Replacement, answer, only_seen, record, same_answer, unseen
+from innerloop.measure.controls import latents_of
+from innerloop.measure.latents import (
+    Fed,
+    Key,
+    Record,
+    Replacement,
+    answer,
+    donors_of,
+    keys_of,
+    record,
+    same_answer,
+    unseen,
+)
+from innerloop.measure.parts import Parts
 from innerloop.measure.statistics import wilson
 from innerloop.model import LatentModel
 from innerloop.tasks import Task
@@ -65,6 +79,7 @@ def swaps(
     seed: int = 0,
     planned: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    parts: Parts | None = None,
 ) -> list[Swap]:
     """Swap all latents, each one, and all after each iteration; the arguments are those of `controls`."""
     if (why := unseen(model, stage)) is not None:
@@ -74,29 +89,42 @@ def swaps(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     if unedited is None:
         unedited = evaluate(model, task, examples, **options)
-    everything = record(model, task, examples, batch_size, max_new_tokens, stage, everything=True)
-    seen = Record(everything.map(lambda key, i, block: only_seen(method, at, block)), everything.keys)
-    donors = seen.donors(seed)
-    wanted: list[tuple[int | Literal["all"], int | None, Replacement]] = [
-        ("all", None, Replacement({key: seen.blocks[donor] for key, donor in donors.items()}))
-    ]
-    if seen.n_latents > 1:
-        wanted += [(j, None, Replacement(_with_one(seen, donors, j))) for j in evenly(seen.n_latents)]
+    parts = Parts() if parts is None else parts
+    keys = keys_of(model.prompts([example.question for example in examples], stage))
+    donors, plain = donors_of(keys, seed), dict(zip(keys, unedited))
+
+    @cache
+    def recorded() -> tuple[Record, Record]:
+        everything = record(model, task, examples, batch_size, max_new_tokens, stage, everything=True)
+        return everything, everything.seen(method, at)
+
+    n_latents, _ = latents_of(lambda: recorded()[1], parts)
+    wanted: dict[str, tuple[int | Literal["all"], int | None]] = {"swap all": ("all", None)}
+    if n_latents > 1:
+        wanted |= {f"swap latent {j}": (j, None) for j in evenly(n_latents)}
     if method.scope != "append":
         last = method.n_loops(at) - (method.answer_context == "kv_last")
-        wanted += [("all", t, Replacement(_after_loop(everything, donors, t))) for t in range(1, last)]
+        wanted |= {f"swap after loop {t}": ("all", t) for t in range(1, last)}
     if planned is not None:
-        planned(len(wanted) * len(examples))
-    plain = dict(zip(seen.keys, unedited))
-    found = []
-    for latents, loop, edit in wanted:
-        answered = answer(model, task, examples, edit, progress=progress, **options)
-        pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(seen.keys, answered)]
+        planned(len(parts.missing(list(wanted))) * len(examples))
+
+    def measure(latents: int | Literal["all"], loop: int | None) -> dict[str, Any]:
+        everything, seen = recorded()
+        if loop is not None:
+            table = _after_loop(everything, donors, loop)
+        elif latents != "all":
+            table = _with_one(seen, donors, latents)
+        else:
+            table = {key: list(seen.blocks[donor]) for key, donor in donors.items()}
+        answered = answer(model, task, examples, Replacement(table), progress=progress, **options)
+        pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, answered)]
         pairs = [(now, own, donor) for now, own, donor in pairs if not same_answer(own, donor)]
         n, n_follow = len(pairs), sum(same_answer(now, donor) for now, _, donor in pairs)
         keeps = sum(same_answer(now, own) for now, own, _ in pairs) / max(n, 1)
-        found.append(Swap(latents, loop, n_follow / max(n, 1), wilson(n_follow, n), keeps, n))
-    return found
+        return Swap(latents, loop, n_follow / max(n, 1), wilson(n_follow, n), keeps, n).as_dict()
+
+    found = [parts(name, lambda what=what: measure(*what)) for name, what in wanted.items()]  # type: ignore[misc]
+    return [Swap(**{**one, "ci95": tuple(one["ci95"])}) for one in found]
 
 
 def sentences(found: Sequence[Swap]) -> list[str]:

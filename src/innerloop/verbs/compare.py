@@ -9,7 +9,7 @@ from typing import Literal
 from innerloop.cluster import ray_workers
 from innerloop.compare import compare_folders, compare_suite
 from innerloop.errors import InputError
-from innerloop.standing import failures
+from innerloop.standing import failure_sentence, failure_table, failures
 from innerloop.suite import is_suite
 from innerloop.sweep import best_line, read_sweep, run_grid, run_search, sweep_table, write_sweep
 from innerloop.verbs.given import console, task_given
@@ -99,11 +99,14 @@ def sweep(
         swept = run_grid(raw, axes, workers, console, place)
     folder = Path(raw["out"])
     write_sweep(swept, f"Sweep of {Path(recipe).stem}", folder)
-    console.print(sweep_table(swept))
+    failed = failures(swept.results)
     if swept.best is not None:
+        console.print(sweep_table(swept))
         console.print(best_line(swept), soft_wrap=True)
+    if failed:
+        console.print(failure_table(failed))
     console.print(
         f"the picture is in {folder / 'sweep.html'}, every point in {folder / 'results.json'}", soft_wrap=True
     )
-    if failed := failures(swept.results):
-        raise InputError(f"{len(failed)} of {len(swept.results)} points failed:\n" + "\n".join(failed))
+    if failed:
+        raise InputError(failure_sentence(failed, len(swept.results)))

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
 from innerloop import checkpoint
 from innerloop.errors import InputError
+from innerloop.examples import Example
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
+from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of
 from innerloop.measure.reports import Measurement, check_asked
 from innerloop.methods import Cot
 from innerloop.model import LatentModel
 from innerloop.progress import bar
 from innerloop.show import answer_view
+from innerloop.tasks import Task
 from innerloop.verbs.given import Dtype, console, method_given, model_given, task_given
 
 
@@ -42,6 +47,7 @@ def eval_(
     controls: bool = False,
     stability: bool = False,
     probes: bool = False,
+    fresh: bool = False,
     device: str | None = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -66,6 +72,7 @@ def eval_(
         controls: also answer with the latents replaced, hidden, or refined more or less often; writes controls.json.
         stability: also measure how the loop behaves, iteration by iteration; writes stability.json.
         probes: also read step results off the latents, and swap latents between examples; writes probes.json.
+        fresh: start over; by default what was measured before of the same weights, data and options is taken as it is.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
     """
@@ -93,21 +100,45 @@ def eval_(
     if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
         console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
     check_asked(model, stage, loops, controls, stability, probes)
-    with bar(console) as progress:
-        row = progress.add_task(f"eval {chosen.name}", total=len(examples), note="")
-        predictions = evaluate(
-            model,
-            chosen,
-            examples,
-            max_new_tokens,
-            batch_size,
-            stage,
-            loops,
-            progress=lambda n: progress.advance(row, n),
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
+    parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, {**options, "loops": loops}), fresh)
+    if parts.known:
+        console.print(f"measured before: {', '.join(parts.known)} (--fresh true starts over)", soft_wrap=True)
+    try:
+        _measure(
+            run, model, chosen, split, examples, options, loops, dtype, folder, parts, (controls, stability, probes)
         )
-    result = result_of(model, chosen, split, predictions, checkpoint.recorded(run, "seed"), run)
+    except KeyboardInterrupt:
+        console.print(
+            f"{len(parts.known)} parts are kept in {folder / PARTS}; the same command goes on", soft_wrap=True
+        )
+        raise
+
+
+def _measure(
+    run: str,
+    model: LatentModel,
+    task: Task,
+    split: str,
+    examples: Sequence[Example],
+    options: dict[str, Any],
+    loops: int | None,
+    dtype: Dtype,
+    folder: Path,
+    parts: Parts,
+    flags: tuple[bool, bool, bool],
+) -> None:
+    """Answer examples, write and print the result, then measure what the flags ask for."""
+    with bar(console) as progress:
+        row = progress.add_task(f"eval {task.name}", total=len(examples), note="")
+        advance = partial(progress.advance, row)
+        predictions = kept_predictions(
+            parts, "accuracy", lambda: evaluate(model, task, examples, **options, loops=loops, progress=advance)
+        )
+        progress.update(row, completed=len(examples))
+    result = result_of(model, task, split, predictions, checkpoint.recorded(run, "seed"), run)
     asked_dtype = None if dtype == "auto" else str(model.backbone.lm.dtype).removeprefix("torch.")
-    asked = {"max_new_tokens": max_new_tokens, "stage": stage, "loops": loops, "dtype": asked_dtype}
+    asked = {name: options[name] for name in ("max_new_tokens", "stage")} | {"loops": loops, "dtype": asked_dtype}
     if asked := {name: value for name, value in asked.items() if value is not None}:
         result["asked"] = asked  # answers that are not those of the run as it is
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
@@ -120,15 +151,14 @@ def eval_(
     low, high = result["ci95"]
     cost = result["cost"]
     console.print(
-        f"{model.method.name} on {chosen.name}/{split}: accuracy {result['accuracy']:.1%} "
+        f"{model.method.name} on {task.name}/{split}: accuracy {result['accuracy']:.1%} "
         f"(95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable {result['unparsable']}); "
         f"per example {cost['passes']:.1f} passes, {cost['positions']:.1f} positions, "
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
         soft_wrap=True,
     )
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
-    measured = (model, chosen, split, examples, predictions, run, result["seed"], folder, console, options)
-    Measurement(*measured).run(controls, stability, probes)
+    measured = (model, task, split, examples, predictions, run, result["seed"], folder, console, options, parts)
+    Measurement(*measured).run(*flags)
 
 
 def _eval_harness(
