@@ -296,6 +296,8 @@ def test_a_data_set_with_the_right_columns_serves_as_examples(tmp_path: Path):
         ({"learning_rat": 1}, "train.learning_rat is not a training argument .did you mean 'learning_rate'"),
         ({"learning_rate": "fast"}, "train.learning_rate is 'fast', but must be a number"),
         ({"loss_chunk": 2.5}, "train.loss_chunk is 2.5, but must be at least 1, and whole"),
+        ({"torch_compile": True}, "leave torch_compile, torch_compile_backend and torch_compile_mode out"),
+        ({"torch_compile_mode": "default"}, "leave torch_compile"),
         ({"eval_strategy": "often"}, "the train section cannot be used"),
     ],
 )

@@ -185,7 +185,7 @@ def _print_fields(key: tuple[str, ...], subject: str, extra: Sequence[str]) -> N
         sections = {"task": type(recipe.task), "backbone": type(recipe.backbone), "method": type(recipe.method)}
         field_parser(sections, f"innerloop train {subject}").print_help()
         print("train:\n  --train.NAME VALUE    transformers' TrainingArguments by name, and batch_size, max_length,")
-        print("                        eval_limit, max_new_tokens")
+        print("                        eval_limit, max_new_tokens, loss_chunk")
     else:
         parser = ArgumentParser(prog=f"innerloop data make {subject} --out DIR")
         parser.add_class_arguments(task_named(subject))

@@ -87,6 +87,11 @@ class LatentTrainingArguments(TrainingArguments):
     loss_chunk: int | None = field(default=None, metadata={"help": "rows of logits at a time in a loss; None: all"})
 
     def __post_init__(self) -> None:
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise InputError(
+                "torch_compile would compile the whole loss, whose passes are of unlike shapes and kinds, again and "
+                "again: leave torch_compile, torch_compile_backend and torch_compile_mode out"
+            )
         self.per_device_train_batch_size = self.batch_size
         super().__post_init__()
 
