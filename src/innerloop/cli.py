@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from innerloop.demo import demo
 from innerloop.errors import InputError, nearest
+from innerloop.progress import end_when_asked
 from innerloop.recipe import field_parser, load_recipe
 from innerloop.tasks import task_named
 from innerloop.verbs.compare import compare, sweep
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    end_when_asked()
     try:
         _run(arguments)
     except (InputError, ArgumentError) as error:

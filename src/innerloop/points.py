@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from innerloop.measure.accuracy import accuracy_of, evaluate, result_of, wilson
 from innerloop.measure.controls import controls
 from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.model import LatentModel
-from innerloop.progress import bar
+from innerloop.progress import Terminated, bar, end_with_parent
 from innerloop.recipe import Recipe, load_recipe
 from innerloop.run import CONFIG, FINISHED, run_recipe
 from innerloop.standing import CONTROLS
@@ -60,11 +61,18 @@ def local_workers(n: int) -> Iterator[Workers]:
     if n < 1:
         raise InputError("a suite needs workers >= 1")
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(n, mp_context=context, initializer=one_thread) as pool:
+    manager = SyncManager(ctx=context)
+    manager.start(end_with_parent)
+    with manager, ProcessPoolExecutor(n, mp_context=context, initializer=one_thread) as pool:
+        others = multiprocessing.active_children()
         try:
             yield Workers(pool.submit, manager.Queue())
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True, wait=False)
+            if isinstance(error, Terminated):  # Ctrl-C reaches the workers by itself
+                for worker in multiprocessing.active_children():
+                    if worker not in others:
+                        worker.terminate()
             raise
 
 
@@ -234,6 +242,7 @@ def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Ke
 
 def one_thread() -> None:
     """Prepare a process that trains one point at a time."""
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # tiny models run faster so, and the workers share the cores
     transformers_logging.set_verbosity_error()

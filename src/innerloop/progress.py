@@ -1,9 +1,13 @@
-"""Trainer callbacks: a live bar with the terms of the loss, metrics.jsonl, and a Ctrl-C that loses nothing."""
+"""Trainer callbacks: a live bar with the terms of the loss, metrics.jsonl, and an end by signal that loses nothing."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS = "metrics.jsonl"
+GRACE = 30.0
+"""Seconds in which a worker whose parent is gone may save what it has."""
 SHOWN = {"loss": "loss", "loss_answer": "answer", "loss_step": "step", "stage": "stage", "eval_accuracy": "accuracy"}
 
 
@@ -83,21 +89,20 @@ class MetricsFile(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the step at hand, saves a checkpoint and stops; the second stops at once."""
+    """The first Ctrl-C, or SIGTERM, ends the step at hand, saves a checkpoint and stops; Ctrl-C again stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Listen for Ctrl-C, where this is the main thread."""
+        """Listen, where this is the main thread: signals come to no other."""
         self.asked = False
-        try:
-            self.before = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not the main thread: Ctrl-C does not come here
-            self.before = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -107,6 +112,36 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave Ctrl-C as it was."""
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        """Leave signals as they were."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM), and it alone: not the others of its terminal."""
+
+
+def end_when_asked() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that nothing is lost; call it in the main thread."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
+def end_with_parent() -> None:
+    """Let this worker end when the process that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(1)  # nobody will ever ask it for anything
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
