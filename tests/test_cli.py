@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from innerloop import cli, demo
+from innerloop.backbone import Backbone
 from innerloop.examples import write_examples
 from innerloop.methods import Cot, Looped, Lotus
 from innerloop.tasks import Chain
@@ -179,6 +180,16 @@ def test_verbs_that_answer_take_a_type_of_weights_and_a_device(run: Path, tmp_pa
         assert code == 2 and "there are the CPU and" in err
         code, _, err = innerloop(capsys, *verb, "--dtype", "int4")
         assert code == 2 and "int4" in err and "Traceback" not in err
+
+
+def test_short_passes_are_compiled_where_it_is_asked_for(run: Path, tmp_path: Path, capsys, monkeypatch):
+    asked: list[Backbone] = []
+    monkeypatch.setattr(Backbone, "compile_passes", lambda self: asked.append(self))
+    plain = ["eval", run, "--limit", 2, "--out", tmp_path]
+    assert innerloop(capsys, *plain)[0] == 0 and not asked
+    assert innerloop(capsys, *plain, "--compile", "true")[0] == 0 and len(asked) == 1
+    bench = ["bench", run, "--out", tmp_path / "b.json", "--repeats", 1, "--questions", 1, "--batch_sizes", "[1]"]
+    assert innerloop(capsys, *bench, "--compile", "true", "--max_new_tokens", 2)[0] == 0 and len(asked) == 2
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_no_worker_outlives_its_suite(number, tmp_path):
         assert wait(lambda: suite.poll() is not None, 60)
         if number == signal.SIGTERM:
             assert suite.returncode == 130
-        assert wait(lambda: are_gone(below), 60)
+        assert wait(lambda: are_gone(below), 120)
     finally:
         if suite.poll() is None:
             os.killpg(suite.pid, signal.SIGKILL)

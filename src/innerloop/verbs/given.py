@@ -20,9 +20,14 @@ console = Console()
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
 
 
-def model_given(run: str, method: Method | None, device: str | None, dtype: Dtype) -> LatentModel:
+def model_given(
+    run: str, method: Method | None, device: str | None, dtype: Dtype, compile: bool = False
+) -> LatentModel:
     """Load the model of every verb that answers: a run or any model, where and in the type that was asked for."""
-    return LatentModel.from_pretrained(run, method, device=device_given(device), dtype=dtype)
+    model = LatentModel.from_pretrained(run, method, device=device_given(device), dtype=dtype)
+    if compile:
+        model.backbone.compile_passes()
+    return model
 
 
 def device_given(text: str | None) -> torch.device | None:

@@ -50,6 +50,7 @@ def eval_(
     fresh: bool = False,
     device: str | None = None,
     dtype: Dtype = "auto",
+    compile: bool = False,
 ) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example.
 
@@ -75,11 +76,12 @@ def eval_(
         fresh: start over; by default what was measured before of the same weights, data and options is taken as it is.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
+        compile: compile short passes, as CUDA graphs on a GPU; the first answers wait for it.
     """
     if backend == "lm-eval":
         if not tasks:
             raise InputError("--backend lm-eval needs --tasks NAME,NAME")
-        model = model_given(run, method_given(method), device, dtype)
+        model = model_given(run, method_given(method), device, dtype, compile)
         _eval_harness(model, run, tasks, Path(out or run), limit, batch_size, tasks_dir, shots)
         return
     if (tasks, tasks_dir, shots) != (None, None, None):
@@ -93,7 +95,7 @@ def eval_(
     (folder / "predictions.jsonl.partial").unlink()
     chosen = task_given(run, task, data, split)
     examples = chosen.examples(split, limit)
-    model = model_given(run, method_given(method), device, dtype)
+    model = model_given(run, method_given(method), device, dtype, compile)
     last = model.method.curriculum.last_stage
     if stage is not None and not 0 <= stage <= last:
         raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")

@@ -106,6 +106,7 @@ def bench(
     baseline_method: str | None = None,
     device: str | None = None,
     dtype: Dtype = "auto",
+    compile: bool = False,
     threads: int | None = None,
     seed: int = 0,
 ) -> None:
@@ -126,6 +127,7 @@ def bench(
         baseline_method: the same for the baseline.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
+        compile: compile short passes, as CUDA graphs on a GPU; the first answers wait for it.
         threads: threads of a CPU; by default as many as torch takes.
         seed: of what models draw.
     """
@@ -145,7 +147,7 @@ def bench(
         torch.set_num_threads(threads)
     named_models = {RUN: (run, method), BASELINE: (baseline, baseline_method)}
     models = {
-        name: model_given(folder, method_given(written), device, dtype)
+        name: model_given(folder, method_given(written), device, dtype, compile)
         for name, (folder, written) in named_models.items()
         if folder is not None
     }
