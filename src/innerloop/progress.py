@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,8 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS = "metrics.jsonl"
-GRACE = 30.0
-"""Seconds in which a worker whose parent is gone may save what it has."""
 SHOWN = {"loss": "loss", "loss_answer": "answer", "loss_step": "step", "stage": "stage", "eval_accuracy": "accuracy"}
 
 
@@ -139,8 +136,6 @@ def end_with_parent() -> None:
     def watch() -> None:
         assert parent is not None
         parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)
         os._exit(1)  # nobody will ever ask it for anything
 
     if parent is not None:

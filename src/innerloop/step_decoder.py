@@ -99,7 +99,7 @@ class AuxSettings:
             ),
         )
 
-    def n_positions(self, row: Row) -> int:
+    def n_told_positions(self, row: Row) -> int:
         """Return the most positions that the decoder reads at once to tell a step of a row."""
         told = [told for link in row.links() for told in link.told if told.ids]
         before = self.aux_position + (row.region_start if self.aux_question else 0)
@@ -143,7 +143,7 @@ class StepDecoder(nn.Module):
         room = None if self.own is None else self.own.context_length
         if room is None or (backbone.context_length is not None and room >= backbone.context_length):
             return
-        longest = max(map(self.settings.n_positions, rows))
+        longest = max(map(self.settings.n_told_positions, rows))
         if longest > room:
             raise InputError(
                 f"the auxiliary decoder needs {longest} positions to tell a step but reads at most {room}; leave long "

@@ -112,7 +112,7 @@ class Method:
 
     def n_positions(self, row: Row) -> int:
         """Return the most positions that are read at once: by the model, by its teacher, or to tell a step."""
-        return max(row.n_positions, self.auxiliary.n_positions(row))
+        return max(row.n_positions, self.auxiliary.n_told_positions(row))
 
     def stages(self) -> Sequence[int]:
         """Return the stages that training may lay out an example at."""
