@@ -77,6 +77,26 @@ def test_overrides_of_a_staged_recipe_reach_the_last_method_and_every_training(t
     assert recipe.stages[0].method.with_markers
 
 
+def test_overrides_reach_the_stages_that_go_on_from_the_recipes_own_method(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        """
+task: chain
+backbone: {scratch: {type: llama}}
+method: {name: tah, reference: runs/a}
+stages:
+  - {method: cot}
+  - {method: {iterate: oracle}}
+  - {method: {trains: decider, tau: 0.5}}
+out: runs/x
+"""
+    )
+    first, *hard = load_recipe(path, ["--method.reference", "runs/b", "--method.tau", "0.25"]).stages
+    assert first.method.name == "cot"
+    assert [(stage.method.reference, stage.method.tau) for stage in hard] == [("runs/b", 0.25)] * 2
+    assert [stage.method.trains for stage in hard] == ["model", "decider"]
+
+
 def test_stages_override_what_the_recipe_says_and_share_the_rest():
     recipe = parse_recipe({**STAGED, "method": {"name": "coconut", "latents_per_step": 1}})
     assert recipe.stages[1].method == Coconut(latents_per_step=1, max_stage=2)

@@ -160,7 +160,8 @@ def parse_value(text: str, origin: str) -> Any:
 def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
     """Override one field.
 
-    With stages, ``method`` means the last stage's, ``train`` every stage's, and ``stages.1.`` goes before the first's.
+    With stages, ``method`` means the last stage's and, where that goes on from the recipe's own method section, all
+    stages' that do; ``train`` means every stage's, and ``stages.1.`` goes before the first's.
     """
     section, *path = name.split(".")
     if section not in SECTIONS:
@@ -173,7 +174,7 @@ def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
             )
         targets, (section, *path) = [stages[int(path[0]) - 1]], path[1:]
     elif section == "method" and stages:
-        targets = stages[-1:]
+        targets = [*stages[-1:], *([raw] if _goes_on(raw, stages[-1]) else [])]
     else:
         targets = [raw, *(stage for stage in stages if section == "train" and "train" in stage)]
     for target in targets:
@@ -190,6 +191,13 @@ def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
             if not isinstance(place, dict):
                 raise InputError(f"--{name}: '{key}' is not a section")
         place[path[-1]] = value
+
+
+def _goes_on(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> bool:
+    """Whether a stage's method is that of the recipe's own section, with other fields or none."""
+    own, named_so = raw.get("method"), stage.get("method") or {}
+    names = [method.get("name") if isinstance(method, dict) else method for method in (own, named_so)]
+    return own is not None and names[1] in (None, names[0])
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
