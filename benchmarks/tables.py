@@ -3,7 +3,8 @@
 python benchmarks/tables.py            # a test fails where a page differs from what this would write
 
 A page has, around each table, <!-- table: FILE.json [PART] --> and <!-- end -->. FILE.json is in benchmarks/results. It
-was written by `innerloop compare SUITE --results` (with the part `loops` the columns are numbers of iterations), by
+was written by `innerloop compare SUITE --results` (with the parts `loops` and `also` the columns are numbers of
+iterations, on the suite's own or on other examples), by
 `innerloop bench`, or by a benchmark beside this file, which says its kind. What is not there yet is said to be missing;
 what was run with --smoke is refused.
 """
@@ -52,7 +53,10 @@ def table(name: str, part: str, root: str) -> str:
     if results.get("smoke"):
         raise ValueError(f"{name} was run with --smoke, which measures nothing")
     kind = results.get("kind", "suite")
-    lines, note = suite_lines(results, part == "loops") if kind == "suite" else KINDS[kind, part](results)
+    if kind == "suite":
+        lines, note = longer_lines(results) if part == "also" else suite_lines(results, part == "loops")
+    else:
+        lines, note = KINDS[kind, part](results)
     head, *rows = lines
     shown = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     if kind in PICTURES and (ROOT / "docs" / PICTURES[kind]).exists():
@@ -90,6 +94,20 @@ def suite_lines(results: dict, by_loops: bool) -> tuple[Lines, str]:
         + (f"failed: {', '.join(failed)}; " if failed else "")
     )
     return [head, *rows], note
+
+
+def longer_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of a suite that was also tested on other examples: their accuracy by numbers of loops."""
+    names = list(dict.fromkeys(point["variant"] for point in results["points"]))
+    loops = [n for n in dict.fromkeys(n for p in results["points"] for of in p["also"].values() for n in of)]
+    rows = []
+    for name in names:
+        own = [point["also"] for point in results["points"] if point["variant"] == name]
+        for of in own[0]:
+            found = {n: [also[of][n]["accuracy"] for also in own if n in also[of]] for n in loops}
+            rows.append([name, of, *(f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in found.values())])
+    head = ["variant", "tested on", *(n if n == "trained" else f"{n} loops" for n in loops)]
+    return [head, *rows], suite_lines(results, False)[1]
 
 
 def wide(values: dict, digits: int = 1) -> str:
