@@ -18,6 +18,7 @@ from pathlib import Path
 import record
 import torch
 
+from innerloop.demo import BACKBONE
 from innerloop.lens import look
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.measure.controls import controls
@@ -32,14 +33,6 @@ from innerloop.recipe import parse_recipe
 from innerloop.run import run_recipe
 from innerloop.timing import clock_of, spread
 
-SHAPE = {
-    "type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
 LATENTS = LOOPS = 4
 KINDS = {  # of parts, by what their names begin with
     "accuracy with another number of loops": "control: loops",
@@ -123,7 +116,7 @@ def main() -> None:
         work.of(ALONE, lambda: evaluate(model, task, examples[:LOOKED_AT], batch_size=1))
         work.of("lens", lambda: look(model, task, examples[:LOOKED_AT]))
     report = {
-        "shape": SHAPE,
+        "shape": BACKBONE,
         "task": {"name": task.name, "n_ops": task.n_ops, "modulus": task.modulus},
         "latents": LATENTS,
         "loops": LOOPS,
@@ -156,7 +149,7 @@ def trained(options) -> tuple:
     """Train the model; return its task and it."""
     raw = {
         "task": {"name": "chain", "n_ops": 4, "n_test": options.rows, "seed": options.seed},
-        "backbone": {"scratch": SHAPE},
+        "backbone": {"scratch": BACKBONE},
         "method": {"name": "slr", "n_slots": LATENTS, "max_loops": LOOPS, "slots_per_step": 1, "step_weight": 1.0},
         "train": {"learning_rate": 3e-3, "batch_size": 64, "max_steps": options.steps, "seed": options.seed},
     }
