@@ -8,7 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import Coconut, Codi, Cot, LatentTrainer, LatentTrainingArguments, Lotus, SimCot, Slr
-from innerloop.chunks import by_rows, shown_by, summed_loss, token_losses
+from innerloop.chunks import Shown, by_rows, summed_loss, token_losses
+from innerloop.errors import InputError
+from innerloop.fused import check_fused, fused_loss
 from innerloop.methods import Looped, SpiralThinker
 from tests.methods.tools import MIXED, assert_same_gradients, gradients, sharp_model
 from tests.models import chain_examples, tiny_model
@@ -32,6 +34,9 @@ CHUNK = 3
 def loss_of(model, chunk):
     """Return the terms of a loss made so many rows at a time, its gradients, and the largest call of the head."""
     model.loss_chunk, seen = chunk, []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
     def note(module, args, output):
         seen.append(output.numel() // output.shape[-1])
@@ -40,15 +45,12 @@ def loss_of(model, chunk):
     out = model.train()(model.batch(model.rows(MIXED)))
     grads = gradients(model, out.loss)
     handle.remove()
-    return out, grads, max(seen)
+    return out, grads, max(seen, default=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(name):
     model = tiny_model(METHODS[name]).double() if name in ("exits", "gate") else sharp_model(METHODS[name])
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     whole, expected, largest = loss_of(model, None)
     found, grads, most = loss_of(model, CHUNK)
     assert most <= CHUNK < largest
@@ -58,11 +60,73 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(name):
     assert_same_gradients(grads, expected)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 7, 8, 100, None])
+def plain_kernel(states, targets, head, cap=None):
+    """What the fused kernel computes, in torch."""
+    logits = head(states).float()
+    return cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("name", ["slr", "lotus", "codi", "spiral", "gate", "separate"])
+def test_a_fused_loss_gets_what_the_head_gets(name, monkeypatch):
+    model, asked = sharp_model(METHODS[name]), []
+    monkeypatch.setattr("innerloop.backbone.fused_loss", lambda *a: asked.append(len(a[1])) or plain_kernel(*a))
+    whole, expected, _ = loss_of(model, None)
+    assert not asked
+    found, grads, _ = loss_of(model, "fused")
+    assert bool(asked) == (name != "separate")  # a decoder of its own has another head
+    for term, value in whole.terms.items():
+        torch.testing.assert_close(found.terms[term], value, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(grads, expected)
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields"), [("llama", {"logit_scale": 0.25}), ("llama", {"logits_scaling": 2.0}), ("gemma2", {})]
+)
+def test_a_fused_loss_scales_and_caps_logits_as_the_head_does(arch, fields, monkeypatch):
+    backbone = tiny_model(Cot(), arch).backbone
+    for name, value in fields.items():
+        setattr(backbone.config, name, value)
+    monkeypatch.setattr("innerloop.backbone.fused_loss", plain_kernel)
+    show, targets = backbone.shown(5 * torch.randn(6, backbone.width)), torch.arange(6)
+    torch.testing.assert_close(summed_loss(show, targets, "fused"), summed_loss(show, targets, None))
+
+
+def test_ligers_kernel_gives_the_loss_and_the_gradient(monkeypatch):
+    """Runs where liger-kernel is installed: on a GPU, or with TRITON_INTERPRET=1."""
+    pytest.importorskip("liger_kernel")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        check_fused(device)
+    except InputError as error:
+        pytest.skip(str(error))
+    for cap in (None, 2.0) if device.type == "cuda" else (None,):  # the interpreter takes no cap
+        head = torch.nn.Linear(32, 300, bias=False, device=device)
+        states = torch.randn(20, 32, device=device, requires_grad=True)
+        targets = torch.randint(300, (20,), device=device)
+        sides = [0.7 * kernel(states, targets, head, cap) for kernel in (plain_kernel, fused_loss)]
+        torch.testing.assert_close(*sides)
+        expected, found = (torch.autograd.grad(side, (states, head.weight)) for side in sides)
+        torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("innerloop.fused.importlib.util.find_spec", lambda name: None)
+    args = LatentTrainingArguments(tmp_path, max_steps=1, use_cpu=True, loss_chunk="fused")
+    with pytest.raises(InputError, match="pip install"):
+        LatentTrainer(tiny_model(Cot()), args, chain_examples(4))
+    monkeypatch.setattr("innerloop.fused.importlib.util.find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="on a CPU"):
+        check_fused(torch.device("cpu"))
+    with pytest.raises(InputError, match="loss_chunk"):
+        LatentTrainingArguments(tmp_path, use_liger_kernel=True)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 8, 100, None, "fused"])
 def test_every_token_has_its_own_loss_whatever_the_chunks(at_once):
     weight, states = torch.randn(11, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     targets = torch.tensor([0, 3, -100, 10, 5, 5, 1, 2])
-    show = shown_by(lambda x: x @ weight.T, states)
+    show = Shown(lambda x: x @ weight.T, states)
     found = token_losses(show, targets, at_once)
     expected = cross_entropy(states @ weight.T, targets, reduction="none")
     torch.testing.assert_close(found, expected)
@@ -90,7 +154,7 @@ def test_logits_are_not_kept_for_the_gradient():
     most = []
     for at_once in (None, 8):
         with kept_for_the_gradient() as sizes:
-            summed_loss(shown_by(head, states), torch.zeros(64, dtype=torch.long), at_once)
+            summed_loss(Shown(head, states), torch.zeros(64, dtype=torch.long), at_once)
         most.append(sum(sizes))
     assert most[0] > 64 * 1000 and most[1] < 8 * 1000
 

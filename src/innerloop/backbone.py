@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from innerloop.cache import new_cache
+from innerloop.chunks import Shown
 from innerloop.compiled import CompiledPasses
 from innerloop.errors import InputError
+from innerloop.fused import fused_loss
 
 
 @dataclass(frozen=True)
@@ -189,12 +191,27 @@ class Backbone(nn.Module):
         bias: Any = getattr(table, "bias", None)
         return self._scaled(logits_AK if bias is None else logits_AK + bias[ids_AK])
 
+    def shown(self, states_UD: Tensor) -> Shown:
+        """Return what shows final-norm states; a head that is a plain matrix may be fused with the loss."""
+        table = self.lm.get_output_embeddings()
+        is_plain = type(table) is nn.Linear and (table.bias is None or self._logit_scale == 1)
+        return Shown(self.head, states_UD, self._fused_loss if is_plain else None)
+
+    def _fused_loss(self, states_UD: Tensor, targets_U: Tensor) -> Tensor:
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return fused_loss(self._logit_scale * states_UD, targets_U, self.lm.get_output_embeddings(), cap)
+
+    @property
+    def _logit_scale(self) -> float:
+        """What logits are multiplied by: Granite divides, Cohere multiplies."""
+        return (getattr(self.config, "logit_scale", None) or 1.0) / (
+            getattr(self.config, "logits_scaling", None) or 1.0
+        )
+
     def _scaled(self, logits: Tensor) -> Tensor:
         """Do to logits what the model does to them."""
-        if scale := getattr(self.config, "logits_scaling", None):  # Granite divides
-            logits = logits / scale
-        if scale := getattr(self.config, "logit_scale", None):  # Cohere multiplies
-            logits = logits * scale
+        if self._logit_scale != 1:
+            logits = logits * self._logit_scale
         if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
         return logits

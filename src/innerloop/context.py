@@ -30,6 +30,7 @@ from innerloop.cache import (
     select_rows,
     window_of,
 )
+from innerloop.chunks import Show
 from innerloop.cost import Meter
 from innerloop.depth.passes import Deep, Depth, Reading, Spending, Tokens
 from innerloop.trace import Trace
@@ -168,6 +169,12 @@ class Context:
             part.cache = keep_columns(self.cache, kept, first, is_padded=part.mask_BP is not None)
             part.length = len(kept)
         return part
+
+    def shown(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Show:
+        """Return what shows places of the last pass."""
+        if self.deep and self.deep[-1].shown is not None:
+            return lambda part: self.read_out(states_BLD, rows_U[part], columns_U[part])
+        return self.backbone.shown(states_BLD[rows_U, columns_U])
 
     def read_out(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Tensor:
         """Return the logits (U, V) of places of the last pass; those that it has read out are not read out again."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
-from innerloop.chunks import ALL, Show, shown_by, summed_loss, token_losses
+from innerloop.chunks import ALL, Show, summed_loss, token_losses
 from innerloop.context import Context
 from innerloop.errors import refuse
 from innerloop.halting import Pull, StopSettings, exit_distribution, expected_loss, masked_mean, pull
@@ -186,7 +186,9 @@ def showing(model: LatentModel, batch: Batch, thought: Thought, sites: Sites) ->
             before = model.backbone.norm(before)
         states, start = torch.cat([before, states], dim=1), start - 1
     chosen = states[sites.rows_F, sites.columns_F - start]
-    return shown_by(model.backbone.head if sites.loop == ANSWER_PASS else model.read_out, chosen)
+    if sites.loop != ANSWER_PASS and model.method.loop.feedback_site == "pre_norm":
+        chosen = model.backbone.norm(chosen)
+    return model.backbone.shown(chosen)
 
 
 def held(parts: list[tuple[list[int], Tensor]], like: Tensor, loop: int) -> Tensor:
@@ -219,7 +221,7 @@ def teacher_states(model: LatentModel, batch: Batch, terms: Terms) -> tuple[Tens
         states = read()
     if learns:
         chosen = states[-1].flatten(0, 1)[taught.predict_at_U]
-        terms.add("teacher", summed_loss(shown_by(backbone.head, chosen), taught.targets_U, model.loss_chunk))
+        terms.add("teacher", summed_loss(backbone.shown(chosen), taught.targets_U, model.loss_chunk))
         if settings.teacher_passes == 2:
             with torch.no_grad():
                 states = read()

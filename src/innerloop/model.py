@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from innerloop import checkpoint
 from innerloop.adapters import add_markers
 from innerloop.backbone import Backbone
-from innerloop.chunks import ALL, Show, shown_by, summed_loss
+from innerloop.chunks import ALL, AtOnce, Show, Shown, summed_loss
 from innerloop.context import Context
 from innerloop.cost import Meter
 from innerloop.decoder import AnswerDecoder, Classifier, decoder_for
@@ -106,7 +106,7 @@ class LatentModel(nn.Module):
                 part.requires_grad_(False)
         self._teacher: list[LatentModel] = []  # in a list, so that it is no part of this model
         self.checkpoint_passes = False
-        self.loss_chunk: int | None = None  # rows of logits that a loss may have in memory; None: all of them
+        self.loss_chunk: AtOnce = None  # rows of logits that a loss may have in memory
 
     def parts(self) -> dict[str, nn.Module]:
         """Return what the method trains besides the backbone, by name."""
@@ -244,7 +244,7 @@ class LatentModel(nn.Module):
         rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns
         if isinstance(self.decoder, AnswerDecoder):
             read = self.decoder.read(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
-            return shown_by(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
+            return Shown(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
         if state is not None and thought.pinned is not None:
             state = torch.where(*thought.pinned, state)
         pending = thought.pending if state is None else [(state, thought.region_mask)]
@@ -265,7 +265,7 @@ class LatentModel(nn.Module):
             prompt = thought.prompt[0]
             normed = self.method.loop.feedback_site == "post_norm"
             written, start = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1), 0
-        return lambda part: context.read_out(written, rows[part], at[part] - start)
+        return context.shown(written, rows, at - start)
 
     def memory(self, thought: Thought, state: Tensor | None = None) -> Masked:
         """Return what a decoder of its own attends to."""

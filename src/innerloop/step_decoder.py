@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from innerloop.backbone import Backbone
-from innerloop.chunks import shown_by, token_losses
+from innerloop.chunks import Shown, token_losses
 from innerloop.context import Context
 from innerloop.errors import InputError, check_choices, refuse
 from innerloop.layout import ANSWER_PASS, FED, IGNORE
@@ -273,7 +273,7 @@ def told_loss(
             latents = latents[_of_another_row(sites)]
         asked = group_questions(model, batch, sites)
         states = model.step_decoder.read(latents, sites.ids_GL, model.backbone, asked).flatten(0, 1)
-        show = shown_by(model.step_decoder.reader(model.backbone).head, states)
+        show = Shown(model.step_decoder.reader(model.backbone).head, states)
         losses = token_losses(show, sites.targets_GL.flatten(), model.loss_chunk, IGNORE)
         loss_GL = losses.view_as(sites.targets_GL)
         assert counts_K3 is not None

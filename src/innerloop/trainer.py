@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from innerloop import checkpoint
 from innerloop.adapters import adapted
+from innerloop.chunks import AtOnce
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example, from_rows
+from innerloop.fused import check_fused
 from innerloop.generation import check_length
 from innerloop.layout import Batch, Row, added, collate
 from innerloop.measure.accuracy import accuracy_of, evaluate
@@ -58,7 +60,7 @@ class LatentTrainingArguments(TrainingArguments):
         teacher_cache: file for the teacher's states, computed once before training and read from then on; None: the
             teacher is run in every step.
         loss_chunk: rows of logits that a loss may have in memory at a time, the others are made again for the gradient
-            (for large vocabularies); None: all.
+            (for large vocabularies); fused: head and loss are one kernel of liger-kernel's, on a GPU; None: all.
     """
 
     learning_rate: float = field(default=1e-4)
@@ -84,7 +86,9 @@ class LatentTrainingArguments(TrainingArguments):
     eval_limit: int = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
     teacher_cache: str | None = field(default=None, metadata={"help": "file for the teacher's states"})
-    loss_chunk: int | None = field(default=None, metadata={"help": "rows of logits at a time in a loss; None: all"})
+    loss_chunk: int | str | None = field(
+        default=None, metadata={"help": "rows of logits at a time in a loss, or fused; None: all"}
+    )
 
     def __post_init__(self) -> None:
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
@@ -92,6 +96,8 @@ class LatentTrainingArguments(TrainingArguments):
                 "torch_compile would compile the whole loss, whose passes are of unlike shapes and kinds, again and "
                 "again: leave torch_compile, torch_compile_backend and torch_compile_mode out"
             )
+        if self.use_liger_kernel:
+            raise InputError("use_liger_kernel is called train.loss_chunk=fused here: it fuses the head with the loss")
         self.per_device_train_batch_size = self.batch_size
         super().__post_init__()
 
@@ -121,7 +127,8 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
         "loss_chunk",
     ):
         value = values.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        is_fused = name == "loss_chunk" and value == "fused"
+        if value is not None and not is_fused and (not isinstance(value, int) or value < 1):
             raise InputError(f"train.{name} is {value!r}, but must be at least 1, and whole")
     try:
         return LatentTrainingArguments(output_dir=str(output_dir), **values)
@@ -204,7 +211,9 @@ class LatentTrainer(Trainer):
             raise InputError("validation by generation needs a task that checks answers: pass task=...")
         if valid is None and args.eval_strategy != "no":
             raise InputError(f"eval_strategy={args.eval_strategy} needs validation examples: pass eval_dataset=...")
-        model.loss_chunk = args.loss_chunk
+        if args.loss_chunk == "fused":
+            check_fused(args.device)
+        model.loss_chunk = cast(AtOnce, args.loss_chunk)
         super().__init__(
             model=model,
             args=args,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
 
-from innerloop.chunks import ALL, Show, by_rows, shown_by, token_losses
+from innerloop.chunks import ALL, AtOnce, Show, Shown, by_rows, token_losses
 from innerloop.errors import refuse
 from innerloop.halting import exit_distribution, expected_loss, gain_targets, pull
 
@@ -88,11 +88,11 @@ def add_exit_terms(
         total = states[-1].new_zeros((), dtype=torch.float32)
         for t, state in enumerate(states[:-1], 1):
             share = 1.0 if settings.exit_schedule == "equal" else t / len(states)
-            losses_of = partial(_losses_of, shown_by(head, state), targets_U, last, settings.exit_kd)
+            losses_of = partial(_losses_of, Shown(head, state), targets_U, last, settings.exit_kd)
             total = total + share * by_rows(losses_of, len(targets_U), chunk).sum()
         terms.add("exits", total, "answer")
     if settings.gate != "none":
-        losses_TU = torch.stack([token_losses(shown_by(head, s), batch.targets_U, chunk) for s in states])
+        losses_TU = torch.stack([token_losses(Shown(head, s), batch.targets_U, chunk) for s in states])
         logits_TU = torch.stack([gate_BL[rows, at] for gate_BL in deep.gates])
         if settings.gate == "distribution":
             total = distribution_loss(losses_TU, logits_TU, settings.gate_beta) - losses_TU[-1].sum()
@@ -101,9 +101,9 @@ def add_exit_terms(
         terms.add("gate", total, "answer")
 
 
-def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: int | None) -> Show:
+def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: AtOnce) -> Show:
     """Return what gives the log-probabilities of the last exit, which learns nothing here; made once if all at once."""
-    show = shown_by(lambda states: head(states).float().log_softmax(-1), states_UD)
+    show = Shown(lambda states: head(states).float().log_softmax(-1), states_UD)
     if chunk is not None:
         return show
     with torch.no_grad():
