@@ -324,6 +324,13 @@ class LatentTrainer(Trainer):
     def _cache_teacher(self) -> TeacherCache | None:
         """Return the teacher's states on disk, if they are wanted there."""
         path, method, model = self.args.teacher_cache, self.model.method, self.model
+        if path is not None and method.thinks_along:
+            raise InputError(
+                "train.teacher_cache keeps states at the ends of written steps, and teacher_thinks=latents has none: "
+                "leave teacher_cache out; the teacher is run in every step"
+            )
+        if method.thinks_along:
+            model.load_teacher()  # one that does not fit is refused before training
         if path is None:
             return None
         if method.losses.hid_weight == 0 or method.losses.teacher in (None, "self"):
