@@ -68,7 +68,7 @@ def test_the_terms_are_those_of_sums_by_hand(step_map, pairs, scope, tmp_path: P
         total = 0.0
         for row, mask in enumerate(real.bool()):
             distances = [
-                smooth_l1_loss(student.follower(ours[i][row, mask]), theirs[at - 1][row, mask]).item() / spread.item()
+                smooth_l1_loss(student.follower(ours[i][row, mask]) / spread, theirs[at - 1][row, mask] / spread).item()
                 for i, at in enumerate(pairs[t])
             ]
             total += sum(distances) / len(distances) / len(real)

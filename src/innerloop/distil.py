@@ -1,7 +1,7 @@
 """Learning from a teacher that thinks in latents itself: its states, iteration by iteration, and its predictions.
 
-    L_hid   mean over iterations t and latents of  d(W h_t, H_s(t)) / std(H)   h_t this model's state, H the teacher's
-    L_kd    mean over written tokens of  tau^2 KL(softmax(teacher / tau) || softmax(own / tau))       arXiv 1503.02531
+    L_hid   mean over iterations t and latents of  d(W h_t / s, H_sigma(t) / s)    h_t this model's, H the teacher's state
+    L_kd    mean over written tokens of  tau^2 KL(softmax(teacher / tau) || softmax(own / tau))   (arXiv 1503.02531)
 
 The teacher reads this model's own rows with its own loop, so that every latent has its like there. It may be of another
 width, another depth and another number of iterations; its tokens and its layout must be the same.
@@ -90,12 +90,13 @@ def add_taught_terms(terms: Terms, batch: Batch, thought: Thought, own: Show | N
 def state_distance(model: LatentModel, batch: Batch, thought: Thought, taught_TBND: Tensor) -> Tensor:
     """Return, summed over rows, the mean distance of a row's states to those of the teacher that they follow.
 
-    It is in units of the standard deviation of the teacher's states in the batch, but for the cosine.
+    Both are divided by the standard deviation of the teacher's states in the batch first: rescaled to the embeddings'
+    RMS they are small, and a smooth L1 distance would hardly see them.
     """
     assert thought.loop is not None
     loop, kind = thought.loop, model.method.losses.hid_distance
     mask_BN = taught_TBND.new_ones(taught_TBND.shape[1:3]) if thought.state_mask is None else thought.state_mask
-    spread = taught_TBND[:, mask_BN.bool()].float().std().clamp(min=1e-6)
+    spread, one = taught_TBND[:, mask_BN.bool()].float().std().clamp(min=1e-6), taught_TBND.new_ones(())
     pairs = [model.method.followed(n, len(taught_TBND)) for n in batch.n_loops]
     n_pairs = torch.tensor([sum(at is not None for at in row) for row in pairs], device=mask_BN.device)
     share_BN = mask_BN / (n_pairs * mask_BN.sum(1)).clamp(min=1)[:, None]
@@ -107,8 +108,8 @@ def state_distance(model: LatentModel, batch: Batch, thought: Thought, taught_TB
         student = held(loop.states, loop.state, t)[rows]
         if model.follower is not None:
             student = model.follower(student.to(model.follower.weight.dtype))
-        target = taught_TBND[at, rows].float()
-        total = total + (share_BN[rows] * distance(student.float(), target, kind, spread)).sum()
+        target = taught_TBND[at, rows].float() / spread
+        total = total + (share_BN[rows] * distance(student.float() / spread, target, kind, one)).sum()
     return total
 
 
