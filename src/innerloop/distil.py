@@ -1,6 +1,6 @@
 """Learning from a teacher that thinks in latents itself: its states, iteration by iteration, and its predictions.
 
-    L_hid   mean over iterations t and latents of  d(W h_t / s, H_sigma(t) / s)    h_t this model's, H the teacher's state
+    L_hid   mean over iterations t and latents of  d(W h_t / s, H_sigma(t) / s)     h its own states, H the teacher's
     L_kd    mean over written tokens of  tau^2 KL(softmax(teacher / tau) || softmax(own / tau))   (arXiv 1503.02531)
 
 The teacher reads this model's own rows with its own loop, so that every latent has its like there. It may be of another

@@ -265,10 +265,12 @@ class LatentModel(nn.Module):
             thought.answer, thought.after = layers, context
         written = layers[-1]
         if batch.first_predicting < start:  # the prefix, which was read before, predicts some
-            assert thought.prompt is not None and start == batch.bounds[0]
-            prompt = thought.prompt[0]
+            assert thought.prompt is not None
+            prompt, region_start = thought.prompt[0], batch.bounds[0]
             normed = self.method.loop.feedback_site == "post_norm"
-            written, start = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1), 0
+            written = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1)
+            at = torch.where(at < region_start, at, at - (start - region_start))  # what the loop read is left out
+            start = 0
         return lambda part: context.read_out(written, rows[part], at[part] - start)
 
     def memory(self, thought: Thought, state: Tensor | None = None) -> Masked:
