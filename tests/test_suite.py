@@ -66,7 +66,10 @@ def test_every_suite_loads(file: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [p for p in SUITES if p.stem.startswith("slr_")], ids=lambda p: p.stem)
 def test_the_first_point_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
-    suite = load_suite(file, str(tmp_path), [0])
+    (tmp_path / "text.txt").write_text("any text will do for pre-training, here and there. " * 40)
+    is_text = file.stem == "slr_pretraining"
+    overrides = ["--task.train", str(tmp_path / "text.txt")] if is_text else []
+    suite = load_suite(file, str(tmp_path), [0], overrides)
     few = {"max_steps": 2, "batch_size": 8}
 
     def shortened(recipe: Recipe) -> Recipe:
