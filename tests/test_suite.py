@@ -16,6 +16,7 @@ from innerloop.errors import InputError
 from innerloop.measure.statistics import over_seeds
 from innerloop.methods import METHODS
 from innerloop.points import run_suite
+from innerloop.recipe import Recipe
 from innerloop.standing import standing_table
 from innerloop.suite import load_suite, parse_suite, seed_means, suite_report
 
@@ -65,14 +66,21 @@ def test_every_suite_loads(file: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [p for p in SUITES if p.stem.startswith("slr_")], ids=lambda p: p.stem)
 def test_the_first_point_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
-    suite = load_suite(file, str(tmp_path), [0])
+    (tmp_path / "text.txt").write_text("any text will do for pre-training, here and there. " * 40)
+    is_text = file.stem == "slr_pretraining"
+    overrides = ["--task.train", str(tmp_path / "text.txt")] if is_text else []
+    suite = load_suite(file, str(tmp_path), [0], overrides)
     few = {"max_steps": 2, "batch_size": 8}
+
+    def shortened(recipe: Recipe) -> Recipe:
+        stages = tuple(replace(stage, train=stage.train | few) for stage in recipe.stages)
+        return replace(recipe, train=recipe.train | few, stages=stages)
+
     for warm_up in suite.warm_ups.values():
-        points._train(("warm-up", 0), replace(warm_up, train=warm_up.train | few), queue.Queue())
+        points._train(("warm-up", 0), shortened(warm_up), queue.Queue())
     key, recipe = next(iter(suite.points.items()))
-    stages = tuple(replace(stage, train=stage.train | few) for stage in recipe.stages)
     exam = replace(suite.exam, limit=4)
-    points._point(key, replace(recipe, train=recipe.train | few, stages=stages), exam, queue.Queue())
+    points._point(key, shortened(recipe), exam, queue.Queue())
     assert points._result(recipe, exam)["n"] == 4
 
 

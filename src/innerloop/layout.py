@@ -28,6 +28,7 @@ IGNORE = -100
 BOT, LAT, EOT = "<bot>", "<lat>", "<eot>"
 BOL, EOL = "<bol>", "<eol>"
 ANSWER_PREFIX = "### "
+A_WORD = "a"  # any: what comes after it is spelled as in the middle of a text
 ANSWER_PASS = 0
 """The number of the pass that reads what the loop left pending, and the suffix; iterations count from 1."""
 FED = -1
@@ -182,8 +183,9 @@ class Row:
         return [i for piece in self.pieces for i in piece.ids]
 
     def labels(self) -> list[int]:
-        """The unshifted labels, IGNORE where nothing is supervised."""
-        return [i if piece.supervised else IGNORE for piece in self.pieces for i in piece.ids]
+        """The unshifted labels, IGNORE where nothing is supervised: nothing predicts the first token of a question."""
+        labels = [i if piece.supervised else IGNORE for piece in self.pieces for i in piece.ids]
+        return [IGNORE, *labels[1:]] if labels and self.pieces[0].kind is Kind.QUESTION else labels
 
     def __len__(self) -> int:
         return sum(len(piece.ids) for piece in self.pieces)
@@ -207,10 +209,16 @@ class Speller:
     """Spells the parts of an example in a tokenizer's ids.
 
     Strings are remembered, because every example is laid out anew at every epoch and stage.
+
+    Args:
+        tokenizer: the tokenizer.
+        running_text: question and answer are a text and how it goes on: there is no newline, mark or end between and
+            after them, and the question's tokens are learned too, all but the first.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, running_text: bool = False):
         self.tokenizer = tokenizer
+        self.running_text = running_text
         self._memory: dict[tuple[str, bool], tuple[int, ...]] = {}
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token before using it")
@@ -229,8 +237,9 @@ class Speller:
 
     def question(self, text: str) -> Piece:
         """Spell a question, with the beginning-of-sequence token if the tokenizer adds one."""
-        ids = self._ids(text + "\n", special=True)
-        return Piece(ids[:-1] if ids and ids[-1] == self.eos_id else ids, Kind.QUESTION)
+        ids = self._ids(text if self.running_text else text + "\n", special=True)
+        ids = ids[:-1] if ids and ids[-1] == self.eos_id else ids
+        return Piece(ids, Kind.QUESTION, supervised=self.running_text)
 
     def step(self, text: str, index: int) -> Piece:
         """Spell step ``index`` (0-based), ended by a newline."""
@@ -241,13 +250,16 @@ class Speller:
         return [self.step(text, i) for i, text in enumerate(example.steps) if i >= first]
 
     def answer(self, text: str) -> Piece:
-        """Spell the answer: ``### A`` and the end-of-sequence token."""
+        """Spell the answer: ``### A`` and the end-of-sequence token; or what a text goes on with."""
+        if self.running_text:
+            before, whole = (self._ids(words, special=False) for words in (A_WORD, A_WORD + text))
+            return Piece(whole[len(before) :], Kind.ANSWER, supervised=True)
         ids = self._ids(ANSWER_PREFIX + text, special=False)
         return Piece((*ids, self.eos_id), Kind.ANSWER, supervised=True)
 
     def stem(self) -> tuple[int, ...]:
         """Spell what every answer begins with."""
-        return self._ids(ANSWER_PREFIX.strip(), special=False)
+        return () if self.running_text else self._ids(ANSWER_PREFIX.strip(), special=False)
 
     def told(self, text: str) -> tuple[int, ...]:
         """Spell what an auxiliary decoder must tell, with the end of sequence; nothing for no text."""

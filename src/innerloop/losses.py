@@ -40,7 +40,8 @@ class LossSettings:
             one minus cosine.
         hid_width: width of the teacher's states where it is not this model's; what follows them is then projected by a
             learned matrix, for all layers the same. 0: the same width.
-        teacher: folder of the chain-of-thought run whose states are the targets, or self: the model's own.
+        teacher: folder of the run whose states are the targets (of a chain of thought, if the method does not say
+            otherwise), or self: the model's own.
         teacher_weight: a model that is its own teacher also learns to write the chain of thought, with this weight.
         teacher_passes: read the targets in the pass that is learned from, or in a second one (they differ by dropout).
         deep_weight: lambda_deep; the answer is also decoded after every iteration.

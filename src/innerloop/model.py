@@ -25,6 +25,7 @@ from innerloop.chunks import ALL, AtOnce, Show, Shown, summed_loss
 from innerloop.context import Context
 from innerloop.cost import Meter
 from innerloop.decoder import AnswerDecoder, Classifier, decoder_for
+from innerloop.distil import add_taught_terms, check_teacher
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.layout import ANSWER_PASS, LAT, Batch, Block, Row, ShownBlock, Speller, collate
@@ -170,15 +171,18 @@ class LatentModel(nn.Module):
         terms = Terms(self, batch, n_items or batch.counts())
         context, measured = None, dict[str, Tensor]()
         for link in batch.links():
-            thought = self.think(link, trace, context)
+            thought, show = self.think(link, trace, context), None
             if isinstance(self.decoder, Classifier):
                 logits_BC = self.decoder(thought).float()
                 assert batch.class_B is not None
                 terms.add("answer", cross_entropy(logits_BC, batch.class_B, reduction="sum"), "rows")
             else:
-                total = summed_loss(self.writing(link, thought), link.targets_U, self.loss_chunk)
+                show = self.writing(link, thought)
+                total = summed_loss(show, link.targets_U, self.loss_chunk)
                 terms.add("answer", every_pass_loss(self, link, thought, total))
             add_loop_terms(terms, link, thought, trains=self.training)
+            if self.method.thinks_along:
+                add_taught_terms(terms, link, thought, show)
             if self.depth is not None:
                 self.depth.add_terms(terms, link, thought)
                 measured |= thought.deep[-1].measured
@@ -261,10 +265,12 @@ class LatentModel(nn.Module):
             thought.answer, thought.after = layers, context
         written = layers[-1]
         if batch.first_predicting < start:  # the prefix, which was read before, predicts some
-            assert thought.prompt is not None and start == batch.bounds[0]
-            prompt = thought.prompt[0]
+            assert thought.prompt is not None
+            prompt, region_start = thought.prompt[0], batch.bounds[0]
             normed = self.method.loop.feedback_site == "post_norm"
-            written, start = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1), 0
+            written = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1)
+            at = torch.where(at < region_start, at, at - (start - region_start))  # what the loop read is left out
+            start = 0
         return context.shown(written, rows, at - start)
 
     def memory(self, thought: Thought, state: Tensor | None = None) -> Masked:
@@ -285,22 +291,32 @@ class LatentModel(nn.Module):
     @property
     def teacher(self) -> Backbone:
         """The frozen backbone whose states the loop follows; loaded when first asked for."""
+        return self.load_teacher().backbone
+
+    def load_teacher(self) -> LatentModel:
+        """Return the frozen run that the method learns from, in evaluation mode; it is loaded once.
+
+        Raises:
+            InputError: it is not there, or does not fit this model.
+        """
         if not self._teacher:
             folder = self.method.losses.teacher
             assert folder is not None
             with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
-                self._teacher.append(checkpoint.load(folder, device=self.device).requires_grad_(False).eval())
-            theirs, ours = self._teacher[0].backbone, self.backbone
+                teacher = checkpoint.load(folder, device=self.device).requires_grad_(False).eval()
+            theirs, ours = teacher.backbone, self.backbone
             is_last = self.method.losses.hid_layers == "last"
             width = self.method.losses.hid_width or ours.width
-            if theirs.width != width or (theirs.n_layers != ours.n_layers and not is_last):
-                self._teacher.clear()
+            if self.method.thinks_along:
+                check_teacher(self, teacher, folder)
+            elif theirs.width != width or (theirs.n_layers != ours.n_layers and not is_last):
                 raise InputError(
                     f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
                     f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
                     "another width hid_width to it, of another depth hid_layers to last"
                 )
-        return self._teacher[0].backbone
+            self._teacher.append(teacher)
+        return self._teacher[0]
 
     # Generation
 

@@ -51,15 +51,22 @@ def run_recipe(
         training_arguments(out, stage.train)  # wrong arguments are found before anything is trained or written
     data = [_data(stage) for stage in stages]
     start: Path | None = None
+    words = _read_by(stages, [train for train, _ in data])
     for number, (stage, folder, (train, valid)) in enumerate(zip(stages, folders, data), 1):
         title = stage.method.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.method.name}"
         if not (resume and (folder / FINISHED).exists()):
-            trainer = prepare_stage(stage.with_paths(), folder, start, train, valid, callbacks(stage, title))
+            trainer = prepare_stage(stage.with_paths(), folder, start, train, valid, callbacks(stage, title), words)
             recipe.save(out / CONFIG)  # nothing is left behind by a recipe that cannot start
             if not train_stage(trainer, resume):
                 return out
         start = folder
     return out
+
+
+def _read_by(stages: Sequence[Recipe], examples: Sequence[list[Example]]) -> list[Example]:
+    """Return the training examples of all stages, of stages with the same task once: what a tokenizer must spell."""
+    tasks = [stage.task for stage in stages]
+    return [example for i, found in enumerate(examples) if tasks[i] not in tasks[:i] for example in found]
 
 
 def prepare_stage(
@@ -69,14 +76,18 @@ def prepare_stage(
     train: list[Example],
     valid: list[Example] | None,
     callbacks: Sequence[Any],
+    words: Sequence[Example] | None = None,
 ) -> LatentTrainer:
-    """Make the trainer of a stage, which begins with the weights in ``start``."""
+    """Make the trainer of a stage, which begins with the weights in ``start``.
+
+    A scratch backbone's tokenizer learns from ``words``, or without from the training examples.
+    """
     args = training_arguments(folder, stage.train)
     backbone = stage.backbone
     if start is not None:
         backbone = replace(backbone, model=str(start), scratch=None)
     set_seed(args.seed)  # what the method and LoRA add is drawn too
-    model = build(backbone, stage.method, train, args.seed)
+    model = build(backbone, stage.method, train if words is None else words, args.seed)
     return LatentTrainer(model, args, train, valid, stage.task, callbacks=callbacks)
 
 

@@ -24,11 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from innerloop import checkpoint
 from innerloop.adapters import adapted
 from innerloop.chunks import AtOnce
-from innerloop.errors import InputError, nearest
+from innerloop.errors import InputError, nearest, refuse
 from innerloop.examples import Example, from_rows
 from innerloop.fused import check_fused
 from innerloop.generation import check_length
-from innerloop.layout import Batch, Row, added, collate
+from innerloop.layout import Batch, Row, Speller, added, collate
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import LatentModel
 from innerloop.progress import MetricsFile, StopOnInterrupt
@@ -175,7 +175,7 @@ class LatentTrainer(Trainer):
         args: how to train; ``output_dir`` receives metrics.jsonl, checkpoint-<step>/ and the best model, checkpoint/.
         train_dataset: examples, or a data set with the columns question, steps and answer.
         eval_dataset: examples to validate on by generation.
-        task: extracts and checks answers; needed for validation.
+        task: extracts and checks answers, and says whether examples are running text; needed for validation.
         callbacks: transformers' TrainerCallbacks.
     """
 
@@ -194,6 +194,10 @@ class LatentTrainer(Trainer):
         self.task = task
         self.curriculum = model.method.curriculum
         self.n_left_out = 0
+        if task is not None and task.running_text != model.spell.running_text:
+            model.spell = Speller(model.tokenizer, task.running_text)
+        if model.spell.running_text:
+            _check_text(model, eval_dataset)
         train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
         train = model.method.prepared(train, args.device)
         if model.step_decoder is not None:
@@ -333,6 +337,13 @@ class LatentTrainer(Trainer):
     def _cache_teacher(self) -> TeacherCache | None:
         """Return the teacher's states on disk, if they are wanted there."""
         path, method, model = self.args.teacher_cache, self.model.method, self.model
+        if path is not None and method.thinks_along:
+            raise InputError(
+                "train.teacher_cache keeps states at the ends of written steps, and teacher_thinks=latents has none: "
+                "leave teacher_cache out; the teacher is run in every step"
+            )
+        if method.thinks_along:
+            model.load_teacher()  # one that does not fit is refused before training
         if path is None:
             return None
         if method.losses.hid_weight == 0 or method.losses.teacher in (None, "self"):
@@ -525,6 +536,23 @@ class LatentTrainer(Trainer):
         if not adapted(lm):
             lm.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype).state_dict())
         checkpoint.load_parts(self.model, folder)
+
+
+def _check_text(model: LatentModel, eval_dataset: Any) -> None:
+    """Refuse what cannot learn every token of a running text, or be validated on it."""
+    method = model.method
+    refuse(
+        (eval_dataset is not None, "running text has no answers to validate on: set train.eval_strategy to no"),
+        (
+            method.answering.decoder != "lm_head",
+            "a decoder of its own does not predict the text before the thought: set decoder to lm_head",
+        ),
+        (
+            method.scope == "all" and method.answer_context == "kv_last",
+            "loop_scope=all with answer_from=kv_last leaves no pass that could predict the text: set answer_from to "
+            "refeed",
+        ),
+    )
 
 
 def _as_they_are(examples: list[Example]) -> list[Example]:

@@ -22,7 +22,7 @@ from innerloop import (
 from innerloop.backbone import Backbone
 from innerloop.depth.residual_lora import key_of, truncated
 from innerloop.depth.tying import rebuild, stepwise
-from innerloop.methods.relaxed_recursive import divergence
+from innerloop.distil import divergence
 from tests.methods.test_looped import NO_DROPOUT, assert_same, gap, stirred, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, learn, logits_of, with_token
 from tests.models import chain_examples, saved, tiny_model
@@ -372,7 +372,9 @@ def test_it_learns_from_the_original(tmp_path):
     assert model.loss(MIXED[:1]).loss.requires_grad and not any("original" in n for n, _ in model.named_parameters())
     full = converted(original, rank=FULL, teacher=str(folder), kd_weight=0.5)
     assert full.loss(MIXED).terms["kd"] < 1e-6
-    assert divergence(wanted, wanted) == 0
+    assert divergence(wanted, wanted).abs().max() == 0
+    warm = converted(original, rank=2, teacher=str(folder), kd_weight=0.5, kd_temperature=2.0).loss(MIXED)
+    torch.testing.assert_close(warm.terms["kd"], divergence(wanted, logits, 2.0).mean().detach(), atol=1e-5, rtol=1e-5)
     assert model.method.with_loops(1).teacher is None
 
 
@@ -452,6 +454,7 @@ def test_from_scratch_depths_differ_by_corrections_that_are_zero():
         ({"teacher": "runs/x"}, "give both teacher and kd_weight, or neither"),
         ({"kd_weight": 1.0}, "give both teacher and kd_weight, or neither"),
         ({"kd_weight": -1.0}, "cannot be negative"),
+        ({"kd_temperature": 0.0}, "kd_temperature divides logits"),
         (
             {"kd_weight": 1.0, "teacher": "x", "stop": "halt", "gate": "improvement"},
             "leave teacher and kd_weight out",

@@ -15,6 +15,7 @@ IN_TRAINING = STATES - {"logits", "beyond"}
 STOPS = {"ran", "score", "logits", "beyond"}
 ALONE = {"step_weight": 0.0}
 HID, TAUGHT = {"hid_weight": 1.0, "teacher": "-"}, {"teacher": "self", "teacher_weight": 0.5}
+TOLD = {**HID, "teacher_thinks": "latents"}
 NO_PARTS = {"time": "none"}
 AUX = {**NO_PARTS, "aux_weight": 0.5}
 SHARED = {**AUX, "aux_decoder": "shared"}
@@ -79,6 +80,9 @@ FIELDS = [
     moves({"hid"} | LEARNS, HID, hid_distance="cosine"),
     moves({"hid"} | LEARNS, HID, hid_site="last"),
     moves({"hid", "passes"} | LEARNS, HID, teacher="self"),
+    moves({"hid", "passes"} | LEARNS, HID, teacher_thinks="latents"),
+    moves({"kd", "passes"} | LEARNS, TOLD, kd_weight=0.5),
+    moves({"kd"} | LEARNS, {**TOLD, "kd_weight": 0.5}, kd_temperature=1.0),
     moves({"teacher", "passes"} | LEARNS, **TAUGHT),
     moves(LEARNS, TAUGHT, teacher_weight=1.0),
     moves({"passes"}, TAUGHT, teacher_passes=2),

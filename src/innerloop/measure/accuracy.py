@@ -59,7 +59,15 @@ def evaluate(
         stage: the curriculum's stage whose layout is used; None: the last.
         loops: another number of loops than the model was trained with.
         progress: called with the number of examples answered since the last call.
+
+    Raises:
+        InputError: the task is running text, or not one example could be answered.
     """
+    if task.running_text:
+        raise InputError(
+            f"task '{task.name}' has no right answers, so there is no accuracy: innerloop eval RUN measures how well "
+            "its text is predicted"
+        )
     generations = model.generate(
         [example.question for example in examples],
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.curriculum import Schedule
 from innerloop.decoder import DecoderSettings
+from innerloop.distil import KdSettings
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.layout import BOT, EOT, LAT, Block, Piece, Row, ShownBlock, Speller
@@ -135,6 +136,20 @@ class Method:
         """Whether latents must tell their steps to an auxiliary decoder."""
         return self if isinstance(self, AuxSettings) else AuxSettings()
 
+    @property
+    def distilling(self) -> KdSettings:
+        """What is learned of a teacher's predictions."""
+        return self if isinstance(self, KdSettings) else KdSettings()
+
+    @property
+    def thinks_along(self) -> bool:
+        """Whether the teacher thinks in latents along with the model (`distil.py`)."""
+        return False
+
+    def followed(self, n_loops: int, n_taught: int) -> list[int | None]:
+        """Return which of a thinking teacher's iterations, 0-based, each of ``n_loops`` follows; None: none."""
+        return [None] * n_loops
+
     # Where the inner loop works. A method without latents keeps these.
     @property
     def scope(self) -> Scope:
@@ -208,7 +223,7 @@ class Method:
         if not any(f.name == "max_loops" for f in fields(self)):
             raise InputError(f"'{self.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
         unused = (
-            {"hid_weight": 0.0} if isinstance(self, LossSettings) else {}
+            {"hid_weight": 0.0, "hid_width": 0} if isinstance(self, LossSettings) else {}
         )  # what is only trained may refuse so many
         return replace(self, max_loops=loops, **unused)  # type: ignore[call-arg, arg-type]
 
@@ -217,6 +232,7 @@ class Method:
         """The weight of each term of the loss."""
         losses = self.losses
         others = {"aux": self.auxiliary.aux_weight, "gain": self.loop.spectral_weight}
+        others["kd"] = self.distilling.kd_weight
         return {"answer": losses.answer_weight, **losses.loop_term_weights, **others}
 
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from innerloop.backbone import Backbone
 from innerloop.context import Context
 from innerloop.depth.passes import Depth
 from innerloop.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
 from innerloop.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
+from innerloop.distil import KdSettings, divergence
 from innerloop.errors import refuse
 from innerloop.layout import Batch
 from innerloop.loop import InnerLoop
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RelaxedRecursive(BlockLoop):
+class RelaxedRecursive(BlockLoop, KdSettings):
     """A decoder of n layers, all but prelude and coda tied to a block of n / ``max_loops``, with low-rank corrections.
 
     Args:
@@ -48,8 +48,7 @@ class RelaxedRecursive(BlockLoop):
         lora_init: B_l = U S and A_l = V^T (svd), B_l = U sqrt(S) and A_l = sqrt(S) V^T (split_sqrt), or no correction
             at first (zero).
         tie_1d: share gains and biases too, their means over depths; off: each depth keeps its own.
-        teacher: folder of the original model, whose predictions are learned.
-        kd_weight: weight of the divergence from them.
+        teacher: folder of the original model, whose predictions are learned (kd_weight).
     """
 
     name: ClassVar[str] = "relaxed_recursive"
@@ -62,10 +61,10 @@ class RelaxedRecursive(BlockLoop):
     lora_init: Literal["svd", "split_sqrt", "zero"] = "svd"
     tie_1d: bool = False
     teacher: str | None = None
-    kd_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        KdSettings.__post_init__(self)
         ranks = (self.rank, self.other_rank)
         refuse(
             (min(ranks) < 0, "rank and mlp_rank cannot be negative"),
@@ -74,7 +73,6 @@ class RelaxedRecursive(BlockLoop):
                 max(ranks) == 0 and self.lora_init != "svd",
                 "lora_init says how corrections begin, of which rank 0 has none: set rank, or leave lora_init out",
             ),
-            (self.kd_weight < 0, "weights of the loss cannot be negative"),
             (
                 (self.teacher is None) != (self.kd_weight == 0),
                 "kd_weight is for what a teacher predicts: give both teacher and kd_weight, or neither",
@@ -94,11 +92,6 @@ class RelaxedRecursive(BlockLoop):
     def losses(self) -> LossSettings:
         """The original model is a teacher."""
         return LossSettings(teacher=self.teacher)
-
-    @property
-    def term_weights(self) -> dict[str, float]:
-        """The weight of each term of the loss."""
-        return {**super().term_weights, "kd": self.kd_weight}
 
     def with_loops(self, loops: int) -> RelaxedRecursive:
         """Return the method for answering with fewer iterations."""
@@ -195,8 +188,8 @@ class RelaxedDepth(LoopedDepth):
         with torch.no_grad():
             taught = Context(original, len(batch)).read(original.embed(batch.ids_BS), batch.mask_BS)
             wanted_UV = original.head(taught[rows, at])
-        own_UV = self.backbone.head(thought.answer[-1][rows, at - thought.first_column])[:, : wanted_UV.shape[1]]
-        terms.add("kd", divergence(wanted_UV, own_UV), "answer")
+        own_UV = self.backbone.head(thought.answer[-1][rows, at - thought.first_column])
+        terms.add("kd", divergence(wanted_UV, own_UV, self.method.kd_temperature).sum(), "answer")
 
     def original(self, model: LatentModel) -> Backbone:
         """Return the original model; it is loaded when first asked for."""
@@ -208,12 +201,6 @@ class RelaxedDepth(LoopedDepth):
             backbone = Backbone(load_decoder(self.method.teacher, model.tokenizer, table.dtype))
             self._original.append(backbone.to(table.device).requires_grad_(False).eval())
         return self._original[0]
-
-
-def divergence(wanted_UV: Tensor, own_UV: Tensor) -> Tensor:
-    """Return KL(p || q) of logits, p the wanted ones, summed."""
-    p, q = (logits.float().log_softmax(-1) for logits in (wanted_UV, own_UV))
-    return kl_div(q, p, reduction="sum", log_target=True)
 
 
 def _vectors(layer: nn.Module) -> dict[str, Tensor]:

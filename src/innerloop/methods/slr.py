@@ -5,10 +5,11 @@ Every option of slr.md; the stabilisers and stop rules are `LoopSettings`, which
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from innerloop.curriculum import Curriculum
 from innerloop.decoder import DecoderSettings
+from innerloop.distil import KdSettings
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
 from innerloop.layout import BOT, EOT, Follow, Kind, Piece, Readout, Row, Speller, Told
@@ -21,7 +22,7 @@ from innerloop.step_decoder import AuxSettings
 
 
 @dataclass(frozen=True)
-class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, LatentMethod):
+class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, Curriculum, LatentMethod):
     """``[Q][<bot>] | [<lat> x N] | [<eot>][A][eos]``; the N latents are refined T times.
 
     Args:
@@ -37,8 +38,11 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
         loop_sampling: iterations of a training batch: T (fixed), uniform in 1..T, or log-normal Poisson around T.
         slots_per_step: c; step i is shown at the i-th block of c slots, round and round, cut to c tokens; 0: all slots.
         aux_weight: iteration t must tell step sigma(t) to an auxiliary decoder, from the same block of slots.
+        teacher_thinks: the teacher writes its steps, and the states at their ends are followed (steps); or it is a run
+            that thinks in latents laid out as this model's, and each of their states h_t is followed (latents).
         hid_site: a teacher's state is followed by the mean of the latents, or by the last of them.
-        step_map: sigma(t) = ceil(t m / T) (stretch), or t while there are steps (one2one).
+        step_map: sigma(t) = ceil(t m / T) (stretch), or t while there are steps (one2one); m is the number of steps,
+            or with teacher_thinks=latents of the teacher's iterations.
         write_steps: during a curriculum the steps that have not left are written; off: none ever is, so that its stages
             do nothing but ramp the iterations.
         loops_per_stage: during a curriculum, stage s allows min(T, loops_per_stage * s) iterations; 0: always T.
@@ -65,6 +69,8 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
     time: TimeKind = "lookup"
     loop_sampling: LoopSampling = "fixed"
     slots_per_step: int = 0
+    teacher_thinks: Literal["steps", "latents"] = "steps"
+    kd_temperature: float = 2.0
     hid_site: Literal["mean", "last"] = "mean"
     step_map: Literal["stretch", "one2one"] = "stretch"
     write_steps: bool = True
@@ -75,6 +81,7 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
         LoopSettings.__post_init__(self)
         Curriculum.__post_init__(self)
         LossSettings.__post_init__(self)
+        KdSettings.__post_init__(self)
         AuxSettings.__post_init__(self)
         DecoderSettings.__post_init__(self)
         is_region = self.loop_scope != "append"
@@ -146,6 +153,29 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
                 "hid_weight needs states to pull: set max_loops >= 1 and loop_scope to slots, all or last",
             ),
             (
+                self.kd_weight > 0 and not self.thinks_along,
+                "kd_weight is for what a teacher predicts on the same rows: set teacher to the folder of a run like "
+                "this one, and teacher_thinks to latents",
+            ),
+            (
+                self.thinks_along
+                and (self.teacher in (None, "self") or self.hid_weight + self.kd_weight == 0 or not is_region),
+                "teacher_thinks=latents follows another run: set teacher to its folder, hid_weight or kd_weight above "
+                "0, and loop_scope to slots, all or last",
+            ),
+            (
+                self.thinks_along and (self.hid_layers != "last" or self.hid_site != "mean"),
+                "with teacher_thinks=latents every latent follows its like: leave hid_layers and hid_site out",
+            ),
+            (
+                self.thinks_along and self._writes_steps,
+                "a teacher that thinks in latents knows no written steps: set max_stage to 0, or write_steps off",
+            ),
+            (
+                self.kd_weight > 0 and self.decoder == "linear",
+                "decoder=linear writes nothing that could be predicted alike: set kd_weight to 0",
+            ),
+            (
                 decodes_all and (not is_refed or self.max_loops == 0 or self.solver != "none"),
                 "deep_weight and halt_weight decode every iteration's state: set answer_from=refeed, max_loops >= 1, "
                 "loop_scope to slots, all or last, and solver to none",
@@ -164,12 +194,23 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
     @property
     def needs_steps(self) -> bool:
         """Where iterations must show steps or follow a teacher's, or steps leave one by one."""
-        weights = (self.step_weight, self.aux_weight, self.hid_weight, self.teacher_weight)
-        return max(weights) > 0 or self._writes_steps
+        follows_steps = self.hid_weight > 0 and not self.thinks_along
+        weights = (self.step_weight, self.aux_weight, self.teacher_weight)
+        return max(weights) > 0 or follows_steps or self._writes_steps
 
     @property
     def _writes_steps(self) -> bool:
         return self.max_stage > 0 and self.write_steps
+
+    @property
+    def thinks_along(self) -> bool:
+        """Whether the teacher thinks in latents."""
+        return self.teacher_thinks == "latents"
+
+    def followed(self, n_loops: int, n_taught: int) -> list[int | None]:
+        """Return sigma(t) - 1 of the teacher's iterations for each t; a loop cut short does not reach the last."""
+        cut = n_loops < self.max_loops
+        return [self._step_of(t, n_taught, n_loops, cut) for t in range(1, n_loops + 1)]
 
     @property
     def scope(self) -> Scope:
@@ -205,8 +246,9 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
 
     def with_loops(self, loops: int) -> "Slr":
         """Return the method for answering with T = ``loops``; how it was trained no longer matters."""
-        no_terms = {f"{term}_weight": 0.0 for term in ("step", "aux", "hid", "deep", "halt")}
-        return replace(self, max_loops=loops, loop_sampling="fixed", aux_trains="both", **no_terms)  # type: ignore[arg-type]
+        no_terms = {f"{term}_weight": 0.0 for term in ("step", "aux", "hid", "kd", "deep", "halt")}
+        untaught: dict[str, Any] = {"hid_width": 0, "teacher_thinks": "steps", **no_terms}
+        return replace(self, max_loops=loops, loop_sampling="fixed", aux_trains="both", **untaught)
 
     def sampled(self, seed: str) -> "Slr":
         """Draw T for a training batch."""
@@ -236,7 +278,9 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
             row.answer_class = self._class_of(example)
         all_gone = stage == self.last_stage or not self.write_steps
         steps = spell.steps(example) if all_gone else spell.steps(example)[:stage]
-        pairing = [self._step_of(t, len(steps), row.n_loops) for t in range(1, row.n_loops + 1)]
+        cut = getattr(self, "_cut_short", False)
+        pairing = [self._step_of(t, len(steps), row.n_loops, cut) for t in range(1, row.n_loops + 1)]
+        follows_steps = self.hid_weight > 0 and not self.thinks_along
         if self.step_weight:
             row.readouts = [
                 readout
@@ -251,11 +295,11 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
                 for t, index in enumerate(pairing, 1)
                 if index is not None
             ]
-        if self.hid_weight or self.teacher_weight:
+        if follows_steps or self.teacher_weight:
             row.teacher = Row(
                 [spell.question(example.question)], [], [*spell.steps(example), spell.answer(example.answer)]
             )
-        if self.hid_weight and row.teacher is not None:
+        if follows_steps and row.teacher is not None:
             ends = row.teacher.step_ends()
             at = None if self.hid_site == "mean" else row.region_start + sum(len(piece.ids) for piece in row.region) - 1
             row.follows = [Follow(t, at, ends[index]) for t, index in enumerate(pairing, 1) if index is not None]
@@ -269,10 +313,13 @@ class Slr(LoopSettings, LossSettings, AuxSettings, DecoderSettings, Curriculum, 
             )
         return self.classes.index(example.answer)
 
-    def _step_of(self, t: int, m: int, n_loops: int) -> int | None:
-        """Return the 0-based step of iteration t, sigma(t) - 1, of m steps that have left the text (slr.md, 2)."""
+    def _step_of(self, t: int, m: int, n_loops: int, cut: bool) -> int | None:
+        """Return the 0-based step of iteration t, sigma(t) - 1, of m steps that have left the text (slr.md, 2).
+
+        With ``cut`` fewer iterations were drawn than there are.
+        """
         index = math.ceil(t * m / n_loops) if self.step_map == "stretch" else t
-        if self.step_map == "one2one" and t == n_loops and not getattr(self, "_cut_short", False):
+        if self.step_map == "one2one" and t == n_loops and not cut:
             index = max(index, m)  # the last iteration takes the last step when there are more steps than loops
         return index - 1 if 1 <= index <= m else None
 

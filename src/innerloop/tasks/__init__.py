@@ -14,6 +14,7 @@ from innerloop.tasks.prosqa import ProsQA
 from innerloop.tasks.strategyqa import StrategyQA
 from innerloop.tasks.synthetic import Igsm, Mult4x4, Mult5x5, PHop
 from innerloop.tasks.task import FileTask, Task
+from innerloop.tasks.text import Text
 
 __all__ = [
     "TASKS",
@@ -33,6 +34,7 @@ __all__ = [
     "StrategyQA",
     "Svamp",
     "Task",
+    "Text",
     "task_named",
 ]
 
@@ -51,6 +53,7 @@ _CLASSES: tuple[type[Task], ...] = (
     Mult5x5,
     Igsm,
     PHop,
+    Text,
 )
 TASKS: dict[str, type[Task]] = {task.name: task for task in _CLASSES}
 

@@ -22,6 +22,7 @@ class Task(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     version: ClassVar[int] = 1  # rises when the same options would give other examples or another verdict
+    running_text: ClassVar[bool] = False  # examples are pieces of text: the answer goes on where the question ends
     max_new_tokens: ClassVar[int] = 64  # enough for the written steps and the answer; read it from the instance
 
     @abstractmethod

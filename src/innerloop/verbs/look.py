@@ -18,6 +18,7 @@ from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
+from innerloop.measure.likelihood import likelihood, text_result
 from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of
 from innerloop.measure.reports import Measurement, check_asked
 from innerloop.methods import Cot
@@ -52,7 +53,7 @@ def eval_(
     dtype: Dtype = "auto",
     compile: bool = False,
 ) -> None:
-    """Measure accuracy with its 95 % interval, and the cost per example.
+    """Measure accuracy with its 95 % interval, and the cost per example; of running text, how well it is predicted.
 
     Args:
         run: a run's folder, or any model with --method.
@@ -101,6 +102,13 @@ def eval_(
         raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
     if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
         console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
+    if chosen.running_text:
+        if controls or stability or probes or stage is not None or max_new_tokens is not None:
+            raise InputError(
+                "of running text nothing is answered: leave controls, stability, probes, stage and max_new_tokens out"
+            )
+        _measure_text(run, model, chosen, split, examples, batch_size, loops, dtype, folder)
+        return
     check_asked(model, stage, loops, controls, stability, probes)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, {**options, "loops": loops}), fresh)
@@ -161,6 +169,36 @@ def _measure(
     )
     measured = (model, task, split, examples, predictions, run, result["seed"], folder, console, options, parts)
     Measurement(*measured).run(*flags)
+
+
+def _measure_text(
+    run: str,
+    model: LatentModel,
+    task: Task,
+    split: str,
+    examples: Sequence[Example],
+    batch_size: int,
+    loops: int | None,
+    dtype: Dtype,
+    folder: Path,
+) -> None:
+    """Measure how well running text is predicted; write and print the result."""
+    with bar(console) as progress:
+        row = progress.add_task(f"eval {task.name}", total=len(examples), note="")
+        found = likelihood(model, examples, batch_size, loops, progress=partial(progress.advance, row))
+    result = text_result(model, task, split, found, checkpoint.recorded(run, "seed"), run)
+    asked = {"loops": loops, "dtype": None if dtype == "auto" else str(model.backbone.lm.dtype).removeprefix("torch.")}
+    if asked := {name: value for name, value in asked.items() if value is not None}:
+        result["asked"] = asked
+    checkpoint.write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    low, high = result["ci95"]
+    console.print(
+        f"{model.method.name} on {task.name}/{split}: nll {result['nll']:.4f} (95 % {low:.4f} to {high:.4f}), "
+        f"perplexity {result['perplexity']:.2f} over {result['n_tokens']} tokens of {result['n']} chunks, of which "
+        f"{result['n_unknown']} are unknown words; {result['n_left_out']} chunks are longer than the model reads\n"
+        f"{folder / 'result.json'}",
+        soft_wrap=True,
+    )
 
 
 def _eval_harness(

@@ -1,0 +1,126 @@
+"""How well running text is predicted: the negative log-likelihood of what it goes on with, token by token.
+
+    nll = - 1/U sum_u log p(x_u | the text before it, and the thought)           perplexity = exp(nll)
+
+The thought is that of answering. Only what comes after it counts, so the same tokens are compared whatever the method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.layout import Kind, Piece, Row, Speller
+from innerloop.measure.accuracy import device_name, versions
+from innerloop.measure.statistics import Z95
+from innerloop.tasks import Task
+
+if TYPE_CHECKING:
+    from innerloop.model import LatentModel
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What was found: for each chunk, the summed loss of what it goes on with and its number of tokens.
+
+    ``n_unknown`` of the tokens stand for words that the tokenizer does not know; ``n_left_out`` chunks were longer than
+    the model reads.
+    """
+
+    losses: tuple[float, ...]
+    n_tokens: tuple[int, ...]
+    n_unknown: int = 0
+    n_left_out: int = 0
+
+    @property
+    def nll(self) -> float:
+        """The mean over all tokens, in nats."""
+        return sum(self.losses) / sum(self.n_tokens)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean, from how chunks differ; those of one text are taken as independent."""
+        n, nll = len(self.losses), self.nll
+        squares = sum((loss - nll * count) ** 2 for loss, count in zip(self.losses, self.n_tokens))
+        half = Z95 * math.sqrt(squares * n / max(n - 1, 1)) / sum(self.n_tokens)
+        return nll - half, nll + half
+
+
+def likelihood(
+    model: LatentModel,
+    examples: Sequence[Example],
+    batch_size: int = 64,
+    loops: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Likelihood:
+    """Read chunks of text and return how likely what they go on with is.
+
+    Args:
+        model: the model.
+        examples: chunks, as task ``text`` makes them.
+        batch_size: rows per batch.
+        loops: another number of loops than the model was trained with.
+        progress: called with the number of chunks read since the last call.
+
+    Raises:
+        InputError: every chunk is longer than the model reads.
+    """
+    method = model.method if loops is None else model.method.with_loops(loops)
+    spell = Speller(model.tokenizer, running_text=True)
+    losses: list[float] = []
+    counts: list[int] = []
+    n_unknown, n_left_out, unknown = 0, 0, model.tokenizer.unk_token_id
+    limit = model.backbone.context_length or math.inf
+    for start in range(0, len(examples), batch_size):
+        found = [_continued(row) for row in method.rows(examples[start : start + batch_size], spell)]
+        rows = [row for row in found if method.n_positions(row) <= limit]
+        n_left_out += len(found) - len(rows)
+        for row, logits_UV in zip(rows, model.row_logits(rows) if rows else ()):
+            targets = [i for piece in row.pieces if piece.supervised for i in piece.ids]
+            wanted = torch.tensor(targets, device=logits_UV.device)
+            losses.append(cross_entropy(logits_UV.double(), wanted, reduction="sum").item())
+            counts.append(len(targets))
+            n_unknown += 0 if unknown is None else targets.count(unknown)
+        if progress is not None:
+            progress(len(found))
+    if not losses:
+        raise InputError(f"every chunk has more than the {limit} positions that the model reads: lower task.n_words")
+    return Likelihood(tuple(losses), tuple(counts), n_unknown, n_left_out)
+
+
+def _continued(row: Row) -> Row:
+    """Return a row of which only what it goes on with counts."""
+
+    def plain(piece: Piece) -> Piece:
+        return replace(piece, supervised=False) if piece.kind is Kind.QUESTION else piece
+
+    return replace(row, prefix=[plain(piece) for piece in row.prefix], region=[plain(piece) for piece in row.region])
+
+
+def text_result(
+    model: LatentModel, task: Task, split: str, found: Likelihood, seed: int | None, name: str
+) -> dict[str, Any]:
+    """Return result.json of running text: how well it is predicted, and what predicted it."""
+    return {
+        "task": {"name": task.name, "version": task.version, **asdict(task)},
+        "split": split,
+        "n": len(found.losses),
+        "n_tokens": sum(found.n_tokens),
+        "n_unknown": found.n_unknown,
+        "n_left_out": found.n_left_out,
+        "nll": found.nll,
+        "ci95": list(found.interval),
+        "perplexity": math.exp(found.nll),
+        "method": {"name": model.method.name, **asdict(model.method)},
+        "model": name,
+        "seed": seed,
+        "versions": versions(),
+        "device": device_name(model.device),
+    }

@@ -1,0 +1,174 @@
+"""A teacher that thinks in latents: its states and predictions as targets, against sums written by hand."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from innerloop import Cot, InputError, LatentModel, Pause, Slr
+from innerloop.methods import Method
+from innerloop.recipe import parse_recipe
+from innerloop.run import run_recipe
+from tests.methods.tools import MIXED, assert_close, by_region, change, gradients, stir, thought_of
+from tests.models import saved, tiny_model
+
+TEACHER = Slr(n_slots=3, max_loops=3)
+STUDENT = Slr(n_slots=3, max_loops=3, teacher_thinks="latents", teacher="-", hid_weight=1.0, kd_weight=1.0)
+
+
+def made(method: Method, seed: int = 0, **changes) -> LatentModel:
+    model = tiny_model(method, "gpt2", seed, num_hidden_layers=2, **changes)
+    stir(model)
+    return model
+
+
+def student_of(teacher: LatentModel, folder: Path, seed: int = 0, **fields) -> LatentModel:
+    return made(change(STUDENT, teacher=str(saved(teacher, folder / "teacher")), **fields), seed)
+
+
+def states_of(model: LatentModel) -> list[Tensor]:
+    """The states h_1..h_T of all rows (B, N, D)."""
+    with torch.no_grad():
+        return [state for _, state in thought_of(model, MIXED).loop.states]
+
+
+@by_region
+def test_a_model_that_is_its_teacher_has_nothing_to_learn_from_it(scope, tmp_path: Path):
+    teacher = made(change(TEACHER, loop_scope=scope))
+    student = student_of(teacher, tmp_path, loop_scope=scope)
+    terms = student.eval().loss(MIXED).terms
+    assert terms["hid"] < 1e-6 and terms["kd"].abs() < 1e-6
+    other = student_of(made(change(TEACHER, loop_scope=scope), seed=3), tmp_path, loop_scope=scope).eval()
+    assert min(other.loss(MIXED).terms[name] for name in ("hid", "kd")) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("step_map", "pairs"), [("stretch", {3: (2, 4, 5), 2: (3, 5)}), ("one2one", {3: (1, 2, 5), 2: (1, 2)})]
+)
+@pytest.mark.parametrize("scope", ["slots", "all"])
+def test_the_terms_are_those_of_sums_by_hand(step_map, pairs, scope, tmp_path: Path):
+    """The teacher is wider and iterates five times; rows of the student three times, or, cut short, twice."""
+    teacher = made(change(TEACHER, max_loops=5, loop_scope=scope), seed=3, hidden_size=48)
+    student = student_of(teacher, tmp_path, hid_width=48, step_map=step_map, loop_scope=scope).double().eval()
+    student.load_teacher().double()
+    teacher = copy.deepcopy(student.load_teacher())
+    ours, theirs = states_of(student), states_of(teacher)
+    for t in (3, 2):
+        rows = student.rows(MIXED)
+        for row in rows:
+            row.n_loops = t
+        batch = student.batch(rows)
+        real = student.think(batch).state_mask
+        real = torch.ones(ours[0].shape[:2]) if real is None else real
+        spread = torch.stack(theirs)[:, real.bool()].float().std()
+        total = 0.0
+        for row, mask in enumerate(real.bool()):
+            distances = [
+                smooth_l1_loss(student.follower(ours[i][row, mask]) / spread, theirs[at - 1][row, mask] / spread).item()
+                for i, at in enumerate(pairs[t])
+            ]
+            total += sum(distances) / len(distances) / len(real)
+        with torch.no_grad():
+            out, logits = student(batch), student.written_logits(batch, student.think(batch))
+        wanted = torch.cat(teacher.answer_logits(MIXED))
+        p, q = (wanted / 2).softmax(-1), (logits / 2).softmax(-1)
+        assert out.terms["hid"].item() == pytest.approx(total, abs=1e-5)
+        assert out.terms["kd"].item() == pytest.approx(4 * (p * (p / q).log()).sum(-1).mean().item(), abs=1e-5)
+        assert out.loss.item() == pytest.approx(sum(out.terms.values()).item(), abs=1e-5)
+        student.loss_chunk = 3
+        assert student(batch).terms["kd"].item() == pytest.approx(out.terms["kd"].item(), abs=1e-6)
+
+
+def test_gradients_reach_the_student_alone(tmp_path: Path):
+    student = student_of(made(TEACHER, seed=3, hidden_size=48), tmp_path, hid_width=48, answer_weight=0.0).train()
+    got = gradients(student, student.loss(MIXED).loss)
+    assert all(got[name].abs().max() > 0 for name in ("follower.weight", "loop.time.table"))
+    teacher = student.load_teacher()
+    assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert not any("teacher" in name for name in student.state_dict())
+    by_chunks = copy.deepcopy(student)
+    by_chunks.eval().loss_chunk = 2
+    assert_close(by_chunks.loss(MIXED).loss, student.eval().loss(MIXED).loss, 1e-5)
+
+
+def test_rows_that_stop_early_on_either_side_keep_their_last_state(tmp_path: Path):
+    at_once = {"stop": "delta", "stop_threshold": -math.inf}
+    student = student_of(made(change(TEACHER, **at_once), seed=3), tmp_path, **at_once).eval()
+    assert all(math.isfinite(student.loss(MIXED).terms[name]) for name in ("hid", "kd"))
+
+
+def test_what_was_learned_from_a_wider_teacher_answers_with_other_numbers_of_loops(tmp_path: Path):
+    student = student_of(made(TEACHER, seed=3, hidden_size=48), tmp_path, hid_width=48)
+    again = LatentModel.from_pretrained(saved(student, tmp_path / "student"), device="cpu")
+    assert again.generate(["3 ; + 4"], loops=5, max_new_tokens=2)[0].cost.passes > 5
+    steps = change(STUDENT, teacher_thinks="steps", kd_weight=0.0, hid_width=48)
+    assert (steps.with_loops(2).max_loops, steps.with_loops(2).hid_width) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "fields", "words"),
+    [
+        (Slr(n_slots=4), {}, {}, "lays out a question in another way than this model"),
+        (change(TEACHER, loop_scope="last"), {}, {}, "lays out a question in another way"),
+        (Cot(), {}, {}, "the tokens of the teacher in .* have other ids"),
+        (Pause(n_pauses=3), {}, {}, "does not loop, so there are no states to follow"),
+        (TEACHER, {"hidden_size": 48}, {}, "states of width 48, this model follows with 32: set hid_width to 48"),
+        (TEACHER, {}, {"hid_width": 48}, "states of width 32, this model follows with 48: set hid_width to 32"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(method, changes, fields, words, tmp_path: Path):
+    student = student_of(made(method, **changes), tmp_path, **fields)
+    with pytest.raises(InputError, match=words):
+        student.loss(MIXED)
+    assert not student._teacher
+
+
+def test_a_teacher_may_differ_in_width_where_only_its_predictions_are_learned(tmp_path: Path):
+    student = student_of(made(Pause(n_pauses=3), hidden_size=48), tmp_path, hid_weight=0.0)
+    assert set(student.loss(MIXED).terms) == {"answer", "kd"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"teacher": None}, "set teacher"),
+        ({"teacher": "self"}, "set teacher to its folder"),
+        ({"hid_weight": 0.0, "kd_weight": 0.0}, "hid_weight or kd_weight above 0"),
+        ({"teacher_thinks": "steps"}, "kd_weight is for what a teacher predicts on the same rows"),
+        ({"loop_scope": "append", "hid_weight": 0.0}, "loop_scope to slots, all or last"),
+        ({"hid_layers": "all"}, "leave hid_layers and hid_site out"),
+        ({"hid_site": "last"}, "leave hid_layers and hid_site out"),
+        ({"max_stage": 2}, "knows no written steps"),
+        ({"decoder": "linear", "classes": ("1", "2")}, "decoder=linear writes nothing that could be predicted"),
+        ({"kd_weight": -1.0}, "weights of the loss cannot be negative"),
+        ({"kd_temperature": 0.0}, "kd_temperature divides logits"),
+    ],
+)
+def test_impossible_settings_are_refused(fields, words):
+    with pytest.raises(InputError, match=words):
+        change(STUDENT, **fields)
+
+
+def test_a_run_that_cannot_learn_from_its_teacher_is_refused_before_anything_is_written(tmp_path: Path):
+    scratch = {"type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    raw = {
+        "task": {"name": "chain", "n_ops": 2, "n_train": 16},
+        "backbone": {"scratch": {**scratch, "num_attention_heads": 2}},
+        "method": {"name": "slr", "n_slots": 3, "max_loops": 2},
+        "train": {"max_steps": 2, "batch_size": 4, "use_cpu": True, "save_strategy": "no"},
+        "out": str(tmp_path / "teacher"),
+    }
+    run_recipe(parse_recipe(raw))
+    learns = {"teacher": raw["out"], "teacher_thinks": "latents", "hid_weight": 1.0, "kd_weight": 1.0}
+    taught = {**raw, "method": {**raw["method"], **learns}, "out": str(tmp_path / "taught")}
+    other = {"method": {**taught["method"], "n_slots": 2}}
+    cached = {"train": {**raw["train"], "teacher_cache": str(tmp_path / "states")}}
+    for changes, words in ((other, "lays out a question in another way"), (cached, "leave teacher_cache out")):
+        with pytest.raises(InputError, match=words):
+            run_recipe(parse_recipe({**taught, **changes}))
+    assert not (tmp_path / "taught" / "config.yaml").exists()
+    assert (run_recipe(parse_recipe(taught)) / "finished").exists()
