@@ -62,15 +62,15 @@ class Writer:
         Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that had to
         follow it is 0, as nothing was chosen.
         """
-        drawn_R, allowed_RV = None, without(self.allowed(), suppressed)
+        drawn_R, allowed_RV = None, self.allowed()
         if self.uniforms is not None:
             at_R = self.n_written_R.clamp(max=self.uniforms.shape[1] - 1)
             drawn_R = self.uniforms.gather(1, at_R[:, None])[:, 0]
-        free_R = choose(allowed_RV, temperature, drawn_R)
+        free_R = choose(allowed_RV, suppressed, temperature, drawn_R)
         ids_R = self.settle(free_R)
         is_written = ids_R != NOTHING
         if with_likelihoods:
-            likely_R = allowed_RV.float().log_softmax(-1).gather(1, free_R[:, None])[:, 0]
+            likely_R = without(allowed_RV, suppressed).float().log_softmax(-1).gather(1, free_R[:, None])[:, 0]
             self.likely_R = torch.where(ids_R == free_R, likely_R, 0.0)
         if self.context.meter is not None:
             self.context.meter.count_logits(self.context.rows, (self.ends_R > 0) & is_written)
@@ -322,12 +322,13 @@ def without(logits_RV: Tensor, suppressed: Tensor) -> Tensor:
     return logits_RV.index_fill(1, suppressed, -torch.inf) if len(suppressed) else logits_RV
 
 
-def choose(logits_RV: Tensor, temperature: float, drawn_R: Tensor | None) -> Tensor:
+def choose(logits_RV: Tensor, suppressed: Tensor, temperature: float, drawn_R: Tensor | None) -> Tensor:
     """Return the next token of each row (R,): the likeliest, or at a temperature the one that a number points at.
 
     ``drawn_R`` are numbers in [0, 1); a row's token is where its cumulative probability passes them, so that it depends
     on nothing but the row.
     """
+    logits_RV = without(logits_RV, suppressed)
     if temperature == 0:
         return logits_RV.argmax(-1)
     assert drawn_R is not None
