@@ -221,8 +221,12 @@ def _result(recipe: Recipe, exam: Exam) -> dict[str, Any] | None:
     """Return the result of a point that has been tested by this exam."""
     path = Path(recipe.out) / "result.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    is_same = {**_written(Exam()), **result.get("exam", {})} == _written(exam)
-    return result if "variant" in result and is_same else None
+    return result if "variant" in result and _is_same(result, exam) else None
+
+
+def _is_same(result: Mapping[str, Any], exam: Exam) -> bool:
+    """Tell whether a result is of an exam; what it does not say of its own was as it is by default."""
+    return {**_written(Exam()), **result.get("exam", {})} == _written(exam)
 
 
 def _written(exam: Exam) -> dict[str, Any]:
