@@ -425,6 +425,26 @@ def test_a_stage_may_freeze_what_the_one_before_trained(tmp_path: Path, capsys):
     assert code == 2 and "backbone.freeze needs weights worth keeping" in err
 
 
+def test_eval_draws_several_answers_or_searches_and_says_so(run: Path, tmp_path: Path, capsys):
+    few = ["--out", tmp_path, "--max-new-tokens", 3, "--limit", 3]
+    asked = {"max_new_tokens": 3, "samples": 4, "pick": "vote", "temperature": 1.5, "seed": 5}
+    code, out, _ = innerloop(capsys, "eval", run, *few, "--samples", 4, "--temperature", 1.5, "--seed", 5)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert code == 0 and "slr, vote of 4 at temperature 1.5 on chain/test" in out and result["asked"] == asked
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [len(p["samples"]) for p in predictions] == [4, 4, 4] and result["cost"]["loops"] == 2
+    assert innerloop(capsys, "eval", run, *few, "--beams", 3)[0] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["asked"] == {"max_new_tokens": 3, "beams": 3} and result["cost"]["loops"] == 2
+    for wrong, words in (
+        (["--samples", 2, "--temperature", 0], "are all the same"),
+        (["--samples", 2, "--pick", "likelihood", "--controls", "true"], "are of one answer"),
+        (["--samples", 2, "--backend", "lm-eval", "--tasks", "x"], "say themselves how"),
+    ):
+        code, _, err = innerloop(capsys, "eval", run, *few, *wrong)
+        assert code == 2 and words in err
+
+
 def test_eval_runs_another_number_of_loops_where_there_are_loops(run: Path, tmp_path: Path, capsys):
     passes, ran = [], []
     for loops in (0, 5):

@@ -3,22 +3,24 @@ import math
 import os
 import queue
 import signal
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from innerloop import points
+from innerloop import latency, points
 from innerloop import suite as suites
-from innerloop.compare import suite_standings
+from innerloop.compare import suite_standings, timed
 from innerloop.errors import InputError
 from innerloop.measure.statistics import over_seeds
 from innerloop.methods import METHODS
 from innerloop.points import run_suite
 from innerloop.recipe import Recipe
 from innerloop.standing import standing_table
-from innerloop.suite import load_suite, parse_suite, seed_means, suite_report
+from innerloop.suite import Exam, load_suite, parse_suite, seed_means, suite_report
 
 SUITES = sorted(Path("recipes/suites").glob("*.yaml"))
 SCRATCH = {
@@ -130,6 +132,12 @@ def test_without_a_warm_up_points_start_from_scratch(path: Path):
         ({"warmup": {}}, "a suite has no section 'warmup' (did you mean 'warm_up'?)"),
         ({"test": {"splt": "test"}}, "test.splt"),
         ({"out": None}, "the suite has no 'out' folder"),
+        ({"variants": {"a": {}, "b": {"of": "c", "test": {"beams": 2}}}}, "variant 'b' is of 'c', no variant that is"),
+        ({"variants": {"a": {}, "b": {"of": "a"}}}, "variant 'b' is the same as 'a'"),
+        ({"variants": {"a": {}, "b": {"of": "a", "train": {}}}}, "so it cannot set train"),
+        ({"variants": {"a": {"test": {"limit": 3}}}}, "its test may set samples, pick, temperature, beams, not limit"),
+        ({"variants": {"a": {"test": {"samples": 2, "temperature": 0}}}}, "variant 'a': 2 samples at temperature 0"),
+        ({"test": {"samples": 2, "controls": True}}, "controls are of one answer"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(path: Path, changes: dict, words: str):
@@ -188,6 +196,82 @@ def test_a_point_that_fails_stops_no_other(path: Path):
     plain, failed = run_suite(load_suite(path, seeds=[0]))
     assert plain["n"] == 5 and "longer than max_length" in failed["error"] and "accuracy" not in failed
     assert [row["variant"] for row in seed_means([plain, failed])] == ["plain"]
+
+
+@contextmanager
+def here():
+    """Workers that do everything at once, in this process."""
+
+    def submit(function, *arguments):
+        done: Future = Future()
+        try:
+            done.set_result(function(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    yield points.Workers(submit, queue.Queue())
+
+
+def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeypatch):
+    raw = {**yaml.safe_load(path.read_text()), "warm_up": None, "seeds": [0]}
+    vote, best = {"samples": 3, "temperature": 1.0}, {"samples": 3, "pick": "likelihood", "temperature": 1.0}
+    raw["test"] |= {"limit": 3, "loops": [1]}
+    raw["variants"] = {
+        "vote": {"of": "plain", "test": vote},
+        "plain": {},
+        "best": {"of": "plain", "test": best},
+        "search": {"of": "plain", "test": {"beams": 2}},
+    }
+    suite = parse_suite(raw)
+    assert suite.exam_of("plain") == suite.exam and suite.exam_of("search").attempts.beams == 2
+    trained = []
+    monkeypatch.setattr(
+        points, "run_recipe", lambda r, before=points.run_recipe, **o: (trained.append(r), before(r, **o))
+    )
+    results = {r["variant"]: r for r in run_suite(suite, on=here)}
+    out = Path(raw["out"])
+    assert list(results) == list(raw["variants"]) and [r.out for r in trained] == [str(out / "plain" / "0")]
+    assert not (out / "vote" / "0" / "checkpoint").exists() and results["vote"]["model"] == str(out / "plain" / "0")
+    assert results["vote"]["asked"] == {"samples": 3, "pick": "vote", "temperature": 1.0, "seed": 0}
+    assert results["search"]["asked"] == {"beams": 2} and "asked" not in results["plain"]
+    assert "loops" in results["plain"] and "loops" not in results["vote"]  # those are of the run
+    assert list(results["vote"]["also"]["longer"]) == ["trained"] and results["vote"]["n"] == 3
+    assert results["vote"]["cost"]["loops"] == results["plain"]["cost"]["loops"] == 2  # thought about once
+    drawn = [
+        [json.loads(line)["samples"] for line in (out / name / "0" / "predictions.jsonl").read_text().splitlines()]
+        for name in ("vote", "best")
+    ]
+    assert drawn[0] == drawn[1] and all(len(samples) == 3 for samples in drawn[0])
+
+    standings = suite_standings(suite, list(results.values()))
+    runs = {s.name: Path(suite.run_of(s.name, 0)) for s in standings}
+    tried = {s.name: suite.exam_of(s.name).attempts for s in standings}
+    task = suite.points["plain", 0].task
+    monkeypatch.setattr(latency, "REPEATS", 1)
+    monkeypatch.setattr(latency, "peak_memory", lambda job, device: 0)
+    rows = timed(standings, task, [e.question for e in task.examples("test", 1)], out, runs, tried)
+    assert standing_table(rows).row_count == 4 and all(row.seconds > 0 for row in rows)
+    assert set(json.loads((out / "times.json").read_text())["attempts"]) == {"vote", "best", "search"}
+
+    run_suite(suite, on=here)
+    assert len(trained) == 1  # nothing is answered again either, until the run is another
+    later = (out / "vote" / "0" / "result.json").stat().st_mtime + 5
+    os.utime(out / "plain" / "0" / "checkpoint" / "innerloop.json", (later, later))
+    assert [points._known(suite, (name, 0)) is None for name in raw["variants"]] == [True, False, True, True]
+
+
+def test_what_answers_with_a_run_that_failed_fails_for_its_reason(path: Path):
+    raw = {**yaml.safe_load(path.read_text()), "warm_up": None, "seeds": [0]}
+    raw["variants"] = {"plain": {"train": {"max_length": 1}}, "vote": {"of": "plain", "test": {"samples": 2}}}
+    plain, vote = run_suite(parse_suite(raw), on=here)
+    assert "longer than max_length" in plain["error"]
+    assert vote["error"] == f"'plain' failed, whose run it answers with: {plain['error']}"
+
+
+def test_points_tested_before_there_were_attempts_are_not_tested_again():
+    old = {"variant": "a", "exam": {"split": "test", "limit": None, "loops": [], "also": {}, "controls": False}}
+    assert points._is_same(old, Exam()) and not points._is_same(old, Exam(samples=2))
 
 
 def test_means_over_seeds_by_hand():

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from innerloop.attempts import Attempts
 from innerloop.errors import InputError
 from innerloop.examples import Example, read_examples, write_examples
 from innerloop.methods import (
@@ -32,6 +33,7 @@ from innerloop.trainer import LatentTrainer, LatentTrainingArguments
 
 __all__ = [
     "AdaInfer",
+    "Attempts",
     "Chain",
     "Coconut",
     "Codi",

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from innerloop import checkpoint
+from innerloop.attempts import Attempts
 from innerloop.cost import Cost, mean_cost
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example
@@ -295,7 +296,9 @@ def compare_suite(
     if standings and n_timed:
         task, exam = next(iter(suite.points.values())).task, suite.exam
         questions = [example.question for example in task.examples(exam.split, min(n_timed, exam.limit or n_timed))]
-        standings = timed(standings, task, questions, folder)
+        runs = {s.name: Path(suite.run_of(s.name, s.results[0]["seed"])) for s in standings}
+        tried = {s.name: suite.exam_of(s.name).attempts for s in standings}
+        standings = timed(standings, task, questions, folder, runs, tried)
     _show(standings, chosen, folder, f"Suite {Path(path).stem}", console, failed, shown)
     if failed:
         raise InputError(failure_sentence(failed, len(points)))
@@ -321,9 +324,20 @@ def _show(
     console.print(f"the report is in {folder / REPORT}, every point in {folder / 'results.json'}", soft_wrap=True)
 
 
-def timed(standings: Sequence[Standing], task: Task, questions: Sequence[str], folder: Path) -> list[Standing]:
-    """Return rows with the times and the memory of the run of their first seed, measured in turns."""
-    measured = time_runs({s.name: s.folders[0] for s in standings}, task, questions, folder)["runs"]
+def timed(
+    standings: Sequence[Standing],
+    task: Task,
+    questions: Sequence[str],
+    folder: Path,
+    runs: Mapping[str, Path] | None = None,
+    attempts: Mapping[str, Attempts] | None = None,
+) -> list[Standing]:
+    """Return rows with the times and the memory of the run of their first seed, measured in turns.
+
+    ``runs`` are by name the folders of these runs, where they are not the rows' own; ``attempts`` say how they answer.
+    """
+    runs = {s.name: s.folders[0] for s in standings} if runs is None else runs
+    measured = time_runs(runs, task, questions, folder, attempts)["runs"]
     return [replace(s, turns=tuple(measured[s.name]["seconds"]), memory=measured[s.name]["memory"]) for s in standings]
 
 

@@ -50,6 +50,17 @@ def mean_cost(costs: list[Cost]) -> dict:
     return means | {"seconds": {phase: sum(c.seconds[phase] for c in costs) / n for phase in PHASES}}
 
 
+def total_cost(costs: Sequence[Cost]) -> Cost:
+    """Return what several answers cost together."""
+    whole = Cost()
+    for cost in costs:
+        for name in ("passes", "positions", "flops", "thought_tokens", "loops", "cached", "logits"):
+            setattr(whole, name, getattr(whole, name) + getattr(cost, name))
+        for phase in PHASES:
+            whole.seconds[phase] += cost.seconds[phase]
+    return whole
+
+
 class Meter:
     """Counts the work of ``n_rows`` rows while they run.
 

@@ -5,8 +5,9 @@
     writing   one batch, a token at each step; rows that have ended leave it, rows that have thought join it
 
 A wave thinks when there is room in the batch that writes; what does not fit yet is kept ready. So both phases run on
-full batches, whatever lengths answers have. Questions that are asked more than once are read and thought about once,
-and what all questions of a wave begin with is read once (`innerloop.prefix`).
+full batches, whatever lengths answers have. Questions that are asked more than once, and those of which several answers
+are drawn, are read and thought about once: they are of one wave, unless they are more than it holds. What all questions
+of a wave begin with is read once (`innerloop.prefix`).
 Where memory runs out, rows go back to those that wait and fewer run together from then on; see `Engine._give_way`.
 
     gens = generate(model, ["3 ; + 4 ; * 2"], max_new_tokens=8)
@@ -57,8 +58,11 @@ def generate(
     steps: Sequence[Sequence[str]] | None = None,
     max_positions: int | None = None,
     strict: bool = True,
+    samples: int = 1,
+    beams: int = 1,
+    likelihoods: bool = False,
 ) -> list[Generation]:
-    """Answer questions, in the order given.
+    """Answer questions, in the order given; the samples of each come after each other.
 
     Args:
         model: the model; it is put into evaluation mode for the time being.
@@ -66,7 +70,7 @@ def generate(
         max_new_tokens: the most tokens to write per question.
         batch_size: how many rows write, or think, together.
         temperature: 0 writes the likeliest token, above it tokens are drawn.
-        seed: of the draws; what is drawn for a question depends on it and on the question's index alone.
+        seed: of the draws; what is drawn depends on it, the question's index and the sample's number alone.
         trace: record what the loop did, with read-outs.
         stage: the curriculum's stage whose layout is used; None: the last.
         loops: another number of loops than the model was trained with.
@@ -76,9 +80,19 @@ def generate(
             ``batch_size``.
         strict: refuse them all if one cannot be answered (it is too long, empty, no text, or does not fit into memory
             by itself); otherwise that one alone fails, with its reason in ``error``.
+        samples: how many answers are drawn for each question. The first are those that fewer samples would give; what
+            they share is charged to one of them.
+        beams: how many texts a search for the likeliest one follows (`innerloop.beams`); 1 searches for nothing.
+        likelihoods: also tell the log-likelihood of what is written.
     """
-    engine = Engine(model, max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions)
-    results: list[Generation | None] = [None] * len(questions)
+    settings = (model, max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions)
+    if beams == 1:
+        engine = Engine(*settings, samples, likelihoods)
+    else:
+        from innerloop.beams import BeamEngine
+
+        engine = BeamEngine(*settings, samples, beams=beams)
+    results: list[Generation | None] = [None] * (samples * len(questions))
     for found in engine.groups(questions, steps, strict):
         for index, generation in found:
             results[index] = generation
@@ -104,11 +118,18 @@ class Engine:
         stage: int | None = None,
         loops: int | None = None,
         max_positions: int | None = None,
+        samples: int = 1,
+        likelihoods: bool = False,
     ):
         if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
             raise InputError("generation needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
         if max_positions is not None and max_positions < 1:
             raise InputError("max_positions must be at least 1, or left out")
+        if samples < 1 or (samples > 1 and temperature == 0):
+            raise InputError(f"{samples} samples: give at least 1, and a temperature above 0 for several to differ")
+        if samples > 1 and isinstance(model.decoder, Classifier):
+            raise InputError("this model answers by a class, and draws nothing: take one sample")
+        self.samples, self.likelihoods = samples, likelihoods
         self.model, self.max_new_tokens, self.batch_size = model, max_new_tokens, batch_size
         self.temperature, self.seed, self.traces = temperature, seed, trace
         self.stage, self.loops, self.max_positions = stage, loops, max_positions
@@ -120,6 +141,7 @@ class Engine:
         self.meter = Meter(0, model.device)
         self.free: list[int] = []  # rows of the meter that nobody uses
         self.pending: list[Tensor] = []  # tokens chosen since the last look
+        self.likely: list[Tensor] = []  # their log-probabilities, where asked for
         self.ticks: list[float] = []  # and the seconds of each step
         self.spent, self.mark = 0.0, 0.0
         self.thinking: list[Seat] = []  # the wave that is being read
@@ -130,7 +152,7 @@ class Engine:
     def run(
         self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None = None, strict: bool = True
     ) -> Iterator[tuple[int, Generation]]:
-        """Yield each question's index and generation as soon as it is answered.
+        """Yield each answer's index (question * samples + sample) and generation as soon as it is there.
 
         Between two of them the model is in the mode that it was in, and others may use it.
         """
@@ -156,7 +178,7 @@ class Engine:
             self.waiting.clear()
             self.ready = self.writer = self.most = None
             self.thinking, self.joining, self.answered = [], [], []
-            self.pending, self.ticks, self.spent, self.is_busy = [], [], 0.0, False
+            self.pending, self.likely, self.ticks, self.spent, self.is_busy = [], [], [], 0.0, False
 
     # Questions
 
@@ -165,6 +187,7 @@ class Engine:
     ) -> list[tuple[int, Generation]]:
         """Lay questions out and let them wait, the shortest first; return those that cannot be answered."""
         seats, refused = [], []
+        twins: dict[tuple[int, ...], int] = {}
         for index, question in enumerate(questions):
             told = (() if steps is None else steps[index]) if self.traces else None
             try:
@@ -172,10 +195,13 @@ class Engine:
             except Exception as error:  # a tokenizer names no errors of its own
                 if strict:
                     raise
-                refused.append((index, failed(self.model, " ".join(str(error).split()))))
+                reason = " ".join(str(error).split())
+                refused += [(index * self.samples + s, failed(self.model, reason)) for s in range(self.samples)]
                 continue
-            seats.append(Seat(index, row, self._budget(row), blocks=blocks))
-        self.waiting.extend(sorted(seats, key=lambda seat: len(seat.row)))
+            twin, budget = twins.setdefault(tuple(row.ids()), len(twins)), self._budget(row)
+            for s in range(self.samples):
+                seats.append(Seat(index * self.samples + s, row, budget, blocks=blocks, draw=(index, s), twin=twin))
+        self.waiting.extend(sorted(seats, key=lambda seat: seat.order))
         n_places = min(2 * self.batch_size, len(seats))
         self.meter, self.free = Meter(n_places, self.model.device), list(range(n_places))
         return refused
@@ -196,6 +222,9 @@ class Engine:
             if room is not None and need > room and (wave or busy):
                 break
             wave.append(self.waiting.popleft())
+        if self.waiting and wave and self.waiting[0].twin == wave[-1].twin != wave[0].twin:
+            while wave[-1].twin == self.waiting[0].twin:  # they come together, and are read once
+                self.waiting.appendleft(wave.pop())
         return wave
 
     # Steps
@@ -234,7 +263,7 @@ class Engine:
         fell = self.thinking or seats
         if not self.thinking:
             self.ready = self.writer = None
-            self.pending, self.ticks = [], []
+            self.pending, self.likely, self.ticks = [], [], []
         self.thinking, self.joining = [], []
         self._release(fell)
         if len(seats) == 1:
@@ -242,8 +271,8 @@ class Engine:
             told = f"the question takes {n} positions and does not fit into memory by itself ({reason}); shorten it"
             self.answered.append((index, failed(self.model, told)))
         else:
-            fresh = [Seat(seat.index, seat.row, self._budget(seat.row), blocks=seat.blocks) for seat in fell]
-            self.waiting = deque(sorted([*fresh, *self.waiting], key=lambda seat: len(seat.row)))
+            fresh = [seat.anew(self._budget(seat.row)) for seat in fell]
+            self.waiting = deque(sorted([*fresh, *self.waiting], key=lambda seat: seat.order))
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -256,14 +285,15 @@ class Engine:
         writer = self.writer
         if writer is None:
             return
-        writer.choose(self.suppressed, self.temperature)
+        writer.choose(self.suppressed, self.temperature, self.likelihoods)
         self.pending.append(writer.chosen_R)
+        if writer.likely_R is not None:
+            self.likely.append(writer.likely_R)
         now = time.perf_counter()
         self.ticks.append(self.spent + now - self.mark)
         self.spent, self.mark = 0.0, now
-        every = CHECK_EVERY or (1 if self.model.device.type == "cpu" else 8)
         n = len(self.pending)
-        if n >= every or n >= min(seat.budget - len(seat.written) for seat in writer.seats):
+        if n >= check_every(self.model.device) or n >= min(seat.budget - len(seat.written) for seat in writer.seats):
             self._collect(writer)
         if writer.seats:
             writer.write()
@@ -307,11 +337,11 @@ class Engine:
     def _think(self, wave: list[Seat]) -> Writer | None:
         """Prefill and thought of a wave, and the logits of its first tokens; None where its answers are classes."""
         model = self.model
-        first: dict[tuple[int, ...], int] = {}  # rows that are asked the same are read once
-        same = [
-            i if self.traces else first.setdefault(tuple(seat.row.ids()), len(first)) for i, seat in enumerate(wave)
-        ]
+        first: dict[int, int] = {}  # rows that are asked the same are read once
+        same = [i if self.traces else first.setdefault(seat.twin, len(first)) for i, seat in enumerate(wave)]
         seats = [wave[same.index(i)] for i in range(len(set(same)))]
+        for seat, i in zip(wave, same):
+            seat.charged = self.samples == 1 or seat is seats[i]
         record = self._seat_traced(wave) if self.traces else None
         if record is None:
             for seat in wave:
@@ -329,7 +359,7 @@ class Engine:
         thought = think(model.method, model.loop, batch, context, record, model.read_out, stem=model.spell.stem())
         if thought.loop is not None:
             for seat, i in zip(wave, same):
-                seat.n_loops = thought.loop.n_loops[i]
+                seat.n_loops = seat.charged * thought.loop.n_loops[i]
         if isinstance(model.decoder, Classifier):
             self._classify(wave, same, thought)
             return None
@@ -364,7 +394,7 @@ class Engine:
     def _uniforms(self, seats: Sequence[Seat]) -> Tensor:
         """Return the numbers that draw each row's tokens (R, budget)."""
         n = max(seat.budget for seat in seats)
-        drawn = np.stack([np.random.default_rng([self.seed, seat.index]).random(n) for seat in seats])
+        drawn = np.stack([np.random.default_rng([self.seed, *seat.draw]).random(n) for seat in seats])
         return torch.from_numpy(drawn).to(self.model.device)
 
     def _places(self, seats: Sequence[Seat]) -> Tensor:
@@ -383,10 +413,11 @@ class Engine:
         """Move chosen tokens to the host; rows that have ended leave."""
         tokens = torch.stack(self.pending, dim=1).tolist()
         ticks = [seconds / len(writer.seats) for seconds in self.ticks]
-        self.pending, self.ticks = [], []
+        likely = torch.stack(self.likely, dim=1).tolist() if self.likely else [None] * len(tokens)
+        self.pending, self.likely, self.ticks = [], [], []
         eos, n_ends = self.model.spell.eos_id, self.model.method.n_ends
-        for seat, ids in zip(writer.seats, tokens):
-            seat.take(ids, ticks, eos, n_ends)
+        for seat, ids, log_probs in zip(writer.seats, tokens, likely):
+            seat.take(ids, ticks, eos, n_ends, log_probs)
         done = [seat for seat in writer.seats if seat.is_done(n_ends)]
         if not done:
             return
@@ -415,6 +446,11 @@ class Engine:
             found.append((seat.index, traced(model, seat, Generation(ANSWER_PREFIX + answer, answer, cost))))
         self._release(wave)
         self.answered += found
+
+
+def check_every(device: torch.device) -> int:
+    """Return how many tokens there are between two looks."""
+    return CHECK_EVERY or (1 if device.type == "cpu" else 8)
 
 
 @contextmanager

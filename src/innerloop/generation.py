@@ -37,6 +37,7 @@ class Generation:
         depths: each token of the question, and each written one that was read, with the number of its iterations
             inside the model; empty for methods without.
         ids: the tokens written, the ends of sequence among them.
+        log_likelihood: the sum of their log-probabilities, where asked for; see `Writer.choose`.
         error: why nothing was written, where the question could not be answered.
     """
 
@@ -48,6 +49,7 @@ class Generation:
     blocks: tuple[ShownStep, ...] = ()
     depths: tuple[tuple[str, int], ...] = ()
     ids: list[int] = field(default_factory=list)
+    log_likelihood: float | None = None
     error: str | None = None
 
 
@@ -56,17 +58,21 @@ class Seat:
     """A question while it is answered.
 
     Attributes:
-        index: which of the questions it is.
+        index: which of the answers it will be.
         row: its layout.
         budget: how many tokens may be written.
         place: its row of the meter.
         blocks: the steps that its latents should show.
+        draw: what its draws depend on besides the seed: which question it is, and which of its samples.
+        twin: a number that seats have in common whose rows are the same.
+        charged: whether the thought that its answer rests on is charged to it, not to another sample of its question.
         written: the tokens so far.
         ticks: the seconds of each, its share of the batch's.
         waited: the seconds since the last token in which the row waited.
         n_ends: ends of sequence among them.
         n_loops: iterations of its latents.
         n_latents: latents read while writing.
+        log_likelihood: of what is written, where asked for.
         record: the trace of its batch, and its row there.
         opened: the same of each block that it has opened while writing.
     """
@@ -76,22 +82,42 @@ class Seat:
     budget: int
     place: int = 0
     blocks: Sequence[ShownBlock] = ()
+    draw: tuple[int, ...] = ()
+    twin: int = 0
+    charged: bool = True
     written: list[int] = field(default_factory=list)
     ticks: list[float] = field(default_factory=list)
     waited: float = 0.0
     n_ends: int = 0
     n_loops: int = 0
     n_latents: int = 0
+    log_likelihood: float | None = None
     record: tuple[Trace, int] | None = None
     opened: list[tuple[Trace, int]] = field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its place among those that wait: the shortest first, and rows that are the same after each other."""
+        return len(self.row), self.twin
+
+    def anew(self, budget: int) -> Seat:
+        """Return the seat as it was before it was read."""
+        return Seat(self.index, self.row, budget, blocks=self.blocks, draw=self.draw, twin=self.twin)
 
     def is_done(self, n_ends: int) -> bool:
         """Return whether it may write no more."""
         return self.n_ends >= n_ends or len(self.written) >= self.budget
 
-    def take(self, ids: Sequence[int], ticks: Sequence[float], eos: int, n_ends: int) -> None:
+    def take(
+        self,
+        ids: Sequence[int],
+        ticks: Sequence[float],
+        eos: int,
+        n_ends: int,
+        log_probs: Sequence[float] | None = None,
+    ) -> None:
         """Take over tokens that were chosen for it, up to where it ends."""
-        for token, seconds in zip(ids, ticks):
+        for i, (token, seconds) in enumerate(zip(ids, ticks)):
             if self.is_done(n_ends):
                 break
             if token == NOTHING:
@@ -99,6 +125,8 @@ class Seat:
                 continue
             self.ticks.append(seconds + self.waited)
             self.written.append(token)
+            if log_probs is not None:
+                self.log_likelihood = (self.log_likelihood or 0.0) + log_probs[i]
             self.waited = 0.0
             self.n_ends += token == eos
 
@@ -114,7 +142,7 @@ def finish(model: LatentModel, seats: Sequence[Seat], meter: Meter) -> list[Gene
         n_steps, n_marked = n_step_tokens(model, ids, text)
         if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
             n_steps -= ids[:n_steps].count(model.spell.eos_id)
-        cost.thought_tokens = model.n_thought_positions(seat.row) + seat.n_latents + n_steps
+        cost.thought_tokens = seat.charged * model.n_thought_positions(seat.row) + seat.n_latents + n_steps
         cost.loops = seat.n_loops
         cost.seconds["thought"] += sum(seat.ticks[:n_marked])
         cost.seconds["answer"] += sum(seat.ticks[n_marked:])
@@ -123,6 +151,7 @@ def finish(model: LatentModel, seats: Sequence[Seat], meter: Meter) -> list[Gene
         own = depths[seat.place][: len(seat.row) + len(ids) - 1]  # a row that has ended may ride along for a while
         tokens = model.tokenizer.convert_ids_to_tokens([*seat.row.ids(), *ids]) if own else []
         one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
+        one.log_likelihood = seat.log_likelihood
         results.append(traced(model, seat, one))
     return results
 

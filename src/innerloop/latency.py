@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from innerloop import checkpoint
+from innerloop.attempts import ONCE, Attempts
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.memory import peak_memory
 from innerloop.model import LatentModel
@@ -24,29 +26,38 @@ TIMES = "times.json"
 REPEATS = 5
 
 
-def time_runs(runs: Mapping[str, Path], task: Task, questions: Sequence[str], folder: Path) -> dict[str, Any]:
+def time_runs(
+    runs: Mapping[str, Path],
+    task: Task,
+    questions: Sequence[str],
+    folder: Path,
+    attempts: Mapping[str, Attempts] | None = None,
+) -> dict[str, Any]:
     """Return, and keep in FOLDER/times.json, the times of runs that take turns, and the memory each needs.
 
     Args:
-        runs: folders by name; all models are held in memory together.
+        runs: folders by name; all models are held in memory together, one for each folder.
         task: says how much may be written.
         questions: what each answers in a turn, as one batch.
         folder: where times.json lies.
+        attempts: by name, how often each question is tried, where it is not once.
 
     Returns:
         ``n`` questions, ``repeats``, ``device``, ``versions``, and in ``runs`` by name ``seconds``, of an example in
         each turn, and ``memory``, the peak in bytes beyond the weights.
     """
-    models = {name: LatentModel.from_pretrained(path).eval() for name, path in runs.items()}
+    loaded = {path: LatentModel.from_pretrained(path).eval() for path in dict.fromkeys(runs.values())}
+    models = {name: loaded[path] for name, path in runs.items()}
+    tried = {name: one for name, one in (attempts or {}).items() if not one.is_plain}
     device = next(iter(models.values())).device
     asked = {"n": len(questions), "repeats": REPEATS, "device": device_name(device), "versions": versions()}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
+    if tried:
+        asked["attempts"] = {name: asdict(one) for name, one in tried.items()}
     if (known := _known(folder / TIMES, asked, list(runs.values()))) is not None:
         return known
-    jobs = {
-        name: partial(model.generate, questions, max_new_tokens=task.max_new_tokens, batch_size=max(len(questions), 1))
-        for name, model in models.items()
-    }
+    options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": max(len(questions), 1)}
+    jobs = {name: partial(tried.get(name, ONCE).answer, model, questions, **options) for name, model in models.items()}
     turns = take_turns(jobs, REPEATS, clock_of(device))
     found = {
         name: {"seconds": [s / len(questions) for s in seconds_of(turns[name])], "memory": peak_memory(job, device)}

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +21,10 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from innerloop.checkpoint import write_text
+from innerloop.checkpoint import SETTINGS, resolve, write_text
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.measure.accuracy import accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
 from innerloop.measure.controls import controls
 from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.model import LatentModel
@@ -99,17 +99,17 @@ def run_suite(
         InputError: before anything is trained, where a folder holds a point of another recipe.
     """
     check_points(suite)
-    missing = [key for key, recipe in suite.points.items() if _result(recipe, suite.exam) is None]
+    missing = [key for key in suite.points if _known(suite, key) is None]
     failed: dict[Key, str] = {}
     if missing:
         with (on or (lambda: local_workers(workers)))() as chosen, bar(console or Console()) as progress:
             failed = _shown(suite, missing, chosen, progress)
     results: list[dict[str, Any]] = []
-    for (variant, seed), recipe in suite.points.items():
+    for variant, seed in suite.points:
         if (variant, seed) in failed:
             results.append({"variant": variant, "seed": seed, "error": failed[variant, seed]})
         else:
-            results.append(_result(recipe, suite.exam) or {})
+            results.append(_known(suite, (variant, seed)) or {})
     return results
 
 
@@ -150,11 +150,11 @@ def check_tasks(suite: Suite) -> None:
 
 def _splits(suite: Suite) -> Iterator[tuple[str, Task, str]]:
     """Yield for each missing point, and the warm-ups they need, the name of the variant, a task and a split of it."""
-    missing = {key: recipe for key, recipe in suite.points.items() if _result(recipe, suite.exam) is None}
+    missing = {key: recipe for key, recipe in suite.points.items() if _known(suite, key) is None}
     seeds = {seed for _, seed in missing}
     needed = {**{("warm-up", seed): r for seed, r in suite.warm_ups.items() if seed in seeds}, **missing}
     for (variant, seed), recipe in needed.items():
-        if not (Path(recipe.out) / FINISHED).exists():
+        if not (Path(recipe.out) / FINISHED).exists() and variant not in suite.runs:
             for stage in recipe.stages or (recipe,):
                 yield variant, stage.task, "train"
                 if str(stage.train.get("eval_strategy", "no")) != "no":
@@ -182,9 +182,7 @@ def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any
     }
     rows |= {key: suite.points[key] for key in missing}
     bars = {
-        key: progress.add_task(
-            f"{key[0]} {key[1]}", total=sum(s.train.get("max_steps", 0) for s in r.stages or (r,)) or None, note=""
-        )
+        key: progress.add_task(f"{key[0]} {key[1]}", total=None if key[0] in suite.runs else _n_steps(r), note="")
         for key, r in rows.items()
     }
 
@@ -202,12 +200,33 @@ def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any
         listener.join()
 
 
+def _n_steps(recipe: Recipe) -> int | None:
+    """Return the steps of training of all stages, None where they are not told in steps."""
+    return sum(stage.train.get("max_steps", 0) for stage in recipe.stages or (recipe,)) or None
+
+
+def _known(suite: Suite, key: Key) -> dict[str, Any] | None:
+    """Return the result of a point that has been tested as the suite says, with the run as it is."""
+    recipe, result = suite.points[key], _result(suite.points[key], suite.exam_of(key[0]))
+    if result is None or key[0] not in suite.runs:
+        return result
+    run = Path(suite.run_of(*key))
+    if not (run / FINISHED).exists():
+        return None
+    trained = (Path(resolve(run)) / SETTINGS).stat().st_mtime
+    return result if (Path(recipe.out) / "result.json").stat().st_mtime >= trained else None
+
+
 def _result(recipe: Recipe, exam: Exam) -> dict[str, Any] | None:
     """Return the result of a point that has been tested by this exam."""
     path = Path(recipe.out) / "result.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    is_same = result.get("exam", _written(Exam())) == _written(exam)
-    return result if "variant" in result and is_same else None
+    return result if "variant" in result and _is_same(result, exam) else None
+
+
+def _is_same(result: Mapping[str, Any], exam: Exam) -> bool:
+    """Tell whether a result is of an exam; what it does not say of its own was as it is by default."""
+    return {**_written(Exam()), **result.get("exam", {})} == _written(exam)
 
 
 def _written(exam: Exam) -> dict[str, Any]:
@@ -215,8 +234,11 @@ def _written(exam: Exam) -> dict[str, Any]:
 
 
 def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Key, str]:
-    """Train the warm-ups that are needed, then the points; return why those that failed did."""
-    failed = {}
+    """Train the warm-ups that are needed, then the points, and test them; return why those that failed did.
+
+    Points that answer with the runs of others come last.
+    """
+    failed: dict[Key, str] = {}
     messages = workers.messages
     first: dict[int, Future[Any]] = {
         seed: workers.submit(_train, ("warm-up", seed), suite.warm_ups[seed], messages)
@@ -229,8 +251,22 @@ def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Ke
         for key in (k for k in missing if k[1] == seed):
             if error is not None:
                 failed[key] = f"the warm-up failed: {error}"
-            else:
-                jobs[workers.submit(_point, key, suite.points[key], suite.exam, messages)] = key
+            elif key[0] not in suite.runs:
+                jobs[workers.submit(_point, key, suite.points[key], suite.exam_of(key[0]), messages)] = key
+    failed |= _finished(jobs, messages)
+    jobs = {}
+    for key in (k for k in missing if k[0] in suite.runs and k not in failed):
+        if reason := failed.get((suite.runs[key[0]], key[1])):
+            failed[key] = f"'{suite.runs[key[0]]}' failed, whose run it answers with: {reason}"
+        else:
+            rest = (suite.exam_of(key[0]), messages, suite.run_of(*key))
+            jobs[workers.submit(_point, key, suite.points[key], *rest)] = key
+    return failed | _finished(jobs, messages)
+
+
+def _finished(jobs: Mapping[Future[Any], Key], messages: Any) -> dict[Key, str]:
+    """Wait for points; return why those that failed did."""
+    failed = {}
     for done in as_completed(jobs):
         if (error := done.exception()) is not None:
             name = "" if type(error) is InputError else f"{type(error).__name__}: "
@@ -261,31 +297,37 @@ def _train(key: Key, recipe: Recipe, messages: Any) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
 
 
-def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
-    """Train and test a point."""
-    _train(key, recipe, messages)
+def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None = None) -> None:
+    """Train and test a point; or test another's ``run`` in its way."""
     out = Path(recipe.out)
-    if not (out / FINISHED).exists():
-        raise InputError("interrupted; run the suite again to go on")
-    model, task = LatentModel.from_pretrained(recipe.out), recipe.task
+    if run is None:
+        _train(key, recipe, messages)
+        if not (out / FINISHED).exists():
+            raise InputError("interrupted; run the suite again to go on")
+    out.mkdir(parents=True, exist_ok=True)
+    model, task = LatentModel.from_pretrained(run or recipe.out), recipe.task
+    attempts, asked = exam.attempts, exam.attempts.asked(key[1])
+    answer = partial(evaluate, attempts=attempts, seed=key[1])
     examples = task.examples(exam.split, exam.limit)
-    facts = made_of(model, task, exam.split, examples, {"limit": exam.limit}, key[1])
+    facts = made_of(model, task, exam.split, examples, {"limit": exam.limit, **asked}, key[1])
     parts = Parts(out / EXAM_PARTS, facts)
-    steps = sum(stage.train.get("max_steps", 0) for stage in recipe.stages or (recipe,))
+    steps = 0 if run is not None else _n_steps(recipe) or 0
     parts.begins = lambda name: messages.put((key, steps, f"test: {name}"))
-    predictions = kept_predictions(parts, "accuracy", lambda: evaluate(model, task, examples))
+    predictions = kept_predictions(parts, "accuracy", lambda: answer(model, task, examples))
     result = {"variant": key[0], "exam": _written(exam)} | result_of(
-        model, task, exam.split, predictions, key[1], recipe.out
+        model, task, exam.split, predictions, key[1], run or recipe.out
     )
+    if asked:
+        result["asked"] = asked
     iterates = bool(exam.loops) and hasattr(model.method, "max_loops")
     for name, fields in exam.also.items():
         other = replace(task, **fields)  # type: ignore[type-var]
-        asked = other.examples(exam.split, exam.limit)
-        at, about = result.setdefault("also", {}).setdefault(name, {}), f"{name} {fields} {digest_of(asked)[:8]}"
-        at["trained"] = parts(f"{about} as trained", partial(_score, model, other, asked, None))
-        at.update(_curve(model, other, asked, exam.loops, parts, about)[0] if iterates else {})
+        others = other.examples(exam.split, exam.limit)
+        at, about = result.setdefault("also", {}).setdefault(name, {}), f"{name} {fields} {digest_of(others)[:8]}"
+        at["trained"] = parts(f"{about} as trained", partial(_score, answer, model, other, others, None))
+        at.update(_curve(answer, model, other, others, exam.loops, parts, about)[0] if iterates else {})
     if iterates:
-        result["loops"], refused = _curve(model, task, examples, exam.loops, parts, "accuracy")
+        result["loops"], refused = _curve(answer, model, task, examples, exam.loops, parts, "accuracy")
         if refused:
             result["loops_refused"] = refused
         if result["loops"]:
@@ -310,22 +352,30 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any) -> None:
 
 
 def _curve(
-    model: LatentModel, task: Task, examples: list[Example], loops: Sequence[int], parts: Parts, about: str
+    answer: Callable[..., list[Prediction]],
+    model: LatentModel,
+    task: Task,
+    examples: list[Example],
+    loops: Sequence[int],
+    parts: Parts,
+    about: str,
 ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
     """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
     scores: dict[int, dict[str, Any]] = {}
     refused: dict[int, str] = {}
     for n in loops:
         try:
-            scores[n] = parts(f"{about} of {n} loops", partial(_score, model, task, examples, n))
+            scores[n] = parts(f"{about} of {n} loops", partial(_score, answer, model, task, examples, n))
         except InputError as error:
             refused[n] = str(error)
     return scores, refused
 
 
-def _score(model: LatentModel, task: Task, examples: list[Example], loops: int | None) -> dict[str, Any]:
+def _score(
+    answer: Callable[..., list[Prediction]], model: LatentModel, task: Task, examples: list[Example], loops: int | None
+) -> dict[str, Any]:
     """Return accuracy and interval with a number of iterations."""
-    answered = evaluate(model, task, examples, loops=loops)
+    answered = answer(model, task, examples, loops=loops)
     n_correct = sum(p.correct for p in answered)
     return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
 

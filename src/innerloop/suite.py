@@ -16,32 +16,43 @@ In place of variants, a grid gives every combination of the values of fields:
 
     grid: {method.max_loops: [1, 2, 4], train.learning_rate: [1.0e-3, 3.0e-4]}
 
-A point is one variant with one seed, a run of its own in OUT/VARIANT/SEED. Points that are there are not trained again;
-a point that fails is listed and stops no other. In fields of a method, ``{warm_up}`` is the folder of the warm-up.
+A variant may answer with another's run, in another way (`innerloop.attempts`); it trains nothing, and is a row as well:
+
+      cot, vote of 4: {of: cot, test: {samples: 4, temperature: 0.7}}
+
+A point is one variant with one seed, in OUT/VARIANT/SEED: a run of its own, but for those. Points that are there are
+not trained again; a point that fails is listed and stops no other. In fields of a method, ``{warm_up}`` is the folder
+of the warm-up.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from innerloop.attempts import Attempts
 from innerloop.errors import InputError, nearest
 from innerloop.grid import Choices, Range, axis_of, grid_variants
 from innerloop.measure.statistics import over_seeds
 from innerloop.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field, typed
 
 SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
+TRIED = tuple(f.name for f in fields(Attempts))  # the fields of a test that a variant may set
 COSTS = ("passes", "positions", "flops", "thought_tokens", "loops")
 
 
 @dataclass(frozen=True)
-class Exam:
+class Exam(Attempts):
     """How every point is tested.
 
     Args:
+        samples: answers that are drawn for each example, by the seed of the point.
+        pick: which of several counts: the answer with most votes, or the likeliest text.
+        temperature: at which they are drawn; by default 0.7 for several, and 0 for one.
+        beams: texts that a beam search follows.
         split: which examples are answered.
         limit: how many; None: all.
         loops: for methods that iterate, numbers of iterations to answer with besides that of training.
@@ -57,7 +68,15 @@ class Exam:
     controls: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "loops", tuple(self.loops))
+        if self.controls and not self.is_plain:
+            raise InputError("controls are of one answer: leave out controls, or samples, temperature and beams")
+
+    @property
+    def attempts(self) -> Attempts:
+        """How an example is answered."""
+        return Attempts(**{name: getattr(self, name) for name in TRIED})
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,9 @@ class Suite:
         out: the folder of all runs.
         warm_ups: for each seed, what is trained first; empty: nothing is.
         points: the recipe of each (variant, seed), in the order of training.
-        exam: how they are tested.
+        exam: how they are tested, but for those of ``exams``.
+        exams: how variants are tested that say so themselves.
+        runs: by variant, the other variant whose runs it answers with.
         axes: of a grid, its fields with their values; empty: variants were listed.
         settings: of a grid, the value of each field by variant.
     """
@@ -79,6 +100,16 @@ class Suite:
     exam: Exam = field(default_factory=Exam)
     axes: tuple[Choices, ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exams: Mapping[str, Exam] = field(default_factory=dict)
+    runs: Mapping[str, str] = field(default_factory=dict)
+
+    def exam_of(self, variant: str) -> Exam:
+        """Return how a variant is tested."""
+        return self.exams.get(variant, self.exam)
+
+    def run_of(self, variant: str, seed: int) -> str:
+        """Return the folder of the run that a point answers with."""
+        return self.points[self.runs.get(variant, variant), seed].out
 
     @property
     def variants(self) -> list[str]:
@@ -130,6 +161,12 @@ def parse_suite(raw: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
         raise InputError(f"seeds is {chosen!r}, but must be a list of different whole numbers")
     if not isinstance(raw.get("out"), str):
         raise InputError("the suite has no 'out' folder")
+    exam = typed(Exam, raw.get("test") or {}, "test")
+    runs = _runs(variants)
+    exams = {name: _exam(exam, changed, name) for name, changed in variants.items() if "test" in changed}
+    variants = {
+        name: {k: v for k, v in variants[runs.get(name, name)].items() if k not in ("of", "test")} for name in variants
+    }
     common = {name: value for name, value in raw.items() if name in SECTIONS}
     warm_ups, points = {}, {}
     for seed in chosen:
@@ -145,8 +182,40 @@ def parse_suite(raw: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
                 points[name, seed] = parse_recipe(point)
             except InputError as error:
                 raise InputError(f"variant '{name}': {error}") from None
-    exam = typed(Exam, raw.get("test") or {}, "test")
-    return Suite(raw["out"], warm_ups, points, exam, axes, settings)
+    return Suite(raw["out"], warm_ups, points, exam, axes, settings, exams, runs)
+
+
+def _runs(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the variants that answer with another's runs."""
+    runs = {name: changed["of"] for name, changed in variants.items() if "of" in changed}
+    for name, other in runs.items():
+        trained = [known for known in variants if known not in runs]
+        if other not in trained:
+            raise InputError(
+                f"variant '{name}' is of '{other}', no variant that is trained{nearest(str(other), trained)}"
+            )
+        if more := set(variants[name]) - {"of", "test"}:
+            raise InputError(f"variant '{name}' answers with the run of '{other}', so it cannot set {sorted(more)[0]}")
+        if not variants[name].get("test"):
+            raise InputError(f"variant '{name}' is the same as '{other}': say under test how else it answers")
+    return runs
+
+
+def _exam(common: Exam, changed: Mapping[str, Any], name: str) -> Exam:
+    """Return how a variant is tested: on the same examples, with attempts of its own."""
+    own = changed["test"]
+    if not isinstance(own, dict) or (more := [field for field in own if field not in TRIED]):
+        told = f"{more[0]}{nearest(str(more[0]), TRIED)}" if isinstance(own, dict) else repr(own)
+        raise InputError(
+            f"variant '{name}': its test may set {', '.join(TRIED)}, not {told}; the others are the suite's"
+        )
+    try:
+        how: dict[str, Any] = asdict(typed(Attempts, own, "test"))
+        if "of" in changed:
+            how |= {"loops": (), "controls": False}
+        return replace(common, **how)
+    except InputError as error:
+        raise InputError(f"variant '{name}': {error}") from None
 
 
 def _axes(grid: Any) -> tuple[Choices, ...]:

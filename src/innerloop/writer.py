@@ -34,9 +34,13 @@ class Writer:
         context: what has been read.
         seats: the rows.
         uniforms: numbers in [0, 1) for the tokens that each row may write (R, budget), where tokens are drawn.
+
+    Attributes:
+        likely_R: the log-probability of the token that was last chosen, where asked for.
     """
 
     per_row: ClassVar[tuple[str, ...]] = ("logits_RV", "chosen_R", "ends_R", "n_written_R")
+    likely_R: Tensor | None = None
 
     def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
         self.model, self.backbone, self.context, self.seats = model, model.backbone, context, list(seats)
@@ -52,14 +56,22 @@ class Writer:
         self.first_states = self.context.read(*pending)
         self.logits_RV = self.show(self.first_states)
 
-    def choose(self, suppressed: Tensor, temperature: float) -> None:
-        """Choose the next token of each row; NOTHING where a row waits."""
-        drawn_R = None
+    def choose(self, suppressed: Tensor, temperature: float, with_likelihoods: bool = False) -> None:
+        """Choose the next token of each row; NOTHING where a row waits.
+
+        Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that had to
+        follow it is 0, as nothing was chosen.
+        """
+        drawn_R, allowed_RV = None, self.allowed()
         if self.uniforms is not None:
             at_R = self.n_written_R.clamp(max=self.uniforms.shape[1] - 1)
             drawn_R = self.uniforms.gather(1, at_R[:, None])[:, 0]
-        ids_R = self.settle(choose(self.allowed(), suppressed, temperature, drawn_R))
+        free_R = choose(allowed_RV, suppressed, temperature, drawn_R)
+        ids_R = self.settle(free_R)
         is_written = ids_R != NOTHING
+        if with_likelihoods:
+            likely_R = without(allowed_RV, suppressed).float().log_softmax(-1).gather(1, free_R[:, None])[:, 0]
+            self.likely_R = torch.where(ids_R == free_R, likely_R, 0.0)
         if self.context.meter is not None:
             self.context.meter.count_logits(self.context.rows, (self.ends_R > 0) & is_written)
         self.n_written_R = self.n_written_R + is_written
@@ -94,12 +106,16 @@ class Writer:
 
     def keep_rows(self, kept: Sequence[int]) -> None:
         """Go on with some rows; a row may be kept more than once."""
-        index = torch.tensor(list(kept), dtype=torch.long, device=self.chosen_R.device)
+        self.take_rows(torch.tensor(list(kept), dtype=torch.long, device=self.chosen_R.device))
+        self.context = self.context.trim()
+        self.seats = [self.seats[i] for i in kept]
+
+    def take_rows(self, index: Tensor) -> None:
+        """Let the rows be others of the same rows (R,); seats and padding stay as they are."""
         for name in self.per_row:
             setattr(self, name, getattr(self, name)[index])
         self.uniforms = None if self.uniforms is None else self.uniforms[index]
-        self.context = self.context.keep_rows(index).trim()
-        self.seats = [self.seats[i] for i in kept]
+        self.context = self.context.keep_rows(index)
         self.first_states = None
 
     def split(self, n: int) -> Writer:
@@ -294,11 +310,16 @@ class ApartWriter(Writer):
         self.ids_RS = torch.cat([self.ids_RS, self.chosen_R[:, None]], dim=1)
         self.start(self.memory)
 
-    def keep_rows(self, kept: Sequence[int]) -> None:
-        """Go on with some rows."""
-        super().keep_rows(kept)
-        (states, mask), index = self.memory, list(kept)
+    def take_rows(self, index: Tensor) -> None:
+        """Let the rows be others of the same rows."""
+        super().take_rows(index)
+        states, mask = self.memory
         self.memory = states[index], None if mask is None else mask[index]
+
+
+def without(logits_RV: Tensor, suppressed: Tensor) -> Tensor:
+    """Return logits in which some tokens are impossible."""
+    return logits_RV.index_fill(1, suppressed, -torch.inf) if len(suppressed) else logits_RV
 
 
 def choose(logits_RV: Tensor, suppressed: Tensor, temperature: float, drawn_R: Tensor | None) -> Tensor:
@@ -307,8 +328,7 @@ def choose(logits_RV: Tensor, suppressed: Tensor, temperature: float, drawn_R: T
     ``drawn_R`` are numbers in [0, 1); a row's token is where its cumulative probability passes them, so that it depends
     on nothing but the row.
     """
-    if len(suppressed):
-        logits_RV = logits_RV.index_fill(1, suppressed, -torch.inf)
+    logits_RV = without(logits_RV, suppressed)
     if temperature == 0:
         return logits_RV.argmax(-1)
     assert drawn_R is not None

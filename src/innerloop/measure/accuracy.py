@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from innerloop.cost import Cost, mean_cost
+from innerloop.attempts import ONCE, Attempts
+from innerloop.cost import Cost, mean_cost, total_cost
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure.statistics import wilson
@@ -25,7 +26,8 @@ class Prediction:
     """One answered example.
 
     ``predicted`` is None where the text holds no answer; ``error`` tells why there is no text, where a question could
-    not be answered at all.
+    not be answered at all. Of several samples, ``text`` is the one that was picked, ``samples`` are the answers of all
+    in the order of the draws, and ``cost`` is that of all.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Prediction:
     correct: bool
     cost: Cost
     error: str | None = None
+    samples: Sequence[str | None] | None = None
 
 
 def evaluate(
@@ -47,8 +50,10 @@ def evaluate(
     stage: int | None = None,
     loops: int | None = None,
     progress: Callable[[int], None] | None = None,
+    attempts: Attempts = ONCE,
+    seed: int = 0,
 ) -> list[Prediction]:
-    """Answer examples greedily and check the answers.
+    """Answer examples, by default greedily, and check the answers.
 
     Args:
         model: the model.
@@ -59,6 +64,8 @@ def evaluate(
         stage: the curriculum's stage whose layout is used; None: the last.
         loops: another number of loops than the model was trained with.
         progress: called with the number of examples answered since the last call.
+        attempts: how often each is tried, and which answer counts.
+        seed: of what is drawn.
 
     Raises:
         InputError: the task is running text, or not one example could be answered.
@@ -68,19 +75,22 @@ def evaluate(
             f"task '{task.name}' has no right answers, so there is no accuracy: innerloop eval RUN measures how well "
             "its text is predicted"
         )
-    generations = model.generate(
+    found = attempts.answer(
+        model,
         [example.question for example in examples],
+        seed,
+        progress,
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
         batch_size=batch_size,
         stage=stage,
         loops=loops,
-        progress=progress,
         strict=False,
     )
-    if generations and all(generation.error is not None for generation in generations):
-        raise InputError(f"not one example could be answered: {generations[0].error}")
+    if found and all(one.error is not None for tried in found for one in tried):
+        raise InputError(f"not one example could be answered: {found[0][0].error}")
     predictions = []
-    for example, generation in zip(examples, generations):
+    for example, tried in zip(examples, found):
+        generation, samples = attempts.choose(task, tried)
         predicted = task.extract(generation.text)
         correct = predicted is not None and task.is_correct(predicted, example.answer)
         predictions.append(
@@ -91,8 +101,9 @@ def evaluate(
                 predicted,
                 example.answer,
                 correct,
-                generation.cost,
+                total_cost([one.cost for one in tried]) if len(tried) > 1 else generation.cost,
                 generation.error,
+                samples if len(tried) > 1 else None,
             )
         )
     return predictions

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from innerloop import checkpoint
+from innerloop.attempts import ONCE, Attempts
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.measure import probes as probing
@@ -153,10 +154,15 @@ def check_asked(
     with_controls: bool,
     with_stability: bool,
     with_probes: bool,
+    attempts: Attempts = ONCE,
 ) -> None:
     """Refuse before anything starts what could not be measured afterwards."""
     if loops is not None and (with_controls or with_stability or with_probes):
         raise InputError("controls, stability and probes are of the loops that were trained: leave --loops out")
+    if not attempts.is_plain and (with_controls or with_stability or with_probes):
+        raise InputError(
+            "controls, stability and probes are of one answer: leave --samples, --temperature, --beams out"
+        )
     if with_probes:
         probing.check(model, stage)
     if with_stability:

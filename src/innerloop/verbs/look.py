@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from innerloop import checkpoint
+from innerloop.attempts import Attempts, Pick
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.lens import look, page_path, terminal_view, write_page
@@ -41,6 +42,11 @@ def eval_(
     max_new_tokens: int | None = None,
     stage: int | None = None,
     loops: int | None = None,
+    samples: int = 1,
+    pick: Pick = "vote",
+    temperature: float | None = None,
+    beams: int = 1,
+    seed: int = 0,
     backend: Literal["innerloop", "lm-eval"] = "innerloop",
     tasks: str | None = None,
     tasks_dir: str | None = None,
@@ -67,6 +73,11 @@ def eval_(
         max_new_tokens: the most tokens to write per example; by default as the task says.
         stage: answer in the layout of this stage of the method's curriculum; by default the last.
         loops: another number of loops than the model was trained with.
+        samples: answers drawn for each example, of which one counts; the cost is that of all.
+        pick: which of them counts: the answer with most votes (self-consistency), or the likeliest text (best of n).
+        temperature: of the draws; by default 0.7 for several samples, and 0, which draws nothing, for one.
+        beams: texts that a beam search follows; 1 searches for nothing.
+        seed: of the draws.
         backend: lm-eval answers tasks of lm-evaluation-harness instead, and writes lm_eval.json.
         tasks: of lm-eval, names of tasks with commas between them.
         tasks_dir: of lm-eval, a folder with tasks of your own.
@@ -79,7 +90,10 @@ def eval_(
         dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
         compile: compile short passes, as CUDA graphs on a GPU; the first answers wait for it.
     """
+    attempts = Attempts(samples, pick, temperature, beams)
     if backend == "lm-eval":
+        if not attempts.is_plain:
+            raise InputError("lm-eval's tasks say themselves how they are answered: leave --samples and --beams out")
         if not tasks:
             raise InputError("--backend lm-eval needs --tasks NAME,NAME")
         model = model_given(run, method_given(method), device, dtype, compile)
@@ -103,20 +117,34 @@ def eval_(
     if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
         console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
     if chosen.running_text:
-        if controls or stability or probes or stage is not None or max_new_tokens is not None:
+        if controls or stability or probes or stage is not None or max_new_tokens is not None or not attempts.is_plain:
             raise InputError(
-                "of running text nothing is answered: leave controls, stability, probes, stage and max_new_tokens out"
+                "of running text nothing is answered: leave controls, stability, probes, stage, samples, beams and "
+                "max_new_tokens out"
             )
         _measure_text(run, model, chosen, split, examples, batch_size, loops, dtype, folder)
         return
-    check_asked(model, stage, loops, controls, stability, probes)
+    check_asked(model, stage, loops, controls, stability, probes, attempts)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
-    parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, {**options, "loops": loops}), fresh)
+    decides = {**options, "loops": loops, **attempts.asked(seed)}
+    parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, decides), fresh)
     if parts.known:
         console.print(f"measured before: {', '.join(parts.known)} (--fresh true starts over)", soft_wrap=True)
     try:
         _measure(
-            run, model, chosen, split, examples, options, loops, dtype, folder, parts, (controls, stability, probes)
+            run,
+            model,
+            chosen,
+            split,
+            examples,
+            options,
+            loops,
+            dtype,
+            folder,
+            parts,
+            (controls, stability, probes),
+            attempts,
+            seed,
         )
     except KeyboardInterrupt:
         console.print(
@@ -137,18 +165,20 @@ def _measure(
     folder: Path,
     parts: Parts,
     flags: tuple[bool, bool, bool],
+    attempts: Attempts,
+    seed: int,
 ) -> None:
     """Answer examples, write and print the result, then measure what the flags ask for."""
     with bar(console) as progress:
         row = progress.add_task(f"eval {task.name}", total=len(examples), note="")
         advance = partial(progress.advance, row)
-        predictions = kept_predictions(
-            parts, "accuracy", lambda: evaluate(model, task, examples, **options, loops=loops, progress=advance)
-        )
+        how = {**options, "loops": loops, "progress": advance, "attempts": attempts, "seed": seed}
+        predictions = kept_predictions(parts, "accuracy", lambda: evaluate(model, task, examples, **how))
         progress.update(row, completed=len(examples))
     result = result_of(model, task, split, predictions, checkpoint.recorded(run, "seed"), run)
     asked_dtype = None if dtype == "auto" else str(model.backbone.lm.dtype).removeprefix("torch.")
     asked = {name: options[name] for name in ("max_new_tokens", "stage")} | {"loops": loops, "dtype": asked_dtype}
+    asked |= attempts.asked(seed)
     if asked := {name: value for name, value in asked.items() if value is not None}:
         result["asked"] = asked  # answers that are not those of the run as it is
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
@@ -161,7 +191,7 @@ def _measure(
     low, high = result["ci95"]
     cost = result["cost"]
     console.print(
-        f"{model.method.name} on {task.name}/{split}: accuracy {result['accuracy']:.1%} "
+        f"{model.method.name}{attempts.told} on {task.name}/{split}: accuracy {result['accuracy']:.1%} "
         f"(95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable {result['unparsable']}); "
         f"per example {cost['passes']:.1f} passes, {cost['positions']:.1f} positions, "
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
