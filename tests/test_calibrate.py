@@ -340,7 +340,10 @@ def test_a_probe_is_fitted_to_rows_and_to_tokens():
 def test_progress_is_told():
     told = []
     quick(model_of(SLR), "delta", agreement=0.6, progress=told.append)
-    assert told[0] == "answered 16 questions at full depth" and len(told) == 3
+    assert told[:2] == ["answered 16 questions at full depth", "answered 16 questions at depth 1 of 3"]
+    assert (
+        told[2:4] == [one.replace("depth 1", f"depth {t}") for one, t in zip([told[1]] * 2, (2, 3))] and len(told) == 5
+    )
 
 
 REFUSED = [

@@ -154,6 +154,7 @@ def test_nothing_is_compiled_where_gradients_are_asked_for():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
 def test_programs_of_inductor_write_the_same():
     model = tiny_model(Lotus(n_blocks=2, latents_per_block=2, max_loops=3), "llama").eval()
     plain = model.generate(QUESTIONS, max_new_tokens=9)

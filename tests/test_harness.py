@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 from innerloop.errors import InputError
 from innerloop.examples import Example, write_examples
 from innerloop.measure import harness
-from innerloop.measure.harness import evaluate_tasks, weighed, written
+from innerloop.measure.harness import evaluate_tasks, harness_model, weighed, written
+from innerloop.measure.parts import Parts, of_model
 from innerloop.methods import Coconut, Cot, Lotus, NoCot, Pause, Slr, SpiralThinker
 from innerloop.tasks import Chain
 from tests.models import tiny_model
@@ -57,6 +59,40 @@ def test_methods_that_write_steps_weigh_nothing(method):
         assert method.name in ("coconut", "lotus") and found[0][0] < 0
 
 
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_requests_that_were_answered_before_an_interruption_are_not_answered_again(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "LM", object)
+    monkeypatch.setattr(harness, "PART", 1)
+    model, told = tiny_model(Slr(n_slots=2, max_loops=2)), []
+    after = {"until": ["never"], "max_gen_toks": 6, "do_sample": True, "temperature": 2.0}
+    requests = [SimpleNamespace(args=(q, after if kind == "generate_until" else "1")) for q in [*QUESTIONS, *QUESTIONS]]
+    name = "written" if kind == "generate_until" else "weighed"
+    calls, real, stops_at = [], getattr(harness, name), 2
+
+    def spy(model, some, *others):
+        calls.append(len(some))
+        if len(calls) == stops_at:
+            raise KeyboardInterrupt
+        return real(model, some, *others)
+
+    monkeypatch.setattr(harness, name, spy)
+
+    def answered(file: str, **facts) -> list:
+        parts = Parts(tmp_path / file, of_model(model) | facts)
+        return getattr(harness_model(model, 5, parts, told.append, told.append), kind)(requests)
+
+    with pytest.raises(KeyboardInterrupt):
+        answered("twice.json")
+    assert calls == [5, 5] and told == [12, 5]
+    twice = answered("twice.json")
+    assert calls[2:] == [5, 2] and told[2:] == [12, 5, 5, 2]
+    assert twice == answered("once.json") and len(calls) == 7 and twice == answered("once.json") and len(calls) == 7
+    assert kind == "loglikelihood" or twice[:6] != twice[6:]  # draws are not the same again in another part
+    answered("once.json", batch_size=3)
+    model.backbone.lm.get_input_embeddings().weight.data[5, 5] += 1.0
+    assert answered("once.json") and len(calls) == 7 + 3 + 3  # with other weights everything is answered anew
+
+
 def test_without_the_harness_the_command_says_what_to_install(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "LM", None)
     tiny_model(Cot()).save_pretrained(tmp_path)
@@ -98,6 +134,13 @@ metadata: {{version: 1.0}}
     best = [max(range(5), key=lambda a: scores[5 * i + a]) for i in range(len(examples))]
     right = sum(str(a) == e.answer for a, e in zip(best, examples)) / len(examples)
     assert report["results"]["chooses"]["acc,none"] == pytest.approx(right)
+    told: list[int] = []
+    kept = (None, None, 32, str(tmp_path), Parts(tmp_path / "parts.json", of_model(model)), lambda n: None, told.append)
+    assert evaluate_tasks(model, ["writes", "chooses"], "run", tmp_path, *kept) == report and sum(told) == 36
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "written", lambda *_: pytest.fail("answered again"))
+        patch.setattr(harness, "weighed", lambda *_: pytest.fail("answered again"))
+        assert evaluate_tasks(model, ["writes", "chooses"], "run", tmp_path, *kept) == report
     texts = [answer.text for answer in model.generate([e.question for e in examples], max_new_tokens=8)]
     right = sum(text == e.answer for text, e in zip(texts, examples)) / len(examples)
     assert report["results"]["writes"]["exact_match,none"] == pytest.approx(right)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from innerloop import points
 from innerloop.cli import main
 from innerloop.measure import latents, parts
 from innerloop.measure.parts import PARTS, Parts
-from innerloop.methods import Slr
+from innerloop.methods import Looped, Slr
+from innerloop.tryout import Tryout
 from tests.models import moved, saved, tiny_model
 from tests.test_suite import RAW
 
@@ -138,3 +140,47 @@ def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, mo
     assert {"accuracy", "latents", "shuffled", "zeroed"} < set(kept) and "mean" not in kept
     assert (key, 1, "test: mean") in list(messages.queue)
     assert not (Path(recipe.out) / points.EXAM_PARTS).exists() and (Path(recipe.out) / "controls.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        pytest.param(Slr(n_slots=2, max_loops=3), "classifier", id="rows"),
+        pytest.param(Looped(max_loops=2), "gap", id="tokens", marks=pytest.mark.slow),
+    ],
+)
+def test_calibrating_goes_on_where_it_was_interrupted(method, rule, tmp_path: Path, monkeypatch, capsys):
+    model, real, asked = moved(tiny_model(method, num_hidden_layers=1)), Tryout._ask, []
+    once, twice, stops_at = saved(model, tmp_path / "once"), saved(model, tmp_path / "twice"), [3]
+
+    def spy(tryout, examples):
+        asked.append(len(examples))
+        if len(asked) in stops_at:
+            raise KeyboardInterrupt
+        return real(replace(tryout, max_new_tokens=2), examples)
+
+    monkeypatch.setattr(Tryout, "_ask", spy)
+
+    def calibrated(run: Path, *options: object) -> tuple[int, int, str]:
+        """Calibrate as a user would; return the exit code, how often questions were answered, and what was shown."""
+        before = len(asked)
+        words = ["calibrate", run, "--task", TASK, "--rule", rule, "--check", 4, *options]
+        code = main([str(word) for word in words])
+        return code, len(asked) - before, " ".join(capsys.readouterr().out.split())
+
+    code, n_before, shown = calibrated(twice)
+    assert (code, n_before) == (130, 3) and "2 parts are kept in" in shown and "the same command goes on" in shown
+    code, n_after, shown = calibrated(twice)
+    assert code == 0 and "measured before: 2 sets of answers (--fresh true starts over)" in shown
+    code, n, shown = calibrated(once)
+    assert code == 0 and n == 2 + n_after and "measured before" not in shown
+    first, second = (json.loads((run / "calibration.json").read_text()) for run in (once, twice))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert calibrated(once)[:2] == (0, 0) and calibrated(once, "--fresh", "true")[:2] == (0, n)
+    assert calibrated(once, "--agreement", 0.5)[1] <= 2  # a way to stop that was not tried, for both sets of questions
+    stops_at.append(len(asked) + 2)
+    assert calibrated(once, "--out", tmp_path / "out")[:2] == (130, 2)
+    assert calibrated(once, "--out", tmp_path / "out")[:2] == (0, n - 1)
+    saved(moved(model, 1), once)
+    code, n_anew, shown = calibrated(once)
+    assert code == 0 and n_anew > 3 and "measured before" not in shown  # of other weights nothing is taken

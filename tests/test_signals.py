@@ -16,7 +16,7 @@ backbone: {scratch: {type: llama, hidden_size: 32, intermediate_size: 64, num_hi
 train: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 4000, logging_steps: 1, save_steps: 3000,
   save_strategy: steps, use_cpu: true}
 variants: {cot: {method: cot}, no_cot: {method: no_cot}}
-seeds: [0]
+seeds: [0, 1]
 out: OUT
 """
 
@@ -67,7 +67,7 @@ def test_no_worker_outlives_its_suite(number, tmp_path):
     command = [str(Path(sys.executable).with_name("innerloop")), "compare", str(path), "--workers", "2"]
     suite = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        assert wait(lambda: trains(out), 120)
+        assert wait(lambda: trains(out), 300)
         below = workers_of(suite.pid)
         assert len(below) >= 2
         suite.send_signal(number)
@@ -81,4 +81,5 @@ def test_no_worker_outlives_its_suite(number, tmp_path):
         suite.wait()
     states = [json.loads(path.read_text()) for path in out.rglob("trainer_state.json")]
     assert states or number == signal.SIGKILL
+    assert len([*out.rglob("metrics.jsonl")]) <= 2  # no other point was begun
     assert all(0 < state["global_step"] < 4000 for state in states)

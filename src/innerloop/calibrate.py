@@ -26,12 +26,14 @@ from innerloop.examples import Example
 from innerloop.halting import StopKind
 from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
+from innerloop.measure.parts import Parts
 from innerloop.model import LatentModel
 from innerloop.survey import use_rule
 from innerloop.tasks import Task
 from innerloop.tryout import Goal, Label, Tryout, told_of
 
 REPORT = "calibration.json"
+CALIBRATION_PARTS = "calibration.parts.json"
 
 
 @dataclass
@@ -73,6 +75,7 @@ def calibrate(
     max_new_tokens: int | None = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda done: None,
+    parts: Parts | None = None,
     **options: Any,
 ) -> Calibration:
     """Choose the loosest threshold that loses no more than was said, and leave the model with it.
@@ -93,6 +96,7 @@ def calibrate(
         max_new_tokens: the most tokens to write per example; None: as the task says.
         seed: of draws in fitting.
         progress: told what has been done.
+        parts: where answers are kept as soon as they are known, and taken from if they are there.
         options: further settings of stopping, such as patience, min_loops, check_every or stop_features.
     """
     goal, start = Goal(max_drop, agreement, mean_loops), time.perf_counter()
@@ -107,7 +111,7 @@ def calibrate(
     n_fit = 0
     if rule in ("classifier", "mlp_probe"):
         n_fit = min(max(round(fit_share * len(examples)), 1), len(examples) - 1)
-    tryout = Tryout(model, task, batch_size, max_new_tokens, seed, progress)
+    tryout = Tryout(model, task, batch_size, max_new_tokens, seed, progress, Parts() if parts is None else parts)
     if n_fit:
         tryout.fit(examples[:n_fit], label)
     search = tryout.search(examples[n_fit:], min_rows)

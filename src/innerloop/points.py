@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.managers import SyncManager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result
 from innerloop.measure.controls import controls
 from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.model import LatentModel
-from innerloop.progress import Terminated, bar, end_with_parent
+from innerloop.progress import bar, end_with_parent
 from innerloop.recipe import Recipe, load_recipe
 from innerloop.run import CONFIG, FINISHED, run_recipe
 from innerloop.standing import CONTROLS
@@ -39,7 +40,10 @@ from innerloop.trainer import training_arguments
 N_TRACED = 64
 EXAM_PARTS = "exam.parts.json"  # beside a point until it has been tested
 MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
+INTERRUPTED = "interrupted; run the suite again to go on"
 Key = tuple[str, int]  # a variant and a seed
+
+_ends: Event | None = None  # of a worker: whether its suite ends
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,17 @@ def local_workers(n: int) -> Iterator[Workers]:
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(end_with_parent)
-    with manager, ProcessPoolExecutor(n, mp_context=context, initializer=one_thread) as pool:
+    ends = context.Event()
+    with manager, ProcessPoolExecutor(n, mp_context=context, initializer=one_thread, initargs=(ends,)) as pool:
         others = multiprocessing.active_children()
         try:
             yield Workers(pool.submit, manager.Queue())
-        except BaseException as error:
-            pool.shutdown(cancel_futures=True, wait=False)
-            if isinstance(error, Terminated):  # Ctrl-C reaches the workers by itself
-                for worker in multiprocessing.active_children():
-                    if worker not in others:
-                        worker.terminate()
+        except BaseException:
+            ends.set()
+            for worker in multiprocessing.active_children():
+                if worker not in others:
+                    worker.terminate()  # which saves what it trains
+            pool.shutdown(cancel_futures=True)  # the manager stays until they have, as they report to it
             raise
 
 
@@ -276,8 +281,10 @@ def _finished(jobs: Mapping[Future[Any], Key], messages: Any) -> dict[Key, str]:
     return failed
 
 
-def one_thread() -> None:
-    """Prepare a process that trains one point at a time."""
+def one_thread(ends: Event | None = None) -> None:
+    """Prepare a process that trains one point at a time, and begins none once ``ends`` is set."""
+    global _ends
+    _ends = ends
     end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # tiny models run faster so, and the workers share the cores
@@ -288,6 +295,8 @@ def one_thread() -> None:
 def _train(key: Key, recipe: Recipe, messages: Any) -> None:
     """Train a recipe, unless it has been."""
     out = Path(recipe.out)
+    if _ends is not None and _ends.is_set():
+        raise InputError(INTERRUPTED)
     if (out / FINISHED).exists():
         return
     finished = [s.train.get("max_steps", 0) for s in recipe.stages]
@@ -303,7 +312,7 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
     if run is None:
         _train(key, recipe, messages)
         if not (out / FINISHED).exists():
-            raise InputError("interrupted; run the suite again to go on")
+            raise InputError(INTERRUPTED)
     out.mkdir(parents=True, exist_ok=True)
     model, task = LatentModel.from_pretrained(run or recipe.out), recipe.task
     attempts, asked = exam.attempts, exam.attempts.asked(key[1])

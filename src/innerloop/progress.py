@@ -115,15 +115,11 @@ class StopOnInterrupt(TrainerCallback):
         self.before = {}
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM), and it alone: not the others of its terminal."""
-
-
 def end_when_asked() -> None:
     """Let SIGTERM end this process as Ctrl-C does, so that nothing is lost; call it in the main thread."""
 
     def end(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, end)

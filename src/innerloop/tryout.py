@@ -1,22 +1,27 @@
 """Trying ways to stop: what a model answers with each, and what its survey foretells (halting.md, 5).
 
+What was answered is kept part by part (`measure/parts.py`): one part for each way to stop and set of questions.
+
 Shapes: `T` iterations, `M` rows or tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from innerloop import checkpoint
+from innerloop.depth.oracle import fingerprint
 from innerloop.errors import refuse
 from innerloop.examples import Example
 from innerloop.fitting import fit_judge, fit_probe, fitted_thresholds
 from innerloop.halting import StopSettings, first_agreeing, first_correct
+from innerloop.measure.parts import Parts, digest, digest_of
 from innerloop.measure.statistics import clopper_pearson, wilson
 from innerloop.model import LatentModel
 from innerloop.survey import Survey, ruled_by, survey, use_rule
@@ -71,6 +76,17 @@ class Answers:
     loops_M: Tensor
     flops_M: Tensor
 
+    def kept(self) -> dict[str, Any]:
+        """Return what JSON holds of them."""
+        loops, flops = self.loops_M.tolist(), self.flops_M.tolist()
+        return {"correct": self.correct_M.tolist(), "texts": self.texts, "loops": loops, "flops": flops}
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> Answers:
+        """Return the answers that JSON held."""
+        loops_M, flops_M = (torch.tensor(kept[name], dtype=torch.float64) for name in ("loops", "flops"))
+        return cls(torch.tensor(kept["correct"]), kept["texts"], loops_M, flops_M)
+
     def agrees_M(self, other: Answers) -> Tensor:
         """Return which answers are the same."""
         return torch.tensor([one == two for one, two in zip(self.texts, other.texts)])
@@ -121,6 +137,7 @@ class Tryout:
     max_new_tokens: int | None
     seed: int
     progress: Callable[[str], None]
+    parts: Parts = field(default_factory=Parts)
 
     @property
     def is_inside(self) -> bool:
@@ -128,7 +145,13 @@ class Tryout:
         return self.model.depth is not None
 
     def ask(self, examples: Sequence[Example]) -> Answers:
-        """Answer examples, stopping as the model now does."""
+        """Answer examples, stopping as the model now does; what was answered so before is taken as it is."""
+        rule, settings = self.model.loop.stop, checkpoint.method_settings(self.model.method)
+        weights = None if rule is None else fingerprint(rule)
+        decides = [settings, weights, digest_of(examples), self.batch_size, self.max_new_tokens]
+        return Answers.read(self.parts(f"answers {digest(decides)}", lambda: self._ask(examples).kept()))
+
+    def _ask(self, examples: Sequence[Example]) -> Answers:
         model, task, questions = self.model, self.task, [example.question for example in examples]
         n_new = task.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         found = model.generate(questions, max_new_tokens=n_new, batch_size=self.batch_size)
@@ -153,7 +176,7 @@ class Tryout:
         for loops in range(1, n_T + 1):
             with ruled_by(self.model, stop="fixed", stop_threshold=float(loops)):
                 found.append(self.ask(examples))
-        self.progress(f"answered {len(examples)} questions at each of {n_T} depths")
+            self.progress(f"answered {len(examples)} questions at depth {loops} of {n_T}")
         return found
 
     def look(self, examples: Sequence[Example], wants_states: bool = False) -> Survey:

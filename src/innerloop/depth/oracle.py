@@ -159,8 +159,8 @@ def _key(ids: list[int], mask: list[int]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def fingerprint(model: LatentModel) -> str:
-    """Return a hash of a model's weights."""
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return a hash of a model's weights, or of a part's."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -4,13 +4,14 @@
 
 A request's context is the question, word for word: what a task puts around its questions is part of it, and a run
 that has never seen that may do worse than on its own task. Tasks that write need nothing else; tasks that weigh given
-answers need a method that answers right after its latents.
+answers need a method that answers right after its latents. Some requests at a time are answered and kept (`parts.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +22,7 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.layout import Kind
 from innerloop.measure.accuracy import device_name, versions
+from innerloop.measure.parts import Parts, digest
 from innerloop.model import LatentModel
 
 try:
@@ -29,6 +31,8 @@ except ImportError:
     LM = None
 
 RESULT = "lm_eval.json"
+PARTS = "lm_eval.parts.json"
+PART = 8  # batches that are kept together
 MOST_TOKENS = 256  # written where a task does not say
 KEPT = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -42,6 +46,9 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 32,
     tasks_dir: str | None = None,
+    parts: Parts | None = None,
+    planned: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness, and write what it reports to FOLDER/lm_eval.json.
 
@@ -54,6 +61,9 @@ def evaluate_tasks(
         limit: only the first examples of each task.
         batch_size: rows per batch.
         tasks_dir: a folder with tasks of your own, in the harness's YAML form.
+        parts: where answers are kept as soon as some are known, and taken from if they are there.
+        planned: told how many requests there are, as far as that is known.
+        progress: told how many requests have been answered since the last call.
     """
     if LM is None:
         raise InputError("--backend lm-eval needs lm-evaluation-harness: pip install 'innerloop[eval]'")
@@ -65,7 +75,7 @@ def evaluate_tasks(
         if task not in manager.all_tasks:
             raise InputError(f"lm-evaluation-harness has no task '{task}': `lm-eval ls tasks` lists them")
     found = simple_evaluate(
-        model=harness_model(model, batch_size),
+        model=harness_model(model, batch_size, parts, planned, progress),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,
@@ -86,17 +96,37 @@ def evaluate_tasks(
     return json.loads(text)  # type: ignore[no-any-return]
 
 
-def harness_model(model: LatentModel, batch_size: int = 32) -> Any:
-    """Return a model as lm-evaluation-harness wants one: an ``lm_eval.api.model.LM``."""
+def harness_model(
+    model: LatentModel,
+    batch_size: int = 32,
+    parts: Parts | None = None,
+    planned: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Any:
+    """Return a model as lm-evaluation-harness wants one, an ``lm_eval.api.model.LM``; see `evaluate_tasks`."""
+    kept, asked = Parts() if parts is None else parts, 0
+
+    def answered(kind: str, requests: list[Any], answer: Callable[[Sequence[Any], int], Any]) -> list[Any]:
+        """Answer requests some at a time, each of them with its number in all; what was kept is taken."""
+        nonlocal asked
+        asked += len(requests)
+        planned(asked)
+        found: list[Any] = []
+        for begin in range(0, len(requests), PART * batch_size):
+            some = [request.args for request in requests[begin : begin + PART * batch_size]]
+            found += kept(f"{kind} {begin}, {digest(some)}", partial(answer, some, begin))
+            progress(len(some))
+        return found
 
     class Answering(LM):  # type: ignore[misc, valid-type]
         """Answers requests by the engine that answers everything else."""
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return written(model, [request.args for request in requests], batch_size)
+            return answered("written", requests, lambda some, begin: written(model, some, batch_size, begin))
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return weighed(model, [request.args for request in requests], batch_size)
+            found = answered("weighed", requests, lambda some, _: weighed(model, some, batch_size))
+            return [(total, is_likeliest) for total, is_likeliest in found]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             raise InputError("a run answers questions: the perplexity of running text is not defined for it")
@@ -104,7 +134,9 @@ def harness_model(model: LatentModel, batch_size: int = 32) -> Any:
     return Answering()
 
 
-def written(model: LatentModel, requests: Sequence[tuple[str, dict[str, Any]]], batch_size: int) -> list[str]:
+def written(
+    model: LatentModel, requests: Sequence[tuple[str, dict[str, Any]]], batch_size: int, seed: int = 0
+) -> list[str]:
     """Return what is written after each context, up to the first of the strings that end it."""
     texts: dict[int, str] = {}
     order = sorted(range(len(requests)), key=lambda i: json.dumps(requests[i][1], sort_keys=True))
@@ -117,6 +149,7 @@ def written(model: LatentModel, requests: Sequence[tuple[str, dict[str, Any]]], 
             max_new_tokens=int(options.get("max_gen_toks") or MOST_TOKENS),
             batch_size=batch_size,
             temperature=float(options.get("temperature", 1.0)) if draws else 0.0,
+            seed=seed,
         )
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)

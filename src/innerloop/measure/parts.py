@@ -3,9 +3,10 @@
     parts = Parts(folder / PARTS, made_of(model, task, "test", examples, options))
     value = parts("shuffled", lambda: {"accuracy": ...})      # measured, and kept; the next time, taken from the file
 
-A part is one accuracy, one control, one number of loops, one swap, ... as JSON has it. It is taken only where all that
-decides it is the same: weights, method, tokens, task, examples, options, seed, versions and device. Parts of other
-options stay in the file beside them; those of other weights or versions are gone with the next one that is written.
+A part is one accuracy, one control, one number of loops, one swap, some answers, ... as JSON has it. It is taken only
+where all that decides it is the same: weights, method, tokens, task, examples, options, seed, versions and device.
+Parts of other options stay in the file beside them; those of other weights or versions are gone with the next one that
+is written.
 """
 
 from __future__ import annotations
@@ -101,16 +102,22 @@ def made_of(
         options: how it is asked: tokens, rows per batch, stage, loops.
         seed: of what the measurement draws.
     """
-    vocabulary = sorted(model.tokenizer.get_vocab().items())
-    return {
-        "weights": fingerprint(model),
-        "method": checkpoint.method_settings(model.method),
-        "tokens": _digest(vocabulary),
+    return of_model(model) | {
         "task": {"name": task.name, "version": task.version, **asdict(task)},
         "split": split,
         "examples": digest_of(examples),
         "options": dict(options),
         "seed": seed,
+    }
+
+
+def of_model(model: LatentModel) -> dict[str, Any]:
+    """Return everything about a model, and what runs it, that decides its answers."""
+    vocabulary = sorted(model.tokenizer.get_vocab().items())
+    return {
+        "weights": fingerprint(model),
+        "method": checkpoint.method_settings(model.method),
+        "tokens": digest(vocabulary),
         "versions": versions(),
         "device": device_name(model.device),
     }
@@ -118,10 +125,11 @@ def made_of(
 
 def digest_of(examples: Sequence[Example]) -> str:
     """Return a hash of examples: what is asked, in which steps it is solved, and the answer."""
-    return _digest([[e.id, e.question, list(e.steps), e.answer] for e in examples])
+    return digest([[e.id, e.question, list(e.steps), e.answer] for e in examples])
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return a hash of anything that JSON has."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from innerloop import checkpoint
 from innerloop.errors import InputError
+from innerloop.measure.parts import Parts
 from innerloop.methods import Method, method_named
 from innerloop.model import LatentModel
 from innerloop.recipe import named, parse_value, read_recipe
@@ -62,6 +65,18 @@ def task_given(run: str, task: str | None, data: str | None, split: str) -> Task
             raise InputError(f"task '{section['name']}' makes its own examples and reads no --data")
         section[split] = data
     return named(section, "task", task_named)
+
+
+@contextmanager
+def going_on(parts: Parts, names: str) -> Iterator[None]:
+    """Say what is known from before (``names``), if anything is; after Ctrl-C, what is kept and where."""
+    if parts.known:
+        console.print(f"measured before: {names} (--fresh true starts over)", soft_wrap=True)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"{len(parts.known)} parts are kept in {parts.path}; the same command goes on", soft_wrap=True)
+        raise
 
 
 def method_given(text: str | None) -> Method | None:

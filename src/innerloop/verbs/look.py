@@ -17,17 +17,18 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
+from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
 from innerloop.measure.likelihood import likelihood, text_result
-from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of
+from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of, of_model
 from innerloop.measure.reports import Measurement, check_asked
 from innerloop.methods import Cot
 from innerloop.model import LatentModel
 from innerloop.progress import bar
 from innerloop.show import answer_view
 from innerloop.tasks import Task
-from innerloop.verbs.given import Dtype, console, method_given, model_given, task_given
+from innerloop.verbs.given import Dtype, console, going_on, method_given, model_given, task_given
 
 
 def eval_(
@@ -97,7 +98,7 @@ def eval_(
         if not tasks:
             raise InputError("--backend lm-eval needs --tasks NAME,NAME")
         model = model_given(run, method_given(method), device, dtype, compile)
-        _eval_harness(model, run, tasks, Path(out or run), limit, batch_size, tasks_dir, shots)
+        _eval_harness(model, run, tasks, Path(out or run), limit, batch_size, tasks_dir, shots, fresh)
         return
     if (tasks, tasks_dir, shots) != (None, None, None):
         raise InputError("--tasks, --tasks_dir and --shots are of --backend lm-eval; a task of ours is named by --task")
@@ -128,9 +129,7 @@ def eval_(
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     decides = {**options, "loops": loops, **attempts.asked(seed)}
     parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, decides), fresh)
-    if parts.known:
-        console.print(f"measured before: {', '.join(parts.known)} (--fresh true starts over)", soft_wrap=True)
-    try:
+    with going_on(parts, ", ".join(parts.known)):
         _measure(
             run,
             model,
@@ -146,11 +145,6 @@ def eval_(
             attempts,
             seed,
         )
-    except KeyboardInterrupt:
-        console.print(
-            f"{len(parts.known)} parts are kept in {folder / PARTS}; the same command goes on", soft_wrap=True
-        )
-        raise
 
 
 def _measure(
@@ -240,11 +234,17 @@ def _eval_harness(
     batch_size: int,
     tasks_dir: str | None,
     shots: int | None,
+    fresh: bool,
 ) -> None:
     """Answer tasks of lm-evaluation-harness."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folder.mkdir(parents=True, exist_ok=True)
-    report = evaluate_tasks(model, names, run, folder, shots, limit, batch_size, tasks_dir)
+    parts = Parts(folder / HARNESS_PARTS, of_model(model) | {"batch_size": batch_size}, fresh)
+    with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
+        row = progress.add_task("eval lm-eval", total=None, note="")
+        asked = (model, names, run, folder, shots, limit, batch_size, tasks_dir, parts)
+        planned, advance = (lambda n: progress.update(row, total=n)), partial(progress.advance, row)
+        report = evaluate_tasks(*asked, planned, advance)
     table = Table("task", "measure", "value", "standard error")
     for task, measures in report["results"].items():
         for name, value in measures.items():

@@ -13,11 +13,13 @@ import torch
 from innerloop import checkpoint
 from innerloop.bench import BASELINE, RUN, BenchSettings, bench_lines, bench_table
 from innerloop.bench import bench as benchmark
+from innerloop.calibrate import CALIBRATION_PARTS
 from innerloop.calibrate import calibrate as calibration
 from innerloop.errors import InputError
 from innerloop.halting import StopKind
+from innerloop.measure.parts import Parts, made_of
 from innerloop.show import calibration_line
-from innerloop.verbs.given import Dtype, console, device_given, method_given, model_given, task_given
+from innerloop.verbs.given import Dtype, console, device_given, going_on, method_given, model_given, task_given
 
 
 def calibrate(
@@ -35,6 +37,7 @@ def calibrate(
     out: str | None = None,
     patience: int | None = None,
     min_loops: int | None = None,
+    fresh: bool = False,
     seed: int = 0,
     device: str | None = None,
     dtype: Dtype = "auto",
@@ -56,6 +59,7 @@ def calibrate(
         out: save the model with the chosen rule to this folder, which must be given where the run is a plain model.
         patience: consecutive iterations for which the score must hold.
         min_loops: iterations before a row may stop.
+        fresh: start over; by default what was answered before of the same weights and data is taken as it is.
         seed: of draws in fitting.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so. What --out saves
@@ -68,22 +72,27 @@ def calibrate(
     checked = chosen.examples("test", check) if check else []
     model = model_given(run, method_given(method), device, dtype)
     options: dict[str, Any] = {"patience": patience, "min_loops": min_loops}
-    found = calibration(
-        model,
-        chosen,
-        examples,
-        rule,
-        max_drop,
-        agreement=agreement,
-        mean_loops=mean_loops,
-        check=checked,
-        seed=seed,
-        progress=lambda done: console.print(done, style="dim"),
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    folder = Path(out or run)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = Parts(folder / CALIBRATION_PARTS, made_of(model, chosen, "valid", examples, {}, seed), fresh)
+    with going_on(parts, f"{len(parts.known)} sets of answers"):
+        found = calibration(
+            model,
+            chosen,
+            examples,
+            rule,
+            max_drop,
+            agreement=agreement,
+            mean_loops=mean_loops,
+            check=checked,
+            seed=seed,
+            progress=lambda done: console.print(done, style="dim"),
+            parts=parts,
+            **{name: value for name, value in options.items() if value is not None},
+        )
     if out is not None:
         found.model.save_pretrained(out)
-    path = found.save(out or run, adopt)
+    path = found.save(folder, adopt)
     report = found.report
     for title, asked in (("validation", report), ("test", report.get("check"))):
         if asked is not None:
