@@ -262,9 +262,10 @@ def trained(n_loops, n_steps=1100):
     """LOTUS trained on chains of three operations, block by block, at most ``n_loops`` iterations; and new chains."""
     task = Chain(n_ops=3, n_train=2000, n_valid=50, n_test=100)
     settings = {"type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    method = Lotus(n_blocks=3, latents_per_block=2, max_loops=n_loops, step_weight=1.0, stage_length=220)
+    method = Lotus(n_blocks=3, latents_per_block=6, max_loops=n_loops, step_weight=1.0, stage_length=220)
     examples, generator = task.examples("train"), torch.Generator().manual_seed(0)
-    model = LatentModel.from_scratch({**settings, "num_attention_heads": 4}, examples, method)
+    settings |= {"num_attention_heads": 4, "initializer_range": 0.1}
+    model = LatentModel.from_scratch(settings, examples, method)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=n_steps, pct_start=0.1)
     for step in range(n_steps):
