@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from innerloop import Cot, InputError, LatentModel, Pause, Slr
+from innerloop import Cot, Example, InputError, LatentModel, Pause, Slr
+from innerloop.layout import Speller
 from innerloop.methods import Method
 from innerloop.recipe import parse_recipe
 from innerloop.run import run_recipe
@@ -125,6 +126,13 @@ def test_a_teacher_that_does_not_fit_is_refused(method, changes, fields, words, 
     with pytest.raises(InputError, match=words):
         student.loss(MIXED)
     assert not student._teacher
+
+
+def test_a_teacher_reads_running_text_where_the_model_does(tmp_path: Path):
+    student = student_of(made(TEACHER), tmp_path)
+    student.spell = Speller(student.tokenizer, running_text=True)
+    terms = student.eval().loss([Example("3 + 4 = 2", (), " 2 * 2 = 4")]).terms
+    assert terms["hid"] < 1e-6 and terms["kd"].abs() < 1e-6
 
 
 def test_a_teacher_may_differ_in_width_where_only_its_predictions_are_learned(tmp_path: Path):
