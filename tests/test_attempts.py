@@ -194,3 +194,5 @@ def test_questions_that_fail_do_so_in_each_sample_and_classes_are_not_drawn():
         linear.generate(["1"], samples=2, temperature=1.0)
     with pytest.raises(InputError, match="above 0 for several"):
         model.generate(["1"], samples=2)
+    with pytest.raises(InputError, match="seed is -1"):
+        model.generate(["1"], temperature=1.0, seed=-1)

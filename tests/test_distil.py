@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from innerloop import Cot, InputError, LatentModel, Pause, Slr
+from innerloop import Cot, Example, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, Pause, Slr
+from innerloop.layout import Speller
 from innerloop.methods import Method
 from innerloop.recipe import parse_recipe
 from innerloop.run import run_recipe
@@ -125,6 +126,20 @@ def test_a_teacher_that_does_not_fit_is_refused(method, changes, fields, words, 
     with pytest.raises(InputError, match=words):
         student.loss(MIXED)
     assert not student._teacher
+
+
+def test_a_teacher_reads_running_text_where_the_model_does(tmp_path: Path):
+    student = student_of(made(TEACHER), tmp_path)
+    student.spell = Speller(student.tokenizer, running_text=True)
+    terms = student.eval().loss([Example("3 + 4 = 2", (), " 2 * 2 = 4")]).terms
+    assert terms["hid"] < 1e-6 and terms["kd"].abs() < 1e-6
+
+
+def test_a_teacher_that_cannot_read_the_longest_example_is_refused_before_training(tmp_path: Path):
+    student = student_of(made(TEACHER, max_position_embeddings=12), tmp_path)
+    args = LatentTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    with pytest.raises(InputError, match=r"reads at most 12: set train\.max_length=12"):
+        LatentTrainer(student, args, MIXED)
 
 
 def test_a_teacher_may_differ_in_width_where_only_its_predictions_are_learned(tmp_path: Path):

@@ -109,6 +109,10 @@ def test_other_numbers_of_loops_unknown_words_and_long_chunks():
     assert likelihood(model, [long, strange]).n_left_out == 1
     with pytest.raises(InputError, match=r"lower task\.n_words"):
         likelihood(model, [long])
+    with pytest.raises(InputError, match="no chunk of text"):
+        likelihood(model, [])
+    with pytest.raises(InputError, match="batch_size is 0"):
+        likelihood(model, CHUNKS, batch_size=0)
     found = Likelihood((2.0, 6.0), (2, 2))
     assert found.nll == 2.0 and found.interval == pytest.approx((2.0 - 1.96, 2.0 + 1.96), abs=1e-3)
 

@@ -254,9 +254,14 @@ def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeyp
     assert standing_table(rows).row_count == 4 and all(row.seconds > 0 for row in rows)
     assert set(json.loads((out / "times.json").read_text())["attempts"]) == {"vote", "best", "search"}
 
+    timed(rows, task, [e.question for e in task.examples("test", 1)], out, runs)
+    assert json.loads((out / "times.json").read_text())["attempts"] is None  # those of attempts are not taken for these
+
     run_suite(suite, on=here)
     assert len(trained) == 1  # nothing is answered again either, until the run is another
-    later = (out / "vote" / "0" / "result.json").stat().st_mtime + 5
+    for changes in ({"plain": {}, "more": {}, "vote": {"of": "more", "test": vote}}, {"vote": {"test": vote}}):
+        assert points._known(parse_suite({**raw, "variants": changes}), ("vote", 0)) is None  # it is of another run now
+    later = (out / "search" / "0" / "result.json").stat().st_mtime + 5
     os.utime(out / "plain" / "0" / "checkpoint" / "innerloop.json", (later, later))
     assert [points._known(suite, (name, 0)) is None for name in raw["variants"]] == [True, False, True, True]
 
@@ -267,6 +272,12 @@ def test_what_answers_with_a_run_that_failed_fails_for_its_reason(path: Path):
     plain, vote = run_suite(parse_suite(raw), on=here)
     assert "longer than max_length" in plain["error"]
     assert vote["error"] == f"'plain' failed, whose run it answers with: {plain['error']}"
+
+
+def test_a_suite_whose_points_end_with_running_text_is_refused_before_anything_is_trained(path: Path):
+    raw = {**yaml.safe_load(path.read_text()), "task": {"name": "text", "train": "any.txt"}}
+    with pytest.raises(InputError, match="variant 'plain' ends with task 'text', which has no right answers"):
+        run_suite(parse_suite(raw), on=here)
 
 
 def test_points_tested_before_there_were_attempts_are_not_tested_again():

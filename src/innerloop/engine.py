@@ -123,6 +123,8 @@ class Engine:
     ):
         if temperature < 0 or max_new_tokens < 1 or batch_size < 1:
             raise InputError("generation needs temperature >= 0, max_new_tokens >= 1 and batch_size >= 1")
+        if temperature > 0 and seed < 0:
+            raise InputError(f"seed is {seed}, but draws need a seed of 0 or more")
         if max_positions is not None and max_positions < 1:
             raise InputError("max_positions must be at least 1, or left out")
         if samples < 1 or (samples > 1 and temperature == 0):

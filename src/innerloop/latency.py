@@ -52,8 +52,7 @@ def time_runs(
     device = next(iter(models.values())).device
     asked = {"n": len(questions), "repeats": REPEATS, "device": device_name(device), "versions": versions()}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
-    if tried:
-        asked["attempts"] = {name: asdict(one) for name, one in tried.items()}
+    asked["attempts"] = {name: asdict(one) for name, one in tried.items()} or None
     if (known := _known(folder / TIMES, asked, list(runs.values()))) is not None:
         return known
     options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": max(len(questions), 1)}

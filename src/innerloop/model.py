@@ -307,6 +307,7 @@ class LatentModel(nn.Module):
             theirs, ours = teacher.backbone, self.backbone
             is_last = self.method.losses.hid_layers == "last"
             width = self.method.losses.hid_width or ours.width
+            teacher.spell = Speller(teacher.tokenizer, self.spell.running_text)  # it reads this model's rows
             if self.method.thinks_along:
                 check_teacher(self, teacher, folder)
             elif theirs.width != width or (theirs.n_layers != ours.n_layers and not is_last):

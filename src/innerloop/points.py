@@ -119,7 +119,13 @@ def run_suite(
 
 
 def check_points(suite: Suite) -> None:
-    """Refuse training arguments that do not exist, and folders that hold what another recipe trained."""
+    """Refuse tasks and training arguments that cannot be, and folders that hold what another recipe trained."""
+    for (variant, _), recipe in suite.points.items():
+        if recipe.task.running_text:
+            raise InputError(
+                f"variant '{variant}' ends with task '{recipe.task.name}', which has no right answers to compare by: "
+                "add a stage with another task"
+            )
     for recipe in [*suite.warm_ups.values(), *suite.points.values()]:
         for stage in recipe.stages or (recipe,):
             training_arguments(recipe.out, stage.train)
@@ -213,9 +219,11 @@ def _n_steps(recipe: Recipe) -> int | None:
 def _known(suite: Suite, key: Key) -> dict[str, Any] | None:
     """Return the result of a point that has been tested as the suite says, with the run as it is."""
     recipe, result = suite.points[key], _result(suite.points[key], suite.exam_of(key[0]))
-    if result is None or key[0] not in suite.runs:
-        return result
     run = Path(suite.run_of(*key))
+    if result is None or Path(result["model"]).parts[-2:] != run.parts[-2:]:  # the suite's folder may be moved
+        return None
+    if key[0] not in suite.runs:
+        return result
     if not (run / FINISHED).exists():
         return None
     trained = (Path(resolve(run)) / SETTINGS).stat().st_mtime

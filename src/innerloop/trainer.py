@@ -334,6 +334,19 @@ class LatentTrainer(Trainer):
         states_of = None if self._taught is None else self._taught.states_of
         return collate(rows, self.model.spell.pad_id, states_of).to(self.args.device)
 
+    def _check_room_of(self, teacher: LatentModel) -> None:
+        """Refuse a teacher that cannot read the longest of the examples."""
+        method, limit = self.model.method, teacher.backbone.context_length
+        own = self.args.max_length or self.model.backbone.context_length
+        if limit is None or (own is not None and own <= limit):
+            return
+        longest = max(method.longest(example, self.model.spell) for example in self.train_dataset)
+        if longest > limit:
+            raise InputError(
+                f"an example takes {longest} positions, but the teacher in {method.losses.teacher} reads at most "
+                f"{limit}: set train.max_length={limit} to leave longer examples out"
+            )
+
     def _cache_teacher(self) -> TeacherCache | None:
         """Return the teacher's states on disk, if they are wanted there."""
         path, method, model = self.args.teacher_cache, self.model.method, self.model
@@ -343,7 +356,7 @@ class LatentTrainer(Trainer):
                 "leave teacher_cache out; the teacher is run in every step"
             )
         if method.thinks_along:
-            model.load_teacher()  # one that does not fit is refused before training
+            self._check_room_of(model.load_teacher())  # one that does not fit is refused before training
         if path is None:
             return None
         if method.losses.hid_weight == 0 or method.losses.teacher in (None, "self"):

@@ -33,7 +33,7 @@ def test_a_text_is_cut_into_whole_chunks_across_its_lines(path: Path):
 
 
 def test_rows_are_texts_of_their_own(tmp_path: Path):
-    rows = [{"body": "a b c d", "label": 1}, {"body": "e f"}, {"body": "g h i j k"}]
+    rows = [{"body": "a b c d", "label": 1}, {"body": "e f"}, {"body": ""}, {"body": "g h i j k"}]
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     task = Text(test=str(tmp_path / "rows.jsonl.gz"), column="body", n_words=3, n_continued=1)

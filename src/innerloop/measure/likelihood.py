@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
 from innerloop.layout import Kind, Piece, Row, Speller
 from innerloop.measure.accuracy import device_name, versions
@@ -70,8 +70,12 @@ def likelihood(
         progress: called with the number of chunks read since the last call.
 
     Raises:
-        InputError: every chunk is longer than the model reads.
+        InputError: there is no chunk, every one is longer than the model reads, or batch_size is below 1.
     """
+    refuse(
+        (batch_size < 1, f"batch_size is {batch_size}, but must be at least 1"),
+        (not examples, "there is no chunk of text to read"),
+    )
     method = model.method if loops is None else model.method.with_loops(loops)
     spell = Speller(model.tokenizer, running_text=True)
     losses: list[float] = []

@@ -50,7 +50,7 @@ class Text(FileTask):
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Read the texts of a split and cut them into chunks."""
         check_limit(limit)
-        texts = [row.question for row in super().examples(split)]
+        texts = [row.meta["text"] for row in super().examples(split)]
         source = str(getattr(self, check_split(split)))
         if source.removesuffix(".gz").endswith(".txt"):
             texts = ["\n".join(texts)]
@@ -66,10 +66,10 @@ class Text(FileTask):
         return found
 
     def parse_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Take the text of a row."""
+        """Take the text of a row, which may be empty: data sets have such rows."""
         if not isinstance(row.get(self.column), str):
             raise InputError(f"no '{self.column}' that is text; task.column says what it is called")
-        return {"question": row[self.column], "steps": [], "answer": "-"}
+        return {"question": "-", "steps": [], "answer": "-", "meta": {"text": row[self.column]}}
 
     def _chunks(self, text: str) -> Iterator[tuple[str, str]]:
         """Cut a text; what it goes on with begins with the space that comes before its first word."""

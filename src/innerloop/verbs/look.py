@@ -94,7 +94,9 @@ def eval_(
     attempts = Attempts(samples, pick, temperature, beams)
     if backend == "lm-eval":
         if not attempts.is_plain:
-            raise InputError("lm-eval's tasks say themselves how they are answered: leave --samples and --beams out")
+            raise InputError(
+                "lm-eval's tasks say themselves how they are answered: leave --samples, --temperature, --beams out"
+            )
         if not tasks:
             raise InputError("--backend lm-eval needs --tasks NAME,NAME")
         model = model_given(run, method_given(method), device, dtype, compile)
@@ -120,8 +122,8 @@ def eval_(
     if chosen.running_text:
         if controls or stability or probes or stage is not None or max_new_tokens is not None or not attempts.is_plain:
             raise InputError(
-                "of running text nothing is answered: leave controls, stability, probes, stage, samples, beams and "
-                "max_new_tokens out"
+                "of running text nothing is answered: leave controls, stability, probes, stage, samples, temperature, "
+                "beams and max_new_tokens out"
             )
         _measure_text(run, model, chosen, split, examples, batch_size, loops, dtype, folder)
         return
