@@ -120,6 +120,8 @@ def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
         check_fused(torch.device("cpu"))
     with pytest.raises(InputError, match="loss_chunk"):
         LatentTrainingArguments(tmp_path, use_liger_kernel=True)
+    with pytest.raises(InputError, match="or fused"):
+        LatentTrainingArguments(tmp_path, loss_chunk="fuse")
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 7, 8, 100, None, "fused"])

@@ -98,6 +98,8 @@ class LatentTrainingArguments(TrainingArguments):
             )
         if self.use_liger_kernel:
             raise InputError("use_liger_kernel is called train.loss_chunk=fused here: it fuses the head with the loss")
+        if isinstance(self.loss_chunk, str) and self.loss_chunk != "fused":
+            raise InputError(f"loss_chunk is '{self.loss_chunk}'; give a number of rows, or fused")
         self.per_device_train_batch_size = self.batch_size
         super().__post_init__()
 

@@ -59,8 +59,8 @@ class Writer:
     def choose(self, suppressed: Tensor, temperature: float, with_likelihoods: bool = False) -> None:
         """Choose the next token of each row; NOTHING where a row waits.
 
-        Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that had to
-        follow it is 0, as nothing was chosen.
+        Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that was
+        put in the place of the one chosen it is 0.
         """
         drawn_R, allowed_RV = None, self.allowed()
         if self.uniforms is not None:
