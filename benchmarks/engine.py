@@ -3,7 +3,8 @@
 Two questions, each answered by runs that take turns; before anything is timed the tokens must be the same.
 
 reference: a GPT-2-sized model with random weights answers questions of unlike length in batches of 32; the reference of
-    benchmarks/reference.py answers some of them one by one and reads everything anew in each pass.
+    benchmarks/reference.py answers some of them one by one and reads everything anew in each pass. How many times fewer
+    positions the engine reads for these questions is counted too: where positions cost alike, no engine gains more.
 bare: a pretrained model (--model) reads 60 tokens, thinks in 6 latents (Coconut) and writes 8 tokens. The bare model is
     called as often, on the same shapes, with its own cache; it applies its head only where a token is written, and
     takes its tokens as the engine does. Without --model this part is left out.
@@ -29,7 +30,8 @@ METHODS: dict[str, Method] = {
     "cot": Cot(),
     "coconut": Coconut(latents_per_step=2, max_stage=3),
     "slr": Slr(n_slots=6, max_loops=6),
-    "lotus": Lotus(n_blocks=6, latents_per_block=4),
+    "lotus": Lotus(n_blocks=6, latents_per_block=4, max_loops=3),
+    "lotus, 6 loops": Lotus(n_blocks=6, latents_per_block=4),
 }
 BARE = Coconut(latents_per_step=2, max_stage=3)
 ENGINE, PLAIN = "engine", "reference"
@@ -59,10 +61,12 @@ def against_reference(options: argparse.Namespace) -> dict:
         sizes = torch.randint(lengths[0], lengths[1] + 1, (n,), generator=generator).tolist()
         asked = [subjects.questions(model, 1, size, seed)[0] for seed, size in enumerate(sizes)]
         slow, few = Reference(model), asked[:n_slow]
-        written = [one.text for one in subjects.answer(model, asked, n_tokens, 32)][:n_slow]
+        first = subjects.answer(model, asked, n_tokens, 32)[:n_slow]
+        written = [one.text for one in first]
         expected = [slow.write(question, n_tokens) for question in few]
         if written != expected:
             raise SystemExit(f"{name}: the engine writes {written}, the reference {expected}")
+        fewer = slow.positions / sum(one.cost.positions for one in first)
         runs = {
             ENGINE: partial(subjects.answer, model, asked, n_tokens, 32),
             PLAIN: partial(write_all, slow, few, n_tokens),
@@ -73,6 +77,7 @@ def against_reference(options: argparse.Namespace) -> dict:
         point = {
             "method": name,
             "same_tokens": True,
+            "times_fewer_positions": fewer,
             "examples_per_second": {side: spread(found) for side, found in rates.items()},
             "speedup": spread([a / b for a, b in zip(rates[ENGINE], rates[PLAIN])]),
         }

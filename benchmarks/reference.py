@@ -25,11 +25,13 @@ class FullPass:
     def __init__(self, model: LatentModel, before_BLD: Tensor, grows: bool):
         self.decoder, self.before_BLD, self.grows = model.backbone.decoder, before_BLD, grows
         self.inputs_BND: Tensor | None = None
+        self.positions = 0  # read so far in all iterations, for one row
 
     def __call__(self, inputs_BND: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return u (B, N, D)."""
         read_BLD = torch.cat([self.before_BLD, inputs_BND], dim=1)
         self.inputs_BND = inputs_BND
+        self.positions += read_BLD.shape[1]
         if self.grows:
             self.before_BLD = read_BLD
         return self.decoder(inputs_embeds=read_BLD, use_cache=False).last_hidden_state[:, -inputs_BND.shape[1] :]
@@ -43,6 +45,7 @@ class Reference:
         if settings.shift or settings.lora != "none" or settings.feedback_site != "post_norm" or model.depth:
             raise SystemExit(f"the reference does not know this kind of '{method.name}'")
         self.model, self.method, self.lm = model, method, model.backbone.lm
+        self.positions = 0  # read so far for all questions
 
     def embed(self, rows: list[list[Piece]]) -> Tensor:
         """Return the embeddings (B, L, D) of pieces of one length."""
@@ -62,7 +65,9 @@ class Reference:
         if self.method.first_state == "forward":
             ends = FullPass(self.model, prefix[:, :-1], False) if grows else f
             state = loop.feed_back(ends(prefix[:, -1:] if grows else region, 0), None)
+            self.positions += ends.positions if grows else 0
         result = loop(f, state, n_loops) if max(n_loops) else None
+        self.positions += f.positions
         state = state if result is None else result.state
         if self.method.answer_context == "refeed":
             return torch.cat([f.before_BLD, state, suffix], dim=1)
@@ -76,6 +81,7 @@ class Reference:
         """Answer one question with ``n_tokens`` tokens, each the likeliest, reading everything anew for each."""
         read_1LD, ids, never = self.think([question]), [], self.model.suppressed_ids()
         for _ in range(n_tokens):
+            self.positions += read_1LD.shape[1]
             logits_V = self.lm(inputs_embeds=read_1LD, use_cache=False, logits_to_keep=1).logits[0, -1].float()
             logits_V[never] = -torch.inf
             ids.append(logits_V.argmax())

@@ -167,12 +167,13 @@ def bench_lines(results: dict) -> tuple[Lines, str]:
 def reference_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of the engine against the plain reference."""
     found = results["reference"]
-    head = ["method", "engine, examples/s", "reference, examples/s", "times as fast"]
+    head = ["method", "engine, examples/s", "reference, examples/s", "times as fast", "times fewer positions"]
     rows = [
         [
             f"`{point['method']}`",
             *(wide(point["examples_per_second"][side], 2) for side in ("engine", "reference")),
             wide(point["speedup"]),
+            f"{point['times_fewer_positions']:.1f}" if "times_fewer_positions" in point else "-",
         ]
         for point in found["points"]
     ]
