@@ -52,6 +52,8 @@ def test_a_question_is_read_and_thought_about_once_for_all_its_samples_and_charg
     assert whole.loops == once.loops and other.thought_tokens - whole.thought_tokens == 2 * latents * (name != "looped")
     three = [shared[i : i + 3] for i in range(0, 9, 3)]
     assert all(sorted(one.cost.loops for one in tried)[:2] == [0, 0] for tried in three)
+    twice = model.generate([ASKED[0]] * 2, samples=2, **DRAWN)  # a question that a data set has twice
+    assert [one.cost.loops for one in twice] == [three[0][0].cost.loops, 0] * 2
 
 
 def _head(model):

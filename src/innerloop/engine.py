@@ -342,8 +342,9 @@ class Engine:
         first: dict[int, int] = {}  # rows that are asked the same are read once
         same = [i if self.traces else first.setdefault(seat.twin, len(first)) for i, seat in enumerate(wave)]
         seats = [wave[same.index(i)] for i in range(len(set(same)))]
-        for seat, i in zip(wave, same):
-            seat.charged = self.samples == 1 or seat is seats[i]
+        firsts = {seat.draw[0]: seat for seat in reversed(wave)}  # of each question
+        for seat in wave:
+            seat.charged = self.traces or seat is firsts[seat.draw[0]]
         record = self._seat_traced(wave) if self.traces else None
         if record is None:
             for seat in wave:

@@ -65,7 +65,7 @@ class Seat:
         blocks: the steps that its latents should show.
         draw: what its draws depend on besides the seed: which question it is, and which of its samples.
         twin: a number that seats have in common whose rows are the same.
-        charged: whether the thought that its answer rests on is charged to it, not to another sample of its question.
+        charged: whether its question's loops and latents are charged to it, not to another sample of the question.
         written: the tokens so far.
         ticks: the seconds of each, its share of the batch's.
         waited: the seconds since the last token in which the row waited.
