@@ -1,8 +1,8 @@
-"""Make the pictures of docs/gallery: the lens's page of some runs, as Chromium draws it.
+"""Make the pictures of docs/gallery: the lens's page of some runs, and pages that are there, as Chromium draws them.
 
-    python scripts/gallery.py runs/chain-lotus runs/chain-mor --out docs/gallery
+    python scripts/gallery.py runs/chain-lotus runs/chain-mor runs/suites/chain-all/report.html --out docs/gallery
 
-Each run gives lens_METHOD.png, or lens_METHOD_dark.png with --dark. A browser must be installed, such as chromium.
+Each run gives lens_METHOD.png, each page NAME.png; with --dark NAME_dark.png. It takes a browser, such as chromium.
 """
 
 import argparse
@@ -46,9 +46,9 @@ def picture(page: Path, target: Path, size: str, dark: bool, flags: list[str]) -
 
 
 def main() -> None:
-    """Make one picture for each run."""
+    """Make one picture for each run or page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or .html files")
     parser.add_argument("--out", type=Path, default=Path("docs/gallery"))
     parser.add_argument("--size", default="1200,1300", help="of the window, WIDTH,HEIGHT")
     parser.add_argument("--dark", action="store_true", help="the dark theme")
@@ -58,13 +58,15 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for run in arguments.runs:
-        method = checkpoint.read_settings(Path(checkpoint.resolve(run)))["method"]["name"]
         with tempfile.TemporaryDirectory() as folder:
-            page = Path(folder) / "lens.html"
-            if cli.main(["lens", run, "--out", str(page)]) != 0:
-                sys.exit(1)
-            name = f"lens_{method}{'_dark' if arguments.dark else ''}.png"
-            picture(page, arguments.out / name, arguments.size, arguments.dark, arguments.flag)
+            page, name = Path(run), Path(run).stem
+            if page.suffix != ".html":
+                method = checkpoint.read_settings(Path(checkpoint.resolve(run)))["method"]["name"]
+                page, name = Path(folder) / "lens.html", f"lens_{method}"
+                if cli.main(["lens", run, "--out", str(page)]) != 0:
+                    sys.exit(1)
+            target = arguments.out / f"{name}{'_dark' if arguments.dark else ''}.png"
+            picture(page, target, arguments.size, arguments.dark, arguments.flag)
 
 
 if __name__ == "__main__":

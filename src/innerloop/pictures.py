@@ -119,9 +119,9 @@ def scatter(marks: Sequence[Mark], title: str, log: bool = False, best_is_low: b
         steps += [f"H{x(mark.x):.1f}V{y(mark.share):.1f}" for mark in front[1:]]
         shapes.append(f"<path class=front d='{''.join(steps)}' />")
     placed = [(x(mark.x), y(mark.share)) for mark in marks]
-    for mark, (px, py) in zip(marks, placed):
-        is_best = any((mark.x, mark.share) == (best.x, best.share) for best in front)
-        colour = "f0" if not best_is_low or is_best else "f7"
+    best = {(mark.x, mark.share) for mark in front}
+    for mark, (px, py) in sorted(zip(marks, placed), key=lambda pair: (pair[0].x, pair[0].share) in best):  # on top
+        colour = "f0" if not best_is_low or (mark.x, mark.share) in best else "f7"
         shapes.append(
             f"<g>{_title(mark, f'{title} {_number(mark.x)}')}"
             f"{_line('spread', px, y(mark.low), px, y(mark.high), ' stroke-width=2')}"
