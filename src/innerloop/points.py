@@ -360,7 +360,7 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
             "task": task.name,
             "split": exam.split,
         }
-        what |= {"n": len(examples), "seed": key[1]}
+        what |= {"n": len(found.unedited), "seed": key[1]}
         write_text(out / CONTROLS, json.dumps({**what, **found.as_dict()}, indent=2) + "\n")
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))

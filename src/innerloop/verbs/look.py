@@ -17,6 +17,7 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
+from innerloop.measure.accuracy import answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
@@ -193,7 +194,8 @@ def _measure(
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
         soft_wrap=True,
     )
-    measured = (model, task, split, examples, predictions, run, result["seed"], folder, console, options, parts)
+    known = answered(examples, predictions)
+    measured = (model, task, split, *known, run, result["seed"], folder, console, options, parts)
     Measurement(*measured).run(*flags)
 
 
