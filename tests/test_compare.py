@@ -182,6 +182,7 @@ def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp
     ):
         code, _, err = innerloop(capsys, "compare", *arguments)
         assert code == 2 and words in err, err
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):
