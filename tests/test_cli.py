@@ -433,6 +433,13 @@ def test_what_is_yes_or_no_needs_no_value(run: Path, tmp_path: Path, capsys, wri
     assert not (tmp_path / "no" / "stability.json").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_named(run: Path, tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path / "file", tmp_path / "file" / "inside"):
+        code, _, err = innerloop(capsys, "eval", run, "--limit", 2, "--out", taken)
+        assert code == 2 and "cannot be made" in err and "give another folder by --out DIR" in err
+
+
 def test_eval_draws_several_answers_or_searches_and_says_so(run: Path, tmp_path: Path, capsys):
     few = ["--out", tmp_path, "--max-new-tokens", 3, "--limit", 3]
     asked = {"max_new_tokens": 3, "samples": 4, "pick": "vote", "temperature": 1.5, "seed": 5}

@@ -109,7 +109,10 @@ def eval_(
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     checkpoint.resolve(run)
     folder = Path(out or run)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}): give another folder by --out DIR") from None
     checkpoint.write_text(folder / "predictions.jsonl.partial", "")  # a folder that cannot be written is found now
     (folder / "predictions.jsonl.partial").unlink()
     chosen = task_given(run, task, data, split)
