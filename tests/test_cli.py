@@ -425,6 +425,21 @@ def test_a_stage_may_freeze_what_the_one_before_trained(tmp_path: Path, capsys):
     assert code == 2 and "backbone.freeze needs weights worth keeping" in err
 
 
+@pytest.mark.parametrize("written", [["--stability", "RUN"], ["RUN", "--stability"], ["RUN", "--stability", "yes"]])
+def test_what_is_yes_or_no_needs_no_value(run: Path, tmp_path: Path, capsys, written: list[str]):
+    arguments = ["--out", tmp_path, "--limit", 2, *[run if w == "RUN" else w for w in written]]
+    assert innerloop(capsys, "eval", *arguments)[0] == 0 and (tmp_path / "stability.json").exists()
+    assert innerloop(capsys, "eval", run, "--out", tmp_path / "no", "--limit", 2, "--stability", "false")[0] == 0
+    assert not (tmp_path / "no" / "stability.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(run: Path, tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path / "file", tmp_path / "file" / "inside"):
+        code, _, err = innerloop(capsys, "eval", run, "--limit", 2, "--out", taken)
+        assert code == 2 and "cannot be made" in err and "give another folder by --out DIR" in err
+
+
 def test_eval_draws_several_answers_or_searches_and_says_so(run: Path, tmp_path: Path, capsys):
     few = ["--out", tmp_path, "--max-new-tokens", 3, "--limit", 3]
     asked = {"max_new_tokens": 3, "samples": 4, "pick": "vote", "temperature": 1.5, "seed": 5}

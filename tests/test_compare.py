@@ -122,8 +122,14 @@ def test_times_are_kept_as_long_as_the_runs_are_the_same(runs: list[str], tmp_pa
     assert latency.time_runs(chosen, TASK, questions, tmp_path) == json.loads((tmp_path / "times.json").read_text())
     monkeypatch.setattr(latency, "take_turns", lambda jobs, *rest: 1 / 0)
     assert latency.time_runs(chosen, TASK, questions, tmp_path)["runs"] == first["runs"]
-    with pytest.raises(ZeroDivisionError):
-        latency.time_runs(chosen, TASK, questions[:2], tmp_path)
+    for others in (questions[:2], [*questions[:2], "1 ; + 1"]):
+        with pytest.raises(ZeroDivisionError):
+            latency.time_runs(chosen, TASK, others, tmp_path)
+
+
+def test_a_question_that_is_too_long_does_not_stop_the_timing(runs: list[str], tmp_path: Path):
+    found = latency.time_runs({"a": Path(runs[0])}, TASK, ["1 ; + 1", " ".join(["1"] * 5000)], tmp_path)
+    assert min(found["runs"]["a"]["seconds"]) > 0
 
 
 def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):
@@ -176,6 +182,7 @@ def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp
     ):
         code, _, err = innerloop(capsys, "compare", *arguments)
         assert code == 2 and words in err, err
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):

@@ -58,6 +58,17 @@ SOME = ("slots, refeed", "slots, kv_last", "coconut", "lotus", "pccot", "spiralt
 some_methods = pytest.mark.parametrize("method", [METHODS[name] for name in SOME], ids=SOME)
 
 
+@pytest.mark.parametrize("method", [REFEED, METHODS["spiralthinker"]])
+def test_a_question_that_is_too_long_is_left_out(method: Method):
+    model, examples = built(method, LATENTS, n=6)
+    room = max(len(row) for row in model.prompts([example.question for example in examples])) + 24
+    model.backbone.config.max_position_embeddings = room
+    long = dataclasses.replace(examples[0], id="long", question=" ".join([examples[0].question] * room))
+    found, plain = (controls(model, TASK, asked).as_dict() for asked in ([long, *examples], examples))
+    assert found == plain
+    assert swaps(model, TASK, [long, *examples]) == swaps(model, TASK, examples)
+
+
 def accuracy_of(found: Controls, control: str) -> float:
     return found.effects[control].compared.accuracies[0]
 

@@ -6,15 +6,22 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from innerloop.measure.controls import Kind
 from innerloop.page import document, table
 from innerloop.pictures import Cell, Curve, Mark, Scale, bars, curves, heat_map, pareto, scatter
 from innerloop.report import write_report
+from innerloop.report_parts import KINDS
 from innerloop.standing import Standing, against_cot, columns, failures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_every_verdict_on_latents_has_its_words():
+    assert set(KINDS) == set(get_args(Kind))
 
 
 def result(method: str, accuracy: float, passes: float = 3.0, seconds: float = 0.01, seed: int = 0, **more) -> dict:

@@ -137,6 +137,8 @@ def test_identical_examples_have_collapsed_and_different_ones_have_not():
     model, examples = built(METHODS["slots, refeed"], LATENTS, n=10)
     same = stability(model, [examples[0]] * 5)
     assert same.loops[-1].spread < 1e-5 and any("collapsed" in sentence for sentence in same.sentences())
+    alone = stability(model, examples[:1], n_jacobians=0)  # which has nothing to differ from
+    assert not any("collapsed" in sentence for sentence in alone.sentences())
     different = stability(model, examples)
     assert different.loops[-1].spread > 0.1 and not any("collapsed" in sentence for sentence in different.sentences())
 

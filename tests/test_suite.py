@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from innerloop import latency, points
@@ -16,11 +17,12 @@ from innerloop import suite as suites
 from innerloop.compare import suite_standings, timed
 from innerloop.errors import InputError
 from innerloop.measure.statistics import over_seeds
-from innerloop.methods import METHODS
+from innerloop.methods import METHODS, Slr
 from innerloop.points import run_suite
 from innerloop.recipe import Recipe
 from innerloop.standing import standing_table
 from innerloop.suite import Exam, load_suite, parse_suite, seed_means, suite_report
+from tests.models import tiny_model
 
 SUITES = sorted(Path("recipes/suites").glob("*.yaml"))
 SCRATCH = {
@@ -159,6 +161,15 @@ def in_this_process(suite, skip=()) -> list[dict]:
     seen = list(messages.queue)
     assert {key for key, _, _ in seen} == {*chosen, *(("warm-up", seed) for seed in suite.warm_ups)}
     return [] if skip else run_suite(suite)
+
+
+def test_the_change_of_a_state_leaves_out_what_is_too_long_and_is_json_where_it_diverges():
+    model = tiny_model(Slr(n_slots=2, max_loops=2))
+    asked = ["1 ; + 1", " ".join(["1"] * 1000)]
+    assert all(0 < change < 9 for change in points._change(model, asked, 3))
+    with torch.no_grad():
+        model.backbone.lm.get_input_embeddings().weight.fill_(math.nan)
+    assert points._change(model, asked, 3) == [None, None, None]
 
 
 def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):

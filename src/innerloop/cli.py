@@ -118,12 +118,26 @@ def _underscored(argument: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
+def _switched(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which what is yes or no has a value: --controls alone is --controls=true."""
+    verb = VERBS.get(arguments[0])
+    if verb is None or isinstance(verb, dict):  # what makes and shows data has no such options
+        return list(arguments)
+    switches = {f"--{name}" for name, kind in verb.__annotations__.items() if kind == "bool"}
+    found: list[str] = []
+    for argument, after in zip(arguments, [*arguments[1:], ""]):
+        alone = argument in switches and after.lower() not in ("true", "false", "yes", "no")
+        found.append(f"{argument}=true" if alone else argument)
+    return found
+
+
 def _run(arguments: list[str]) -> None:
     if not arguments:
         arguments = ["--help"]
     words = [a for a in arguments[:2] if not a.startswith("-")]
     if words and words[0] not in VERBS:
         raise InputError(f"there is no verb '{words[0]}'{nearest(words[0], VERBS)}; the verbs are {', '.join(VERBS)}")
+    arguments = _switched(arguments)
     key = next((k for k in OPEN_ENDED if tuple(arguments[: len(k)]) == k), None)
     extra: list[str] = []
     if key is not None:
@@ -155,8 +169,6 @@ def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], 
             kept.append(argument)
         elif not argument.startswith("-"):
             subjects.append(argument)
-        elif argument == "--resume":
-            kept.append("--resume=true")
         elif name == listed and (is_given or rest):
             several.append(value if is_given else rest.pop(0))
         else:

@@ -53,6 +53,7 @@ def compare_runs(
     limit: int | None = None,
     batch_size: int = 64,
     n_timed: int = 64,
+    baseline: str | None = None,
 ) -> list[Standing]:
     """Return how runs stand on the same test data. Results that cover it are taken as they are, others are made.
 
@@ -65,6 +66,7 @@ def compare_runs(
         limit: how many; None: all.
         batch_size: rows per batch.
         n_timed: examples that all answer in turns for times and memory; 0: times are those of each evaluation.
+        baseline: a row that must be among them.
     """
     folders = [Path(run) for run in runs]
     for folder in folders:
@@ -76,6 +78,7 @@ def compare_runs(
         raise InputError(f"{twice[0]} is named twice")
     test = _test(folders, task, split, limit)
     names = run_names(folders)
+    chosen_baseline(names, baseline)
     out.mkdir(parents=True, exist_ok=True)
     places = [out / name.replace("/", "_") for name in names]
     known = [
@@ -256,7 +259,7 @@ def compare_folders(
     n_timed: int = 64,
 ) -> None:
     """Compare runs, print the table and write OUT/report.html and OUT/results.json."""
-    standings = compare_runs(runs, out, console, task, split, limit, n_timed=n_timed)
+    standings = compare_runs(runs, out, console, task, split, limit, n_timed=n_timed, baseline=baseline)
     chosen = chosen_baseline([s.name for s in standings], baseline)
     report = {"baseline": chosen, "points": [{"variant": s.name, **s.results[0]} for s in standings]}
     checkpoint.write_text(out / "results.json", json.dumps(report, indent=1) + "\n")

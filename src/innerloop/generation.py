@@ -209,6 +209,15 @@ def lay_out(
     return row, () if steps is None else model.shown_blocks([row], [steps], loops)[0]
 
 
+def fits(model: LatentModel, question: str, stage: int | None = None) -> bool:
+    """Tell whether a question can be asked: it is text that leaves room for an answer."""
+    try:
+        lay_out(model, question, stage, None, None)
+    except InputError:
+        return False
+    return True
+
+
 def check_length(model: LatentModel, question: str, row: Row) -> None:
     """Refuse a question that leaves no room for an answer."""
     room, n = model.backbone.context_length, max(len(row), row.n_positions)

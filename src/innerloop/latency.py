@@ -16,6 +16,7 @@ from typing import Any
 from innerloop import checkpoint
 from innerloop.attempts import ONCE, Attempts
 from innerloop.measure.accuracy import device_name, versions
+from innerloop.measure.parts import digest
 from innerloop.memory import peak_memory
 from innerloop.model import LatentModel
 from innerloop.standing import read_json
@@ -43,19 +44,21 @@ def time_runs(
         attempts: by name, how often each question is tried, where it is not once.
 
     Returns:
-        ``n`` questions, ``repeats``, ``device``, ``versions``, and in ``runs`` by name ``seconds``, of an example in
-        each turn, and ``memory``, the peak in bytes beyond the weights.
+        ``n`` questions, their hash, ``max_new_tokens``, ``repeats``, ``device``, ``versions``, and in ``runs`` by name
+        ``seconds``, of an example in each turn, and ``memory``, the peak in bytes beyond the weights.
     """
     loaded = {path: LatentModel.from_pretrained(path).eval() for path in dict.fromkeys(runs.values())}
     models = {name: loaded[path] for name, path in runs.items()}
     tried = {name: one for name, one in (attempts or {}).items() if not one.is_plain}
     device = next(iter(models.values())).device
     asked = {"n": len(questions), "repeats": REPEATS, "device": device_name(device), "versions": versions()}
+    asked |= {"questions": digest(list(questions)), "max_new_tokens": task.max_new_tokens}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
     asked["attempts"] = {name: asdict(one) for name, one in tried.items()} or None
     if (known := _known(folder / TIMES, asked, list(runs.values()))) is not None:
         return known
     options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": max(len(questions), 1)}
+    options["strict"] = False  # what cannot be answered was told when it was evaluated
     jobs = {name: partial(tried.get(name, ONCE).answer, model, questions, **options) for name, model in models.items()}
     turns = take_turns(jobs, REPEATS, clock_of(device))
     found = {

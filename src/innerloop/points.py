@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -348,10 +349,7 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
         if refused:
             result["loops_refused"] = refused
         if result["loops"]:
-            questions = [example.question for example in examples[:N_TRACED]]
-            answers = model.generate(questions, loops=max(result["loops"]), trace=True, max_new_tokens=1)
-            changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
-            result["change"] = [sum(column) / len(column) for column in zip(*changes)]
+            result["change"] = _change(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
     if exam.controls:
         found = controls(model, task, examples, predictions, seed=key[1], parts=parts)
         what: dict[str, Any] = {
@@ -360,7 +358,7 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
             "task": task.name,
             "split": exam.split,
         }
-        what |= {"n": len(examples), "seed": key[1]}
+        what |= {"n": len(found.unedited), "seed": key[1]}
         write_text(out / CONTROLS, json.dumps({**what, **found.as_dict()}, indent=2) + "\n")
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
@@ -395,6 +393,17 @@ def _score(
     answered = answer(model, task, examples, loops=loops)
     n_correct = sum(p.correct for p in answered)
     return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
+
+
+def _change(model: LatentModel, questions: Sequence[str], loops: int) -> list[float | None]:
+    """Return the relative change of the state in each iteration, a mean over questions; None where it has diverged.
+
+    Questions that cannot be answered are left out.
+    """
+    answers = model.generate(questions, loops=loops, trace=True, max_new_tokens=1, strict=False)
+    changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
+    means = [sum(column) / len(column) for column in zip(*changes)]
+    return [mean if math.isfinite(mean) else None for mean in means]
 
 
 class _Report(TrainerCallback):

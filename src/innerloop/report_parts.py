@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from innerloop.measure.controls import Kind
 from innerloop.page import escape, figure, paragraph, table
 from innerloop.pictures import Curve, Mark, curves
 from innerloop.standing import CONTROLS, STABILITY, Standing
 
-KINDS = {
+KINDS: dict[Kind, str] = {
     "carried": "carry the answer",
+    "partly": "carry some answers",
     "room": "are room to compute in",
     "unused": "are not used",
     "undecided": "undecided",

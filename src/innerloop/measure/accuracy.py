@@ -109,6 +109,12 @@ def evaluate(
     return predictions
 
 
+def answered(examples: Sequence[Example], predictions: Sequence[Prediction]) -> tuple[list[Example], list[Prediction]]:
+    """Return the examples that could be answered at all, and their predictions."""
+    kept = [(example, p) for example, p in zip(examples, predictions, strict=True) if p.error is None]
+    return [example for example, _ in kept], [p for _, p in kept]
+
+
 def accuracy_of(predictions: Sequence[Prediction]) -> float:
     """Return the share of correct predictions."""
     return sum(p.correct for p in predictions) / max(len(predictions), 1)

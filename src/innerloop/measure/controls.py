@@ -21,7 +21,7 @@ from torch import Tensor
 
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.measure.accuracy import Prediction, evaluate
+from innerloop.measure.accuracy import Prediction, answered, evaluate
 from innerloop.measure.latents import (
     Fed,
     Key,
@@ -252,7 +252,7 @@ def controls(
     progress: Callable[[int], None] | None = None,
     parts: Parts | None = None,
 ) -> Controls:
-    """Run all controls that make sense for a model's method.
+    """Run all controls that make sense for a model's method, on the examples that it can answer.
 
     Args:
         model: the model.
@@ -272,10 +272,11 @@ def controls(
     at = model.method.curriculum.last_stage if stage is None else stage
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     left_out = _left_out(model, at)
-    gold = Counter(example.answer for example in examples)
     trained, loops = (None, []) if "loops" in left_out else _loops(model.method, at)
     if unedited is None:
         unedited = evaluate(model, task, examples, **options)
+    examples, unedited = answered(examples, unedited)
+    gold = Counter(example.answer for example in examples)
     found = Controls(unedited, max(gold.values()) / len(examples), trained_loops=trained, left_out=left_out)
     parts = Parts() if parts is None else parts
     names, donors = list[str](), dict[Key, Key]()
@@ -304,9 +305,9 @@ def controls(
     def effect(name: str, edit: Callable[[], Replacement] | None, loops: int | None = None) -> Effect:
         def measure() -> dict[str, Any]:
             replaced = None if edit is None else edit()
-            answered = answer(model, task, examples, replaced, loops=loops, progress=progress, **options)
-            follows = _donor_answers(answered, unedited, keys, donors) if name == "shuffled" else None
-            return asdict(_effect(answered, unedited, seed, follows))
+            edited = answer(model, task, examples, replaced, loops=loops, progress=progress, **options)
+            follows = _donor_answers(edited, unedited, keys, donors) if name == "shuffled" else None
+            return asdict(_effect(edited, unedited, seed, follows))
 
         return Effect.read(parts(name, measure))
 

@@ -22,6 +22,7 @@ from innerloop import checkpoint
 from innerloop.attempts import ONCE, Attempts
 from innerloop.errors import InputError
 from innerloop.examples import Example
+from innerloop.generation import fits
 from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
 from innerloop.measure.accuracy import Prediction
@@ -44,7 +45,7 @@ class Measurement:
         model: the model.
         task: the task.
         split: the split of the examples.
-        examples: the examples.
+        examples: the examples that could be answered.
         unedited: their answers.
         name: the run's folder or the model's name.
         seed: the seed that it was trained with, where known.
@@ -107,6 +108,7 @@ class Measurement:
 
     def _probes(self) -> None:
         train = self.task.examples("valid" if self.split == "train" else "train", PROBE_EXAMPLES)
+        train = [example for example in train if fits(self.model, example.question, self.options["stage"])]
         with bar(self.console) as progress:
             rows = [progress.add_task(title, total=None, note="") for title in ("probes", "swaps")]
             told = self.options | self._told(progress, rows[0])

@@ -145,7 +145,7 @@ class Stability:
         turns = last.measures["step_cosine"]
         if turns is not None and turns.median < OSCILLATES:
             said.append(f"It oscillates: successive steps point against each other (cosine {turns.median:.2f}).")
-        if last.spread < COLLAPSED:
+        if last.n > 1 and last.spread < COLLAPSED:  # one example has nothing to differ from
             said.append("The latents have collapsed: they are the same for every example.")
         return said
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.measure.accuracy import Prediction, evaluate
+from innerloop.measure.accuracy import Prediction, answered, evaluate
 from innerloop.measure.controls import latents_of
 from innerloop.measure.latents import (
     Fed,
@@ -89,6 +89,7 @@ def swaps(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     if unedited is None:
         unedited = evaluate(model, task, examples, **options)
+    examples, unedited = answered(examples, unedited)
     parts = Parts() if parts is None else parts
     keys = keys_of(model.prompts([example.question for example in examples], stage))
     donors, plain = donors_of(keys, seed), dict(zip(keys, unedited))
@@ -116,8 +117,8 @@ def swaps(
             table = _with_one(seen, donors, latents)
         else:
             table = {key: list(seen.blocks[donor]) for key, donor in donors.items()}
-        answered = answer(model, task, examples, Replacement(table), progress=progress, **options)
-        pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, answered)]
+        swapped = answer(model, task, examples, Replacement(table), progress=progress, **options)
+        pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, swapped)]
         pairs = [(now, own, donor) for now, own, donor in pairs if not same_answer(own, donor)]
         n, n_follow = len(pairs), sum(same_answer(now, donor) for now, _, donor in pairs)
         keeps = sum(same_answer(now, own) for now, own, _ in pairs) / max(n, 1)

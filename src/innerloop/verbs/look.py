@@ -17,6 +17,7 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
+from innerloop.measure.accuracy import answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
@@ -108,7 +109,10 @@ def eval_(
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     checkpoint.resolve(run)
     folder = Path(out or run)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}): give another folder by --out DIR") from None
     checkpoint.write_text(folder / "predictions.jsonl.partial", "")  # a folder that cannot be written is found now
     (folder / "predictions.jsonl.partial").unlink()
     chosen = task_given(run, task, data, split)
@@ -193,7 +197,8 @@ def _measure(
         f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{folder / 'result.json'}",
         soft_wrap=True,
     )
-    measured = (model, task, split, examples, predictions, run, result["seed"], folder, console, options, parts)
+    known = answered(examples, predictions)
+    measured = (model, task, split, *known, run, result["seed"], folder, console, options, parts)
     Measurement(*measured).run(*flags)
 
 
