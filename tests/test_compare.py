@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from innerloop import compare, latency, points
-from innerloop.compare import compare_runs, compare_suite, run_names, seeds_sentence, verdicts
+from innerloop.compare import compare_runs, compare_suite, diverged_sentences, run_names, seeds_sentence, verdicts
 from innerloop.errors import InputError
 from innerloop.methods import Cot, Pause
 from innerloop.recipe import parse_recipe
@@ -224,3 +224,13 @@ def test_a_task_that_cannot_be_made_is_refused_before_anything_is_trained(tmp_pa
     assert code == 2 and "nothing was trained: chain: there are only 490 different train questions, not 9999" in err
     assert err.count("chain:") == 1 and err.endswith("or lower n_train (much, more)\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_diverged_are_counted_by_variant():
+    points = [{"variant": "calm", "seed": i, "diverged": 0.1} for i in range(3)]
+    points += [{"variant": "wild", "seed": i, "diverged": i / 2} for i in range(3)]
+    points += [{"variant": "lost", "seed": 0, "error": "DivergedError: the loss is nan"}]
+    assert diverged_sentences(points) == [
+        "wild: 2 of 3 runs diverged (95 % interval 9 to 99 %)",
+        "lost: 1 of 1 runs diverged (95 % interval 2 to 100 %)",
+    ]

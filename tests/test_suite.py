@@ -44,7 +44,7 @@ RAW = {
         "other": {"method": "pause", "train": {"max_steps": 1}},
     },
     "seeds": [0, 1],
-    "test": {"loops": [1, 3], "limit": 5, "also": {"longer": {"n_ops": 3, "min_ops": 3}}},
+    "test": {"loops": [1, 3], "limit": 5, "also": {"longer": {"n_ops": 3, "min_ops": 3}}, "stability": True},
 }
 
 
@@ -139,7 +139,8 @@ def test_without_a_warm_up_points_start_from_scratch(path: Path):
         ({"variants": {"a": {}, "b": {"of": "a", "train": {}}}}, "so it cannot set train"),
         ({"variants": {"a": {"test": {"limit": 3}}}}, "its test may set samples, pick, temperature, beams, not limit"),
         ({"variants": {"a": {"test": {"samples": 2, "temperature": 0}}}}, "variant 'a': 2 samples at temperature 0"),
-        ({"test": {"samples": 2, "controls": True}}, "controls are of one answer"),
+        ({"test": {"samples": 2, "controls": True}}, "controls and stability are of one answer"),
+        ({"test": {"beams": 2, "stability": True}}, "controls and stability are of one answer"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(path: Path, changes: dict, words: str):
@@ -179,6 +180,9 @@ def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     # pause tokens have no iterations: the curve is of the methods that loop
     assert [int(n) for n in results[0]["loops"]] == [1, 3] and "loops" not in results[2]
     assert len(results[0]["change"]) == 3
+    assert [r.get("diverged") for r in results] == [0.0, 0.0, None]
+    kept = json.loads((Path(suite.points["wide", 3].out) / "stability.json").read_text())
+    assert kept["n"] == 5 and [entry["loop"] for entry in kept["loops"]] == [1, 2]
     assert list(results[0]["also"]["longer"]) == ["trained", "1", "3"]
     assert list(results[2]["also"]["longer"]) == ["trained"]
     assert not list((path.parent / "out").rglob("checkpoint-*"))
@@ -209,6 +213,17 @@ def test_a_point_that_fails_stops_no_other(path: Path):
     assert [row["variant"] for row in seed_means([plain, failed])] == ["plain"]
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_killed_fails_its_own_job_alone():
+    with points.local_workers(1) as workers:
+        jobs = [
+            workers.submit(function, *given) for function, given in ((os.getpid, ()), (os._exit, (1,)), (abs, (-2,)))
+        ]
+        assert jobs[0].result() != os.getpid() and jobs[2].result() == 2
+        with pytest.raises(InputError, match="killed, as happens where memory runs out"):
+            jobs[1].result()
+
+
 @contextmanager
 def here():
     """Workers that do everything at once, in this process."""
@@ -227,7 +242,7 @@ def here():
 def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeypatch):
     raw = {**yaml.safe_load(path.read_text()), "warm_up": None, "seeds": [0]}
     vote, best = {"samples": 3, "temperature": 1.0}, {"samples": 3, "pick": "likelihood", "temperature": 1.0}
-    raw["test"] |= {"limit": 3, "loops": [1]}
+    raw["test"] |= {"limit": 3, "loops": [1], "stability": False}
     raw["variants"] = {
         "vote": {"of": "plain", "test": vote},
         "plain": {},

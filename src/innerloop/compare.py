@@ -18,6 +18,7 @@ from innerloop.errors import InputError, nearest
 from innerloop.examples import Example
 from innerloop.latency import time_runs
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.stability import diverged_rate
 from innerloop.measure.statistics import over_seeds, verdict_of_files
 from innerloop.methods import Method, method_named
 from innerloop.model import LatentModel
@@ -302,7 +303,7 @@ def compare_suite(
         runs = {s.name: Path(suite.run_of(s.name, s.results[0]["seed"])) for s in standings}
         tried = {s.name: suite.exam_of(s.name).attempts for s in standings}
         standings = timed(standings, task, questions, folder, runs, tried)
-    _show(standings, chosen, folder, f"Suite {Path(path).stem}", console, failed, shown)
+    _show(standings, chosen, folder, f"Suite {Path(path).stem}", console, failed, shown, diverged_sentences(points))
     if failed:
         raise InputError(failure_sentence(failed, len(points)))
 
@@ -315,8 +316,9 @@ def _show(
     console: Console,
     failed: Mapping[str, Sequence[str]] | None = None,
     suite: Mapping[str, Any] | None = None,
+    more: Sequence[str] = (),
 ) -> None:
-    sentences = verdicts(standings, baseline)
+    sentences = [*verdicts(standings, baseline), *more]
     write_report(folder / REPORT, title, standings, sentences, failed, suite)
     if standings:
         console.print(standing_table(standings))
@@ -325,6 +327,18 @@ def _show(
     for sentence in sentences:
         console.print(sentence, soft_wrap=True)
     console.print(f"the report is in {folder / REPORT}, every point in {folder / 'results.json'}", soft_wrap=True)
+
+
+def diverged_sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say of each variant of which a run has diverged, in training or in its loop, how many of its runs have."""
+    sentences = []
+    for variant in dict.fromkeys(point["variant"] for point in points):
+        rate = diverged_rate([point for point in points if point["variant"] == variant])
+        if rate["diverged"]:
+            low, high = (100 * end for end in rate["ci95"])
+            runs = f"{rate['diverged']} of {rate['n']} runs"
+            sentences.append(f"{variant}: {runs} diverged (95 % interval {low:.0f} to {high:.0f} %)")
+    return sentences
 
 
 def timed(

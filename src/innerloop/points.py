@@ -9,7 +9,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,14 +27,16 @@ from transformers.utils import logging as transformers_logging
 from innerloop.checkpoint import SETTINGS, resolve, write_text
 from innerloop.errors import InputError
 from innerloop.examples import Example
+from innerloop.generation import fits
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
 from innerloop.measure.controls import controls
 from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
+from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.model import LatentModel
 from innerloop.progress import bar, end_with_parent
 from innerloop.recipe import Recipe, load_recipe
 from innerloop.run import CONFIG, FINISHED, run_recipe
-from innerloop.standing import CONTROLS
+from innerloop.standing import CONTROLS, STABILITY
 from innerloop.suite import Exam, Suite
 from innerloop.tasks import Task
 from innerloop.trainer import training_arguments
@@ -69,17 +72,57 @@ def local_workers(n: int) -> Iterator[Workers]:
     manager = SyncManager(ctx=context)
     manager.start(end_with_parent)
     ends = context.Event()
-    with manager, ProcessPoolExecutor(n, mp_context=context, initializer=one_thread, initargs=(ends,)) as pool:
+    with manager, Processes(n, partial(ProcessPoolExecutor, 1, context, one_thread, (ends,))) as processes:
         others = multiprocessing.active_children()
         try:
-            yield Workers(pool.submit, manager.Queue())
+            yield Workers(processes.submit, manager.Queue())
         except BaseException:
             ends.set()
+            processes.threads.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 if worker not in others:
                     worker.terminate()  # which saves what it trains
-            pool.shutdown(cancel_futures=True)  # the manager stays until they have, as they report to it
-            raise
+            raise  # the manager stays until they have, as they report to it
+
+
+class Processes:
+    """Processes that do one job after the other; one that is killed fails its own job alone, and is replaced.
+
+    Args:
+        n: how many there are; each is fed by a thread.
+        made: makes a pool of one process.
+    """
+
+    def __init__(self, n: int, made: Callable[[], ProcessPoolExecutor]):
+        self.threads, self.made = ThreadPoolExecutor(n), made
+        self.own = threading.local()
+        self.pools: list[ProcessPoolExecutor] = []
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.threads.shutdown()
+        for pool in self.pools:
+            pool.shutdown()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        """Hand over a job."""
+        return self.threads.submit(self._do, function, *args)
+
+    def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+        pool = getattr(self.own, "pool", None)
+        if pool is None:
+            pool = self.own.pool = self.made()
+            self.pools.append(pool)
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            self.own.pool = None
+            raise InputError(
+                "its process was killed, as happens where memory runs out: the same command tries again, with "
+                "--workers 1 it has the memory for itself"
+            ) from None
 
 
 def run_suite(
@@ -350,16 +393,16 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
             result["loops_refused"] = refused
         if result["loops"]:
             result["change"] = _change(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
+    what = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": exam.split, "seed": key[1]}
     if exam.controls:
         found = controls(model, task, examples, predictions, seed=key[1], parts=parts)
-        what: dict[str, Any] = {
-            "method": model.method.name,
-            "model": recipe.out,
-            "task": task.name,
-            "split": exam.split,
-        }
-        what |= {"n": len(found.unedited), "seed": key[1]}
-        write_text(out / CONTROLS, json.dumps({**what, **found.as_dict()}, indent=2) + "\n")
+        told = {**what, "n": len(found.unedited), **found.as_dict()}
+        write_text(out / CONTROLS, json.dumps(told, indent=2) + "\n")
+    if exam.stability and has_loop(model):
+        read = [example for example in examples if fits(model, example.question)]
+        behaves = Stability.read(parts("stability", lambda: asdict(stability(model, read))))
+        result["diverged"] = behaves.diverged
+        write_text(out / STABILITY, json.dumps({**what, "n": len(read), **behaves.as_dict()}, indent=2) + "\n")
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
     write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
     write_text(out / "result.json", json.dumps(result, indent=2) + "\n")

@@ -59,6 +59,8 @@ class Exam(Attempts):
         also: by name, fields of the task in which other tests differ, such as ``{longer: {n_ops: 5, min_ops: 5}}``;
             each is answered as trained, and with every number of ``loops``.
         controls: also edit the latents while the model answers (`measure/controls.py`); writes controls.json.
+        stability: also measure how the loops of methods that think in latents behave (`measure/stability.py`); writes
+            stability.json, and tells how many of a variant's runs have diverged.
     """
 
     split: str = "test"
@@ -66,12 +68,15 @@ class Exam(Attempts):
     loops: tuple[int, ...] = ()
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
     controls: bool = False
+    stability: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "loops", tuple(self.loops))
-        if self.controls and not self.is_plain:
-            raise InputError("controls are of one answer: leave out controls, or samples, temperature and beams")
+        if (self.controls or self.stability) and not self.is_plain:
+            raise InputError(
+                "controls and stability are of one answer: leave them out, or samples, temperature and beams"
+            )
 
     @property
     def attempts(self) -> Attempts:
@@ -212,7 +217,7 @@ def _exam(common: Exam, changed: Mapping[str, Any], name: str) -> Exam:
     try:
         how: dict[str, Any] = asdict(typed(Attempts, own, "test"))
         if "of" in changed:
-            how |= {"loops": (), "controls": False}
+            how |= {"loops": (), "controls": False, "stability": False}
         return replace(common, **how)
     except InputError as error:
         raise InputError(f"variant '{name}': {error}") from None

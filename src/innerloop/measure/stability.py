@@ -384,6 +384,15 @@ def stability(
     return _gathered(model, measures, states, method.scope == "append")
 
 
+def has_loop(model: LatentModel) -> bool:
+    """Tell whether there is a loop over latents whose iterations can be looked at."""
+    try:
+        check_loop(model)
+    except InputError:
+        return False
+    return True
+
+
 def check_loop(model: LatentModel, stage: int | None = None) -> None:
     """Refuse a model without a loop over latents."""
     method = model.method
