@@ -132,6 +132,16 @@ def test_lens_writes_one_page_into_the_run(run: Path, capsys):
     assert '"loop 3"' in other.read_text() and '"split":"valid"' in other.read_text()
 
 
+def test_the_lens_leaves_out_what_is_too_long(run: Path, tmp_path: Path, capsys):
+    rows = [
+        {"id": name, "question": q, "steps": [], "answer": "1"} for name, q in (("a", "1 " * 999), ("b", "1 ; + 1"))
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--task", "gsm8k", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "lens.html"]
+    code, out, _ = innerloop(capsys, "lens", run, *given, "--max_new_tokens", 2)
+    assert code == 0 and "left out, as they cannot be answered: a" in out and "lens.html: 1 examples" in out
+
+
 def test_lens_shows_the_first_example_in_the_terminal(run: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = innerloop(capsys, "lens", run, "--terminal", "true")

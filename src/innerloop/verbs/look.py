@@ -15,6 +15,7 @@ from innerloop import checkpoint
 from innerloop.attempts import Attempts, Pick
 from innerloop.errors import InputError
 from innerloop.examples import Example
+from innerloop.generation import fits
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.accuracy import answered
@@ -335,6 +336,10 @@ def lens(
     if path is None:
         console.print(terminal_view(model, chosen, asked[0], loops, max_new_tokens))
         return
+    if long := [example for example in asked if not fits(model, example.question)]:
+        names = ", ".join(example.id for example in long)
+        asked = [example for example in asked if example not in long] or asked
+        console.print(f"left out, as they cannot be answered: {names}", soft_wrap=True)
     with bar(console) as progress:
         row = progress.add_task(f"lens {model.method.name}", total=len(asked), note="")
         record = look(
