@@ -22,6 +22,7 @@ from innerloop.points import run_suite
 from innerloop.recipe import Recipe
 from innerloop.standing import standing_table
 from innerloop.suite import Exam, load_suite, parse_suite, seed_means, suite_report
+from innerloop.workers import Workers, local_workers
 from tests.models import tiny_model
 
 SUITES = sorted(Path("recipes/suites").glob("*.yaml"))
@@ -215,7 +216,7 @@ def test_a_point_that_fails_stops_no_other(path: Path):
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_fails_its_own_job_alone():
-    with points.local_workers(1) as workers:
+    with local_workers(1) as workers:
         jobs = [
             workers.submit(function, *given) for function, given in ((os.getpid, ()), (os._exit, (1,)), (abs, (-2,)))
         ]
@@ -236,7 +237,7 @@ def here():
             done.set_exception(error)
         return done
 
-    yield points.Workers(submit, queue.Queue())
+    yield Workers(submit, queue.Queue())
 
 
 def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeypatch):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from innerloop.errors import InputError
-from innerloop.points import Workers, one_thread
 from innerloop.recipe import Recipe
+from innerloop.workers import Workers, one_thread
 
 
 @contextmanager

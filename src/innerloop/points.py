@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, as_completed
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing.managers import SyncManager
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import TrainerCallback
-from transformers.utils import logging as transformers_logging
 
 from innerloop.checkpoint import SETTINGS, resolve, write_text
 from innerloop.errors import InputError
@@ -33,96 +26,20 @@ from innerloop.measure.controls import controls
 from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.model import LatentModel
-from innerloop.progress import bar, end_with_parent
+from innerloop.progress import bar
 from innerloop.recipe import Recipe, load_recipe
 from innerloop.run import CONFIG, FINISHED, run_recipe
 from innerloop.standing import CONTROLS, STABILITY
 from innerloop.suite import Exam, Suite
 from innerloop.tasks import Task
 from innerloop.trainer import training_arguments
+from innerloop.workers import Workers, is_ending, local_workers
 
 N_TRACED = 64
 EXAM_PARTS = "exam.parts.json"  # beside a point until it has been tested
 MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
 INTERRUPTED = "interrupted; run the suite again to go on"
 Key = tuple[str, int]  # a variant and a seed
-
-_ends: Event | None = None  # of a worker: whether its suite ends
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Where points are trained.
-
-    Attributes:
-        submit: hands over a function with its arguments, of which the second is a recipe.
-        messages: a queue of what they report.
-    """
-
-    submit: Callable[..., Future[Any]]
-    messages: Any
-
-
-@contextmanager
-def local_workers(n: int) -> Iterator[Workers]:
-    """Train ``n`` points at a time on this machine, each on one thread."""
-    if n < 1:
-        raise InputError("a suite needs workers >= 1")
-    context = multiprocessing.get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(end_with_parent)
-    ends = context.Event()
-    with manager, Processes(n, partial(ProcessPoolExecutor, 1, context, one_thread, (ends,))) as processes:
-        others = multiprocessing.active_children()
-        try:
-            yield Workers(processes.submit, manager.Queue())
-        except BaseException:
-            ends.set()
-            processes.threads.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                if worker not in others:
-                    worker.terminate()  # which saves what it trains
-            raise  # the manager stays until they have, as they report to it
-
-
-class Processes:
-    """Processes that do one job after the other; one that is killed fails its own job alone, and is replaced.
-
-    Args:
-        n: how many there are; each is fed by a thread.
-        made: makes a pool of one process.
-    """
-
-    def __init__(self, n: int, made: Callable[[], ProcessPoolExecutor]):
-        self.threads, self.made = ThreadPoolExecutor(n), made
-        self.own = threading.local()
-        self.pools: list[ProcessPoolExecutor] = []
-
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.threads.shutdown()
-        for pool in self.pools:
-            pool.shutdown()
-
-    def submit(self, function: Callable[..., Any], /, *args: Any) -> Future[Any]:
-        """Hand over a job."""
-        return self.threads.submit(self._do, function, *args)
-
-    def _do(self, function: Callable[..., Any], *args: Any) -> Any:
-        pool = getattr(self.own, "pool", None)
-        if pool is None:
-            pool = self.own.pool = self.made()
-            self.pools.append(pool)
-        try:
-            return pool.submit(function, *args).result()
-        except BrokenProcessPool:
-            self.own.pool = None
-            raise InputError(
-                "its process was killed, as happens where memory runs out: the same command tries again, with "
-                "--workers 1 it has the memory for itself"
-            ) from None
 
 
 def run_suite(
@@ -333,21 +250,10 @@ def _finished(jobs: Mapping[Future[Any], Key], messages: Any) -> dict[Key, str]:
     return failed
 
 
-def one_thread(ends: Event | None = None) -> None:
-    """Prepare a process that trains one point at a time, and begins none once ``ends`` is set."""
-    global _ends
-    _ends = ends
-    end_with_parent()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)  # tiny models run faster so, and the workers share the cores
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
 def _train(key: Key, recipe: Recipe, messages: Any) -> None:
     """Train a recipe, unless it has been."""
     out = Path(recipe.out)
-    if _ends is not None and _ends.is_set():
+    if is_ending():
         raise InputError(INTERRUPTED)
     if (out / FINISHED).exists():
         return

@@ -19,12 +19,13 @@ from innerloop.errors import InputError
 from innerloop.grid import Axis, Choices, Range, axis_of, number, parse_axis, short_names, value_name, variant_name
 from innerloop.page import document, escape, figure, settings, table
 from innerloop.pictures import Cell, Mark, bars, heat_map, scatter
-from innerloop.points import Workers, check_tasks, run_suite
+from innerloop.points import check_tasks, run_suite
 from innerloop.recipe import read_recipe
 from innerloop.report import failed_part, summary
 from innerloop.search import search
 from innerloop.standing import Standing, failures
 from innerloop.suite import Suite, parse_suite, suite_report
+from innerloop.workers import Workers
 
 N_NAMED = 8  # points of a picture that are named
 
