@@ -94,15 +94,22 @@ any_company = given(
     asked=st.permutations(range(len(POOL))),
     n=st.integers(1, len(POOL)),
     batch_size=st.integers(1, 5),
-    max_positions=st.sampled_from([None, 40, 90]),
+    room=st.sampled_from([None, 1, 3]),
     check_every=st.sampled_from([None, 3, 8]),
 )
 quiet = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-def assert_company_does_not_matter(name, asked, n, batch_size, max_positions, check_every):
+def longest(model):
+    """Return the positions that the longest question of the pool may come to take."""
+    at_work = Engine(model, max_new_tokens=N)
+    at_work._seat(POOL, None, True)
+    return max(at_work._most(seat.row, seat.budget) for seat in at_work.waiting)
+
+
+def assert_company_does_not_matter(name, asked, n, batch_size, room, check_every):
     model, alone = made(name)
-    chosen = list(asked[:n])
+    chosen, max_positions = list(asked[:n]), room and room * longest(model)
     before, engine.CHECK_EVERY = engine.CHECK_EVERY, check_every
     try:
         found = model.generate(
@@ -375,17 +382,33 @@ def test_other_errors_are_nobodys_memory(monkeypatch):
         model.generate(POOL, strict=False)
 
 
-@pytest.mark.parametrize("max_positions", [1, 30, 60, 200])
-def test_the_engine_keeps_to_its_positions(max_positions):
-    model, _ = made("slots")
-    room = Engine(model, max_new_tokens=N, batch_size=8, max_positions=max_positions)
-    most = 0
-    for _ in room.groups(POOL):
-        busy = [seat for writer in (room.writer, room.ready) if writer is not None for seat in writer.seats]
-        need = sum(len(seat.row) + seat.budget for seat in busy)
-        assert need <= max_positions or len(busy) == 1
+@pytest.mark.parametrize("name", ["slots", "spiral"])
+@pytest.mark.parametrize("room", [1.0, 1.9, 5.0])
+def test_the_engine_keeps_to_its_positions(name, room):
+    model, _ = made(name)
+    max_positions, most = int(room * longest(model)), 0
+    at_work = Engine(model, max_new_tokens=N, batch_size=8, max_positions=max_positions)
+    for _ in at_work.groups(POOL):
+        busy = [seat for writer in (at_work.writer, at_work.ready) if writer is not None for seat in writer.seats]
+        written = [len(seat.row) + len(seat.written) + seat.n_latents for seat in busy]
+        assert sum(written) <= sum(at_work._most(seat.row, seat.budget) for seat in busy) <= max_positions
         most = max(most, len(busy))
-    assert most > 1 or max_positions < 60
+    assert most > 1 or room < 5.0
+
+
+def test_a_question_that_needs_more_than_all_positions_fails_alone():
+    model, alone = made("slots")
+    max_positions = longest(model) - 1
+    with pytest.raises(InputError, match=rf"the {max_positions} of max_positions; raise it"):
+        model.generate(POOL, max_new_tokens=N, max_positions=max_positions)
+    found = model.generate(POOL, max_new_tokens=N, max_positions=max_positions, strict=False)
+    for question, one, known in zip(POOL, found, alone, strict=True):
+        if question == LONG:
+            assert f"take {max_positions + 1} positions" in one.error
+        else:
+            assert told(one) == known
+    with pytest.raises(InputError, match="max_positions"):
+        model.generate([POOL[0]], max_new_tokens=N, beams=2, max_positions=max_positions)
 
 
 @pytest.mark.parametrize("name", ["slots", "coconut", "mod", "tah", "spiral"])

@@ -28,6 +28,7 @@ from innerloop.decoder import Classifier
 from innerloop.engine import Engine, check_every
 from innerloop.errors import refuse
 from innerloop.generation import NOTHING, Seat, finish
+from innerloop.layout import Row
 from innerloop.writer import Writer, without
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class BeamEngine(Engine):
         )
         self.beams = beams
         self.batch_size = max(1, self.batch_size // beams)  # questions; rows are as many as without
-        self.max_positions = None if self.max_positions is None else max(1, self.max_positions // beams)
+
+    def _most(self, row: Row, budget: int) -> int:
+        return super()._most(row, budget) * self.beams
 
     @torch.no_grad()
     def _advance(self) -> None:

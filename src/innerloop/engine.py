@@ -77,9 +77,9 @@ def generate(
         progress: called with the number of questions answered since the last call.
         steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
         max_positions: the most positions that rows in the engine may come to occupy together; None: no limit but
-            ``batch_size``.
+            ``batch_size``. A question that may come to take more by itself cannot be answered.
         strict: refuse them all if one cannot be answered (it is too long, empty, no text, or does not fit into memory
-            by itself); otherwise that one alone fails, with its reason in ``error``.
+            or ``max_positions`` by itself); otherwise that one alone fails, with its reason in ``error``.
         samples: how many answers are drawn for each question. The first are those that fewer samples would give; what
             they share is charged to one of them.
         beams: how many texts a search for the likeliest one follows (`innerloop.beams`); 1 searches for nothing.
@@ -194,13 +194,15 @@ class Engine:
             told = (() if steps is None else steps[index]) if self.traces else None
             try:
                 row, blocks = lay_out(self.model, question, self.stage, self.loops, told)
+                budget = self._budget(row)
+                self._check_room(question, self._most(row, budget))
             except Exception as error:  # a tokenizer names no errors of its own
                 if strict:
                     raise
                 reason = " ".join(str(error).split())
                 refused += [(index * self.samples + s, failed(self.model, reason)) for s in range(self.samples)]
                 continue
-            twin, budget = twins.setdefault(tuple(row.ids()), len(twins)), self._budget(row)
+            twin = twins.setdefault(tuple(row.ids()), len(twins))
             for s in range(self.samples):
                 seats.append(Seat(index * self.samples + s, row, budget, blocks=blocks, draw=(index, s), twin=twin))
         self.waiting.extend(sorted(seats, key=lambda seat: seat.order))
@@ -213,15 +215,30 @@ class Engine:
         room = self.model.backbone.context_length
         return self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(row))
 
+    def _most(self, row: Row, budget: int) -> int:
+        """Return how many positions a row may come to occupy."""
+        n, room = len(row) + budget, self.model.backbone.context_length
+        if self.block is not None:  # the latents that it may open while it writes
+            n += min(self.block.most - bool(row.region), budget) * self.block.n_read
+        return n if room is None else min(n, room)
+
+    def _check_room(self, question: str, most: int) -> None:
+        if self.max_positions is not None and most > self.max_positions:
+            raise InputError(
+                f"the question '{question[:40]}...' may come to take {most} positions, which is more than the "
+                f"{self.max_positions} of max_positions; raise it, lower max_new_tokens or shorten the question"
+            )
+
     def _wave(self) -> list[Seat]:
         """Take from those that wait as many as there is room for, one at least."""
         busy = [seat for writer in (self.writer, self.ready) if writer is not None for seat in writer.seats]
-        room = None if self.max_positions is None else self.max_positions - sum(map(_most, busy))
+        taken = sum(self._most(seat.row, seat.budget) for seat in busy)
+        room = None if self.max_positions is None else self.max_positions - taken
         wave: list[Seat] = []
         most = self.batch_size if self.most is None else min(self.batch_size, self.most - len(busy))
         while self.waiting and len(wave) < most:
-            need = _most(self.waiting[0]) * (len(wave) + 1)  # rows are padded to the longest, which is the last
-            if room is not None and need > room and (wave or busy):
+            longest = self.waiting[0]  # rows are padded to the longest, which is the last
+            if room is not None and self._most(longest.row, longest.budget) * (len(wave) + 1) > room:
                 break
             wave.append(self.waiting.popleft())
         if self.waiting and wave and self.waiting[0].twin == wave[-1].twin != wave[0].twin:
@@ -477,11 +494,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in told for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
-
-
-def _most(seat: Seat) -> int:
-    """Return how many positions a row may come to occupy."""
-    return len(seat.row) + seat.budget
 
 
 def _read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:

@@ -125,6 +125,11 @@ class Block:
     forced_after: int | None = None
     unless: int | None = None
 
+    @property
+    def n_read(self) -> int:
+        """The positions that are read for it, besides the token that opens it."""
+        return len(self.region.ids) + len(self.closing.ids)
+
 
 @dataclass
 class Row:

@@ -167,8 +167,7 @@ class BlockWriter(Writer):
         """Whether a row may open a block: it has had few enough, and there is room for one more."""
         block, room = self.block, self.backbone.context_length
         few_R = self.n_blocks_R < block.most
-        n_positions = 1 + len(block.region.ids) + len(block.closing.ids)
-        return few_R if room is None else few_R & (self.context.next_position_B + n_positions <= room)
+        return few_R if room is None else few_R & (self.context.next_position_B + 1 + block.n_read <= room)
 
     def allowed(self) -> Tensor:
         """Return the logits of the next tokens, none of which opens a block where none may be opened."""
