@@ -189,7 +189,7 @@ def test_ratios_come_from_the_turns(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_command_writes_bench_json_and_prints_a_table(runs: tuple[Path, Path], tmp_path: Path, capfd):
     slr, cot = runs
-    arguments = ["--batch_sizes", "[1, 2]", "--repeats", 2, "--questions", 2, "--max_new_tokens", 2, "--device", "cpu"]
+    arguments = ["--batch_sizes", "1,2", "--repeats", 2, "--questions", 2, "--max_new_tokens", 2, "--device", "cpu"]
     assert run("bench", slr, "--baseline", cot, "--task", CHAIN, *arguments) == 0
     out, err = capfd.readouterr()
     assert "ceilings" in out and "bench.json" in out and "prefill" in out and not err

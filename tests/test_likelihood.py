@@ -113,6 +113,10 @@ def test_other_numbers_of_loops_unknown_words_and_long_chunks():
         likelihood(model, [])
     with pytest.raises(InputError, match="batch_size is 0"):
         likelihood(model, CHUNKS, batch_size=0)
+    with torch.no_grad():
+        model.backbone.lm.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(InputError, match=r"the text's loss is nan nats a token.*diverged"):
+        likelihood(model, CHUNKS)
     found = Likelihood((2.0, 6.0), (2, 2))
     assert found.nll == 2.0 and found.interval == pytest.approx((2.0 - 1.96, 2.0 + 1.96), abs=1e-3)
 

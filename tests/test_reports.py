@@ -60,8 +60,10 @@ def test_a_method_without_latents_is_told_so_and_still_evaluated(tmp_path: Path,
         (SMALL, ("--controls", "true", "--loops", "3"), "leave --loops out"),
         (Pause(), ("--stability", "true"), "no loop over latents"),
         (Cot(), ("--probes", "true"), "no latents to probe"),
+        (SMALL, ("--probes", "--limit", "5"), "10 to be tested on, but there are 40 and 5"),
+        (SMALL, ("--controls", "--limit", "1"), "give at least two different ones"),
     ],
-    ids=["loops", "stability", "probes"],
+    ids=["loops", "stability", "probes", "few", "one"],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_answered(
     method: Method, options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture

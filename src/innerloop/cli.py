@@ -7,13 +7,14 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from innerloop.demo import demo
-from innerloop.errors import InputError, nearest
+from innerloop.errors import InputError, misfit, nearest
 from innerloop.progress import end_when_asked
 from innerloop.recipe import field_parser, load_recipe
 from innerloop.tasks import task_named
@@ -57,7 +58,10 @@ LISTED: dict[tuple[str, ...], str] = {
 def build_parser() -> ArgumentParser:
     """Return the parser of all verbs."""
     parser = ArgumentParser(
-        prog="innerloop", exit_on_error=False, description="Language models that reason in latents."
+        prog="innerloop",
+        exit_on_error=False,
+        description="Language models that reason in latents.",
+        version=version("innerloop"),
     )
     verbs = parser.add_subcommands(dest="verb", metavar="VERB", title="verbs")
     for name, verb in VERBS.items():
@@ -96,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, ArgumentError) as error:
         if debug:
             traceback.print_exc()
-        print(
-            f"innerloop: {' '.join(str(error).split()) if isinstance(error, ArgumentError) else error}", file=sys.stderr
-        )
+        print(f"innerloop: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("innerloop: interrupted", file=sys.stderr)
@@ -118,41 +120,76 @@ def _underscored(argument: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
-def _switched(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which what is yes or no has a value: --controls alone is --controls=true."""
-    verb = VERBS.get(arguments[0])
-    if verb is None or isinstance(verb, dict):  # what makes and shows data has no such options
-        return list(arguments)
-    switches = {f"--{name}" for name, kind in verb.__annotations__.items() if kind == "bool"}
-    found: list[str] = []
-    for argument, after in zip(arguments, [*arguments[1:], ""]):
-        alone = argument in switches and after.lower() not in ("true", "false", "yes", "no")
-        found.append(f"{argument}=true" if alone else argument)
+def _spelled(verb: Callable[..., None], arguments: Sequence[str]) -> list[str]:
+    """Return arguments as the parser reads them: --controls is --controls=true, and --seeds 0 1 is --seeds=[0,1]."""
+    kinds = {f"--{name}": kind for name, kind in verb.__annotations__.items()}
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, is_given, value = argument.partition("=")
+        kind = kinds.get(name, "")
+        if kind == "bool" and not is_given and (not rest or rest[0].lower() not in ("true", "false", "yes", "no")):
+            argument += "=true"
+        elif "[int]" in kind:
+            numbers = [value] if is_given else []
+            while rest and (rest[0].isdigit() if numbers else not rest[0].startswith("--")):
+                numbers.append(rest.pop(0))
+            argument = f"{name}=[{','.join(numbers).strip('[]')}]" if numbers else argument
+        found.append(argument)
     return found
 
 
 def _run(arguments: list[str]) -> None:
     if not arguments:
         arguments = ["--help"]
-    words = [a for a in arguments[:2] if not a.startswith("-")]
-    if words and words[0] not in VERBS:
-        raise InputError(f"there is no verb '{words[0]}'{nearest(words[0], VERBS)}; the verbs are {', '.join(VERBS)}")
-    arguments = _switched(arguments)
-    key = next((k for k in OPEN_ENDED if tuple(arguments[: len(k)]) == k), None)
+    verb: Any = VERBS.get(arguments[0])
+    words = [arguments[0]]
+    if not arguments[0].startswith("-") and verb is None:
+        raise InputError(
+            f"there is no verb '{arguments[0]}'{nearest(arguments[0], VERBS)}; the verbs are {', '.join(VERBS)}"
+        )
+    if isinstance(verb, dict) and not {"-h", "--help"} & set(arguments[1:2]):
+        words += arguments[1:2]
+        if words[-1] not in verb:
+            raise InputError(f"innerloop {words[0]} needs one of {', '.join(verb)}{nearest(words[-1], verb)}")
+        verb = verb[words[-1]]
     extra: list[str] = []
-    if key is not None:
-        arguments, extra = _split_open(key, arguments)
-    parsed = build_parser().parse_args(arguments)
-    settings: dict[str, Any] = parsed.as_dict()
-    verb = VERBS[settings["verb"]]
-    values = settings[settings["verb"]] or {}
-    if isinstance(verb, dict):
-        if values.get("action") is None:
-            raise InputError(f"innerloop {settings['verb']} needs one of {', '.join(verb)}")
-        verb, values = verb[values["action"]], values[values["action"]] or {}
-    if key is not None:
-        values[OPEN_ENDED[key]] = extra
-    verb(**values)
+    if callable(verb):
+        arguments = [*words, *_spelled(verb, arguments[len(words) :])]
+    is_open = tuple(words) in OPEN_ENDED
+    if is_open:
+        arguments, extra = _split_open(tuple(words), arguments)
+    try:
+        parsed = build_parser().parse_args(arguments)
+    except ArgumentError as error:
+        if not callable(verb):
+            raise
+        raise InputError(_misused(error, " ".join(words), verb)) from error
+    values = parsed
+    for word in words:
+        values = values[word]
+    settings: dict[str, Any] = values.as_dict()
+    verb(**settings, **({OPEN_ENDED[tuple(words)]: extra} if is_open else {}))
+
+
+def _misused(error: ArgumentError, words: str, verb: Callable[..., None]) -> str:
+    """Say how a verb is used instead."""
+    told, more = " ".join(str(error).split()), f"innerloop {words} --help lists what it takes"
+    types = get_type_hints(verb)
+    _, is_lacking, lacking = told.partition("arguments are required: ")
+    _, is_unknown, unknown = told.partition("unrecognized arguments: ")
+    option, is_bare, _ = told.removeprefix("argument ").partition(": expected one argument")
+    if is_lacking:
+        return (
+            f"innerloop {words} needs {', '.join(name.split('.')[-1].upper() for name in lacking.split(', '))}; {more}"
+        )
+    if is_unknown:
+        name = unknown.split()[0].partition("=")[0]
+        close = nearest(name, [f"--{known}" for known in types]) if name.startswith("-") else ""
+        return f"innerloop {words} does not take {name}{close}; {more}"
+    if is_bare:
+        return f"{option.split('/')[0]} needs a value; {more}"
+    return misfit(error, types, "--")
 
 
 def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -173,12 +210,6 @@ def _split_open(key: tuple[str, ...], arguments: list[str]) -> tuple[list[str], 
             several.append(value if is_given else rest.pop(0))
         else:
             target = kept if name in own else extra
-            if name == "--seeds":
-                numbers = [value] if is_given else []
-                while rest and (not numbers or rest[0].isdigit()):
-                    numbers.append(rest.pop(0))
-                target.append(f"--seeds=[{','.join(numbers).strip('[]')}]")
-                continue
             target.append(argument)
             if not is_given and rest:
                 target.append(rest.pop(0))

@@ -20,13 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from innerloop.adapters import MarkerInit
-from innerloop.errors import InputError, nearest
+from innerloop.errors import InputError, misfit, nearest, takes_none, told_type
 from innerloop.methods import Method, method_named
 from innerloop.tasks import Task, task_named
 
@@ -273,16 +273,18 @@ def typed(cls: type, settings: Any, key: str) -> Any:
     """Build a dataclass from plain values, with types checked and unknown fields answered by the nearest name."""
     if not isinstance(settings, dict):
         raise InputError(f"the {key} section must list fields, not {settings!r}")
-    known = [f.name for f in fields(cls)]
-    for name in settings:
+    known, types = [f.name for f in fields(cls)], get_type_hints(cls)
+    for name, value in settings.items():
         if name not in known:
             title = getattr(cls, "name", key)
             raise InputError(f"{key}.{name}: '{title}' has no field '{name}'{nearest(name, known)}")
+        if value is None and not takes_none(types[name]):
+            raise InputError(f"{key}.{name} is empty, but must be {told_type(types[name])}")
     parser = _field_parser(key, cls)
     try:
         parsed = parser.parse_object({key: settings})
     except ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from None
+        raise InputError(misfit(error, types, f"{key}.")) from None
     return cls(**parsed.as_dict().get(key, {}))
 
 
@@ -296,5 +298,8 @@ def field_parser(classes: Mapping[str, type], prog: str = "innerloop") -> Argume
     """Return a parser whose arguments are the fields of dataclasses; it types values and prints their help."""
     parser = ArgumentParser(prog=prog, exit_on_error=False)
     for key, cls in classes.items():
+        # A dataclass of several bases has names of types from as many modules; jsonargparse looks into some of them,
+        # and takes any value for a type that it does not find.
+        cls.__init__.__annotations__ |= get_type_hints(cls)  # type: ignore[misc]
         parser.add_class_arguments(cls, key)
     return parser

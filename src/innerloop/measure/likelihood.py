@@ -25,6 +25,8 @@ from innerloop.tasks import Task
 if TYPE_CHECKING:
     from innerloop.model import LatentModel
 
+MOST_NLL = 700.0  # exp of more is no float
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -70,7 +72,8 @@ def likelihood(
         progress: called with the number of chunks read since the last call.
 
     Raises:
-        InputError: there is no chunk, every one is longer than the model reads, or batch_size is below 1.
+        InputError: there is no chunk, every one is longer than the model reads, batch_size is below 1, or the loss is
+            no number or above 700 nats a token.
     """
     refuse(
         (batch_size < 1, f"batch_size is {batch_size}, but must be at least 1"),
@@ -96,7 +99,13 @@ def likelihood(
             progress(len(found))
     if not losses:
         raise InputError(f"every chunk has more than the {limit} positions that the model reads: lower task.n_words")
-    return Likelihood(tuple(losses), tuple(counts), n_unknown, n_left_out)
+    measured = Likelihood(tuple(losses), tuple(counts), n_unknown, n_left_out)
+    if not measured.nll < MOST_NLL:  # NaN is not below it either
+        raise InputError(
+            f"the text's loss is {measured.nll:.4g} nats a token, so the weights are no use, as after a training that "
+            "diverged: train again with a lower train.learning_rate"
+        )
+    return measured
 
 
 def _continued(row: Row) -> Row:

@@ -34,6 +34,7 @@ Cells = dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]
 """By loop and latent: the states (n, D) of the examples to learn from, and of those to be tested on."""
 
 FEWEST = 10  # examples to learn from, and to test on
+TOO_FEW = f"a probe needs {FEWEST} examples with steps to learn from and {FEWEST} to be tested on"
 ROUNDS = 1000
 
 
@@ -141,7 +142,7 @@ def probes(
         if min(map(len, known)) >= FEWEST and len({labels[0][i] for i in known[0]}) > 1:
             wanted.append((target, labels, known))
     if not wanted:
-        raise InputError(f"a probe needs {FEWEST} examples with steps to learn from and {FEWEST} to be tested on")
+        raise InputError(TOO_FEW)
     learned_from = digest_of(train)[:8]
     names = [f"probe {target}, learned from {learned_from}" for target, _, _ in wanted]
     if planned is not None and (missing := parts.missing(names)):
@@ -210,6 +211,12 @@ def check(model: LatentModel, stage: int | None = None) -> None:
         import sklearn  # noqa: F401
     except ImportError:
         raise InputError("probes need scikit-learn: pip install 'innerloop[fit]'") from None
+
+
+def check_enough(train: Sequence[Example], test: Sequence[Example]) -> None:
+    """Refuse examples that are too few to learn a probe from, or to test it on."""
+    if min(len(train), len(test)) < FEWEST:
+        raise InputError(f"{TOO_FEW}, but there are {len(train)} and {len(test)}")
 
 
 def _fit(states: NDArray[Any], labels: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:

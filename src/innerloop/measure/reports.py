@@ -27,6 +27,7 @@ from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.controls import Controls, controls
+from innerloop.measure.latents import unseen
 from innerloop.measure.parts import Parts
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.model import LatentModel
@@ -107,7 +108,7 @@ class Measurement:
         self._show(stability_view(found), "stability.json", report)
 
     def _probes(self) -> None:
-        train = self.task.examples("valid" if self.split == "train" else "train", PROBE_EXAMPLES)
+        train = _to_learn_from(self.task, self.split)
         train = [example for example in train if fits(self.model, example.question, self.options["stage"])]
         with bar(self.console) as progress:
             rows = [progress.add_task(title, total=None, note="") for title in ("probes", "swaps")]
@@ -151,6 +152,9 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
 
 def check_asked(
     model: LatentModel,
+    task: Task,
+    split: str,
+    examples: Sequence[Example],
     stage: int | None,
     loops: int | None,
     with_controls: bool,
@@ -167,8 +171,16 @@ def check_asked(
         )
     if with_probes:
         probing.check(model, stage)
+        probing.check_enough(_to_learn_from(task, split), examples)
     if with_stability:
         check_loop(model, stage)
+    if with_controls and unseen(model, stage) is None and len({example.question for example in examples}) < 2:
+        raise InputError("controls exchange latents between questions: give at least two different ones")
+
+
+def _to_learn_from(task: Task, split: str) -> list[Example]:
+    """Return what probes learn from: other examples than those they are tested on."""
+    return task.examples("valid" if split == "train" else "train", PROBE_EXAMPLES)
 
 
 def controls_view(found: Controls) -> RenderableType:

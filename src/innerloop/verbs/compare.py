@@ -53,6 +53,8 @@ def compare(
         return
     if overrides:
         raise InputError(f"runs take no {overrides[0]}: they are compared as they are")
+    if any(is_suite(subject) for subject in subjects):
+        raise InputError(f"compare takes one suite, or runs alone, not {' '.join(subjects)}")
     if Path(subjects[0]).suffix in (".yaml", ".yml"):
         raise InputError(
             f"{subjects[0]} has no variants to compare; train a single recipe: innerloop train {subjects[0]}"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from innerloop import checkpoint
 from innerloop.attempts import Attempts, Pick
-from innerloop.errors import InputError
+from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
 from innerloop.generation import fits
 from innerloop.lens import look, page_path, terminal_view, write_page
@@ -94,6 +94,14 @@ def eval_(
         compile: compile short passes, as CUDA graphs on a GPU; the first answers wait for it.
     """
     attempts = Attempts(samples, pick, temperature, beams)
+    refuse(
+        (batch_size < 1, f"--batch_size {batch_size}: give at least one row"),
+        (
+            max_new_tokens is not None and max_new_tokens < 1,
+            f"--max_new_tokens {max_new_tokens}: let at least one be written",
+        ),
+        (loops is not None and loops < 0, f"--loops {loops}: give 0 or more"),
+    )
     if backend == "lm-eval":
         if not attempts.is_plain:
             raise InputError(
@@ -132,7 +140,7 @@ def eval_(
             )
         _measure_text(run, model, chosen, split, examples, batch_size, loops, dtype, folder)
         return
-    check_asked(model, stage, loops, controls, stability, probes, attempts)
+    check_asked(model, chosen, split, examples, stage, loops, controls, stability, probes, attempts)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     decides = {**options, "loops": loops, **attempts.asked(seed)}
     parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, decides), fresh)
