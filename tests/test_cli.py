@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from innerloop import cli, demo
 from innerloop.backbone import Backbone
 from innerloop.examples import write_examples
+from innerloop.lens import record as lens_record
+from innerloop.lens.record import answer_alone
 from innerloop.methods import Cot, Looped, Lotus
 from innerloop.tasks import Chain
 from tests.models import chain_examples, tiny_model
@@ -130,6 +132,28 @@ def test_lens_writes_one_page_into_the_run(run: Path, capsys):
     other = run.parent / "other.html"
     assert innerloop(capsys, "lens", run, "--examples", 1, "--loops", 3, "--split", "valid", "--out", other)[0] == 0
     assert '"loop 3"' in other.read_text() and '"split":"valid"' in other.read_text()
+
+
+def test_an_interrupted_lens_goes_on(run: Path, tmp_path: Path, capsys, monkeypatch):
+    answered = []
+
+    def interrupted(model, task, example, *settings):
+        if len(answered) == 2:
+            answered.clear()
+            raise KeyboardInterrupt
+        answered.append(example.id)
+        return answer_alone(model, task, example, *settings)
+
+    asked = ["lens", run, "--examples", 4, "--out"]
+    assert innerloop(capsys, *asked, tmp_path / "whole.html")[0] == 0
+    monkeypatch.setattr(lens_record, "answer_alone", interrupted)
+    code, out, _ = innerloop(capsys, *asked, tmp_path / "page.html")
+    assert code == 130 and f"2 parts are kept in {tmp_path / 'page.parts.json'}; the same command goes on" in out
+    assert not (tmp_path / "page.html").exists()
+    code, out, _ = innerloop(capsys, *asked, tmp_path / "page.html")
+    assert code == 0 and "measured before: 2 examples" in out and len(answered) == 2
+    pages = [re.sub(r'"seconds":{[^}]*}', "", (tmp_path / name).read_text()) for name in ("whole.html", "page.html")]
+    assert pages[0] == pages[1] and not (tmp_path / "page.parts.json").exists()
 
 
 def test_the_lens_leaves_out_what_is_too_long(run: Path, tmp_path: Path, capsys):

@@ -141,7 +141,7 @@ def test_text_has_no_accuracy():
         evaluate(reader(Pause()), TEXT, CHUNKS)
 
 
-def test_text_then_chains_with_one_tokenizer(tmp_path: Path):
+def test_text_then_chains_with_one_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = "the loop reads a text and goes on with it, word by word. "
     (tmp_path / "text.txt").write_text(words * 12)
     scratch = {"type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -166,3 +166,10 @@ def test_text_then_chains_with_one_tokenizer(tmp_path: Path):
     result = yaml.safe_load((tmp_path / "run" / "stages" / "1" / "result.json").read_text())
     assert result["n"] == 13 and result["perplexity"] == pytest.approx(math.exp(result["nll"]))
     assert result["ci95"][0] < result["nll"] < result["ci95"][1] and "accuracy" not in result
+    asked, generate = [], LatentModel.generate
+    monkeypatch.setattr(LatentModel, "generate", lambda model, *a, **k: asked.append(model) or generate(model, *a, **k))
+    for run in (pretrained, str(tmp_path / "run")):
+        assert cli.main(["ask", run, "the loop reads", "--max_new_tokens", "2"]) == 0
+    assert [model.spell.running_text for model in asked] == [True, False]  # a text goes on, a question is answered
+    assert cli.main(["lens", pretrained, "--examples", "1", "--task", task, "--split", "train"]) == 0
+    assert asked[-1].spell.running_text

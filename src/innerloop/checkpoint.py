@@ -84,6 +84,8 @@ def write(model: LatentModel, folder: Path, record: Mapping[str, Any] | None = N
     model.tokenizer.save_pretrained(folder)
     save_file(_apart(trained_parts(model)), folder / PARTS)
     settings = {"innerloop": innerloop.__version__, "method": method_settings(model.method), **(record or {})}
+    if model.spell.running_text:
+        settings["running_text"] = True
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 

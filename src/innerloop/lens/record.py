@@ -11,8 +11,11 @@ cost is that of a question asked alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
+from itertools import repeat
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from innerloop.cost import Cost
 from innerloop.engine import Generation
@@ -34,6 +37,7 @@ from innerloop.lens.latents import (
 )
 from innerloop.lens.opened import Part, opened_curves, opened_parts, side_by_side
 from innerloop.measure.accuracy import versions
+from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
 from innerloop.model import LatentModel
 from innerloop.tasks import Task
@@ -116,6 +120,7 @@ def look(
     loops: int | None = None,
     max_new_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
+    parts: Parts | None = None,
 ) -> Record:
     """Answer examples one at a time and write down what there is to see inside.
 
@@ -128,21 +133,47 @@ def look(
         loops: another number of loops than the model was trained with.
         max_new_tokens: the most tokens to write; None: as the task says.
         progress: called with the number of examples answered since the last call.
+        parts: keeps each example as soon as it is known; those that it knows already are not answered.
     """
     if not examples:
         raise InputError("there is no example to look at: give at least one")
+    parts = Parts() if parts is None else parts
+    names = [f"look {digest_of([example])}" for example in examples]
+    missing = [i for i, name in enumerate(names) if name not in parts]
+    shown = dict(zip(missing, steps_shown(model, [examples[i] for i in missing], loops)))
+
+    def seen(i: int) -> dict[str, Any]:
+        answer = answer_alone(model, task, examples[i], loops, max_new_tokens)
+        one, family = look_at(model, task, examples[i], answer, loops, shown[i])
+        return {"look": asdict(one), "family": family}
+
     looks, families = [], set[Family]()
-    for example, shown in zip(examples, steps_shown(model, examples, loops)):
-        answer = answer_alone(model, task, example, loops, max_new_tokens)
-        one, family = look_at(model, task, example, answer, loops, shown)
-        looks.append(one)
-        families.add(family)
+    for i, name in enumerate(names):
+        kept = parts(name, partial(seen, i))
+        looks.append(_rebuilt(Look, kept["look"]))
+        families.add(kept["family"])
         if progress is not None:
             progress(1)
     family = next(name for name in ("depth", "latents", "text") if name in families)
     method = model.method
-    names = (run, method.name, method.summary, method.paper, task.name, split)
-    return Record(*names, family, versions(), tuple(looks))
+    what = (run, method.name, method.summary, method.paper, task.name, split)
+    return Record(*what, family, versions(), tuple(looks))
+
+
+def _rebuilt(kind: Any, value: Any) -> Any:
+    """Return a value of a type from what JSON has of it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if value is None:
+        return None
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        return kind(**{name: _rebuilt(types[name], part) for name, part in value.items()})  # type: ignore[operator]
+    if origin is tuple:
+        return tuple(map(_rebuilt, repeat(inner[0]) if inner[-1] is ... else inner, value))
+    if origin in (Union, UnionType):
+        (only,) = (part for part in inner if part is not NoneType)
+        return _rebuilt(only, value)
+    return value
 
 
 def answer_alone(

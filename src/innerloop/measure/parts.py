@@ -66,6 +66,11 @@ class Parts:
         """Return those of some parts that have not been measured."""
         return [name for name in names if name not in self.known]
 
+    def forget(self) -> None:
+        """Remove the file: what it is for is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
     def _may_be_asked_for(self, made_of: Mapping[str, Any]) -> bool:
         return all(made_of.get(name) == self.made_of.get(name) for name in LASTING)
 

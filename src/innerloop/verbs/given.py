@@ -68,10 +68,10 @@ def task_given(run: str, task: str | None, data: str | None, split: str) -> Task
 
 
 @contextmanager
-def going_on(parts: Parts, names: str) -> Iterator[None]:
+def going_on(parts: Parts, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
     """Say what is known from before (``names``), if anything is; after Ctrl-C, what is kept and where."""
     if parts.known:
-        console.print(f"measured before: {names} (--fresh true starts over)", soft_wrap=True)
+        console.print(f"measured before: {names}{hint}", soft_wrap=True)
     try:
         yield
     except KeyboardInterrupt:

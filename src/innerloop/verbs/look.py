@@ -16,6 +16,7 @@ from innerloop.attempts import Attempts, Pick
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
 from innerloop.generation import fits
+from innerloop.layout import Speller
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.accuracy import answered
@@ -299,6 +300,7 @@ def ask(
     if chosen is None and not checkpoint.is_run(run):
         chosen = Cot()
     model = model_given(run, chosen, device, dtype)
+    model.spell = Speller(model.tokenizer, checkpoint.recorded(run, "running_text", False))
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
     console.print(answer_view(answer, model.tokenizer))
 
@@ -341,6 +343,7 @@ def lens(
     asked = chosen.examples(split, 1 if terminal else examples)
     path = None if terminal else page_path(run, out)
     model = model_given(run, method_given(method), device, dtype)
+    model.spell = Speller(model.tokenizer, chosen.running_text)
     if path is None:
         console.print(terminal_view(model, chosen, asked[0], loops, max_new_tokens))
         return
@@ -348,11 +351,13 @@ def lens(
         names = ", ".join(example.id for example in long)
         asked = [example for example in asked if example not in long] or asked
         console.print(f"left out, as they cannot be answered: {names}", soft_wrap=True)
-    with bar(console) as progress:
+    decides = {"loops": loops, "max_new_tokens": max_new_tokens}
+    parts = Parts(path.with_suffix(".parts.json"), made_of(model, chosen, split, [], decides))
+    with going_on(parts, f"{len(parts.known)} examples", ""), bar(console) as progress:
         row = progress.add_task(f"lens {model.method.name}", total=len(asked), note="")
-        record = look(
-            model, chosen, asked, split, run, loops, max_new_tokens, progress=lambda n: progress.advance(row, n)
-        )
+        advance = partial(progress.advance, row)
+        record = look(model, chosen, asked, split, run, loops, max_new_tokens, progress=advance, parts=parts)
     write_page(record, path)
+    parts.forget()
     n_right = sum(one.is_right for one in record.looks)
     console.print(f"{path}: {len(asked)} examples, {n_right} right; open it in a browser", soft_wrap=True)
