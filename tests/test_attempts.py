@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from innerloop import Attempts, Cot, Gsm8k, InputError, NoCot, Slr
+from innerloop import Attempts, Cot, Gsm8k, InputError, NoCot, Slr, writer
 from innerloop.cost import Cost, total_cost
 from innerloop.generation import Generation
 from innerloop.measure import evaluate
+from innerloop.methods import SpiralThinker
 from innerloop.tasks import Chain
 from innerloop.writer import Writer
 from tests.methods.reference import Reference
@@ -79,6 +80,18 @@ def test_likelihoods_are_those_of_the_text_under_the_model_whatever_the_temperat
         expected = logits.log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None]).sum()
         assert one.log_likelihood == pytest.approx(float(expected), rel=1e-4)
     assert model.generate(ASKED, max_new_tokens=1)[0].log_likelihood is None
+
+
+def test_a_token_that_must_be_written_has_no_likelihood_even_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch):
+    method = SpiralThinker(pattern="even", latents_per_block=2, max_loops=1, max_blocks=2, force_block_after_text=True)
+    model, found = tiny_model(method, "gpt2").double(), []
+    eot, bol, other = model.tokenizer.convert_tokens_to_ids(["<eot>", "<bol>", "+"])
+    for second in (bol, other):
+        script = iter([eot, second, other])
+        monkeypatch.setattr(writer, "choose", lambda *_, script=script: torch.tensor([next(script)]))
+        found += model.generate(ASKED[:1], max_new_tokens=3, likelihoods=True)
+    assert [one.ids for one in found] == [[eot, bol, other]] * 2
+    assert found[0].log_likelihood == found[1].log_likelihood < 0
 
 
 # What counts

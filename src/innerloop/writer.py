@@ -41,6 +41,7 @@ class Writer:
 
     per_row: ClassVar[tuple[str, ...]] = ("logits_RV", "chosen_R", "ends_R", "n_written_R")
     likely_R: Tensor | None = None
+    forced_id = NOTHING
 
     def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
         self.model, self.backbone, self.context, self.seats = model, model.backbone, context, list(seats)
@@ -59,19 +60,21 @@ class Writer:
     def choose(self, suppressed: Tensor, temperature: float, with_likelihoods: bool = False) -> None:
         """Choose the next token of each row; NOTHING where a row waits.
 
-        Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that was
-        put in the place of the one chosen it is 0.
+        Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that had to be
+        written it is 0.
         """
         drawn_R, allowed_RV = None, self.allowed()
         if self.uniforms is not None:
             at_R = self.n_written_R.clamp(max=self.uniforms.shape[1] - 1)
             drawn_R = self.uniforms.gather(1, at_R[:, None])[:, 0]
         free_R = choose(allowed_RV, suppressed, temperature, drawn_R)
-        ids_R = self.settle(free_R)
+        forced_R = self.forced(free_R)
+        ids_R = self.settle(free_R if forced_R is None else torch.where(forced_R, self.forced_id, free_R))
         is_written = ids_R != NOTHING
         if with_likelihoods:
             likely_R = without(allowed_RV, suppressed).float().log_softmax(-1).gather(1, free_R[:, None])[:, 0]
-            self.likely_R = torch.where(ids_R == free_R, likely_R, 0.0)
+            is_free = is_written if forced_R is None else is_written & ~forced_R
+            self.likely_R = torch.where(is_free, likely_R, 0.0)
         if self.context.meter is not None:
             self.context.meter.count_logits(self.context.rows, (self.ends_R > 0) & is_written)
         self.n_written_R = self.n_written_R + is_written
@@ -95,8 +98,12 @@ class Writer:
         """Return the logits of the tokens that may follow."""
         return self.logits_RV
 
+    def forced(self, ids_R: Tensor) -> Tensor | None:
+        """Return which rows must write ``forced_id`` in place of the tokens chosen; None: none ever."""
+        return None
+
     def settle(self, ids_R: Tensor) -> Tensor:
-        """Return what is written in place of the tokens chosen."""
+        """Return what is written; NOTHING where a row waits."""
         return ids_R
 
     @property
@@ -156,7 +163,7 @@ class BlockWriter(Writer):
         self, model: LatentModel, context: Context, seats: Sequence[Seat], uniforms: Tensor | None, block: Block
     ):
         super().__init__(model, context, seats, uniforms)
-        self.block, device = block, model.device
+        self.block, self.forced_id, device = block, block.opened_by, model.device
         self.n_blocks_R = torch.tensor([int(bool(seat.row.region)) for seat in seats], device=device)
         self.room_R = torch.tensor([seat.budget for seat in seats], device=device)  # tokens that may yet be written
         self.waits_R = self.n_blocks_R < 0
@@ -174,12 +181,15 @@ class BlockWriter(Writer):
         opens_V = torch.arange(self.logits_RV.shape[-1], device=self.logits_RV.device) == self.block.opened_by
         return self.logits_RV.masked_fill(~self.may_open_R[:, None] & opens_V, -torch.inf)
 
-    def settle(self, ids_R: Tensor) -> Tensor:
-        """Open a block where one must follow; rows that wait or have written all they may write nothing."""
+    def forced(self, ids_R: Tensor) -> Tensor | None:
+        """Return where a block must be opened."""
         block = self.block
-        if block.forced_after is not None:
-            is_due = (self.last_R == block.forced_after) & (ids_R != block.unless) & self.may_open_R
-            ids_R = torch.where(is_due, block.opened_by, ids_R)
+        if block.forced_after is None:
+            return None
+        return (self.last_R == block.forced_after) & (ids_R != block.unless) & self.may_open_R
+
+    def settle(self, ids_R: Tensor) -> Tensor:
+        """Return what is written; NOTHING by rows that wait or have written all they may."""
         ids_R = torch.where(self.waits_R | (self.room_R == 0), NOTHING, ids_R)
         self.room_R = self.room_R - (ids_R != NOTHING).long()
         return ids_R
