@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from innerloop.backbone import Backbone
 from innerloop.engine import Generation
-from innerloop.layout import ANSWER_PREFIX
 from innerloop.methods import Method
 from innerloop.model import LatentModel
+from innerloop.speller import ANSWER_PREFIX
 
 SPECIAL = ("<pad>", "<unk>", "<eos>", "\n", "###")
 ROOM = 8  # of the vocabulary, for markers

@@ -9,7 +9,8 @@ from innerloop import Coconut
 from innerloop.curriculum import Curriculum
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import Kind, Speller
+from innerloop.layout import Kind
+from innerloop.speller import Speller
 from tests.models import spelled_tokenizer
 
 N_DRAWS = 6000

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from innerloop.equilibrium import Map, Solver, jacobian_gain, solve
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from innerloop.trace import Trace
 from tests.methods.tools import FunctionPass, iterate
 

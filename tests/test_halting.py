@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from innerloop.halting import DEFAULT_THRESHOLDS, Moment, StopRule
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from innerloop.trace import Trace
 from tests.methods.tools import iterate
 

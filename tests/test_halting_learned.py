@@ -23,7 +23,8 @@ from innerloop.halting import (
     pull,
 )
 from innerloop.halting.judge import FEATURES, JudgeKind
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from innerloop.trace import Trace
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from innerloop.errors import InputError
 from innerloop.halting import Hints, Moment, StopKind, StopRule, StopSettings, decayed, drawn_depths, uniform
 from innerloop.halting.rule import COMPARES, PROBABILITIES, READS_OUT
-from innerloop.loop import InnerLoop, LoopResult, LoopSettings
+from innerloop.loop import InnerLoop, LoopResult
+from innerloop.loop_settings import LoopSettings
 from innerloop.trace import Trace
 from tests.methods.tools import FunctionPass, iterate
 

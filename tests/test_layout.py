@@ -5,9 +5,11 @@ import torch
 
 from innerloop import Coconut, Cot, NoCot, Pause, Slr
 from innerloop.backbone import Backbone
+from innerloop.batch import collate
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import IGNORE, Kind, Piece, Readout, Row, Speller, collate
+from innerloop.layout import IGNORE, Kind, Piece, Readout, Row
+from innerloop.speller import Speller
 from tests.methods.tools import labels_by_loop
 from tests.models import SPELLED, chain_examples, spelled_tokenizer, tiny_model
 

@@ -10,18 +10,8 @@ import random
 import pytest
 import torch
 
-from innerloop.layout import (
-    ANSWER_PASS,
-    FED,
-    IGNORE,
-    Follow,
-    Kind,
-    Piece,
-    Readout,
-    Row,
-    Told,
-    collate,
-)
+from innerloop.batch import collate
+from innerloop.layout import ANSWER_PASS, FED, IGNORE, Follow, Kind, Piece, Readout, Row, Told
 from innerloop.step_decoder import told_weights
 
 PAD = 0

@@ -22,10 +22,11 @@ from innerloop import (
     cli,
 )
 from innerloop.examples import Example
-from innerloop.layout import Row, Speller
+from innerloop.layout import Row
 from innerloop.measure import evaluate
 from innerloop.measure.likelihood import Likelihood, likelihood
 from innerloop.methods import Method
+from innerloop.speller import Speller
 from innerloop.tasks import Text
 from tests.methods.tools import assert_close, change, stir
 from tests.models import tiny_model

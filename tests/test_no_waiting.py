@@ -6,7 +6,7 @@ The meta device knows shapes alone: whatever would wait for a value (`item`, `to
 import pytest
 import torch
 
-from innerloop.layout import Batch
+from innerloop.batch import Batch
 from innerloop.methods import (
     Coconut,
     Codi,

@@ -10,7 +10,7 @@ from innerloop.errors import InputError
 from innerloop.methods import Coconut, Slr
 from innerloop.recipe import load_recipe, parse_recipe
 from innerloop.tasks import Chain
-from innerloop.trainer import training_arguments
+from innerloop.training_arguments import training_arguments
 
 RECIPES = sorted(p for p in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if p.parent.name != "suites")
 RAW = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InputError
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from innerloop.measure.stability import (
     LoopStability,
     Spread,

@@ -18,7 +18,8 @@ from innerloop.examples import Example
 from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, SimCot, Slr
 from innerloop.model import LatentModel
 from innerloop.tasks import Chain
-from innerloop.trainer import DivergedError, LatentTrainer, training_arguments
+from innerloop.trainer import DivergedError, LatentTrainer
+from innerloop.training_arguments import training_arguments
 from tests.models import chain_examples, tiny_model
 
 TASK = Chain(n_ops=3)

@@ -29,7 +29,8 @@ from innerloop.methods import (
 )
 from innerloop.model import LatentModel
 from innerloop.tasks import Chain, Gsm8k, ProsQA
-from innerloop.trainer import LatentTrainer, LatentTrainingArguments
+from innerloop.trainer import LatentTrainer
+from innerloop.training_arguments import LatentTrainingArguments
 
 __all__ = [
     "AdaInfer",

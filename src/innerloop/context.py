@@ -20,19 +20,11 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from innerloop.backbone import Backbone
-from innerloop.cache import (
-    AnyCache,
-    DepthCache,
-    expect_padding,
-    fork,
-    join_rows,
-    keep_columns,
-    select_rows,
-    window_of,
-)
+from innerloop.cache import AnyCache, expect_padding, fork, join_rows, keep_columns, select_rows, window_of
 from innerloop.chunks import Show
 from innerloop.cost import Meter
 from innerloop.depth.passes import Deep, Depth, Reading, Spending, Tokens
+from innerloop.depth_cache import DepthCache
 from innerloop.trace import Trace
 
 Weights = Callable[[], AbstractContextManager[None]]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from innerloop.batch import Batch
 from innerloop.chunks import Show, by_rows
 from innerloop.decoder import Classifier
 from innerloop.errors import refuse
-from innerloop.layout import Batch
 from innerloop.losses import Terms, distance, held
 
 if TYPE_CHECKING:

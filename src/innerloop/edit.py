@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch
+    from innerloop.batch import Batch
     from innerloop.loop import InnerLoop, Pass
     from innerloop.thought import Thought
 

@@ -30,9 +30,11 @@ from innerloop.context import Context
 from innerloop.cost import Meter
 from innerloop.decoder import AnswerDecoder, Classifier
 from innerloop.errors import InputError
-from innerloop.generation import Generation, Seat, failed, finish, lay_out, traced
-from innerloop.layout import ANSWER_PREFIX, IGNORE, Batch, Row, ShownBlock
+from innerloop.generation import Generation, Seat, failed, finish, gold_of, lay_out, read_last, traced
+from innerloop.layout import Row
+from innerloop.memory import is_out_of_memory
 from innerloop.prefix import begin, n_shared
+from innerloop.speller import ANSWER_PREFIX
 from innerloop.thought import Thought, join, think
 from innerloop.trace import Trace
 from innerloop.writer import ApartWriter, BlockWriter, PatientWriter, Writer
@@ -260,7 +262,7 @@ class Engine:
                 return self._advance()
             except Exception as error:
                 n_rows = len(self._in_flight())
-                if not _is_out_of_memory(error) or n_rows == 0 or (n_rows == 1 and strict):
+                if not is_out_of_memory(error) or n_rows == 0 or (n_rows == 1 and strict):
                     raise
                 reason = " ".join(str(error).split())[:200]
             self._give_way(reason)  # out here, where nothing holds on to what the failed pass has made
@@ -387,7 +389,7 @@ class Engine:
         with self.meter.phase("answer" if thought.context.length > n else "prefill"):
             writer.start(join([*thought.pending, *suffix]))
         if record is not None and writer.first_states is not None:
-            _read_last(model, record, batch, thought, writer.first_states)
+            read_last(model, record, batch, thought, writer.first_states)
         if len(seats) < len(wave):
             self._share_depths(wave, [seats[i] for i in same])
             writer.keep_rows(same)
@@ -424,7 +426,7 @@ class Engine:
         """Begin the trace of a wave, which has a meter of its own: both speak of rows by their place in the wave."""
         self.meter, record = Meter(len(wave), self.model.device), self.model.new_trace()
         if any(seat.blocks for seat in wave):
-            record.gold = _gold([seat.blocks for seat in wave], [seat.row for seat in wave], self.model.device)
+            record.gold = gold_of([seat.blocks for seat in wave], [seat.row for seat in wave], self.model.device)
         for i, seat in enumerate(wave):
             seat.place, seat.record = i, (record, i)
         return record
@@ -484,39 +486,3 @@ def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory has run out; only on CUDA does torch have a type for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in told for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
-
-
-def _read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
-    """Record what the latents show in the pass that the answer sees, if that pass has read them."""
-    first, end = batch.bounds
-    n_latents = end - first
-    if n_latents == 0 or thought.first_column > first:
-        return
-    start = first - thought.first_column
-    latents = states[:, max(start - 1, 0) : start + n_latents]
-    if start == 0 and thought.prompt is not None:
-        before = thought.prompt[0][:, -1:]
-        normed = model.method.loop.feedback_site == "post_norm"
-        latents = torch.cat([before if normed else model.backbone.norm(before), latents], dim=1)
-    record.last = record.read(model.backbone.head(latents), record.gold)
-
-
-def _gold(blocks: Sequence[Sequence[ShownBlock]], rows: Sequence[Row], device: torch.device) -> Tensor:
-    """Return what the position before the latents and the latents should show (B, 1 + N), IGNORE where unknown."""
-    n = max(sum(len(piece.ids) for piece in row.region) for row in rows)
-    gold = torch.full((len(rows), 1 + n), IGNORE)
-    for r, found in enumerate(blocks):
-        for block in found:
-            start = 1 + block.first
-            gold[r, start : start + len(block.gold)] = torch.tensor(block.gold, dtype=torch.long)
-    return gold.to(device)

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from innerloop.batch import Batch
 from innerloop.cost import Cost, Meter
 from innerloop.errors import InputError
-from innerloop.layout import ANSWER_PREFIX, Row, ShownBlock
+from innerloop.layout import IGNORE, Row, ShownBlock
+from innerloop.speller import ANSWER_PREFIX
+from innerloop.thought import Thought
 from innerloop.trace import ShownStep, Trace
 
 if TYPE_CHECKING:
@@ -226,3 +230,29 @@ def check_length(model: LatentModel, question: str, row: Row) -> None:
             f"the question '{question[:40]}...' takes {n} positions, but the model reads at most {room} "
             "and needs room for the answer; shorten the question"
         )
+
+
+def read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
+    """Record what the latents show in the pass that the answer sees, if that pass has read them."""
+    first, end = batch.bounds
+    n_latents = end - first
+    if n_latents == 0 or thought.first_column > first:
+        return
+    start = first - thought.first_column
+    latents = states[:, max(start - 1, 0) : start + n_latents]
+    if start == 0 and thought.prompt is not None:
+        before = thought.prompt[0][:, -1:]
+        normed = model.method.loop.feedback_site == "post_norm"
+        latents = torch.cat([before if normed else model.backbone.norm(before), latents], dim=1)
+    record.last = record.read(model.backbone.head(latents), record.gold)
+
+
+def gold_of(blocks: Sequence[Sequence[ShownBlock]], rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Return what the position before the latents and the latents should show (B, 1 + N), IGNORE where unknown."""
+    n = max(sum(len(piece.ids) for piece in row.region) for row in rows)
+    gold = torch.full((len(rows), 1 + n), IGNORE)
+    for r, found in enumerate(blocks):
+        for block in found:
+            start = 1 + block.first
+            gold[r, start : start + len(block.gold)] = torch.tensor(block.gold, dtype=torch.long)
+    return gold.to(device)

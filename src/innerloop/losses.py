@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
+from innerloop.batch import Batch, Sites
 from innerloop.chunks import ALL, Show, summed_loss, token_losses
 from innerloop.context import Context
 from innerloop.errors import refuse
 from innerloop.halting import Pull, StopSettings, exit_distribution, expected_loss, masked_mean, pull
-from innerloop.layout import ANSWER_PASS, Batch, Sites
+from innerloop.layout import ANSWER_PASS
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel

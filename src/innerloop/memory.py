@@ -1,4 +1,4 @@
-"""The most memory that a call holds, beyond what was held before it."""
+"""The most memory that a call holds, beyond what was held before it; and whether an error says that none is left."""
 
 from __future__ import annotations
 
@@ -60,3 +60,13 @@ def _quietly() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory has run out; only on CUDA does torch have a type for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in told for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from innerloop import checkpoint
 from innerloop.adapters import add_markers
 from innerloop.backbone import Backbone
+from innerloop.batch import Batch, collate
 from innerloop.chunks import ALL, AtOnce, Show, Shown, summed_loss
 from innerloop.context import Context
 from innerloop.cost import Meter
@@ -28,10 +29,11 @@ from innerloop.decoder import AnswerDecoder, Classifier, decoder_for
 from innerloop.distil import add_taught_terms, check_teacher
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, LAT, Batch, Block, Row, ShownBlock, Speller, collate
+from innerloop.layout import ANSWER_PASS, LAT, Block, Row, ShownBlock
 from innerloop.loop import InnerLoop
 from innerloop.losses import Terms, add_loop_terms, every_pass_loss
 from innerloop.methods import Method
+from innerloop.speller import Speller
 from innerloop.step_decoder import StepDecoder
 from innerloop.thought import Masked, Thought, join, think
 from innerloop.tokenizer import train_tokenizer

@@ -32,7 +32,7 @@ from innerloop.run import CONFIG, FINISHED, run_recipe
 from innerloop.standing import CONTROLS, STABILITY
 from innerloop.suite import Exam, Suite
 from innerloop.tasks import Task
-from innerloop.trainer import training_arguments
+from innerloop.training_arguments import training_arguments
 from innerloop.workers import Workers, is_ending, local_workers
 
 N_TRACED = 64

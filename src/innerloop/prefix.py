@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from innerloop.batch import Batch
 from innerloop.context import Context
 from innerloop.cost import Meter
-from innerloop.layout import Batch, Kind, Piece, Row
+from innerloop.layout import Kind, Piece, Row
 
 if TYPE_CHECKING:
     from innerloop.model import LatentModel

@@ -23,7 +23,8 @@ from innerloop.methods import Method
 from innerloop.model import LatentModel
 from innerloop.recipe import BackboneChoice, Recipe, load_recipe
 from innerloop.tokenizer import train_tokenizer
-from innerloop.trainer import LatentTrainer, training_arguments
+from innerloop.trainer import LatentTrainer
+from innerloop.training_arguments import training_arguments
 
 CONFIG = "config.yaml"
 FINISHED = "finished"  # an empty file: this stage need not run again

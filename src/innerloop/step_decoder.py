@@ -27,7 +27,8 @@ from innerloop.loop_lora import LoopLora
 from innerloop.losses import held
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch, Row, ToldSites
+    from innerloop.batch import Batch, ToldSites
+    from innerloop.layout import Row
     from innerloop.model import LatentModel
     from innerloop.thought import Masked, Thought
 

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from innerloop.batch import collate
 from innerloop.context import Context
 from innerloop.errors import InputError
-from innerloop.layout import Row, collate
+from innerloop.layout import Row
 
 if TYPE_CHECKING:
     from innerloop.backbone import Backbone

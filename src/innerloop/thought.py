@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from innerloop.batch import Batch
 from innerloop.context import Context, Weights, merge
 from innerloop.depth.passes import Deep
 from innerloop.halting import Hints
-from innerloop.layout import Batch
 from innerloop.loop import InnerLoop, LoopResult
 from innerloop.trace import Trace
 

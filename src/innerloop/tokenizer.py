@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PREFIX
+from innerloop.speller import ANSWER_PREFIX
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 # A word, one digit, a run of '#', or one other sign, each with the space before it; a newline stands alone.

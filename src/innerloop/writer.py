@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from innerloop.cache import DepthCache
 from innerloop.context import Context, merge
 from innerloop.decoder import AnswerDecoder
+from innerloop.depth_cache import DepthCache
 from innerloop.generation import NOTHING, Seat
 from innerloop.layout import Block
 from innerloop.thought import Masked, RegionPass

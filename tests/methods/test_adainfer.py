@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
+from innerloop.batch import Batch
 from innerloop.cost import Meter, flops_of
 from innerloop.depth.exit_pass import ExitCache
 from innerloop.halting.rule import STATE_FLOPS
-from innerloop.layout import Batch
 from innerloop.survey import survey, use_rule
 from innerloop.thought import Thought
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change

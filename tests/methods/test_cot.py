@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from innerloop import Cot, InputError, NoCot, Slr
-from innerloop.layout import IGNORE, collate
+from innerloop.batch import collate
+from innerloop.layout import IGNORE
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -17,7 +17,8 @@ from innerloop.methods import mod as mod_module
 from innerloop.recipe import parse_recipe
 from innerloop.run import run_recipe
 from innerloop.tasks import Chain
-from innerloop.trainer import LatentTrainer, training_arguments
+from innerloop.trainer import LatentTrainer
+from innerloop.training_arguments import training_arguments
 from tests.methods.reference_routing import some_ids
 from tests.methods.tools import MIXED, assert_close, gradients
 from tests.models import answers_of, chain_examples, moved, saved, tiny_model

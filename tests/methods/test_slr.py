@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import Slr
 from innerloop.layout import IGNORE
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from innerloop import Codi, LatentModel, Slr
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     FULL,

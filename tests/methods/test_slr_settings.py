@@ -6,7 +6,8 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import InputError, LatentModel, Slr
 from innerloop.layout import Kind
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import distance
 from innerloop.stabilize import TIME_WIDTH, sines
 from tests.methods.tools import (

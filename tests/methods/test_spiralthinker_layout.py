@@ -7,9 +7,10 @@ import pytest
 
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Kind, Speller
+from innerloop.layout import ANSWER_PASS, Kind
 from innerloop.methods import SpiralThinker
 from innerloop.methods.spiralthinker import pass_weights
+from innerloop.speller import Speller
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
 from tests.methods.tools import MIXED, change
 from tests.models import chain_tokenizer, tiny_model

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from innerloop.errors import InputError
-from innerloop.layout import IGNORE, Speller
+from innerloop.layout import IGNORE
 from innerloop.methods import NoCot
+from innerloop.speller import Speller
 from innerloop.tasks import Text
 from innerloop.tokenizer import train_tokenizer
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from innerloop.backbone import Backbone
-from innerloop.cache import DepthCache, Slot, view
 from innerloop.depth.passes import Spending, Tokens
+from innerloop.depth_cache import DepthCache, Slot, view
 
 DepthAttention = Literal["duo", "depth1_only", "same_depth"]
 

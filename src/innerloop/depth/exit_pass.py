@@ -23,8 +23,8 @@ from torch.nn.functional import cosine_similarity
 from transformers import DynamicCache
 
 from innerloop.backbone import Backbone
-from innerloop.cache import DepthCache, Slot, SlotLayer
 from innerloop.depth.passes import BlockPass, Depth, Reading, Spending, TokenPass, Tokens
+from innerloop.depth_cache import DepthCache, Slot, SlotLayer
 
 KvMissing = Literal["lazy_backfill", "propagate", "full_compute"]
 

@@ -23,7 +23,7 @@ from innerloop.errors import refuse
 from innerloop.halting import exit_distribution, expected_loss, gain_targets, pull
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch
+    from innerloop.batch import Batch
     from innerloop.losses import Terms
     from innerloop.thought import Thought
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from innerloop.cache import DepthCache, Slot
 from innerloop.depth.passes import Reading, Tokens
+from innerloop.depth_cache import DepthCache, Slot
 
 KvShare = Literal["none", "last_loop", "first_loop", "mean"]
 KvMissing = Literal["restrict", "share_step"]

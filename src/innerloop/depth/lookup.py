@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from innerloop.cache import DepthCache, Slot
 from innerloop.depth.passes import BlockPass, Depth, Reading, TokenPass, Tokens
+from innerloop.depth_cache import DepthCache, Slot
 
 LookupKind = Literal["latest", "always_last", "skip", "compress", "anchor"]
 DEFAULT_SLOTS = {"compress": 4, "anchor": 8}

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from innerloop.batch import Batch
 from innerloop.errors import InputError, check_choices, refuse
-from innerloop.layout import Batch
 
 if TYPE_CHECKING:
     from innerloop.backbone import Backbone

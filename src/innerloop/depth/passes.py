@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
-from innerloop.cache import DepthCache, Slot, view
 from innerloop.cost import Meter
+from innerloop.depth_cache import DepthCache, Slot, view
 from innerloop.halting import Hints
 from innerloop.loop import InnerLoop
 from innerloop.trace import Trace
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch
+    from innerloop.batch import Batch
     from innerloop.losses import Terms
     from innerloop.methods.method import Method
     from innerloop.thought import Thought

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from innerloop.batch import Batch
 from innerloop.edit import edited
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import Batch, Row
+from innerloop.layout import Row
 from innerloop.measure.accuracy import Prediction, evaluate
 from innerloop.tasks import Task
 from innerloop.thought import join

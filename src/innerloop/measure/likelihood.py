@@ -17,9 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
-from innerloop.layout import Kind, Piece, Row, Speller
+from innerloop.layout import Kind, Piece, Row
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.statistics import Z95
+from innerloop.speller import Speller
 from innerloop.tasks import Task
 
 if TYPE_CHECKING:

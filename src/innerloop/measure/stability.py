@@ -27,12 +27,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 
+from innerloop.batch import Batch
 from innerloop.edit import edited
 from innerloop.equilibrium import Map
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.halting import StopSettings
-from innerloop.layout import Batch
 from innerloop.loop import InnerLoop, LoopResult, Pass, real, relative_change
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.model import LatentModel

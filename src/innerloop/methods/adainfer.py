@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from innerloop.backbone import Backbone
-from innerloop.cache import DepthCache
+from innerloop.batch import Batch
 from innerloop.depth.exit_pass import ExitCache, ExitPass, KvMissing
 from innerloop.depth.exits import ExitSettings, add_exit_terms
 from innerloop.depth.passes import Deep, Depth, Reading
+from innerloop.depth_cache import DepthCache
 from innerloop.errors import refuse
 from innerloop.halting import StopSettings
 from innerloop.halting.judge import TAPPED
-from innerloop.layout import Batch
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import Terms
 from innerloop.methods.method import DepthMethod
 from innerloop.thought import Thought

@@ -10,9 +10,10 @@ from typing import ClassVar, Literal
 from innerloop.curriculum import Curriculum
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import LAT, Row, Speller
-from innerloop.loop import LoopSettings
+from innerloop.layout import LAT, Row
+from innerloop.loop_settings import LoopSettings
 from innerloop.methods.method import AnswerContext, FirstState, LatentMethod, Scope
+from innerloop.speller import Speller
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import ClassVar, Literal
 
 from innerloop.errors import refuse
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Follow, Row, Speller
-from innerloop.loop import LoopSettings
+from innerloop.layout import ANSWER_PASS, Follow, Row
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.methods.method import FirstState, LatentMethod, Scope
+from innerloop.speller import Speller
 from innerloop.stabilize import RescaleKind
 
 

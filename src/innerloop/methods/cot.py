@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, Row, Speller
+from innerloop.layout import BOT, EOT, Row
 from innerloop.methods.method import Method
+from innerloop.speller import Speller
 
 
 @dataclass(frozen=True)

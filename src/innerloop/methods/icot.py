@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 from innerloop.curriculum import Schedule, uniforms
 from innerloop.errors import refuse
 from innerloop.examples import Example
-from innerloop.layout import Kind, Piece, Row, Speller
+from innerloop.layout import Kind, Piece, Row
 from innerloop.methods.method import Method
+from innerloop.speller import Speller
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from innerloop.loop import InnerLoop
 from innerloop.methods.method import DepthMethod
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch
+    from innerloop.batch import Batch
     from innerloop.losses import Terms
     from innerloop.thought import Thought
 

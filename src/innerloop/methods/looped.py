@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
-from innerloop.cache import DepthCache, Slot
+from innerloop.batch import Batch
 from innerloop.depth.exits import ExitSettings, add_exit_terms
 from innerloop.depth.kv_sharing import KvMissing, KvShare, SharedKv, stopped_earlier
 from innerloop.depth.passes import BlockPass, Deep, Depth, Reading, TokenPass, Tokens, read_layers
 from innerloop.depth.tying import depths_of, rebuild, stepwise, with_ends
+from innerloop.depth_cache import DepthCache, Slot
 from innerloop.errors import refuse
-from innerloop.layout import Batch
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
 from innerloop.loop_sampling import LoopSampling, draw_loops
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import Terms
 from innerloop.methods.method import DepthMethod
 from innerloop.thought import Thought

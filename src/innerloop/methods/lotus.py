@@ -12,10 +12,11 @@ from typing import ClassVar, Literal
 from innerloop.curriculum import Schedule
 from innerloop.errors import refuse
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Follow, Piece, Readout, Row, ShownBlock, Speller, Told
-from innerloop.loop import LoopSettings
+from innerloop.layout import ANSWER_PASS, Follow, Piece, Readout, Row, ShownBlock, Told
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.methods.method import LatentMethod
+from innerloop.speller import Speller
 from innerloop.step_decoder import AuxSettings
 
 

@@ -16,9 +16,10 @@ from innerloop.decoder import DecoderSettings
 from innerloop.distil import KdSettings
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, LAT, Block, Piece, Row, ShownBlock, Speller
-from innerloop.loop import LoopSettings
+from innerloop.layout import BOT, EOT, LAT, Block, Piece, Row, ShownBlock
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import LossSettings
+from innerloop.speller import Speller
 from innerloop.step_decoder import AuxSettings
 
 if TYPE_CHECKING:

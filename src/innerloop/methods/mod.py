@@ -40,8 +40,8 @@ from innerloop.loop import InnerLoop
 from innerloop.methods.method import DepthMethod
 
 if TYPE_CHECKING:
+    from innerloop.batch import Batch
     from innerloop.examples import Example
-    from innerloop.layout import Batch
     from innerloop.losses import Terms
     from innerloop.model import LatentModel
     from innerloop.thought import Thought

@@ -24,11 +24,12 @@ from innerloop.depth.recursion import ExpertPass, TokenChoicePass
 from innerloop.depth.router import CapacityBase, Notes, Router
 from innerloop.depth.tying import check_kinds, rebuild, stepwise
 from innerloop.errors import check_choices, refuse
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
+from innerloop.loop_settings import LoopSettings
 from innerloop.methods.method import DepthMethod
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch
+    from innerloop.batch import Batch
     from innerloop.losses import Terms
     from innerloop.thought import Thought
 

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 from innerloop.curriculum import Curriculum
 from innerloop.errors import InputError
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, LAT, Row, Speller
+from innerloop.layout import BOT, EOT, LAT, Row
 from innerloop.methods.method import LatentMethod
+from innerloop.speller import Speller
 
 
 @dataclass(frozen=True)

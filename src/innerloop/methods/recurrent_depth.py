@@ -19,18 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
-from innerloop.cache import DepthCache
 from innerloop.curriculum import Schedule
 from innerloop.depth.lookup import DEFAULT_SLOTS, ENDED, Lookup, LookupKind, LookupPass, LookupTokenPass
 from innerloop.depth.passes import Deep, Depth, Reading, Tokens
 from innerloop.depth.recurrence import Ramp, RampKind, mean_cosine, noise_at
+from innerloop.depth_cache import DepthCache
 from innerloop.errors import refuse
 from innerloop.examples import Example
 from innerloop.halting.rule import GATES
-from innerloop.layout import Row, Speller
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.layout import Row
+from innerloop.loop import InnerLoop
 from innerloop.loop_sampling import LoopSampling, draw_loops
+from innerloop.loop_settings import LoopSettings
 from innerloop.methods.method import DepthMethod
+from innerloop.speller import Speller
 
 SPLIT = "recurrent_depth_layers"  # where the configuration of a rebuilt decoder says how many layers each part has
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.backbone import Backbone
+from innerloop.batch import Batch
 from innerloop.context import Context
 from innerloop.depth.passes import Depth
 from innerloop.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
 from innerloop.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
 from innerloop.distil import KdSettings, divergence
 from innerloop.errors import refuse
-from innerloop.layout import Batch
 from innerloop.loop import InnerLoop
 from innerloop.losses import LossSettings, Terms
 from innerloop.methods.looped import BlockLoop, LoopedDepth

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 from innerloop.errors import refuse
 from innerloop.examples import Example
-from innerloop.layout import FED, Row, Speller, Told
+from innerloop.layout import FED, Row, Told
 from innerloop.methods.coconut import Coconut
 from innerloop.methods.codi import Codi
+from innerloop.speller import Speller
 from innerloop.step_decoder import AuxSettings
 
 Surplus = Literal["answer", "ignore", "repeat_last"]

@@ -12,11 +12,12 @@ from innerloop.decoder import DecoderSettings
 from innerloop.distil import KdSettings
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
-from innerloop.layout import BOT, EOT, Follow, Kind, Piece, Readout, Row, Speller, Told
-from innerloop.loop import LoopSettings
+from innerloop.layout import BOT, EOT, Follow, Kind, Piece, Readout, Row, Told
 from innerloop.loop_sampling import LoopSampling, draw_loops
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.methods.method import AnswerContext, FirstState, LatentMethod, PrefixKV, Scope
+from innerloop.speller import Speller
 from innerloop.stabilize import RescaleKind, ResidualKind, TimeKind
 from innerloop.step_decoder import AuxSettings
 

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from innerloop.curriculum import uniforms
 from innerloop.errors import refuse
 from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, BOL, BOT, EOL, EOT, LAT, Block, Follow, Kind, Piece, Row, Speller
-from innerloop.loop import LoopSettings
+from innerloop.layout import ANSWER_PASS, BOL, BOT, EOL, EOT, LAT, Block, Follow, Kind, Piece, Row
+from innerloop.loop_settings import LoopSettings
 from innerloop.losses import LossSettings
 from innerloop.methods.method import Method
+from innerloop.speller import Speller
 from innerloop.stabilize import RescaleKind
 from innerloop.step_labels import check_labels, labelled_by, latent_mask
 

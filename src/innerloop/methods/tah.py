@@ -29,12 +29,13 @@ from innerloop.depth.oracle import Oracle, OracleSettings, hashes
 from innerloop.depth.passes import Deep, Depth, Reading, Tokens
 from innerloop.errors import refuse
 from innerloop.examples import read_examples
-from innerloop.loop import InnerLoop, LoopSettings
+from innerloop.loop import InnerLoop
 from innerloop.loop_lora import BankKind
+from innerloop.loop_settings import LoopSettings
 from innerloop.methods.method import DepthMethod
 
 if TYPE_CHECKING:
-    from innerloop.layout import Batch
+    from innerloop.batch import Batch
     from innerloop.losses import Terms
     from innerloop.thought import Thought
 
@@ -140,7 +141,7 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
             return
         from innerloop.checkpoint import load_tokenizer
         from innerloop.depth.prune import N_ROWS, prune_layers
-        from innerloop.layout import Speller
+        from innerloop.speller import Speller
 
         spell = Speller(load_tokenizer(backbone.lm.name_or_path))
         rows = [self.lay_out(example, spell).ids() for example in read_examples(self.prune_rows, limit=N_ROWS)]

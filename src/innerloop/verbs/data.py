@@ -10,10 +10,10 @@ from rich.table import Table
 from innerloop import checkpoint
 from innerloop.errors import InputError
 from innerloop.examples import read_examples, write_examples
-from innerloop.layout import Speller
 from innerloop.methods import METHODS, method_named
 from innerloop.recipe import named, parse_overrides, parse_value, typed
 from innerloop.show import print_rows
+from innerloop.speller import Speller
 from innerloop.tasks import TASKS, task_named
 from innerloop.tokenizer import train_tokenizer
 from innerloop.verbs.given import console

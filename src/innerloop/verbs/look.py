@@ -16,7 +16,6 @@ from innerloop.attempts import Attempts, Pick
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
 from innerloop.generation import fits
-from innerloop.layout import Speller
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.accuracy import answered
@@ -30,6 +29,7 @@ from innerloop.methods import Cot
 from innerloop.model import LatentModel
 from innerloop.progress import bar
 from innerloop.show import answer_view
+from innerloop.speller import Speller
 from innerloop.tasks import Task
 from innerloop.verbs.given import Dtype, console, going_on, method_given, model_given, task_given
 
