@@ -66,7 +66,7 @@ def table(name: str, part: str, root: str) -> str:
 
 def suite_lines(results: dict, by_loops: bool) -> tuple[Lines, str]:
     """Return the lines of a suite: a variant each."""
-    means = seed_means(results["points"])
+    means = seed_means(results["points"], results["n"])
     seeds = sorted({point["seed"] for point in results["points"]})
     if by_loops:
         loops = list(next(row["loops"] for row in means if row["loops"]))

@@ -141,7 +141,7 @@ def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):
             rows = [json.dumps({"id": f"e{i}", "correct": correct}) for i, correct in enumerate(right)]
             (place / "predictions.jsonl").write_text("\n".join(rows))
             places.append(place)
-            results.append({"seed": seed, "accuracy": sum(right) / len(right)})
+            results.append({"seed": seed, "n": len(right), "accuracy": sum(right) / len(right)})
         return compare.Standing(name, results, places, places)
 
     good, bad = [True] * 40, [False] * 30 + [True] * 10
@@ -157,8 +157,10 @@ def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):
 
 def test_a_sentence_over_seeds_by_hand():
     found = seeds_sentence("a", "b", [0.1, 0.2, 0.3])  # 20 points, 4.302653 * 10 / sqrt(3) = 24.8 wide
-    assert found == "a and b cannot be told apart: +20.0 points, 95 % t-interval -4.8 to 44.8 (3 seeds)"
-    assert seeds_sentence("a", "b", [-0.1, -0.1]) == "a is 10.0 points below b, 95 % t-interval 10.0 to 10.0 (2 seeds)"
+    assert found == "a and b cannot be told apart: +20.0 points, 95 % interval -4.8 to 44.8 (3 seeds)"
+    found = seeds_sentence("a", "b", [-0.1, -0.1], 0.05)  # 1.96 * 5 / sqrt(2) = 6.9 wide
+    assert found == "a is 10.0 points below b, 95 % interval 3.1 to 16.9 (2 seeds)"
+    assert "cannot be told apart: -2.5 points" in seeds_sentence("a", "b", [-0.025, -0.025], 0.025)
     assert seeds_sentence("a", "b", [0.0, 0.0]) == "a and b are equally accurate in each of 2 seeds"
 
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import random
+from collections import Counter
 
 import pytest
 import torch
 
+from innerloop.cost import Cost
 from innerloop.edit import edited
 from innerloop.errors import InputError
-from innerloop.measure.accuracy import evaluate
-from innerloop.measure.controls import Controls, Effect, _effect, controls
+from innerloop.measure.accuracy import Prediction, evaluate
+from innerloop.measure.controls import Controls, Effect, _effect, _following, controls
 from innerloop.measure.latents import Recorder, Replacement, record
 from innerloop.measure.statistics import verdict
 from innerloop.measure.swap import swaps
@@ -134,6 +137,45 @@ def test_answers_of_which_some_need_the_latents_are_told_from_those_that_all_do(
     assert found.kind == "partly" and "Some answers need what the latents hold" in found.sentence
     found.effects["shuffled"] = Effect(verdict([False] * 40, right), 0.1, 0.1)
     assert found.kind == "carried" and "together with the question" in found.sentence
+
+
+GUESSES = ["".join(random.Random(seed).choices("AB", k=200)) for seed in range(3)]
+
+
+def judged(answers: str, shuffled: str, hidden: str, gold: str) -> str:
+    """Return what the latents are said to do, from one letter for each example's answer, and its donor's next to it."""
+
+    def predicted(given: str) -> list[Prediction]:
+        rows = enumerate(zip(given, gold, strict=True))
+        return [Prediction(str(i), "", f"### {a}", a, g, a == g, Cost()) for i, (a, g) in rows]
+
+    plain, changed = predicted(answers), predicted(shuffled)
+    share, p = _following(changed, plain, [*plain[1:], plain[0]], 0)
+    effects = {
+        "shuffled": dataclasses.replace(_effect(changed, plain, 0), donor_answers=share, donor_p=p),
+        "hidden": _effect(predicted(hidden), plain, 0),
+    }
+    commonest = max(Counter(gold).values()) / len(gold)
+    return Controls(plain, commonest, n_latents=2, spread=1.0, effects=effects).kind
+
+
+@pytest.mark.parametrize(
+    ("answers", "shuffled", "hidden", "gold", "kind"),
+    [
+        ("A" * 99 + "B", "A" * 100, "A" * 100, "ABCDE" * 20, "unused"),  # one answer is lost: half of two donors
+        (GUESSES[0], GUESSES[1], GUESSES[0], GUESSES[2], "undecided"),  # guesses, edited or not
+        (GUESSES[0], GUESSES[1], "A" * 200, GUESSES[0], "carried"),  # all is lost; half stays by chance
+        ("AB", "BB", "AB", "CD", "undecided"),  # two examples
+        ("AX" * 50, "AB" * 50, "AX" * 50, "AB" * 50, "undecided"),  # it gets better
+        ("ABCDE" * 20, "BCDEA" * 20, "A" * 100, "ABCDE" * 20, "carried"),  # the donor's
+        ("ABCDE" * 20, "ABCDE" * 15 + "BCDEA" * 5, "A" * 100, "ABCDE" * 20, "partly"),  # of few the donor's
+    ],
+    ids=["constant", "guesses", "lost", "two", "better", "donor", "few"],
+)
+def test_what_chance_alone_makes_of_answers_is_no_verdict(
+    answers: str, shuffled: str, hidden: str, gold: str, kind: str
+):
+    assert judged(answers, shuffled, hidden, gold) == kind
 
 
 def test_too_few_examples_decide_nothing():

@@ -10,11 +10,14 @@ from scipy import stats
 
 from innerloop.errors import InputError
 from innerloop.measure.statistics import (
+    Verdict,
     aligned,
     clopper_pearson,
+    difference_noise,
     mcnemar,
     over_seeds,
     paired_bootstrap,
+    share_noise,
     verdict,
     verdict_of_files,
     wilson,
@@ -123,6 +126,27 @@ def test_coverage_of_the_mean_over_seeds(n: int):
     drawn = np.random.default_rng(1).normal(0.7, 0.1, (RUNS, n))
     found = [over_seeds(list(values)) for values in drawn]
     assert np.mean([abs(mean - 0.7) <= half for mean, half in found]) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize(("share", "n", "seeds"), [(0.98, 40, 2), (0.99, 100, 2), (0.997, 300, 3), (0.5, 40, 3)])
+def test_coverage_of_the_mean_over_seeds_that_differ_by_their_rows_alone(share: float, n: int, seeds: int):
+    drawn = np.random.default_rng(3).binomial(n, share, (RUNS, seeds)) / n
+    found = [over_seeds(list(shares), share_noise(list(shares), n)) for shares in drawn]
+    assert np.mean([abs(mean - share) <= half + 1e-9 for mean, half in found]) >= 0.95
+    plain = np.mean([abs(mean - share) <= half + 1e-9 for mean, half in map(over_seeds, drawn.tolist())])
+    assert plain < 0.9 or share == 0.5
+
+
+@pytest.mark.parametrize(("share", "n", "seeds"), [(0.15, 40, 2), (0.98, 40, 2), (0.99, 100, 2), (0.9, 300, 3)])
+def test_equal_methods_are_seldom_told_apart_over_seeds(share: float, n: int, seeds: int):
+    right = np.random.default_rng(4).random((RUNS, 2, seeds, n)) < share
+    told_apart = 0
+    for first, second in right:
+        only = [(int((a & ~b).sum()), int((~a & b).sum())) for a, b in zip(first, second)]
+        found = [Verdict(("a", "b"), n, (0, 0), (p - q) / n, (0, 0), 1.0, (p, q)) for p, q in only]
+        mean, half = over_seeds([one.difference for one in found], difference_noise(found))
+        told_apart += abs(mean) > half
+    assert told_apart / RUNS <= 0.05
 
 
 @pytest.mark.parametrize(

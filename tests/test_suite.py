@@ -192,7 +192,7 @@ def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     report = suite_report(yaml.safe_load(path.read_text()), results)
     assert len(report["points"]) == 3 and "versions" in report and "model" not in json.dumps(report["points"])
     assert report["suite"]["variants"] == RAW["variants"] and "out" not in report["suite"]
-    assert [row["variant"] for row in seed_means(results)] == ["plain", "wide", "other"]
+    assert [row["variant"] for row in seed_means(results, 4)] == ["plain", "wide", "other"]
     assert standing_table(suite_standings(suite, results)).row_count == 3
 
 
@@ -211,7 +211,7 @@ def test_a_point_that_fails_stops_no_other(path: Path):
     path.write_text(yaml.safe_dump(raw))
     plain, failed = run_suite(load_suite(path, seeds=[0]))
     assert plain["n"] == 5 and "longer than max_length" in failed["error"] and "accuracy" not in failed
-    assert [row["variant"] for row in seed_means([plain, failed])] == ["plain"]
+    assert [row["variant"] for row in seed_means([plain, failed], 4)] == ["plain"]
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def test_means_over_seeds_by_hand():
     assert over_seeds([0.4]) == (0.4, math.inf)
     point = {"variant": "a", "cost": {**dict.fromkeys(suites.COSTS, 2.0), "seconds": {"answer": 0.5, "thought": 0.25}}}
     points = [{**point, "accuracy": a, "loops": {"1": {"accuracy": a}, "2": {"accuracy": 1.0}}} for a in (0.2, 0.4)]
-    (row,) = seed_means(points)
+    (row,) = seed_means(points, 100)
     assert row["accuracy"] == pytest.approx(0.3) and row["passes"] == 2.0 and row["seconds"] == 0.75
     assert row["loops"] == {1: pytest.approx(0.3), 2: 1.0}
 

@@ -19,7 +19,7 @@ from innerloop.examples import Example
 from innerloop.latency import time_runs
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
 from innerloop.measure.stability import diverged_rate
-from innerloop.measure.statistics import over_seeds, verdict_of_files
+from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
 from innerloop.methods import Method, method_named
 from innerloop.model import LatentModel
 from innerloop.points import check_tasks, run_suite
@@ -362,7 +362,7 @@ def verdicts(standings: Sequence[Standing], baseline: str) -> list[str]:
     """Say of each row whether it is better than the baseline, and how sure that is.
 
     With one seed the same rows are compared (McNemar's test, a paired bootstrap): that is about these two runs. With
-    several the differences of the seeds are, by their t-interval: that is about the methods.
+    several the differences of the seeds are, by their interval over seeds: that is about the methods.
     """
     base = next((s for s in standings if s.name == baseline), None)
     if base is None:
@@ -384,22 +384,24 @@ def verdicts(standings: Sequence[Standing], baseline: str) -> list[str]:
             for ours, theirs in pairs
         ]
         if len(found) > 1:
-            sentences.append(seeds_sentence(standing.name, base.name, [v.difference for v in found]))
+            sentences.append(
+                seeds_sentence(standing.name, base.name, [v.difference for v in found], difference_noise(found))
+            )
         else:
             sentences += [v.sentence for v in found]
     return sentences
 
 
-def seeds_sentence(name: str, other: str, differences: Sequence[float]) -> str:
-    """Say how two rows compare over seeds, by the t-interval of the differences of their accuracies."""
-    mean, half = over_seeds(differences)
+def seeds_sentence(name: str, other: str, differences: Sequence[float], noise: float = 0.0) -> str:
+    """Say how two rows compare over seeds, by the interval (`over_seeds`) of the differences of their accuracies."""
+    mean, half = over_seeds(differences, noise)
     low, high = max(mean - half, -1.0), min(mean + half, 1.0)
     if not any(differences):
         return f"{name} and {other} are equally accurate in each of {len(differences)} seeds"
     tail = f"({len(differences)} seeds)"
     if low <= 0 <= high:
-        interval = f"95 % t-interval {100 * low:.1f} to {100 * high:.1f}"
+        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
         return f"{name} and {other} cannot be told apart: {100 * mean:+.1f} points, {interval} {tail}"
     side, ends = ("above", (low, high)) if mean > 0 else ("below", (-high, -low))
-    interval = f"95 % t-interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+    interval = f"95 % interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
     return f"{name} is {100 * abs(mean):.1f} points {side} {other}, {interval} {tail}"

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from innerloop.errors import InputError
-from innerloop.measure.statistics import over_seeds, wilson
+from innerloop.measure.statistics import over_seeds, share_noise, wilson
 from innerloop.pictures import Mark
 from innerloop.timing import spread
 
@@ -48,13 +48,18 @@ class Standing:
         """The accuracy of each seed."""
         return [result["accuracy"] for result in self.results]
 
+    @property
+    def n(self) -> int:
+        """The rows that each seed has answered."""
+        return self.results[0]["n"]
+
     @cached_property
     def mark(self) -> Mark:
-        """Mean accuracy: with several seeds the t-interval over them, with one the Wilson interval over examples."""
+        """Mean accuracy: with several seeds the interval over them, with one the Wilson interval over examples."""
         if len(self.results) == 1:
             low, high = self.results[0]["ci95"]
             return Mark(self.name, self.results[0]["accuracy"], low, high)
-        return seed_mark(self.name, self.accuracies)
+        return seed_mark(self.name, self.accuracies, self.n)
 
     def at(self, x: float) -> Mark:
         """Return the mark at a place on another axis."""
@@ -101,7 +106,7 @@ class Standing:
                 low, high = points[0].get("ci95", (points[0]["accuracy"],) * 2)
                 marks.append(Mark(str(n), points[0]["accuracy"], low, high, n))
             else:
-                mean = seed_mark(str(n), [point["accuracy"] for point in points])
+                mean = seed_mark(str(n), [point["accuracy"] for point in points], self.n)
                 marks.append(Mark(mean.name, mean.share, mean.low, mean.high, n))
         return marks
 
@@ -138,9 +143,9 @@ def failure_sentence(failed: Mapping[str, Sequence[str]], n_points: int) -> str:
     return f"{'all' if n == n_points else n} of {n_points} points failed: {reason}{others[min(len(failed) - 1, 2)]}"
 
 
-def seed_mark(name: str, accuracies: Sequence[float]) -> Mark:
-    """Return the mean over seeds with its t-interval, cut at 0 and 1."""
-    mean, half = over_seeds(accuracies)
+def seed_mark(name: str, accuracies: Sequence[float], n: int) -> Mark:
+    """Return the mean over seeds, each of ``n`` rows, with its interval (`over_seeds`), cut at 0 and 1."""
+    mean, half = over_seeds(accuracies, share_noise(accuracies, n))
     half = half if math.isfinite(half) else 0.0
     return Mark(name, mean, max(mean - half, 0.0), min(mean + half, 1.0))
 
@@ -221,7 +226,11 @@ def standing_table(standings: Sequence[Standing]) -> Table:
 
 def interval_kind(standings: Sequence[Standing]) -> str:
     """Say what the intervals of accuracy are."""
-    over = "the t-interval over seeds" if any(len(s.results) > 1 for s in standings) else "Wilson's over examples"
+    over = (
+        "those over seeds (t, and no narrower than rows leave open)"
+        if any(len(s.results) > 1 for s in standings)
+        else "Wilson's over examples"
+    )
     return f"Intervals are {over}."
 
 

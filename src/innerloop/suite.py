@@ -36,7 +36,7 @@ from typing import Any
 from innerloop.attempts import Attempts
 from innerloop.errors import InputError, nearest
 from innerloop.grid import Choices, Range, axis_of, grid_variants
-from innerloop.measure.statistics import over_seeds
+from innerloop.measure.statistics import over_seeds, share_noise
 from innerloop.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field, typed
 
 SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
@@ -284,16 +284,17 @@ def suite_report(raw: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     }
 
 
-def seed_means(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def seed_means(results: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
     """Return for each variant that has results their means over seeds.
 
-    ``accuracy`` with ``half``, the half width of its 95 % t-interval; ``accuracies`` by seed; the costs of an example;
-    ``loops``, the mean accuracy by number of iterations, where it was measured.
+    ``accuracy`` over ``n`` rows with ``half``, the half width of its 95 % interval (`over_seeds`); ``accuracies`` by
+    seed; the costs of an example; ``loops``, the mean accuracy by number of iterations, where it was measured.
     """
     means = []
     for variant in dict.fromkeys(r["variant"] for r in results if "error" not in r):
         points = [r for r in results if r["variant"] == variant and "error" not in r]
-        accuracy, half = over_seeds([r["accuracy"] for r in points])
+        accuracies = [r["accuracy"] for r in points]
+        accuracy, half = over_seeds(accuracies, share_noise(accuracies, n))
         costs = {name: sum(r["cost"][name] for r in points) / len(points) for name in COSTS}
         seconds = sum(sum(r["cost"]["seconds"].values()) for r in points) / len(points)
         curves = [{int(n): at["accuracy"] for n, at in r["loops"].items()} for r in points if "loops" in r]
@@ -303,7 +304,7 @@ def seed_means(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "variant": variant,
                 "accuracy": accuracy,
                 "half": half,
-                "accuracies": [r["accuracy"] for r in points],
+                "accuracies": accuracies,
                 **costs,
                 "seconds": seconds,
                 "loops": loops,

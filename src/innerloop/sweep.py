@@ -183,7 +183,7 @@ def _maps(sweep: Sweep) -> list[str]:
     axes = [axis for axis in sweep.axes if isinstance(axis, Choices)]
     short = short_names([axis.field for axis in axes])
     found = {tuple(map(value_name, sweep.settings[s.name].values())): s for s in sweep.standings}
-    kind = "the t-interval over seeds" if any(len(s.results) > 1 for s in sweep.standings) else "Wilson's over examples"
+    kind = "that over seeds" if any(len(s.results) > 1 for s in sweep.standings) else "Wilson's over examples"
     note = f"Accuracy in percent, and its 95 % interval ({kind}); the best point is framed."
     rows, columns_axis, rest = (axes[0], axes[1], axes[2:]) if len(axes) > 1 else (None, axes[0], [])
     parts = []

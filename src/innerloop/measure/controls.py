@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from innerloop.measure.latents import (
     Record,
     Replacement,
     answer,
+    answer_of,
     donors_of,
     keys_of,
     record,
@@ -68,6 +70,7 @@ HALF = 0.5  # of the answers must become the donor's, or stay, to say that they 
 SAME = (
     0.9  # of the answers stay, at least, where latents are said not to be used by a run that is right by chance alone
 )
+PERMUTATIONS = 2000  # of a test of whether answers follow the donor
 NARROW = 0.1  # "unused" is said only where a loss of more than this is ruled out
 
 
@@ -79,11 +82,15 @@ class Effect:
         compared: the edited run against the unedited one, on the same rows.
         same_answers: the share of examples that get the answer of the unedited run.
         donor_answers: of examples whose donor is answered otherwise, the share that is now answered as the donor is.
+        donor_p: how often answers that have nothing to do with whose latents they were given are the donor's as often.
+        agreement: ``same_answers`` beyond what answers as common as these share by chance (Cohen's kappa).
     """
 
     compared: Verdict
     same_answers: float
     donor_answers: float | None = None
+    donor_p: float = 1.0
+    agreement: float | None = None
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Effect:
@@ -94,6 +101,21 @@ class Effect:
     def costs(self) -> bool:
         """Whether the edit makes answers worse, beyond doubt."""
         return self.compared.told_apart and self.compared.difference < 0
+
+    @property
+    def gains(self) -> bool:
+        """Whether the edit makes answers better, beyond doubt."""
+        return self.compared.told_apart and self.compared.difference > 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether most answers become the donor's, and more than chance makes so."""
+        return (self.donor_answers or 0.0) >= HALF and self.donor_p < 0.05
+
+    @property
+    def keeps(self) -> bool:
+        """Whether most answers stay, beyond what chance makes so."""
+        return (self.same_answers if self.agreement is None else self.agreement) >= HALF
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers as JSON has them."""
@@ -106,6 +128,7 @@ class Effect:
             "p": self.compared.p,
             "told_apart": self.compared.told_apart,
             "same_answers": self.same_answers,
+            "agreement": self.agreement,
         }
 
     def sentence(self, done: str) -> str:
@@ -122,7 +145,7 @@ class Effect:
             )
         text += f"; {self.same_answers:.0%} of the answers stay the same"
         if self.donor_answers is not None:
-            text += f", and {self.donor_answers:.0%} become the donor's where that is another"
+            text += f", and {self.donor_answers:.0%} become the donor's where that is another ({p_words(self.donor_p)})"
         return f"{text}."
 
 
@@ -178,16 +201,18 @@ class Controls:
                 f"{without.sentence(DONE[self._without])}"
             )
         exchanged = shuffled.sentence(DONE["shuffled"])
-        if (shuffled.donor_answers or 0.0) >= HALF:
+        if shuffled.follows:
             right = "" if shuffled.costs else ", right or wrong"
             return "carried", f"{exchanged} The answers come from the latents{right}."
-        if shuffled.costs and shuffled.same_answers >= HALF:
+        if shuffled.costs and shuffled.keeps:
             return "partly", f"{exchanged} Some answers need what the latents hold, most do without."
         if shuffled.costs:
             return "carried", (
                 f"{exchanged} The answers need what the latents hold, together with the question: given another "
                 "example's latents, they are neither example's."
             )
+        if shuffled.gains or without.gains:
+            return "undecided", f"{moved} The latents are used, but answers are better without what they hold."
         if without.costs:
             return "room", (
                 f"{moved} The answers need the latents' positions, but not what the loop has put into them: "
@@ -223,6 +248,7 @@ class Controls:
                     "title": TITLES[name],
                     **effect.as_dict(),
                     "donor_answers": effect.donor_answers,
+                    "donor_p": effect.donor_p,
                     "sentence": effect.sentence(DONE[name]),
                 }
                 for name, effect in self.effects.items()
@@ -306,8 +332,12 @@ def controls(
         def measure() -> dict[str, Any]:
             replaced = None if edit is None else edit()
             edited = answer(model, task, examples, replaced, loops=loops, progress=progress, **options)
-            follows = _donor_answers(edited, unedited, keys, donors) if name == "shuffled" else None
-            return asdict(_effect(edited, unedited, seed, follows))
+            found = _effect(edited, unedited, seed)
+            if name == "shuffled":
+                plain = dict(zip(keys, unedited))
+                share, p = _following(edited, unedited, [plain[donors[key]] for key in keys], seed)
+                found = replace(found, donor_answers=share, donor_p=p)
+            return asdict(found)
 
         return Effect.read(parts(name, measure))
 
@@ -329,23 +359,32 @@ def latents_of(seen: Callable[[], Record], parts: Parts) -> tuple[int, float]:
     return found["n"], found["spread"]
 
 
-def _effect(
-    edited: Sequence[Prediction], unedited: Sequence[Prediction], seed: int, donor_answers: float | None = None
-) -> Effect:
-    names = "the edited run", "the unedited run"
+def _effect(edited: Sequence[Prediction], unedited: Sequence[Prediction], seed: int) -> Effect:
+    names, n = ("the edited run", "the unedited run"), max(len(edited), 1)
     compared = verdict([p.correct for p in edited], [p.correct for p in unedited], names, seed)
-    same = sum(same_answer(a, b) for a, b in zip(edited, unedited, strict=True)) / max(len(edited), 1)
-    return Effect(compared, same, donor_answers)
+    same = sum(same_answer(a, b) for a, b in zip(edited, unedited, strict=True)) / n
+    ours, theirs = (Counter(map(answer_of, side)) for side in (edited, unedited))
+    by_chance = sum(count * theirs[given] for given, count in ours.items()) / n**2
+    return Effect(compared, same, agreement=(same - by_chance) / (1 - by_chance) if by_chance < 1 else 0.0)
 
 
-def _donor_answers(
-    edited: Sequence[Prediction], unedited: Sequence[Prediction], keys: Sequence[Key], donors: dict[Key, Key]
-) -> float | None:
-    """Return of the examples whose donor is answered otherwise the share that is now answered as the donor is."""
-    plain = dict(zip(keys, unedited))
-    pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, edited)]
-    told = [same_answer(now, donor) for now, own, donor in pairs if not same_answer(own, donor)]
-    return sum(told) / len(told) if told else None
+def _following(
+    edited: Sequence[Prediction], unedited: Sequence[Prediction], donors: Sequence[Prediction], seed: int
+) -> tuple[float | None, float]:
+    """Return how many answers become the donor's where that is another, and the p-value of a permutation test.
+
+    The test deals the donors' answers out anew: answers that have nothing to do with whose latents they were given are
+    the donor's just as often. A share alone tells little: with two answers to choose from, guessing makes half of them
+    the donor's.
+    """
+    told = [same_answer(now, d) for now, own, d in zip(edited, unedited, donors) if not same_answer(own, d)]
+    numbers: dict[str, int] = {}
+    now, theirs = (
+        np.array([numbers.setdefault(answer_of(p), len(numbers)) for p in side]) for side in (edited, donors)
+    )
+    draw, found = np.random.default_rng(seed), int((now == theirs).sum())
+    as_many = sum(int((now == draw.permutation(theirs)).sum()) >= found for _ in range(PERMUTATIONS))
+    return sum(told) / len(told) if told else None, (1 + as_many) / (1 + PERMUTATIONS)
 
 
 def _edits(seen: Record, everything: Record, donors: dict[Key, Key], seed: int) -> dict[str, Replacement]:

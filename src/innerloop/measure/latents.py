@@ -383,6 +383,11 @@ def answer(
         return evaluate(model, task, examples, *options)
 
 
+def answer_of(prediction: Prediction) -> str:
+    """Return the answer of a prediction, or where it gives none, its text."""
+    return f"text {prediction.text}" if prediction.predicted is None else f"answer {prediction.predicted}"
+
+
 def same_answer(a: Prediction, b: Prediction) -> bool:
     """Say whether two predictions give the same answer, or where neither gives one, the same text."""
-    return a.predicted == b.predicted and (a.predicted is not None or a.text == b.text)
+    return answer_of(a) == answer_of(b)

@@ -29,16 +29,30 @@ def wilson(n_correct: int, n: int) -> tuple[float, float]:
     share, z2 = n_correct / n, Z95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    low = middle - half if n_correct > 0 else 0.0  # where rounding would leave the share itself out
+    return max(low, 0.0), min(middle + half, 1.0) if n_correct < n else 1.0
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean over seeds and the half width of its 95 % t-interval; infinite for a single seed."""
+def over_seeds(values: Sequence[float], noise: float = 0.0) -> tuple[float, float]:
+    """Return the mean over seeds and the half width of its 95 % interval; infinite for a single seed.
+
+    It is the t-interval, but no narrower than what rows leave open: a few seeds that agree by chance are no certainty.
+
+    Args:
+        values: one for each seed.
+        noise: the standard deviation that each has because its rows are finite (`share_noise`, `difference_noise`).
+    """
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
         return mean, math.inf
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return mean, max(float(stats.t.ppf(0.975, n - 1)) * deviation, Z95 * noise) / math.sqrt(n)
+
+
+def share_noise(shares: Sequence[float], n: int) -> float:
+    """Return the standard deviation of each of some shares of ``n`` rows, with two rows of each kind added to them."""
+    share = (sum(shares) * n + 2) / (len(shares) * n + 4)
+    return math.sqrt(share * (1 - share) / max(n, 1))
 
 
 def clopper_pearson(n_hits: int, n: int) -> tuple[float, float]:
@@ -126,6 +140,16 @@ class Verdict:
         """Return the fields as JSON has them, with the sentence."""
         fields = json.loads(json.dumps(asdict(self)))
         return fields | {"told_apart": self.told_apart, "sentence": self.sentence}
+
+
+def difference_noise(found: Sequence[Verdict]) -> float:
+    """Return the standard deviation that the difference of each of some comparisons has because its rows are finite.
+
+    The rows of all are taken together, with half a row of each kind added (see `paired_bootstrap`).
+    """
+    n = sum(one.n for one in found)
+    first, second = ((sum(one.n_discordant[side] for one in found) + 0.5) / (n + 2) for side in (0, 1))
+    return math.sqrt((first + second - (first - second) ** 2) * len(found) / max(n, 1))
 
 
 def p_words(p: float) -> str:
