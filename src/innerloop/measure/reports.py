@@ -171,11 +171,8 @@ def check_asked(
         )
     if with_probes:
         probing.check(model, stage)
-        learned_from, tested_on = (
-            _that_fit(model, _to_learn_from(task, split), stage),
-            _that_fit(model, examples, stage),
-        )
-        probing.check_enough(learned_from, tested_on)
+        tested_on = _that_fit(model, examples, stage)
+        probing.check_enough(_that_fit(model, _to_learn_from(task, split), stage), tested_on)
         _check_exchange(model, tested_on, stage, "probes")
     if with_stability:
         check_loop(model, stage)

@@ -184,10 +184,10 @@ def bench(
         examples = chosen.examples(split)  # others stand in for those that cannot be asked
     asked = askable(list(models.values()), examples, settings.most)
     if len(asked) < min(len(examples), settings.most):
+        by = "the run" if len(models) == 1 else "both models"
         raise InputError(
             f"a turn answers {settings.most} questions, but of {len(examples)} only {len(asked)} can be answered by "
-            f"{'the run' if len(models) == 1 else 'both models'}: lower --batch_sizes or --questions, or name a task or "
-            "split with more"
+            f"{by}: lower --batch_sizes or --questions, or name a task or split with more"
         )
     report = benchmark(models, [example.question for example in asked], settings)
     for name, found in report["models"].items():
