@@ -73,7 +73,9 @@ def test_a_question_that_is_too_long_counts_as_wrong_and_says_so():
     examples = [Example("2", (), "2"), Example(" ; ".join(["1"] * 30), (), "1")]
     predictions = evaluate(model, task, examples, max_new_tokens=3)
     assert predictions[0].error is None and "at most 24" in predictions[1].error and not predictions[1].correct
-    assert result_of(model, task, "test", predictions, None, "m")["failed"] == 1
+    result = result_of(model, task, "test", predictions, None, "m")
+    assert (result["n"], result["accuracy"], result["failed"]) == (2, predictions[0].correct / 2, 1)
+    assert result["cost"] == mean_cost([predictions[0].cost]) and result["cost"]["passes"] > 0
     assert "failed" not in result_of(model, task, "test", predictions[:1], None, "m")
     with pytest.raises(InputError, match="not one example could be answered"):
         evaluate(model, task, examples[1:])

@@ -368,7 +368,7 @@ def test_what_cannot_be_calibrated_is_refused(options, message):
 def test_a_method_without_a_loop_and_too_few_examples_are_refused():
     with pytest.raises(InputError, match="no loop that could stop"):
         quick(model_of(Cot()), "kl")
-    with pytest.raises(InputError, match="at least two"):
+    with pytest.raises(InputError, match="at least 2"):
         calibrate(model_of(SLR), TASK, VALID[:1], "delta")
 
 

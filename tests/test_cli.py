@@ -166,6 +166,29 @@ def test_the_lens_leaves_out_what_is_too_long(run: Path, tmp_path: Path, capsys)
     assert code == 0 and "left out, as they cannot be answered: a" in out and "lens.html: 1 examples" in out
 
 
+def test_calibrate_and_bench_leave_out_what_is_too_long(run: Path, tmp_path: Path, capsys):
+    def given(*questions: str) -> list[object]:
+        rows = [{"id": f"e{i}", "question": q, "steps": [], "answer": "1"} for i, q in enumerate(questions)]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ["--task", "gsm8k", "--data", tmp_path / "data.jsonl", "--out"]
+
+    long, asked = "1 " * 999, given("1 " * 999, "1 ; + 1", "1 ; + 2", "1 " * 999)
+    calibrate = ["calibrate", run, "--rule", "delta"]
+    code, out, _ = innerloop(capsys, *calibrate, *asked, tmp_path / "early")
+    assert code == 0 and "left out, as they cannot be answered: e0, e3 (2 of 4)" in out
+    assert json.loads((tmp_path / "early" / "calibration.json").read_text())["n"]["choose"] == 2
+    bench = ["bench", run, "--repeats", 1, "--batch_sizes", "[1]", "--max_new_tokens", 2, "--questions"]
+    code, out, _ = innerloop(capsys, *bench, 2, *asked, tmp_path / "b.json")
+    assert code == 0 and "left out, as they cannot be answered: e0 (1 of 3)" in out
+    assert json.loads((tmp_path / "b.json").read_text())["models"]["run"]["points"][0]["n"] == 2
+    code, _, err = innerloop(capsys, *bench, 3, *asked, tmp_path / "c.json")
+    assert code == 2 and "a turn answers 3 questions, but of 4 only 2 can be answered by the run" in err
+    asked = given("1 ; + 1", *[long] * 9)
+    code, out, err = innerloop(capsys, *calibrate, *asked, tmp_path / "none")
+    assert code == 2 and "at least 2 examples, but of 10 validation examples 1 can be answered" in err
+    assert "e7, e8 and 1 more (9 of 10)" in out
+
+
 def test_lens_shows_the_first_example_in_the_terminal(run: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = innerloop(capsys, "lens", run, "--terminal", "true")

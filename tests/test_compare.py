@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,14 @@ from rich.console import Console
 
 from innerloop import compare, latency, points
 from innerloop.compare import compare_runs, compare_suite, diverged_sentences, run_names, seeds_sentence, verdicts
+from innerloop.cost import Cost
 from innerloop.errors import InputError
-from innerloop.methods import Cot, Pause
+from innerloop.measure.accuracy import Prediction
+from innerloop.methods import Cot, NoCot, Pause
+from innerloop.model import LatentModel
 from innerloop.recipe import parse_recipe
 from innerloop.standing import standing_table
-from innerloop.tasks import Chain
+from innerloop.tasks import Chain, Plain
 from tests.models import tiny_model
 from tests.test_cli import innerloop
 
@@ -127,9 +130,39 @@ def test_times_are_kept_as_long_as_the_runs_are_the_same(runs: list[str], tmp_pa
             latency.time_runs(chosen, TASK, others, tmp_path)
 
 
-def test_a_question_that_is_too_long_does_not_stop_the_timing(runs: list[str], tmp_path: Path):
-    found = latency.time_runs({"a": Path(runs[0])}, TASK, ["1 ; + 1", " ".join(["1"] * 5000)], tmp_path)
-    assert min(found["runs"]["a"]["seconds"]) > 0
+def test_what_one_run_cannot_answer_is_told_costs_nothing_and_is_timed_of_none(tmp_path: Path, capsys):
+    """The long questions leave room for an answer of one run, but not of the one that pauses."""
+    short, long = "1 ; + 1", "1 ; + 1 ; + 1 ; + 1"
+    data = tmp_path / "data.jsonl"
+    rows = [{"id": str(i), "question": q, "steps": [], "answer": "2"} for i, q in enumerate((short, long, long))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = [tmp_path / "a", tmp_path / "b"]
+    for run, method in zip(chosen, (NoCot(), Pause(n_pauses=8))):
+        tiny_model(method, max_position_embeddings=20).save_pretrained(run / "checkpoint")
+    task = f"{{name: plain, test: {data}}}"
+    code, printed, _ = innerloop(capsys, "compare", *chosen, "--task", task, "--out", tmp_path / "out")
+    told, page = "Could not be answered, and count as wrong: pause 2 of 3.", (tmp_path / "out/report.html").read_text()
+    assert code == 0 and told in " ".join(printed.split()) and told in page
+    result = json.loads((tmp_path / "out" / "pause" / "result.json").read_text())
+    (alone,) = LatentModel.from_pretrained(chosen[1]).generate([short], max_new_tokens=20)
+    assert result["failed"] == 2 and result["cost"]["passes"] == alone.cost.passes
+    assert json.loads((tmp_path / "out" / "times.json").read_text())["n"] == 1
+    (tmp_path / "out" / "times.json").unlink()
+    named = {"a": chosen[0], "b": chosen[1]}
+    assert latency.time_runs(named, TASK, [long, long], tmp_path / "out") == {"n": 0, "runs": {}}
+    runs = [str(folder) for folder in chosen]
+    standings = compare_runs(runs, tmp_path / "out", QUIET, Plain(test=str(data)), n_timed=0)
+    assert compare.timed(standings, TASK, [long], tmp_path / "out") == standings
+
+
+def test_of_the_first_answers_what_failed_is_counted_anew():
+    answer = Prediction("a", "?", "", "1", "1", True, Cost(passes=4))
+    failed = replace(answer, predicted=None, correct=False, cost=Cost(), error="too long")
+    whole = {"n": 3, "failed": 1, "seed": 5, "controls": {}}
+    found = compare.shortened_result(whole, [answer, answer])
+    assert "failed" not in found and "controls" not in found and (found["n"], found["seed"]) == (2, 5)
+    found = compare.shortened_result(whole, [answer, failed])
+    assert (found["failed"], found["accuracy"], found["cost"]["passes"]) == (1, 0.5, 4)
 
 
 def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):

@@ -30,6 +30,7 @@ from innerloop import (
 )
 from innerloop.context import Context
 from innerloop.engine import Engine
+from innerloop.generation import fits
 from innerloop.methods import Looped, SpiralThinker
 from tests.methods.reference import Reference
 from tests.methods.test_tah_answering import deciding
@@ -319,6 +320,7 @@ def test_a_question_that_the_tokenizer_refuses_fails_alone(monkeypatch):
 
     monkeypatch.setattr(type(model.tokenizer), "encode", fussy)
     model.spell._memory.clear()
+    assert [fits(model, question) for question in POOL] == [question != LONG for question in POOL]
     found = model.generate(POOL, max_new_tokens=N, strict=False)
     assert "Missing [UNK]" in found[POOL.index(LONG)].error
     assert [told(one) for one in found if one.error is None] == [alone[i] for i in range(len(POOL)) if POOL[i] != LONG]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
@@ -15,7 +16,7 @@ from innerloop.page import document, table
 from innerloop.pictures import Cell, Curve, Mark, Scale, bars, curves, heat_map, pareto, scatter
 from innerloop.report import write_report
 from innerloop.report_parts import KINDS
-from innerloop.standing import Standing, against_cot, columns, failures
+from innerloop.standing import Standing, against_cot, caption, columns, failures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -119,6 +120,19 @@ def read(page: str) -> str:
     reader.feed(page)
     assert not reader.open
     return re.sub(r"\s+", " ", reader.text)
+
+
+def test_a_caption_says_who_could_not_answer_everything():
+    whole, part = Standing("cot", [result("cot", 0.8)]), Standing("slr", [result("slr", 0.4, seed=0, failed=9)])
+    assert "Costs are means of an example." in caption([whole]) and "answered" not in caption([whole])
+    told = caption([whole, part])
+    assert told.startswith("Could not be answered, and count as wrong: slr 9 of 50. Intervals")
+    assert "Costs are means over what each could answer." in told
+    seeds = Standing("slr", [result("slr", 0.4, seed=0, failed=9), result("slr", 0.4, seed=1)])
+    assert "count as wrong: slr 9 of 100 in 2 seeds, slr 9 of 50." in caption([seeds, part])
+    timed = [replace(s, turns=(0.1, 0.2)) for s in (whole, part)]
+    assert "on one machine, answering what all can answer, with the middle" in caption(timed)
+    assert "what all can answer" not in caption(timed[:1])
 
 
 def test_the_report_says_what_was_measured_and_is_the_same_twice(tmp_path: Path, standings: list[Standing]):

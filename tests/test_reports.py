@@ -72,6 +72,24 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_answered(
     assert message in capsys.readouterr().err and not (tmp_path / "out" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--controls", "controls exchange latents between questions: give at least two different ones that can be"),
+        ("--probes", "10 to be tested on, but there are 40 and 2 that can be answered"),
+    ],
+)
+def test_what_is_too_long_is_not_counted(flag: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    questions = ["1 ; + 1", "1 ; + 1", *[" ; + ".join(["1"] * 400 + [str(i)]) for i in range(1, 5)]]
+    rows = [{"id": str(i), "question": q, "steps": ["1"], "answer": "2"} for i, q in enumerate(questions)]
+    train = [{"id": str(i), "question": f"{i % 9} ; + 1", "steps": ["1"], "answer": "2"} for i in range(40)]
+    for name, told in (("test", rows), ("train", train)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    task = f"{{name: plain, train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl}}"
+    assert evaluated(SMALL, tmp_path, flag, "true", "--task", task) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out" / "result.json").exists()
+
+
 def test_plain_evaluation_writes_answers_and_their_parts_alone(tmp_path: Path):
     assert evaluated(SMALL, tmp_path) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

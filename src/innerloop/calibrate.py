@@ -33,6 +33,7 @@ from innerloop.tasks import Task
 from innerloop.tryout import Goal, Label, Tryout, told_of
 
 REPORT = "calibration.json"
+FEWEST = 2  # examples
 CALIBRATION_PARTS = "calibration.parts.json"
 
 
@@ -104,7 +105,7 @@ def calibrate(
     refuse(
         (rule in ("none", "random"), f"stop={rule} has no threshold to choose: calibrate another score"),
         (rule in GATES and gate is None, f"stop={rule} is learned with the model: train it with stop={rule} first"),
-        (len(examples) < 2, "calibrating needs at least two examples"),
+        (len(examples) < FEWEST, f"calibrating needs at least {FEWEST} examples"),
         (not 0 < fit_share < 1, "fit_share is a share between 0 and 1"),
     )
     use_rule(model, stop=rule, stop_threshold=math.inf, **options)

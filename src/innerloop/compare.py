@@ -13,11 +13,11 @@ from rich.console import Console
 
 from innerloop import checkpoint
 from innerloop.attempts import Attempts
-from innerloop.cost import Cost, mean_cost
+from innerloop.cost import Cost
 from innerloop.errors import InputError, nearest
 from innerloop.examples import Example
 from innerloop.latency import time_runs
-from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.accuracy import Prediction, evaluate, result_of, scores_of
 from innerloop.measure.stability import diverged_rate
 from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
 from innerloop.methods import Method, method_named
@@ -31,7 +31,8 @@ from innerloop.standing import Standing, failure_sentence, failure_table, failur
 from innerloop.suite import Suite, load_suite, suite_report
 from innerloop.tasks import Task
 
-OF_THE_WHOLE = ("loops", "change", "also", "accuracy_by_match", "controls", "stability", "probes")  # no part's
+OF_THE_WHOLE = ("loops", "change", "also", "accuracy_by_match", "controls", "stability", "probes", "failed")
+"""What result.json says of all answers, and not of the first of them."""
 RESULT, PREDICTIONS, REPORT = "result.json", "predictions.jsonl", "report.html"
 
 
@@ -166,9 +167,9 @@ def covers(place: Path, run: Path, test: Asked) -> bool:
 
 
 def _shortened(run: Path, test: Asked) -> list[Prediction] | None:
-    """Return the answers to the test where a run has answered more than it asks for."""
-    predictions = _answers(run, run, test)
-    return None if predictions is None else predictions[: len(test.examples)]
+    """Return the answers to the test where a run has answered more than it asks for, and something of it."""
+    predictions = (_answers(run, run, test) or [])[: len(test.examples)]
+    return predictions if any(p.error is None for p in predictions) else None
 
 
 def _answers(place: Path, run: Path, test: Asked) -> list[Prediction] | None:
@@ -216,15 +217,7 @@ def write_answers(folder: Path, result: Mapping[str, Any], predictions: Sequence
 
 def shortened_result(result: Mapping[str, Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Return the result of the first of a run's answers: shares and costs anew, what else was recorded as it was."""
-    n, n_correct = len(predictions), sum(p.correct for p in predictions)
-    kept = {k: v for k, v in result.items() if k not in OF_THE_WHOLE}
-    return kept | {
-        "n": n,
-        "accuracy": accuracy_of(predictions),
-        "ci95": list(wilson(n_correct, n)),
-        "unparsable": sum(p.predicted is None for p in predictions),
-        "cost": mean_cost([p.cost for p in predictions]),
-    }
+    return {k: v for k, v in result.items() if k not in OF_THE_WHOLE} | scores_of(predictions)
 
 
 def suite_standings(suite: Suite, results: Sequence[Mapping[str, Any]]) -> list[Standing]:
@@ -351,10 +344,12 @@ def timed(
 ) -> list[Standing]:
     """Return rows with the times and the memory of the run of their first seed, measured in turns.
 
+    Where no question can be answered by all, they are returned as they are.
     ``runs`` are by name the folders of these runs, where they are not the rows' own; ``attempts`` say how they answer.
     """
     runs = {s.name: s.folders[0] for s in standings} if runs is None else runs
-    measured = time_runs(runs, task, questions, folder, attempts)["runs"]
+    if not (measured := time_runs(runs, task, questions, folder, attempts)["runs"]):
+        return list(standings)
     return [replace(s, turns=tuple(measured[s.name]["seconds"]), memory=measured[s.name]["memory"]) for s in standings]
 
 

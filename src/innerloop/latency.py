@@ -15,6 +15,7 @@ from typing import Any
 
 from innerloop import checkpoint
 from innerloop.attempts import ONCE, Attempts
+from innerloop.generation import fits
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.parts import digest
 from innerloop.memory import peak_memory
@@ -39,26 +40,30 @@ def time_runs(
     Args:
         runs: folders by name; all models are held in memory together, one for each folder.
         task: says how much may be written.
-        questions: what each answers in a turn, as one batch.
+        questions: what each answers in a turn, as one batch; those that a run cannot answer are asked of none.
         folder: where times.json lies.
         attempts: by name, how often each question is tried, where it is not once.
 
     Returns:
         ``n`` questions, their hash, ``max_new_tokens``, ``repeats``, ``device``, ``versions``, and in ``runs`` by name
-        ``seconds``, of an example in each turn, and ``memory``, the peak in bytes beyond the weights.
+        ``seconds``, of an example in each turn, and ``memory``, the peak in bytes beyond the weights; no runs where
+        no question can be answered by all.
     """
     loaded = {path: LatentModel.from_pretrained(path).eval() for path in dict.fromkeys(runs.values())}
     models = {name: loaded[path] for name, path in runs.items()}
     tried = {name: one for name, one in (attempts or {}).items() if not one.is_plain}
     device = next(iter(models.values())).device
+    questions = [question for question in questions if all(fits(model, question) for model in loaded.values())]
+    if not questions:
+        return {"n": 0, "runs": {}}
     asked = {"n": len(questions), "repeats": REPEATS, "device": device_name(device), "versions": versions()}
     asked |= {"questions": digest(list(questions)), "max_new_tokens": task.max_new_tokens}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
     asked["attempts"] = {name: asdict(one) for name, one in tried.items()} or None
     if (known := _known(folder / TIMES, asked, list(runs.values()))) is not None:
         return known
-    options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": max(len(questions), 1)}
-    options["strict"] = False  # what cannot be answered was told when it was evaluated
+    options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": len(questions)}
+    options["strict"] = False  # what does not fit into memory was told when it was evaluated
     jobs = {name: partial(tried.get(name, ONCE).answer, model, questions, **options) for name, model in models.items()}
     turns = take_turns(jobs, REPEATS, clock_of(device))
     found = {

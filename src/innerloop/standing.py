@@ -66,8 +66,13 @@ class Standing:
         return Mark(self.name, self.mark.share, self.mark.low, self.mark.high, x)
 
     def cost(self, name: str) -> float:
-        """Return a mean cost of an example: passes, positions, flops, thought_tokens or loops."""
+        """Return a mean cost of an answered example: passes, positions, flops, thought_tokens or loops."""
         return sum(result["cost"][name] for result in self.results) / len(self.results)
+
+    @property
+    def n_failed(self) -> int:
+        """How many questions could not be answered, of all seeds."""
+        return sum(result.get("failed", 0) for result in self.results)
 
     @property
     def seconds(self) -> float:
@@ -234,13 +239,26 @@ def interval_kind(standings: Sequence[Standing]) -> str:
     return f"Intervals are {over}."
 
 
+def failed_sentence(standings: Sequence[Standing]) -> str:
+    """Say how many questions each could not answer; nothing where all were answered."""
+    told = []
+    for s in standings:
+        if s.n_failed:
+            n, seeds = sum(result["n"] for result in s.results), len(s.results)
+            told.append(f"{s.name} {s.n_failed} of {n}" + (f" in {seeds} seeds" if seeds > 1 else ""))
+    return f"Could not be answered, and count as wrong: {', '.join(told)}." if told else ""
+
+
 def caption(standings: Sequence[Standing]) -> str:
-    """Say what intervals, costs and times mean."""
-    told = [interval_kind(standings), "Costs are means of an example."]
+    """Say what intervals, costs and times mean, and who could not answer everything."""
+    failed = failed_sentence(standings)
+    told = [*([failed] if failed else []), interval_kind(standings)]
+    told.append("Costs are means over what each could answer." if failed else "Costs are means of an example.")
     turns = {len(s.turns) for s in standings}
     if turns <= {0}:
         told.append("ms is an example's share of its batch, taken when each was evaluated.")
     else:
         told.append(f"Times are medians of {max(turns)} turns that all took one after the other on one machine")
+        told[-1] += ", answering what all can answer" if failed else ""
         told[-1] += ", with the middle four fifths of the ratio." if max(turns) > 1 else "."
     return " ".join(told)

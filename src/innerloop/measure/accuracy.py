@@ -120,6 +120,23 @@ def accuracy_of(predictions: Sequence[Prediction]) -> float:
     return sum(p.correct for p in predictions) / max(len(predictions), 1)
 
 
+def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Return what result.json says of predictions alone: accuracy and its interval, what failed, the mean cost.
+
+    A question that could not be answered counts as wrong, but has no part in the cost, which is that of an answer.
+    """
+    n, n_correct = len(predictions), sum(p.correct for p in predictions)
+    costs = [p.cost for p in predictions if p.error is None]
+    return {
+        "n": n,
+        "accuracy": accuracy_of(predictions),
+        "ci95": list(wilson(n_correct, n)),
+        "unparsable": sum(p.predicted is None for p in predictions),
+        **({"failed": n - len(costs)} if len(costs) < n else {}),
+        "cost": mean_cost(costs),
+    }
+
+
 def result_of(
     model: LatentModel, task: Task, split: str, predictions: Sequence[Prediction], seed: int | None, name: str
 ) -> dict[str, Any]:
@@ -133,21 +150,14 @@ def result_of(
         seed: the seed it was trained with, where known.
         name: the model's name or folder.
     """
-    n, n_correct = len(predictions), sum(p.correct for p in predictions)
     result: dict[str, Any] = {
         "task": {"name": task.name, "version": task.version, **asdict(task)},
         "split": split,
-        "n": n,
-        "accuracy": n_correct / max(n, 1),
-        "ci95": list(wilson(n_correct, n)),
-        "unparsable": sum(p.predicted is None for p in predictions),
+        **scores_of(predictions),
     }
-    if n_failed := sum(p.error is not None for p in predictions):
-        result["failed"] = n_failed
     if hasattr(task, "match"):
         result["accuracy_by_match"] = {match: _rematch(task, match, predictions) for match in ("number", "string")}
     return result | {
-        "cost": mean_cost([p.cost for p in predictions]),
         "method": {"name": model.method.name, **asdict(model.method)},
         "model": name,
         "seed": seed,

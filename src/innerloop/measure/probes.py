@@ -216,7 +216,7 @@ def check(model: LatentModel, stage: int | None = None) -> None:
 def check_enough(train: Sequence[Example], test: Sequence[Example]) -> None:
     """Refuse examples that are too few to learn a probe from, or to test it on."""
     if min(len(train), len(test)) < FEWEST:
-        raise InputError(f"{TOO_FEW}, but there are {len(train)} and {len(test)}")
+        raise InputError(f"{TOO_FEW}, but there are {len(train)} and {len(test)} that can be answered")
 
 
 def _fit(states: NDArray[Any], labels: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:

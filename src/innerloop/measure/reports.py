@@ -27,7 +27,7 @@ from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.controls import Controls, controls
-from innerloop.measure.latents import unseen
+from innerloop.measure.latents import keys_of, unseen
 from innerloop.measure.parts import Parts
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.model import LatentModel
@@ -109,7 +109,7 @@ class Measurement:
 
     def _probes(self) -> None:
         train = _to_learn_from(self.task, self.split)
-        train = [example for example in train if fits(self.model, example.question, self.options["stage"])]
+        train = _that_fit(self.model, train, self.options["stage"])
         with bar(self.console) as progress:
             rows = [progress.add_task(title, total=None, note="") for title in ("probes", "swaps")]
             told = self.options | self._told(progress, rows[0])
@@ -171,11 +171,26 @@ def check_asked(
         )
     if with_probes:
         probing.check(model, stage)
-        probing.check_enough(_to_learn_from(task, split), examples)
+        tested_on = _that_fit(model, examples, stage)
+        probing.check_enough(_that_fit(model, _to_learn_from(task, split), stage), tested_on)
+        _check_exchange(model, tested_on, stage, "probes")
     if with_stability:
         check_loop(model, stage)
-    if with_controls and unseen(model, stage) is None and len({example.question for example in examples}) < 2:
-        raise InputError("controls exchange latents between questions: give at least two different ones")
+    if with_controls and unseen(model, stage) is None:
+        _check_exchange(model, _that_fit(model, examples, stage), stage, "controls")
+
+
+def _that_fit(model: LatentModel, examples: Sequence[Example], stage: int | None) -> list[Example]:
+    """Return the examples that a model can be asked."""
+    return [example for example in examples if fits(model, example.question, stage)]
+
+
+def _check_exchange(model: LatentModel, examples: Sequence[Example], stage: int | None, measure: str) -> None:
+    """Refuse examples, all of which can be asked, between which no latents could be exchanged."""
+    if len(set(keys_of(model.prompts([example.question for example in examples], stage)))) < 2:
+        raise InputError(
+            f"{measure} exchange latents between questions: give at least two different ones that can be answered"
+        )
 
 
 def _to_learn_from(task: Task, split: str) -> list[Example]:

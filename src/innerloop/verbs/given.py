@@ -1,8 +1,8 @@
-"""What the command line was given, as objects: where to print, a task, a method, a device."""
+"""What the command line was given, as objects: where to print, a task, what can be asked, a method, a device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,8 @@ from rich.console import Console
 
 from innerloop import checkpoint
 from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.generation import fits
 from innerloop.measure.parts import Parts
 from innerloop.methods import Method, method_named
 from innerloop.model import LatentModel
@@ -21,6 +23,7 @@ from innerloop.tasks import Task, task_named
 
 console = Console()
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
+MOST_NAMED = 8  # examples that are left out
 
 
 def model_given(
@@ -65,6 +68,24 @@ def task_given(run: str, task: str | None, data: str | None, split: str) -> Task
             raise InputError(f"task '{section['name']}' makes its own examples and reads no --data")
         section[split] = data
     return named(section, "task", task_named)
+
+
+def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: int | None = None) -> list[Example]:
+    """Return the examples that all models can be asked, at most so many; say which were left out, and how many."""
+    kept, left = list[Example](), list[str]()
+    for example in examples:
+        if len(kept) == most:
+            break
+        if all(fits(model, example.question) for model in models):
+            kept.append(example)
+        else:
+            left.append(example.id)
+    if left:
+        more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
+        counted = f"({len(left)} of {len(kept) + len(left)})"
+        named = ", ".join(left[:MOST_NAMED]) + more
+        console.print(f"left out, as they cannot be answered: {named} {counted}", soft_wrap=True, markup=False)
+    return kept
 
 
 @contextmanager

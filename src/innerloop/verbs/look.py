@@ -15,7 +15,6 @@ from innerloop import checkpoint
 from innerloop.attempts import Attempts, Pick
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
-from innerloop.generation import fits
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.accuracy import answered
@@ -31,7 +30,7 @@ from innerloop.progress import bar
 from innerloop.show import answer_view
 from innerloop.speller import Speller
 from innerloop.tasks import Task
-from innerloop.verbs.given import Dtype, console, going_on, method_given, model_given, task_given
+from innerloop.verbs.given import Dtype, askable, console, going_on, method_given, model_given, task_given
 
 
 def eval_(
@@ -347,10 +346,7 @@ def lens(
     if path is None:
         console.print(terminal_view(model, chosen, asked[0], loops, max_new_tokens))
         return
-    if long := [example for example in asked if not fits(model, example.question)]:
-        names = ", ".join(example.id for example in long)
-        asked = [example for example in asked if example not in long] or asked
-        console.print(f"left out, as they cannot be answered: {names}", soft_wrap=True)
+    asked = askable([model], asked) or asked  # what it says of a question that it cannot be asked tells why
     decides = {"loops": loops, "max_new_tokens": max_new_tokens}
     parts = Parts(path.with_suffix(".parts.json"), made_of(model, chosen, split, [], decides))
     with going_on(parts, f"{len(parts.known)} examples", ""), bar(console) as progress:

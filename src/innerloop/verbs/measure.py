@@ -13,13 +13,16 @@ import torch
 from innerloop import checkpoint
 from innerloop.bench import BASELINE, RUN, BenchSettings, bench_lines, bench_table
 from innerloop.bench import bench as benchmark
-from innerloop.calibrate import CALIBRATION_PARTS
+from innerloop.calibrate import CALIBRATION_PARTS, FEWEST
 from innerloop.calibrate import calibrate as calibration
 from innerloop.errors import InputError
+from innerloop.examples import Example
+from innerloop.generation import fits
 from innerloop.halting import StopKind
 from innerloop.measure.parts import Parts, made_of
+from innerloop.model import LatentModel
 from innerloop.show import calibration_line
-from innerloop.verbs.given import Dtype, console, device_given, going_on, method_given, model_given, task_given
+from innerloop.verbs.given import Dtype, askable, console, device_given, going_on, method_given, model_given, task_given
 
 
 def calibrate(
@@ -52,7 +55,7 @@ def calibrate(
         mean_loops: instead, the most iterations on average.
         task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
         data: a file or Hub data set to read the validation split from.
-        limit: use only the first validation examples.
+        limit: use only the first validation examples; those that cannot be answered are left out.
         check: test examples on which the choice is measured once more.
         method: put this method on the model first, such as adainfer.
         adopt: from now on the run stops by the chosen rule.
@@ -71,6 +74,7 @@ def calibrate(
     examples = chosen.examples("valid", limit)
     checked = chosen.examples("test", check) if check else []
     model = model_given(run, method_given(method), device, dtype)
+    examples, checked = _calibratable(model, examples, checked)
     options: dict[str, Any] = {"patience": patience, "min_loops": min_loops}
     folder = Path(out or run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +104,21 @@ def calibrate(
     console.print(f"{path}" + ("; the run stops by this rule from now on" if adopt else ""), soft_wrap=True)
 
 
+def _calibratable(
+    model: LatentModel, examples: Sequence[Example], checked: Sequence[Example]
+) -> tuple[list[Example], list[Example]]:
+    """Leave out of both the examples that cannot be asked; refuse to go on where too few are left."""
+    kept, kept_checked = askable([model], examples), askable([model], checked)
+    if len(kept) < min(len(examples), FEWEST):
+        raise InputError(
+            f"calibrating needs at least {FEWEST} examples, but of {len(examples)} validation examples {len(kept)} can "
+            "be answered: the others leave no room for an answer, or are no text"
+        )
+    if checked and not kept_checked:
+        raise InputError(f"none of {len(checked)} test examples can be answered: leave --check out, or name other data")
+    return kept, kept_checked
+
+
 def bench(
     run: str,
     baseline: str | None = None,
@@ -127,7 +146,8 @@ def bench(
         out: the file to write; by default RUN/bench.json.
         batch_sizes: rows that may run together.
         repeats: timed turns.
-        questions: the least number of questions of a turn; a larger batch answers as many as it holds.
+        questions: the least number of questions of a turn; a larger batch answers as many as it holds. What a model
+            cannot answer is left out.
         max_new_tokens: the most tokens to write per question; by default as the task says.
         task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
         data: a file or Hub data set to read the split from.
@@ -151,7 +171,7 @@ def bench(
         raise InputError(f"the report cannot be written to {path}: name a file by --out FILE")
     n_tokens = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
     settings = BenchSettings(tuple(batch_sizes), repeats, questions, n_tokens, seed)
-    asked = [example.question for example in chosen.examples(split, settings.most)]
+    examples = chosen.examples(split, settings.most)
     if threads is not None:
         torch.set_num_threads(threads)
     named_models = {RUN: (run, method), BASELINE: (baseline, baseline_method)}
@@ -160,7 +180,16 @@ def bench(
         for name, (folder, written) in named_models.items()
         if folder is not None
     }
-    report = benchmark(models, asked, settings)
+    if not all(fits(model, example.question) for model in models.values() for example in examples):
+        examples = chosen.examples(split)  # others stand in for those that cannot be asked
+    asked = askable(list(models.values()), examples, settings.most)
+    if len(asked) < min(len(examples), settings.most):
+        by = "the run" if len(models) == 1 else "both models"
+        raise InputError(
+            f"a turn answers {settings.most} questions, but of {len(examples)} only {len(asked)} can be answered by "
+            f"{by}: lower --batch_sizes or --questions, or name a task or split with more"
+        )
+    report = benchmark(models, [example.question for example in asked], settings)
     for name, found in report["models"].items():
         found["model"] = named_models[name][0]
     asked_of = {"task": {"name": chosen.name, "version": chosen.version, **asdict(chosen)}, "split": split}
