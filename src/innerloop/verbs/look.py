@@ -17,6 +17,7 @@ from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
 from innerloop.generation import fits
 from innerloop.lens import look, page_path, terminal_view, write_page
+from innerloop.lens.latents import names_of_columns
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.accuracy import answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
@@ -302,7 +303,7 @@ def ask(
     model = model_given(run, chosen, device, dtype)
     model.spell = Speller(model.tokenizer, checkpoint.recorded(run, "running_text", False))
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
-    console.print(answer_view(answer, model.tokenizer))
+    console.print(answer_view(answer, model.tokenizer, *names_of_columns(model, question)))
 
 
 def lens(
