@@ -32,7 +32,7 @@ from innerloop.progress import bar
 from innerloop.show import answer_view
 from innerloop.speller import Speller
 from innerloop.tasks import Task
-from innerloop.verbs.given import Dtype, console, going_on, method_given, model_given, task_given
+from innerloop.verbs.given import Dtype, console, folder_given, going_on, method_given, model_given, task_given
 
 
 def eval_(
@@ -119,13 +119,7 @@ def eval_(
     if method is not None and out is None and checkpoint.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     checkpoint.resolve(run)
-    folder = Path(out or run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}): give another folder by --out DIR") from None
-    checkpoint.write_text(folder / "predictions.jsonl.partial", "")  # a folder that cannot be written is found now
-    (folder / "predictions.jsonl.partial").unlink()
+    folder = folder_given(Path(out or run))
     chosen = task_given(run, task, data, split)
     examples = chosen.examples(split, limit)
     model = model_given(run, method_given(method), device, dtype, compile)
@@ -256,7 +250,7 @@ def _eval_harness(
 ) -> None:
     """Answer tasks of lm-evaluation-harness."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder_given(folder)
     parts = Parts(folder / HARNESS_PARTS, of_model(model) | {"batch_size": batch_size}, fresh)
     with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
         row = progress.add_task("eval lm-eval", total=None, note="")
