@@ -329,7 +329,13 @@ def test_broken_settings_are_named(broken, text):
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
-    [("name", "slt", "did you mean 'slr'"), ("max_lops", 3, "another version"), ("alpha", 7.0, "between 0 and 1")],
+    [
+        ("name", "slt", "did you mean 'slr'"),
+        ("max_lops", 3, "another version"),
+        ("alpha", 7.0, "between 0 and 1"),
+        ("max_loops", "many", "innerloop.json: method.max_loops is many, but must be a whole number"),
+        ("max_loops", None, "innerloop.json: method.max_loops is empty, but must be a whole number"),
+    ],
 )
 def test_settings_that_no_method_has_are_refused(broken, field, value, expected):
     folder, message = broken
@@ -376,6 +382,20 @@ def test_missing_or_cut_parts_are_named(broken, damage):
     else:
         parts.write_bytes(parts.read_bytes()[:20])
     assert "innerloop.safetensors" in message()
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_refused(broken):
+    folder, message = broken
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    assert "the weights do not have the shapes that config.json says" in message() and "restore" in message()
+
+
+@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "3")])
+def test_a_tokenizer_that_is_none_is_refused(broken, file, text):
+    folder, message = broken
+    (folder / file).write_text(text)
+    assert "the tokenizer's files cannot be read" in message() and str(folder) in message()
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])

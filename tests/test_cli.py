@@ -504,8 +504,28 @@ def test_what_is_yes_or_no_needs_no_value(run: Path, tmp_path: Path, capsys, wri
 def test_a_folder_that_cannot_be_made_is_named(run: Path, tmp_path: Path, capsys):
     (tmp_path / "file").write_text("")
     for taken in (tmp_path / "file", tmp_path / "file" / "inside"):
-        code, _, err = innerloop(capsys, "eval", run, "--limit", 2, "--out", taken)
-        assert code == 2 and "cannot be made" in err and "give another folder by --out DIR" in err
+        for verb in ("eval", "calibrate"):
+            code, _, err = innerloop(capsys, verb, run, "--limit", 2, "--out", taken)
+            assert code == 2 and "cannot be made" in err and "give another folder by --out DIR" in err
+        code, _, err = innerloop(capsys, "bench", run, "--out", taken / "bench.json")
+        assert code == 2 and "cannot be made" in err and "name another file by --out FILE" in err
+        code, _, err = innerloop(capsys, "data", "make", "chain", "--out", taken, "--n_train", 2)
+        assert code == 2 and "cannot write examples to" in err and "choose another folder" in err
+        code, _, err = innerloop(capsys, "train", run.parent / "recipe.yaml", "--out", taken)
+        assert code == 2 and "is a file: choose another folder with --out" in err
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("config", ["out: x", "task: 5", "task: "])
+def test_a_run_that_does_not_say_its_task_is_named(tmp_path: Path, capsys, config: str):
+    tiny_model(Cot()).save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "config.yaml").write_text(config)
+    code, _, err = innerloop(capsys, "eval", tmp_path, "--limit", 1)
+    assert code == 2 and "does not say which task it is for: restore it, or give --task NAME" in err
+    code, _, err = innerloop(capsys, "eval", tmp_path, "--task", "5")
+    assert code == 2 and "--task 5: write a task's name" in err
+    code, _, err = innerloop(capsys, "eval", tmp_path, "--task", "{name: 5}", "--data", "x.jsonl")
+    assert code == 2 and "no task '5'" in err
 
 
 def test_eval_draws_several_answers_or_searches_and_says_so(run: Path, tmp_path: Path, capsys):

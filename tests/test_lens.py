@@ -15,6 +15,7 @@ from rich.console import Console
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.lens import Look, Record, look, page_of, page_path, terminal_view, write_page
+from innerloop.lens.latents import names_of_columns
 from innerloop.lens.page import escaped
 from innerloop.lens.record import answer_alone
 from innerloop.measure.readout import shown_steps
@@ -36,7 +37,7 @@ from innerloop.methods import (
     Tah,
 )
 from innerloop.model import LatentModel
-from innerloop.show import answer_view
+from innerloop.show import answer_view, trace_view
 from innerloop.tasks import Chain
 from tests.methods.tools import lean_towards
 from tests.models import chain_examples, tiny_model
@@ -147,12 +148,13 @@ def test_the_map_has_the_blocks_that_were_opened_beside_the_first(pattern: Liter
         assert [loop.change for loop in curve] == [entry.delta.item() for entry in block.iterations]
     assert one.stop.why == "No stop rule is on: the loop ran 2 iterations, as set."
     console = Console(record=True, width=200, file=StringIO())
-    console.print(answer_view(answer, model.tokenizer))
+    console.print(answer_view(answer, model.tokenizer, *names_of_columns(model, example.question)))
     text = console.export_text()
+    headers = [re.findall(r"latent \d|<eol>", line) for line in text.splitlines() if "change" in line]
+    assert headers == [["latent 1", "latent 2", "<eol>"]] * 3
     assert all(f"what the latents of block {n} held" in text for n in (1, 2, 3))
     shown = [float(line.split()[-2]) for line in text.splitlines() if line.startswith("│ answer")]  # before the frame
-    column = {"odd": [3, 2, 2], "even": [2, 2, 2]}[pattern]  # the last one: of the first block's region, <eol>
-    wanted = [block.last.top_probs[0, at, 0].item() for block, at in zip(blocks, column)]
+    wanted = [block.last.top_probs[0, 3, 0].item() for block in blocks]  # of what closes the block
     assert shown == pytest.approx(wanted, abs=0.0051)
 
 
@@ -364,4 +366,47 @@ def test_the_terminal_lines_up_the_answer_where_nothing_stands_before_the_latent
     (line,) = (line for line in out.getvalue().splitlines() if line.startswith("│ answer"))
     shown = [float(p) for p in re.findall(r"[01]\.\d\d", line)]
     assert shown == pytest.approx(answer.trace.last.top_probs[0, :, 0].tolist(), abs=0.0051)
-    assert "latent 1" in out.getvalue() and "latent 0" not in out.getvalue()
+    (headers,) = (line for line in out.getvalue().splitlines() if "change" in line)
+    named = [header.strip() for header in headers.split("┃")[-1 - len(shown) : -1]]
+    assert named == ["3", ";", "+", "4", "⏎"]  # the words of the question are what is looped, as on the page
+
+
+@pytest.mark.parametrize("width", [40, 80, 300])
+def test_the_terminal_cuts_no_header_and_no_token(width: int):
+    model = tiny_model(Lotus(n_blocks=5, latents_per_block=3))
+    example, out = chain_examples(1)[0], StringIO()
+    trace = answer_alone(model, TASK, example, max_new_tokens=2).trace
+    names, _ = names_of_columns(model, example.question)
+    Console(file=out, width=width).print(trace_view(trace, model.tokenizer, names=names))
+    lines = out.getvalue().splitlines()
+    headers = [word for line in lines for word in re.findall(r"latent \d+", line)]
+    assert headers == [f"latent {n}" for n in range(1, 13)] and len(names) > 12
+    assert f"latents 1 to 12 of {len(names)}" in " ".join(lines)
+    assert "…" not in out.getvalue() and max(map(len, lines)) <= width
+    shown = [float(p) for line in lines if line.startswith("│ answer") for p in re.findall(r"[01]\.\d\d", line)]
+    assert shown == pytest.approx(trace.last.top_probs[0, 1:13, 0].tolist(), abs=0.0051)
+
+
+def test_the_terminal_takes_a_token_for_no_markup():
+    model = tiny_model(Lotus(n_blocks=1, latents_per_block=1))
+    trace, out = answer_alone(model, TASK, chain_examples(1)[0], max_new_tokens=2).trace, StringIO()
+    Console(file=out, width=80).print(trace_view(trace, model.tokenizer, names=["[/b]"]))
+    assert "[/b]" in out.getvalue()
+
+
+def test_the_terminal_shows_the_pass_of_the_answer_where_there_is_no_loop():
+    model = tiny_model(Pause(n_pauses=2))
+    example, out = chain_examples(1)[0], StringIO()
+    answer = answer_alone(model, TASK, example, max_new_tokens=2)
+    Console(file=out, width=200).print(terminal_view(model, TASK, example, max_new_tokens=2))
+    (line,) = (line for line in out.getvalue().splitlines() if line.startswith("│ answer"))
+    shown = [float(p) for p in re.findall(r"[01]\.\d\d", line)]
+    assert shown == pytest.approx(answer.trace.last.top_probs[0, 1:, 0].tolist(), abs=0.0051)
+    assert "latent 2" in out.getvalue() and "latent 3" not in out.getvalue() and "change" not in out.getvalue()
+
+
+def test_the_terminal_names_the_latent_that_each_loop_reads():
+    model = tiny_model(Coconut(latents_per_step=1, max_stage=3))
+    out = StringIO()
+    Console(file=out, width=200).print(terminal_view(model, TASK, chain_examples(1)[0], max_new_tokens=2))
+    assert "latent ┃" in out.getvalue() and "latent 1" not in out.getvalue()

@@ -118,6 +118,16 @@ def test_a_part_is_the_same_whether_measured_or_read(tmp_path: Path):
     assert Parts()("x", lambda: 1) == 1
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "3", "[3]", '[{"made_of": 3, "parts": {}}]', '[{"made_of": {}, "parts": 3}]', '[{"parts": {}}]']
+)
+def test_a_file_that_cannot_be_read_has_no_parts(tmp_path: Path, text: str):
+    (tmp_path / "p.json").write_text(text)
+    broken = Parts(tmp_path / "p.json", {"of": 1})
+    assert not broken.known and broken("x", lambda: 1) == 1
+    assert "x" in Parts(tmp_path / "p.json", {"of": 1})
+
+
 def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
     import queue
 

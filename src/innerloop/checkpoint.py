@@ -15,7 +15,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,14 +196,9 @@ def load(
     source = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = _tokenizer_of(path, **source)
-        with _without_bars():
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, **source, **options
-            )
+        lm = _lm_of(path, dtype=dtype, **source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load a model from '{path}': {_first_line(error)}") from error
-    if report["missing_keys"]:
-        raise InputError(f"the weights of '{path}' lack {', '.join(sorted(report['missing_keys']))}")
     backbone = Backbone(lm)
     backbone.check()
     stored = None
@@ -248,8 +243,7 @@ def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: to
     path = resolve(path)
     try:
         theirs = _tokenizer_of(path).get_vocab()
-        with _without_bars():
-            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        lm = _lm_of(path, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load a decoder from '{path}': {_first_line(error)}") from error
     ours = tokenizer.get_vocab()
@@ -318,11 +312,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
-    fields = dict(saved["method"])
+    """Return the method that innerloop.json says, its fields checked as those of a recipe are."""
+    from innerloop.recipe import typed
+
+    settings = dict(saved["method"])
+    cls = method_named(settings.pop("name"))
+    unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
+    if unknown:
+        names = ", ".join(unknown)
+        raise InputError(
+            f"{folder / SETTINGS} was written by another version of innerloop: '{cls.name}' has no {names}"
+        )
     try:
-        return method_named(fields.pop("name"))(**fields)
-    except TypeError as error:
-        raise InputError(f"{folder / SETTINGS} was written by another version of innerloop: {error}") from None
+        return typed(cls, settings, "method")
+    except InputError as error:
+        raise InputError(f"{folder / SETTINGS}: {error}") from None
 
 
 def resolve(path: str | Path) -> str | Path:
@@ -360,12 +364,37 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _lm_of(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a bare model, all of whose weights must be there and have the shapes that its configuration says.
+
+    Transformers fills a hole with random numbers and only logs it.
+    """
+    with _without_bars():
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if report["missing_keys"]:
+        raise InputError(f"the weights lack {', '.join(sorted(report['missing_keys']))}")
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"the weights do not have the shapes that config.json says ({name} is {tuple(stored)}, and would have to "
+            f"be {tuple(wanted)}): restore config.json"
+        )
+    return lm
+
+
 def _tokenizer_of(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer as the class that its own file names: AutoTokenizer prefers the model's for some (Qwen2)."""
     generic = Path(path) / "tokenizer_config.json"
-    if generic.exists() and json.loads(generic.read_text()).get("tokenizer_class") == "TokenizersBackend":
-        return PreTrainedTokenizerFast.from_pretrained(path, **options)
-    return AutoTokenizer.from_pretrained(path, **options)
+    try:
+        if generic.exists() and json.loads(generic.read_text()).get("tokenizer_class") == "TokenizersBackend":
+            return PreTrainedTokenizerFast.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # a file with other contents than a tokenizer's: a KeyError, a bare Exception, ...
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise InputError(f"the tokenizer's files cannot be read ({reason}); restore them") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -110,9 +110,9 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> None:
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write examples to {path}: name the file .jsonl or .jsonl.gz")
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as raw:
             if path.suffix == ".gz":
                 with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
@@ -120,8 +120,11 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> None:
             else:
                 raw.writelines(_to_line(example) for example in examples)
         aside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write examples to {path} ({error.strerror}): choose another folder") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
 
 
 def _to_line(example: Example) -> bytes:

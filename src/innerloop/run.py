@@ -42,6 +42,8 @@ def run_recipe(
         callbacks: makes the trainer callbacks of a stage from its recipe and title.
     """
     out = Path(recipe.out)
+    if taken := next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None):
+        raise InputError(f"{out} cannot be a folder, as {taken} is a file: choose another folder with --out")
     if (out / CONFIG).exists() and not resume:
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder with --out")
     if resume and (out / CONFIG).exists():

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.engine import Generation
 from innerloop.layout import ANSWER_PASS, Kind, Row
-from innerloop.trace import ShownStep, Trace
+from innerloop.trace import Iteration, Reading, ShownStep, Trace
 
 COLOURS = {
     Kind.QUESTION: "cyan",
@@ -25,6 +26,9 @@ COLOURS = {
     Kind.ANSWER: "bold blue",
 }
 NO_LABEL = "·"
+NUMBERS = ("loop", "change", "cosine", "RMS", "stop score")  # columns that are no positions
+LATENT = "latent"
+MAX_SLOTS = 12  # positions of a trace that a terminal shows
 
 
 def legend() -> Text:
@@ -96,33 +100,104 @@ def visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     return text.replace("\n", "⏎").replace(" ", "␣") or tokenizer.convert_ids_to_tokens(token_id)
 
 
+@dataclass(frozen=True)
+class TraceView:
+    """A table of lines that is cut into bands where it is wider than the console, so that no cell is ever cut.
+
+    Attributes:
+        title: above the first band.
+        columns: the name of each and its cells; the first is repeated in every band.
+        note: below the last band.
+    """
+
+    title: str
+    columns: Sequence[tuple[str, Sequence[str]]]
+    note: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        title: str | None = self.title
+        for band in self.bands(options.max_width):
+            table = Table(title=title, title_justify="left")
+            for name, _ in band:
+                table.add_column(Text(name), justify="right" if name in NUMBERS else "left", overflow="fold")
+            for line in zip(*(cells for _, cells in band)):
+                table.add_row(*map(Text, line))
+            yield table
+            title = None
+        if self.note:
+            yield Text(self.note, style="dim")
+
+    def bands(self, width: int) -> Iterator[list[tuple[str, Sequence[str]]]]:
+        """Share the columns out to bands that fit a width; each has at least one column besides the first."""
+        first, *rest = self.columns
+        band, used = [first], 1 + _drawn_width(first)
+        for column in rest:
+            if len(band) > 1 and used + _drawn_width(column) > width:
+                yield band
+                band, used = [first], 1 + _drawn_width(first)
+            band.append(column)
+            used += _drawn_width(column)
+        yield band
+
+
+def _drawn_width(column: tuple[str, Sequence[str]]) -> int:
+    """Return how many characters a column takes with its padding and one border."""
+    name, cells = column
+    return max(map(cell_len, (name, *cells))) + 3
+
+
 def trace_view(
-    trace: Trace, tokenizer: PreTrainedTokenizerBase, title: str = "what the latents held", max_slots: int = 12
-) -> Table:
-    """Return the loops of one row: how much the state changed, and what each latent showed through the head."""
-    table = Table(title=title, title_justify="left")
-    scored = any(entry.score is not None for entry in trace.iterations)
-    for column in ("loop", "change", "cosine", "RMS", *(["stop score"] if scored else [])):
-        table.add_column(column, justify="right")
-    n_slots = max((e.top_ids.shape[1] for e in trace.iterations if e.top_ids is not None), default=0)
-    for slot in range(min(n_slots, max_slots)):
-        table.add_column(f"latent {slot + 1}")
-    for entry in trace.iterations:
-        numbers = [f"{entry.delta[0].item():.3f}", f"{entry.cosine[0].item():.3f}", f"{entry.rms[0].item():.2f}"]
-        if entry.score is not None:
-            numbers.append(f"{entry.score[0].item():.2f}")
-        slots = []
-        if entry.top_ids is not None and entry.top_probs is not None:
-            for ids, probs in zip(entry.top_ids[0][:max_slots].tolist(), entry.top_probs[0][:max_slots].tolist()):
-                slots.append(f"{visible(tokenizer, ids[0])} {probs[0]:.2f}")
-        table.add_row(str(entry.loop), *numbers, *slots)
+    trace: Trace,
+    tokenizer: PreTrainedTokenizerBase,
+    title: str = "what the latents held",
+    names: Sequence[str] = (),
+    max_slots: int = MAX_SLOTS,
+) -> TraceView:
+    """Return the loops of one row: how much the state changed, and what each position showed through the head.
+
+    Args:
+        trace: of one row.
+        tokenizer: to write what is shown.
+        title: above the table.
+        names: of the positions, for those that are no latents, or known otherwise; by default they are numbered.
+        max_slots: the most positions to show; a line says how many there are.
+    """
+    n_looped = max((e.top_ids.shape[1] for e in trace.iterations if e.top_ids is not None), default=0)
+    n_read = 0 if trace.last is None or n_looped else trace.last.top_ids.shape[1] - 1  # without a loop: that pass alone
+    n_slots = max(len(names), n_looped, n_read)
+    names = [*names, *(f"{LATENT} {slot + 1}" for slot in range(len(names), n_slots))]
+    n_shown = min(n_slots, max_slots)
+    numbers, shown = [_numbers(entry) for entry in trace.iterations], [_shown(e, tokenizer) for e in trace.iterations]
+    loops = [str(entry.loop) for entry in trace.iterations]
     if trace.last is not None:
         first = int(trace.last.top_ids.shape[1] > n_slots)  # 1 where the position before the latents was read out too
-        shown_columns = slice(first, first + min(n_slots, max_slots))
-        pairs = zip(trace.last.top_ids[0, shown_columns], trace.last.top_probs[0, shown_columns])
-        shown = [f"{visible(tokenizer, int(ids[0]))} {probs[0].item():.2f}" for ids, probs in pairs]
-        table.add_row("answer", *[""] * (4 if scored else 3), *shown)
-    return table
+        loops, numbers = [*loops, "answer"], [*numbers, {}]
+        shown.append(_shown(trace.last, tokenizer)[first:])
+    told = [name for name in NUMBERS if any(name in line for line in numbers)]
+    columns: list[tuple[str, Sequence[str]]] = [("loop", loops)]
+    columns += [(name, [line.get(name, "") for line in numbers]) for name in told]
+    columns += [(names[i], [line[i] if i < len(line) else "" for line in shown]) for i in range(n_shown)]
+    what = "latents" if all(name.startswith(LATENT) for name in names) else "positions"
+    note = f"{what} 1 to {n_shown} of {n_slots}; the page that innerloop lens writes shows all"
+    return TraceView(title, columns, note if n_shown < n_slots else "")
+
+
+def _numbers(entry: Iteration) -> dict[str, str]:
+    """Return the statistics of an iteration of one row as they are shown."""
+    told = {
+        "change": f"{entry.delta[0].item():.3f}",
+        "cosine": f"{entry.cosine[0].item():.3f}",
+        "RMS": f"{entry.rms[0].item():.2f}",
+    }
+    return told if entry.score is None else told | {"stop score": f"{entry.score[0].item():.2f}"}
+
+
+def _shown(entry: Iteration | Reading, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the likeliest token of each position of one row, with its probability."""
+    if entry.top_ids is None or entry.top_probs is None:
+        return []
+    best = zip(entry.top_ids[0, :, 0].tolist(), entry.top_probs[0, :, 0].tolist())
+    return [f"{visible(tokenizer, token)} {prob:.2f}" for token, prob in best]
 
 
 def blocks_view(blocks: Sequence[ShownStep]) -> Text:
@@ -131,14 +206,24 @@ def blocks_view(blocks: Sequence[ShownStep]) -> Text:
     return Text("\n".join(lines), style=COLOURS[Kind.LATENT])
 
 
-def answer_view(answer: Generation, tokenizer: PreTrainedTokenizerBase) -> Group:
-    """Return what can be seen of an answer: its loop or the depth of its tokens, the text, and what it cost."""
+def answer_view(
+    answer: Generation,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str] = (),
+    opened_names: Sequence[str] = (),
+) -> Group:
+    """Return what can be seen of an answer: its loop or the depth of its tokens, the text, and what it cost.
+
+    ``names`` are those of the looped positions, ``opened_names`` those of a block that the row opened while it wrote
+    (`innerloop.lens.latents.names_of_columns` knows both); without them positions are numbered as latents.
+    """
     parts: list[RenderableType] = []
     if answer.trace is not None and not answer.depths:
-        traces = [trace for trace in (answer.trace, *answer.trace.opened) if trace.iterations]
-        for number, trace in enumerate(traces, 1):
-            of = f" of block {number}" if len(traces) > 1 else ""
-            parts.append(trace_view(trace, tokenizer, f"what the latents{of} held"))
+        traces = [(answer.trace, names), *((trace, opened_names) for trace in answer.trace.opened)]
+        seen = [(trace, own) for trace, own in traces if trace.iterations or trace.last is not None]
+        for number, (trace, own) in enumerate(seen, 1):
+            of = f" of block {number}" if len(seen) > 1 else ""
+            parts.append(trace_view(trace, tokenizer, f"what the latents{of} held", own))
         if answer.blocks:
             parts.append(blocks_view(answer.blocks))
     parts.append(Text(answer.text))

@@ -11,7 +11,7 @@ from innerloop.layout import ANSWER_PASS, Kind, Row
 from innerloop.lens.grid import Column, Spot, loops_of
 from innerloop.measure.readout import Shown
 from innerloop.model import LatentModel
-from innerloop.show import visible
+from innerloop.show import LATENT, visible
 from innerloop.trace import Trace
 
 
@@ -94,6 +94,23 @@ def latent_columns(model: LatentModel, row: Row, loops: int | None) -> tuple[Col
             name = str(slot) if is_latent else visible(model.tokenizer, token_id)
             columns.append(Column(name, "latent" if is_latent else "text", group=groups.get(len(columns))))
     return tuple(columns)
+
+
+def names_of_columns(model: LatentModel, question: str, loops: int | None = None) -> tuple[list[str], list[str]]:
+    """Return what a terminal calls the looped positions of a question, and those of a block opened while writing.
+
+    Where each loop reads one latent more, there is one column, in which the line of a loop is the latent of its number.
+    """
+    if model.method.scope == "append":
+        return [LATENT], []
+    row = model.prompts([question], loops=loops)[0]
+    columns = latent_columns(model, row, loops)
+    own = [f"{LATENT} {column.name}" if column.kind == "latent" else column.name for column in columns]
+    block = model.block(loops)
+    if block is None:
+        return own, []
+    latents = [f"{LATENT} {n}" for n in range(1, len(block.region.ids) + 1)]
+    return own, [*latents, *(visible(model.tokenizer, token) for token in block.closing.ids)]
 
 
 def column_before(model: LatentModel, row: Row, loops: int | None) -> Column:

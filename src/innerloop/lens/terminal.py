@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from innerloop.examples import Example
+from innerloop.lens.latents import names_of_columns
 from innerloop.lens.record import answer_alone, look_at
 from innerloop.model import LatentModel
 from innerloop.show import answer_view
@@ -20,7 +21,7 @@ def terminal_view(
     one, _ = look_at(model, task, example, answer, loops)
     lines: list[RenderableType] = [
         Text.assemble(("question: ", "dim"), one.question),
-        answer_view(answer, model.tokenizer),
+        answer_view(answer, model.tokenizer, *names_of_columns(model, example.question, loops)),
     ]
     for step in one.shown:
         mark, style = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}[step.is_right]

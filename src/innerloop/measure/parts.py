@@ -84,7 +84,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     """Return what a file holds; nothing where it cannot be read, as all of it can be measured again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return [{"made_of": entry["made_of"], "parts": dict(entry["parts"])} for entry in found]
+        return [{"made_of": dict(entry["made_of"]), "parts": dict(entry["parts"])} for entry in found]
     except (OSError, ValueError, TypeError, KeyError):
         return []
 

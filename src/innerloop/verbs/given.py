@@ -54,17 +54,20 @@ def device_given(text: str | None) -> torch.device | None:
 def task_given(run: str, task: str | None, data: str | None, split: str) -> Task:
     """Return the task asked for, or the one a run was trained on, with ``data`` as the source of the split."""
     checkpoint.resolve(run)
+    config = Path(run) / CONFIG
     if task is not None:
         section = parse_value(task, "--task")
-    elif (Path(run) / CONFIG).exists():
-        section = read_recipe(Path(run) / CONFIG)["task"]
+    elif config.exists():
+        section = read_recipe(config).get("task")
     else:
         raise InputError(f"{run} is no folder with a {CONFIG}, so say what to answer: --task NAME")
     if not isinstance(section, str | dict):
+        if task is None:
+            raise InputError(f"{config} does not say which task it is for: restore it, or give --task NAME")
         raise InputError(f"--task {task}: write a task's name, or {{name: ..., field: value}}")
     section = {"name": section} if isinstance(section, str) else dict(section)
     if data is not None:
-        if split not in getattr(task_named(section.get("name", "")), "__dataclass_fields__", {}):
+        if split not in getattr(task_named(str(section.get("name", ""))), "__dataclass_fields__", {}):
             raise InputError(f"task '{section['name']}' makes its own examples and reads no --data")
         section[split] = data
     return named(section, "task", task_named)
@@ -86,6 +89,17 @@ def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: in
         named = ", ".join(left[:MOST_NAMED]) + more
         console.print(f"left out, as they cannot be answered: {named} {counted}", soft_wrap=True, markup=False)
     return kept
+
+
+def folder_given(folder: Path, hint: str = "give another folder by --out DIR") -> Path:
+    """Make a folder for results, and see that it can be written to, before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}): {hint}") from None
+    checkpoint.write_text(probe := folder / ".can_be_written", "")
+    probe.unlink(missing_ok=True)
+    return folder
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from innerloop.attempts import Attempts, Pick
 from innerloop.errors import InputError, refuse
 from innerloop.examples import Example
 from innerloop.lens import look, page_path, terminal_view, write_page
+from innerloop.lens.latents import names_of_columns
 from innerloop.measure import evaluate, result_of
 from innerloop.measure.accuracy import answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
@@ -30,7 +31,7 @@ from innerloop.progress import bar
 from innerloop.show import answer_view
 from innerloop.speller import Speller
 from innerloop.tasks import Task
-from innerloop.verbs.given import Dtype, askable, console, going_on, method_given, model_given, task_given
+from innerloop.verbs.given import Dtype, askable, console, folder_given, going_on, method_given, model_given, task_given
 
 
 def eval_(
@@ -117,13 +118,7 @@ def eval_(
     if method is not None and out is None and checkpoint.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     checkpoint.resolve(run)
-    folder = Path(out or run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}): give another folder by --out DIR") from None
-    checkpoint.write_text(folder / "predictions.jsonl.partial", "")  # a folder that cannot be written is found now
-    (folder / "predictions.jsonl.partial").unlink()
+    folder = folder_given(Path(out or run))
     chosen = task_given(run, task, data, split)
     examples = chosen.examples(split, limit)
     model = model_given(run, method_given(method), device, dtype, compile)
@@ -254,7 +249,7 @@ def _eval_harness(
 ) -> None:
     """Answer tasks of lm-evaluation-harness."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder_given(folder)
     parts = Parts(folder / HARNESS_PARTS, of_model(model) | {"batch_size": batch_size}, fresh)
     with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
         row = progress.add_task("eval lm-eval", total=None, note="")
@@ -301,7 +296,7 @@ def ask(
     model = model_given(run, chosen, device, dtype)
     model.spell = Speller(model.tokenizer, checkpoint.recorded(run, "running_text", False))
     answer = model.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
-    console.print(answer_view(answer, model.tokenizer))
+    console.print(answer_view(answer, model.tokenizer, *names_of_columns(model, question)))
 
 
 def lens(

@@ -22,7 +22,17 @@ from innerloop.halting import StopKind
 from innerloop.measure.parts import Parts, made_of
 from innerloop.model import LatentModel
 from innerloop.show import calibration_line
-from innerloop.verbs.given import Dtype, askable, console, device_given, going_on, method_given, model_given, task_given
+from innerloop.verbs.given import (
+    Dtype,
+    askable,
+    console,
+    device_given,
+    folder_given,
+    going_on,
+    method_given,
+    model_given,
+    task_given,
+)
 
 
 def calibrate(
@@ -73,11 +83,10 @@ def calibrate(
     chosen = task_given(run, task, data, "valid")
     examples = chosen.examples("valid", limit)
     checked = chosen.examples("test", check) if check else []
+    folder = folder_given(Path(out or run))
     model = model_given(run, method_given(method), device, dtype)
     examples, checked = _calibratable(model, examples, checked)
     options: dict[str, Any] = {"patience": patience, "min_loops": min_loops}
-    folder = Path(out or run)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = Parts(folder / CALIBRATION_PARTS, made_of(model, chosen, "valid", examples, {}, seed), fresh)
     with going_on(parts, f"{len(parts.known)} sets of answers"):
         found = calibration(
@@ -169,6 +178,7 @@ def bench(
     path = Path(out) if out is not None else Path(run) / "bench.json"
     if path.is_dir() or (out is None and not path.parent.is_dir()):
         raise InputError(f"the report cannot be written to {path}: name a file by --out FILE")
+    folder_given(path.parent, "name another file by --out FILE")
     n_tokens = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
     settings = BenchSettings(tuple(batch_sizes), repeats, questions, n_tokens, seed)
     examples = chosen.examples(split, settings.most)
@@ -194,7 +204,6 @@ def bench(
         found["model"] = named_models[name][0]
     asked_of = {"task": {"name": chosen.name, "version": chosen.version, **asdict(chosen)}, "split": split}
     report = {"kind": "bench", **asked_of, **report}
-    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(path, json.dumps(report, indent=1) + "\n")
     console.print(bench_table(report))
     for line in bench_lines(report):
