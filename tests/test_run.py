@@ -1,5 +1,6 @@
-"""Stages of training: what a stage begins with is set by its seed."""
+"""Stages of training: what a stage begins with is set by its seed, and an interrupted one leaves nothing behind."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 
 from innerloop import Slr
 from innerloop.errors import InputError
+from innerloop.progress import StopOnInterrupt
 from innerloop.recipe import BackboneChoice, Recipe
-from innerloop.run import build, prepare_stage
+from innerloop.run import build, prepare_stage, run_recipe
 from innerloop.tasks import Chain
 from tests.models import chain_examples, saved, tiny_model
 
@@ -54,3 +56,38 @@ def test_the_kernels_of_attention_may_be_chosen(source, tmp_path: Path):
     if find_spec("flash_attn") is None:
         with pytest.raises(InputError, match=r"attention=flash_attention_2 cannot be used here.*choose sdpa or eager"):
             build(BackboneChoice(**start, attention="flash_attention_2"), method, examples)
+
+
+def test_an_interruption_leaves_neither_a_checkpoint_nor_a_line_of_the_log(tmp_path: Path, monkeypatch):
+    """Asked to stop after steps 1 and 4, the run has the files and losses of one that nobody interrupted."""
+
+    def stop_after(step: int | None) -> None:
+        monkeypatch.setattr(
+            StopOnInterrupt,
+            "on_step_begin",
+            lambda self, args, state, control, **_: setattr(self, "asked", state.global_step + 1 == step),
+        )
+
+    def run(name: str, resume: bool = False) -> Path:
+        train = {"max_steps": 5, "batch_size": 2, "use_cpu": True, "logging_steps": 1, "save_steps": 2}
+        task, backbone = Chain(n_ops=2, n_train=16), BackboneChoice(scratch=SCRATCH | {"hidden_size": 16})
+        return run_recipe(Recipe(task, backbone, Slr(n_slots=2), train, str(tmp_path / name)), resume)
+
+    def logged(folder: Path) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    stop_after(None)
+    whole = run("whole")
+    for n, step in enumerate((1, 4)):
+        stop_after(step)
+        cut = run("cut", resume=n > 0)
+        assert (cut / f"checkpoint-{step}").exists() and not any("train_loss" in line for line in logged(cut))
+    stop_after(None)
+    cut = run("cut", resume=True)
+    left, kept = (sorted(path.name for path in folder.glob("checkpoint-*")) for folder in (cut, whole))
+    assert left == kept == ["checkpoint-4", "checkpoint-5"]
+    *ours, last = logged(cut)
+    *theirs, end = logged(whole)
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs]) and len(ours) == 5
+    assert "train_runtime" in last and "train_loss" not in last
+    assert end["train_loss"] == pytest.approx(sum(line["loss"] for line in theirs) / 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 METRICS = "metrics.jsonl"
+INTERRUPTED = "interrupted"  # an empty file in a checkpoint that train.save_strategy would not have made
 SHOWN = {"loss": "loss", "loss_answer": "answer", "loss_step": "step", "stage": "stage", "eval_accuracy": "accuracy"}
 
 
@@ -90,11 +93,12 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.saves_early = False
         self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Listen, where this is the main thread: signals come to no other."""
-        self.asked = False
+        self.asked = self.saves_early = False
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -106,13 +110,26 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop, if asked to."""
         if self.asked:
+            ends_epoch = args.save_strategy == SaveStrategy.EPOCH and float(state.epoch or 0).is_integer()
+            self.saves_early = not (control.should_save or ends_epoch)
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Mark a checkpoint that is there only because training was interrupted."""
+        if self.saves_early and state.is_world_process_zero:
+            (Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / INTERRUPTED).touch()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave signals as they were."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+def remove_interrupted(folder: Path) -> None:
+    """Remove the checkpoints that interruptions left in a folder, once the training there has come to its end."""
+    for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{INTERRUPTED}"):
+        shutil.rmtree(mark.parent)
 
 
 def end_when_asked() -> None:

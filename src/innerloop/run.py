@@ -21,6 +21,7 @@ from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.methods import Method
 from innerloop.model import LatentModel
+from innerloop.progress import remove_interrupted
 from innerloop.recipe import BackboneChoice, Recipe, load_recipe
 from innerloop.tokenizer import train_tokenizer
 from innerloop.trainer import LatentTrainer
@@ -109,6 +110,8 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
             "curriculum did; train longer, or shorten it"
         )
     (folder / FINISHED).touch()
+    if trainer.args.should_save:
+        remove_interrupted(folder)
     return True
 
 

@@ -310,7 +310,15 @@ class LatentTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with each term of the loss, what the method measured and the stage; stop if training has gone wrong."""
+        """Log, with each term of the loss, what the method measured and the stage; stop if training has gone wrong.
+
+        The mean loss of all steps, which is logged last, is known only where all steps were run in one go.
+        """
+        if "train_loss" in logs:
+            if self.interrupted:
+                return
+            if self._initial_global_step > 0:
+                logs = {name: value for name, value in logs.items() if name != "train_loss"}
         if "loss" in logs:
             n_steps = max(self.state.global_step - (self._n_logged_steps or 0), 1)
             logs |= {f"loss_{name}": total.item() / n_steps for name, total in self._sums.items()}
