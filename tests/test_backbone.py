@@ -17,6 +17,17 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}  # fp32, states of order 1 to 10
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
 
 
+def test_gpt2s_activation_becomes_one_operator_with_the_same_values():
+    ids, lm = random_ids(2, LENGTH), tiny_lm("gpt2")
+    named = {type(module).__name__ for module in lm.modules()}
+    with torch.no_grad():
+        own = lm(input_ids=ids).logits
+        Backbone(lm)
+        torch.testing.assert_close(lm(input_ids=ids).logits, own, **CLOSE)
+    left = {type(module).__name__ for module in lm.modules()}
+    assert (named - left, left - named) == ({"NewGELUActivation"}, {"GELU"})
+
+
 def odd_lm(model_type: str, **settings):
     """Make a tiny model of an architecture outside `ARCHS`."""
     config = AutoConfig.for_model(

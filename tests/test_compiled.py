@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop import cache as caches
+from innerloop import rooms
 from innerloop.context import Context
 from innerloop.methods import Coconut, Cot, Lotus, Method, Pccot, Slr, SpiralThinker
 from tests.methods.tools import base, by_arch, lean_towards_end, on
@@ -50,7 +50,7 @@ def own(method: Method, arch: str):
 
 @by_arch
 def test_states_and_what_is_remembered_are_those_of_other_passes(arch, monkeypatch):
-    monkeypatch.setattr(caches, "COLUMNS", 8)  # rooms fill up
+    monkeypatch.setattr(rooms, "COLUMNS", 8)  # rooms fill up
     backbone = own(Cot(), arch).backbone
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     embeds = [torch.randn(2, n, backbone.width, dtype=torch.double) for n in (5, 1, 3, 1, 1, 2, 4)]

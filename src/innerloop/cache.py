@@ -1,108 +1,22 @@
 """Views on Hugging Face KV caches: fork a prefix, regroup rows, one slot per (loop, layer).
 
 All of them rely on one fact: what a cache has read is never changed while it lives, so two caches may share the tensors
-of a common prefix. Each update makes new key and value tensors by concatenation, through which gradients flow; compiled
-passes (innerloop/compiled.py) write in place, behind the columns of everyone who shares the memory (`RoomLayer`).
+of a common prefix (`innerloop.rooms` says how they grow all the same).
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from innerloop.depth_cache import DepthCache, left_padded
-
-COLUMNS = 64
-"""Rooms have a multiple of so many columns, so that passes of a few shapes serve all lengths."""
-
-
-class WindowLayer(DynamicSlidingWindowLayer):
-    """A layer that forgets what lies behind its window, which is counted in real columns.
-
-    Once columns may be padding (`expect_padding`) it forgets nothing until `keep_columns` says what no row sees.
-    """
-
-    keys: Tensor
-    values: Tensor
-    is_padded = False
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
-        if not self.is_padded:
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.cumulative_length += key_states.shape[-2]
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many columns a pass attends to, and how many came before them."""
-        if not self.is_padded:
-            return super().get_mask_sizes(query_length)
-        return self.n_kept + query_length, self.cumulative_length - self.n_kept
-
-    @property
-    def n_kept(self) -> int:
-        """The number of columns that are remembered."""
-        return self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0
-
-
-class RoomLayer(DynamicLayer):
-    """A growing layer whose keys and values may lie in a `Room` with more columns than it has; forks share the room."""
-
-    keys: Tensor
-    values: Tensor
-    room: Room | None = None
-    placed: Tensor | None = None  # the keys as they lie in the room; others may have been put in their place since
-
-    def __copy__(self) -> RoomLayer:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        if twin.room is not None:
-            twin.room.guests.add(twin)
-        return twin
-
-    @property
-    def n_placed(self) -> int:
-        """The number of columns that lie in the room."""
-        return 0 if self.placed is None or self.keys is not self.placed else self.placed.shape[2]
-
-    def make_room(self, n_new: int) -> Room:
-        """Return a room in which the columns lie and where nobody else's lie behind them, with space for ``n_new``."""
-        n, room = self.get_seq_length(), self.room
-        is_mine = room is not None and self.n_placed == n and n + n_new <= room.n_columns
-        if room is None or not is_mine or any(guest.n_placed > n for guest in room.guests if guest is not self):
-            room = Room(self.keys, self.values, -(-(n + n_new) // COLUMNS) * COLUMNS)
-            room.guests.add(self)
-            self.room = room
-            self.place(n)
-        return room
-
-    def place(self, n_columns: int) -> None:
-        """Let the first columns of the room be the layer's."""
-        assert self.room is not None
-        self.keys = self.placed = self.room.keys[:, :, :n_columns]
-        self.values = self.room.values[:, :, :n_columns]
-
-
-class Room:
-    """Memory for keys and values (B, H, C, d) of ``n_columns`` columns, of which the first are known."""
-
-    def __init__(self, keys: Tensor, values: Tensor, n_columns: int):
-        n_more = n_columns - keys.shape[2]
-        self.keys, self.values = pad(keys, (0, 0, 0, n_more)), pad(values, (0, 0, 0, n_more))
-        self.n_columns = n_columns
-        self.guests: weakref.WeakSet[RoomLayer] = weakref.WeakSet()
+from innerloop.rooms import RoomLayer, WindowLayer
 
 
 def new_cache(config: PreTrainedConfig, n_loops: int = 1) -> DynamicCache:
@@ -144,9 +58,7 @@ def select_rows(cache: AnyCache, rows: Tensor) -> AnyCache:
         return cache.keep_rows(rows)
     view: DynamicCache = fork(cache)
     for layer in view.layers:
-        if layer.get_seq_length() > 0:
-            layer.keys = layer.keys.index_select(0, rows)
-            layer.values = layer.values.index_select(0, rows)
+        layer.keep_rows(rows)
     return view
 
 

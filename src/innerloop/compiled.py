@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from innerloop.cache import AnyCache, Room, RoomLayer
+from innerloop.cache import AnyCache
+from innerloop.rooms import Room, RoomLayer
 
 if TYPE_CHECKING:
     from innerloop.backbone import Backbone

@@ -33,6 +33,7 @@ from innerloop.errors import InputError
 from innerloop.generation import Generation, Seat, failed, finish, gold_of, lay_out, read_last, traced
 from innerloop.layout import Row
 from innerloop.memory import is_out_of_memory
+from innerloop.packed import PackedWeights
 from innerloop.prefix import begin, n_shared
 from innerloop.speller import ANSWER_PREFIX
 from innerloop.thought import Thought, join, think
@@ -174,8 +175,9 @@ class Engine:
         self.is_busy, parts = True, list(self.model.modules())
         try:
             yield self._seat(questions, steps, strict)
+            packed = PackedWeights(parts if self.waiting and self.model.backbone.compiled is None else [])
             while self.waiting or self.ready is not None or self.writer is not None:
-                with _evaluating(parts):
+                with _evaluating(parts), packed.used():
                     self._advance_in_memory(strict)
                 yield self._answered()
         finally:  # whatever ended the run, the next one begins afresh

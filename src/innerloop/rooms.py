@@ -1,0 +1,163 @@
+"""Layers of a KV cache that grow in place: keys and values lie in memory with more columns than they have.
+
+Growing by concatenation copies all that was read for each token that is written. In a room new columns are written
+behind those that are known, and forks of a prefix share it. What a layer has read is never changed while the layer
+lives: one that finds somebody else's columns behind its own goes to a room of its own. Where something is learned,
+layers grow by concatenation, through which gradients flow.
+
+Shapes: `B` rows, `H` heads of keys, `L` new columns, `P` known ones, `C` columns of a room, `d` width of a head.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+COLUMNS = 64
+"""Rooms have a multiple of so many columns: they are copied seldom, and compiled passes find few shapes."""
+
+
+class Room:
+    """Memory for keys and values (B, H, C, d), of which the first columns are known."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+        self.guests: weakref.WeakSet[InRoom] = weakref.WeakSet()
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, n_columns: int) -> Room:
+        """Return a room for ``n_columns`` columns at least, the first of which are copies of these, the others zero."""
+        n_columns = -(-n_columns // COLUMNS) * COLUMNS
+        return cls(_with_space(keys, n_columns), _with_space(values, n_columns))
+
+    @property
+    def n_columns(self) -> int:
+        """How many columns there is memory for."""
+        return self.keys.shape[2]
+
+
+class InRoom:
+    """What a layer does that may have its columns in a room."""
+
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+    room: Room | None = None
+    placed: Tensor | None = None  # the keys as they lie in the room; others may have been put in their place since
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        if twin.room is not None:
+            twin.room.guests.add(twin)
+        return twin
+
+    @property
+    def n_kept(self) -> int:
+        """The number of columns that are remembered."""
+        return self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0
+
+    @property
+    def n_placed(self) -> int:
+        """The number of columns that lie in the room."""
+        return 0 if self.placed is None or self.keys is not self.placed else self.placed.shape[2]
+
+    def grow(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember new keys and values (B, H, L, d) in a room; return all."""
+        n, end = self.n_kept, self.n_kept + keys.shape[2]
+        if n == 0:
+            self.move(Room.of(keys, values, end), end)
+            return self.keys, self.values
+        room = self.make_room(keys.shape[2])
+        room.keys[:, :, n:end] = keys
+        room.values[:, :, n:end] = values
+        self.place(end)
+        return self.keys, self.values
+
+    def make_room(self, n_new: int) -> Room:
+        """Return a room in which the columns lie and where nobody else's lie behind them, with space for ``n_new``."""
+        n, room = self.n_kept, self.room
+        if (
+            room is None
+            or self.n_placed != n
+            or n + n_new > room.n_columns
+            or any(guest.n_placed > n for guest in room.guests if guest is not self)
+            or (room.keys.is_inference() and not torch.is_inference_mode_enabled())  # written to no more
+        ):
+            room = self.move(Room.of(self.keys, self.values, n + n_new), n)
+        return room
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Let the batch rows be ``rows`` (R,) of these; columns that lie in a room go to one as large."""
+        n, room = self.n_placed, self.room
+        if room is not None and n > 0 and not torch.is_grad_enabled():
+            self.move(Room(room.keys.index_select(0, rows), room.values.index_select(0, rows)), n)
+        elif self.n_kept > 0:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def move(self, room: Room, n_columns: int) -> Room:
+        """Let the first columns of another room be the layer's."""
+        self.room = room
+        room.guests.add(self)
+        self.place(n_columns)
+        return room
+
+    def place(self, n_columns: int) -> None:
+        """Let the first columns of the room be the layer's."""
+        assert self.room is not None
+        self.keys = self.placed = self.room.keys[:, :, :n_columns]
+        self.values = self.room.values[:, :, :n_columns]
+
+
+class RoomLayer(InRoom, DynamicLayer):
+    """A layer that forgets nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
+        if torch.is_grad_enabled():
+            return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.grow(key_states, value_states)
+
+
+class WindowLayer(InRoom, DynamicSlidingWindowLayer):
+    """A layer that forgets what lies behind its window, which is counted in real columns.
+
+    Once columns may be padding (`cache.expect_padding`) it forgets nothing until `cache.keep_columns` says what no row
+    sees.
+    """
+
+    is_padded = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n_new = key_states.shape[2]
+        if not self.is_padded and (torch.is_grad_enabled() or self.cumulative_length + n_new >= self.sliding_window):
+            return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
+        self.cumulative_length += n_new
+        if not torch.is_grad_enabled():
+            return self.grow(key_states, value_states)
+        self.keys = torch.cat([self.keys, key_states], dim=2)
+        self.values = torch.cat([self.values, value_states], dim=2)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many columns a pass attends to, and how many came before them."""
+        if not self.is_padded:
+            return super().get_mask_sizes(query_length)
+        return self.n_kept + query_length, self.cumulative_length - self.n_kept
+
+
+def _with_space(known: Tensor, n_columns: int) -> Tensor:
+    """Return a copy of keys or values (B, H, P, d) with zeros behind them, ``n_columns`` in all."""
+    whole = known.new_empty(*known.shape[:2], n_columns, known.shape[3])
+    whole[:, :, : known.shape[2]] = known
+    whole[:, :, known.shape[2] :] = 0
+    return whole
