@@ -1,4 +1,4 @@
-"""Where the time of answering goes: products of matrices, attention, copies, the rest of torch, and Python around it.
+"""Where the time of answering goes: products of matrices, attention, copies, packing weights, other operators, Python.
 
 Shares are those of one profiled run on one thread (torch.profiler; operators without what they call in turn), python is
 what the profiled time has beyond them. The profiler itself slows Python down, so the run is also timed without it: both
@@ -26,13 +26,14 @@ METHODS: dict[str, tuple[Method, int]] = {  # and how many tokens are written
     "lotus, 48 x 3": (Lotus(n_blocks=6, latents_per_block=8, max_loops=3), 8),
 }
 KINDS: dict[str, tuple[str, ...]] = {
+    "packing": ("reorder",),
     "attention": ("attention", "softmax", "flash", "fmha"),
     "matmul": ("mm", "matmul", "linear", "gemm", "bmm", "cutlass", "cublas"),
     "copies": ("copy", "cat", "index", "clone", "contiguous", "gather", "embedding", "memcpy", "memset"),
 }
 REST, PYTHON = "other operators", "python"
-PARTS = ("matmul", "attention", "copies", REST, PYTHON)
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#9498a0")
+PARTS = ("matmul", "attention", "copies", "packing", REST, PYTHON)
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#a463f2", "#6cc5b0", "#9498a0")
 BAR, LEFT, ROW = 480, 190, 30
 
 

@@ -282,6 +282,23 @@ def compiled_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, work(results), f"questions of {results['length']} tokens")
 
 
+def packed_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of packed weights against plain ones."""
+    head = ["model", "method", "batch", "plain, ms", "packed, ms", "times as fast", "of which packing, ms"]
+    rows = [
+        [
+            f"`{point['shape']}`",
+            point["method"],
+            str(point["batch_size"]),
+            *(wide(point["ms"][side]) for side in ("plain", "packed")),
+            wide(point["faster"], 2),
+            wide(point["ms"]["packing"]),
+        ]
+        for point in results["points"]
+    ]
+    return [head, *rows], made(results, f"{results['repeats']} turns; questions of {results['question_tokens']} tokens")
+
+
 def thought_pass_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of one thought pass against its memory floor."""
     found = results["thought_pass"]
@@ -438,6 +455,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("measuring", ""): measuring_lines,
     ("soak", ""): soak_lines,
     ("compiled", ""): compiled_lines,
+    ("packed", ""): packed_lines,
     ("compiled", "pass"): thought_pass_lines,
     ("shared_prefix", ""): shared_lines,
     ("loss_memory", ""): loss_memory_lines,

@@ -18,6 +18,7 @@ PARTS = {
     "measuring": ("",),
     "soak": ("",),
     "compiled": ("", "pass"),
+    "packed": ("",),
     "shared_prefix": ("",),
     "loss_memory": ("",),
     "breakdown": ("",),
@@ -59,7 +60,13 @@ def check(script: str, report: dict, picture: Path) -> None:
     """Look at what is particular to a script."""
     match script:
         case "engine":
-            assert [p["method"] for p in report["reference"]["points"]] == ["cot", "coconut", "slr", "lotus"]
+            assert [p["method"] for p in report["reference"]["points"]] == [
+                "cot",
+                "coconut",
+                "slr",
+                "lotus",
+                "lotus, 6 loops",
+            ]
             assert all(p["same_tokens"] for p in report["reference"]["points"]) and report["bare"]["same_tokens"]
             assert report["bare"]["shapes"] == [11, 1, 1, 1, 1, 1, 2, 1, 1]
         case "latent_against_text":
@@ -92,6 +99,8 @@ def check(script: str, report: dict, picture: Path) -> None:
         case "compiled":
             assert all(point["same_tokens"] for point in report["points"])
             assert report["thought_pass"]["floor_ms"] > 0
+        case "packed":
+            assert all(point["same_tokens"] and point["n_packed"] > 0 for point in report["points"])
         case "shared_prefix":
             assert [point["spared"] for point in report["points"]] == [48, 64] * 2
         case "loss_memory":
