@@ -14,7 +14,9 @@ from tests.models import tiny_backbone, tiny_model
 
 DEEDS = st.lists(
     st.tuples(
-        st.sampled_from(["grow"] * 4 + ["fork"] * 2 + ["drop", "rows", "cut"]), st.integers(0, 9), st.integers(1, 3)
+        st.sampled_from(["grow"] * 4 + ["fork"] * 2 + ["drop", "rows", "trim", "cut"]),
+        st.integers(0, 9),
+        st.integers(1, 3),
     ),
     min_size=12,
     max_size=24,
@@ -53,7 +55,10 @@ def test_whatever_layers_do_they_hold_what_concatenation_gives(deeds, is_window)
                 rows = torch.randint(len(keys), (n,), generator=torch.Generator().manual_seed(seed))
                 layer.keep_rows(rows)
                 views[i] = (layer, keys[rows], values[rows])
-            elif deed == "cut" and keys.shape[2]:  # as `keep_columns` does
+            elif deed == "cut" and keys.shape[2]:
+                layer.cut(keys.shape[2] - min(n, keys.shape[2]))
+                views[i] = (layer, keys[:, :, :-n], values[:, :, :-n])
+            elif deed == "trim" and keys.shape[2]:  # as `keep_columns` does
                 layer.keys, layer.values = layer.keys[:, :, 1:].clone(), layer.values[:, :, 1:].clone()
                 views[i] = (layer, keys[:, :, 1:], values[:, :, 1:])
             for layer, keys, values in views:

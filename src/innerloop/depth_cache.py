@@ -5,7 +5,8 @@ Shapes: `B` rows, `R` packed rows, `L` columns.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import copy
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from innerloop.rooms import RoomLayer
 
 
 @dataclass
@@ -27,8 +30,7 @@ class Slot:
         real_BP: which columns are real.
         is_dense: every token that the context has read is here, in the same columns.
         is_real: every column is real in every row.
-        keys: of each layer (B, H, P, d); None before the first reading.
-        values: likewise.
+        kept: the keys and values of each layer.
     """
 
     layers: range
@@ -36,12 +38,21 @@ class Slot:
     real_BP: Tensor
     is_dense: bool = True
     is_real: bool = True
-    keys: list[Tensor | None] = field(default_factory=list)
-    values: list[Tensor | None] = field(default_factory=list)
+    kept: list[RoomLayer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.keys:
-            self.keys, self.values = [None] * len(self.layers), [None] * len(self.layers)
+        if not self.kept:
+            self.kept = [RoomLayer() for _ in self.layers]
+
+    @property
+    def keys(self) -> list[Tensor | None]:
+        """The keys (B, H, P, d) of each layer; None before the first reading."""
+        return [layer.keys if layer.n_kept else None for layer in self.kept]
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """Likewise the values."""
+        return [layer.values if layer.n_kept else None for layer in self.kept]
 
     @property
     def length(self) -> int:
@@ -50,30 +61,35 @@ class Slot:
 
     def fork(self) -> Slot:
         """Return a slot with the same contents that grows on its own."""
-        return replace(self, keys=list(self.keys), values=list(self.values))
+        return replace(self, kept=[copy.copy(layer) for layer in self.kept])
 
     def keep_rows(self, rows: Tensor) -> Slot:
         """Return the slot of some rows."""
-        keys, values = ([None if t is None else t[rows] for t in side] for side in (self.keys, self.values))
-        return replace(self, positions_BP=self.positions_BP[rows], real_BP=self.real_BP[rows], keys=keys, values=values)
+        part = replace(self.fork(), positions_BP=self.positions_BP[rows], real_BP=self.real_BP[rows])
+        for layer in part.kept:
+            layer.keep_rows(rows)
+        return part
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> list[RoomLayer]:
+        """Return what is made of the keys and values of each layer."""
+        return [
+            RoomLayer.holding(change(layer.keys), change(layer.values)) if layer.n_kept else RoomLayer()
+            for layer in self.kept
+        ]
 
     def padded(self, gap: int) -> Slot:
         """Return the slot with columns of padding before its own."""
         if gap == 0:
             return self
-        keys, values = (
-            [None if t is None else left_padded(t, t.shape[2] + gap) for t in side] for side in (self.keys, self.values)
-        )
+        kept = self.changed(lambda t: left_padded(t, t.shape[2] + gap))
         columns = {name: pad(t, (gap, 0)) for name, t in self.columns().items()}
-        return replace(self, is_real=False, keys=keys, values=values, **columns)  # type: ignore[arg-type]
+        return replace(self, is_real=False, kept=kept, **columns)  # type: ignore[arg-type]
 
     def keep_columns(self, kept: Tensor) -> Slot:
         """Return the slot with some columns alone; the others must be padding in every row."""
-        keys, values = (
-            [None if t is None else t.index_select(2, kept) for t in side] for side in (self.keys, self.values)
-        )
         columns = {name: t[:, kept] for name, t in self.columns().items()}
-        return replace(self, is_real=bool(columns["real_BP"].all()), keys=keys, values=values, **columns)  # type: ignore[arg-type]
+        layers = self.changed(lambda t: t.index_select(2, kept))
+        return replace(self, is_real=bool(columns["real_BP"].all()), kept=layers, **columns)  # type: ignore[arg-type]
 
     def columns(self) -> dict[str, Tensor]:
         """Return what is known of the columns (B, P), by the names of the fields."""
@@ -81,22 +97,21 @@ class Slot:
 
     def joined(self, slots: Sequence[Slot], order: Tensor) -> Slot:
         """Return slots of the same layers and length, of which this is the first, as one; rows go in an order."""
-        keys, values = (
-            [None if any(t is None for t in parts) else torch.cat(parts)[order] for parts in zip(*sides)]
-            for sides in ([slot.keys for slot in slots], [slot.values for slot in slots])
-        )
+        kept = [
+            RoomLayer.holding(*(torch.cat([getattr(p, side) for p in parts])[order] for side in ("keys", "values")))
+            if all(part.n_kept for part in parts)
+            else RoomLayer()
+            for parts in zip(*(slot.kept for slot in slots))
+        ]
         columns = {name: torch.cat([slot.columns()[name] for slot in slots])[order] for name in self.columns()}
         kinds = {name: all(getattr(slot, name) for slot in slots) for name in ("is_dense", "is_real")}
-        return replace(self, keys=keys, values=values, **kinds, **columns)  # type: ignore[arg-type]
+        return replace(self, kept=kept, **kinds, **columns)  # type: ignore[arg-type]
 
     def empty(self, n_rows: int, n_columns: int) -> Slot:
         """Return a slot shaped like this one for rows that have left nothing in it."""
-        keys, values = (
-            [None if t is None else t.new_zeros(n_rows, t.shape[1], n_columns, t.shape[3]) for t in side]
-            for side in (self.keys, self.values)
-        )
+        kept = self.changed(lambda t: t.new_zeros(n_rows, t.shape[1], n_columns, t.shape[3]))
         columns = {name: t.new_zeros(n_rows, n_columns) for name, t in self.columns().items()}
-        return replace(self, is_dense=False, is_real=False, keys=keys, values=values, **columns)  # type: ignore[arg-type]
+        return replace(self, is_dense=False, is_real=False, kept=kept, **columns)  # type: ignore[arg-type]
 
     def showing(self, visible_BP: Tensor) -> Slot:
         """Return the same contents, of which only some columns are seen."""
@@ -105,24 +120,24 @@ class Slot:
     def cut(self, n_columns: int) -> None:
         """Forget all but the first columns."""
         self.positions_BP, self.real_BP = self.positions_BP[:, :n_columns], self.real_BP[:, :n_columns]
-        for side in (self.keys, self.values):
-            side[:] = [None if t is None else t[:, :, :n_columns] for t in side]
+        for layer in self.kept:
+            layer.cut(n_columns)
 
     def take_out(self, start: int, gone_BN: Tensor) -> Slot:
         """Hand some of the tokens in the columns from ``start`` on over to a slot of their own."""
-        keys, values = ([None if t is None else t[:, :, start:] for t in side] for side in (self.keys, self.values))
+        kept = self.changed(lambda t: t[:, :, start:].clone())  # what is there now may be written over
         positions, real = self.positions_BP[:, start:], self.real_BP[:, start:]
         self.real_BP = torch.cat([self.real_BP[:, :start], real & ~gone_BN], dim=1)
         self.is_dense = self.is_real = False
-        return Slot(self.layers, positions, real & gone_BN, False, False, keys, values)
+        return Slot(self.layers, positions, real & gone_BN, False, False, kept)
 
     def append(self, other: Slot) -> None:
         """Take in the columns of another slot of the same layers."""
         self.positions_BP = torch.cat([self.positions_BP, other.positions_BP], dim=1)
         self.real_BP = torch.cat([self.real_BP, other.real_BP], dim=1)
         self.is_dense = self.is_real = False
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            mine[:] = [torch.cat([t for t in pair if t is not None], dim=2) for pair in zip(mine, theirs)]
+        for mine, theirs in zip(self.kept, other.kept):
+            mine.update(theirs.keys, theirs.values)
 
     def extend(self, positions_RN: Tensor, real_RN: Tensor | None, rows_R: Tensor | None) -> None:
         """Note the tokens of a reading; rows other than ``rows_R`` (None: all) take no part."""
@@ -216,24 +231,14 @@ class SlotLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **_: object) -> tuple[Tensor, Tensor]:
         """Remember new keys and values (R, H, N, d); return all that the pass attends to."""
-        sides = []
-        for side, new in ((0, key_states), (1, value_states)):
-            past = (self.slot.keys, self.slot.values)[side][self.index]
+        kept = self.slot.kept[self.index]
+        if self.writes:
             n_rows = len(self.slot.positions_BP)
-            parts = [self._mine(past)] if past is not None else []
-            if self.writes:
-                parts.append(new)
-                spread = _spread(new, self.rows, n_rows)
-                grown = spread if past is None else torch.cat([past, spread], dim=2)
-                (self.slot.keys, self.slot.values)[side][self.index] = grown
-                if self.rows is None:  # what is remembered is what is attended to
-                    parts = [grown]
-            for other in self.also:
-                there = (other.keys, other.values)[side][self.index]
-                if there is not None:
-                    parts.append(self._mine(there))
-            sides.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
-        return sides[0], sides[1]
+            kept.update(*(_spread(new, self.rows, n_rows) for new in (key_states, value_states)))
+        seen = [kept, *(other.kept[self.index] for other in self.also)]
+        sides = [[(layer.keys, layer.values)[side] for layer in seen if layer.n_kept] for side in (0, 1)]
+        keys, values = ([self._mine(part) for part in parts] for parts in sides)
+        return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
     def _mine(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor[self.rows]

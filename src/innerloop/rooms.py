@@ -99,6 +99,13 @@ class InRoom:
         elif self.n_kept > 0:
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
+    def cut(self, n_columns: int) -> None:
+        """Forget all but the first columns."""
+        if 0 < n_columns <= self.n_placed:
+            self.place(n_columns)
+        elif self.n_kept:
+            self.keys, self.values = self.keys[:, :, :n_columns], self.values[:, :, :n_columns]
+
     def move(self, room: Room, n_columns: int) -> Room:
         """Let the first columns of another room be the layer's."""
         self.room = room
@@ -115,6 +122,19 @@ class InRoom:
 
 class RoomLayer(InRoom, DynamicLayer):
     """A layer that forgets nothing."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Have no columns, of the type and on the device of these; the device is not waited for."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = (t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in (key_states, value_states))
+
+    @classmethod
+    def holding(cls, keys: Tensor, values: Tensor) -> RoomLayer:
+        """Return a layer of keys and values (B, H, P, d) that lie in no room yet."""
+        layer = cls()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
@@ -159,5 +179,5 @@ def _with_space(known: Tensor, n_columns: int) -> Tensor:
     """Return a copy of keys or values (B, H, P, d) with zeros behind them, ``n_columns`` in all."""
     whole = known.new_empty(*known.shape[:2], n_columns, known.shape[3])
     whole[:, :, : known.shape[2]] = known
-    whole[:, :, known.shape[2] :] = 0
+    whole[:, :, known.shape[2] :].zero_()
     return whole

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from innerloop.depth.passes import Reading, Tokens
 from innerloop.depth_cache import DepthCache, Slot
+from innerloop.rooms import RoomLayer
 
 KvShare = Literal["none", "last_loop", "first_loop", "mean"]
 KvMissing = Literal["restrict", "share_step"]
 
-Sides = list[Tensor | None]
+Sides = list[Tensor]
 """The keys, or the values, of each layer."""
 
 SHARED = "shared"
@@ -73,7 +74,7 @@ class SharedKv:
             merged = slots[0 if kind == "first_loop" else -1]
             if kind == "mean":
                 keys, values = (_mean([getattr(slot, side) for slot in slots]) for side in ("keys", "values"))
-                merged = replace(merged, keys=keys, values=values)
+                merged = replace(merged, kept=[RoomLayer.holding(*pair) for pair in zip(keys, values)])
             cache.slots[SHARED] = merged
         self.before = cache.slots[SHARED]
         self.own: list[tuple[Sides, Sides]] = []  # for the mean: the pass's own keys and values in each iteration
@@ -86,19 +87,16 @@ class SharedKv:
         """Keep what stands for all iterations, of what iteration ``loop`` has read."""
         if self.kind == "mean":
             n = self.before.length
-            keys, values = ([None if s is None else s[:, :, n:] for s in side] for side in (slot.keys, slot.values))
+            keys, values = ([s[:, :, n:].clone() for s in side if s is not None] for side in (slot.keys, slot.values))
             self.own.append((keys, values))
             if loop == self.n_loops:
-                slot.keys = _joined(self.before.keys, _mean([own[0] for own in self.own]))
-                slot.values = _joined(self.before.values, _mean([own[1] for own in self.own]))
+                for layer, *new in zip(slot.kept, *(_mean([own[side] for own in self.own]) for side in (0, 1))):
+                    layer.cut(n)
+                    layer.update(*new)
         if loop == (1 if self.kind == "first_loop" else self.n_loops):
             self.cache.slots[SHARED] = slot
 
 
 def _mean(loops: list[Sides]) -> Sides:
     """Return the mean over iterations of each layer's keys or values."""
-    return [torch.stack([side for side in layer if side is not None]).mean(0) for layer in zip(*loops)]
-
-
-def _joined(past: Sides, new: Sides) -> Sides:
-    return [torch.cat([a, b], dim=2) for a, b in zip(past, new) if a is not None and b is not None]
+    return [torch.stack(layer).mean(0) for layer in zip(*loops)]
