@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from innerloop.cost import Cost
 from innerloop.errors import InputError
 from innerloop.examples import Example
+from innerloop.measure.accuracy import Prediction
 from innerloop.measure.probes import best, probes, result_of_step, sentences
-from innerloop.measure.swap import evenly, swaps
+from innerloop.measure.swap import by_chance, evenly, swaps
 from innerloop.measure.swap import sentences as swap_sentences
 from innerloop.methods import Codi, Cot, Lotus, Method, Pause, Slr
 from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built, digit_examples
@@ -39,10 +41,25 @@ def test_the_answer_follows_latent_3_alone():
     assert set(found) == {("all", None), (0, None), (1, None), (2, None), (3, None), ("all", 1)}
     for key in (("all", None), (3, None)):
         assert found[key].follows == 1.0 and found[key].keeps == 0.0 and found[key].ci95[0] > 0.85
+        assert 0.05 < found[key].by_chance < 0.2  # ten answers
     for latent in (0, 1, 2):
         assert found[latent, None].follows == 0.0 and found[latent, None].keeps == 1.0
+        assert found[latent, None].by_chance == 0.0
     said = swap_sentences(list(found.values()))
     assert "100% of the answers become that example's" in said[0] and "latent 3 is followed most: 100%" in said[1]
+
+
+def test_what_would_be_followed_by_chance_is_told():
+    def pair(now: str, own: str, donor: str) -> tuple[Prediction, Prediction, Prediction]:
+        first, second, third = (Prediction("", "", x, x, x, True, Cost()) for x in (now, own, donor))
+        return first, second, third
+
+    two = [pair("b", "a", "b"), pair("a", "a", "b"), pair("a", "b", "a"), pair("b", "b", "a")]
+    assert by_chance(two) == 0.5  # whoever does not stay must follow
+    # donors' answers: b, c, a. The first row would get b or c, the second a or c, the third b or a.
+    three = [pair("b", "a", "b"), pair("b", "b", "c"), pair("d", "c", "a")]
+    assert by_chance(three) == pytest.approx((1 / 2 + 0 + 0) / 3)
+    assert by_chance([]) == 0.0
 
 
 def test_a_swap_in_the_middle_of_the_loop_is_undone_where_the_question_is_read_again():

@@ -48,6 +48,17 @@ def test_everything_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureF
         assert words in screen
 
 
+def test_no_number_of_the_stability_table_is_cut_at_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert evaluated(SMALL, tmp_path, "--stability", "true") == 0
+    screen = capsys.readouterr().out
+    table = screen[screen.index("stability:") :]
+    assert max(map(len, table.splitlines()[:10])) <= 80 and "…" not in table
+    for entry in json.loads((tmp_path / "out" / "stability.json").read_text())["loops"]:
+        for spread in filter(None, entry["measures"].values()):
+            assert f"{spread['median']:.3g}" in table
+            assert f"({spread['low']:.2g} to {spread['high']:.2g})" in table
+
+
 def test_a_method_without_latents_is_told_so_and_still_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert evaluated(Cot(), tmp_path, "--controls", "true") == 0
     assert json.loads((tmp_path / "out" / "controls.json").read_text())["verdict"]["kind"] == "none"

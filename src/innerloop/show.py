@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.bands import Bands
 from innerloop.engine import Generation
 from innerloop.layout import ANSWER_PASS, Kind, Row
 from innerloop.trace import Iteration, Reading, ShownStep, Trace
@@ -100,59 +99,13 @@ def visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     return text.replace("\n", "⏎").replace(" ", "␣") or tokenizer.convert_ids_to_tokens(token_id)
 
 
-@dataclass(frozen=True)
-class TraceView:
-    """A table of lines that is cut into bands where it is wider than the console, so that no cell is ever cut.
-
-    Attributes:
-        title: above the first band.
-        columns: the name of each and its cells; the first is repeated in every band.
-        note: below the last band.
-    """
-
-    title: str
-    columns: Sequence[tuple[str, Sequence[str]]]
-    note: str = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        title: str | None = self.title
-        for band in self.bands(options.max_width):
-            table = Table(title=title, title_justify="left")
-            for name, _ in band:
-                table.add_column(Text(name), justify="right" if name in NUMBERS else "left", overflow="fold")
-            for line in zip(*(cells for _, cells in band)):
-                table.add_row(*map(Text, line))
-            yield table
-            title = None
-        if self.note:
-            yield Text(self.note, style="dim")
-
-    def bands(self, width: int) -> Iterator[list[tuple[str, Sequence[str]]]]:
-        """Share the columns out to bands that fit a width; each has at least one column besides the first."""
-        first, *rest = self.columns
-        band, used = [first], 1 + _drawn_width(first)
-        for column in rest:
-            if len(band) > 1 and used + _drawn_width(column) > width:
-                yield band
-                band, used = [first], 1 + _drawn_width(first)
-            band.append(column)
-            used += _drawn_width(column)
-        yield band
-
-
-def _drawn_width(column: tuple[str, Sequence[str]]) -> int:
-    """Return how many characters a column takes with its padding and one border."""
-    name, cells = column
-    return max(map(cell_len, (name, *cells))) + 3
-
-
 def trace_view(
     trace: Trace,
     tokenizer: PreTrainedTokenizerBase,
     title: str = "what the latents held",
     names: Sequence[str] = (),
     max_slots: int = MAX_SLOTS,
-) -> TraceView:
+) -> Bands:
     """Return the loops of one row: how much the state changed, and what each position showed through the head.
 
     Args:
@@ -179,7 +132,7 @@ def trace_view(
     columns += [(names[i], [line[i] if i < len(line) else "" for line in shown]) for i in range(n_shown)]
     what = "latents" if all(name.startswith(LATENT) for name in names) else "positions"
     note = f"{what} 1 to {n_shown} of {n_slots}; the page that innerloop lens writes shows all"
-    return TraceView(title, columns, note if n_shown < n_slots else "")
+    return Bands(title, columns, NUMBERS, note if n_shown < n_slots else "")
 
 
 def _numbers(entry: Iteration) -> dict[str, str]:

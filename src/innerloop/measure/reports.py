@@ -20,6 +20,7 @@ from rich.text import Text
 
 from innerloop import checkpoint
 from innerloop.attempts import ONCE, Attempts
+from innerloop.bands import Bands
 from innerloop.errors import InputError
 from innerloop.examples import Example
 from innerloop.generation import fits
@@ -248,14 +249,13 @@ def _interval(bounds: Sequence[float]) -> str:
 
 def stability_view(found: Stability) -> RenderableType:
     """Return the measures of each loop, median and 5 % to 95 % over examples, and what they mean."""
-    table = Table(title="stability: median (5 % to 95 % of the examples)", title_justify="left")
-    names = [n for n in found.loops[0].measures if any(entry.measures[n] is not None for entry in found.loops)]
-    for column in ("loop", *(name.replace("_", " ") for name in names), "spread", "centre"):
-        table.add_column(column, justify="right")
-    for entry in found.loops:
-        cells = [_spread(entry.measures[name]) for name in names]
-        table.add_row(str(entry.loop), *cells, f"{entry.spread:.2f}", f"{entry.centre:.2f}")
-    return Group(table, Text("\n".join(found.sentences())))
+    loops = found.loops
+    names = [name for name in loops[0].measures if any(entry.measures[name] is not None for entry in loops)]
+    columns = [("loop", [str(entry.loop) for entry in loops])]
+    columns += [(name.replace("_", " "), [_spread(entry.measures[name]) for entry in loops]) for name in names]
+    columns += [(side, [f"{getattr(entry, side):.2f}" for entry in loops]) for side in ("spread", "centre")]
+    title = "stability: median (5 % to 95 % of the examples)"
+    return Group(Bands(title, columns, [name for name, _ in columns]), Text("\n".join(found.sentences())))
 
 
 def _spread(spread: Spread | None) -> str:
@@ -282,10 +282,10 @@ def probes_view(found: Sequence[probing.Probe]) -> RenderableType:
 def swaps_view(found: Sequence[swapping.Swap]) -> RenderableType:
     """Return what swaps do."""
     table = Table(title="latents swapped between examples", title_justify="left")
-    for column in ("latents", "after loop", "follow the donor", "95 %", "stay", "n"):
+    for column in ("latents", "after loop", "follow the donor", "95 %", "by chance", "stay", "n"):
         table.add_column(column, justify="right")
     for swap in found:
         loop = "the last" if swap.loop is None else str(swap.loop)
-        share = f"{swap.follows:.0%}", _interval(swap.ci95), f"{swap.keeps:.0%}"
+        share = f"{swap.follows:.0%}", _interval(swap.ci95), f"{swap.by_chance:.0%}", f"{swap.keeps:.0%}"
         table.add_row(str(swap.latents), loop, *share, str(swap.n))
     return table

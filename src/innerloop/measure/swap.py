@@ -7,6 +7,7 @@ alone shows what it alone holds; in append the latents after it are made from wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from innerloop.measure.latents import (
     Record,
     Replacement,
     answer,
+    answer_of,
     donors_of,
     keys_of,
     record,
@@ -47,6 +49,7 @@ class Swap:
         loop: all latents were swapped after this iteration, and the loop went on from them; None: what the answer sees.
         follows: the share of pairs now answered as the donor is.
         ci95: its Wilson interval.
+        by_chance: the share that would be if each donor were any of the pairs' whose answer differs from the row's own.
         keeps: the share answered as without the swap.
         n: the pairs, whose answers differ without it.
     """
@@ -55,6 +58,7 @@ class Swap:
     loop: int | None
     follows: float
     ci95: tuple[float, float]
+    by_chance: float
     keeps: float
     n: int
 
@@ -122,7 +126,7 @@ def swaps(
         pairs = [(now, own, donor) for now, own, donor in pairs if not same_answer(own, donor)]
         n, n_follow = len(pairs), sum(same_answer(now, donor) for now, _, donor in pairs)
         keeps = sum(same_answer(now, own) for now, own, _ in pairs) / max(n, 1)
-        return Swap(latents, loop, n_follow / max(n, 1), wilson(n_follow, n), keeps, n).as_dict()
+        return Swap(latents, loop, n_follow / max(n, 1), wilson(n_follow, n), by_chance(pairs), keeps, n).as_dict()
 
     found = [parts(name, lambda what=what: measure(*what)) for name, what in wanted.items()]  # type: ignore[misc]
     return [Swap(**{**one, "ci95": tuple(one["ci95"])}) for one in found]
@@ -138,13 +142,24 @@ def sentences(found: Sequence[Swap]) -> list[str]:
             low, high = swap.ci95
             said.append(
                 f"With another example's latents {swap.follows:.0%} of the answers become that example's (95 % "
-                f"interval {low:.0%} to {high:.0%}, n = {swap.n}), and {swap.keeps:.0%} stay as they were."
+                f"interval {low:.0%} to {high:.0%}, n = {swap.n}; {swap.by_chance:.0%} would by chance), and "
+                f"{swap.keeps:.0%} stay as they were."
             )
     alone = [swap for swap in found if swap.latents != "all"]
     if alone:
         best = max(alone, key=lambda swap: swap.follows)
         said.append(f"Of single latents, latent {best.latents} is followed most: {best.follows:.0%} of the answers.")
     return said
+
+
+def by_chance(pairs: Sequence[tuple[Prediction, Prediction, Prediction]]) -> float:
+    """Return how many answers would be the donors' if these were dealt out anew, none to a row answered as it is."""
+    dealt = Counter(answer_of(donor) for _, _, donor in pairs)
+    shares = [
+        0.0 if same_answer(now, own) else dealt[answer_of(now)] / (len(pairs) - dealt[answer_of(own)])
+        for now, own, _ in pairs
+    ]
+    return sum(shares) / max(len(shares), 1)
 
 
 def _with_one(seen: Record, donors: dict[Key, Key], latent: int) -> dict[Key, list[Fed]]:
