@@ -91,11 +91,11 @@ def kind_of(operator: str) -> str:
 
 def picture(points: list[dict]) -> str:
     """Return the shares as bars, an SVG that suits light and dark pages."""
-    lines = []
-    for i, (part, colour) in enumerate(zip(PARTS, COLOURS)):
-        x = LEFT + 115 * i
+    lines, x = [], float(LEFT)
+    for part, colour in zip(PARTS, COLOURS):
         lines.append(f'<rect x="{x}" y="12" width="12" height="12" fill="{colour}"/>')
         lines.append(f'<text x="{x + 17}" y="22">{part}</text>')
+        x += 34 + 7 * len(part)
     for i, point in enumerate(points):
         y, x = 44 + ROW * i, float(LEFT)
         name = f"{point['method']}, batch {point['batch_size']}"

@@ -137,7 +137,8 @@ class Slot:
         self.real_BP = torch.cat([self.real_BP, other.real_BP], dim=1)
         self.is_dense = self.is_real = False
         for mine, theirs in zip(self.kept, other.kept):
-            mine.update(theirs.keys, theirs.values)
+            if theirs.n_kept:
+                mine.update(theirs.keys, theirs.values)
 
     def extend(self, positions_RN: Tensor, real_RN: Tensor | None, rows_R: Tensor | None) -> None:
         """Note the tokens of a reading; rows other than ``rows_R`` (None: all) take no part."""
