@@ -74,7 +74,7 @@ def measure(options, shape: str, name: str, size: int, length: int, repeats: int
         "batch_size": size,
         "answer_tokens": n_tokens,
         "same_tokens": same,
-        "n_packed": len(PackedWeights(model.modules()).forwards),
+        "n_packed": len(PackedWeights(model.modules()).products),
         "ms": {side: spread([1000 * s for s in seconds_of(turns[side])]) for side in jobs},
         "faster": ratio(turns[PLAIN], turns[PACKED]),
     }

@@ -6,14 +6,15 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
-from innerloop import packed
+from innerloop import memory, packed
 from innerloop.engine import Engine
-from innerloop.methods import Cot, Lotus, Method, Slr
+from innerloop.methods import Cot, Lotus, Method, RelaxedRecursive, Slr
 from innerloop.packed import PackedWeights
 from tests.methods.tools import lean_towards_end
-from tests.models import tiny_model
+from tests.models import moved, tiny_model
 
 QUESTIONS = ["3 ; + 4 ; * 2", "1 ; + 1", "2 ; * 3 ; - 1 ; + 2", "4 ; - 1 ; - 1"]
 METHODS = {
@@ -76,10 +77,10 @@ def test_linears_of_another_kind_or_size_or_type_stay_as_they_are(monkeypatch):
 
     patched = nn.Linear(20, 12)
     patched.forward = lambda states: states  # as libraries do that move weights about
-    assert not PackedWeights([Quantized(20, 12), nn.Linear(20, 12).double(), nn.LayerNorm(20), patched]).forwards
-    assert not PackedWeights([nn.Linear(20, 12, device="meta")]).forwards
+    assert not PackedWeights([Quantized(20, 12), nn.Linear(20, 12).double(), nn.LayerNorm(20), patched]).products
+    assert not PackedWeights([nn.Linear(20, 12, device="meta")]).products
     monkeypatch.setattr(packed, "FEWEST_WEIGHTS", 300)
-    assert len(PackedWeights([nn.Linear(20, 14), nn.Linear(20, 15)]).forwards) == 1
+    assert len(PackedWeights([nn.Linear(20, 14), nn.Linear(20, 15)]).products) == 1
 
 
 def test_modules_that_share_a_weight_share_a_packed_one():
@@ -90,7 +91,7 @@ def test_modules_that_share_a_weight_share_a_packed_one():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda w: n_packed.append(1) or reorder(w))
         found = PackedWeights([one, other])
-    assert (len(found.forwards), len(n_packed)) == (2, 1)
+    assert (len(found.products), len(n_packed)) == (2, 1)
 
 
 @pytest.mark.parametrize("limit", ["size", "memory"])
@@ -100,7 +101,7 @@ def test_a_copy_that_would_not_fit_is_not_made(limit, monkeypatch):
         monkeypatch.setattr(packed, "MOST_BYTES", 4 * 20 * 12 - 1)
     else:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2 * 4 * 20 * 12 - 1}))
-    assert not PackedWeights([module]).forwards
+    assert not PackedWeights([module]).products
 
 
 def test_half_precision_is_packed_where_the_cpu_multiplies_in_it():
@@ -165,6 +166,88 @@ def test_weights_that_change_between_two_runs_are_seen():
             parameter.data.mul_(-1.5)
     after = [g.ids for g in model.generate(QUESTIONS, max_new_tokens=9)]
     assert after == [g.ids for g in other.generate(QUESTIONS, max_new_tokens=9)] != before
+
+
+def test_biases_of_the_moment_are_added():
+    """Relaxed recursive models have biases of their own at each depth, put in the modules' place during a pass."""
+    for arch in ("gpt2", "qwen2"):
+        model, found = moved(tiny_model(RelaxedRecursive(max_loops=3, rank=2), arch), 1), []
+        for fewest in (1, 2**40):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(packed, "FEWEST_WEIGHTS", fewest)
+                answers = model.generate(QUESTIONS, max_new_tokens=5, likelihoods=True)
+            found.append([(g.ids, pytest.approx(g.log_likelihood, abs=1e-3)) for g in answers])
+        assert found[0] == found[1]
+
+
+def test_weights_that_change_between_two_answers_are_seen():
+    models = [tiny_for(Cot(), "llama") for _ in range(2)]
+    found = []
+    for model, most in zip(models, (packed.MOST_BYTES, 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packed, "MOST_BYTES", most)
+            answers = Engine(model, 9, batch_size=1).run(QUESTIONS)
+            first = next(answers)
+            with torch.no_grad():
+                for parameter in model.backbone.layers.parameters():
+                    parameter.mul_(-1.5)
+            found.append([g.ids for _, g in (first, *answers)])
+    assert found[0] == found[1]
+
+
+def test_a_weight_that_is_made_in_each_call_is_not_packed():
+    made = torch.nn.utils.parametrizations.weight_norm(nn.Linear(20, 12))
+    pruned = nn.Linear(20, 12)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    assert not PackedWeights([made, pruned]).products
+
+
+def test_under_autocast_the_plain_weights_are_cast():
+    module, states = nn.Linear(20, 12), torch.randn(3, 20)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), PackedWeights([module]).used():
+        assert module(states).dtype == torch.bfloat16
+
+
+def test_modules_may_be_called_by_keyword():
+    module, states = nn.Linear(20, 12), torch.randn(3, 20)
+    with torch.no_grad(), PackedWeights([module]).used():
+        torch.testing.assert_close(module(input=states), module(states), atol=1e-5, rtol=1e-5)
+
+
+def test_where_memory_runs_out_in_packing_the_plain_weights_are_used(monkeypatch):
+    def full(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", full)
+    assert not PackedWeights([nn.Linear(20, 12)]).products
+
+
+def test_blocks_may_end_in_any_order_and_what_is_left_behind_is_replaced():
+    module, states = nn.Linear(20, 12), torch.randn(3, 20)
+    with torch.no_grad():
+        plain = module(states)
+        first, second = PackedWeights([module]).used(), PackedWeights([module]).used()
+        for step in (first.__enter__, second.__enter__):
+            step()
+        for block in (first, second):  # as engines of two threads may end their steps
+            block.__exit__(None, None, None)
+            torch.testing.assert_close(module(states), plain, atol=1e-5, rtol=1e-5)
+        assert "forward" not in module.__dict__
+        PackedWeights([module]).used().__enter__()  # interrupted before it could end
+        module.weight.mul_(2.0)
+        torch.testing.assert_close(module(states) - module.bias, 2 * (plain - module.bias), atol=1e-5, rtol=1e-5)
+        with PackedWeights([module]).used():
+            torch.testing.assert_close(module(states) - module.bias, 2 * (plain - module.bias), atol=1e-5, rtol=1e-5)
+        assert "forward" not in module.__dict__
+
+
+@pytest.mark.parametrize(("limit", "left"), [("1000", 400), ("max", 5000), ("9000", 5000), ("500", 0)])
+def test_a_container_has_no_more_memory_than_its_limit(limit, left, tmp_path, monkeypatch):
+    (tmp_path / "max").write_text(limit + "\n")
+    (tmp_path / "current").write_text("600\n")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5000}))
+    monkeypatch.setattr(memory, "LIMITS", ((str(tmp_path / "max"), str(tmp_path / "current")), ("/no", "/such")))
+    assert memory.free_bytes() == left
 
 
 def test_compiled_passes_find_plain_modules():

@@ -1,6 +1,7 @@
 """Layers that grow in place hold what growing by concatenation holds, whoever shares their memory."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from innerloop import rooms
+from innerloop.context import Context
 from innerloop.methods import Cot
 from innerloop.rooms import RoomLayer, WindowLayer
 from tests.models import tiny_backbone, tiny_model
@@ -76,6 +78,49 @@ def test_written_columns_are_copied_once_in_a_room():
             addresses.append(layer.keys.data_ptr())
     assert len(set(addresses)) == 2
     assert layer.get_seq_length() == rooms.COLUMNS + 1
+
+
+@pytest.mark.parametrize(("forget", "n"), [("crop", -2), ("cut", 2), ("cut", 9)])
+def test_columns_that_are_kept_are_nobody_elses(forget, n):
+    with torch.no_grad():
+        layer = RoomLayer()
+        layer.update(*columns(1, 1, 0))
+        twin = copy.copy(layer)
+        layer.update(*columns(1, 3, 1))
+        getattr(layer, forget)(n)
+        kept = layer.keys.clone()
+        twin.update(*columns(1, 3, 2))
+        assert torch.equal(layer.keys, kept) and kept.shape[2] in (2, 4)
+        assert torch.equal(layer.update(*columns(1, 1, 3))[0][:, :, :-1], kept)
+
+
+def test_a_cache_can_be_pickled_and_goes_on_by_itself():
+    layer = RoomLayer()
+    with torch.no_grad():
+        layer.update(*columns(1, 2, 0))
+        for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+            assert torch.equal(again.keys, layer.keys)
+            again.update(*columns(1, 1, 1))
+        assert torch.equal(layer.keys, columns(1, 2, 0)[0])
+
+
+def test_memory_is_let_go_where_columns_lie_elsewhere_now():
+    layer = RoomLayer()
+    with torch.no_grad():
+        layer.update(*columns(1, 2, 0))
+    layer.update(*columns(1, 1, 1))
+    assert layer.room is None and layer.placed is None
+
+
+def test_what_a_dropped_fork_left_behind_reaches_no_compiled_pass():
+    backbone = tiny_backbone("llama")
+    backbone.compile_passes("eager")
+    embeds = torch.randn(1, 5, backbone.width)
+    with torch.no_grad():
+        context = Context(backbone, 1)
+        context.read(embeds[:, :4])
+        context.peek(torch.full((1, 3, backbone.width), torch.nan))
+        assert context.read(embeds[:, 4:]).isfinite().all()
 
 
 def test_memory_of_inference_mode_is_not_written_to_outside_of_it():

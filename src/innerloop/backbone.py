@@ -111,7 +111,8 @@ class Backbone(nn.Module):
     """One view over Hugging Face decoders, run from embeddings.
 
     Args:
-        lm: any decoder-only ``...ForCausalLM`` model.
+        lm: any decoder-only ``...ForCausalLM`` model. GPT-2's activation is replaced in it by one operator, which gives
+            the same up to rounding.
     """
 
     def __init__(self, lm: PreTrainedModel):

@@ -79,8 +79,8 @@ def join_rows(caches: Sequence[AnyCache], gaps: Sequence[int], order: Tensor) ->
         if layer.is_sliding:  # what a row has forgotten already it sees no more, whatever stands there
             n_kept = max(cache.layers[i].n_kept for cache in plain)
             layer.cumulative_length, layer.is_padded = n_all, any(gaps) or any(c.layers[i].is_padded for c in plain)
-        layer.keys = torch.cat([left_padded(cache.layers[i].keys, n_kept) for cache in plain]).index_select(0, order)
-        layer.values = torch.cat([left_padded(cache.layers[i].values, n_kept) for cache in plain])[order]
+        sides = ([getattr(cache.layers[i], side) for cache in plain] for side in ("keys", "values"))
+        layer.hold(*(torch.cat([left_padded(t, n_kept) for t in side]).index_select(0, order) for side in sides))
     return view
 
 
@@ -99,9 +99,9 @@ def keep_columns(cache: AnyCache, kept: Tensor, first_seen: int = 0, is_padded: 
         if layer.is_sliding:
             own = kept[first_seen:] - (layer.cumulative_length - layer.n_kept)
             layer.cumulative_length, layer.is_padded = len(kept), is_padded
-            layer.keys, layer.values = layer.keys.index_select(2, own), layer.values.index_select(2, own)
+            layer.hold(layer.keys.index_select(2, own), layer.values.index_select(2, own))
         else:
-            layer.keys, layer.values = layer.keys.index_select(2, kept), layer.values.index_select(2, kept)
+            layer.hold(layer.keys.index_select(2, kept), layer.values.index_select(2, kept))
     return view
 
 

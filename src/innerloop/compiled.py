@@ -86,6 +86,8 @@ class CompiledPasses:
                 torch._dynamo.mark_static_address(room.keys, guard=False)
                 torch._dynamo.mark_static_address(room.values, guard=False)
         end, n_columns = layers[0].get_seq_length() + n_new, rooms[0].n_columns
+        for room in rooms:
+            room.clear(end)  # hidden columns are multiplied by zero, which a NaN outlives
         at_L = torch.arange(end - n_new, end, device=embeds_BLD.device)
         seen_BLC = torch.arange(n_columns, device=at_L.device) <= at_L[None, :, None]
         if mask_BP is None:

@@ -1,15 +1,21 @@
-"""The most memory that a call holds, beyond what was held before it; and whether an error says that none is left."""
+"""The most memory that a call holds, beyond what was held before it; how much is left, and whether none is."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
+LIMITS = (  # of a container or a job: what it may take, and what it has taken
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
@@ -60,6 +66,17 @@ def _quietly() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def free_bytes() -> int:
+    """Return how many bytes of the machine's memory are left, to the container that this runs in if it is in one."""
+    free = psutil.virtual_memory().available
+    for limit, taken in LIMITS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(taken).read_text()))
+        except (OSError, ValueError):  # there is no such limit, or it is "max"
+            continue
+    return max(free, 0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

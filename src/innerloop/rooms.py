@@ -27,6 +27,7 @@ class Room:
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values
         self.guests: weakref.WeakSet[InRoom] = weakref.WeakSet()
+        self.n_used = 0  # columns that somebody has had here
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, n_columns: int) -> Room:
@@ -38,6 +39,13 @@ class Room:
     def n_columns(self) -> int:
         """How many columns there is memory for."""
         return self.keys.shape[2]
+
+    def clear(self, n_columns: int) -> None:
+        """Forget what those who are gone have left behind the first columns."""
+        if self.n_used > n_columns:
+            self.keys[:, :, n_columns : self.n_used].zero_()
+            self.values[:, :, n_columns : self.n_used].zero_()
+            self.n_used = n_columns
 
 
 class InRoom:
@@ -55,6 +63,9 @@ class InRoom:
         if twin.room is not None:
             twin.room.guests.add(twin)
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "room": None, "placed": None}  # what is pickled or copied deeply is alone
 
     @property
     def n_kept(self) -> int:
@@ -95,16 +106,30 @@ class InRoom:
         """Let the batch rows be ``rows`` (R,) of these; columns that lie in a room go to one as large."""
         n, room = self.n_placed, self.room
         if room is not None and n > 0 and not torch.is_grad_enabled():
-            self.move(Room(room.keys.index_select(0, rows), room.values.index_select(0, rows)), n)
+            part = Room(room.keys.index_select(0, rows), room.values.index_select(0, rows))
+            part.n_used = room.n_used
+            self.move(part, n)
         elif self.n_kept > 0:
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            self.hold(self.keys.index_select(0, rows), self.values.index_select(0, rows))
 
     def cut(self, n_columns: int) -> None:
         """Forget all but the first columns."""
+        n_columns = min(n_columns, self.n_kept)
         if 0 < n_columns <= self.n_placed:
             self.place(n_columns)
         elif self.n_kept:
-            self.keys, self.values = self.keys[:, :, :n_columns], self.values[:, :, :n_columns]
+            self.hold(self.keys[:, :, :n_columns], self.values[:, :, :n_columns])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns, as Hugging Face's layers do."""
+        n_placed = self.n_placed
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if 0 < self.n_kept < n_placed:
+            self.place(self.n_kept)
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Have these keys and values, which lie in no room."""
+        self.keys, self.values, self.room, self.placed = keys, values, None, None
 
     def move(self, room: Room, n_columns: int) -> Room:
         """Let the first columns of another room be the layer's."""
@@ -116,6 +141,7 @@ class InRoom:
     def place(self, n_columns: int) -> None:
         """Let the first columns of the room be the layer's."""
         assert self.room is not None
+        self.room.n_used = max(self.room.n_used, n_columns)
         self.keys = self.placed = self.room.keys[:, :, :n_columns]
         self.values = self.room.values[:, :, :n_columns]
 
@@ -133,12 +159,13 @@ class RoomLayer(InRoom, DynamicLayer):
         """Return a layer of keys and values (B, H, P, d) that lie in no room yet."""
         layer = cls()
         layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
+        layer.hold(keys, values)
         return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
         if torch.is_grad_enabled():
+            self.room = self.placed = None
             return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -160,12 +187,12 @@ class WindowLayer(InRoom, DynamicSlidingWindowLayer):
             self.lazy_initialization(key_states, value_states)
         n_new = key_states.shape[2]
         if not self.is_padded and (torch.is_grad_enabled() or self.cumulative_length + n_new >= self.sliding_window):
+            self.room = self.placed = None
             return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         self.cumulative_length += n_new
         if not torch.is_grad_enabled():
             return self.grow(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
+        self.hold(torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2))
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

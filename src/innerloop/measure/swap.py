@@ -104,12 +104,12 @@ def swaps(
         return everything, everything.seen(method, at)
 
     n_latents, _ = latents_of(lambda: recorded()[1], parts)
-    wanted: dict[str, tuple[int | Literal["all"], int | None]] = {"swap all": ("all", None)}
+    wanted: dict[str, tuple[int | Literal["all"], int | None]] = {"swap all, and chance": ("all", None)}
     if n_latents > 1:
-        wanted |= {f"swap latent {j}": (j, None) for j in evenly(n_latents)}
+        wanted |= {f"swap latent {j}, and chance": (j, None) for j in evenly(n_latents)}
     if method.scope != "append":
         last = method.n_loops(at) - (method.answer_context == "kv_last")
-        wanted |= {f"swap after loop {t}": ("all", t) for t in range(1, last)}
+        wanted |= {f"swap after loop {t}, and chance": ("all", t) for t in range(1, last)}
     if planned is not None:
         planned(len(parts.missing(list(wanted))) * len(examples))
 
