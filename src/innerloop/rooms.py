@@ -40,6 +40,10 @@ class Room:
         """How many columns there is memory for."""
         return self.keys.shape[2]
 
+    def is_taken(self, n_columns: int, guest: InRoom) -> bool:
+        """Whether others than a guest have columns behind the first ones here."""
+        return any(one.room is self and one.n_placed > n_columns for one in self.guests if one is not guest)
+
     def clear(self, n_columns: int) -> None:
         """Forget what those who are gone have left behind the first columns."""
         if self.n_used > n_columns:
@@ -96,7 +100,7 @@ class InRoom:
             room is None
             or self.n_placed != n
             or n + n_new > room.n_columns
-            or any(guest.n_placed > n for guest in room.guests if guest is not self)
+            or room.is_taken(n, self)
             or (room.keys.is_inference() and not torch.is_inference_mode_enabled())  # written to no more
         ):
             room = self.move(Room.of(self.keys, self.values, n + n_new), n)
