@@ -42,6 +42,8 @@ class Room:
 
     def is_taken(self, n_columns: int, guest: InRoom) -> bool:
         """Whether others than a guest have columns behind the first ones here."""
+        if len(self.guests) == 1:  # as it mostly is
+            return False
         return any(one.room is self and one.n_placed > n_columns for one in self.guests if one is not guest)
 
     def clear(self, n_columns: int) -> None:
