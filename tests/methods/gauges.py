@@ -79,7 +79,7 @@ def _schedule(plan: Any) -> Any:
 
 def _same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left.shape == right.shape and torch.allclose(left, right, atol=1e-6, rtol=0)
+        return left.shape == right.shape and torch.allclose(left.double(), right.double(), atol=1e-6, rtol=0)
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(_same, left, right))
     return left == right

@@ -80,8 +80,8 @@ FIELDS = [
     moves({"hid"} | LEARNS, HID, hid_distance="cosine"),
     moves({"hid"} | LEARNS, HID, hid_site="last"),
     moves({"hid", "passes"} | LEARNS, HID, teacher="self"),
-    moves({"hid", "passes"} | LEARNS, HID, teacher_thinks="latents"),
-    moves({"kd", "passes"} | LEARNS, TOLD, kd_weight=0.5),
+    moves({"hid"} | LEARNS, HID, teacher_thinks="latents"),  # the passes that these take are those of another model
+    moves({"kd"} | LEARNS, TOLD, kd_weight=0.5),
     moves({"kd"} | LEARNS, {**TOLD, "kd_weight": 0.5}, kd_temperature=1.0),
     moves({"teacher", "passes"} | LEARNS, **TAUGHT),
     moves(LEARNS, TAUGHT, teacher_weight=1.0),
