@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.cost import Meter
-from innerloop.examples import Example
-from innerloop.fitting import fit_judge, fitted_thresholds
+from innerloop.calibrate.fit import fit_judge, fitted_thresholds
+from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_method, use_rule
+from innerloop.calibrate.threshold_search import TARGETS
+from innerloop.decoder.cost import Meter
 from innerloop.halting import FEATURES, Judge
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import AdaInfer
-from innerloop.model import LatentModel
-from innerloop.survey import Survey, ruled_by, survey, use_method, use_rule
+from innerloop.model.model import LatentModel
+from innerloop.passes.thought import think
 from innerloop.tasks import Gsm8k
-from innerloop.thought import think
-from innerloop.tryout import TARGETS
+from innerloop.text.examples import Example
 
 FILES = {"train": "train.jsonl.gz", "valid": "valid.jsonl", "test": "test.jsonl"}
 LOSSES = (0.01, 0.05, 0.2)  # of perplexity, relative, on the validation problems

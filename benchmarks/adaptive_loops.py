@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from innerloop.calibrate import calibrate
-from innerloop.cost import mean_cost
-from innerloop.examples import Example
+from innerloop.calibrate.calibrate import calibrate
+from innerloop.calibrate.loop_scan import ruled_by
+from innerloop.decoder.cost import mean_cost
 from innerloop.measure import evaluate
 from innerloop.measure.accuracy import Prediction, accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds, verdict
-from innerloop.model import LatentModel
-from innerloop.recipe import load_recipe
-from innerloop.run import run_recipe
-from innerloop.survey import ruled_by
+from innerloop.model.model import LatentModel
+from innerloop.text.examples import Example
+from innerloop.train.recipe import load_recipe
+from innerloop.train.run import run_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes/chain/slr_anytime.yaml"
 FIXED = (1, 2, 3, 4, 5, 6)

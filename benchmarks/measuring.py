@@ -18,7 +18,8 @@ from pathlib import Path
 import record
 import torch
 
-from innerloop.demo import BACKBONE
+from innerloop.bench.timing import clock_of, spread
+from innerloop.cli.demo import BACKBONE
 from innerloop.lens import look
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.measure.controls import controls
@@ -28,10 +29,9 @@ from innerloop.measure.probes import probes
 from innerloop.measure.readout import shown_steps
 from innerloop.measure.stability import stability
 from innerloop.measure.swap import swaps
-from innerloop.model import LatentModel
-from innerloop.recipe import parse_recipe
-from innerloop.run import run_recipe
-from innerloop.timing import clock_of, spread
+from innerloop.model.model import LatentModel
+from innerloop.train.recipe import parse_recipe
+from innerloop.train.run import run_recipe
 
 LATENTS = LOOPS = 4
 KINDS = {  # of parts, by what their names begin with

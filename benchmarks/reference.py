@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.examples import Example
-from innerloop.layout import Piece
-from innerloop.model import LatentModel
+from innerloop.model.model import LatentModel
+from innerloop.text.examples import Example
+from innerloop.text.row import Piece
 
 
 class FullPass:

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from innerloop.backbone import Backbone
-from innerloop.cost import Meter
-from innerloop.depth.decider import FREE, ONCE
-from innerloop.generation import Generation
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.cost import Meter
+from innerloop.engine.generation import Generation
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.methods import Cot, Tah
-from innerloop.model import LatentModel
+from innerloop.methods.depth.decider import FREE, ONCE
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
-from innerloop.tokenizer import train_tokenizer
+from innerloop.text.tokenizer import train_tokenizer
 
 SHARE = 0.06
 BACKBONE = {

@@ -20,13 +20,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from innerloop.backbone import Backbone
-from innerloop.checkpoint import from_scratch
-from innerloop.examples import Example
+from innerloop.decoder.backbone import Backbone
 from innerloop.methods import Method
-from innerloop.model import LatentModel
+from innerloop.model.checkpoint import from_scratch
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
-from innerloop.tokenizer import train_tokenizer
+from innerloop.text.examples import Example
+from innerloop.text.tokenizer import train_tokenizer
 
 WIDTH = 32
 VOCAB = 64

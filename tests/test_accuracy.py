@@ -3,13 +3,13 @@
 import pytest
 from scipy.stats import binomtest
 
-from innerloop.cost import Cost, mean_cost
+from innerloop.decoder.cost import Cost, mean_cost
+from innerloop.engine.generation import Generation
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.generation import Generation
 from innerloop.measure import evaluate, result_of, wilson
 from innerloop.methods import Cot, NoCot
 from innerloop.tasks import Chain, Gsm8k
+from innerloop.text.examples import Example
 from tests.models import chain_examples, tiny_model
 
 

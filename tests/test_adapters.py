@@ -5,9 +5,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from innerloop import Coconut, Cot, InputError, LatentModel, Pause, Slr, adapters, checkpoint
-from innerloop.adapters import add_lora, add_markers, merged_state
-from innerloop.backbone import Backbone
+from innerloop import Coconut, Cot, InputError, LatentModel, Pause, Slr
+from innerloop.decoder import adapters
+from innerloop.decoder.adapters import add_lora, add_markers, merged_state
+from innerloop.decoder.backbone import Backbone
+from innerloop.model import checkpoint
 from tests.models import (
     SPELLED,
     answers_of,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from innerloop.backbone import Backbone
-from innerloop.cache import loop_slots
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.cache import loop_slots
 from innerloop.errors import InputError
 from tests.models import ARCHS, SLIDING, VOCAB, WINDOW, left_pad, random_ids, tiny_backbone, tiny_lm
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop.cache import fork, loop_slots, new_cache, select_rows
+from innerloop.decoder.cache import fork, loop_slots, new_cache, select_rows
 from tests.models import ARCHS, WINDOW, random_ids, tiny_backbone
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

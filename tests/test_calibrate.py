@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
-from innerloop.calibrate import REPORT, adopt_rule, calibrate
-from innerloop.checkpoint import PARTS, SETTINGS
+from innerloop.calibrate.calibrate import REPORT, adopt_rule, calibrate
+from innerloop.calibrate.loop_scan import ruled_by, survey, use_rule
+from innerloop.calibrate.threshold_search import Answers, Goal, Tryout, thresholds_between
 from innerloop.halting import first_agreeing, first_correct
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import Method
-from innerloop.survey import ruled_by, survey, use_rule
+from innerloop.model.checkpoint import PARTS, SETTINGS
 from innerloop.tasks import Chain
-from innerloop.tryout import Answers, Goal, Tryout, thresholds_between
 from tests.methods.tools import MIXED, change
 from tests.models import saved, tiny_model
 

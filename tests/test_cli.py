@@ -9,13 +9,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from innerloop import cli, demo
-from innerloop.backbone import Backbone
-from innerloop.examples import write_examples
+from innerloop.cli import demo
+from innerloop.cli import main as cli
+from innerloop.decoder.backbone import Backbone
 from innerloop.lens import record as lens_record
 from innerloop.lens.record import answer_alone
 from innerloop.methods import Cot, Looped, Lotus
 from innerloop.tasks import Chain
+from innerloop.text.examples import write_examples
 from tests.models import chain_examples, tiny_model
 
 RECIPE = {
@@ -397,7 +398,7 @@ def test_resuming_with_another_recipe_is_refused_and_the_record_stays(run: Path,
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_is_no_success(tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr("innerloop.progress.StopOnInterrupt.on_step_end", stop_now)
+    monkeypatch.setattr("innerloop.train.callbacks.StopOnInterrupt.on_step_end", stop_now)
     recipe = {**RECIPE, "train": {**RECIPE["train"], "max_steps": 9}, "out": str(tmp_path / "run")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     code, _, err = innerloop(capsys, "train", tmp_path / "recipe.yaml", "--out", tmp_path / "other")

@@ -8,16 +8,25 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from innerloop import compare, latency, points
-from innerloop.compare import compare_runs, compare_suite, diverged_sentences, run_names, seeds_sentence, verdicts
-from innerloop.cost import Cost
+from innerloop.bench import latency
+from innerloop.decoder.cost import Cost
 from innerloop.errors import InputError
+from innerloop.experiments import compare
+from innerloop.experiments import jobs as points
+from innerloop.experiments.compare import (
+    compare_runs,
+    compare_suite,
+    diverged_sentences,
+    run_names,
+    seeds_sentence,
+    verdicts,
+)
+from innerloop.experiments.summary import standing_table
 from innerloop.measure.accuracy import Prediction
 from innerloop.methods import Cot, NoCot, Pause
-from innerloop.model import LatentModel
-from innerloop.recipe import parse_recipe
-from innerloop.standing import standing_table
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain, Plain
+from innerloop.train.recipe import parse_recipe
 from tests.models import tiny_model
 from tests.test_cli import innerloop
 
@@ -221,7 +230,7 @@ def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp
 
 
 def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):
-    from innerloop.suite import load_suite
+    from innerloop.experiments.suite import load_suite
     from tests.test_suite import RAW, in_this_process, written
 
     raw = {**RAW, "variants": {"plain": {}, "too long": {"train": {"max_length": 1}}}, "test": {"controls": True}}

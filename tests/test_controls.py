@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from innerloop.cost import Cost
-from innerloop.edit import edited
+from innerloop.decoder.cost import Cost
 from innerloop.errors import InputError
+from innerloop.loop.hooks import edited
 from innerloop.measure.accuracy import Prediction, evaluate
 from innerloop.measure.controls import Controls, Effect, _effect, _following, controls
 from innerloop.measure.latents import Recorder, Replacement, record

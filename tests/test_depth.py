@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from innerloop.backbone import Backbone
-from innerloop.cache import fork, join_rows, select_rows
-from innerloop.cost import Meter
-from innerloop.depth.passes import BlockPass, Depth, Reading, Spending, TokenPass, Tokens, read_layers
-from innerloop.depth_cache import DepthCache, Slot
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.cache import fork, join_rows, select_rows
+from innerloop.decoder.cost import Meter
+from innerloop.decoder.ragged_cache import DepthCache, Slot
 from innerloop.methods import Looped
+from innerloop.passes.ragged import BlockPass, Depth, Reading, Spending, TokenPass, Tokens, read_layers
 from tests.models import WIDTH, tiny_backbone, tiny_model
 
 

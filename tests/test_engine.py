@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr, engine, writer
+from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr
+from innerloop.engine import decoding as writer
+from innerloop.engine import engine
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model

@@ -28,10 +28,10 @@ from innerloop import (
     Slr,
     engine,
 )
-from innerloop.context import Context
-from innerloop.engine import Engine
-from innerloop.generation import fits
+from innerloop.engine.engine import Engine
+from innerloop.engine.generation import fits
 from innerloop.methods import Looped, SpiralThinker
+from innerloop.passes.context import Context
 from tests.methods.reference import Reference
 from tests.methods.test_tah_answering import deciding
 from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model, stir

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.equilibrium import Map, Solver, jacobian_gain, solve
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.trace import Trace
+from innerloop.config.loop import LoopSettings
+from innerloop.loop.fixed_point import Map, Solver, jacobian_gain, solve
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.trace import Trace
 from tests.methods.tools import FunctionPass, iterate
 
 D = 5

@@ -3,7 +3,7 @@
 import pytest
 
 from innerloop.errors import InputError
-from innerloop.grid import Choices, Range, axis_of, grid_variants, parse_axis, short_names, variant_name
+from innerloop.experiments.grid import Choices, Range, axis_of, grid_variants, parse_axis, short_names, variant_name
 
 
 def test_values_are_read_as_they_are_meant():

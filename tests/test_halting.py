@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from innerloop.config.loop import LoopSettings
 from innerloop.halting import DEFAULT_THRESHOLDS, Moment, StopRule
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.trace import Trace
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.trace import Trace
 from tests.methods.tools import iterate
 
 B, N, D, V = 3, 4, 6, 9

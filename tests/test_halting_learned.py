@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from innerloop import Slr
+from innerloop.calibrate.fit import MOST_VECTORS, fit_judge, fit_probe, fitted_thresholds
+from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
-from innerloop.fitting import MOST_VECTORS, fit_judge, fit_probe, fitted_thresholds
 from innerloop.halting import (
     Judge,
     Moment,
@@ -22,10 +23,9 @@ from innerloop.halting import (
     oracle_correct,
     pull,
 )
-from innerloop.halting.judge import FEATURES, JudgeKind
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.trace import Trace
+from innerloop.halting.classifier import FEATURES, JudgeKind
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.trace import Trace
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of
 
 B, N, D, V, T = 4, 2, 6, 9, 7

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
 from innerloop.halting import Hints, Moment, StopKind, StopRule, StopSettings, decayed, drawn_depths, uniform
 from innerloop.halting.rule import COMPARES, PROBABILITIES, READS_OUT
-from innerloop.loop import InnerLoop, LoopResult
-from innerloop.loop_settings import LoopSettings
-from innerloop.trace import Trace
+from innerloop.loop.loop import InnerLoop, LoopResult
+from innerloop.loop.trace import Trace
 from tests.methods.tools import FunctionPass, iterate
 
 B, N, D, V, T = 5, 3, 6, 9, 12

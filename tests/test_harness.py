@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from innerloop.errors import InputError
-from innerloop.examples import Example, write_examples
 from innerloop.measure import harness
 from innerloop.measure.harness import evaluate_tasks, harness_model, weighed, written
 from innerloop.measure.parts import Parts, of_model
 from innerloop.methods import Coconut, Cot, Lotus, NoCot, Pause, Slr, SpiralThinker
 from innerloop.tasks import Chain
+from innerloop.text.examples import Example, write_examples
 from tests.models import tiny_model
 from tests.test_cli import innerloop
 

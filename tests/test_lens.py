@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.lens import Look, Record, look, page_of, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
 from innerloop.lens.page import escaped
@@ -36,9 +35,10 @@ from innerloop.methods import (
     SpiralThinker,
     Tah,
 )
-from innerloop.model import LatentModel
-from innerloop.show import answer_view, trace_view
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
+from innerloop.terminal.views import answer_view, trace_view
+from innerloop.text.examples import Example
 from tests.methods.tools import lean_towards
 from tests.models import chain_examples, tiny_model
 

@@ -21,13 +21,13 @@ from innerloop import (
     Slr,
     cli,
 )
-from innerloop.examples import Example
-from innerloop.layout import Row
 from innerloop.measure import evaluate
 from innerloop.measure.likelihood import Likelihood, likelihood
 from innerloop.methods import Method
-from innerloop.speller import Speller
 from innerloop.tasks import Text
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import Row
 from tests.methods.tools import assert_close, change, stir
 from tests.models import tiny_model
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, smooth_l1_loss
 
 from innerloop import InputError, LatentModel, Slr
-from innerloop.layout import IGNORE
-from innerloop.thought import Thought
+from innerloop.passes.thought import Thought
+from innerloop.text.row import IGNORE
 from tests.methods.tools import MIXED, assert_close, halting, labels_by_loop, rows_at, same_weights, thought_of
 from tests.models import tiny_model
 

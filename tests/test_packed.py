@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
-from innerloop import memory, packed
-from innerloop.engine import Engine
+from innerloop.decoder import memory, packed
+from innerloop.decoder.packed import PackedWeights
+from innerloop.engine.engine import Engine
 from innerloop.methods import Cot, Lotus, Method, RelaxedRecursive, Slr
-from innerloop.packed import PackedWeights
 from tests.methods.tools import lean_towards_end
 from tests.models import moved, tiny_model
 

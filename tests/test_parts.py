@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from innerloop import points
-from innerloop.cli import main
+from innerloop.calibrate.threshold_search import Tryout
+from innerloop.cli.main import main
+from innerloop.experiments import jobs as points
 from innerloop.measure import latents, parts
 from innerloop.measure.parts import PARTS, Parts
 from innerloop.methods import Looped, Slr
-from innerloop.tryout import Tryout
 from tests.models import moved, saved, tiny_model
 from tests.test_suite import RAW
 
@@ -131,7 +131,7 @@ def test_a_file_that_cannot_be_read_has_no_parts(tmp_path: Path, text: str):
 def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
     import queue
 
-    from innerloop.suite import parse_suite
+    from innerloop.experiments.suite import parse_suite
 
     raw = {name: value for name, value in RAW.items() if name != "warm_up"} | {"out": str(tmp_path), "seeds": [0]}
     exam = {"loops": [1, 3], "limit": 5, "controls": True, "also": {"longer": {"n_ops": 3, "min_ops": 3}}}

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from innerloop.cost import Cost
+from innerloop.decoder.cost import Cost
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.probes import best, probes, result_of_step, sentences
 from innerloop.measure.swap import by_chance, evenly, swaps
 from innerloop.measure.swap import sentences as swap_sentences
 from innerloop.methods import Codi, Cot, Lotus, Method, Pause, Slr
+from innerloop.text.examples import Example
 from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built, digit_examples
 from tests.test_controls import ALONE, METHODS, PLAIN
 

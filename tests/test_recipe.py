@@ -8,9 +8,9 @@ import yaml
 
 from innerloop.errors import InputError
 from innerloop.methods import Coconut, Slr
-from innerloop.recipe import load_recipe, parse_recipe
 from innerloop.tasks import Chain
-from innerloop.training_arguments import training_arguments
+from innerloop.train.recipe import load_recipe, parse_recipe
+from innerloop.train.training_arguments import training_arguments
 
 RECIPES = sorted(p for p in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if p.parent.name != "suites")
 RAW = {

@@ -11,12 +11,12 @@ from typing import get_args
 
 import pytest
 
+from innerloop.experiments.html import document, table
+from innerloop.experiments.report import write_report
+from innerloop.experiments.report_parts import KINDS
+from innerloop.experiments.summary import Standing, against_cot, caption, columns, failures
+from innerloop.experiments.svg import Cell, Curve, Mark, Scale, bars, curves, heat_map, pareto, scatter
 from innerloop.measure.controls import Kind
-from innerloop.page import document, table
-from innerloop.pictures import Cell, Curve, Mark, Scale, bars, curves, heat_map, pareto, scatter
-from innerloop.report import write_report
-from innerloop.report_parts import KINDS
-from innerloop.standing import Standing, against_cot, caption, columns, failures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

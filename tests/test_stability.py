@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
+from innerloop.loop.loop import InnerLoop
 from innerloop.measure.stability import (
     LoopStability,
     Spread,

@@ -12,17 +12,18 @@ import pytest
 import torch
 import yaml
 
-from innerloop import latency, points
-from innerloop import suite as suites
-from innerloop.compare import suite_standings, timed
+from innerloop.bench import latency
 from innerloop.errors import InputError
+from innerloop.experiments import jobs as points
+from innerloop.experiments import suite as suites
+from innerloop.experiments.compare import suite_standings, timed
+from innerloop.experiments.jobs import run_suite
+from innerloop.experiments.suite import Exam, load_suite, parse_suite, seed_means, suite_report
+from innerloop.experiments.summary import standing_table
+from innerloop.experiments.workers import Workers, local_workers
 from innerloop.measure.statistics import over_seeds
 from innerloop.methods import METHODS, Slr
-from innerloop.points import run_suite
-from innerloop.recipe import Recipe
-from innerloop.standing import standing_table
-from innerloop.suite import Exam, load_suite, parse_suite, seed_means, suite_report
-from innerloop.workers import Workers, local_workers
+from innerloop.train.recipe import Recipe
 from tests.models import tiny_model
 
 SUITES = sorted(Path("recipes/suites").glob("*.yaml"))

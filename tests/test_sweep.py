@@ -7,12 +7,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from innerloop import points, sweep
 from innerloop.errors import InputError
-from innerloop.grid import Choices, Range
-from innerloop.search import search
-from innerloop.suite import Suite
-from innerloop.sweep import read_sweep, run_grid, run_search, suite_of, sweep_page, sweep_table, write_sweep
+from innerloop.experiments import jobs as points
+from innerloop.experiments import sweep
+from innerloop.experiments.grid import Choices, Range
+from innerloop.experiments.search import search
+from innerloop.experiments.suite import Suite
+from innerloop.experiments.sweep import read_sweep, run_grid, run_search, suite_of, sweep_page, sweep_table, write_sweep
 from tests.test_cli import innerloop
 from tests.test_report import CHROMIUM, read, screenshot
 from tests.test_suite import RAW, in_this_process

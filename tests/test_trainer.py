@@ -12,14 +12,15 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from innerloop import adapters, checkpoint
+from innerloop.decoder import adapters
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, SimCot, Slr
-from innerloop.model import LatentModel
+from innerloop.model import checkpoint
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
-from innerloop.trainer import DivergedError, LatentTrainer
-from innerloop.training_arguments import training_arguments
+from innerloop.text.examples import Example
+from innerloop.train.trainer import DivergedError, LatentTrainer
+from innerloop.train.training_arguments import training_arguments
 from tests.models import chain_examples, tiny_model
 
 TASK = Chain(n_ops=3)
@@ -215,7 +216,7 @@ def test_a_loss_far_above_guessing_stops_the_run(tmp_path: Path):
 
 def test_the_best_model_by_validation_accuracy_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     accuracies = iter([0.25, 0.75, 0.5, 0.0])
-    monkeypatch.setattr("innerloop.trainer.accuracy_of", lambda predictions: next(accuracies))
+    monkeypatch.setattr("innerloop.train.trainer.accuracy_of", lambda predictions: next(accuracies))
     model, seen = tiny_model(NoCot()), {}
 
     class Remember(TrainerCallback):
@@ -232,7 +233,7 @@ def test_the_best_model_by_validation_accuracy_is_kept(tmp_path: Path, monkeypat
 
 def test_only_the_last_stage_competes_for_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     accuracies = iter([1.0, 1.0, 0.5, 0.25])
-    monkeypatch.setattr("innerloop.trainer.accuracy_of", lambda predictions: next(accuracies))
+    monkeypatch.setattr("innerloop.train.trainer.accuracy_of", lambda predictions: next(accuracies))
     method = Coconut(
         latents_per_step=1, max_stage=1, stage_unit="step", stage_length=2
     )  # the last stage from step 4 on

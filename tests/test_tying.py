@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from innerloop.backbone import Backbone
-from innerloop.checkpoint import from_scratch
-from innerloop.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
+from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
 from innerloop.methods import Cot, Looped, Method, RelaxedRecursive
-from innerloop.model import LatentModel
+from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
+from innerloop.model.checkpoint import from_scratch
+from innerloop.model.model import LatentModel
 from tests.models import answers_of, chain_tokenizer, random_ids, tiny_backbone
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.2}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from innerloop import LatentModel, Slr
+from innerloop.loop.trace import Trace
 from innerloop.methods import Method
-from innerloop.trace import Trace
 from tests.methods.tools import MIXED, change, gradients, logits_of, passes, stir, thought_of
 from tests.models import tiny_model
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from innerloop import LatentModel, RecurrentDepth
-from innerloop.context import Context
-from innerloop.cost import Meter
-from innerloop.depth.passes import Deep
-from innerloop.depth.recurrence import noise_at
+from innerloop.decoder.cost import Meter
+from innerloop.methods.depth.initial_state import noise_at
+from innerloop.passes.context import Context
+from innerloop.passes.ragged import Deep
 from tests.models import WIDTH, random_ids, tiny_model
 
 LENGTH = 9

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from innerloop import LatentModel
-from innerloop.context import Context
-from innerloop.cost import Meter
+from innerloop.decoder.cost import Meter
+from innerloop.passes.context import Context
 from tests.methods.tools import ROUNDED
 from tests.models import random_ids
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from innerloop import LatentModel
-from innerloop.context import Context
-from innerloop.depth.duo import DuoCache
+from innerloop.methods.depth.duo_attention import DuoCache
+from innerloop.passes.context import Context
 
 Pair = tuple[int, int]  # token, depth
 

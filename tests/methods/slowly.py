@@ -3,7 +3,7 @@
 import torch
 
 from innerloop import LatentModel
-from innerloop.layout import Kind, Piece
+from innerloop.text.row import Kind, Piece
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
-from innerloop.batch import Batch
-from innerloop.cost import Meter, flops_of
-from innerloop.depth.exit_pass import ExitCache
+from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
-from innerloop.survey import survey, use_rule
-from innerloop.thought import Thought
+from innerloop.methods.depth.exit_pass import ExitCache
+from innerloop.passes.thought import Thought
+from innerloop.text.batch import Batch
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change
 from tests.models import random_ids, tiny_model
 

@@ -8,11 +8,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments
-from innerloop.calibrate import calibrate
-from innerloop.depth.exits import exit_losses
-from innerloop.halting.judge import JudgeKind
+from innerloop.calibrate.calibrate import calibrate
+from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.halting.classifier import JudgeKind
 from innerloop.methods import METHODS
-from innerloop.survey import survey, use_rule
+from innerloop.methods.depth.exits import exit_losses
 from innerloop.tasks import Chain
 from tests.methods.tools import MIXED, QUESTIONS, assert_same_gradients, by_arch, change, gradients
 from tests.models import saved, tiny_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from innerloop import Coconut, InputError, Pause, Slr
-from innerloop.layout import IGNORE
+from innerloop.text.row import IGNORE
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from innerloop import Coconut, Cot, Example, InputError
-from innerloop.layout import ANSWER_PASS, Follow, Kind, Row
-from innerloop.losses import follow_loss
 from innerloop.methods import Codi, Lotus
-from innerloop.model import LatentModel
+from innerloop.model.losses import follow_loss
+from innerloop.model.model import LatentModel
+from innerloop.text.row import ANSWER_PASS, Follow, Kind, Row
 from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.reference_codi import CodiReference
 from tests.methods.slowly import assert_decodes_as_forced, assert_terms_of_the_reference

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
-from innerloop.curriculum import uniforms
+from innerloop.config.curriculum import uniforms
 from innerloop.methods import Icot
-from innerloop.methods.icot import removal_offset
-from innerloop.show import row_view
+from innerloop.methods.text.icot import removal_offset
+from innerloop.terminal.views import row_view
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, Looped
-from innerloop.backbone import Backbone
-from innerloop.depth.tying import rebuild
+from innerloop.decoder.backbone import Backbone
 from innerloop.methods import Method
+from innerloop.methods.depth.tying import rebuild
 from tests.methods.test_looped import assert_same, gap, looped, stirred, texts
 from tests.methods.tools import MIXED, by_arch
 from tests.models import chain_examples, saved, tiny_model

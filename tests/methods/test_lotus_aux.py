@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop.methods import Lotus
-from innerloop.model import LatentModel
-from innerloop.step_decoder import group_latents, told_loss
+from innerloop.model.model import LatentModel
+from innerloop.model.step_decoder import group_latents, told_loss
 from tests.methods.reference_lotus import LotusReference, shortened
 from tests.methods.slowly import assert_terms_of_the_reference
 from tests.methods.tools import (

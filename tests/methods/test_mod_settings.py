@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from innerloop import Cot, InputError, LatentModel, Mod
-from innerloop.cost import Meter
-from innerloop.methods.mod import calibrate
+from innerloop.decoder.cost import Meter
+from innerloop.methods.depth.mod import calibrate
 from tests.methods.reference_routing import IDS, LENGTH, read, some_ids
 from tests.methods.tools import learn
 from tests.models import answers_of, chain_examples, tiny_model

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from innerloop import Cot, InputError, LatentModel, Mor
-from innerloop.backbone import Backbone
-from innerloop.checkpoint import from_scratch
-from innerloop.context import Context
-from innerloop.depth.passes import Reading, Tokens
-from innerloop.depth.recursion import TokenChoicePass
-from innerloop.depth.router import Notes
+from innerloop.decoder.backbone import Backbone
+from innerloop.methods.depth.recursion import TokenChoicePass
+from innerloop.methods.depth.router import Notes
+from innerloop.model.checkpoint import from_scratch
+from innerloop.passes.context import Context
+from innerloop.passes.ragged import Reading, Tokens
 from tests.methods.reference_routing import IDS, dense_mor, read, some_ids
 from tests.methods.test_mor import TOKENS, recursive
 from tests.methods.tools import ROUNDED, assert_close, learn

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from innerloop import Cot, Example, InputError, LatentModel, Looped, RecurrentDepth
-from innerloop.cost import Meter
-from innerloop.depth.recurrence import mean_cosine, noise_at
+from innerloop.decoder.cost import Meter
+from innerloop.methods.depth.initial_state import mean_cosine, noise_at
 from tests.methods.reference_recurrence import (
     IDS,
     LENGTH,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from innerloop import Chain, LatentModel
-from innerloop.calibrate import calibrate
-from innerloop.cost import Meter
+from innerloop.calibrate.calibrate import calibrate
+from innerloop.decoder.cost import Meter
 from tests.methods.reference_recurrence import (
     IDS,
     LENGTH,

@@ -19,10 +19,10 @@ from innerloop import (
     Looped,
     RelaxedRecursive,
 )
-from innerloop.backbone import Backbone
-from innerloop.depth.residual_lora import key_of, truncated
-from innerloop.depth.tying import rebuild, stepwise
-from innerloop.distil import divergence
+from innerloop.decoder.backbone import Backbone
+from innerloop.methods.depth.residual_lora import key_of, truncated
+from innerloop.methods.depth.tying import rebuild, stepwise
+from innerloop.model.distillation import divergence
 from tests.methods.test_looped import NO_DROPOUT, assert_same, gap, stirred, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, learn, logits_of, with_token
 from tests.models import chain_examples, saved, tiny_model

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from innerloop import Cot, InputError, LatentModel, Mod, Mor, checkpoint
-from innerloop.adapters import freeze
-from innerloop.context import Context
-from innerloop.depth import recursion
+from innerloop import Cot, InputError, LatentModel, Mod, Mor
+from innerloop.decoder.adapters import freeze
 from innerloop.methods import METHODS, Method
-from innerloop.methods import mod as mod_module
-from innerloop.recipe import parse_recipe
-from innerloop.run import run_recipe
+from innerloop.methods.depth import mod as mod_module
+from innerloop.methods.depth import recursion
+from innerloop.model import checkpoint
+from innerloop.passes.context import Context
 from innerloop.tasks import Chain
-from innerloop.trainer import LatentTrainer
-from innerloop.training_arguments import training_arguments
+from innerloop.train.recipe import parse_recipe
+from innerloop.train.run import run_recipe
+from innerloop.train.trainer import LatentTrainer
+from innerloop.train.training_arguments import training_arguments
 from tests.methods.reference_routing import some_ids
 from tests.methods.tools import MIXED, assert_close, gradients
 from tests.models import answers_of, chain_examples, moved, saved, tiny_model

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from innerloop import Coconut, Example, step_decoder
-from innerloop.layout import FED
+from innerloop import Coconut, Example
 from innerloop.methods import Codi, Lotus, SimCot, SimCotCodi
-from innerloop.step_decoder import told_loss
+from innerloop.model import step_decoder
+from innerloop.model.step_decoder import told_loss
+from innerloop.text.row import FED
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -9,9 +9,9 @@ import torch
 from innerloop import Coconut, Example, LatentModel, NoCot
 from innerloop.errors import InputError
 from innerloop.methods import Lotus, SimCot, SimCotCodi
-from innerloop.step_decoder import AuxSettings, group_latents, told_loss
-from innerloop.trainer import LatentTrainer
-from innerloop.training_arguments import training_arguments
+from innerloop.model.step_decoder import AuxSettings, group_latents, told_loss
+from innerloop.train.trainer import LatentTrainer
+from innerloop.train.training_arguments import training_arguments
 from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.tools import (
     MIXED,

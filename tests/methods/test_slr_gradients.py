@@ -9,8 +9,9 @@ import hashlib
 import pytest
 import torch
 
-from innerloop import LatentModel, Slr, adapters
-from innerloop.losses import Terms, follow_loss, teacher_states
+from innerloop import LatentModel, Slr
+from innerloop.decoder import adapters
+from innerloop.model.losses import Terms, follow_loss, teacher_states
 from tests.methods.tools import (
     FULL,
     MIXED,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from innerloop import Example, LatentModel
-from innerloop.context import Context
 from innerloop.halting import Moment
+from innerloop.passes.context import Context
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     FULL,

@@ -5,11 +5,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import InputError, LatentModel, Slr
-from innerloop.layout import Kind
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.losses import distance
-from innerloop.stabilize import TIME_WIDTH, sines
+from innerloop.config.loop import LoopSettings
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.stabilize import TIME_WIDTH, sines
+from innerloop.model.losses import distance
+from innerloop.text.row import Kind
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,

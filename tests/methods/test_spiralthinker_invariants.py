@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from innerloop import Example
-from innerloop.losses import follow_loss
 from innerloop.methods import Lotus, Pause, SpiralThinker
-from innerloop.methods.spiralthinker import pass_weights
+from innerloop.methods.latent.spiralthinker import pass_weights
+from innerloop.model.losses import follow_loss
 from tests.methods.reference import Reference
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
 from tests.methods.tools import (

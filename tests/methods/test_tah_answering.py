@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from innerloop import Cot, InputError, LatentModel, Tah
-from innerloop.cost import Meter
-from innerloop.depth import decider
-from innerloop.depth.decider import FREE
-from innerloop.trace import Trace
+from innerloop.decoder.cost import Meter
+from innerloop.loop.trace import Trace
+from innerloop.methods.depth import decider
+from innerloop.methods.depth.decider import FREE
 from tests.methods.reference_tah import read, slow
 from tests.methods.tools import MIXED, QUESTIONS, assert_close, by_arch, change, logits_of, on, stir, with_token
 from tests.models import tiny_model

@@ -14,11 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from innerloop import Example, LatentModel, Slr
 from innerloop.halting import Hints
-from innerloop.layout import IGNORE, Row
-from innerloop.loop import InnerLoop, LoopResult
+from innerloop.loop.loop import InnerLoop, LoopResult
+from innerloop.loop.trace import Trace
 from innerloop.methods import Method
-from innerloop.thought import Thought
-from innerloop.trace import Trace
+from innerloop.passes.thought import Thought
+from innerloop.text.row import IGNORE, Row
 from tests.methods.reference import Reference
 from tests.models import tiny_model
 

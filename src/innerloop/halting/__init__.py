@@ -12,9 +12,12 @@ infinite threshold never stops. A row is a block of latents, or a single token o
 Shapes: `B` rows, `N` positions, `D` width, `V` vocabulary, `T` iterations; scores are (B,) in fp32.
 """
 
-from innerloop.halting.control import drawn_depths, uniform
-from innerloop.halting.ending import Ending
-from innerloop.halting.judge import FEATURES, Feature, Judge, JudgeKind
+from innerloop.calibrate.oracles import first_agreeing, first_correct, oracle_agree, oracle_correct
+from innerloop.config.stopping import StopSettings
+from innerloop.halting.baselines import drawn_depths, uniform
+from innerloop.halting.classifier import FEATURES, Feature, Judge, JudgeKind
+from innerloop.halting.controller import Ending
+from innerloop.halting.evidence import TINY, Agg, Hints, Moment, aggregate, masked_mean, neglog
 from innerloop.halting.learned import (
     ActShares,
     Pull,
@@ -24,8 +27,6 @@ from innerloop.halting.learned import (
     gain_targets,
     pull,
 )
-from innerloop.halting.moment import TINY, Agg, Hints, Moment, aggregate, masked_mean, neglog
-from innerloop.halting.oracles import first_agreeing, first_correct, oracle_agree, oracle_correct
 from innerloop.halting.rule import (
     COMPARES,
     DEFAULT_THRESHOLDS,
@@ -36,7 +37,6 @@ from innerloop.halting.rule import (
     StopRule,
     decayed,
 )
-from innerloop.halting.settings import StopSettings
 
 __all__ = [
     "COMPARES",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.halting import states, words
-from innerloop.halting.control import drawn_depths, uniform
-from innerloop.halting.judge import WORDS, Feature, Judge
-from innerloop.halting.moment import Agg, Hints, Moment, aggregate, masked_mean, neglog
+from innerloop.halting.baselines import drawn_depths, uniform
+from innerloop.halting.classifier import WORDS, Feature, Judge
+from innerloop.halting.evidence import Agg, Hints, Moment, aggregate, masked_mean, neglog
 
 StopKind = Literal[
     "none",

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from innerloop.halting.moment import Agg, aggregate, neglog
+from innerloop.halting.evidence import Agg, aggregate, neglog
 
 FLOOR = 0.1  # of the largest probability; what lies below it is noise to `without_tail`
 

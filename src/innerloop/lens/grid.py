@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from innerloop.show import visible
-from innerloop.trace import Iteration, Reading, Trace
+from innerloop.loop.trace import Iteration, Reading, Trace
+from innerloop.terminal.views import visible
 
 Spot = tuple[int, int]
 """A pass (0: the one that the answer sees) and a position, counted from the first that loops."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from innerloop.engine import Generation
-from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Kind, Row
+from innerloop.engine.engine import Generation
 from innerloop.lens.grid import Column, Spot, loops_of
+from innerloop.loop.trace import Trace
 from innerloop.measure.readout import Shown
-from innerloop.model import LatentModel
-from innerloop.show import LATENT, visible
-from innerloop.trace import Trace
+from innerloop.model.model import LatentModel
+from innerloop.terminal.views import LATENT, visible
+from innerloop.text.examples import Example
+from innerloop.text.row import ANSWER_PASS, Kind, Row
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from innerloop.checkpoint import is_run, write_text
 from innerloop.errors import InputError
 from innerloop.lens.record import Record
+from innerloop.model.checkpoint import is_run, write_text
 
 NAME = "lens.html"
 DIGITS = 6  # significant digits of a number on the page

@@ -17,11 +17,9 @@ from itertools import repeat
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from innerloop.cost import Cost
-from innerloop.engine import Generation
+from innerloop.decoder.cost import Cost
+from innerloop.engine.engine import Generation
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Row
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
 from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of
 from innerloop.lens.latents import (
@@ -39,8 +37,10 @@ from innerloop.lens.opened import Part, opened_curves, opened_parts, side_by_sid
 from innerloop.measure.accuracy import versions
 from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
-from innerloop.model import LatentModel
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.text.examples import Example
+from innerloop.text.row import ANSWER_PASS, Row
 
 Family = Literal["latents", "depth", "text"]
 

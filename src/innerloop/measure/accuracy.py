@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from innerloop.attempts import ONCE, Attempts
-from innerloop.cost import Cost, mean_cost, total_cost
+from innerloop.decoder.cost import Cost, mean_cost, total_cost
+from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.measure.statistics import wilson
 from innerloop.tasks import Task
+from innerloop.text.examples import Example
 
 if TYPE_CHECKING:
-    from innerloop.model import LatentModel
+    from innerloop.model.model import LatentModel
 
 
 @dataclass(frozen=True)

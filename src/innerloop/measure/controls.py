@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.measure.accuracy import Prediction, answered, evaluate
 from innerloop.measure.latents import (
     Fed,
@@ -40,8 +39,9 @@ from innerloop.measure.latents import (
 from innerloop.measure.parts import Parts
 from innerloop.measure.statistics import Verdict, p_words, verdict, wilson
 from innerloop.methods import Method
-from innerloop.model import LatentModel
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.text.examples import Example
 
 Kind = Literal["carried", "partly", "room", "unused", "undecided", "none"]
 

@@ -17,13 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from innerloop.checkpoint import write_text
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.layout import Kind
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.parts import Parts, digest
-from innerloop.model import LatentModel
+from innerloop.model.checkpoint import write_text
+from innerloop.model.model import LatentModel
+from innerloop.text.examples import Example
+from innerloop.text.row import Kind
 
 try:
     from lm_eval.api.model import LM

@@ -25,20 +25,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from innerloop.batch import Batch
-from innerloop.edit import edited
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.layout import Row
+from innerloop.loop.hooks import edited
 from innerloop.measure.accuracy import Prediction, evaluate
+from innerloop.passes.thought import join
 from innerloop.tasks import Task
-from innerloop.thought import join
+from innerloop.text.batch import Batch
+from innerloop.text.examples import Example
+from innerloop.text.row import Row
 
 if TYPE_CHECKING:
-    from innerloop.loop import Pass
+    from innerloop.loop.loop import Pass
     from innerloop.methods import Method
-    from innerloop.model import LatentModel
-    from innerloop.thought import Thought
+    from innerloop.model.model import LatentModel
+    from innerloop.passes.thought import Thought
 
 Key = tuple[int, ...]
 """The tokens of a prompt, up to its first written one."""

@@ -16,15 +16,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop.errors import InputError, refuse
-from innerloop.examples import Example
-from innerloop.layout import Kind, Piece, Row
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.statistics import Z95
-from innerloop.speller import Speller
 from innerloop.tasks import Task
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import Kind, Piece, Row
 
 if TYPE_CHECKING:
-    from innerloop.model import LatentModel
+    from innerloop.model.model import LatentModel
 
 MOST_NLL = 700.0  # exp of more is no float
 

@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from innerloop import checkpoint
-from innerloop.cost import Cost
-from innerloop.depth.oracle import fingerprint
-from innerloop.examples import Example
+from innerloop.decoder.cost import Cost
 from innerloop.measure.accuracy import Prediction, device_name, versions
-from innerloop.model import LatentModel
+from innerloop.methods.depth.token_labels import fingerprint
+from innerloop.model import checkpoint
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.text.examples import Example
 
 PARTS = "parts.json"
 LASTING = ("weights", "versions")  # what was measured with others is never asked for again

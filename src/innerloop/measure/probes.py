@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.measure.latents import Record, record, unseen
 from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.statistics import wilson
 from innerloop.measure.swap import evenly
-from innerloop.model import LatentModel
+from innerloop.model.model import LatentModel
+from innerloop.passes.thought import Thought, join
 from innerloop.tasks import Task
-from innerloop.thought import Thought, join
+from innerloop.text.examples import Example
 
 Target = int | Literal["answer"]
 Cells = dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]

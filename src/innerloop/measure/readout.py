@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.losses import site_logits
-from innerloop.model import LatentModel
+from innerloop.model.losses import site_logits
+from innerloop.model.model import LatentModel
+from innerloop.text.examples import Example
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,9 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from innerloop import checkpoint
-from innerloop.attempts import ONCE, Attempts
-from innerloop.bands import Bands
+from innerloop.engine.generation import fits
+from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.generation import fits
 from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
 from innerloop.measure.accuracy import Prediction
@@ -31,9 +28,12 @@ from innerloop.measure.controls import Controls, controls
 from innerloop.measure.latents import keys_of, unseen
 from innerloop.measure.parts import Parts
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
-from innerloop.model import LatentModel
-from innerloop.progress import bar
+from innerloop.model import checkpoint
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.terminal.wide_table import Bands
+from innerloop.text.examples import Example
+from innerloop.train.callbacks import bar
 
 PROBE_EXAMPLES = 1000  # to learn from
 MOST_CELLS = 12  # columns of a table of probes

@@ -27,16 +27,16 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 
-from innerloop.batch import Batch
-from innerloop.edit import edited
-from innerloop.equilibrium import Map
+from innerloop.calibrate.loop_scan import ruled_by
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.halting import StopSettings
-from innerloop.loop import InnerLoop, LoopResult, Pass, real, relative_change
+from innerloop.loop.fixed_point import Map
+from innerloop.loop.hooks import edited
+from innerloop.loop.loop import InnerLoop, LoopResult, Pass, real, relative_change
 from innerloop.measure.statistics import clopper_pearson
-from innerloop.model import LatentModel
-from innerloop.survey import ruled_by
+from innerloop.model.model import LatentModel
+from innerloop.text.batch import Batch
+from innerloop.text.examples import Example
 
 POWER_ITERATIONS = 20
 SETTLING = 10  # of them, before growth counts
@@ -155,7 +155,7 @@ def _finite(value: float) -> float | None:
 
 
 class Jacobians:
-    """Measures the spectral radius of each iteration just before it runs; an `innerloop.edit.Edit`.
+    """Measures the spectral radius of each iteration just before it runs; an `innerloop.loop.hooks.Edit`.
 
     Args:
         loop: the loop, with its settings and weights.

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.measure.accuracy import Prediction, answered, evaluate
 from innerloop.measure.controls import latents_of
 from innerloop.measure.latents import (
@@ -34,8 +33,9 @@ from innerloop.measure.latents import (
 )
 from innerloop.measure.parts import Parts
 from innerloop.measure.statistics import wilson
-from innerloop.model import LatentModel
+from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.text.examples import Example
 
 MOST_LATENTS = 16  # swapped one by one; of more, evenly spaced ones
 

@@ -1,0 +1,139 @@
+"""What is learned at the ways out of a loop: losses after every iteration, and a gate that chooses one for each token.
+
+    exits:  sum_{t<T} w_t (CE_t + exit_kd KL(p_T || p_t)), the last distribution p_T detached  (relaxed_recursive.md, 4)
+    gate:   lambda_t = sigmoid(w h_t + b);  p_t = lambda_t prod_{j<t} (1 - lambda_j), p_T the rest  (looped.md, 4)
+            distribution: sum_t p_t CE_t + beta (log T - H(p));  improvement: lambda_t learns whether iteration t gained
+
+Shapes: `T` iterations, `U` supervised tokens, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
+
+from innerloop.decoder.token_losses import ALL, AtOnce, Show, Shown, by_rows, token_losses
+from innerloop.errors import refuse
+from innerloop.halting import exit_distribution, expected_loss, gain_targets, pull
+
+if TYPE_CHECKING:
+    from innerloop.model.losses import Terms
+    from innerloop.passes.thought import Thought
+    from innerloop.text.batch import Batch
+
+
+@dataclass(frozen=True)
+class ExitSettings:
+    """What is learned at earlier exits than the last.
+
+    Args:
+        exit_weight: weight of the loss after each iteration before the last.
+        exit_schedule: these iterations count alike (equal), or iteration t as t / T (linear).
+        exit_kd: weight, within that loss, of the divergence from what the last iteration says.
+        gate: train the gate of stop=halt by the loss expected over exits and their entropy (distribution), or, with
+            everything else frozen, by whether each iteration lowered the loss (improvement); none: leave it.
+        gate_beta: strength of the entropy, of the pull to leave everywhere alike.
+    """
+
+    exit_weight: float = 0.0
+    exit_schedule: Literal["equal", "linear"] = "equal"
+    exit_kd: float = 0.0
+    gate: Literal["none", "distribution", "improvement"] = "none"
+    gate_beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        refuse(
+            (min(self.exit_weight, self.exit_kd, self.gate_beta) < 0, "weights of the loss cannot be negative"),
+            (
+                self.exit_weight == 0 and (self.exit_kd > 0 or self.exit_schedule != "equal"),
+                "exit_kd and exit_schedule are for losses at earlier exits: set exit_weight above 0",
+            ),
+            (
+                self.gate != "none" and self.exit_weight > 0,
+                "the gate learns from every exit already: set exit_weight to 0, or gate to none",
+            ),
+        )
+
+    @property
+    def exit_term_weights(self) -> dict[str, float]:
+        """The weight of each term."""
+        return {"exits": self.exit_weight, "gate": float(self.gate != "none")}
+
+    @property
+    def wants_exits(self) -> bool:
+        """Whether training reads earlier exits."""
+        return self.exit_weight > 0 or self.gate != "none"
+
+
+def add_exit_terms(
+    settings: ExitSettings, terms: Terms, batch: Batch, thought: Thought, head: Callable[[Tensor], Tensor]
+) -> None:
+    """Add the terms of a pass whose exits are known.
+
+    The gate's is what turns the loss of the last exit, which is learned anyway, into that of all.
+    """
+    deep = thought.deep[-1]
+    n_columns = batch.ids_BS.shape[1]
+    rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - thought.first_column
+    states = [exit_BLD[rows, at] for exit_BLD in deep.exits]
+    chunk, targets_U = terms.model.loss_chunk, batch.targets_U
+    if settings.exit_weight > 0:
+        last = _last_said(head, states[-1].detach(), chunk) if settings.exit_kd > 0 else None
+        total = states[-1].new_zeros((), dtype=torch.float32)
+        for t, state in enumerate(states[:-1], 1):
+            share = 1.0 if settings.exit_schedule == "equal" else t / len(states)
+            losses_of = partial(_losses_of, Shown(head, state), targets_U, last, settings.exit_kd)
+            total = total + share * by_rows(losses_of, len(targets_U), chunk).sum()
+        terms.add("exits", total, "answer")
+    if settings.gate != "none":
+        losses_TU = torch.stack([token_losses(Shown(head, s), batch.targets_U, chunk) for s in states])
+        logits_TU = torch.stack([gate_BL[rows, at] for gate_BL in deep.gates])
+        if settings.gate == "distribution":
+            total = distribution_loss(losses_TU, logits_TU, settings.gate_beta) - losses_TU[-1].sum()
+        else:
+            total = improvement_loss(losses_TU, logits_TU)
+        terms.add("gate", total, "answer")
+
+
+def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: AtOnce) -> Show:
+    """Return what gives the log-probabilities of the last exit, which learns nothing here; made once if all at once."""
+    show = Shown(lambda states: head(states).float().log_softmax(-1), states_UD)
+    if chunk is not None:
+        return show
+    with torch.no_grad():
+        whole_UV = show(ALL)
+    return lambda part: whole_UV[part]
+
+
+def _losses_of(show: Show, targets_U: Tensor, last: Show | None, kd: float, part: slice) -> Tensor:
+    last_UV = None
+    if last is not None:
+        with torch.no_grad():
+            last_UV = last(part)
+    return exit_losses(show(part).float(), targets_U[part], last_UV, kd)
+
+
+def exit_losses(logits_UV: Tensor, targets_U: Tensor, last_UV: Tensor | None, kd: float) -> Tensor:
+    """Return CE + kd KL(p_T || p_t) of each token (U,); ``last_UV`` are the log-probabilities of the last exit."""
+    losses_U = cross_entropy(logits_UV, targets_U, reduction="none")
+    if last_UV is None:
+        return losses_U
+    return losses_U + kd * kl_div(logits_UV.log_softmax(-1), last_UV, reduction="none", log_target=True).sum(-1)
+
+
+def distribution_loss(losses_TU: Tensor, logits_TU: Tensor, beta: float) -> Tensor:
+    """Return sum_t p_t CE_t + beta KL(p || uniform), summed over tokens."""
+    p_TU = exit_distribution(logits_TU)
+    return (expected_loss(p_TU, losses_TU) + beta * pull(p_TU, "uniform")).sum()
+
+
+def improvement_loss(losses_TU: Tensor, logits_TU: Tensor) -> Tensor:
+    """Return, summed over tokens, the mean over t = 2..T of BCE(1 - lambda_t, w_t), w_t how much iteration t gained."""
+    wanted = gain_targets(losses_TU)
+    return binary_cross_entropy_with_logits(-logits_TU[1:].float(), wanted, reduction="none").mean(0).sum()
