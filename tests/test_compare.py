@@ -10,6 +10,7 @@ from rich.console import Console
 
 from innerloop.bench import latency
 from innerloop.decoder.cost import Cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments import compare
 from innerloop.experiments import jobs as points
@@ -24,7 +25,6 @@ from innerloop.experiments.compare import (
 from innerloop.experiments.summary import standing_table
 from innerloop.measure.accuracy import Prediction
 from innerloop.methods import Cot, NoCot, Pause
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain, Plain
 from innerloop.train.recipe import parse_recipe
 from tests.models import tiny_model

@@ -125,7 +125,7 @@ def test_a_teacher_that_does_not_fit_is_refused(method, changes, fields, words, 
     student = student_of(made(method, **changes), tmp_path, **fields)
     with pytest.raises(InputError, match=words):
         student.loss(MIXED)
-    assert not student._teacher
+    assert not student._frozen
 
 
 def test_a_teacher_reads_running_text_where_the_model_does(tmp_path: Path):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Method, Slr
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 
 FOLDER = Path(__file__).parents[1] / "models" / "smollm2-135m"

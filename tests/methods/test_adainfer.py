@@ -59,7 +59,7 @@ def read(
     """Read whole rows; ``wanted_BS`` says how many sections each token shall run."""
     batch = model.batch(model.rows(examples))
     context = model.new_context(batch, meter)
-    context.wanted_BS = wanted_BS
+    context.depth.wanted_BS = wanted_BS
     with torch.no_grad():
         thought = model.think(batch, context=context)
         model.written_logits(batch, thought)
@@ -70,7 +70,7 @@ def logits_with(model: LatentModel, examples, wanted_BS: Tensor) -> list[Tensor]
     """Return the logits of what is written when tokens leave after known numbers of sections."""
     batch = model.batch(model.rows(examples))
     context = model.new_context(batch)
-    context.wanted_BS = wanted_BS
+    context.depth.wanted_BS = wanted_BS
     with torch.no_grad():
         return list(model.written_logits(batch, model.think(batch, context=context)).split(batch.n_targets))
 
@@ -134,7 +134,7 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
     model = on(base(arch), change(LEAVES, stop_threshold=math.inf))
     ids = random_ids(1, 9) % model.backbone.config.vocab_size
     context = model.new_context(model.batch(model.rows(MIXED[:1])))
-    context.asked_B = None
+    context.depth.asked_B = None
     with torch.no_grad():
         states = context.read(model.backbone.embed(ids))
         theirs = model.backbone.lm(input_ids=ids).logits
@@ -271,8 +271,8 @@ def token_by_token(model: LatentModel, example, wanted_S: Tensor) -> tuple[Tenso
     """Return the states (S, D) of a row that is read in pieces, and the cache."""
     batch = model.batch(model.rows([example]))
     context = model.new_context(batch)
-    context.wanted_BS = wanted_S[None]
-    embeds, n_asked = model.backbone.embed(batch.ids_BS), int(context.asked_B) + 1
+    context.depth.wanted_BS = wanted_S[None]
+    embeds, n_asked = model.backbone.embed(batch.ids_BS), int(context.depth.asked_B) + 1
     with torch.no_grad():
         parts = [context.read(embeds[:, :n_asked])]
         parts += [context.read(embeds[:, i : i + 1]) for i in range(n_asked, embeds.shape[1])]
@@ -358,7 +358,7 @@ def test_flops_of_a_row_are_those_of_what_was_run(policy, arch):
     backbone, meter = model.backbone, Meter(1, model.device)
     _, thought = read(model, MIXED[3:4], meter=meter)
     depths = thought.deep[-1].depths_BL[0]
-    n_asked = int(thought.context.asked_B)
+    n_asked = int(thought.context.depth.asked_B)
     assert len(set(depths[n_asked:].tolist())) > 1
     ends = torch.tensor([0, *EXITS, L])
     sections = torch.bucketize(depths, ends)

@@ -19,7 +19,7 @@ from tests.models import chain_examples, saved, tiny_model
 def converted(original: LatentModel, method: Method) -> LatentModel:
     """Convert a copy of a model."""
     backbone = Backbone(copy.deepcopy(original.backbone.lm))
-    assert method.convert(backbone) is None
+    assert method.convert(backbone, None) is None
     return LatentModel(backbone, original.tokenizer, method).eval()
 
 

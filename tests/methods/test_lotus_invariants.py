@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from innerloop import Chain, Coconut, Slr
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus, SpiralThinker
-from innerloop.model.model import LatentModel
 from innerloop.passes.context import Context
 from innerloop.passes.thought import RegionPass
 from innerloop.text.row import ANSWER_PASS

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from innerloop import InputError
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Codi, Pccot
-from innerloop.model.model import LatentModel
 from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.reference_codi import CodiReference
 from tests.methods.slowly import assert_decodes_as_forced, assert_terms_of_the_reference

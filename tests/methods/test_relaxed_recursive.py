@@ -47,7 +47,7 @@ def source(arch: str = "llama", n_layers: int = 4, **changes) -> LatentModel:
 def converted(original: LatentModel, **fields) -> LatentModel:
     """Convert a copy of a model in memory, as loading it from a folder does."""
     backbone, method = Backbone(copy.deepcopy(original.backbone.lm)), RelaxedRecursive(**fields)
-    start = method.convert(backbone)
+    start = method.convert(backbone, None)
     model = LatentModel(backbone, original.tokenizer, method)
     parts = torch.nn.ModuleDict(model.parts())
     parts.load_state_dict({**parts.state_dict(), **start})

@@ -419,7 +419,7 @@ def test_the_optimizer_is_kept_over_stages_unless_told_otherwise():
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])
 def test_the_teacher_is_followed_by_the_mean_of_the_latents_or_by_the_last(site, scope):
     model = sharp_model(change(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_site=site))
-    model._teacher.append(base("gpt2"))
+    model._frozen["teacher"] = base("gpt2")
     example, total = MIXED[0], []
     with states(model) as seen, torch.no_grad():
         term = model.loss([example]).terms["hid"]
