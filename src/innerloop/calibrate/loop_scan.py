@@ -57,7 +57,7 @@ def use_rule(model: LatentModel, **options: Any) -> None:
 
 def use_method(model: LatentModel, method: Method) -> None:
     """Let a model reason by other settings of its method, of those that have no weights but the stop rule's."""
-    old, new = model.loop.stop, rule_for(method.loop, model.backbone.width)
+    old, new = model.loop.stop, rule_for(method.stop, model.backbone.width)
     if old is not None and new is not None:
         known, wanted = old.state_dict(), new.state_dict()
         fits = {name: value for name, value in known.items() if name in wanted and _fits(name, value, wanted[name])}
@@ -195,7 +195,7 @@ def survey(
     """
     assert isinstance(model.method, StopSettings)
     rule, inside = {**model.method.rule, "stop_threshold": math.inf}, model.depth is not None
-    if model.method.loop.stop == "classifier":  # its features do not depend on when it was asked last
+    if model.method.stop.rule == "classifier":  # its features do not depend on when it was asked last
         rule["check_every"] = 1
     was_training, generator = model.training, torch.Generator().manual_seed(seed)
     model.eval()

@@ -214,7 +214,7 @@ class Tryout:
         depths: list[Answers] = []
         if self.is_inside:
             agrees_TM: Tensor | None = seen.agrees_TM
-        elif self.model.block() is None and self.model.method.loop.stop != "act":
+        elif self.model.block() is None and self.model.method.stop.rule != "act":
             depths = [*self.at_depths(examples, len(seen.scores_TM) - 1), full]
             agrees_TM = torch.stack([at.agrees_M(full) for at in depths])
         else:

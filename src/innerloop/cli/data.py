@@ -23,7 +23,7 @@ def methods() -> None:
     """List the methods: family, paper, stages, what they need."""
     table = Table("method", "family", "what it does", "paper", "stages", "needs")
     for method in METHODS.values():
-        n_stages = method().curriculum.last_stage + 1
+        n_stages = method().last_stage + 1
         table.add_row(method.name, method.family, method.summary, method.paper, str(n_stages), method.needs)
     console.print(table)
 
@@ -71,7 +71,7 @@ def data_show(
         n: how many examples.
     """
     chosen = named(parse_value(method, "--method"), "method", method_named)
-    last = chosen.curriculum.last_stage
+    last = chosen.last_stage
     if n < 1 or (stage is not None and not 0 <= stage <= last):
         raise InputError(f"show at least one example, of a stage from 0 to {last}")
     examples = read_examples(file, limit=None if tokenizer is None else n)

@@ -131,7 +131,7 @@ def eval_(
     chosen = task_given(run, task, data, split)
     examples = chosen.examples(split, limit)
     model = model_given(run, method_given(method), device, dtype, compile)
-    last = model.method.curriculum.last_stage
+    last = model.method.last_stage
     if stage is not None and not 0 <= stage <= last:
         raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
     if stage is None and method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:

@@ -1,90 +1,93 @@
 """Curricula: at stage s the first s reasoning steps have left the text (coconut.md, sections 2 and 5)."""
 
 import hashlib
-from dataclasses import dataclass
 from typing import Literal
 
-from innerloop.errors import InputError, check_choices
+from innerloop.errors import check_choices, refuse
+
+StageUnit = Literal["epoch", "step"]
+StageMix = Literal["none", "uniform", "linear"]
+ResetOptimizer = Literal["stage", "epoch", "never"]
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """When a method's stages 0, 1, ..., last_stage are trained; a schedule of stage 0 alone is none.
+    """When a method's stages 0, 1, ..., the last are trained; a schedule of stage 0 alone is none.
+
+    A method's own schedule is a frozen dataclass whose fields are those of these that the method has.
 
     Args:
         first_stage: the stage that training begins in.
-        stage_length: how long each stage lasts; the last one lasts until training ends.
-        stage_unit: what stage_length counts.
-        stage_mix: draw each example's stage from 0..s uniformly, or with probability proportional to i + 1 (linear).
+        length: how long each stage lasts; the last one lasts until training ends.
+        unit: what length counts.
+        max_stage: the last stage that still removes steps one by one; 0 trains the last stage only.
+        mix: draw each example's stage from 0..s uniformly, or with probability proportional to i + 1 (linear).
         uniform_prob: probability that an example uses a stage drawn uniformly from 0..(its number of steps).
         reset_optimizer: when the optimizer's state is cleared.
     """
 
     first_stage: int = 0
-    stage_length: int = 3
-    stage_unit: Literal["epoch", "step"] = "epoch"
-    stage_mix: Literal["none", "uniform", "linear"] = "none"
+    length: int = 3
+    unit: StageUnit = "epoch"
+    max_stage: int = 0
+    mix: StageMix = "none"
     uniform_prob: float = 0.0
-    reset_optimizer: Literal["stage", "epoch", "never"] = "stage"
+    reset_optimizer: ResetOptimizer = "stage"
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.stage_length < 1:
-            raise InputError("stage_length must be at least 1")
-        if not 0 <= self.first_stage <= self.last_stage:
-            raise InputError(f"first_stage is {self.first_stage}, but the stages run from 0 to {self.last_stage}")
-        if not 0.0 <= self.uniform_prob <= 1.0:
-            raise InputError(f"uniform_prob is {self.uniform_prob}; a probability lies between 0 and 1")
-        if self.last_stage == 0 and (self.stage_mix != "none" or self.uniform_prob > 0):
-            raise InputError("stage_mix and uniform_prob draw from several stages: give the method some (max_stage)")
+        refuse(
+            (self.length < 1, "curriculum.length must be at least 1"),
+            (self.max_stage < 0, "curriculum.max_stage must be at least 0"),
+            (
+                not 0.0 <= self.uniform_prob <= 1.0,
+                f"curriculum.uniform_prob is {self.uniform_prob}; a probability lies between 0 and 1",
+            ),
+        )
 
     @property
     def last_stage(self) -> int:
-        """The stage that training ends in and questions are answered in."""
-        return 0
+        """The stage in which all steps have left the text."""
+        return self.max_stage + 1 if self.max_stage > 0 else 0
 
-    def stage_at(self, step: int, steps_per_epoch: int) -> int:
+    @property
+    def draws(self) -> bool:
+        """Whether examples draw their own stages."""
+        return self.mix != "none" or self.uniform_prob > 0
+
+    def check(self, last_stage: int) -> None:
+        """Refuse stages that do not end in ``last_stage``."""
+        refuse(
+            (
+                not 0 <= self.first_stage <= last_stage,
+                f"curriculum.first_stage is {self.first_stage}, but the stages run from 0 to {last_stage}",
+            ),
+            (
+                last_stage == 0 and self.draws,
+                "curriculum.mix and uniform_prob draw from several stages: give the method some (max_stage)",
+            ),
+        )
+
+    def stage_at(self, step: int, steps_per_epoch: int, last_stage: int) -> int:
         """Return the scheduled stage at an optimizer step (counted from 0)."""
-        done = (step if self.stage_unit == "step" else step // steps_per_epoch) // self.stage_length
-        return min(self.first_stage + done, self.last_stage)
+        done = (step if self.unit == "step" else step // steps_per_epoch) // self.length
+        return min(self.first_stage + done, last_stage)
 
-    def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
+    def stage_of(self, stage: int, n_steps: int, seed: str, last_stage: int) -> int:
         """Draw the stage one example uses when ``stage`` is scheduled; the same ``seed`` draws the same stage."""
-        if self.stage_mix == "none" and self.uniform_prob == 0.0:
+        if not self.draws:
             return stage
         mix, uniform, choice = uniforms(seed)
         if uniform < self.uniform_prob:
-            return min(int(choice * (n_steps + 1)), self.last_stage)
-        if self.stage_mix == "none":
+            return min(int(choice * (n_steps + 1)), last_stage)
+        if self.mix == "none":
             return stage
-        weights = [1 if self.stage_mix == "uniform" else i + 1 for i in range(stage + 1)]
+        weights = [1 if self.mix == "uniform" else i + 1 for i in range(stage + 1)]
         target = mix * sum(weights)
         for drawn, weight in enumerate(weights):
             target -= weight
             if target < 0:
                 return drawn
         return stage
-
-
-@dataclass(frozen=True)
-class Curriculum(Schedule):
-    """Stages 0, 1, ..., max_stage, and the last, in which no step is written.
-
-    Args:
-        max_stage: the last stage that still removes steps one by one; 0 trains the last stage only.
-    """
-
-    max_stage: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_stage < 0:
-            raise InputError("max_stage must be at least 0")
-        super().__post_init__()
-
-    @property
-    def last_stage(self) -> int:
-        """The stage in which all steps have left the text."""
-        return self.max_stage + 1 if self.max_stage > 0 else 0
 
 
 def uniforms(seed: str) -> tuple[float, float, float]:

@@ -1,10 +1,13 @@
-"""What a recipe chooses of the inner loop: stabilisers, low-rank updates by iteration, gradients, solvers."""
+"""How a state is carried from one iteration to the next: stabilisers, low-rank updates by iteration, fixed points.
+
+Each group names all of its options, as constants. A method's own group is a small frozen dataclass on it whose fields are
+those that the method has, so a method says once what it accepts, and the loop reads one and the same thing of all.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from innerloop.config.stopping import StopSettings
-from innerloop.errors import refuse
+from innerloop.errors import check_choices, refuse
 
 ResidualKind = Literal["none", "sum", "A", "B", "C"]
 RescaleKind = Literal["none", "rms", "adapter", "project"]
@@ -14,15 +17,16 @@ NoiseLevel = Literal["none", "injected", "delta"]
 GateShape = Literal["scalar", "channel"]
 GateKind = Literal["softmax", "sigmoid", "attention"]
 AlphaLearn = Literal["fixed", "shared", "per_iter", "free"]
-Solver = Literal["none", "plain", "damped", "anderson"]
-Gradient = Literal["unroll", "implicit", "phantom"]
 BankKind = Literal["none", "per_iter", "shared"]
 Beyond = Literal["clamp", "cycle", "off"]
+Site = Literal["post_norm", "pre_norm"]
+Solver = Literal["none", "plain", "damped", "anderson"]
+Gradient = Literal["unroll", "implicit", "phantom"]
+LoopSampling = Literal["fixed", "uniform", "lognormal_poisson"]
 
 
-@dataclass(frozen=True)
-class LoopSettings(StopSettings):
-    """How a state is carried from one iteration to the next; every looping method has these fields.
+class LoopSettings:
+    """What an iteration does to a state.
 
     Args:
         residual: how an iteration's output is mixed with the initial and the previous state (slr.md, 3.6).
@@ -33,11 +37,10 @@ class LoopSettings(StopSettings):
         gate_kind: residual C: softmax, sigmoid, or attention over the three candidates.
         rescale: leave outputs (none), bring them to the RMS of the embeddings (rms), learn an adapter that does, or
             project them by an MLP with a layer norm (project).
-        adapter_width: inner width of adapter and project; 0: that of the model.
-        adapter_gain: adapter: learn a gain per channel.
-        project_dropout: project: dropout of its input.
-        project_norm: project: end with a layer norm.
-        feedback_scale: factor on the rescaled output before the residual.
+        width: inner width of adapter and project; 0: that of the model.
+        gain: adapter: learn a gain per channel.
+        norm: project: end with a layer norm.
+        scale: factor on the rescaled output before the residual.
         shift: each latent receives what the position before it made, the first what <bot> made (Jacobi form).
         time: timestep embedding: none, a table (lookup), or an MLP on sines (sinusoidal).
         time_inject: add it, concat it and project, or give it a position of its own (token).
@@ -51,14 +54,9 @@ class LoopSettings(StopSettings):
             attention and MLP linears.
         lora_beyond: iterations past max_loops use the last update (clamp), start over (cycle) or none (off).
         bptt: back-propagate through the last so many iterations only, 0 through none; None: all.
-        feedback_site: what an iteration gives back: the state after the final norm, or before it.
+        site: what an iteration gives back: the state after the final norm, or before it.
         detach: cut the gradient from each iteration's input, and from what is fed once more in append, to the output
             that it was.
-        solver: iterate to a fixed point: plain, damped by alpha, or Anderson-accelerated; none: a fixed number.
-        solver_gradient: through all iterations (unroll), by the implicit function theorem, or through one (phantom).
-        solver_tol: relative change at which a fixed point is reached.
-        spectral_weight: weight of the penalty on a loop whose gain exceeds spectral_bound; 0: none.
-        spectral_bound: the largest gain (estimated spectral radius of the loop's Jacobian) that is not penalised.
     """
 
     residual: ResidualKind = "none"
@@ -67,11 +65,10 @@ class LoopSettings(StopSettings):
     gate_shape: GateShape = "scalar"
     gate_kind: GateKind = "softmax"
     rescale: RescaleKind = "none"
-    adapter_width: int = 0
-    adapter_gain: bool = False
-    project_dropout: float = 0.0
-    project_norm: bool = True
-    feedback_scale: float = 1.0
+    width: int = 0
+    gain: bool = False
+    norm: bool = True
+    scale: float = 1.0
     shift: bool = False
     time: TimeKind = "none"
     time_inject: TimeInject = "add"
@@ -84,36 +81,20 @@ class LoopSettings(StopSettings):
     lora_targets: tuple[str, ...] = ()
     lora_beyond: Beyond = "clamp"
     bptt: int | None = None
-    feedback_site: Literal["post_norm", "pre_norm"] = "post_norm"
+    site: Site = "post_norm"
     detach: bool = False
-    solver: Solver = "none"
-    solver_gradient: Gradient = "implicit"
-    solver_tol: float = 1e-3
-    spectral_weight: float = 0.0
-    spectral_bound: float = 0.95
 
     def __post_init__(self) -> None:
-        StopSettings.__post_init__(self)
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        check_choices(self)
+        if self.lora_targets != ():
+            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         refuse(
             (not 0 <= self.alpha <= 1, f"alpha is {self.alpha}, but it is a share: choose a value between 0 and 1"),
-            (
-                min(self.noise, self.spectral_weight, self.spectral_bound) < 0,
-                "noise, spectral_weight and spectral_bound cannot be negative",
-            ),
-            (
-                self.rescale not in ("adapter", "project") and self.adapter_width != 0,
-                "adapter_width is for rescale=adapter or project",
-            ),
-            (self.rescale != "adapter" and self.adapter_gain, "adapter_gain is for rescale=adapter"),
-            (
-                self.rescale != "project" and (self.project_dropout > 0 or not self.project_norm),
-                "project_dropout and project_norm are for rescale=project",
-            ),
-            (
-                self.adapter_width < 0 or not 0 <= self.project_dropout < 1,
-                "adapter_width cannot be negative, and project_dropout is a probability below 1",
-            ),
+            (self.noise < 0, "noise cannot be negative"),
+            (self.rescale not in ("adapter", "project") and self.width != 0, "width is for rescale=adapter or project"),
+            (self.width < 0, "width cannot be negative"),
+            (self.rescale != "adapter" and self.gain, "gain is for rescale=adapter"),
+            (self.rescale != "project" and not self.norm, "norm is for rescale=project"),
             (self.lora_rank < 1, "lora_rank must be at least 1; to do without, set lora to none"),
             (self.bptt is not None and self.bptt < 0, "bptt must be at least 0 iterations, or none for all"),
             (
@@ -130,23 +111,56 @@ class LoopSettings(StopSettings):
             ),
             (self.time_norm and self.time != "sinusoidal", "time_norm is for time=sinusoidal"),
             (
-                self.solver != "none"
-                and (
-                    self.time != "none"
-                    or self.lora == "per_iter"
-                    or self.noise > 0
-                    or self.stop != "none"
-                    or self.alpha_learn in ("per_iter", "free")
-                ),
-                "a solver looks for one fixed point, so iterations must be alike: set time to none, lora to none or "
-                "shared, noise to 0, stop to none and alpha_learn to fixed or shared",
-            ),
-            (
-                self.solver != "none" and (self.bptt is not None or self.detach),
-                "with a solver, solver_gradient says where gradients flow: leave bptt and detach out",
-            ),
-            (
                 self.gate_kind == "attention" and self.gate_shape == "channel",
                 "gate_kind=attention weighs whole candidates: set gate_shape to scalar",
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class FixedPointSettings:
+    """Iterating to a fixed point, and keeping the loop from stretching what it is given.
+
+    Args:
+        solver: iterate to a fixed point: plain, damped by alpha, or Anderson-accelerated; none: a fixed number.
+        gradient: through all iterations (unroll), by the implicit function theorem, or through one (phantom).
+        tol: relative change at which a fixed point is reached.
+        spectral_weight: weight of the penalty on a loop whose gain exceeds spectral_bound; 0: none.
+        spectral_bound: the largest gain (estimated spectral radius of the loop's Jacobian) that is not penalised.
+    """
+
+    solver: Solver = "none"
+    gradient: Gradient = "implicit"
+    tol: float = 1e-3
+    spectral_weight: float = 0.0
+    spectral_bound: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        refuse(
+            (
+                min(self.spectral_weight, self.spectral_bound) < 0,
+                "spectral_weight and spectral_bound cannot be negative",
+            ),
+        )
+
+    def check(self, loop: LoopSettings, stops: bool) -> None:
+        """Refuse a solver for a loop whose iterations are not alike, or that may stop by itself."""
+        refuse(
+            (
+                self.solver != "none"
+                and (
+                    loop.time != "none"
+                    or loop.lora == "per_iter"
+                    or loop.noise > 0
+                    or stops
+                    or loop.alpha_learn in ("per_iter", "free")
+                ),
+                "a solver looks for one fixed point, so iterations must be alike: set loop.time to none, loop.lora to "
+                "none or shared, loop.noise to 0, stop.rule to none and loop.alpha_learn to fixed or shared",
+            ),
+            (
+                self.solver != "none" and (loop.bptt is not None or loop.detach),
+                "with a solver, fixed_point.gradient says where gradients flow: leave loop.bptt and loop.detach out",
             ),
         )

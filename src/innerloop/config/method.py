@@ -1,28 +1,35 @@
-"""What every method is: a layout, loop settings, a curriculum and losses (design: docs/architecture.md).
+"""What every method is: a layout, settings of the loop, a curriculum and losses (design: docs/architecture.md).
 
-A method is a frozen dataclass: its fields are the options of its paper, and its few methods say where states sit in the
-sequence and how often they are refined. The weights it trains live in the model's loop (`InnerLoop`).
+A method is a frozen dataclass: its own fields are the symbols of its paper, and each group of settings that it shares
+with others is one field more, with the method's own defaults. What it does not have stands here, at its neutral value;
+so whoever reads ``method.loop`` or ``method.hid`` need not ask which methods have it. Its few methods say where states
+sit in the sequence and how often they are refined. The weights it trains live in the model's loop (`InnerLoop`).
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Protocol
 
 from innerloop.config.curriculum import Schedule
-from innerloop.config.loop import LoopSettings
-from innerloop.config.losses import AuxSettings, DecoderSettings, KdSettings, LossSettings
-from innerloop.errors import InputError
+from innerloop.config.loop import FixedPointSettings, LoopSettings
+from innerloop.config.losses import (
+    AuxSettings,
+    DecoderSettings,
+    DeepSettings,
+    ExitSettings,
+    HaltSettings,
+    HiddenSettings,
+    KdSettings,
+)
+from innerloop.config.plan import Plan
+from innerloop.config.stopping import StopSettings
+from innerloop.errors import InputError, check_choices, nearest
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, LAT, Block, Piece, Row, ShownBlock
-
-Scope = Literal["slots", "append", "all", "last"]
-FirstState = Literal["embed", "forward"]
-PrefixKV = Literal["base", "per_iter"]
-AnswerContext = Literal["refeed", "kv_last"]
 
 
 class Labeller(Protocol):
@@ -36,69 +43,57 @@ class Labeller(Protocol):
         """Return for each row the logits (n_supervised, V) of its written tokens, without dropout."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to reason. Subclasses are the recipe's ``method: {name: ...}``."""
+class Method(ABC):
+    """A way to reason. Subclasses are the recipe's ``method: {name: ...}``.
+
+    A group may be given as a mapping of what differs from the method's default: ``Slr(loop={"residual": "B"})``.
+    """
 
     name: ClassVar[str]
     family: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[str] = "question, answer"
+    presets: ClassVar[Mapping[str, Method]] = {}
+
+    loop: LoopSettings = LoopSettings()
+    fixed_point: FixedPointSettings = FixedPointSettings()
+    stop: StopSettings = StopSettings()
+    hid: HiddenSettings = HiddenSettings()
+    kd: KdSettings = KdSettings()
+    deep: DeepSettings = DeepSettings()
+    halt: HaltSettings = HaltSettings()
+    aux: AuxSettings = AuxSettings()
+    decoder: DecoderSettings = DecoderSettings()
+    exits: ExitSettings = ExitSettings()
+    curriculum: Schedule = Schedule()
+    answer_weight: float = 1.0
+    step_weight: float = 0.0
+    teacher_weight: float = 0.0
+    teacher_passes: int = 1
+    ponder_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, field.name, _changed(field.default, value, field.name))
+        check_choices(self)
+        for name in ("answer_weight", "step_weight", "teacher_weight", "ponder_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is a weight of the loss, and cannot be negative")
+
+    # Data
 
     @property
     def needs_steps(self) -> bool:
         """Whether training examples must have steps: with a curriculum they must."""
-        return self.curriculum.last_stage > 0
+        return self.last_stage > 0
 
     @property
-    def curriculum(self) -> Schedule:
-        """The schedule over stages; a method without one has a single stage."""
-        return self if isinstance(self, Schedule) else Schedule()
-
-    @property
-    def loop(self) -> LoopSettings:
-        """How states are carried over iterations."""
-        return self if isinstance(self, LoopSettings) else LoopSettings()
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """The tokens that must exist in the vocabulary; generation never writes them."""
-        return ()
-
-    @property
-    def written_markers(self) -> tuple[str, ...]:
-        """The markers that may be written after all."""
-        return ()
-
-    @property
-    def n_ends(self) -> int:
-        """How many end-of-sequence tokens a finished answer has."""
-        return 1
-
-    def block(self, spell: Speller) -> Block | None:
-        """Return the latents that a written token opens, for methods that think between words."""
-        return None
-
-    def shown_blocks(self, row: Row, steps: Sequence[Piece] = ()) -> list[ShownBlock]:
-        """Return where the latents of a row show steps, block by block; ``steps`` are the gold ones, where known."""
-        return []
-
-    @abstractmethod
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
-        """Lay out a training example at a stage of the curriculum."""
-
-    @abstractmethod
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
-        """Lay out a question to be answered: the row of `lay_out` up to the first written token."""
-
-    def rows(self, examples: Sequence[Example], spell: Speller, stage: int | None = None, seed: str = "") -> list[Row]:
-        """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing, none: no draws."""
-        scheduled, rows, method = self.curriculum.last_stage if stage is None else stage, [], self.sampled(seed)
-        for i, example in enumerate(examples):
-            drawn = self.stage_of(scheduled, len(example.steps), f"{seed}/{i}") if seed else scheduled
-            rows.append(method.lay_out(example, spell, drawn))
-        return rows
+    def teacher(self) -> str | None:
+        """Folder of the run whose states, or predictions, are learned; self: the model's own."""
+        return self.hid.teacher
 
     @property
     def labeller_source(self) -> str | None:
@@ -117,9 +112,38 @@ class Method:
         """
         return list(examples)
 
-    def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
-        """Draw the stage one example uses when ``stage`` is scheduled; the same ``seed`` draws the same stage."""
-        return self.curriculum.stage_of(stage, n_steps, seed)
+    # Layout
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The tokens that must exist in the vocabulary; generation never writes them."""
+        return ()
+
+    @property
+    def written_markers(self) -> tuple[str, ...]:
+        """The markers that may be written after all."""
+        return ()
+
+    @property
+    def n_ends(self) -> int:
+        """How many end-of-sequence tokens a finished answer has."""
+        return 1
+
+    @abstractmethod
+    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+        """Lay out a training example at a stage of the curriculum."""
+
+    @abstractmethod
+    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+        """Lay out a question to be answered: the row of `lay_out` up to the first written token."""
+
+    def rows(self, examples: Sequence[Example], spell: Speller, stage: int | None = None, seed: str = "") -> list[Row]:
+        """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing, none: no draws."""
+        scheduled, rows, method = self.last_stage if stage is None else stage, [], self.sampled(seed)
+        for i, example in enumerate(examples):
+            drawn = self.stage_of(scheduled, len(example.steps), f"{seed}/{i}") if seed else scheduled
+            rows.append(method.lay_out(example, spell, drawn))
+        return rows
 
     def longest(self, example: Example, spell: Speller) -> int:
         """Return the number of positions of the longest row that training may make of an example."""
@@ -127,78 +151,46 @@ class Method:
 
     def n_positions(self, row: Row) -> int:
         """Return the most positions that are read at once: by the model, by its teacher, or to tell a step."""
-        return max(row.n_positions, self.auxiliary.n_told_positions(row))
+        return max(row.n_positions, self.aux.n_told_positions(row))
+
+    def block(self, spell: Speller) -> Block | None:
+        """Return the latents that a written token opens, for methods that think between words."""
+        return None
+
+    def shown_blocks(self, row: Row, steps: Sequence[Piece] = ()) -> list[ShownBlock]:
+        """Return where the latents of a row show steps, block by block; ``steps`` are the gold ones, where known."""
+        return []
+
+    # Curriculum
+
+    @property
+    def last_stage(self) -> int:
+        """The stage that training ends in and questions are answered in."""
+        return self.curriculum.last_stage
+
+    def stage_at(self, step: int, steps_per_epoch: int) -> int:
+        """Return the scheduled stage at an optimizer step (counted from 0)."""
+        return self.curriculum.stage_at(step, steps_per_epoch, self.last_stage)
+
+    def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
+        """Draw the stage one example uses when ``stage`` is scheduled; the same ``seed`` draws the same stage."""
+        return self.curriculum.stage_of(stage, n_steps, seed, self.last_stage)
 
     def stages(self) -> Sequence[int]:
         """Return the stages that training may lay out an example at."""
-        plan = self.curriculum
-        draws = plan.stage_mix != "none" or plan.uniform_prob > 0
-        return range(0 if draws else plan.first_stage, plan.last_stage + 1)
+        return range(0 if self.curriculum.draws else self.curriculum.first_stage, self.last_stage + 1)
+
+    # The loop
 
     @property
-    def losses(self) -> LossSettings:
-        """The terms of the loss that look inside the loop."""
-        return self if isinstance(self, LossSettings) else LossSettings()
+    def plan(self) -> Plan:
+        """Where the inner loop works and what the answer sees."""
+        return Plan(is_normed=self.loop.site == "post_norm", detach=self.loop.detach)
 
     @property
-    def answering(self) -> DecoderSettings:
-        """Who answers: the model itself, unless the method says otherwise."""
-        return self if isinstance(self, DecoderSettings) else DecoderSettings()
-
-    @property
-    def auxiliary(self) -> AuxSettings:
-        """Whether latents must tell their steps to an auxiliary decoder."""
-        return self if isinstance(self, AuxSettings) else AuxSettings()
-
-    @property
-    def distilling(self) -> KdSettings:
-        """What is learned of a teacher's predictions."""
-        return self if isinstance(self, KdSettings) else KdSettings()
-
-    @property
-    def thinks_along(self) -> bool:
-        """Whether the teacher thinks in latents along with the model (`distil.py`)."""
-        return False
-
-    def followed(self, n_loops: int, n_taught: int) -> list[int | None]:
-        """Return which of a thinking teacher's iterations, 0-based, each of ``n_loops`` follows; None: none."""
-        return [None] * n_loops
-
-    # Where the inner loop works. A method without latents keeps these.
-    @property
-    def scope(self) -> Scope:
-        """What is refined: all latents (slots), the prompt (all), its end (last), or one latent more (append)."""
-        return "slots"
-
-    @property
-    def first_state(self) -> FirstState:
-        """z_0: the embeddings of the region, or what one more pass makes of them (in append: the state of <bot>)."""
-        return "embed"
-
-    @property
-    def answer_context(self) -> AnswerContext:
-        """What the answer attends to: the final state fed once more, or the cache of the last iteration."""
-        return "refeed"
-
-    @property
-    def prefix_kv(self) -> PrefixKV:
-        """Whether the prefix is read once with the base weights, or in every iteration with that iteration's."""
-        return "base"
-
-    @property
-    def decode_lora(self) -> bool:
-        """Whether the answer is read with the last iteration's weights."""
-        return False
-
-    @property
-    def learns_every_pass(self) -> bool:
-        """Whether what is written is learned from every pass over the latents, not from the last alone."""
-        return False
-
-    @property
-    def soft_thinking(self) -> tuple[float, float]:
-        """How much of a state, and of the words that it shows, is fed back (simcot.md, section 5)."""
-        return 1.0, 0.0
+    def n_iterations(self) -> int:
+        """How many iterations have parts of their own, such as timestep embeddings, in the inner loop."""
+        return self.n_loops(self.last_stage)
 
     @property
     def n_distinct_slots(self) -> int:
@@ -206,9 +198,9 @@ class Method:
         return 0
 
     @property
-    def n_iterations(self) -> int:
-        """How many iterations have parts of their own, such as timestep embeddings, in the inner loop."""
-        return self.n_loops(self.curriculum.last_stage)
+    def soft_thinking(self) -> tuple[float, float]:
+        """How much of a state, and of the words that it shows, is fed back (simcot.md, section 5)."""
+        return 1.0, 0.0
 
     def sampled(self, seed: str) -> Method:
         """Return the method as one training batch uses it: with its number of iterations drawn, if it draws one."""
@@ -220,23 +212,54 @@ class Method:
 
     def with_loops(self, loops: int) -> Method:
         """Return the method for answering with another number of iterations than it was trained with."""
-        if not any(f.name == "max_loops" for f in fields(self)):
+        if not any(f.name == "max_loops" for f in fields(self)):  # type: ignore[arg-type]
             raise InputError(f"'{self.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
-        unused = (
-            {"hid_weight": 0.0, "hid_width": 0} if isinstance(self, LossSettings) else {}
-        )  # what is only trained may refuse so many
-        return replace(self, max_loops=loops, **unused)  # type: ignore[call-arg, arg-type]
+        return replace(self, max_loops=loops)  # type: ignore[type-var]
+
+    # Loss
+
+    @property
+    def learns_every_pass(self) -> bool:
+        """Whether what is written is learned from every pass over the latents, not from the last alone."""
+        return False
+
+    @property
+    def has_latent_teacher(self) -> bool:
+        """Whether the teacher thinks in latents along with the model (`distillation.py`)."""
+        return False
+
+    def followed(self, n_loops: int, n_taught: int) -> list[int | None]:
+        """Return which of a thinking teacher's iterations, 0-based, each of ``n_loops`` follows; None: none."""
+        return [None] * n_loops
 
     @property
     def term_weights(self) -> dict[str, float]:
         """The weight of each term of the loss."""
-        losses = self.losses
-        others = {"aux": self.auxiliary.aux_weight, "gain": self.loop.spectral_weight}
-        others["kd"] = self.distilling.kd_weight
-        return {"answer": losses.answer_weight, **losses.loop_term_weights, **others}
+        return {
+            "answer": self.answer_weight,
+            "step": self.step_weight,
+            "hid": self.hid.weight,
+            "teacher": self.teacher_weight,
+            "deep": self.deep.weight,
+            "halt": self.halt.weight,
+            "ponder": self.ponder_weight,
+            "aux": self.aux.weight,
+            "gain": self.fixed_point.spectral_weight,
+            "kd": self.kd.weight,
+            "exits": self.exits.weight,
+            "gate": float(self.exits.gate != "none"),
+        }
 
 
-@dataclass(frozen=True)
+def _changed(default: Any, changes: Mapping[str, Any], name: str) -> Any:
+    """Return a group with some of its fields changed."""
+    known = [field.name for field in fields(default)]
+    for key in changes:
+        if key not in known:
+            raise InputError(f"{name} has no field '{key}'{nearest(str(key), known)}")
+    return replace(default, **changes)
+
+
 class LatentMethod(Method):
     """A method that thinks in latents between <bot> and <eot>."""
 
@@ -253,9 +276,8 @@ class LatentMethod(Method):
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Return ``[Q][<bot>] | [<lat> x k] | [<eot>][T_s+1]..[T_m][### A][eos]`` (coconut.md, section 2)."""
-        curriculum = self.curriculum
         row = self.prompt(example.question, spell, stage)
-        if stage < curriculum.last_stage:
+        if stage < self.last_stage:
             row.suffix += spell.steps(example, first=stage)
         row.suffix.append(spell.answer(example.answer))
         return row

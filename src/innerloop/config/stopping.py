@@ -1,7 +1,7 @@
 """When a loop ends by itself: the stop rules that there are, and their options."""
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from innerloop.errors import check_choices, refuse
 
@@ -65,113 +65,124 @@ TAPPED: tuple[Feature, ...] = ("attention", "mlp")
 JudgeKind = Literal["logistic", "svm_linear", "svm_rbf"]
 
 
-@dataclass(frozen=True)
+GATED = ("halt", "halt_sample")  # rules whose gate a loss must train
+
+
 class StopSettings:
     """When a row's loop ends by itself, in answering; in training nothing stops.
 
+    A method's own group is a frozen dataclass on this one whose fields are those that the method has.
+
     Args:
-        stop: score that ends a row's loop when answering: none; of states: delta, delta_undamped, cos, absolute,
+        rule: score that ends a row's loop when answering: none; of states: delta, delta_undamped, cos, absolute,
             acceleration; of the words that they show: kl (of the new from the old), kl_reverse (of the old from the
             new), minp_kl, entropy (its change), entropy_level, argmax, top_prob, gap; learned: halt, halt_sample, act,
             mlp_probe, classifier; controls: fixed, random.
-        stop_threshold: kappa; a row stops when its score reaches it. None: the score's usual value.
-        stop_site: scores that look at words look at what the latents show (latents), or at the first token of the
-            answer itself, read by one more pass over <eot> and the answer's mark in every iteration (answer).
-        stop_agg: reduce a score over positions by mean, last or max (the least settled position decides).
+        threshold: kappa; a row stops when its score reaches it. None: the score's usual value.
         min_loops: iterations before a row may stop.
         patience: consecutive checks for which the score must hold.
         check_every: look only after every so many iterations.
-        compare_init: scores of states may stop after the first iteration, by how far it moved the initial state.
-        stop_histogram: random: the shares of rows that stop after 1, 2, ... iterations.
-        stop_seed: of what random and halt_sample draw.
-        stop_decay: the threshold of a probability falls from 0.9 kappa + 0.1 to 0.9 kappa over about so many written
-            tokens (arXiv 2207.07061); 0: it stays.
-        stop_features: classifier: what it looks at: gap, top, block (cosine of successive states), depth (t / T).
-        stop_classifier: classifier: logistic, svm_linear or svm_rbf; `calibrate` fits it.
-        stop_per_step: classifier: one for each iteration, instead of one for all.
-        probe_width: mlp_probe: its inner width; `calibrate` fits it.
+        histogram: random: the shares of rows that stop after 1, 2, ... iterations.
+        site: scores that look at words look at what the latents show (latents), or at the first token of the answer
+            itself, read by one more pass over <eot> and the answer's mark in every iteration (answer).
+        agg: reduce a score over positions by mean, last or max (the least settled position decides).
         act_output: act: the state that is answered from is ACT's weighted mean of all iterations', or the last.
+        compare_init: scores of states may stop after the first iteration, by how far it moved the initial state.
+        decay: the threshold of a probability falls from 0.9 kappa + 0.1 to 0.9 kappa over about so many written tokens
+            (arXiv 2207.07061); 0: it stays.
+        features: classifier: what it looks at: gap, top, block (cosine of successive states), depth (t / T), and where
+            a loop goes through layers their attention and their mlp.
+        classifier: classifier: logistic, svm_linear or svm_rbf; `calibrate` fits it.
+        per_step: classifier: one for each iteration, instead of one for all.
     """
 
     has_taps: ClassVar[bool] = False
+    """Whether the outputs of attention and MLP can be compared."""
+    untrained: ClassVar[tuple[str, ...]] = (*GATED, "act")
+    """Rules that nothing in the method could train or use."""
 
-    stop: StopKind = "none"
-    stop_threshold: float | None = None
-    stop_site: Literal["latents", "answer"] = "latents"
-    stop_agg: Agg = "mean"
+    rule: StopKind = "none"
+    threshold: float | None = None
     min_loops: int = 1
     patience: int = 1
     check_every: int = 1
-    compare_init: bool = True
-    stop_histogram: tuple[float, ...] = ()
-    stop_seed: int = 0
-    stop_decay: int = 0
-    stop_features: tuple[Feature, ...] = ("gap", "top", "depth")
-    stop_classifier: JudgeKind = "logistic"
-    stop_per_step: bool = False
-    probe_width: int = 64
+    histogram: tuple[float, ...] = ()
+    site: Literal["latents", "answer"] = "latents"
+    agg: Agg = "mean"
     act_output: Literal["weighted", "last"] = "weighted"
+    compare_init: bool = True
+    decay: int = 0
+    features: tuple[Feature, ...] = ("gap", "top", "depth")
+    classifier: JudgeKind = "logistic"
+    per_step: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("stop_histogram", "stop_features"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        stop, shares, named = self.stop, self.stop_histogram, self.stop_features
+        for name in ("histogram", "features"):
+            if (value := getattr(self, name)) != getattr(StopSettings, name):
+                object.__setattr__(self, name, tuple(value))
+        rule, shares, named = self.rule, self.histogram, self.features
         known = FEATURES if self.has_taps else tuple(name for name in FEATURES if name not in TAPPED)
-        is_judged = (named, self.stop_classifier, self.stop_per_step) != (
-            StopSettings.stop_features,
-            StopSettings.stop_classifier,
-            StopSettings.stop_per_step,
+        is_judged = (named, self.classifier, self.per_step) != (
+            StopSettings.features,
+            StopSettings.classifier,
+            StopSettings.per_step,
         )
         refuse(
+            (rule in self.untrained, f"stop.rule={rule} needs a loss that this method has not: choose another score"),
             (
-                self.stop_site == "answer" and stop not in READS_OUT,
-                f"stop_site=answer is for the scores that look at words: set stop to {', '.join(READS_OUT)}",
+                self.site == "answer" and rule not in READS_OUT,
+                f"stop.site=answer is for the scores that look at words: set stop.rule to {', '.join(READS_OUT)}",
             ),
-            (min(self.min_loops, self.patience) < 1, "min_loops and patience must be at least 1"),
-            (self.check_every < 1, "check_every must be at least 1"),
+            (min(self.min_loops, self.patience) < 1, "stop.min_loops and stop.patience must be at least 1"),
+            (self.check_every < 1, "stop.check_every must be at least 1"),
             (
-                not self.compare_init and stop not in COMPARES,
-                f"compare_init is for the scores of states: set stop to {', '.join(COMPARES)}",
-            ),
-            (
-                (stop == "random") != bool(shares) or min(shares, default=0) < 0 or (bool(shares) and sum(shares) == 0),
-                "stop=random draws depths from the shares in stop_histogram: give those of 1, 2, ... iterations, and "
-                "leave it out with other scores",
+                not self.compare_init and rule not in COMPARES,
+                f"stop.compare_init is for the scores of states: set stop.rule to {', '.join(COMPARES)}",
             ),
             (
-                self.stop_seed != 0 and stop not in DRAWS,
-                f"stop_seed is for what is drawn: set stop to {' or '.join(DRAWS)}",
+                (rule == "random") != bool(shares) or min(shares, default=0) < 0 or (bool(shares) and sum(shares) == 0),
+                "stop.rule=random draws depths from the shares in stop.histogram: give those of 1, 2, ... iterations, "
+                "and leave it out with other scores",
             ),
             (
-                self.stop_decay < 0 or (self.stop_decay > 0 and stop not in PROBABILITIES),
-                f"stop_decay counts tokens, for scores that are probabilities: set stop to {', '.join(PROBABILITIES)}",
+                self.decay < 0 or (self.decay > 0 and rule not in PROBABILITIES),
+                f"stop.decay counts tokens, for scores that are probabilities: set stop.rule to "
+                f"{', '.join(PROBABILITIES)}",
             ),
             (
                 not named or len(set(named)) < len(named) or not set(named) <= set(known),
-                f"stop_features are some of {', '.join(known)}, each once",
+                f"stop.features are some of {', '.join(known)}, each once",
             ),
             (
-                is_judged and stop != "classifier",
-                "stop_features, stop_classifier and stop_per_step are for stop=classifier",
+                is_judged and rule != "classifier",
+                "stop.features, stop.classifier and stop.per_step are for stop.rule=classifier",
             ),
             (
-                self.probe_width < 1 or (self.probe_width != 64 and stop != "mlp_probe"),
-                "probe_width is for stop=mlp_probe, and at least 1",
+                rule == "act" and (self.min_loops, self.patience, self.check_every) != (1, 1, 1),
+                "act ends when its shares add up: set stop.min_loops, stop.patience and stop.check_every to 1",
             ),
-            (
-                stop == "act" and (self.min_loops, self.patience, self.check_every) != (1, 1, 1),
-                "act ends when its shares add up: set min_loops, patience and check_every to 1",
-            ),
-            (stop != "act" and self.act_output != "weighted", "act_output is for stop=act"),
+            (rule != "act" and self.act_output != "weighted", "stop.act_output is for stop.rule=act"),
         )
 
     @property
-    def threshold(self) -> float:
-        """kappa, of the chosen stop score."""
-        return DEFAULT_THRESHOLDS[self.stop] if self.stop_threshold is None else self.stop_threshold
+    def kappa(self) -> float:
+        """The threshold, of the chosen score."""
+        return DEFAULT_THRESHOLDS[self.rule] if self.threshold is None else self.threshold
 
     @property
-    def rule(self) -> dict[str, Any]:
-        """The fields that say when a loop ends."""
-        return {field.name: getattr(self, field.name) for field in fields(StopSettings)}
+    def stops(self) -> bool:
+        """Whether a row may stop by itself."""
+        return self.rule != "none"
+
+
+@dataclass(frozen=True)
+class CommonStop(StopSettings):
+    """What every method that may stop has."""
+
+    rule: StopKind = "none"
+    threshold: float | None = None
+    min_loops: int = 1
+    patience: int = 1
+    check_every: int = 1
+    histogram: tuple[float, ...] = ()

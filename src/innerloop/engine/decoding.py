@@ -210,8 +210,7 @@ class BlockWriter(Writer):
         model, block, waits_R = self.model, self.block, self.waits_R
         ids = torch.tensor(block.region.ids, device=waits_R.device).expand(len(waits_R), -1)
         mask = waits_R[:, None].long().expand_as(ids)
-        normed = model.method.loop.feedback_site == "post_norm"
-        steps = RegionPass(self.context, mask, model.loop.weights, normed, state_mask=mask)
+        steps = RegionPass(self.context, Region(mask, mask), model.loop.weights, model.method.plan.is_normed)
         n_loops = [block.n_loops if waits else 0 for waits in waits_R.tolist()]
         record = None if self.seats[0].record is None else model.new_trace()
         result = model.loop(steps, self.backbone.embed(ids), n_loops, record, model.read_out)

@@ -41,8 +41,8 @@ SPARED_FROM = 256
 def n_shared(model: LatentCore, rows: Sequence[Row]) -> int:
     """Return how many tokens of their prefixes rows are to share; each keeps one of its own, to go on from."""
     method = model.method
-    reads_once = method.prefix_kv == "base" and method.answering.decoder == "lm_head"
-    if len(rows) < 2 or model.depth is not None or model.loop.edit is not None or not reads_once:
+    reads_once = method.plan.prefix_kv == "base" and method.decoder.kind == "lm_head"
+    if len(rows) < 2 or model.depth is not None or model.loop.hooks or not reads_once:
         return 0
     prefixes = [[i for piece in row.prefix for i in piece.ids] for row in rows]
     first, least = prefixes[0], min(map(len, prefixes)) - 1

@@ -31,7 +31,7 @@ class Ending:
         rule.reset(len(state), hints)
         self.streak_B = torch.zeros(len(state), dtype=torch.long, device=state.device)
         self.shares = self.mixed = self.ponder_B = None
-        if settings.stop == "act":
+        if settings.rule == "act":
             self.shares = ActShares.empty(len(state), state.device)
             never_runs = torch.tensor([n == 0 for n in n_loops], device=state.device)
             self.mixed = state * never_runs[:, None, None]
@@ -63,7 +63,7 @@ class Ending:
         score_B = self.rule.score(now)
         if self.is_due(now.loop):
             written_B = None if hints is None else hints.written_B
-            threshold = decayed(self.settings.threshold, written_B, self.settings.stop_decay)
+            threshold = decayed(self.settings.kappa, written_B, self.settings.stop_decay)
             self.streak_B = torch.where(score_B >= threshold, self.streak_B + 1, 0)
         return score_B
 
@@ -80,7 +80,7 @@ class Ending:
         index = torch.tensor(rows, device=new.device)
         is_last_B = torch.tensor([self.n_loops[row] == loop for row in rows], device=new.device)
         rate_B = self.rule.kept["rate"]
-        share_B, ends_B = self.shares.take(rate_B, loop, self.settings.threshold, is_last_B)
+        share_B, ends_B = self.shares.take(rate_B, loop, self.settings.kappa, is_last_B)
         weight_B = share_B if self.settings.act_output == "weighted" else ends_B
         self.mixed = self.mixed.index_add(0, index, weight_B.to(new.dtype)[:, None, None] * new)
         self.ponder_B = self.ponder_B.index_copy(0, index, self.shares.ponder_B)

@@ -15,6 +15,7 @@ from innerloop.halting.classifier import Judge
 from innerloop.halting.evidence import Hints, Moment, aggregate, masked_mean, neglog
 
 GATES = {"halt": -1.0, "halt_sample": -1.0, "act": 1.0}  # and the bias that each begins with
+PROBE_WIDTH = 64  # inner width of mlp_probe
 UNSURE = -4.0  # bias of a probe that knows nothing: it does not stop
 STATE_FLOPS = 6  # per element of a state, of a score that compares two
 
@@ -36,30 +37,15 @@ class StopRule(nn.Module):
     """Scores the rows of a running loop; remembers what it must about the iterations before.
 
     Args:
-        kind: what is looked at.
+        settings: what is looked at.
         width: the width of the states.
-        agg: how positions are reduced.
-        compare_init: whether the first iteration is compared with what came before it.
-        histogram: random: the shares of depths 1..T.
-        seed: of what is drawn.
-        probe_width: mlp_probe: its inner width.
-        features: classifier: what it looks at.
     """
 
-    def __init__(
-        self,
-        kind: StopKind,
-        width: int,
-        agg: Agg = "mean",
-        compare_init: bool = True,
-        histogram: Sequence[float] = (),
-        seed: int = 0,
-        probe_width: int = 64,
-        features: Sequence[Feature] = WORDS,
-    ):
+    def __init__(self, settings: StopSettings, width: int):
         super().__init__()
-        self.kind, self.agg, self.compare_init = kind, agg, compare_init
-        self.histogram, self.seed, self.width = tuple(histogram), seed, width
+        self.kind, self.agg, self.compare_init = settings.rule, settings.agg, settings.compare_init
+        kind = self.kind
+        self.histogram, self.width = settings.histogram, width
         self.n_drawn = 0
         self.gate = nn.Linear(width, 1) if kind in GATES else None
         if self.gate is not None:
@@ -67,11 +53,11 @@ class StopRule(nn.Module):
             nn.init.constant_(self.gate.bias, GATES[kind])
         self.probe = None
         if kind == "mlp_probe":
-            last = nn.Linear(probe_width, 1)
+            last = nn.Linear(PROBE_WIDTH, 1)
             nn.init.zeros_(last.weight)
             nn.init.constant_(last.bias, UNSURE)
-            self.probe = nn.Sequential(nn.Linear(width, probe_width), nn.GELU(), last)
-        self.judge = Judge(features) if kind == "classifier" else None
+            self.probe = nn.Sequential(nn.Linear(width, PROBE_WIDTH), nn.GELU(), last)
+        self.judge = Judge(settings.features) if kind == "classifier" else None
         self.reset()
 
     @property
@@ -100,9 +86,9 @@ class StopRule(nn.Module):
             places_B = torch.arange(self.n_drawn, self.n_drawn + n_rows)
             self.n_drawn += n_rows
         if self.kind == "random":
-            self.kept["drawn"] = drawn_depths(places_B, self.histogram, self.seed).float()
+            self.kept["drawn"] = drawn_depths(places_B, self.histogram).float()
         else:
-            self.kept["drawn"] = uniform(places_B, self.seed)
+            self.kept["drawn"] = uniform(places_B)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with the rows ``rows`` alone."""
@@ -236,15 +222,4 @@ class StopRule(nn.Module):
 
 def rule_for(settings: StopSettings, width: int) -> StopRule | None:
     """Return the rule of some settings for states of a width; None where nothing stops."""
-    if settings.stop == "none":
-        return None
-    return StopRule(
-        settings.stop,
-        width,
-        settings.stop_agg,
-        settings.compare_init,
-        settings.stop_histogram,
-        settings.stop_seed,
-        settings.probe_width,
-        settings.stop_features,
-    )
+    return StopRule(settings, width) if settings.stops else None

@@ -101,7 +101,7 @@ def names_of_columns(model: LatentModel, question: str, loops: int | None = None
 
     Where each loop reads one latent more, there is one column, in which the line of a loop is the latent of its number.
     """
-    if model.method.scope == "append":
+    if model.method.plan.scope == "append":
         return [LATENT], []
     row = model.prompts([question], loops=loops)[0]
     columns = latent_columns(model, row, loops)

@@ -193,7 +193,7 @@ def steps_shown(model: LatentModel, examples: Sequence[Example], loops: int | No
     """Return what the latents of each example show where they learned to show steps; nothing where they did not."""
     told = [i for i, example in enumerate(examples) if example.steps]
     found: list[list[Shown]] = [[] for _ in examples]
-    if loops is None and model.method.losses.step_weight > 0:
+    if loops is None and model.method.step_weight > 0:
         for i, shown in zip(told, shown_steps(model, [examples[i] for i in told])):
             found[i] = [replace(one, example=0) for one in shown]
     return found
@@ -254,7 +254,7 @@ def _latents(
     assert trace is not None
     columns, notes = latent_columns(model, row, loops), list[str]()
     lines: list[Line] = []
-    if model.method.scope == "append":
+    if model.method.plan.scope == "append":
         read = [cells_of(model.tokenizer, entry)[0] for entry in trace.iterations]
         cells: tuple[Cell | None, ...] = (*read, *[None] * (len(columns) - len(read)))
         lines.append(Line("when read", None, cells[: len(columns)]))

@@ -16,62 +16,27 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import FixedPointSettings, LoopSettings
+from innerloop.config.stopping import StopSettings
 from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.onlooker import Onlooker
 from innerloop.errors import InputError
 from innerloop.halting.controller import Ending
-from innerloop.halting.evidence import Hints, Moment
+from innerloop.halting.evidence import Moment
 from innerloop.halting.rule import rule_for
 from innerloop.loop.fixed_point import jacobian_gain, solve
-from innerloop.loop.hooks import Edit
+from innerloop.loop.hooks import LoopHook, Pass, Probed, Step
 from innerloop.loop.lora import LoopLora
-from innerloop.loop.stabilize import (
-    Rescale,
-    Residual,
-    TimeEmbedding,
-    at_least_fp32,
-)
-from innerloop.loop.trace import Trace
+from innerloop.loop.rows import Rows
+from innerloop.loop.stabilize import Rescale, Residual, TimeEmbedding, at_least_fp32
+from innerloop.loop.trace import Trace, TraceHook
 
-
-class Pass(Protocol):
-    """``f``: one pass of the model over the state."""
-
-    compacts: bool
-    """Whether rows that have ended leave the pass (then `keep_rows` is called), or stay and stand still."""
-
-    state_mask: Tensor | None
-    """1 where a position of the state (A, N) is real; None when all are."""
-
-    before: Tensor | None
-    """The state (A, 1, D) of the position before the region, for loops that shift; None where there is none."""
-
-    hints: Hints | None
-    """What else stop rules may know of the rows; None: nothing."""
-
-    def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
-        """Return u_t (B, N, D) for the input x_t of the 1-based iteration ``loop``.
-
-        Rows that are not active are not read. The first ``n_extra`` inputs are no part of the state and have no output.
-        """
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Go on with the rows ``rows`` (indices into those that ran last); the others have ended."""
-
-    def probe(self) -> Pass:
-        """Return a pass with the same past that may be called over and over and leaves nothing behind."""
-
-    def count(self, flops_B: Tensor) -> None:
-        """Count FLOPs of the rows that ran last, for what looks at their states."""
-
-
-Watch = Callable[[Pass, Moment, "Tensor | None", Callable[[], Tensor]], None]
-"""Told of each iteration: the pass, the moment, the score, and what reads out the outputs (B, N, V)."""
+ReadAnswer = Callable[[Tensor, "Tensor | None"], Tensor]
+NEVER, UNSOLVED = StopSettings(), FixedPointSettings()
 
 
 @dataclass
@@ -99,19 +64,6 @@ class LoopResult:
     ponder_B: Tensor | None = None
 
 
-def _read(read_out: Callable[[Tensor], Tensor] | None, output: Tensor) -> Tensor:
-    assert read_out is not None
-    return read_out(output)
-
-
-def scatter(parts: list[tuple[list[int], Tensor]], like: Tensor) -> Tensor:
-    """Put the rows of several parts in order: (B, ...) for parts that together hold each row at most once."""
-    if len(parts) == 1 and parts[0][0] == list(range(len(like))):
-        return parts[0][1]
-    rows = torch.tensor([row for part, _ in parts for row in part], device=like.device)
-    return like.new_zeros(like.shape).index_copy(0, rows, torch.cat([values for _, values in parts]).to(like.dtype))
-
-
 class SlotOffsets(nn.Module):
     """What distinguishes slots: a row each, added to the embedding of <lat>; zero at the start."""
 
@@ -124,7 +76,7 @@ class SlotOffsets(nn.Module):
         return region_BND + self.table[: region_BND.shape[1]].to(region_BND.dtype)
 
 
-class InnerLoop(nn.Module):
+class InnerLoop(Onlooker):
     """The loop with its trained parts.
 
     Args:
@@ -133,9 +85,13 @@ class InnerLoop(nn.Module):
         max_loops: the number of iterations trained for; sizes what is indexed by iteration.
         tau: the RMS that ``rescale`` brings states to (scalar).
         backbone: whose weights loop-wise LoRA updates.
+        stop: when a row ends by itself.
+        fixed_point: whether a fixed point is looked for, and how far the loop may stretch.
         n_slots: give each of so many slots an embedding of its own; 0: all share that of <lat>.
         soft: (alpha, beta); a state z is fed back as alpha z + beta E^T softmax(W z), a mixture of the words it shows.
     """
+
+    words: Backbone | None
 
     def __init__(
         self,
@@ -144,19 +100,21 @@ class InnerLoop(nn.Module):
         max_loops: int,
         tau: Tensor,
         backbone: Backbone | None = None,
+        stop: StopSettings = NEVER,
+        fixed_point: FixedPointSettings = UNSOLVED,
         n_slots: int = 0,
         soft: tuple[float, float] = (1.0, 0.0),
     ):
         super().__init__()
         if soft[1] > 0 and backbone is None:
             raise InputError("soft thinking needs the words of a backbone")
-        self.soft, self._words = soft, [backbone]  # in a list, so that it is no part of the loop
+        self.soft = soft
+        self.look_at(words=backbone)
         s = self.settings = settings
+        self.stopping, self.fixed_point = stop, fixed_point
         self.max_loops = max_loops
         n = max(max_loops, 1)
-        self.rescale = Rescale(
-            s.rescale, width, tau, s.adapter_width, s.project_dropout, s.adapter_gain, s.project_norm
-        )
+        self.rescale = Rescale(s.rescale, width, tau, s.width, s.gain, s.norm)
         self.residual = Residual(s.residual, s.alpha, s.alpha_learn, s.gate_shape, s.gate_kind, width, n)
         self.time = None
         if s.time != "none" and max_loops > 0:
@@ -167,67 +125,8 @@ class InnerLoop(nn.Module):
             if backbone is None:
                 raise InputError("loop-wise LoRA needs a backbone to update")
             self.lora = LoopLora(backbone, n, s.lora_rank, s.lora_gamma, s.lora, s.lora_targets, s.lora_beyond)
-        self.stop = rule_for(s, width)
-        self.watch: Watch | None = None
-        self.edit: Edit | None = None
-
-    def weights(self, loop: int) -> AbstractContextManager[None]:
-        """Use iteration ``loop``'s weights in a block (0: the base weights)."""
-        return nullcontext() if self.lora is None or loop < 1 else self.lora.at(loop)
-
-    def inject(self, state: Tensor, loop: int, change_B: Tensor | None = None, noisy: bool = True) -> Tensor:
-        """Make iteration ``loop``'s input x_t from the state before it.
-
-        ``change_B`` is the relative change of the state in the iteration before (1 in the first).
-        """
-        s = self.settings
-        if s.detach and loop > 1:
-            state = state.detach()
-        level = None
-        noise = s.noise if self.training and noisy else 0.0
-        if s.noise_level == "injected":
-            level = torch.full((len(state),), noise, device=state.device)
-        elif s.noise_level == "delta":
-            level = torch.ones(len(state), device=state.device) if change_B is None else change_B.detach()
-        inputs = state if self.time is None else self.time(state, loop, level)
-        if noise > 0:
-            n_extra = inputs.shape[1] - state.shape[1]
-            error = noise * self.rescale.tau.to(state.dtype) * torch.randn_like(state)
-            inputs = torch.cat([inputs[:, :n_extra], inputs[:, n_extra:] + error], dim=1)
-        return inputs
-
-    def feed_back(self, output: Tensor, before: Tensor | None) -> Tensor:
-        """Return h' (B, N, D) for an output u; ``before`` (B, 1, D) is the state of the position before the region."""
-        rescaled = self._restate(output)
-        if self.settings.shift:
-            assert before is not None
-            rescaled = torch.cat([self._restate(before), rescaled[:, :-1]], dim=1)
-        return rescaled if self.settings.feedback_scale == 1.0 else self.settings.feedback_scale * rescaled
-
-    def _restate(self, output: Tensor) -> Tensor:
-        """Return rho(u), mixed with the embeddings of the words that it shows if so asked."""
-        state, (alpha, beta), backbone = self.rescale(output), self.soft, self._words[0]
-        if beta == 0 or backbone is None:
-            return state if alpha == 1 else alpha * state
-        shares = at_least_fp32(backbone.head(state)).softmax(-1).to(state.dtype)
-        table = backbone.embed(torch.arange(shares.shape[-1], device=state.device))
-        return alpha * state + beta * (shares @ table.to(state.dtype))
-
-    def step(
-        self,
-        f: Pass,
-        state: Tensor,
-        first: Tensor,
-        loop: int,
-        change_B: Tensor | None = None,
-        active_B: Tensor | None = None,
-        noisy: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run one iteration; return (z_t, h'_t, u_t), each (B, N, D)."""
-        inputs = self.inject(state, loop, change_B, noisy)
-        output = f(inputs, loop, active_B, n_extra=inputs.shape[1] - state.shape[1])
-        rescaled = self.feed_back(output, f.before)
-        return self.residual(rescaled, first, state, loop), rescaled, output
+        self.stop = rule_for(stop, width)
+        self.hooks: tuple[LoopHook, ...] = ()
 
     def forward(
         self,
@@ -236,7 +135,7 @@ class InnerLoop(nn.Module):
         n_loops: Sequence[int],
         trace: Trace | None = None,
         read_out: Callable[[Tensor], Tensor] | None = None,
-        read_answer: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        read_answer: ReadAnswer | None = None,
         n_free: int = 0,
     ) -> LoopResult:
         """Iterate ``f`` from ``state`` z_0 (B, N, D).
@@ -248,112 +147,106 @@ class InnerLoop(nn.Module):
             trace: filled with what happens.
             read_out: maps outputs u to logits; needed by the stop scores that look at words.
             read_answer: maps states z_t, and which rows are active (None: all), to the logits (A, 1, V) of the answer's
-                first token, which scores that look at words then read instead; needed by stop_site=answer.
+                first token, which scores that look at words then read instead; needed by stop.site=answer.
             n_free: so many iterations at first are run without a gradient, and not kept.
         """
-        s, least, limit = self.settings, min(n_loops), max(n_loops)
-        if self.edit is not None:
-            self.edit.enter(f, state, n_loops)
-        if s.solver != "none" and limit > 0:
-            return self._left(self._solve(f, state, n_loops, trace))
-        stops = self.stop is not None and not self.training
-        ending = None
-        if self.stop is not None and (stops or s.stop == "act"):
-            ending = Ending(self.stop, s, state, n_loops, f.hints)
-        going, halted, ran = list(range(len(state))), set[int](), [0] * len(state)
-        whole, first, change_B = state, state, None
-        result = LoopResult(state, state, [], [], ran)
-        ended: list[tuple[list[int], Tensor]] = []
-        for loop in range(1, limit + 1):
-            # Rows that have ended leave, or stand still where the pass cannot spare them.
-            staying = list(range(len(going)))
-            if halted or loop > least:
-                staying = [i for i, row in enumerate(going) if n_loops[row] >= loop and row not in halted]
-            active_B = None
-            if not staying:
-                break
-            if len(staying) < len(going) and f.compacts:
-                leaving = [i for i in range(len(going)) if i not in set(staying)]
-                ended.append(([going[i] for i in leaving], state[leaving]))
-                f.keep_rows(staying)
-                state, first = state[staying], first[staying]
-                change_B = None if change_B is None else change_B[staying]
-                if ending is not None:
-                    ending.keep_rows(staying)
-                going = [going[i] for i in staying]
-            elif len(staying) < len(going):
-                active_B = torch.tensor([i in set(staying) for i in range(len(going))], device=whole.device)
-            for i in staying if active_B is not None else range(len(going)):
-                ran[going[i]] += 1
-
-            cut = [s.bptt is not None and 1 < loop == n_loops[row] - s.bptt + 1 for row in going]  # never z_0
-            previous = state.detach() if all(cut) else state
-            if any(cut) and not all(cut):
-                previous = torch.where(torch.tensor(cut, device=state.device)[:, None, None], state.detach(), state)
-            if self.edit is not None:
-                previous = self.edit.feed(previous, loop, going)
-            learns = torch.is_grad_enabled() and s.bptt != 0 and loop > n_free  # else the cache too is out of reach
-            with torch.set_grad_enabled(learns):
-                new, rescaled, output = self.step(f, previous, first, loop, change_B, active_B)
-            if active_B is not None:
-                new = torch.where(active_B[:, None, None], new, previous)
-            if s.noise_level == "delta":
-                change_B = relative_change(new, previous, f.state_mask)
-            if loop > n_free:
-                result.outputs.append((going, output))
-                result.states.append((going, new))
-            score = None
-            moment = Moment(new, previous, rescaled, None, f.state_mask, loop=loop, limit=limit)
-            if ending is not None and (loop < limit or trace is not None or self.watch is not None or s.stop == "act"):
-                if ending.reads_words(loop) and read_answer is not None:
-                    moment.logits, moment.logits_mask = read_answer(new, active_B), None
-                elif ending.reads_words(loop) and read_out is not None:
-                    moment.logits, moment.logits_mask = read_out(output), f.state_mask
-                score = ending.look(moment, f.hints)
-                ending.mix(new, loop, going)
-                if loop < limit and score is not None:
-                    f.count(ending.flops(moment, active_B))
-                if stops and loop < limit:
-                    halted |= {row for row, is_done in zip(going, ending.done(loop)) if is_done}
-            if self.watch is not None:
-                self.watch(f, moment, score, partial(_read, read_out, output))
-            if trace is not None:
-                kept = [i for i in staying] if active_B is not None else list(range(len(going)))
-                part = slice(None) if active_B is None else kept
-                trace.record(
-                    loop,
-                    [going[i] for i in kept],
-                    output[part],
-                    new[part],
-                    previous[part],
-                    None if score is None else score[part],
-                    None if f.state_mask is None else f.state_mask[part],
-                )
-            state = new
-        result.state = scatter([*ended, (going, state)], whole)
-        result.stopped = [row in halted for row in range(len(whole))]
-        if ending is not None and ending.mixed is not None:
-            result.state, result.ponder_B = ending.mixed, ending.ponder_B
-        if s.bptt == 0:
-            result.state = result.state.detach()
-        if s.spectral_weight > 0 and limit > 0 and self.training:
-            probe, mask = f.probe(), f.state_mask
-
-            def stretch(z: Tensor) -> Tensor:
-                return real(self.step(probe, z, first, limit, change_B, noisy=False)[0], mask)
-
-            result.gain = jacobian_gain(stretch, real(state, mask))
-        return self._left(result)
-
-    def _left(self, result: LoopResult) -> LoopResult:
-        """Return the result with the final state that an edit leaves."""
-        if self.edit is not None:
-            result.state = self.edit.leave(result.state, result.n_loops)
+        hooks = self.hooks if trace is None else (*self.hooks, TraceHook(trace))
+        for hook in hooks:
+            hook.on_start(f, state, n_loops)
+        if self.fixed_point.solver != "none" and max(n_loops) > 0:
+            result = self._solve(f, state, n_loops, hooks)
+        else:
+            result = self._iterate(f, state, n_loops, hooks, Readers(read_out, read_answer), n_free)
+        for hook in hooks:
+            result.state = hook.on_end(result.state, result.n_loops)
         return result
 
-    def _solve(self, f: Pass, state: Tensor, n_loops: Sequence[int], trace: Trace | None) -> LoopResult:
+    def _iterate(
+        self,
+        f: Pass,
+        state: Tensor,
+        n_loops: Sequence[int],
+        hooks: Sequence[LoopHook],
+        readers: Readers,
+        n_free: int,
+    ) -> LoopResult:
+        """Iterate until every row has run its number of times, or stopped."""
+        rows, limit, stop = Rows(f, state, n_loops), max(n_loops), None
+        if self.stop is not None and (not self.training or self.stopping.rule == "act"):
+            stop = Ending(self.stop, self.stopping, state, n_loops, f.hints)
+        result = LoopResult(state, state, [], [], rows.ran)
+        for iteration in range(1, limit + 1):
+            if not rows.advance(iteration, stop):
+                break
+            moment, output = self._advance(f, rows, iteration, n_free, hooks)
+            moment.limit = limit
+            if iteration > n_free:
+                result.outputs.append((rows.going, output))
+                result.states.append((rows.going, moment.state))
+            score = None
+            if stop is not None:
+                score = self._stop(f, rows, stop, moment, partial(readers.show, moment, output, rows.active_B), hooks)
+            ran, part = [rows.going[i] for i in rows.active], slice(None) if rows.active_B is None else rows.active
+            step = Step(f, iteration, ran, part, output, moment, score, partial(readers.words, output))
+            for hook in hooks:
+                hook.on_iteration(step)
+            rows.state = moment.state
+        result.state, result.stopped = rows.final(), [row in rows.halted for row in range(len(state))]
+        if stop is not None and stop.mixed is not None:
+            result.state, result.ponder_B = stop.mixed, stop.ponder_B
+        if self.settings.bptt == 0:
+            result.state = result.state.detach()
+        if self.fixed_point.spectral_weight > 0 and limit > 0 and self.training:
+            result.gain = self._gain(f, rows, limit)
+        return result
+
+    def _advance(
+        self, f: Pass, rows: Rows, iteration: int, n_free: int, hooks: Sequence[LoopHook]
+    ) -> tuple[Moment, Tensor]:
+        """Run one iteration of the rows that are going; return what it made of their states, and u_t."""
+        s = self.settings
+        previous = rows.cut(iteration, s.bptt)
+        for hook in hooks:
+            previous = hook.on_input(previous, iteration, rows.going)
+        learns = torch.is_grad_enabled() and s.bptt != 0 and iteration > n_free  # else the cache too is out of reach
+        with torch.set_grad_enabled(learns):
+            new, rescaled, output = self.step(f, previous, rows.first, iteration, rows.change_B, rows.active_B)
+        if rows.active_B is not None:
+            new = torch.where(rows.active_B[:, None, None], new, previous)
+        if s.noise_level == "delta":
+            rows.change_B = relative_change(new, previous, f.state_mask)
+        return Moment(new, previous, rescaled, None, f.state_mask, loop=iteration), output
+
+    def _stop(
+        self, f: Pass, rows: Rows, stop: Ending, moment: Moment, show: Callable[[], None], hooks: Sequence[LoopHook]
+    ) -> Tensor | None:
+        """Score an iteration and let rows stop; return the scores, None where nobody looks."""
+        is_last = moment.loop == moment.limit
+        if is_last and self.stopping.rule != "act" and not any(hook.wants_scores for hook in hooks):
+            return None
+        if stop.reads_words(moment.loop):
+            show()
+        score = stop.look(moment, f.hints)
+        stop.mix(moment.state, moment.loop, rows.going)
+        if not is_last and score is not None:
+            f.count(stop.flops(moment, rows.active_B))
+        if not is_last and not self.training:
+            rows.halted |= {row for row, is_done in zip(rows.going, stop.done(moment.loop)) if is_done}
+        return score
+
+    def _gain(self, f: Pass, rows: Rows, iteration: int) -> Tensor:
+        """Return the factor by which the last iteration stretches a small change of the state."""
+        assert isinstance(f, Probed)
+        probe, mask = f.probe(), f.state_mask
+
+        def stretch(z: Tensor) -> Tensor:
+            return real(self.step(probe, z, rows.first, iteration, rows.change_B, noisy=False)[0], mask)
+
+        return jacobian_gain(stretch, real(rows.state, mask))
+
+    def _solve(self, f: Pass, state: Tensor, n_loops: Sequence[int], hooks: Sequence[LoopHook]) -> LoopResult:
         """Iterate to a fixed point instead of a fixed number of times; rows that stand still wait for the others."""
-        s, first = self.settings, state
+        s, first = self.fixed_point, state
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def g(z: Tensor) -> Tensor:
@@ -361,18 +254,38 @@ class InnerLoop(nn.Module):
             seen[:] = [(output, new, z)]
             return real(new, f.state_mask)
 
-        def on_iteration(loop: int, active_B: Tensor) -> None:
-            if trace is not None:
-                rows = torch.nonzero(active_B)[:, 0]
-                output, new, old = (part[rows] for part in seen[0])
-                mask = None if f.state_mask is None else f.state_mask[rows]
-                trace.record(loop, rows.tolist(), output, new, old, mask=mask)
+        def on_iteration(iteration: int, active_B: Tensor) -> None:
+            rows = torch.nonzero(active_B)[:, 0].tolist() if hooks else []
+            for hook in hooks:
+                output, new, old = seen[0]
+                moment = Moment(new, old, new, None, f.state_mask, loop=iteration, limit=max(n_loops))
+                hook.on_iteration(Step(f, iteration, rows, rows, output, moment, None, partial(Readers(None, None).words, output)))
 
         start = real(state, f.state_mask)
-        final, ran = solve(g, start, s.solver, n_loops, s.solver_tol, s.solver_gradient, s.alpha, on_iteration)
+        final, ran = solve(g, start, s.solver, n_loops, s.tol, s.gradient, self.settings.alpha, on_iteration)
         gain = jacobian_gain(g, final) if s.spectral_weight > 0 and self.training else None
         rows = list(range(len(state)))
         return LoopResult(final, state, [(rows, seen[0][0])], [(rows, final)], ran, gain)
+
+
+@dataclass
+class Readers:
+    """What reads words off outputs, and off the answer that a state would give."""
+
+    read_out: Callable[[Tensor], Tensor] | None
+    read_answer: ReadAnswer | None
+
+    def words(self, output: Tensor) -> Tensor:
+        """Return the logits (A, N, V) that outputs show."""
+        assert self.read_out is not None
+        return self.read_out(output)
+
+    def show(self, moment: Moment, output: Tensor, active_B: Tensor | None) -> None:
+        """Put the words that a stop rule reads where it looks."""
+        if self.read_answer is not None:
+            moment.logits, moment.logits_mask = self.read_answer(moment.state, active_B), None
+        elif self.read_out is not None:
+            moment.logits, moment.logits_mask = self.read_out(output), moment.mask_BN
 
 
 def real(states: Tensor, mask_BN: Tensor | None) -> Tensor:

@@ -2,9 +2,8 @@
 
 import math
 import random
-from typing import Literal
 
-LoopSampling = Literal["fixed", "uniform", "lognormal_poisson"]
+from innerloop.config.loop import LoopSampling
 
 
 def draw_loops(kind: LoopSampling, n_loops: int, seed: str) -> int:

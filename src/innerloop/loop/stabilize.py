@@ -52,7 +52,6 @@ class Rescale(nn.Module):
         width: D.
         tau: the RMS to reach, that of the embedding table (scalar).
         hidden: the inner width of adapter and project; 0: D.
-        dropout: project: of its input.
         gain: adapter: learn a gain per channel, one at the start.
         norm: project: end with the layer norm.
     """
@@ -65,7 +64,6 @@ class Rescale(nn.Module):
         width: int,
         tau: Tensor,
         hidden: int = 0,
-        dropout: float = 0.0,
         gain: bool = False,
         norm: bool = True,
     ):
@@ -73,7 +71,6 @@ class Rescale(nn.Module):
         self.kind = kind
         self.register_buffer("tau", tau.detach().clone().float())
         self.inner = self.outer = self.norm = self.gain = None
-        self.dropout = nn.Dropout(dropout)
         if kind in ("adapter", "project"):
             has_bias = kind == "project"
             self.inner = nn.Linear(width, hidden or width, bias=has_bias)
@@ -90,7 +87,7 @@ class Rescale(nn.Module):
             return output if self.kind == "none" else to_rms(output, self.tau)
         states = output.to(self.inner.weight.dtype)
         if self.kind == "project":
-            states = self.outer(gelu(self.inner(self.dropout(states))))
+            states = self.outer(gelu(self.inner(states)))
             return (states if self.norm is None else self.norm(states)).to(output.dtype)
         states = to_rms(output + self.outer(silu(self.inner(states))).to(output.dtype), self.tau)
         return states if self.gain is None else states * self.gain.to(states.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.loop.hooks import LoopHook, Step
 from innerloop.loop.stabilize import rms
 from innerloop.text.row import ANSWER_PASS, ShownBlock
 
@@ -172,3 +173,18 @@ class Trace:
             ranks.append(None if rank < 0 else rank)
         text = tokenizer.decode(ids)
         return ShownStep(text.splitlines()[0] if text.strip() else "", tuple(words), tuple(ranks))
+
+
+class TraceHook(LoopHook):
+    """Records what happens in a trace."""
+
+    wants_scores = True
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+
+    def on_iteration(self, step: Step) -> None:
+        """Record an iteration of the rows that ran it."""
+        now, part = step.moment, step.part
+        score, mask = (None if value is None else value[part] for value in (step.score, now.mask_BN))
+        self.trace.record(step.iteration, step.rows, step.output[part], now.state[part], now.previous[part], score, mask)

@@ -295,7 +295,7 @@ def controls(
     """
     if not examples:
         raise InputError("controls need examples to answer")
-    at = model.method.curriculum.last_stage if stage is None else stage
+    at = model.method.last_stage if stage is None else stage
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     left_out = _left_out(model, at)
     trained, loops = (None, []) if "loops" in left_out else _loops(model.method, at)
@@ -439,7 +439,7 @@ def _left_out(model: LatentModel, stage: int) -> dict[str, str]:
     row, reason = model.prompts(["?"], stage)[0], None
     if model.block() is not None:
         reason = "latents are opened while answering, and the text between them has read them"
-    elif method.answering.decoder != "lm_head":
+    elif method.decoder.kind != "lm_head":
         reason = "a decoder of its own answers, which attends to nothing that could be hidden"
     elif not row.suffix:
         reason = "the answer is predicted from the last latent itself"

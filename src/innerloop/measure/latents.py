@@ -144,15 +144,15 @@ def seen_in_words(method: Method, stage: int) -> str:
     """Say through what the answer sees the latents."""
     if not _loops(method, stage):
         return "the embeddings of the latents, which nothing refines"
-    if method.scope == "append":
+    if method.plan.scope == "append":
         return "every latent as it is appended"
-    if method.answer_context == "kv_last":
+    if method.plan.answer_context == "kv_last":
         return "the state that the last iteration is fed"
     return "the final state, which is fed once more"
 
 
 def _loops(method: Method, stage: int) -> bool:
-    return method.n_loops(stage) > 0 or method.first_state == "forward" or method.answering.decoder != "lm_head"
+    return method.n_loops(stage) > 0 or method.plan.first_state == "forward" or method.decoder.kind != "lm_head"
 
 
 def unseen(model: LatentModel, stage: int | None = None) -> str | None:
@@ -162,9 +162,9 @@ def unseen(model: LatentModel, stage: int | None = None) -> str | None:
         return f"'{method.name}' thinks inside its tokens and has no latents that could be taken away."
     if not row.region and model.block() is None:
         return f"'{method.name}' has no latents between the question and the answer here."
-    if method.scope == "all":
+    if method.plan.scope == "all":
         return f"'{method.name}' refines the question itself here: without it there is nothing to answer."
-    if method.loop.stop != "none" and method.answer_context == "kv_last" and method.scope != "append":
+    if method.stop.rule != "none" and method.plan.answer_context == "kv_last" and method.plan.scope != "append":
         return (
             "the answer sees the last iteration, and which that is, is known only once it is over: "
             "set stop to none to see what replacing its latents does."
@@ -174,9 +174,9 @@ def unseen(model: LatentModel, stage: int | None = None) -> str | None:
 
 def only_seen(method: Method, stage: int, block: Fed) -> Fed:
     """Return of everything that was fed what the answer sees."""
-    if method.scope == "append":
-        return block if method.answer_context == "refeed" else Fed(block.fed, None)
-    if method.answer_context == "refeed" or not block.fed:
+    if method.plan.scope == "append":
+        return block if method.plan.answer_context == "refeed" else Fed(block.fed, None)
+    if method.plan.answer_context == "refeed" or not block.fed:
         return Fed((None,) * len(block.fed), block.left)
     return Fed((*[None] * (len(block.fed) - 1), block.fed[-1]), None)
 
@@ -361,7 +361,7 @@ def record(
                     then(thought)
     model.train(was_training)
     whole = Record(recorder.blocks, keys_of(rows))
-    return whole if everything else whole.seen(method, method.curriculum.last_stage if stage is None else stage)
+    return whole if everything else whole.seen(method, method.last_stage if stage is None else stage)
 
 
 def answer(

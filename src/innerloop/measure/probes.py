@@ -122,7 +122,7 @@ def probes(
     parts = Parts() if parts is None else parts
 
     row = model.prompts(["?"], stage)[0]
-    n_loops, n_last = row.n_loops, 1 if model.method.scope == "append" else sum(len(p.ids) for p in row.region)
+    n_loops, n_last = row.n_loops, 1 if model.method.plan.scope == "append" else sum(len(p.ids) for p in row.region)
 
     @cache
     def states() -> Cells:
@@ -241,8 +241,8 @@ def _cells(model: LatentModel, sides: Sequence[Record]) -> Cells:
         raise InputError(f"{n} examples open no block of latents while they are answered, so there is none to probe")
     path = [[[*side.blocks[key][0].fed, side.blocks[key][0].left] for key in side.keys] for side in sides]
     n_loops = min(len(states) for side in path for states in side) - 1
-    appends = method.scope == "append"
-    first = 0 if method.first_state == "forward" or n_loops == 0 else 1
+    appends = method.plan.scope == "append"
+    first = 0 if method.plan.first_state == "forward" or n_loops == 0 else 1
     cells: Cells = {}
     for t in range(first, n_loops + 1):
         stacked = [np.stack([states[t].float().numpy() for states in side]) for side in path]  # type: ignore[union-attr]
@@ -254,7 +254,7 @@ def _cells(model: LatentModel, sides: Sequence[Record]) -> Cells:
 def _answer_pass(model: LatentModel) -> bool:
     """Tell whether the final latents are read once more, in the pass that the answer sees."""
     method = model.method
-    return model.block() is None and method.answer_context == "refeed" and method.answering.decoder == "lm_head"
+    return model.block() is None and method.plan.answer_context == "refeed" and method.decoder.kind == "lm_head"
 
 
 @torch.no_grad()
@@ -268,5 +268,5 @@ def _answer_cells(model: LatentModel, n: int, n_loops: int, read: Sequence[Seque
     """Return for each latent what it becomes in the answer's pass, from what was read of both sides."""
     train, test = (np.concatenate(side) for side in read)
     t = n_loops + 1
-    latents = [(t, 0)] if model.method.scope == "append" else [(j, j) for j in evenly(n)]
+    latents = [(t, 0)] if model.method.plan.scope == "append" else [(j, j) for j in evenly(n)]
     return {(t, name): (train[:, j], test[:, j]) for name, j in latents}

@@ -44,7 +44,7 @@ def shown_steps(
 
     The method must supervise read-outs (``step_weight`` above 0), so that it says which latent shows what.
     """
-    if model.method.losses.step_weight == 0:
+    if model.method.step_weight == 0:
         raise InputError(f"'{model.method.name}' expects no steps of its latents here: set step_weight above 0")
     was_training = model.training
     model.eval()

@@ -357,7 +357,7 @@ def stability(
     starts = [0, n_jacobians] if 0 < n_jacobians < len(rows) else [0]
     measures: dict[int, dict[str, list[Tensor]]] = {}
     states: dict[int, list[Tensor]] = {}
-    rule = ruled_by(model) if isinstance(method, StopSettings) and method.loop.stop != "none" else nullcontext()
+    rule = ruled_by(model) if isinstance(method, StopSettings) and method.stop.rule != "none" else nullcontext()
     dtype = model.backbone.embed(torch.zeros(1, 1, dtype=torch.long, device=model.device)).dtype
 
     def read_out(outputs: Tensor) -> Tensor:
@@ -371,17 +371,17 @@ def stability(
                 def run(batch: Batch = batch) -> tuple[LoopResult, Tensor | None]:
                     thought = model.think(batch)
                     assert thought.loop is not None
-                    return thought.loop, None if method.scope == "append" else thought.state_mask
+                    return thought.loop, None if method.plan.scope == "append" else thought.state_mask
 
                 found, path = watch_loop(run, model.loop, read_out, radius=begin < n_jacobians)
                 for t, entry in enumerate(found, 1):
                     for name, value in entry.items():
                         measures.setdefault(t, {}).setdefault(name, []).append(value.cpu())
-                    states.setdefault(t, []).append(_latents(path[t - 1], batch, method.scope == "all").cpu())
+                    states.setdefault(t, []).append(_latents(path[t - 1], batch, method.plan.scope == "all").cpu())
                 if progress is not None:
                     progress(len(batch))
     model.train(was_training)
-    return _gathered(model, measures, states, method.scope == "append")
+    return _gathered(model, measures, states, method.plan.scope == "append")
 
 
 def has_loop(model: LatentModel) -> bool:

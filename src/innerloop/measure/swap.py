@@ -89,7 +89,7 @@ def swaps(
     if (why := unseen(model, stage)) is not None:
         raise InputError(f"there are no latents to swap: {why}")
     method = model.method
-    at = method.curriculum.last_stage if stage is None else stage
+    at = method.last_stage if stage is None else stage
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     if unedited is None:
         unedited = evaluate(model, task, examples, **options)
@@ -107,8 +107,8 @@ def swaps(
     wanted: dict[str, tuple[int | Literal["all"], int | None]] = {"swap all, and chance": ("all", None)}
     if n_latents > 1:
         wanted |= {f"swap latent {j}, and chance": (j, None) for j in evenly(n_latents)}
-    if method.scope != "append":
-        last = method.n_loops(at) - (method.answer_context == "kv_last")
+    if method.plan.scope != "append":
+        last = method.n_loops(at) - (method.plan.answer_context == "kv_last")
         wanted |= {f"swap after loop {t}, and chance": ("all", t) for t in range(1, last)}
     if planned is not None:
         planned(len(parts.missing(list(wanted))) * len(examples))

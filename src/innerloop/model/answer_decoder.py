@@ -30,7 +30,7 @@ class AnswerDecoder(nn.Module):
 
     def __init__(self, settings: DecoderSettings, backbone: Backbone):
         super().__init__()
-        self.reads, width = settings.decoder_reads, backbone.width
+        self.reads, width = settings.reads, backbone.width
         layer = nn.TransformerDecoderLayer(
             width,
             backbone.config.num_attention_heads,
@@ -40,10 +40,10 @@ class AnswerDecoder(nn.Module):
             batch_first=True,
             norm_first=True,
         )
-        self.layers = nn.TransformerDecoder(layer, settings.decoder_layers, norm=nn.LayerNorm(width))
+        self.layers = nn.TransformerDecoder(layer, settings.layers, norm=nn.LayerNorm(width))
         self.memory_norm = nn.LayerNorm(width)
         self.table = self.head = None
-        if settings.decoder_table == "own":
+        if settings.table == "own":
             self.table = nn.Embedding(backbone.config.vocab_size, width)
             self.head = nn.Linear(width, backbone.config.vocab_size, bias=False)
 
@@ -95,7 +95,7 @@ class Classifier(nn.Module):
 
 def decoder_for(settings: DecoderSettings, backbone: Backbone) -> AnswerDecoder | Classifier | None:
     """Return what answers besides the model, if anything does."""
-    match settings.decoder:
+    match settings.kind:
         case "separate":
             return AnswerDecoder(settings, backbone)
         case "linear":

@@ -64,7 +64,7 @@ def latent_teacher_terms(inputs: LossInputs, student: Student, teacher: Teacher,
     """
     batch, loop = inputs.batch, inputs.thought.loop
     terms, weights = PassTerms(), student.method.term_weights
-    n_loops = teacher.method.n_loops(teacher.method.curriculum.last_stage)
+    n_loops = teacher.method.n_loops(teacher.method.last_stage)
     read = replace(batch, n_loops=[n_loops] * len(batch), readouts=[], told=[], follows=[])
     with torch.no_grad():
         taught = teacher.think(read)
@@ -79,7 +79,7 @@ def latent_teacher_terms(inputs: LossInputs, student: Student, teacher: Teacher,
         def losses_of(part: slice) -> Tensor:
             with torch.no_grad():
                 wanted = shown(part)
-            return divergence(wanted, own(part), student.method.distilling.kd_temperature)
+            return divergence(wanted, own(part), student.method.kd.temperature)
 
         terms["kd"] = by_rows(losses_of, len(batch.targets_U), inputs.chunk).sum(), "answer"
     return terms
@@ -95,7 +95,7 @@ def state_distance(
     """
     batch, thought = inputs.batch, inputs.thought
     assert thought.loop is not None
-    loop, kind = thought.loop, method.losses.hid_distance
+    loop, kind = thought.loop, method.hid.distance
     mask_BN = taught_TBND.new_ones(taught_TBND.shape[1:3]) if thought.state_mask is None else thought.state_mask
     spread, one = taught_TBND[:, mask_BN.bool()].float().std().clamp(min=1e-6), taught_TBND.new_ones(())
     pairs = [method.followed(n, len(taught_TBND)) for n in batch.n_loops]
@@ -127,7 +127,7 @@ def check_teacher(model: Student, teacher: Teacher, folder: str) -> None:
         InputError: which of these it is, and how to mend it.
     """
     theirs, ours = teacher.method, model.method
-    width, hid = ours.losses.hid_width or model.backbone.width, ours.term_weights["hid"] > 0
+    width, hid = ours.hid.width or model.backbone.width, ours.term_weights["hid"] > 0
     refuse(
         (
             teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab(),
@@ -140,17 +140,17 @@ def check_teacher(model: Student, teacher: Teacher, folder: str) -> None:
             "latents are no pairs: set loop_scope and n_slots as that run has them, or teacher_thinks to steps",
         ),
         (
-            hid and theirs.n_loops(theirs.curriculum.last_stage) == 0,
-            f"the teacher in {folder} does not loop, so there are no states to follow: set hid_weight to 0",
+            hid and theirs.n_loops(theirs.last_stage) == 0,
+            f"the teacher in {folder} does not loop, so there are no states to follow: set hid.weight to 0",
         ),
         (
             hid and teacher.backbone.width != width,
             f"the teacher in {folder} has states of width {teacher.backbone.width}, this model follows with {width}: "
-            f"set hid_width to {teacher.backbone.width}",
+            f"set hid.width to {teacher.backbone.width}",
         ),
         (
             ours.term_weights["kd"] > 0 and isinstance(teacher.decoder, Classifier),
-            f"the teacher in {folder} chooses among classes, and predicts no tokens: set kd_weight to 0",
+            f"the teacher in {folder} chooses among classes, and predicts no tokens: set kd.weight to 0",
         ),
     )
 
@@ -158,4 +158,4 @@ def check_teacher(model: Student, teacher: Teacher, folder: str) -> None:
 def _layout(model: Student) -> Any:
     """Return how a question is laid out: where the loop works, and the tokens of each segment."""
     (row,) = model.prompts(["?"])
-    return model.method.scope, [[piece.ids for piece in part] for part in (row.prefix, row.region, row.suffix)]
+    return model.method.plan.scope, [[piece.ids for piece in part] for part in (row.prefix, row.region, row.suffix)]

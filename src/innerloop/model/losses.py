@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
-from innerloop.config.losses import LossSettings
+from innerloop.config.losses import HaltSettings, HiddenSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.token_losses import ALL, AtOnce, Show, summed_loss, token_losses
 from innerloop.halting.evidence import masked_mean
@@ -122,7 +122,7 @@ def read_teacher(backbone: Backbone, taught: Batch, learns: bool, passes: int, c
 
 
 def follow_loss(
-    inputs: LossInputs, targets: tuple[Tensor, ...], settings: LossSettings, projection: nn.Linear | None = None
+    inputs: LossInputs, targets: tuple[Tensor, ...], settings: HiddenSettings, projection: nn.Linear | None = None
 ) -> Tensor:
     """Return the summed, weighted distance of followed states to the teacher's (slr.md, L_hid; codi.md, L_KD).
 
@@ -130,7 +130,7 @@ def follow_loss(
     layer's targets in the batch, all segments and passes of it, each counted once.
     """
     batch = inputs.batch
-    first = {"last": len(targets) - 1, "all": 1, "all+emb": 0}[settings.hid_layers]
+    first = {"last": len(targets) - 1, "all": 1, "all+emb": 0}[settings.layers]
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
     for layer in range(first, len(targets)):
         flat = targets[layer].flatten(0, 1)
@@ -140,7 +140,7 @@ def follow_loss(
             student = _following(inputs, sites, layer - len(targets))
             if projection is not None:
                 student = projection(student.to(projection.weight.dtype))
-            distances = distance(student.float(), target, settings.hid_distance, spread)
+            distances = distance(student.float(), target, settings.distance, spread)
             total = total + (sites.weights_F * distances).sum() / (len(targets) - first)
     return total
 
@@ -210,7 +210,7 @@ def _iterations(like_TB: Tensor, n_loops: list[int]) -> tuple[Tensor, Tensor]:
     return t, (t <= torch.tensor(n_loops, device=like_TB.device)).float()
 
 
-def halting_loss(inputs: LossInputs, losses_TB: Tensor, settings: LossSettings, stop: StopRule) -> Tensor:
+def halting_loss(inputs: LossInputs, losses_TB: Tensor, settings: HaltSettings, stop: StopRule) -> Tensor:
     """Return, summed over rows, sum_t p_t L_t + beta KL(p || prior), L_t a mean over tokens."""
     batch, thought = inputs.batch, inputs.thought
     assert thought.loop is not None
@@ -219,5 +219,5 @@ def halting_loss(inputs: LossInputs, losses_TB: Tensor, settings: LossSettings, 
     logits = torch.stack([stop.halting_logit(state, thought.state_mask) for state in states])
     p = exit_distribution(logits, batch.n_loops)
     n_targets = torch.tensor(batch.n_targets, device=p.device).clamp(min=1)
-    divergence = pull(p, settings.halt_pull, settings.halt_prior, batch.n_loops)
-    return (expected_loss(p, losses_TB / n_targets) + settings.halt_beta * divergence).sum()
+    divergence = pull(p, settings.pull, settings.prior, batch.n_loops)
+    return (expected_loss(p, losses_TB / n_targets) + settings.beta * divergence).sum()

@@ -83,37 +83,25 @@ class LatentCore(nn.Module):
         self.tokenizer = tokenizer
         self.method = method
         self.spell = Speller(tokenizer)
-        if method.loop.shift and (method.scope != "slots" or method.prefix_kv == "per_iter"):
-            raise InputError(
-                f"shift is for latents side by side, which '{method.name}' has not here: set shift to false"
-            )
-        if method.loop.time_inject == "token" and method.scope == "append":
-            raise InputError(
-                f"time_inject=token is for latents side by side, which '{method.name}' has not here: set it to add"
-            )
-        if method.loop.stop_decay > 0 and method.family != "depth":
-            raise InputError(f"stop_decay is for loops inside tokens, which '{method.name}' has not: set it to 0")
-        if (method.loop.stop, method.loop.act_output, method.answer_context) == ("act", "weighted", "kv_last"):
-            raise InputError("the answer sees the last iteration's cache, not ACT's mean: set act_output to last")
         add_markers(backbone, tokenizer, method.markers)
-        aux = method.auxiliary
+        aux = method.aux
         self.step_decoder = None
-        if aux.aux_weight > 0:
+        if aux.weight > 0:
             dtype = backbone.lm.dtype
-            other = None if aux.aux_source is None else loading.load_decoder(aux.aux_source, tokenizer, dtype)
+            other = None if aux.source is None else loading.load_decoder(aux.source, tokenizer, dtype)
             self.step_decoder = StepDecoder(aux, backbone, other).to(backbone.device)
-        max_loops = method.n_iterations
-        tau, n_slots, soft = backbone.embed_rms(), method.n_distinct_slots, method.soft_thinking
-        loop = InnerLoop(method.loop, backbone.width, max_loops, tau, backbone, n_slots, soft)
-        self.loop = loop.to(backbone.device)
+        options: dict[str, Any] = {"stop": method.stop, "fixed_point": method.fixed_point}
+        options |= {"n_slots": method.n_distinct_slots, "soft": method.soft_thinking}
+        tau, n_loops = backbone.embed_rms(), method.n_iterations
+        self.loop = InnerLoop(method.loop, backbone.width, n_loops, tau, backbone, **options).to(backbone.device)
         depth = method.make_depth(backbone, self.loop) if isinstance(method, DepthMethod) else None
         self.depth = None if depth is None else depth.to(backbone.device)
-        width = method.losses.hid_width
+        width = method.hid.width
         self.follower = nn.Linear(backbone.width, width, bias=False).to(backbone.device) if width else None
-        decoder = decoder_for(method.answering, backbone)
+        decoder = decoder_for(method.decoder, backbone)
         self.decoder = None if decoder is None else decoder.to(backbone.device)
         for part in self.children():
-            if aux.aux_trains == ("base" if part is self.step_decoder else "decoder"):
+            if aux.trains == ("base" if part is self.step_decoder else "decoder"):
                 part.requires_grad_(False)
         self._frozen: dict[str, LatentCore] = {}  # in a dictionary, so that they are no part of this model
         self.reference = None if method.reference_source is None else FrozenReference(self._load_reference)
@@ -138,7 +126,7 @@ class LatentCore(nn.Module):
     def prompts(self, questions: Sequence[str], stage: int | None = None, loops: int | None = None) -> list[Row]:
         """Lay out questions to be answered at a stage (None: the last), with another number of loops than trained."""
         method = self._looping(loops)
-        stage = method.curriculum.last_stage if stage is None else stage
+        stage = method.last_stage if stage is None else stage
         return [method.prompt(question, self.spell, stage) for question in questions]
 
     def block(self, loops: int | None = None) -> Block | None:
@@ -195,7 +183,7 @@ class LatentCore(nn.Module):
                 terms.add("answer", every_pass_loss(inputs, total) if self.method.learns_every_pass else total)
             taught = self._teacher_states(link, terms) or taught
             self._add_loop_terms(terms, inputs, taught)
-            if self.method.thinks_along:
+            if self.method.has_latent_teacher:
                 terms.add_all(latent_teacher_terms(inputs, self, self.load_teacher(), show))
             if self.depth is not None:
                 terms.add_all(self.depth.loss_terms(inputs))
@@ -211,41 +199,41 @@ class LatentCore(nn.Module):
 
     def _teacher_states(self, batch: Batch, terms: Terms) -> tuple[Tensor, ...]:
         """Return the teacher's states after every layer (B, S, D), and add what it lost if it is this model."""
-        losses, weights = self.method.losses, self.method.term_weights
+        method, weights = self.method, self.method.term_weights
         if batch.taught is not None:
             return tuple(batch.taught[:, None])
         if batch.teacher is None or not (terms.counts["hid"] or weights.get("teacher")):
             return ()
-        is_own = losses.teacher == "self"
-        learns = is_own and losses.teacher_weight > 0
+        is_own = method.teacher == "self"
+        learns = is_own and method.teacher_weight > 0
         backbone = self.backbone if is_own else self.teacher
-        read = read_teacher(backbone, batch.teacher, learns, losses.teacher_passes, self.loss_chunk)
+        read = read_teacher(backbone, batch.teacher, learns, method.teacher_passes, self.loss_chunk)
         if read.loss is not None:
             terms.add("teacher", read.loss)
         return read.layers
 
     def _add_loop_terms(self, terms: Terms, inputs: LossInputs, states: tuple[Tensor, ...]) -> None:
         """Add the terms that look inside the loop and that the method gives a weight."""
-        link, loop, losses, weights = inputs.batch, inputs.thought.loop, self.method.losses, self.method.term_weights
+        link, loop, method = inputs.batch, inputs.thought.loop, self.method
         if link.readouts:
             terms.add("step", step_loss(inputs))
         if link.follows:
-            terms.add("hid", follow_loss(inputs, states, losses, self.follower))
+            terms.add("hid", follow_loss(inputs, states, method.hid, self.follower))
         if link.told and self.step_decoder is not None:
             told = told_loss(inputs, self.step_decoder, self.loop, counts_K3=terms.counts.get("told"))
             terms.add_mean("aux", told)
         if loop is None:
             return
-        if self.training and (weights.get("deep") or weights.get("halt")):
+        if self.training and method.deep.weight + method.halt.weight > 0:
             losses_TB = answer_losses(inputs)
-            if weights.get("deep"):
-                terms.add("deep", deep_loss(losses_TB, losses.deep_schedule, link.n_loops), "answer")
-            if weights.get("halt") and self.loop.stop is not None:
-                terms.add("halt", halting_loss(inputs, losses_TB, losses, self.loop.stop), "rows")
-        if loop.ponder_B is not None and self.training and weights.get("ponder"):
+            if method.deep.weight > 0:
+                terms.add("deep", deep_loss(losses_TB, method.deep.schedule, link.n_loops), "answer")
+            if method.halt.weight > 0 and self.loop.stop is not None:
+                terms.add("halt", halting_loss(inputs, losses_TB, method.halt, self.loop.stop), "rows")
+        if loop.ponder_B is not None and self.training and method.ponder_weight > 0:
             terms.add("ponder", loop.ponder_B.sum(), "rows")
         if loop.gain is not None:
-            bound = self.method.loop.spectral_bound
+            bound = method.fixed_point.spectral_bound
             terms.add("gain", len(link) * (loop.gain - bound).clamp(min=0).square(), "rows")
 
     def loss(self, examples: Sequence[Example], stage: int | None = None, trace: bool = False) -> Output:
@@ -287,7 +275,7 @@ class LatentCore(nn.Module):
             context.depth.trace = trace
         follows = any(sites.loop != ANSWER_PASS for sites in batch.follows)
         stem = self.spell.stem()
-        return think(self.method, self.loop, batch, context, trace, self.read_out, all_states=follows, stem=stem)
+        return think(self.method.plan, self.loop, batch, context, trace, self.read_out, all_states=follows, stem=stem)
 
     def new_context(self, batch: Batch, meter: Meter | None = None, checkpoint_passes: bool = False) -> Context:
         """Return the context of a batch that has read nothing."""
@@ -340,7 +328,7 @@ class LatentCore(nn.Module):
 
     def head_input(self, outputs: Tensor) -> Tensor:
         """Return the input of the head (..., D) that loop outputs are: the state after the final norm."""
-        return outputs if self.method.loop.feedback_site == "post_norm" else self.backbone.norm(outputs)
+        return outputs if self.method.plan.is_normed else self.backbone.norm(outputs)
 
     def read_out(self, outputs: Tensor) -> Tensor:
         """Return the logits (..., V) that loop outputs show through the final norm and the head."""
@@ -363,12 +351,12 @@ class LatentCore(nn.Module):
         Raises:
             InputError: it is not there, or does not fit this model.
         """
-        folder = self.method.losses.teacher
+        folder = self.method.teacher
         assert folder is not None
         if "teacher" not in self._frozen:
             teacher = self._load_frozen(folder)
             teacher.spell = Speller(teacher.tokenizer, self.spell.running_text)  # it reads this model's rows
-            if self.method.thinks_along:
+            if self.method.has_latent_teacher:
                 check_teacher(self, teacher, folder)
             else:
                 self._check_states_of(teacher, folder)
@@ -377,13 +365,13 @@ class LatentCore(nn.Module):
 
     def _check_states_of(self, teacher: LatentCore, folder: str) -> None:
         """Refuse a teacher whose states are of another shape than this model's."""
-        theirs, ours, losses = teacher.backbone, self.backbone, self.method.losses
-        width = losses.hid_width or ours.width
-        if theirs.width != width or (theirs.n_layers != ours.n_layers and losses.hid_layers != "last"):
+        theirs, ours, hid = teacher.backbone, self.backbone, self.method.hid
+        width = hid.width or ours.width
+        if theirs.width != width or (theirs.n_layers != ours.n_layers and hid.layers != "last"):
             raise InputError(
                 f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
                 f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
-                "another width hid_width to it, of another depth hid_layers to last"
+                "another width hid.width to it, of another depth hid.layers to last"
             )
 
     def _load_frozen(self, folder: str, dtype: torch.dtype | str = "auto") -> LatentCore:

@@ -46,18 +46,18 @@ class StepDecoder(nn.Module):
         self.own: Backbone | None = None
         self.widen: nn.Linear | None = None
         self.lora: LoopLora | None = None
-        if settings.aux_decoder == "copy":
+        if not settings.is_shared:
             self.own = Backbone(copy.deepcopy(backbone.lm) if other is None else other)
             if self.own.width != backbone.width:
                 self.widen = nn.Linear(backbone.width, self.own.width)
-            n_layers = min(settings.aux_layers or self.own.n_layers, self.own.n_layers)
+            n_layers = min(settings.layers or self.own.n_layers, self.own.n_layers)
             del self.own.layers[n_layers:]
             self.own.lm.config.num_hidden_layers = n_layers
             table, head = self.own.lm.get_input_embeddings().weight, self.own.lm.get_output_embeddings().weight
-            if settings.aux_embed == "base" and table is not head:
+            if settings.embed == "base" and table is not head:
                 table.requires_grad_(False)  # nobody reads it
-        elif settings.aux_lora_rank:
-            self.lora = LoopLora(backbone, 1, settings.aux_lora_rank, 2.0 * settings.aux_lora_rank, "shared")
+        elif settings.lora_rank:
+            self.lora = LoopLora(backbone, 1, settings.lora_rank, 2.0 * settings.lora_rank, "shared")
 
     def reader(self, backbone: Backbone) -> Backbone:
         """Return what reads."""
@@ -77,8 +77,8 @@ class StepDecoder(nn.Module):
 
     def embed(self, ids_GL: Tensor, backbone: Backbone) -> Tensor:
         """Return the embeddings of step tokens (G, L, D)."""
-        embeds = (self.reader(backbone) if self.settings.aux_embed == "own" else backbone).embed(ids_GL)
-        return embeds.detach() if self.settings.aux_detach and self.settings.aux_embed == "base" else embeds
+        embeds = (self.reader(backbone) if self.settings.embed == "own" else backbone).embed(ids_GL)
+        return embeds.detach() if self.settings.detach and self.settings.embed == "base" else embeds
 
     def forward(self, latents_GcD: Tensor, ids_GL: Tensor, backbone: Backbone, asked: Masked | None = None) -> Tensor:
         """Return the logits (G, L, V) of each step token, from the latents and the tokens before it.
@@ -93,11 +93,11 @@ class StepDecoder(nn.Module):
         if self.widen is not None:
             latents_GcD = self.widen(latents_GcD.to(self.widen.weight.dtype)).to(latents_GcD.dtype)
         words = self.embed(ids_GL[:, :-1], backbone).to(latents_GcD.dtype)
-        if self.settings.aux_detach and self.settings.aux_embed == "base":
+        if self.settings.detach and self.settings.embed == "base":
             words = words.detach()  # the table is the model's too
         embeds = torch.cat([latents_GcD, words], dim=1)
         context = Context(reader, len(embeds))
-        context.next_position_B += self.settings.aux_position
+        context.next_position_B += self.settings.position
         if self.lora is not None:
             lora = self.lora
             context.weights = lambda: lora.at(1)
@@ -147,7 +147,7 @@ def group_latents(inputs: LossInputs, loop: InnerLoop, sites: ToldSites) -> Tens
 
 def group_questions(inputs: LossInputs, decoder: StepDecoder, sites: ToldSites) -> Masked | None:
     """Return the questions that the decoder of each group reads (G, L, D) and their mask; None if it reads none."""
-    if not decoder.settings.aux_question:
+    if not decoder.settings.question:
         return None
     columns, mask = inputs.batch.columns(0)
     asked = decoder.embed(inputs.batch.ids_BS[:, columns], inputs.backbone)
@@ -179,7 +179,7 @@ def told_loss(
     shuffled: bool = False,
     counts_K3: Tensor | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of the told steps, averaged over groups as ``aux_norm`` says.
+    """Return the cross-entropy of the told steps, averaged over groups as ``norm`` says.
 
     ``shuffled`` gives every group the latents of the same group in another row: a decoder that reads them does worse.
     ``counts_K3`` are the counts of the groups of the global batch, of which this one gives its share of the mean; None:
@@ -190,7 +190,7 @@ def told_loss(
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
     for sites in batch.told:
         latents = group_latents(inputs, loop, sites)
-        if settings.aux_detach:
+        if settings.detach:
             latents = latents.detach()
         if shuffled:
             latents = latents[_of_another_row(sites)]
@@ -200,5 +200,5 @@ def told_loss(
         losses = token_losses(show, sites.targets_GL.flatten(), inputs.chunk, IGNORE)
         loss_GL = losses.view_as(sites.targets_GL)
         assert counts_K3 is not None
-        total = total + (loss_GL.sum(1) * told_weights(sites.groups_G, counts_K3, settings.aux_norm)).sum()
+        total = total + (loss_GL.sum(1) * told_weights(sites.groups_G, counts_K3, settings.norm)).sum()
     return total

@@ -27,7 +27,7 @@ from innerloop.passes.tokens import PassInput, PassOutput, Tokens, read_layers
 from innerloop.text.batch import Batch
 
 
-class DepthForward(nn.Module):
+class DepthForward(Onlooker):
     """How a decoder makes a pass. A method's own subclass says it in `forward`; parts that it trains are its modules.
 
     Args:
@@ -38,9 +38,7 @@ class DepthForward(nn.Module):
 
     def __init__(self, method: Method, backbone: Backbone, loop: InnerLoop):
         super().__init__()
-        object.__setattr__(self, "method", method)
-        object.__setattr__(self, "backbone", backbone)
-        object.__setattr__(self, "loop", loop)
+        self.look_at(method=method, backbone=backbone, loop=loop)
 
     backbone: Backbone
     loop: InnerLoop
@@ -143,11 +141,6 @@ class BlockPass:
             counted_B = flops_B if spending.counted_B is None else flops_B * spending.counted_B
             spending.meter.add(spending.rows, counted_B)
 
-    def probe(self) -> BlockPass:
-        """Return a pass on a fork of the cache."""
-        reading = replace(self.reading, cache=DepthCache({k: s.fork() for k, s in self.reading.cache.slots.items()}))
-        return BlockPass(self.depth, reading, self.layers, self.is_first, lambda loop: ("probe", object()))
-
 
 class TokenPass(BlockPass):
     """f over tokens that may end one by one: to the loop each token is a row of its own, (A, 1, D).
@@ -209,7 +202,3 @@ class TokenPass(BlockPass):
         self.hints = None if self.hints is None else self.hints.keep_rows(torch.tensor(rows, device=self.flat_A.device))
         active = torch.zeros_like(self.active_BL).flatten()
         self.active_BL = active.index_fill(0, self.flat_A, True).view(self.active_BL.shape)
-
-    def probe(self) -> BlockPass:
-        """Tokens that end one by one are not probed."""
-        raise NotImplementedError  # pragma: no cover - only training probes, where tokens end together

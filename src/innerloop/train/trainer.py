@@ -239,23 +239,23 @@ class LatentTrainer(Trainer):
         longest = max(method.longest(example, self.model.spell) for example in self.train_dataset)
         if longest > limit:
             raise InputError(
-                f"an example takes {longest} positions, but the teacher in {method.losses.teacher} reads at most "
+                f"an example takes {longest} positions, but the teacher in {method.teacher} reads at most "
                 f"{limit}: set train.max_length={limit} to leave longer examples out"
             )
 
     def _cache_teacher(self) -> TeacherCache | None:
         """Return the teacher's states on disk, if they are wanted there."""
         path, method, model = self.args.teacher_cache, self.model.method, self.model
-        if path is not None and method.thinks_along:
+        if path is not None and method.has_latent_teacher:
             raise InputError(
                 "train.teacher_cache keeps states at the ends of written steps, and teacher_thinks=latents has none: "
                 "leave teacher_cache out; the teacher is run in every step"
             )
-        if method.thinks_along:
+        if method.has_latent_teacher:
             self._check_room_of(model.load_teacher())  # one that does not fit is refused before training
         if path is None:
             return None
-        if method.losses.hid_weight == 0 or method.losses.teacher in (None, "self"):
+        if method.hid.weight == 0 or method.teacher in (None, "self"):
             raise InputError(
                 "train.teacher_cache keeps a frozen teacher's states: set hid_weight above 0 and teacher to a folder"
             )
@@ -461,11 +461,11 @@ def _check_text(model: LatentModel, eval_dataset: Any) -> None:
     refuse(
         (eval_dataset is not None, "running text has no answers to validate on: set train.eval_strategy to no"),
         (
-            method.answering.decoder != "lm_head",
+            method.decoder.kind != "lm_head",
             "a decoder of its own does not predict the text before the thought: set decoder to lm_head",
         ),
         (
-            method.scope == "all" and method.answer_context == "kv_last",
+            method.plan.scope == "all" and method.plan.answer_context == "kv_last",
             "loop_scope=all with answer_from=kv_last leaves no pass that could predict the text: set answer_from to "
             "refeed",
         ),

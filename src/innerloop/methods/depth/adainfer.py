@@ -4,7 +4,7 @@
                                                                                                       (adainfer.md, 3)
 
 The loop is the library's inner loop, whose iteration t are the layers between two exits, and every stop score works:
-AdaInfer's own is ``stop: classifier`` on statistics of words and outputs, fitted offline by `calibrate`; its plain
+AdaInfer's own is ``stop: {rule: classifier}`` on statistics of words and outputs, fitted offline by `calibrate`; its plain
 rules are gap and top_prob, the controls fixed and random. In training none leaves; earlier exits may learn to speak.
 """
 
@@ -13,16 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from innerloop.config.loop import LoopSettings
 from innerloop.config.losses import ExitSettings
-from innerloop.config.stopping import TAPPED, StopSettings
+from innerloop.config.stopping import TAPPED, CommonStop, Feature, JudgeKind
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.errors import refuse
@@ -35,72 +33,65 @@ from innerloop.passes.ragged import DepthForward
 from innerloop.passes.tokens import PassInput, PassOutput
 
 
-class LayerLoop(LoopSettings):
-    """A loop through the layers of a decoder: nothing is done to the states between them."""
+@dataclass(frozen=True)
+class LayerStop(CommonStop):
+    """Tokens leave between two layers, so the outputs of attention and MLP can be compared, too."""
+
+    decay: int = 0
+    features: tuple[Feature, ...] = ("gap", "top", "depth")
+    classifier: JudgeKind = "logistic"
+    per_step: bool = False
 
     has_taps: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class AdaInfer(StopSettings, ExitSettings, DepthMethod):
-    """Every token that writes may leave after one of the layers ``exits``; iteration t ends at the t-th of them.
+class LayerExits(ExitSettings):
+    """Earlier exits may learn to speak."""
+
+    weight: float = 0.0
+    schedule: Literal["equal", "linear"] = "equal"
+
+
+@dataclass(frozen=True)
+class AdaInfer(DepthMethod):
+    """Every token that writes may leave after one of some layers; iteration t ends at the t-th of them.
 
     Args:
-        exits: the layers after which tokens may leave, counted from 1; empty: all from a quarter of the depth on.
+        layers: those after which tokens may leave, counted from 1; empty: all from a quarter of the depth on.
         kv_missing: later layers run ended tokens when a later token needs them (lazy_backfill, exact); they are given
             keys and values of the last state alone (propagate, approximate); or they run anyway (full_compute, exact).
         n_candidates: scores look at so many words, the likeliest at the first exit, which spares the rest of the head;
             0: at all words.
-        stop_features: classifier: what it looks at: gap, top, depth (d / L), and the cosines of successive layers'
-            outputs: of their attention, their mlp, and the whole block.
     """
 
     name: ClassVar[str] = "adainfer"
     paper: ClassVar[str] = "arXiv 2403.02181"
     summary: ClassVar[str] = "each token stops at the layer that already knows the next one"
-    has_taps: ClassVar[bool] = True
 
-    exits: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
     kv_missing: KvMissing = "lazy_backfill"
     n_candidates: int = 0
+    stop: LayerStop = LayerStop()
+    exits: LayerExits = LayerExits()
 
     def __post_init__(self) -> None:
-        StopSettings.__post_init__(self)
-        ExitSettings.__post_init__(self)
-        object.__setattr__(self, "exits", tuple(self.exits))
+        super().__post_init__()
+        object.__setattr__(self, "layers", tuple(self.layers))
         refuse(
             (
-                list(self.exits) != sorted(set(self.exits)) or min(self.exits, default=1) < 1,
-                "exits are layers in ascending order, counted from 1",
+                list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=1) < 1,
+                "layers are those after which tokens may leave, in ascending order, counted from 1",
             ),
             (
                 self.n_candidates < 0 or self.n_candidates == 1,
                 "n_candidates is at least 2, or 0 for all words",
             ),
             (
-                self.stop_site == "answer" or self.stop_agg != "mean",
-                "stop_site=answer and stop_agg are for latents: leave them out with adainfer",
-            ),
-            (self.stop == "act", "stop=act mixes the iterations of whole rows: it is for latents"),
-            (
-                self.gate != "none" and self.stop not in ("halt", "halt_sample"),
-                f"gate={self.gate} trains the gate of a learned stop: set stop to halt or halt_sample",
-            ),
-            (
-                self.stop == "none" and (self.kv_missing != "lazy_backfill" or self.n_candidates > 0),
-                "kv_missing and n_candidates are for tokens that leave: set a stop score",
+                not self.stop.stops and (self.kv_missing != "lazy_backfill" or self.n_candidates > 0),
+                "kv_missing and n_candidates are for tokens that leave: set stop.rule",
             ),
         )
-
-    @cached_property
-    def loop(self) -> LoopSettings:  # type: ignore[override]
-        """How the loop through the layers ends."""
-        return LayerLoop(**self.rule)
-
-    @property
-    def term_weights(self) -> dict[str, float]:
-        """The weight of each term of the loss."""
-        return {**super().term_weights, **self.exit_term_weights}
 
     def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the decoder with exits."""
@@ -115,16 +106,11 @@ class ExitingDecoder(DepthForward):
     def __init__(self, method: AdaInfer, backbone: Backbone, loop: InnerLoop):
         super().__init__(method, backbone, loop)
         n = backbone.n_layers
-        exits = method.exits or tuple(range(max(math.ceil(n / 4), min(2, n)), n))
-        refuse((not exits or exits[-1] >= n, f"the model has {n} layers: choose exits from 1 to {n - 1}"))
+        exits = method.layers or tuple(range(max(math.ceil(n / 4), min(2, n)), n))
+        refuse((not exits or exits[-1] >= n, f"the model has {n} layers: choose layers from 1 to {n - 1}"))
         edges = (0, *exits, n)
         self.sections = [range(start, end) for start, end in pairwise(edges)]
         self.taps()
-        if method.gate == "improvement":
-            assert loop.stop is not None
-            for part in (backbone, loop):
-                part.requires_grad_(False)
-            loop.stop.requires_grad_(True)
 
     def taps(self) -> list[str]:
         """Return of which outputs the classifier compares successive layers'."""
@@ -196,4 +182,4 @@ class ExitingDecoder(DepthForward):
     def loss_terms(self, inputs: LossInputs) -> PassTerms:
         """Return what is learned at the exits, too."""
         terms = super().loss_terms(inputs)
-        return terms | exit_terms(self.method, inputs) if inputs.thought.deep[-1].exits else terms
+        return terms | exit_terms(self.method.exits, inputs) if inputs.thought.deep[-1].exits else terms

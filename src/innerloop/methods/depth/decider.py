@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import check_choices, refuse
+from innerloop.errors import refuse
 from innerloop.loop.stabilize import at_least_fp32
 from innerloop.passes.tokens import Spending, Tokens
 
@@ -29,43 +29,40 @@ FREE, ONCE = -1, 0
 """What is known of a token: nothing, so ``iterate`` decides; that it is none of those asked, so it is read once."""
 
 
+Iterate = Literal["decider", "oracle", "always", "never"]
+
+
 @dataclass(frozen=True)
 class DeciderSettings:
-    """Which tokens go on, and as what.
+    """The network that says which tokens go on.
 
     Args:
-        iterate: who says which tokens go on: the decider; the oracle, in training (when answering then none does);
-            always or never.
-        tau: a token goes on if the decider is surer than this.
-        input_mix_topk: K, words mixed into the input of the next reading.
-        decider_layers: after which layers it looks at the states, 0 being the embeddings; empty: five, evenly spaced.
-        decider_topk: how many of the largest logits it looks at.
-        decider_width: its inner width.
-        decider_blocks: its residual blocks.
-        decider_dropout: inside them.
+        layers: after which layers it looks at the states, 0 being the embeddings; empty: five, evenly spaced.
+        width: its inner width.
+        blocks: its residual blocks.
+        dropout: inside them.
     """
 
-    iterate: Literal["decider", "oracle", "always", "never"] = "decider"
-    tau: float = 0.9
-    input_mix_topk: int = 100
-    decider_layers: tuple[int, ...] = ()
-    decider_topk: int = 100
-    decider_width: int = 256
-    decider_blocks: int = 6
-    decider_dropout: float = 0.1
+    layers: tuple[int, ...] = ()
+    width: int = 256
+    blocks: int = 6
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        object.__setattr__(self, "decider_layers", tuple(self.decider_layers))
+        object.__setattr__(self, "layers", tuple(self.layers))
         refuse(
-            (
-                min(self.input_mix_topk, self.decider_topk, self.decider_width) < 1,
-                "input_mix_topk, decider_topk and decider_width must be at least 1",
-            ),
-            (self.decider_blocks < 0, "decider_blocks cannot be negative"),
-            (self.tau < 0, "tau is a probability: choose a value from 0 on; from 1 on no token iterates"),
-            (not 0 <= self.decider_dropout < 1, "decider_dropout is a probability below 1"),
+            (self.width < 1, "decider.width must be at least 1"),
+            (self.blocks < 0, "decider.blocks cannot be negative"),
+            (not 0 <= self.dropout < 1, "decider.dropout is a probability below 1"),
         )
+
+
+class ChoiceSettings(Protocol):
+    """Who says which tokens go on, and as what; a `Tah` says it."""
+
+    iterate: Iterate
+    tau: float
+    input_mix_topk: int
 
 
 def usual_layers(n_layers: int) -> tuple[int, ...]:
@@ -144,33 +141,34 @@ class Choice:
     logits_AV: Tensor | None
 
 
-class Chooser(nn.Module):
+class Chooser(Onlooker):
     """Says which tokens go on from a depth, and makes their next inputs.
 
     Args:
-        settings: how.
+        settings: of the decider.
+        choice: who says which tokens go on, and as what.
         backbone: whose words and layers; it is looked at, not owned.
         learns: the decider is trained.
     """
 
-    def __init__(self, settings: DeciderSettings, backbone: Backbone, learns: bool):
+    def __init__(self, settings: DeciderSettings, choice: ChoiceSettings, backbone: Backbone, learns: bool):
         super().__init__()
-        self.settings, self.learns = settings, learns
-        object.__setattr__(self, "backbone", backbone)
+        self.choice, self.learns = choice, learns
+        self.look_at(backbone=backbone)
         n, n_words = backbone.n_layers, backbone.lm.get_output_embeddings().weight.shape[0]
-        self.layers = settings.decider_layers or usual_layers(n)
+        self.layers = settings.layers or usual_layers(n)
         refuse(
             (
                 not all(0 <= layer < n for layer in self.layers),
-                f"decider_layers are states after layers 0 (the embeddings) to {n - 1} of this model",
+                f"decider.layers are states after layers 0 (the embeddings) to {n - 1} of this model",
             )
         )
-        self.n_mixed, self.n_shown = min(settings.input_mix_topk, n_words), min(settings.decider_topk, n_words)
+        self.n_mixed = self.n_shown = min(choice.input_mix_topk, n_words)
         self.read_out_flops, self.mix_flops = 2.0 * backbone.width * n_words, 2.0 * backbone.width * self.n_mixed
         self.decider, self.decider_flops = None, 0.0
-        if settings.iterate == "decider":
-            hidden, n_blocks, dropout = settings.decider_width, settings.decider_blocks, settings.decider_dropout
-            decider = Decider(backbone.width, len(self.layers), self.n_shown, hidden, n_blocks, dropout)
+        if choice.iterate == "decider":
+            sizes = settings.width, settings.blocks, settings.dropout
+            decider = Decider(backbone.width, len(self.layers), self.n_shown, *sizes)
             self.decider, self.decider_flops = decider.requires_grad_(learns), decider.flops
 
     backbone: Backbone
@@ -204,7 +202,7 @@ class Chooser(nn.Module):
         """
         real = tokens.real & (depth < limit)
         knows = real & (known_RN > depth)
-        may_ask = self.decider is not None or self.settings.iterate == "always"
+        may_ask = self.decider is not None or self.choice.iterate == "always"
         asked = real & (known_RN == FREE) if may_ask else torch.zeros_like(real)
         at_A = torch.nonzero((asked | knows).flatten())[:, 0]
         if len(at_A) == 0:
@@ -220,7 +218,7 @@ class Chooser(nn.Module):
                 seen = [layers[i].flatten(0, 1)[at_A].detach() for i in self.layers]
                 scores_A = self.decider(seen, values[:, : self.n_shown].detach())
                 scores = scores.flatten().index_copy(0, at_A, scores_A.to(scores.dtype)).view(scores.shape)
-            goes = knows | (asked & (scores.sigmoid() > self.settings.tau))
+            goes = knows | (asked & (scores.sigmoid() > self.choice.tau))
         goes_A = goes.flatten()[at_A]
         mixed = self.mix(values[goes_A], words[goes_A]).to(flat.dtype)
         inputs = torch.zeros_like(flat).index_copy(0, at_A[goes_A], mixed).view(states_RND.shape)

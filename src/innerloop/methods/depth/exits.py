@@ -1,6 +1,6 @@
 """What is learned at the ways out of a loop: losses after every iteration, and a gate that chooses one for each token.
 
-    exits:  sum_{t<T} w_t (CE_t + exit_kd KL(p_T || p_t)), the last distribution p_T detached  (relaxed_recursive.md, 4)
+    exits:  sum_{t<T} w_t (CE_t + kd KL(p_T || p_t)), the last distribution p_T detached  (relaxed_recursive.md, 4)
     gate:   lambda_t = sigmoid(w h_t + b);  p_t = lambda_t prod_{j<t} (1 - lambda_j), p_T the rest  (looped.md, 4)
             distribution: sum_t p_t CE_t + beta (log T - H(p));  improvement: lambda_t learns whether iteration t gained
 
@@ -32,12 +32,12 @@ def exit_terms(settings: ExitSettings, inputs: LossInputs) -> PassTerms:
     rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - inputs.thought.first_column
     states = [exit_BLD[rows, at] for exit_BLD in deep.exits]
     chunk, targets_U = inputs.chunk, batch.targets_U
-    if settings.exit_weight > 0:
-        last = _last_said(head, states[-1].detach(), chunk) if settings.exit_kd > 0 else None
+    if settings.weight > 0:
+        last = _last_said(head, states[-1].detach(), chunk) if settings.kd > 0 else None
         total = states[-1].new_zeros((), dtype=torch.float32)
         for t, state in enumerate(states[:-1], 1):
-            share = 1.0 if settings.exit_schedule == "equal" else t / len(states)
-            losses_of = partial(_losses_of, Shown(head, state), targets_U, last, settings.exit_kd)
+            share = 1.0 if settings.schedule == "equal" else t / len(states)
+            losses_of = partial(_losses_of, Shown(head, state), targets_U, last, settings.kd)
             total = total + share * by_rows(losses_of, len(targets_U), chunk).sum()
         terms["exits"] = total, "answer"
     if settings.gate != "none":

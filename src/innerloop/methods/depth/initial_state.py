@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from innerloop.config.curriculum import Schedule
+from innerloop.config.curriculum import ResetOptimizer, Schedule
 
 RampKind = Literal["none", "linear", "1-sqrt"]
 
@@ -23,33 +23,19 @@ N_UNIFORM = 2**24  # values of the uniform numbers; fp32 holds them exactly
 
 
 @dataclass(frozen=True)
-class Ramp(Schedule):
-    """A curriculum whose stage is the mean number of iterations: from 1 to ``mean`` over ``n_steps`` optimizer steps.
+class RampSchedule(Schedule):
+    """Stages that are mean numbers of iterations: the optimizer goes on through them."""
 
-    Args:
-        mean: M.
-        kind: the form of f.
-        n_steps: when M is reached.
-    """
+    reset_optimizer: ClassVar[ResetOptimizer] = "never"  # type: ignore[misc]
 
-    first_stage: int = 1
-    reset_optimizer: Literal["stage", "epoch", "never"] = "never"
-    mean: int = 1
-    kind: RampKind = "linear"
-    n_steps: int = 1
 
-    @property
-    def last_stage(self) -> int:
-        """M."""
-        return self.mean
-
-    def stage_at(self, step: int, steps_per_epoch: int = 1) -> int:
-        """Return m_t at an optimizer step."""
-        done = min(step, self.n_steps)
-        if self.kind == "linear":
-            return max(1, -(-self.mean * done // self.n_steps))
-        share = 1 - math.sqrt(1 - done / self.n_steps)
-        return max(1, math.ceil(self.mean * share - 1e-9))
+def ramped(kind: RampKind, mean: int, step: int, n_steps: int) -> int:
+    """Return m_t, the mean number of iterations at an optimizer step: from 1 to ``mean`` over ``n_steps`` steps."""
+    done = min(step, n_steps)
+    if kind == "linear":
+        return max(1, -(-mean * done // n_steps))
+    share = 1 - math.sqrt(1 - done / n_steps)
+    return max(1, math.ceil(mean * share - 1e-9))
 
 
 def noise_at(seeds_B1: Tensor, positions_BL: Tensor, width: int) -> Tensor:

@@ -45,6 +45,7 @@ class LoopRegularised(DepthMethod):
     ramp_steps: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse(
             (self.block_size < 1, "block_size must be at least 1 layer"),
             (min(self.cosine_weight, self.ramp_steps) < 0, "cosine_weight and ramp_steps cannot be negative"),
@@ -78,7 +79,7 @@ class RegularisedDepth(DepthForward):
                 f"the model has {n} layers, fewer than block_size={method.block_size}: lower block_size",
             )
         )
-        object.__setattr__(self, "matrices", [backbone.matrices(layer) for layer in range(n)])  # looked at, not owned
+        self.look_at(matrices=[backbone.matrices(layer) for layer in range(n)])
 
     matrices: list[dict[str, Matrix]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,18 +17,14 @@ from innerloop.text.examples import Example
 from innerloop.text.row import Row
 
 
-@dataclass(frozen=True)
 class DepthMethod(Method):
-    """A method that writes every step, then the answer, by a model whose tokens have unlike depth.
-
-    Args:
-        write_steps: off: the answer alone is written, so that all thinking happens inside the tokens.
-    """
+    """A method that writes every step, then the answer, by a model whose tokens have unlike depth."""
 
     family: ClassVar[str] = "depth"
     needs: ClassVar[str] = "question, steps, answer"
 
     write_steps: bool = True
+    """Off: the answer alone is written, so that all thinking happens inside the tokens."""
 
     @property
     def needs_steps(self) -> bool:

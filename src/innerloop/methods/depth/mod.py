@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import check_choices, refuse
+from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.methods.depth.router import (
@@ -83,7 +83,7 @@ class Mod(DepthMethod):
     routing_mode: Literal["causal", "topk"] = "causal"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         object.__setattr__(self, "routed_layers", tuple(self.routed_layers))
         refuse(
             (not 0 < self.capacity <= 1, f"capacity is {self.capacity}, but it is a share: set it above 0, up to 1"),

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import LoopSettings, Site
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import check_choices, refuse
+from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.methods.depth.recursion import ExpertPass, RecursiveDepth, TokenChoicePass
@@ -29,6 +29,12 @@ from innerloop.methods.depth.tying import check_kinds, rebuild, stepwise
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
 from innerloop.passes.ragged import DepthForward
 from innerloop.passes.tokens import PassInput, PassOutput
+
+
+class RecursionStates(LoopSettings):
+    """A recursion gives back states between two layers; gate and router take the place of the loop's options."""
+
+    site: Site = "pre_norm"
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,6 @@ class Mor(DepthMethod):
             leaves a pretrained model as it was; with token choice P_i is in place of sigmoid(z).
         alpha: of scaled_sigmoid; None: 0.1 with expert choice, 1 with token choice.
         gate_target: what g scales: the stack's whole output, beside the state (full), or what it adds (delta).
-        temperature: scores are divided by it.
         causality: expert: how a token goes on when answering: by the router's own z >= 0 (aux_loss), or by that of
             another router, which learns it on the side (aux_router).
         aux_weight: expert: weight of the term that teaches aux_loss.
@@ -80,7 +85,6 @@ class Mor(DepthMethod):
     gate: Literal["scaled_sigmoid", "sigmoid", "st"] = "scaled_sigmoid"
     alpha: float | None = None
     gate_target: Literal["full", "delta"] = "full"
-    temperature: float = 1.0
     causality: Literal["aux_loss", "aux_router"] = "aux_loss"
     aux_weight: float = 0.001
     routing_mode: Literal["causal", "topk"] = "causal"
@@ -91,8 +95,10 @@ class Mor(DepthMethod):
     z_weight: float | None = None
     kv: Literal["recursion_wise", "recursive_sharing"] = "recursion_wise"
 
+    loop: ClassVar[LoopSettings] = RecursionStates()  # type: ignore[misc]
+
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         object.__setattr__(self, "capacities", tuple(self.capacities))
         n, shares, is_token = self.n_recursions, self.capacities, self.routing == "token"
         by_experts = (shares, self.capacity_base, self.capacity_warmup, self.causality, self.routing_mode)
@@ -108,7 +114,6 @@ class Mor(DepthMethod):
                 "only tokens of one recursion go on to the next: list capacities that never rise",
             ),
             (self.capacity_warmup < 0, "capacity_warmup is a number of steps: choose 0 or more"),
-            (self.temperature <= 0, "temperature must be above 0"),
             (
                 min(self.aux_weight, self.balance_weight, self.bias_rate, self.z_weight or 0) < 0,
                 "weights and rates cannot be negative",
@@ -128,11 +133,6 @@ class Mor(DepthMethod):
                 "sharing to cycle or middle_cycle, and the first of capacities to 1",
             ),
         )
-
-    @property
-    def loop(self) -> LoopSettings:
-        """A recursion gives back states between two layers; gate and router take the place of the loop's options."""
-        return LoopSettings(feedback_site="pre_norm")
 
     @property
     def shares(self) -> tuple[float, ...]:

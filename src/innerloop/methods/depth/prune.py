@@ -1,4 +1,4 @@
-"""Fewer layers for the same model: the one is deleted that is missed least (tah.md, 2).
+"""One layer less for the same model: the one that is missed least (tah.md, 2).
 
 Each layer is left out in turn; the model reads a few calibration rows without it, and the layer goes whose removal
 raises their perplexity least.
@@ -19,21 +19,18 @@ from innerloop.errors import InputError
 N_ROWS, MAX_LENGTH = 16, 4096  # of the calibration
 
 
-def prune_layers(backbone: Backbone, rows: Sequence[Sequence[int]], n: int) -> list[int]:
-    """Delete ``n`` layers one by one; return which, numbered as in the model before."""
+def prune_layer(backbone: Backbone, rows: Sequence[Sequence[int]]) -> int:
+    """Delete the layer that is missed least; return which it was."""
     rows = [row[:MAX_LENGTH] for row in rows[:N_ROWS] if len(row) > 1]
     if not rows:
-        raise InputError("layers are chosen by perplexity on calibration rows: give at least one of two tokens")
-    if n >= backbone.n_layers:
-        raise InputError(f"the model has {backbone.n_layers} layers, which leaves none: lower prune_layers")
-    left, gone = list(range(backbone.n_layers)), []
-    for _ in range(n):
-        losses = [loss_without(backbone, rows, i) for i in range(backbone.n_layers)]
-        least = losses.index(min(losses))
-        kept = [i for i in range(backbone.n_layers) if i != least]
-        backbone.replace_layers([backbone.layers[i] for i in kept], kept)
-        gone.append(left.pop(least))
-    return gone
+        raise InputError("a layer is chosen by perplexity on calibration rows: give at least one of two tokens")
+    if backbone.n_layers < 2:
+        raise InputError("the model has one layer, which leaves none: leave prune_rows out")
+    losses = [loss_without(backbone, rows, i) for i in range(backbone.n_layers)]
+    least = losses.index(min(losses))
+    kept = [i for i in range(backbone.n_layers) if i != least]
+    backbone.replace_layers([backbone.layers[i] for i in kept], kept)
+    return least
 
 
 @torch.no_grad()

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.config.curriculum import Schedule
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import BankKind, LoopSampling, LoopSettings, ResidualKind, Site, TimeKind
+from innerloop.config.stopping import CommonStop
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.errors import refuse
-from innerloop.halting.rule import GATES
 from innerloop.loop.loop import InnerLoop
-from innerloop.loop.sampling import LoopSampling, draw_loops
-from innerloop.methods.depth.initial_state import Ramp, RampKind, mean_cosine, noise_at
+from innerloop.loop.sampling import draw_loops
+from innerloop.methods.depth.initial_state import RampKind, RampSchedule, mean_cosine, noise_at, ramped
 from innerloop.methods.depth.key_lookup import DEFAULT_SLOTS, ENDED, Lookup, LookupKind, LookupPass, LookupTokenPass
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.passes.ragged import DepthForward
@@ -42,7 +42,28 @@ AdapterInit = Literal["pass_e", "pass_s", "mean", "default"]
 
 
 @dataclass(frozen=True)
-class RecurrentDepth(LoopSettings, DepthMethod):
+class CoreLoop(LoopSettings):
+    """How the core's output, which is no input of the head yet, becomes its next state."""
+
+    residual: ResidualKind = "none"
+    alpha: float = 0.7
+    time: TimeKind = "none"
+    lora: BankKind = "none"
+    lora_rank: int = 8
+    lora_gamma: float = 16.0
+
+    site: ClassVar[Site] = "pre_norm"  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class CoreStop(CommonStop):
+    """Tokens stop one by one; the first state is noise, which a score may be kept from comparing with."""
+
+    compare_init: bool = True
+
+
+@dataclass(frozen=True)
+class RecurrentDepth(DepthMethod):
     """Prelude, a core that runs r times on a state and is told e each time, coda.
 
     Args:
@@ -66,7 +87,7 @@ class RecurrentDepth(LoopSettings, DepthMethod):
             last of all, even a later one (always_last, approximate), m slots used round and round (compress,
             approximate beyond m iterations), m slots and one for all later (anchor, approximate beyond m + 1).
         kv_slots: m; None: 4 for compress, 8 for anchor.
-        feedback_site: an iteration gives back the core's output as it is (pre_norm).
+        write_steps: off: the answer alone is written, so that all thinking happens inside the tokens.
     """
 
     name: ClassVar[str] = "recurrent_depth"
@@ -90,10 +111,12 @@ class RecurrentDepth(LoopSettings, DepthMethod):
     double_norm: bool = False
     kv_lookup: LookupKind = "latest"
     kv_slots: int | None = None
-    feedback_site: Literal["post_norm", "pre_norm"] = "pre_norm"
+    write_steps: bool = True
+    loop: CoreLoop = CoreLoop()
+    stop: CoreStop = CoreStop()
 
     def __post_init__(self) -> None:
-        LoopSettings.__post_init__(self)
+        super().__post_init__()
         for name, least in (("n_prelude", 1), ("n_core", 1), ("n_coda", 0), ("kv_slots", 1), ("bptt", 1)):
             value = getattr(self, name)
             refuse((value is not None and value < least, f"{name} must be at least {least}, or none"))
@@ -116,34 +139,25 @@ class RecurrentDepth(LoopSettings, DepthMethod):
                 self.kv_slots is not None and self.kv_lookup not in DEFAULT_SLOTS,
                 f"kv_slots is for kv_lookup={' or '.join(DEFAULT_SLOTS)}",
             ),
-            (
-                self.stop in GATES,
-                f"stop={self.stop} learns from a loss that recurrent_depth has not: choose a score without a gate",
-            ),
-            (
-                self.shift or self.time_inject == "token" or self.stop_site == "answer" or self.stop_agg != "mean",
-                "shift, time_inject=token, stop_site=answer and stop_agg are for latents: leave them out",
-            ),
-            (
-                self.noise_level == "delta",
-                "noise_level=delta would tell a token how much later ones have changed: set it to none or injected",
-            ),
-            (
-                self.solver != "none" or self.spectral_weight > 0 or self.feedback_site != "pre_norm",
-                "solver, spectral_weight and feedback_site are for latents: leave them out with recurrent_depth",
-            ),
         )
 
     @property
-    def curriculum(self) -> Schedule:
-        """With a ramp, the stage is the mean number of iterations."""
-        if self.ramp == "none":
-            return Schedule()
-        return Ramp(mean=self.max_loops, kind=self.ramp, n_steps=self.ramp_steps)
+    def curriculum(self) -> Schedule:  # type: ignore[override]
+        """With a ramp, the stage is the mean number of iterations; it clears nothing of the optimizer."""
+        return RampSchedule()
+
+    @property
+    def last_stage(self) -> int:
+        """The mean number of iterations when the ramp is over; without one there is stage 0 alone."""
+        return 0 if self.ramp == "none" else self.max_loops
+
+    def stage_at(self, step: int, steps_per_epoch: int) -> int:
+        """Return the mean number of iterations at an optimizer step, where there is a ramp."""
+        return 0 if self.ramp == "none" else ramped(self.ramp, self.max_loops, step, self.ramp_steps)
 
     def stages(self) -> Sequence[int]:
         """Return the last stage: all lay examples out alike."""
-        return (self.curriculum.last_stage,)
+        return (self.last_stage,)
 
     def n_loops(self, stage: int) -> int:
         """Return rbar at a stage."""
@@ -167,7 +181,7 @@ class RecurrentDepth(LoopSettings, DepthMethod):
         """Lay out examples; ``seed`` draws r, the same for the whole batch and in all processes."""
         rows = super().rows(examples, spell, stage, seed)
         if seed:
-            mean = self.n_loops(self.curriculum.last_stage if stage is None else stage)
+            mean = self.n_loops(self.last_stage if stage is None else stage)
             drawn = draw_loops(self.loop_sampling, mean, seed)
             for row in rows:
                 row.depth = drawn
@@ -279,9 +293,9 @@ class RecurrentDecoder(DepthForward):
 
     def n_free(self, n_loops: int) -> int:
         """Return how many of r iterations run without a gradient: r - min(r, k)."""
-        k, ramp = self.method.bptt, self.method.curriculum
-        if k is not None and self.step is not None and isinstance(ramp, Ramp):
-            k = min(k, ramp.stage_at(self.step))
+        k = self.method.bptt
+        if k is not None and self.step is not None and self.method.ramp != "none":
+            k = min(k, self.method.stage_at(self.step, 1))
         return 0 if k is None else max(n_loops - k, 0)
 
     def first_state(self, reading: PassInput, told_BLD: Tensor) -> Tensor:

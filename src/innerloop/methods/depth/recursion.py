@@ -93,7 +93,7 @@ class RecursionPass(BlockPass):
         if self.reading.spending is not None:
             none = torch.zeros_like(self.reading.tokens.positions_RN)
             self.reading.spending.spend(self.reading.tokens, none, 0, router.flops)
-        return router(states_BLD) / self.depth.method.temperature
+        return router(states_BLD)
 
     def mix(self, before: Tensor, after: Tensor, gate: Tensor, target: GateTarget | None = None) -> Tensor:
         """Return the gated states."""

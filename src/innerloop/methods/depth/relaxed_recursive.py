@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from innerloop.config.losses import KdSettings
+from innerloop.config.losses import ExitSettings, KdSettings
+from innerloop.config.stopping import CommonStop
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.token_losses import divergence
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
-from innerloop.methods.depth.looped import BlockLoop, LoopedDepth
+from innerloop.methods.depth.block_loop import BlockLoop, LoopedDepth
 from innerloop.methods.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
 from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
@@ -30,7 +31,24 @@ from innerloop.passes.ragged import DepthForward
 
 
 @dataclass(frozen=True)
-class RelaxedRecursive(BlockLoop, KdSettings):
+class RelaxedExits(ExitSettings):
+    """Losses after earlier iterations (relaxed_recursive.md, 4)."""
+
+    weight: float = 0.0
+    kd: float = 0.0
+
+
+@dataclass(frozen=True)
+class OriginalModel(KdSettings):
+    """Predictions of the original model are learned."""
+
+    weight: float = 0.0
+    temperature: float = 1.0
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class RelaxedRecursive(BlockLoop):
     """A decoder of n layers, all but prelude and coda tied to a block of n / ``max_loops``, with low-rank corrections.
 
     Args:
@@ -44,38 +62,36 @@ class RelaxedRecursive(BlockLoop, KdSettings):
         lora_init: B_l = U S and A_l = V^T (svd), B_l = U sqrt(S) and A_l = sqrt(S) V^T (split_sqrt), or no correction
             at first (zero).
         tie_1d: share gains and biases too, their means over depths; off: each depth keeps its own.
-        teacher: folder of the original model, whose predictions are learned (kd_weight).
     """
 
     name: ClassVar[str] = "relaxed_recursive"
     paper: ClassVar[str] = "arXiv 2410.20672"
     summary: ClassVar[str] = "a pretrained model's layers are tied and looped, each depth with a low-rank correction"
 
+    n_prelude: int = 0
+    n_coda: int = 0
+    max_loops: int = 2
     init: Literal["stepwise", "average", "lower", "upper", "random"] = "average"
     rank: int = 64
     mlp_rank: int | None = None
     lora_init: Literal["svd", "split_sqrt", "zero"] = "svd"
     tie_1d: bool = False
-    teacher: str | None = None
+    stop: CommonStop = CommonStop()
+    exits: RelaxedExits = RelaxedExits()
+    kd: OriginalModel = OriginalModel()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        KdSettings.__post_init__(self)
         ranks = (self.rank, self.other_rank)
         refuse(
             (min(ranks) < 0, "rank and mlp_rank cannot be negative"),
-            (self.lora != "none", "relaxed_recursive has LoRA of its own for each depth: leave lora out and set rank"),
             (
                 max(ranks) == 0 and self.lora_init != "svd",
                 "lora_init says how corrections begin, of which rank 0 has none: set rank, or leave lora_init out",
             ),
             (
-                (self.teacher is None) != (self.kd_weight == 0),
-                "kd_weight is for what a teacher predicts: give both teacher and kd_weight, or neither",
-            ),
-            (
-                self.kd_weight > 0 and self.gate == "improvement",
-                "gate=improvement trains the gate alone: leave teacher and kd_weight out",
+                (self.kd.teacher is None) != (self.kd.weight == 0),
+                "kd.weight is for what a teacher predicts: give both kd.teacher and kd.weight, or neither",
             ),
         )
 
@@ -87,12 +103,12 @@ class RelaxedRecursive(BlockLoop, KdSettings):
     @property
     def reference_source(self) -> str | None:
         """The original model predicts every row along."""
-        return self.teacher
+        return self.kd.teacher
 
     def with_loops(self, loops: int) -> RelaxedRecursive:
         """Return the method for answering with fewer iterations."""
         refuse((loops > self.max_loops, f"there are corrections for {self.max_loops} loops: ask for no more"))
-        return replace(super().with_loops(loops), teacher=None, kd_weight=0.0)  # type: ignore[return-value, call-arg]
+        return replace(super().with_loops(loops), kd=OriginalModel())  # type: ignore[return-value, type-var, call-arg]
 
     def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Tie the layers between prelude and coda; return what tells their depths apart."""
@@ -157,8 +173,6 @@ class RelaxedDepth(LoopedDepth):
         ranks = method.rank, method.other_rank
         self.lora = ResidualLora(backbone, self.block, method.max_loops, *ranks) if max(ranks) else None
         self.vectors = None if method.tie_1d else GainsAndBiases(backbone, self.block, method.max_loops)
-        if method.gate == "improvement":
-            self.requires_grad_(False)
 
     @contextmanager
     def weights(self, loop: int) -> Iterator[None]:
@@ -180,7 +194,7 @@ class RelaxedDepth(LoopedDepth):
             rows, at = batch.predict_at_U // batch.ids_BS.shape[1], batch.predict_at_U % batch.ids_BS.shape[1]
             own_UV = self.backbone.head(thought.answer[-1][rows, at - thought.first_column])
             wanted_UV = inputs.reference.logits(batch)
-            terms["kd"] = divergence(wanted_UV, own_UV, self.method.kd_temperature).sum(), "answer"
+            terms["kd"] = divergence(wanted_UV, own_UV, self.method.kd.temperature).sum(), "answer"
         return terms
 
 

@@ -81,7 +81,7 @@ def key_of(layer: int, name: str) -> str:
     return f"{layer}/{name.replace('.', '/')}"
 
 
-class GainsAndBiases(nn.Module):
+class GainsAndBiases(Onlooker):
     """The one-dimensional parameters of a block, a copy for each iteration; at the start all are the block's own.
 
     Args:
@@ -101,7 +101,7 @@ class GainsAndBiases(nn.Module):
                     owner, _, last = name.rpartition(".")
                     places[key] = backbone.layers[layer].get_submodule(owner), last
                     self.copies[key] = nn.Parameter(parameter.detach().expand(n_loops, -1).clone())
-        object.__setattr__(self, "places", places)  # looked at, not owned
+        self.look_at(places=places)
 
     places: dict[str, tuple[nn.Module, str]]
 

@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from innerloop.config.loop import BankKind, LoopSettings
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import refuse
+from innerloop.errors import check_choices, refuse
 from innerloop.loop.loop import InnerLoop
-from innerloop.methods.depth.decider import FREE, ONCE, Choice, Chooser, DeciderSettings, charge
+from innerloop.methods.depth.decider import FREE, ONCE, Choice, Chooser, DeciderSettings, Iterate, charge
 from innerloop.methods.depth.duo_attention import DepthAttention, DuoCache, Unfinished, read_at
 from innerloop.methods.depth.method import DepthMethod
-from innerloop.methods.depth.prune import N_ROWS, prune_layers
+from innerloop.methods.depth.prune import N_ROWS, prune_layer
 from innerloop.methods.depth.token_labels import Oracle, OracleSettings, hashes
 from innerloop.passes.loss_inputs import LossInputs, PassTerms, Reference
 from innerloop.passes.ragged import DepthForward
@@ -41,24 +41,56 @@ from innerloop.text.examples import read_examples
 
 
 @dataclass(frozen=True)
-class Tah(DeciderSettings, OracleSettings, DepthMethod):
+class ReadingLora:
+    """The LoRA of readings after the first, on all attention and MLP linears.
+
+    Args:
+        kind: one update for all readings after the first (shared), one for each (per_iter), or none.
+        rank: r.
+        gamma: the update is scaled by gamma / r.
+        dropout: of its input, in training.
+    """
+
+    kind: BankKind = "shared"
+    rank: int = 16
+    gamma: float = 32.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        refuse(
+            (self.rank < 1, "lora.rank must be at least 1; to do without, set lora.kind to none"),
+            (not 0 <= self.dropout < 1, "lora.dropout is a probability below 1"),
+        )
+
+
+@dataclass(frozen=True)
+class ReadingLoop(LoopSettings):
+    """Iterations have nothing but low-rank updates."""
+
+    lora: BankKind = "none"
+    lora_rank: int = 8
+    lora_gamma: float = 16.0
+
+
+@dataclass(frozen=True)
+class Tah(DepthMethod):
     """Think-at-Hard.
 
     Args:
         max_loops: D, the most times that a token is read; 1 is the plain decoder.
         trains: the model and the LoRA (model), or nothing but the decider, on the oracle's labels (decider).
+        iterate: who says which tokens go on: the decider; the oracle, in training (when answering then none does);
+            always or never.
+        tau: a token goes on if the decider is surer than this.
+        input_mix_topk: K, words mixed into the input of the next reading, and logits that the decider looks at.
         prompt_iterates: whether tokens of the question may go on, too; they have no labels.
         force_one: in training, let one token of a batch iterate where the oracle wants none: the LoRA has a gradient.
         pos_weight: weight of hard tokens in the decider's loss: easy ones for each hard one.
         residual_logits: add up the logits of all readings; off: the last alone.
         depth_attention: a token read again sees all depths up to its own (duo), the first (depth1_only), or its own.
-        lora: one update for all readings after the first (shared), one for each (per_iter), or none.
-        lora_rank: r.
-        lora_gamma: the update is scaled by gamma / r.
-        lora_dropout: of its input, in training.
-        lora_targets: patterns of module names within the layers; empty: all attention and MLP linears.
-        prune_layers: layers deleted from a pretrained model, to make room for LoRA and decider.
-        prune_rows: file of examples on which it is measured which layer is missed least.
+        prune_rows: of a pretrained model one layer is deleted, to make room for LoRA and decider: file of examples on
+            which it is measured which is missed least.
     """
 
     name: ClassVar[str] = "tah"
@@ -67,53 +99,46 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
 
     max_loops: int = 2
     trains: Literal["model", "decider"] = "model"
+    iterate: Iterate = "decider"
+    tau: float = 0.9
+    input_mix_topk: int = 100
     prompt_iterates: bool = False
     force_one: bool = True
     pos_weight: float = 4.8
     residual_logits: bool = True
     depth_attention: DepthAttention = "duo"
-    lora: BankKind = "shared"
-    lora_rank: int = 16
-    lora_gamma: float = 32.0
-    lora_dropout: float = 0.1
-    lora_targets: tuple[str, ...] = ()
-    prune_layers: int = 0
     prune_rows: str | None = None
+    lora: ReadingLora = ReadingLora()
+    decider: DeciderSettings = DeciderSettings()
+    oracle: OracleSettings = OracleSettings()
 
     def __post_init__(self) -> None:
-        DeciderSettings.__post_init__(self)
-        OracleSettings.__post_init__(self)
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        super().__post_init__()
         learns_labels = self.iterate == "oracle" or self.trains == "decider"
         refuse(
-            (min(self.max_loops, self.lora_rank) < 1, "max_loops and lora_rank must be at least 1"),
-            (not 0 <= self.lora_dropout < 1, "lora_dropout is a probability below 1"),
+            (min(self.max_loops, self.input_mix_topk) < 1, "max_loops and input_mix_topk must be at least 1"),
+            (self.tau < 0, "tau is a probability: choose a value from 0 on; from 1 on no token iterates"),
             (self.pos_weight <= 0, "pos_weight must be above 0; 1 weighs hard and easy tokens alike"),
             (
                 self.trains == "decider" and (self.iterate != "decider" or self.max_loops < 2),
                 "trains=decider learns which tokens go on: set iterate to decider and max_loops to at least 2",
             ),
             (
-                learns_labels and self.reference is None,
-                "a reference model says which tokens are hard: set reference to the folder of a run, or to a model",
+                learns_labels and self.oracle.reference is None,
+                "a reference model says which tokens are hard: set oracle.reference to the folder of a run, or to a "
+                "model",
             ),
             (
-                not learns_labels and (self.reference is not None or self.label_cache is not None),
-                "reference and label_cache are for labels: set iterate to oracle or trains to decider, or drop them",
-            ),
-            (self.prune_layers < 0, "prune_layers cannot be negative"),
-            (
-                (self.prune_layers > 0) != (self.prune_rows is not None),
-                "which layer is missed least is measured on text: set both prune_layers and prune_rows, or neither",
+                not learns_labels and (self.oracle.reference is not None or self.oracle.cache is not None),
+                "oracle.reference and oracle.cache are for labels: set iterate to oracle or trains to decider, or drop "
+                "them",
             ),
         )
 
     @property
-    def loop(self) -> LoopSettings:
+    def loop(self) -> LoopSettings:  # type: ignore[override]
         """The LoRA of readings after the first."""
-        return LoopSettings(
-            lora=self.lora, lora_rank=self.lora_rank, lora_gamma=self.lora_gamma, lora_targets=self.lora_targets
-        )
+        return ReadingLoop(lora=self.lora.kind, lora_rank=self.lora.rank, lora_gamma=self.lora.gamma)
 
     @property
     def n_iterations(self) -> int:
@@ -129,7 +154,7 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
     @property
     def reference_source(self) -> str | None:
         """The oracle."""
-        return self.reference
+        return self.oracle.reference
 
     def depth(self) -> int:
         """Return D."""
@@ -137,8 +162,8 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
 
     def begin(self, backbone: Backbone) -> None:
         """Refuse to choose among layers that have learned nothing."""
-        message = "a model from scratch has no layers to delete: lower num_hidden_layers, and leave prune_layers out"
-        refuse((self.prune_layers > 0, message))
+        message = "a model from scratch has no layer to delete: lower num_hidden_layers, and leave prune_rows out"
+        refuse((self.prune_rows is not None, message))
 
     def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         """Delete the layers that are missed least."""
@@ -146,7 +171,7 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
             return
         spell = Speller(tokenizer)
         rows = [self.lay_out(example, spell).ids() for example in read_examples(self.prune_rows, limit=N_ROWS)]
-        prune_layers(backbone, rows, self.prune_layers)
+        prune_layer(backbone, rows)
 
     def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the decoder that reads hard tokens again."""
@@ -179,14 +204,14 @@ class TahDepth(DepthForward):
         )
         self.chooser = None
         if method.max_loops > 1:
-            self.chooser = Chooser(method, backbone, learns=method.trains == "decider")
+            self.chooser = Chooser(method.decider, method, backbone, learns=method.trains == "decider")
         if method.trains == "decider":
             for part in (backbone, loop):
                 part.requires_grad_(False)
         self.lora_flops = 0.0
         if loop.lora is not None:
-            loop.lora.dropout, self.lora_flops = method.lora_dropout, loop.lora.flops
-        self.oracle = None if method.reference is None else Oracle(method)
+            loop.lora.dropout, self.lora_flops = method.lora.dropout, loop.lora.flops
+        self.oracle = None if method.oracle.reference is None else Oracle(method.oracle)
 
     def empty_cache(self) -> DuoCache:
         """Return a cache that has read nothing."""

@@ -34,24 +34,24 @@ class OracleSettings:
 
     Args:
         reference: the oracle: folder of a run, or a Hugging Face model of the same vocabulary; not the trained one.
-        label_metric: a token is hard where the reference errs (mismatch), or by its cross-entropy or entropy.
-        label_share: ce and entropy: the share of a batch's written tokens that is hard, split evenly over more
-            iterations; mismatch has a share of its own.
-        label_cache: a file that keeps the reference's numbers, so that each row is labelled once.
+        metric: a token is hard where the reference errs (mismatch), or by its cross-entropy or entropy.
+        share: ce and entropy: the share of a batch's written tokens that is hard, split evenly over more iterations;
+            mismatch has a share of its own.
+        cache: a file that keeps the reference's numbers, so that each row is labelled once.
     """
 
     reference: str | None = None
-    label_metric: Literal["mismatch", "ce", "entropy"] = "mismatch"
-    label_share: float = 0.12
-    label_cache: str | None = None
+    metric: Literal["mismatch", "ce", "entropy"] = "mismatch"
+    share: float = 0.12
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         check_choices(self)
         refuse(
-            (not 0 < self.label_share < 1, "label_share is a share of the tokens: choose a value between 0 and 1"),
+            (not 0 < self.share < 1, "oracle.share is a share of the tokens: choose a value between 0 and 1"),
             (
-                self.label_metric == "mismatch" and self.label_share != OracleSettings.label_share,
-                "label_share is for the hardest tokens by ce or entropy: mismatch has a share of its own",
+                self.metric == "mismatch" and self.share != OracleSettings.share,
+                "oracle.share is for the hardest tokens by ce or entropy: mismatch has a share of its own",
             ),
         )
 
@@ -60,8 +60,8 @@ class Oracle:
     """Labels tokens with the number of iterations they shall have."""
 
     def __init__(self, settings: OracleSettings):
-        self.metric, self.share = settings.label_metric, settings.label_share
-        self.path = None if settings.label_cache is None else Path(settings.label_cache)
+        self.metric, self.share = settings.metric, settings.share
+        self.path = None if settings.cache is None else Path(settings.cache)
         self._known: dict[str, list[float]] | None = None
 
     def depths(self, batch: Batch, reference: Reference, limit: int) -> Tensor:
@@ -115,7 +115,7 @@ class Oracle:
         lines = self.path.read_text().splitlines()
         if not lines or lines[0] != json.dumps(title):
             raise InputError(
-                f"{self.path} holds labels of another reference or label_metric; remove it, or name another label_cache"
+                f"{self.path} holds labels of another reference or metric; remove it, or name another oracle.cache"
             )
         return dict(json.loads(line) for line in lines[1:] if line.endswith("]]"))  # not one that was cut short
 

@@ -5,14 +5,14 @@ z_{t-1} = E + h^(t-2) to u_t = h^(t-1), and the last pass, h^(R), is read togeth
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from innerloop.config.curriculum import Schedule
-from innerloop.config.loop import LoopSettings
-from innerloop.config.losses import AuxSettings, LossSettings
+from innerloop.config.curriculum import ResetOptimizer, Schedule, StageMix, StageUnit
+from innerloop.config.loop import LoopSettings, ResidualKind
+from innerloop.config.losses import AuxSettings, HiddenLayers, HiddenSettings
 from innerloop.config.method import LatentMethod
+from innerloop.config.stopping import CommonStop
 from innerloop.errors import refuse
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
@@ -20,7 +20,49 @@ from innerloop.text.row import ANSWER_PASS, Follow, Piece, Readout, Row, ShownBl
 
 
 @dataclass(frozen=True)
-class Lotus(LoopSettings, LossSettings, AuxSettings, Schedule, LatentMethod):
+class LotusLoop(LoopSettings):
+    """A pass reads the latents' embeddings plus what the pass before made (residual sum), or that alone (none)."""
+
+    residual: ResidualKind = "sum"
+    scale: float = 1.0
+    shift: bool = False
+
+
+@dataclass(frozen=True)
+class LotusStates(HiddenSettings):
+    """At the token before the answer, states of every layer are pulled to a chain-of-thought run's."""
+
+    weight: float = 0.0
+    teacher: str | None = None
+
+    layers: ClassVar[HiddenLayers] = "all+emb"  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class LotusDecoder(AuxSettings):
+    """LOTUS-aux: block i must tell step i to an auxiliary decoder; with step_weight 0 this replaces the own head."""
+
+    weight: float = 0.0
+    layers: int = 0
+    question: bool = False
+
+    norm: ClassVar[Literal["per_row", "token_mean"]] = "token_mean"  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class LotusSchedule(Schedule):
+    """Stage e has K_e = e blocks."""
+
+    first_stage: int = 0
+    length: int = 1
+    unit: StageUnit = "epoch"
+    mix: StageMix = "none"
+
+    reset_optimizer: ClassVar[ResetOptimizer] = "never"  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Lotus(LatentMethod):
     """``[Q][<bot>] | [<lat> x K_e c] | [<eot>][T_{K_e+1}]..[T_m][### A][eos]``; stage e has K_e = e blocks.
 
     Steps beyond K stay in the text, and are written when answering.
@@ -30,14 +72,13 @@ class Lotus(LoopSettings, LossSettings, AuxSettings, Schedule, LatentMethod):
         latents_per_block: c; block i must show the first c tokens of step i.
         loops_per_block: r; stage e loops R_e = r K_e times.
         max_loops: R of the last stage; None: r K.
-        inject: a pass reads the latents' embeddings plus what the pass before made (add), or that alone (replace).
         last_pass: the answer sees the pass whose input is E + h^(R-1) (kv), or one more, E + h^(R) (refeed).
         readout_offset: token j of a step is read at latent j of its block (0), or one position before (-1), as in the
             authors' code.
         overflow: steps longer than c are cut (truncate), or run on into the blocks after (spill).
-        aux_weight: LOTUS-aux: block i must tell step i to an auxiliary decoder; with step_weight 0 this replaces the
-            model's own head.
         supervision: read all blocks after the last pass (post), or block t alone after iteration t (per_iter, R = K).
+        step_weight: lambda_step; blocks must show their steps through the model's own head.
+        answer_weight: of the written tokens.
     """
 
     name: ClassVar[str] = "lotus"
@@ -45,26 +86,25 @@ class Lotus(LoopSettings, LossSettings, AuxSettings, Schedule, LatentMethod):
     summary: ClassVar[str] = "blocks of latents looped in parallel; block i shows step i through the head"
     needs: ClassVar[str] = "question, steps, answer"
 
-    step_weight: float = 0.05
-    hid_layers: Literal["last", "all", "all+emb"] = "all+emb"
-    aux_norm: Literal["per_row", "token_mean"] = "token_mean"
     n_blocks: int = 6
     latents_per_block: int = 25
     loops_per_block: int = 1
     max_loops: int | None = None
-    inject: Literal["add", "replace"] = "add"
     last_pass: Literal["kv", "refeed"] = "kv"
     readout_offset: Literal[-1, 0] = -1
     overflow: Literal["truncate", "spill"] = "truncate"
     supervision: Literal["post", "per_iter"] = "post"
-    stage_length: int = 1
-    reset_optimizer: Literal["stage", "epoch", "never"] = "never"
+    step_weight: float = 0.05
+    answer_weight: float = 1.0
+    loop: LotusLoop = LotusLoop()
+    stop: CommonStop = CommonStop()
+    hid: LotusStates = LotusStates()
+    aux: LotusDecoder = LotusDecoder()
+    curriculum: LotusSchedule = LotusSchedule()
 
     def __post_init__(self) -> None:
-        LoopSettings.__post_init__(self)
-        LossSettings.__post_init__(self)
-        AuxSettings.__post_init__(self)
-        Schedule.__post_init__(self)
+        super().__post_init__()
+        self.curriculum.check(self.last_stage)
         refuse(
             (
                 min(self.n_blocks, self.latents_per_block) < 1 or self.loops_per_block < 0,
@@ -72,39 +112,24 @@ class Lotus(LoopSettings, LossSettings, AuxSettings, Schedule, LatentMethod):
             ),
             (self.max_loops is not None and self.max_loops < 0, "max_loops cannot be negative"),
             (
-                self.inject == "replace" and self.residual != "none",
-                "inject=replace takes the output alone: leave residual out",
+                self.loop.residual not in ("none", "sum"),
+                "lotus adds what a pass made to the embeddings, or takes it alone: set loop.residual to sum or none",
             ),
             (
                 self.supervision == "per_iter" and (self.loops_per_block != 1 or self.max_loops is not None),
                 "supervision=per_iter shows block t after iteration t: set loops_per_block to 1, leave max_loops out",
             ),
             (
-                self.deep_weight > 0 or self.halt_weight > 0,
-                "deep_weight and halt_weight decode every iteration's state, which lotus does not: set them to 0",
-            ),
-            (
-                self.solver != "none" and self.supervision == "per_iter" and self.step_weight + self.aux_weight > 0,
-                "a solver finds one state: set supervision to post",
+                self.hid.weight > 0 and self.teacher in (None, "self"),
+                "hid.weight needs states to follow: set hid.teacher to the folder of a chain-of-thought run",
             ),
         )
-
-    @cached_property
-    def loop(self) -> LoopSettings:
-        """What the authors call addition is the residual `sum`, unless another is asked for."""
-        settings = LoopSettings(**{f.name: getattr(self, f.name) for f in fields(LoopSettings)})
-        is_plain = self.inject == "add" and self.residual == "none"
-        return replace(settings, residual="sum") if is_plain else settings
 
     @property
     def needs_steps(self) -> bool:
         """Blocks show steps, and steps leave the text block by block."""
-        shows = self.step_weight > 0 or self.aux_weight > 0
-        return shows or self._has_teacher or self.first_stage < self.last_stage
-
-    @property
-    def _has_teacher(self) -> bool:
-        return self.hid_weight > 0 or self.teacher_weight > 0
+        shows = self.step_weight > 0 or self.aux.weight > 0
+        return shows or self.hid.weight > 0 or self.curriculum.first_stage < self.last_stage
 
     @property
     def last_stage(self) -> int:
@@ -144,14 +169,13 @@ class Lotus(LoopSettings, LossSettings, AuxSettings, Schedule, LatentMethod):
                 for q, token in enumerate(step.ids[:c] if self.overflow == "truncate" else step.ids, block * c)
                 if q < n
             ]
-        if self.aux_weight > 0:
+        if self.aux.weight > 0:
             row.told = [
                 Told(0, self._pass_of(block, row.n_loops), block * c, c, step.ids)
                 for block, step in enumerate(steps[:stage])
             ]
-        if self._has_teacher:
+        if self.hid.weight > 0:
             row.teacher = Row([spell.question(example.question)], [], [*steps, spell.answer(example.answer)])
-        if self.hid_weight > 0 and row.teacher is not None:
             n_before = spell.n_before_answer(example.answer)
             row.follows = [
                 Follow(ANSWER_PASS, row.answer_boundary(n_before), row.teacher.answer_boundary(n_before)),
@@ -170,5 +194,4 @@ class Lotus(LoopSettings, LossSettings, AuxSettings, Schedule, LatentMethod):
         """Return the pass whose output shows a 0-based block: that of h^(R), or of h^(block + 1)."""
         injections = n_loops - (self.last_pass == "refeed")
         t = injections if self.supervision == "post" else block + 1
-        is_solved = self.solver != "none"  # a fixed point: every later pass shows the same
-        return ANSWER_PASS if is_solved or t + 1 > n_loops else t + 1
+        return ANSWER_PASS if t + 1 > n_loops else t + 1

@@ -7,10 +7,12 @@ decoder is left out when answering (simcot.md).
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from innerloop.config.curriculum import ResetOptimizer, Schedule, StageUnit
 from innerloop.config.losses import AuxSettings
+from innerloop.config.method import Method
 from innerloop.errors import refuse
-from innerloop.methods.latent.coconut import Coconut
-from innerloop.methods.latent.codi import Codi
+from innerloop.methods.latent.feedback import FeedbackLoop, FeedbackMethod
+from innerloop.methods.latent.self_teaching import OwnStates, ProjectedLoop, SequentialLatents
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import FED, Row, Told
@@ -19,18 +21,39 @@ Surplus = Literal["answer", "ignore", "repeat_last"]
 
 
 @dataclass(frozen=True)
-class SoftSettings:
-    """A latent z may be fed as alpha z + beta E^T softmax(W z), a mixture with the words that it shows.
+class SimCotDecoder(AuxSettings):
+    """The auxiliary decoder; its weight is lambda_step."""
 
-    Args:
-        soft_alpha: alpha.
-        soft_beta: beta; 0: no words.
-    """
+    weight: float = 1.0
+    source: str | None = None
+    layers: int = 0
+    lora_rank: int = 0
+    embed: Literal["base", "own"] = "base"
+    position: int = 0
+    norm: Literal["per_row", "token_mean"] = "per_row"
+    detach: bool = False
+    trains: Literal["both", "base", "decoder"] = "both"
 
-    soft_alpha: float = 1.0
-    soft_beta: float = 0.0
+
+@dataclass(frozen=True)
+class SimCotSchedule(Schedule):
+    """Coconut's stages."""
+
+    first_stage: int = 0
+    length: int = 3
+    unit: StageUnit = "epoch"
+    max_stage: int = 3
+    reset_optimizer: ResetOptimizer = "stage"
+
+
+class SoftLatents(Method):
+    """A latent z may be fed as alpha z + beta E^T softmax(W z), a mixture with the words that it shows."""
+
+    soft_alpha: float
+    soft_beta: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse((min(self.soft_alpha, self.soft_beta) < 0, "soft_alpha and soft_beta cannot be negative"))
 
     @property
@@ -40,31 +63,32 @@ class SoftSettings:
 
 
 @dataclass(frozen=True)
-class SimCot(SoftSettings, AuxSettings, Coconut):
+class SimCot(SoftLatents, FeedbackMethod):
     """Coconut's rows; group k of c latents tells step k, and the last stage's last group all steps that are left.
 
     Args:
-        aux_weight: lambda_step.
+        latents_per_step: c.
         surplus: what groups tell when there are more of them than steps: the answer, nothing, or the last step again.
+        soft_alpha: a latent z may be fed as alpha z + beta E^T softmax(W z): alpha.
+        soft_beta: beta; 0: no words.
     """
 
     name: ClassVar[str] = "simcot"
     paper: ClassVar[str] = "arXiv 2509.20317"
     summary: ClassVar[str] = "Coconut whose latents must tell their steps to an auxiliary decoder"
+    needs: ClassVar[str] = "question, steps, answer"
 
-    aux_weight: float = 1.0
+    latents_per_step: int = 2
     surplus: Surplus = "answer"
+    soft_alpha: float = 1.0
+    soft_beta: float = 0.0
+    loop: FeedbackLoop = FeedbackLoop()
+    aux: SimCotDecoder = SimCotDecoder()
+    curriculum: SimCotSchedule = SimCotSchedule()
 
     def __post_init__(self) -> None:
-        Coconut.__post_init__(self)
-        SoftSettings.__post_init__(self)
-        AuxSettings.__post_init__(self)
-        refuse(
-            (
-                self.latents_per_step < 1 or self.thought == "pause",
-                "simcot reads latents that are fed back: set latents_per_step >= 1 and thought to feedback",
-            )
-        )
+        super().__post_init__()
+        refuse((self.latents_per_step < 1, "simcot reads latents: set latents_per_step to at least 1"))
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out, with what each group of latents must tell."""
@@ -76,35 +100,38 @@ class SimCot(SoftSettings, AuxSettings, Coconut):
 
 
 @dataclass(frozen=True)
-class SimCotCodi(SoftSettings, AuxSettings, Codi):
+class SimCotCodi(SoftLatents, SequentialLatents):
     """CODI's rows; of the k + 1 latents, the one from <bot> and what each pass makes, each tells a step.
 
     The loss is the mean over the latents that tell something; on Coconut it is over all groups.
 
     Args:
-        aux_weight: lambda_step.
+        n_latents_total: k, for every example.
         surplus: what latents tell when there are more of them than steps: the answer, nothing, or the last step again.
+        answer_weight: of the student's answer.
+        teacher_weight: the model also learns to write the chain of thought, with this weight.
+        soft_alpha: a latent z may be fed as alpha z + beta E^T softmax(W z): alpha.
+        soft_beta: beta; 0: no words.
     """
 
     name: ClassVar[str] = "simcot_codi"
     paper: ClassVar[str] = "arXiv 2509.20317"
     summary: ClassVar[str] = "CODI whose latents must tell their steps to an auxiliary decoder"
+    needs: ClassVar[str] = "question, steps, answer"
 
-    aux_weight: float = 1.0
-    aux_norm: Literal["per_row", "token_mean"] = "token_mean"
+    n_latents_total: int = 6
     surplus: Surplus = "ignore"
+    answer_weight: float = 1.0
+    teacher_weight: float = 1.0
+    soft_alpha: float = 1.0
+    soft_beta: float = 0.0
+    loop: ProjectedLoop = ProjectedLoop()
+    hid: OwnStates = OwnStates()
+    aux: SimCotDecoder = SimCotDecoder(norm="token_mean")
 
     def __post_init__(self) -> None:
-        Codi.__post_init__(self)
-        SoftSettings.__post_init__(self)
-        AuxSettings.__post_init__(self)
-        refuse(
-            (self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"),
-            (
-                self.feedback_site == "pre_norm",
-                "the last latent is what the answer's pass shows after the norm: set feedback_site to post_norm",
-            ),
-        )
+        super().__post_init__()
+        refuse((self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"))
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
         """Lay out, with what each latent must tell; the last is fed to nothing else."""

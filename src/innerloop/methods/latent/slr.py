@@ -7,19 +7,28 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from innerloop.config.curriculum import Curriculum
-from innerloop.config.loop import LoopSettings, RescaleKind, ResidualKind, TimeKind
-from innerloop.config.losses import AuxSettings, DecoderSettings, KdSettings, LossSettings
-from innerloop.config.method import AnswerContext, FirstState, LatentMethod, PrefixKV, Scope
+from innerloop.config.loop import FixedPointSettings, LoopSampling
+from innerloop.config.losses import DecoderSettings, DeepSettings, HaltSettings
+from innerloop.config.method import LatentMethod
+from innerloop.config.plan import AnswerContext, FirstState, Plan, PrefixKV, Scope
+from innerloop.config.stopping import GATED
 from innerloop.errors import InputError, refuse
-from innerloop.loop.sampling import LoopSampling, draw_loops
+from innerloop.loop.sampling import draw_loops
+from innerloop.methods.latent.slr_settings import (
+    SlrAux,
+    SlrKd,
+    SlrSchedule,
+    SlrStates,
+    SlrStop,
+    StabilisedLoop,
+)
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, Follow, Kind, Piece, Readout, Row, Told
 
 
 @dataclass(frozen=True)
-class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, Curriculum, LatentMethod):
+class Slr(LatentMethod):
     """``[Q][<bot>] | [<lat> x N] | [<eot>][A][eos]``; the N latents are refined T times.
 
     Args:
@@ -34,15 +43,17 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
         decode_lora: read h_T and the answer with the last iteration's LoRA weights instead of the base weights.
         loop_sampling: iterations of a training batch: T (fixed), uniform in 1..T, or log-normal Poisson around T.
         slots_per_step: c; step i is shown at the i-th block of c slots, round and round, cut to c tokens; 0: all slots.
-        aux_weight: iteration t must tell step sigma(t) to an auxiliary decoder, from the same block of slots.
-        teacher_thinks: the teacher writes its steps, and the states at their ends are followed (steps); or it is a run
-            that thinks in latents laid out as this model's, and each of their states h_t is followed (latents).
-        hid_site: a teacher's state is followed by the mean of the latents, or by the last of them.
+        step_weight: lambda_step; iteration t must show step sigma(t) through the head.
         step_map: sigma(t) = ceil(t m / T) (stretch), or t while there are steps (one2one); m is the number of steps,
             or with teacher_thinks=latents of the teacher's iterations.
         write_steps: during a curriculum the steps that have not left are written; off: none ever is, so that its stages
             do nothing but ramp the iterations.
         loops_per_stage: during a curriculum, stage s allows min(T, loops_per_stage * s) iterations; 0: always T.
+        teacher: folder of the run whose states (hid) or predictions (kd) are learned.
+        teacher_thinks: the teacher writes its steps, and the states at their ends are followed (steps); or it is a run
+            that thinks in latents laid out as this model's, and each of their states h_t is followed (latents).
+        ponder_weight: stop.rule=act: weight of the cost of thinking, N iterations and the remainder R
+            (arXiv 1603.08983).
     """
 
     name: ClassVar[str] = "slr"
@@ -51,39 +62,60 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
         "latents refined in a loop, held stable by timestep embedding, LoRA, rescaling and residual"
     )
 
-    presets: ClassVar[dict[str, "Slr"]]
-
-    loop_scope: Literal["slots", "all", "last", "append"] = "slots"
+    loop_scope: Scope = "slots"
     n_slots: int = 8
     distinct_slots: bool = False
     max_loops: int = 4
-    h0: Literal["embed", "forward"] = "embed"
-    answer_from: Literal["refeed", "kv_last"] = "refeed"
+    h0: FirstState = "embed"
+    answer_from: AnswerContext = "refeed"
     prefix_kv: PrefixKV = "base"
     decode_lora: bool = False
-    residual: ResidualKind = "A"
-    rescale: RescaleKind = "rms"
-    time: TimeKind = "lookup"
     loop_sampling: LoopSampling = "fixed"
     slots_per_step: int = 0
-    teacher_thinks: Literal["steps", "latents"] = "steps"
-    kd_temperature: float = 2.0
-    hid_site: Literal["mean", "last"] = "mean"
+    step_weight: float = 0.0
     step_map: Literal["stretch", "one2one"] = "stretch"
     write_steps: bool = True
     loops_per_stage: int = 0
-    reset_optimizer: Literal["stage", "epoch", "never"] = "never"
+    teacher: str | None = None  # type: ignore[assignment]
+    teacher_thinks: Literal["steps", "latents"] = "steps"
+    ponder_weight: float = 0.0
+    loop: StabilisedLoop = StabilisedLoop()
+    fixed_point: FixedPointSettings = FixedPointSettings()
+    stop: SlrStop = SlrStop()
+    hid: SlrStates = SlrStates()
+    kd: SlrKd = SlrKd()
+    deep: DeepSettings = DeepSettings()
+    halt: HaltSettings = HaltSettings()
+    aux: SlrAux = SlrAux()
+    decoder: DecoderSettings = DecoderSettings()
+    curriculum: SlrSchedule = SlrSchedule()
 
     def __post_init__(self) -> None:
-        LoopSettings.__post_init__(self)
-        Curriculum.__post_init__(self)
-        LossSettings.__post_init__(self)
-        KdSettings.__post_init__(self)
-        AuxSettings.__post_init__(self)
-        DecoderSettings.__post_init__(self)
-        is_region = self.loop_scope != "append"
-        decodes_all = self.deep_weight > 0 or self.halt_weight > 0
-        is_refed = self.answer_from == "refeed" and is_region
+        super().__post_init__()
+        self.curriculum.check(self.last_stage)
+        self.fixed_point.check(self.loop, self.stop.stops)
+        self._check_loop()
+        self._check_losses()
+        self._check_teacher()
+
+    @property
+    def _is_region(self) -> bool:
+        return self.loop_scope != "append"
+
+    @property
+    def _is_solved(self) -> bool:
+        return self.fixed_point.solver != "none"
+
+    @property
+    def _decodes_all(self) -> bool:
+        return self.deep.weight > 0 or self.halt.weight > 0
+
+    @property
+    def _is_refed(self) -> bool:
+        return self.answer_from == "refeed" and self._is_region
+
+    def _check_loop(self) -> None:
+        """Refuse what cannot be looped, or answered from."""
         refuse(
             (
                 self.max_loops < 0 or self.n_slots < 1 or self.loops_per_stage < 0,
@@ -102,105 +134,139 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
                 "prefix_kv=per_iter reads the prompt again in every iteration: set loop_scope to slots or last",
             ),
             (
-                self.loop_scope != "slots" and (self.distinct_slots or self.time_inject == "token"),
-                "distinct_slots and time_inject=token are for loop_scope=slots",
+                self.loop_scope != "slots" and (self.distinct_slots or self.loop.time_inject == "token"),
+                "distinct_slots and loop.time_inject=token are for loop_scope=slots",
             ),
             (
-                self.decoder != "lm_head"
+                self.loop.shift and (self.loop_scope != "slots" or self.prefix_kv == "per_iter"),
+                "loop.shift is for latents side by side on one prefix: set loop_scope to slots and prefix_kv to base",
+            ),
+            (
+                self.decoder.kind != "lm_head"
                 and (self.max_loops == 0 or self.decode_lora or self.answer_from == "kv_last"),
                 "a decoder of its own reads the final state: set max_loops >= 1, answer_from=refeed and decode_lora "
                 "off",
             ),
             (
-                self.decoder != "lm_head" and self.stop_site == "answer",
-                "stop_site=answer reads the answer that the model itself would write: set decoder to lm_head, or "
-                "stop_site to latents",
+                self.decoder.kind != "lm_head" and self.stop.site == "answer",
+                "stop.site=answer reads the answer that the model itself would write: set decoder.kind to lm_head, or "
+                "stop.site to latents",
             ),
             (
-                self.decoder == "linear" and (self._writes_steps or decodes_all),
-                "decoder=linear writes nothing: set max_stage, deep_weight and halt_weight to 0, or write_steps off",
+                self.decode_lora and self.loop.lora == "none",
+                "decode_lora needs loop-wise LoRA: set loop.lora to per_iter or shared",
             ),
             (
-                self.decode_lora and self.lora == "none",
-                "decode_lora needs loop-wise LoRA: set lora to per_iter or shared",
+                self.loops_per_stage > 0 and self.last_stage == 0,
+                "loops_per_stage ramps the iterations over a curriculum: set curriculum.max_stage to at least 1",
+            ),
+            (
+                not self.write_steps and self.last_stage == 0,
+                "write_steps is for a curriculum: set curriculum.max_stage to at least 1",
+            ),
+            (
+                (self.stop.rule, self.stop.act_output, self.answer_from) == ("act", "weighted", "kv_last"),
+                "the answer sees the last iteration's cache, not ACT's mean: set stop.act_output to last",
+            ),
+        )
+
+    def _check_losses(self) -> None:
+        """Refuse terms of the loss that this loop leaves nothing to."""
+        refuse(
+            (
+                self.decoder.kind == "linear" and (self._writes_steps or self._decodes_all),
+                "decoder.kind=linear writes nothing: set curriculum.max_stage, deep.weight and halt.weight to 0, or "
+                "write_steps off",
             ),
             (
                 self.slots_per_step < 0 or bool(self.slots_per_step and self.n_slots % self.slots_per_step),
                 f"slots_per_step is {self.slots_per_step}, but must divide n_slots={self.n_slots}",
             ),
             (
-                self.loops_per_stage > 0 and self.max_stage == 0,
-                "loops_per_stage ramps the iterations over a curriculum: set max_stage to at least 1",
-            ),
-            (
-                not self.write_steps and self.max_stage == 0,
-                "write_steps is for a curriculum: set max_stage to at least 1",
-            ),
-            (
-                self.aux_weight > 0 and (self.loop_scope != "slots" or self.max_loops == 0 or self.solver != "none"),
-                "aux_weight needs slots to read at each iteration: set loop_scope=slots, max_loops >= 1 and solver to "
-                "none",
+                self.aux.weight > 0 and (self.loop_scope != "slots" or self.max_loops == 0 or self._is_solved),
+                "aux.weight needs slots to read at each iteration: set loop_scope=slots, max_loops >= 1 and "
+                "fixed_point.solver to none",
             ),
             (
                 self.step_weight > 0 and (self.loop_scope != "slots" or self.max_loops == 0),
                 "step_weight needs slots to read at each iteration: set loop_scope=slots and max_loops >= 1",
             ),
             (
-                self.hid_weight > 0 and (self.max_loops == 0 or not is_region),
-                "hid_weight needs states to pull: set max_loops >= 1 and loop_scope to slots, all or last",
+                self._decodes_all and (not self._is_refed or self.max_loops == 0 or self._is_solved),
+                "deep.weight and halt.weight decode every iteration's state: set answer_from=refeed, max_loops >= 1, "
+                "loop_scope to slots, all or last, and fixed_point.solver to none",
             ),
             (
-                self.kd_weight > 0 and not self.thinks_along,
-                "kd_weight is for what a teacher predicts on the same rows: set teacher to the folder of a run like "
+                self.halt.weight > 0 and self.stop.rule not in GATED,
+                "halt.weight trains the gate of a learned stop: set stop.rule=halt or halt_sample",
+            ),
+            (
+                self.ponder_weight > 0 and self.stop.rule != "act",
+                "ponder_weight is the cost of thinking in ACT: set stop.rule=act",
+            ),
+            (
+                self._is_solved and (not self._is_refed or self.step_weight > 0 or self.hid.weight > 0),
+                "a solver finds one state: set loop_scope to slots, all or last, answer_from to refeed, and "
+                "step_weight and hid.weight to 0",
+            ),
+        )
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher that is missing, or whose states have no like here."""
+        refuse(
+            (
+                self.hid.weight > 0 and self.teacher is None,
+                "hid.weight needs states to follow: set teacher to the folder of a chain-of-thought run",
+            ),
+            (
+                self.hid.width > 0 and self.hid.weight == 0,
+                "hid.width is the width of another model's states: set hid.weight above 0, or hid.width to 0",
+            ),
+            (
+                self.hid.weight > 0 and (self.max_loops == 0 or not self._is_region),
+                "hid.weight needs states to pull: set max_loops >= 1 and loop_scope to slots, all or last",
+            ),
+            (
+                self.kd.weight > 0 and not self.has_latent_teacher,
+                "kd.weight is for what a teacher predicts on the same rows: set teacher to the folder of a run like "
                 "this one, and teacher_thinks to latents",
             ),
             (
-                self.thinks_along
-                and (self.teacher in (None, "self") or self.hid_weight + self.kd_weight == 0 or not is_region),
-                "teacher_thinks=latents follows another run: set teacher to its folder, hid_weight or kd_weight above "
+                self.has_latent_teacher
+                and (self.teacher is None or self.hid.weight + self.kd.weight == 0 or not self._is_region),
+                "teacher_thinks=latents follows another run: set teacher to its folder, hid.weight or kd.weight above "
                 "0, and loop_scope to slots, all or last",
             ),
             (
-                self.thinks_along and (self.hid_layers != "last" or self.hid_site != "mean"),
-                "with teacher_thinks=latents every latent follows its like: leave hid_layers and hid_site out",
+                self.has_latent_teacher and (self.hid.layers != "last" or self.hid.site != "mean"),
+                "with teacher_thinks=latents every latent follows its like: leave hid.layers and hid.site out",
             ),
             (
-                self.thinks_along and self._writes_steps,
-                "a teacher that thinks in latents knows no written steps: set max_stage to 0, or write_steps off",
+                self.has_latent_teacher and self._writes_steps,
+                "a teacher that thinks in latents knows no written steps: set curriculum.max_stage to 0, or "
+                "write_steps off",
             ),
             (
-                self.kd_weight > 0 and self.decoder == "linear",
-                "decoder=linear writes nothing that could be predicted alike: set kd_weight to 0",
-            ),
-            (
-                decodes_all and (not is_refed or self.max_loops == 0 or self.solver != "none"),
-                "deep_weight and halt_weight decode every iteration's state: set answer_from=refeed, max_loops >= 1, "
-                "loop_scope to slots, all or last, and solver to none",
-            ),
-            (
-                self.halt_weight > 0 and self.stop not in ("halt", "halt_sample"),
-                "halt_weight trains the gate of a learned stop: set stop=halt or halt_sample",
-            ),
-            (
-                self.solver != "none" and (not is_refed or self.step_weight > 0 or self.hid_weight > 0),
-                "a solver finds one state: set loop_scope to slots, all or last, answer_from to refeed, and "
-                "step_weight and hid_weight to 0",
+                self.kd.weight > 0 and self.decoder.kind == "linear",
+                "decoder.kind=linear writes nothing that could be predicted alike: set kd.weight to 0",
             ),
         )
 
     @property
     def needs_steps(self) -> bool:
         """Where iterations must show steps or follow a teacher's, or steps leave one by one."""
-        follows_steps = self.hid_weight > 0 and not self.thinks_along
-        weights = (self.step_weight, self.aux_weight, self.teacher_weight)
-        return max(weights) > 0 or follows_steps or self._writes_steps
+        return self.step_weight > 0 or self.aux.weight > 0 or self._follows_steps or self._writes_steps
 
     @property
     def _writes_steps(self) -> bool:
-        return self.max_stage > 0 and self.write_steps
+        return self.last_stage > 0 and self.write_steps
 
     @property
-    def thinks_along(self) -> bool:
+    def _follows_steps(self) -> bool:
+        return self.hid.weight > 0 and not self.has_latent_teacher
+
+    @property
+    def has_latent_teacher(self) -> bool:
         """Whether the teacher thinks in latents."""
         return self.teacher_thinks == "latents"
 
@@ -210,19 +276,18 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
         return [self._step_of(t, n_taught, n_loops, cut) for t in range(1, n_loops + 1)]
 
     @property
-    def scope(self) -> Scope:
-        """Where the loop works."""
-        return self.loop_scope
-
-    @property
-    def first_state(self) -> FirstState:
-        """Which reading of h_0."""
-        return self.h0
-
-    @property
-    def answer_context(self) -> AnswerContext:
-        """What the answer sees."""
-        return self.answer_from
+    def plan(self) -> Plan:
+        """Where the loop works, and what the answer sees."""
+        return replace(
+            super().plan,
+            scope=self.loop_scope,
+            first_state=self.h0,
+            answer_context=self.answer_from,
+            prefix_kv=self.prefix_kv,
+            decode_lora=self.decode_lora,
+            reads_state=self.decoder.kind != "lm_head",
+            reads_answer=self.stop.site == "answer",
+        )
 
     @property
     def n_distinct_slots(self) -> int:
@@ -243,9 +308,9 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
 
     def with_loops(self, loops: int) -> "Slr":
         """Return the method for answering with T = ``loops``; how it was trained no longer matters."""
-        no_terms = {f"{term}_weight": 0.0 for term in ("step", "aux", "hid", "kd", "deep", "halt")}
-        untaught: dict[str, Any] = {"hid_width": 0, "teacher_thinks": "steps", **no_terms}
-        return replace(self, max_loops=loops, loop_sampling="fixed", aux_trains="both", **untaught)
+        unlearned: dict[str, Any] = {name: type(getattr(self, name))() for name in ("aux", "kd", "deep", "halt")}
+        unlearned |= {"hid": replace(self.hid, weight=0.0, width=0), "step_weight": 0.0, "teacher_thinks": "steps"}
+        return replace(self, max_loops=loops, loop_sampling="fixed", **unlearned)
 
     def sampled(self, seed: str) -> "Slr":
         """Draw T for a training batch."""
@@ -270,14 +335,13 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
         row = super().lay_out(example, spell, stage)
         if not self.write_steps:
             row.suffix = [piece for piece in row.suffix if piece.kind is not Kind.STEP]
-        if self.decoder == "linear":
+        if self.decoder.kind == "linear":
             row.suffix.pop()  # the answer is chosen, not written
             row.answer_class = self._class_of(example)
         all_gone = stage == self.last_stage or not self.write_steps
         steps = spell.steps(example) if all_gone else spell.steps(example)[:stage]
         cut = getattr(self, "_cut_short", False)
         pairing = [self._step_of(t, len(steps), row.n_loops, cut) for t in range(1, row.n_loops + 1)]
-        follows_steps = self.hid_weight > 0 and not self.thinks_along
         if self.step_weight:
             row.readouts = [
                 readout
@@ -285,30 +349,29 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
                 if index is not None
                 for readout in self._readouts(t, row.region_start, index, steps[index])
             ]
-        if self.aux_weight:
+        if self.aux.weight:
             c = self.slots_per_step or self.n_slots
             row.told = [
                 Told(t - 1, t, self._block_of(index), c, spell.told(example.steps[index]))
                 for t, index in enumerate(pairing, 1)
                 if index is not None
             ]
-        if follows_steps or self.teacher_weight:
+        if self._follows_steps:
             row.teacher = Row(
                 [spell.question(example.question)], [], [*spell.steps(example), spell.answer(example.answer)]
             )
-        if follows_steps and row.teacher is not None:
             ends = row.teacher.step_ends()
-            at = None if self.hid_site == "mean" else row.region_start + sum(len(piece.ids) for piece in row.region) - 1
+            at = None if self.hid.site == "mean" else row.region_start + sum(len(piece.ids) for piece in row.region) - 1
             row.follows = [Follow(t, at, ends[index]) for t, index in enumerate(pairing, 1) if index is not None]
         return row
 
     def _class_of(self, example: Example) -> int:
-        if example.answer not in self.classes:
+        if example.answer not in self.decoder.classes:
             raise InputError(
                 f"example '{example.id}' has the answer '{example.answer}', which is none of the classes "
-                f"{', '.join(self.classes)}; list it in classes"
+                f"{', '.join(self.decoder.classes)}; list it in decoder.classes"
             )
-        return self.classes.index(example.answer)
+        return self.decoder.classes.index(example.answer)
 
     def _step_of(self, t: int, m: int, n_loops: int, cut: bool) -> int | None:
         """Return the 0-based step of iteration t, sigma(t) - 1, of m steps that have left the text (slr.md, 2).
@@ -331,29 +394,15 @@ class Slr(LoopSettings, LossSettings, KdSettings, AuxSettings, DecoderSettings, 
         return index % (self.n_slots // c) * c
 
 
+_BARE: dict[str, Any] = {"residual": "none", "rescale": "none", "time": "none"}
+_SEQUENTIAL: dict[str, Any] = {"loop_scope": "append", "max_loops": 6, "h0": "forward", "answer_from": "kv_last"}
 Slr.presets = {
-    "default": Slr(lora="per_iter"),
-    "readme": Slr(loop_scope="all", residual="sum", rescale="none", time="none"),
-    "pause": Slr(max_loops=0, residual="none", rescale="none", time="none"),
-    "coconut": Slr(
-        loop_scope="append",
-        max_loops=6,
-        h0="forward",
-        answer_from="kv_last",
-        residual="none",
-        rescale="none",
-        time="none",
-    ),
-    "codi": Slr(
-        loop_scope="append",
-        max_loops=6,
-        h0="forward",
-        answer_from="kv_last",
-        residual="none",
-        rescale="project",
-        time="none",
-    ),
-    "lotus": Slr(n_slots=150, max_loops=6, residual="sum", rescale="none", time="none"),
-    "spiral": Slr(n_slots=5, max_loops=5, residual="none", rescale="adapter", time="none"),
+    "default": Slr(loop=StabilisedLoop(lora="per_iter")),
+    "readme": Slr(loop_scope="all", loop=StabilisedLoop(**{**_BARE, "residual": "sum"})),
+    "pause": Slr(max_loops=0, loop=StabilisedLoop(**_BARE)),
+    "coconut": Slr(**_SEQUENTIAL, loop=StabilisedLoop(**_BARE)),
+    "codi": Slr(**_SEQUENTIAL, loop=StabilisedLoop(**{**_BARE, "rescale": "project"})),
+    "lotus": Slr(n_slots=150, max_loops=6, loop=StabilisedLoop(**{**_BARE, "residual": "sum"})),
+    "spiral": Slr(n_slots=5, max_loops=5, loop=StabilisedLoop(**{**_BARE, "rescale": "adapter"})),
 }
 """Named settings (slr.md, sections 3 and 9): a recipe's ``method: {name: slr, preset: readme, max_loops: 6}``."""

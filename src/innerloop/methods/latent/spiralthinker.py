@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from innerloop.config.curriculum import uniforms
-from innerloop.config.loop import LoopSettings, RescaleKind
-from innerloop.config.losses import LossSettings
+from innerloop.config.loop import LoopSettings, RescaleKind, ResidualKind, Site
+from innerloop.config.losses import Distance, HiddenLayers, HiddenSettings
 from innerloop.config.method import Labeller, Method
+from innerloop.config.stopping import CommonStop
 from innerloop.errors import refuse
 from innerloop.methods.latent.step_labels import check_labels, label_steps, latent_mask
 from innerloop.text.encoder import Speller
@@ -30,7 +31,29 @@ ALL_LATENT = -1  # as a number whose bits tell of steps
 
 
 @dataclass(frozen=True)
-class SpiralThinker(LoopSettings, LossSettings, Method):
+class SpiralLoop(LoopSettings):
+    """States at the latents become their inputs through an adapter."""
+
+    residual: ResidualKind = "none"
+    rescale: RescaleKind = "adapter"
+    width: int = 0
+    gain: bool = False
+    site: Site = "post_norm"
+    bptt: int | None = None
+
+
+@dataclass(frozen=True)
+class SpiralStates(HiddenSettings):
+    """Alignment: states at <eol> are pulled to those that a run of pattern none has at the ends of its steps."""
+
+    weight: float = 0.0
+    layers: HiddenLayers = "all"
+    distance: Distance = "l1"
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class SpiralThinker(Method):
     """Latent blocks in place of every other step of text.
 
     Args:
@@ -64,9 +87,6 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
     latents_per_block: int = 5
     max_loops: int = 5
     count_static_pass: bool = False
-    rescale: RescaleKind = "adapter"
-    hid_layers: Literal["last", "all", "all+emb"] = "all"
-    hid_distance: Literal["smooth_l1", "l1", "l1_sum", "l2", "cosine"] = "l1"
     block_schedule: Literal["parallel", "sequential"] = "parallel"
     align_schedule: Literal["softmax", "uniform", "last"] = "softmax"
     align_alpha: float = 1.0
@@ -76,10 +96,12 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
     supervise_first_bol: bool = False
     force_block_after_text: bool = False
     max_blocks: int = 8
+    loop: SpiralLoop = SpiralLoop()
+    stop: CommonStop = CommonStop()
+    hid: SpiralStates = SpiralStates()
 
     def __post_init__(self) -> None:
-        LoopSettings.__post_init__(self)
-        LossSettings.__post_init__(self)
+        super().__post_init__()
         refuse(
             (
                 self.latents_per_block < 1 or self.max_loops < 0 or self.max_blocks < 1,
@@ -90,28 +112,26 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
                 "count_static_pass counts pass 0: set max_loops to at least 1",
             ),
             (
-                self.pattern == "none" and self.hid_weight > 0,
-                "pattern=none is the teacher, which follows nobody: set hid_weight to 0",
+                self.pattern == "none" and self.hid.weight > 0,
+                "pattern=none is the teacher, which follows nobody: set hid.weight to 0",
             ),
             (
-                self.hid_weight > 0 and self.n_updates == 0 and not self.align_static_pass,
-                "without updates there is only pass 0 to align: set align_static_pass, or hid_weight to 0",
+                self.hid.weight > 0 and self.teacher in (None, "self"),
+                "hid.weight needs states to follow: set hid.teacher to the folder of a run of pattern none",
             ),
             (
-                self.step_weight > 0 or self.deep_weight > 0 or self.halt_weight > 0 or self.solver != "none",
-                "spiralthinker learns from text and its teacher: set step_weight, deep_weight and halt_weight to 0 and "
-                "solver to none",
+                self.hid.weight > 0 and self.n_updates == 0 and not self.align_static_pass,
+                "without updates there is only pass 0 to align: set align_static_pass, or hid.weight to 0",
             ),
             (
-                self.shift or self.stop_site == "answer",
-                "shift and stop_site=answer are for latents that the answer follows: leave them out with spiralthinker",
+                self.loop.residual not in ("none", "sum"),
+                "a block's states become its inputs, alone or added to the embeddings: set loop.residual to none or sum",
             ),
             (
                 self.labeller is not None and self.pattern != "labelled",
                 "labeller tells which steps are latent: set pattern to labelled, or leave it out",
             ),
             (self.align_alpha < 0, "later passes count more: align_alpha cannot be negative"),
-            (self.time_inject == "token", "a token for the time has no place between text: set time_inject to add"),
         )
 
     @property
@@ -190,7 +210,7 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
         if self.pattern == "labelled":
             stage = latent_mask(example, stage)
         head = row = Row([spell.question(example.question)])
-        if self.hid_weight > 0:
+        if self.hid.weight > 0:
             head.teacher = self._teacher(example, spell)
         for i, step in enumerate(steps):
             if self._is_latent(i, stage):

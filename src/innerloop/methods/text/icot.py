@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from innerloop.config.curriculum import Schedule, uniforms
+from innerloop.config.curriculum import ResetOptimizer, Schedule, uniforms
 from innerloop.config.method import Method
 from innerloop.errors import refuse
 from innerloop.text.encoder import Speller
@@ -21,7 +21,15 @@ from innerloop.text.row import Kind, Piece, Row
 
 
 @dataclass(frozen=True)
-class Icot(Schedule, Method):
+class RemovalSchedule(Schedule):
+    """When removal begins, and when the optimizer's state is cleared."""
+
+    first_stage: int = 0
+    reset_optimizer: ResetOptimizer = "stage"
+
+
+@dataclass(frozen=True)
+class Icot(Method):
     """``[Q][eos][t_s+1]..[t_n][eos][### A][eos]``; stage s is the number of tokens removed.
 
     Args:
@@ -34,6 +42,8 @@ class Icot(Schedule, Method):
         smoothing: lambda; each example loses o more, P(o) = (1 - e^-lambda) e^(-lambda o). None: no smoothing.
         removal_free_epochs: epochs before the first removal.
         force_empty: when answering, the second separator is given instead of awaited.
+        first_stage: the number of tokens that are gone when training begins.
+        reset_optimizer: when the optimizer's state is cleared: whenever more tokens leave (stage), each epoch, or never.
     """
 
     name: ClassVar[str] = "icot"
@@ -50,6 +60,8 @@ class Icot(Schedule, Method):
     smoothing: float | None = 4.0
     removal_free_epochs: float = 0.0
     force_empty: bool = False
+    first_stage: int = 0
+    reset_optimizer: ResetOptimizer = "stage"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,19 +69,20 @@ class Icot(Schedule, Method):
             (self.removed_per_epoch <= 0 or self.max_removed < 1, "removed_per_epoch and max_removed must be above 0"),
             (self.removal_free_epochs < 0, "removal_free_epochs cannot be negative"),
             (
-                self.stage_mix != "none" or self.uniform_prob > 0,
-                "icot draws how much is removed by smoothing: leave stage_mix and uniform_prob out",
-            ),
-            (
                 self.keep_position and self.side == "right",
                 "keep_position is for tokens that leave from the front: set side to left",
             ),
             (self.smoothing is not None and self.smoothing <= 0, "smoothing must be above 0, or none"),
             (
-                self.stage_length != type(self).stage_length or self.stage_unit != type(self).stage_unit,
-                "icot's stages are numbers of removed tokens: set removed_per_epoch instead of stage_length",
+                not 0 <= self.first_stage <= self.max_removed,
+                f"first_stage is {self.first_stage}, but the stages run from 0 to {self.max_removed}",
             ),
         )
+
+    @property
+    def curriculum(self) -> Schedule:  # type: ignore[override]
+        """Its stages are numbers of removed tokens."""
+        return RemovalSchedule(self.first_stage, self.reset_optimizer)
 
     @property
     def n_ends(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from innerloop.config.curriculum import Curriculum
+from innerloop.config.curriculum import Schedule, StageUnit
 from innerloop.config.method import LatentMethod
 from innerloop.errors import InputError
 from innerloop.text.encoder import Speller
@@ -12,10 +12,20 @@ from innerloop.text.row import BOT, EOT, LAT, Row
 
 
 @dataclass(frozen=True)
-class Pause(Curriculum, LatentMethod):
+class PauseSchedule(Schedule):
+    """Stages of "pause as thought"."""
+
+    first_stage: int = 0
+    length: int = 3
+    unit: StageUnit = "epoch"
+    max_stage: int = 0
+
+
+@dataclass(frozen=True)
+class Pause(LatentMethod):
     """``[Q][<pause> x M][### A][eos]``: one embedding M times; a single pass reads all of it (pause.md).
 
-    With a curriculum (``max_stage > 0``) this is Coconut's "pause as thought": at stage s the first s steps give way
+    With a curriculum (``curriculum.max_stage > 0``) this is Coconut's "pause as thought": at stage s the first s steps give way
     to s * per_stage pauses.
 
     Args:
@@ -37,19 +47,21 @@ class Pause(Curriculum, LatentMethod):
     keep_steps: bool = False
     placement: Literal["append", "prepend"] = "append"
     per_stage: int = 1
+    curriculum: PauseSchedule = PauseSchedule()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.n_pauses, self.per_stage, self.n_pauses_inference or 0) < 0:
             raise InputError("a number of pauses cannot be negative")
-        if self.max_stage and (self.keep_steps or self.placement == "prepend"):
-            raise InputError("a curriculum (max_stage > 0) replaces steps by pauses after the question: "
+        self.curriculum.check(self.last_stage)
+        if self.last_stage and (self.keep_steps or self.placement == "prepend"):
+            raise InputError("a curriculum (curriculum.max_stage > 0) replaces steps by pauses after the question: "
                              "set keep_steps to false and placement to append")  # fmt: skip
 
     @property
     def needs_steps(self) -> bool:
         """Where steps are kept, or leave one by one."""
-        return self.keep_steps or self.max_stage > 0
+        return self.keep_steps or self.last_stage > 0
 
     @property
     def markers(self) -> tuple[str, ...]:
