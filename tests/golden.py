@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from innerloop import LatentModel
+from innerloop.engine.generation import Generation
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.generation import Generation
 from innerloop.methods import Method
-from innerloop.recipe import Recipe, load_recipe, parse_recipe
-from innerloop.run import build
+from innerloop.text.examples import Example
+from innerloop.train.recipe import Recipe, load_recipe, parse_recipe
+from innerloop.train.run import build
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "chain"
 CASES = Path(__file__).with_name("golden_cases.yaml")
@@ -164,7 +164,7 @@ def made(case: Case, out: Path) -> tuple[LatentModel, Recipe, list[Example]]:
             folder = out / "stages" / str(number)
             model.save_pretrained(folder)
     examples = stage.task.examples("train")[:N_EXAMPLES]
-    return model, stage, stage.method.prepared(examples, model.device)
+    return model, stage, model.prepared(examples)
 
 
 @torch.no_grad()
