@@ -6,6 +6,7 @@ import torch
 from innerloop import rooms
 from innerloop.context import Context
 from innerloop.methods import Coconut, Cot, Lotus, Method, Pccot, Slr, SpiralThinker
+from tests.close import assert_close
 from tests.methods.tools import base, by_arch, lean_towards_end, on
 from tests.models import tiny_model
 
@@ -66,7 +67,7 @@ def test_states_and_what_is_remembered_are_those_of_other_passes(arch, monkeypat
                 states.append(context.read(new, torch.tensor([[1], [0]]).expand(2, new.shape[1]) if i == 2 else None))
         found.append([*(s[:1] if i == 3 else s[:, -1:] for i, s in enumerate(states)), *columns_read(context)])
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert_close(one, other, 1e-12)
 
 
 def test_forks_that_live_keep_what_they_have_read_and_those_that_are_gone_leave_their_place():
@@ -115,7 +116,7 @@ def test_rows_that_leave_take_their_columns_along():
         again = Context(backbone, 3)
         for new in (embeds, more):
             again.read(new)
-        torch.testing.assert_close(states, again.read(more)[[2, 0]], rtol=0, atol=1e-12)
+        assert_close(states, again.read(more)[[2, 0]], 1e-12)
 
 
 def test_one_program_serves_all_lengths_of_a_room_and_all_iterations():

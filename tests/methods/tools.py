@@ -19,6 +19,7 @@ from innerloop.loop import InnerLoop, LoopResult
 from innerloop.methods import Method
 from innerloop.thought import Thought
 from innerloop.trace import Trace
+from tests.close import ROUNDED, assert_close
 from tests.methods.reference import Reference
 from tests.models import tiny_model
 
@@ -32,7 +33,6 @@ MIXED = (
     Example("1 ; + 0 ; * 1", (), "1"),
 )
 QUESTIONS = [example.question for example in MIXED]
-ROUNDED = 1e-5  # a norm of Llama computes in fp32, even in a model of double precision
 
 # Settings of SLR: nothing but the loop, and everything at once.
 SCOPES = ("slots", "all", "last", "append")
@@ -194,7 +194,7 @@ def gradients(model: LatentModel, loss: Tensor) -> dict[str, Tensor]:
     return grads
 
 
-def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 2e-6) -> None:
+def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = ROUNDED) -> None:
     """Compare gradients by all weights; losses are taken in fp32, hence the tolerance."""
     assert left.keys() == right.keys()
     for name in left:
@@ -202,13 +202,7 @@ def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tol
         assert (left[name] - right[name]).abs().max().item() <= tolerance * scale, name
 
 
-def assert_close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
-    assert left.shape == right.shape
-    gap = (left - right).abs().max().item()
-    assert gap <= tolerance
-
-
-def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float = 1e-10) -> None:
+def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float | None = None) -> None:
     for a, b in zip(left.answer_logits(MIXED), right.answer_logits(MIXED)):
         assert_close(a, b, tolerance)
 
@@ -252,8 +246,8 @@ def assert_rows_do_as_alone(model: LatentModel) -> None:
         ours, single = trace.row(row).iterations, alone_trace.iterations
         assert [entry.loop for entry in ours] == [entry.loop for entry in single]
         for one, other in zip(ours, single):
-            torch.testing.assert_close(one.delta, other.delta, atol=1e-4, rtol=0)
-            torch.testing.assert_close(one.score, other.score, atol=1e-4, rtol=0)  # None where there is no score
+            assert_close(one.delta, other.delta)
+            assert_close(one.score, other.score)  # None where there is no score
 
 
 @contextmanager
