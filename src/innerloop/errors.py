@@ -23,7 +23,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def check_choices(settings: Any) -> None:
     """Refuse a dataclass with a field that is none of its Literal type's choices."""
-    for name, known in _choices(type(settings)).items():
+    for name, known in _choices(settings.__class__).items():
         value = getattr(settings, name, None)
         if value not in known:
             choices = [str(choice) for choice in known]
