@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,20 @@ def iterate(
 def sharp_model(method: Method, arch: str = "gpt2", seed: int = 0, **changes) -> LatentModel:
     """Make a model in double precision that knows every marker, with a timestep table that is not zero."""
     return under(tiny_model(Slr(), arch, seed, **changes).double(), method)
+
+
+def exact(model: LatentModel) -> LatentModel:
+    """Let a model compute in double precision alone; most norms take their squares in fp32, whatever the weights."""
+
+    def normed(norm: nn.Module, states: Tensor) -> Tensor:
+        gemma = "Gemma" in type(norm).__name__
+        weight, eps = (1 + norm.weight, norm.eps) if gemma else (norm.weight, norm.variance_epsilon)
+        return nn.functional.rms_norm(states, states.shape[-1:], weight, eps)
+
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(normed, module)
+    return model
 
 
 def under(model: LatentModel, method: Method) -> LatentModel:
