@@ -8,7 +8,7 @@ from innerloop.context import Context
 from innerloop.methods import Coconut, Cot, Lotus, Method, Pccot, Slr, SpiralThinker
 from tests.close import assert_close
 from tests.methods.tools import base, by_arch, lean_towards_end, on
-from tests.models import tiny_model
+from tests.models import SLIDING, tiny_model
 
 QUESTIONS = ["3 ; + 4 ; * 2", "1 ; + 1", "2 ; * 3 ; - 1 ; + 2", "4 ; - 1 ; - 1"]
 METHODS = {
@@ -44,15 +44,16 @@ def test_answers_are_those_of_passes_that_are_not_compiled(name):
     assert [g.cost.passes for g in compiled] == [g.cost.passes for g in plain]
 
 
-def own(method: Method, arch: str):
+def own(method: Method, arch: str, n_layers: int = 1):
     """Return a model of its own in double precision."""
-    return tiny_model(method, arch, num_hidden_layers=1 if arch == "gpt2" else 2).double().eval()
+    changes = {} if arch in SLIDING else {"num_hidden_layers": n_layers}
+    return tiny_model(method, arch, **changes).double().eval()
 
 
 @by_arch
 def test_states_and_what_is_remembered_are_those_of_other_passes(arch, monkeypatch):
     monkeypatch.setattr(rooms, "COLUMNS", 8)  # rooms fill up
-    backbone = own(Cot(), arch).backbone
+    backbone = own(Cot(), arch, 2).backbone
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     embeds = [torch.randn(2, n, backbone.width, dtype=torch.double) for n in (5, 1, 3, 1, 1, 2, 4)]
     found = []
