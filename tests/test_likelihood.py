@@ -54,7 +54,7 @@ def test_plain_pre_training_is_that_of_the_bare_model():
         ids = torch.tensor([model.tokenizer.encode(chunk.question + chunk.answer)])
         total += model.backbone.lm(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         n += ids.shape[1] - 1
-    assert model.loss(CHUNKS).loss.item() == pytest.approx(total / n, abs=1e-5)
+    assert model.loss(CHUNKS).loss.item() == pytest.approx(total / n, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_the_likelihood_is_that_of_what_the_text_goes_on_with(method):
         target = torch.tensor(row.pieces[-1].ids)
         expected.append(cross_entropy(model.row_logits([row])[0][-n:], target, reduction="sum").item())
         counts.append(n)
-    assert list(found.losses) == pytest.approx(expected, abs=1e-4) and list(found.n_tokens) == counts
+    assert list(found.losses) == pytest.approx(expected, rel=1e-5) and list(found.n_tokens) == counts
     assert found.nll == pytest.approx(sum(expected) / sum(counts)) and found.n_unknown == 0
 
 
 def test_other_numbers_of_loops_unknown_words_and_long_chunks():
     model = reader(Slr(n_slots=3, max_loops=2))
     twin = LatentModel(model.backbone, model.tokenizer, change(model.method, max_loops=0)).eval()
-    assert likelihood(model, CHUNKS, loops=0).nll == pytest.approx(likelihood(twin, CHUNKS).nll, abs=1e-5)
+    assert likelihood(model, CHUNKS, loops=0).nll == pytest.approx(likelihood(twin, CHUNKS).nll, rel=1e-5)
     strange = Example("1 + 2", (), " = unheard 3")
     assert likelihood(model, [strange]).n_unknown == 1
     long = Example("1 " * 300, (), " + 2")

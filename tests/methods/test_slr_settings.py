@@ -361,7 +361,7 @@ def test_noise_is_added_to_what_is_fed_and_not_to_what_the_timestep_makes_of_it(
     noisy = loop.inject(state, 1)
     torch.manual_seed(0)
     expected, error = loop.time(state, 1), 1.5 * torch.randn_like(state)
-    torch.testing.assert_close(noisy[:, -3:], expected[:, -3:] + error)
+    assert_close(noisy[:, -3:], expected[:, -3:] + error)
     assert torch.equal(noisy[:, :-3], expected[:, :-3])  # the timestep's own position
 
 
@@ -371,7 +371,7 @@ def test_the_sines_see_t_or_t_over_max_loops(time_norm, times):
     time = InnerLoop(settings, width=4, max_loops=4, tau=torch.ones(())).time
     torch.nn.init.normal_(time.mlp[-1].weight)
     for loop, told in zip((1, 3, 6), times):
-        torch.testing.assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
+        assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
 
 
 @pytest.mark.parametrize(
