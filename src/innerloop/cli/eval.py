@@ -37,10 +37,10 @@ from innerloop.methods import Cot
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.terminal.views import answer_view
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 
 
 def eval_(

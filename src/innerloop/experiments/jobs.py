@@ -29,8 +29,8 @@ from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 from innerloop.train.recipe import Recipe, load_recipe
 from innerloop.train.run import CONFIG, FINISHED, run_recipe
 from innerloop.train.training_arguments import training_arguments

@@ -31,9 +31,9 @@ from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.terminal.wide_table import Bands
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 
 PROBE_EXAMPLES = 1000  # to learn from
 MOST_CELLS = 12  # columns of a table of probes
