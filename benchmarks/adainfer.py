@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.calibrate.fit import fit_judge, fitted_thresholds
-from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_method, use_rule
+from innerloop.calibrate.fit import fit_classifier, fitted_thresholds
+from innerloop.calibrate.loop_scan import Survey, survey
 from innerloop.calibrate.threshold_search import TARGETS
 from innerloop.decoder.cost import Meter
-from innerloop.halting import FEATURES, Judge
+from innerloop.halting import FEATURES, ExitClassifier
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import AdaInfer
 from innerloop.model.model import LatentModel
+from innerloop.model.stopping import ruled_by, use_method, use_rule
 from innerloop.passes.thought import think
 from innerloop.tasks import Gsm8k
 from innerloop.text.examples import Example
@@ -88,8 +89,8 @@ def main() -> None:
 def look(model: LatentModel, examples: list[Example], batch_size: int) -> Survey:
     """Survey every exit."""
     use_rule(model, stop="classifier", stop_features=FEATURES)
-    assert model.loop.stop is not None and model.loop.stop.judge is not None
-    model.loop.stop.judge.clear()
+    assert model.loop.stop is not None and model.loop.stop.classifier is not None
+    model.loop.stop.classifier.clear()
     return survey(model, examples, batch_size)
 
 
@@ -120,10 +121,11 @@ def rules(seen: dict[str, Survey], good_TM: Tensor) -> Iterator[tuple[dict, dict
         x = {split: one.features_TMF[..., at] for split, one in seen.items() if one.features_TMF is not None}
         for kind in ("logistic", "svm_linear", "svm_rbf"):
             for per_step in (False, True):
-                judge = Judge(features)
-                judge.fill(fit_judge(x["train"], good_TM, kind, per_step))
+                classifier = ExitClassifier(features)
+                classifier.fill(fit_classifier(x["train"], good_TM, kind, per_step))
                 scores = {
-                    split: torch.stack([judge(z, t) for t, z in enumerate(x[split], 1)]) for split in ("valid", "test")
+                    split: torch.stack([classifier(z, t) for t, z in enumerate(x[split], 1)])
+                    for split in ("valid", "test")
                 }
                 yield {"rule": kind, "features": list(features), "per_layer": per_step}, scores
     for feature in ("gap", "top"):
@@ -167,13 +169,13 @@ def fit(model: LatentModel, seen: dict[str, Survey]) -> None:
     """Give the model the logistic classifier on the words, with thresholds for `AGREEMENT`."""
     features = ("gap", "top", "depth")
     use_rule(model, stop="classifier", stop_features=features)
-    assert model.loop.stop is not None and model.loop.stop.judge is not None
-    judge, at = model.loop.stop.judge, [FEATURES.index(feature) for feature in features]
+    assert model.loop.stop is not None and model.loop.stop.classifier is not None
+    classifier, at = model.loop.stop.classifier, [FEATURES.index(feature) for feature in features]
     x = {split: one.features_TMF[..., at] for split, one in seen.items() if one.features_TMF is not None}
-    numbers = fit_judge(x["train"], seen["train"].agrees_TM)
-    judge.fill(numbers)
-    scores_TM = torch.stack([judge(z, t) for t, z in enumerate(x["valid"], 1)])
-    judge.fill(numbers | {"tau_T": fitted_thresholds(scores_TM, seen["valid"].agrees_TM, AGREEMENT)})
+    numbers = fit_classifier(x["train"], seen["train"].agrees_TM)
+    classifier.fill(numbers)
+    scores_TM = torch.stack([classifier(z, t) for t, z in enumerate(x["valid"], 1)])
+    classifier.fill(numbers | {"tau_T": fitted_thresholds(scores_TM, seen["valid"].agrees_TM, AGREEMENT)})
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ import torch
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
 from innerloop.calibrate.calibrate import REPORT, adopt_rule, calibrate
-from innerloop.calibrate.loop_scan import ruled_by, survey, use_rule
+from innerloop.calibrate.loop_scan import survey
+from innerloop.calibrate.oracles import first_agreeing, first_correct
 from innerloop.calibrate.threshold_search import Answers, Goal, Tryout, thresholds_between
-from innerloop.halting import first_agreeing, first_correct
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import Method
 from innerloop.model.checkpoint import PARTS, SETTINGS
+from innerloop.model.stopping import ruled_by, use_rule
 from innerloop.tasks import Chain
 from tests.methods.tools import MIXED, change
 from tests.models import saved, tiny_model
@@ -137,7 +138,7 @@ def test_a_classifier_leaves_where_it_may(fields, method):
     n_1, n_2, n_3, _ = (one["n"] for one in report["tokens"]["iterations"])
     assert n_1 == 0 and n_2 > 0 and (n_3 == 0 or "check_every" not in fields)
     assert report["tokens"]["agreement"] >= 0.5
-    mean_depth = model.loop.stop.judge.mean_KF[0, 2].item()
+    mean_depth = model.loop.stop.classifier.mean_KF[0, 2].item()
     assert mean_depth == pytest.approx((1 + 2 + 3) / 3 / T)  # it was fitted to every iteration but the last
 
 
@@ -311,7 +312,7 @@ def test_labels_may_be_agreement_or_correctness_of_rows_and_of_tokens():
         for label in ("agree", "correct"):
             model = model_of(method)
             quick(model, "classifier", agreement=0.5, label=label)
-            thresholds.append(model.loop.stop.judge.bias_K.tolist())
+            thresholds.append(model.loop.stop.classifier.bias_K.tolist())
         assert thresholds[0] != thresholds[1]
 
 
@@ -320,7 +321,7 @@ def test_a_fit_is_the_same_again():
     for _ in range(2):
         model = model_of(AdaInfer(exits=(1,)))
         quick(model, "classifier", agreement=0.5, seed=3)
-        biases.append(model.loop.stop.judge.bias_K.tolist())
+        biases.append(model.loop.stop.classifier.bias_K.tolist())
     assert biases[0] == biases[1]
 
 

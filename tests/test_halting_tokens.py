@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from innerloop import InputError, LatentModel, Looped, Slr
-from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.calibrate.loop_scan import survey
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting import StopKind
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods import Method
+from innerloop.model.stopping import use_rule
 from innerloop.passes.thought import think
 from tests.methods.tools import MIXED, PLAIN, QUESTIONS, by_arch, change
 from tests.models import tiny_model

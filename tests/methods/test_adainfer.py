@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
-from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.calibrate.loop_scan import survey
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods.depth.exit_pass import ExitCache
+from innerloop.model.stopping import use_rule
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change
@@ -147,7 +148,7 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
 def features_of(model: LatentModel, examples=MIXED) -> Tensor:
     """Return what a classifier would look at (T, M, F)."""
     use_rule(model, stop="classifier", stop_features=("gap", "top", "attention", "mlp", "block", "depth"))
-    model.loop.stop.judge.clear()
+    model.loop.stop.classifier.clear()
     found = survey(model, examples).features_TMF
     assert found is not None
     return found

@@ -9,10 +9,11 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments
 from innerloop.calibrate.calibrate import calibrate
-from innerloop.calibrate.loop_scan import survey, use_rule
-from innerloop.halting.classifier import JudgeKind
+from innerloop.calibrate.loop_scan import survey
+from innerloop.halting.classifier import ExitClassifierKind
 from innerloop.methods import METHODS
 from innerloop.methods.depth.exits import exit_losses
+from innerloop.model.stopping import use_rule
 from innerloop.tasks import Chain
 from tests.methods.tools import MIXED, QUESTIONS, assert_same_gradients, by_arch, change, gradients
 from tests.models import saved, tiny_model
@@ -207,7 +208,7 @@ def test_exits_that_have_learned_to_speak_spare_layers_without_a_loss(tmp_path):
 
 
 @pytest.mark.parametrize("per_step", [False, True])
-@pytest.mark.parametrize("kind", JudgeKind.__args__)
+@pytest.mark.parametrize("kind", ExitClassifierKind.__args__)
 def test_a_fitted_classifier_is_saved_and_loaded_and_decides_alike(kind, per_step, tmp_path):
     options = {"stop_classifier": kind, "stop_per_step": per_step, "stop_features": ("gap", "top", "mlp", "block")}
     model = model_of(AdaInfer(exits=EXITS))

@@ -20,7 +20,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from innerloop.calibrate.loop_scan import use_rule
 from innerloop.calibrate.threshold_search import Goal, Label, Tryout, told_of
 from innerloop.errors import InputError, refuse
 from innerloop.halting import StopKind
@@ -29,6 +28,7 @@ from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.parts import Parts
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
+from innerloop.model.stopping import use_rule
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 

@@ -15,15 +15,19 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from innerloop.errors import InputError
-from innerloop.halting import JudgeKind, StopRule
+from innerloop.halting import ExitClassifierKind, StopRule
 
 MOST_VECTORS = 1000  # rows that an RBF machine is fitted to
 CERTAIN = 20.0  # the margin where there is nothing to learn: all rows are alike
 PROBE_STEPS, PROBE_RATE = 300, 1e-2
 
 
-def fit_judge(
-    features_TMF: Tensor, labels_TM: Tensor, kind: JudgeKind = "logistic", per_step: bool = False, seed: int = 0
+def fit_classifier(
+    features_TMF: Tensor,
+    labels_TM: Tensor,
+    kind: ExitClassifierKind = "logistic",
+    per_step: bool = False,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Fit a classifier to all iterations but the last, or one to each; return its numbers by name.
 
@@ -56,7 +60,7 @@ def fit_judge(
     return {**numbers, "tau_T": torch.zeros(n_T)}
 
 
-def _machine(z_NF: Tensor, y_N: Tensor, kind: JudgeKind, seed: int) -> dict[str, Tensor]:
+def _machine(z_NF: Tensor, y_N: Tensor, kind: ExitClassifierKind, seed: int) -> dict[str, Tensor]:
     """Fit one classifier to standardised features; what a kind does not have is empty."""
     n_F = z_NF.shape[1]
     empty = {

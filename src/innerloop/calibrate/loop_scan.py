@@ -11,76 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.errors import InputError
-from innerloop.halting import Moment, StopKind, StopSettings, decayed, masked_mean
+from innerloop.halting import StopInputs, StopSettings, decayed, masked_mean
 from innerloop.loop.loop import Pass
-from innerloop.methods import Method
 from innerloop.methods.depth.exit_pass import ExitPass
 from innerloop.model.model import LatentModel
+from innerloop.model.stopping import ruled_by
 from innerloop.passes.ragged import TokenPass
 from innerloop.text.examples import Example
-
-TRAINED_BY: dict[str, tuple[Any, tuple[StopKind, ...]]] = {
-    "gate": ("none", ("halt", "halt_sample")),
-    "halt_weight": (0.0, ("halt", "halt_sample")),
-    "ponder_weight": (0.0, ("act",)),
-}
-"""Settings of training that some rules learn by: what they are without, and the rules."""
-
-
-def use_rule(model: LatentModel, **options: Any) -> None:
-    """Let a model stop by other `StopSettings` than it has; those not named get their usual values.
-
-    What a rule has learned is kept where the new one is of the same kind. What a rule of another kind was trained by is
-    set aside.
-    """
-    if not isinstance(model.method, StopSettings):
-        raise InputError(f"'{model.method.name}' has no loop that could stop by itself")
-    usual = {field.name: field.default for field in fields(StopSettings)}
-    if unknown := set(options) - set(usual):
-        raise InputError(f"{', '.join(sorted(unknown))}: no setting of stopping; these are {', '.join(usual)}")
-    stop = options.get("stop", "none")
-    aside = {
-        name: off for name, (off, kinds) in TRAINED_BY.items() if hasattr(model.method, name) and stop not in kinds
-    }
-    use_method(model, replace(model.method, **{**usual, **options, **aside}))
-
-
-def use_method(model: LatentModel, method: Method) -> None:
-    """Let a model reason by other settings of its method, of those that have no weights but the stop rule's."""
-    old, new = model.loop.stop, method.loop.make_rule(model.backbone.width)
-    if old is not None and new is not None:
-        known, wanted = old.state_dict(), new.state_dict()
-        fits = {name: value for name, value in known.items() if name in wanted and _fits(name, value, wanted[name])}
-        new.load_state_dict({**wanted, **fits})
-    model.method, model.loop.settings = method, method.loop
-    model.loop.stop = None if new is None else new.to(model.device).train(model.loop.training)
-    if model.depth is not None:
-        object.__setattr__(model.depth, "method", method)
-
-
-@contextmanager
-def ruled_by(model: LatentModel, **options: Any) -> Iterator[None]:
-    """Let a model stop by other settings in a block; see `use_rule`."""
-    loop, before = model.loop, (model.method, model.loop.settings, model.loop.stop)
-    use_rule(model, **options)
-    try:
-        yield
-    finally:
-        model.method, loop.settings, loop.stop = before
-        if model.depth is not None:
-            object.__setattr__(model.depth, "method", model.method)
-
-
-def _fits(name: str, value: Tensor, wanted: Tensor) -> bool:
-    return name.startswith("judge.") or value.shape == wanted.shape
 
 
 @dataclass
@@ -142,12 +85,12 @@ class Watcher:
         self.features: list[Tensor] = []
         self.states: list[Tensor] = []
 
-    def __call__(self, f: Pass, now: Moment, score: Tensor | None, read: Callable[[], Tensor]) -> None:
+    def __call__(self, f: Pass, now: StopInputs, score: Tensor | None, read: Callable[[], Tensor]) -> None:
         """Take down an iteration."""
         if isinstance(f, TokenPass):
             self.tokens_A = f.flat_A
-        if f.hints is not None:
-            self.written_A = f.hints.written_B
+        if f.row_info is not None:
+            self.written_A = f.row_info.written_B
         self.scores.append(torch.full_like(now.state[:, 0, 0], -math.inf).float() if score is None else score.float())
         if self.gold_X is not None and self.tokens_A is not None:
             logits = read() if now.logits is None else now.logits
@@ -156,7 +99,7 @@ class Watcher:
             self.tops.append(logits[:, 0].argmax(-1))
             self.losses.append(cross_entropy(logits[:, 0].float(), self.gold_X[self.tokens_A], reduction="none"))
         stop = self.model.loop.stop
-        if stop is not None and stop.judge is not None and score is not None:
+        if stop is not None and stop.classifier is not None and score is not None:
             self.features.append(stop.features(now))
         if self.wants_states:
             self.states.append(masked_mean(now.state, now.mask_BN).float())

@@ -15,15 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from innerloop.calibrate.fit import fit_judge, fit_probe, fitted_thresholds
-from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_rule
+from innerloop.calibrate.fit import fit_classifier, fit_probe, fitted_thresholds
+from innerloop.calibrate.loop_scan import Survey, survey
+from innerloop.calibrate.oracles import first_agreeing, first_correct
 from innerloop.errors import refuse
-from innerloop.halting import StopSettings, first_agreeing, first_correct
+from innerloop.halting import StopSettings
 from innerloop.measure.parts import Parts, digest, digest_of
 from innerloop.measure.statistics import clopper_pearson, wilson
 from innerloop.methods.depth.token_labels import fingerprint
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
+from innerloop.model.stopping import ruled_by, use_rule
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 
@@ -190,17 +192,17 @@ class Tryout:
         """Fit a classifier or a probe."""
         rule, settings = self.model.loop.stop, self.model.method.loop
         assert rule is not None
-        if rule.judge is not None:
-            rule.judge.clear()
+        if rule.classifier is not None:
+            rule.classifier.clear()
         seen = self.look(examples, wants_states=rule.probe is not None)
         if seen.tops_TM is not None and seen.gold_M is not None:
             labels_TM = seen.agrees_TM if label == "agree" else seen.tops_TM == seen.gold_M
         else:
             depths = self.at_depths(examples, len(seen.scores_TM))
             labels_TM = torch.stack([a.agrees_M(depths[-1]) if label == "agree" else a.correct_M for a in depths])
-        if rule.judge is not None and seen.features_TMF is not None:
+        if rule.classifier is not None and seen.features_TMF is not None:
             kind, per_step = settings.stop_classifier, settings.stop_per_step
-            rule.judge.fill(fit_judge(seen.features_TMF, labels_TM, kind, per_step, self.seed))
+            rule.classifier.fill(fit_classifier(seen.features_TMF, labels_TM, kind, per_step, self.seed))
         elif seen.states_TMD is not None:
             fit_probe(rule, seen.states_TMD, labels_TM, self.seed)
         self.progress(f"fitted the {rule.kind} to {labels_TM[:-1].numel()} iterations")
@@ -225,7 +227,7 @@ class Tryout:
         """Return the ways to stop that may be chosen, from strict to loose; the first stops nowhere."""
         rule, settings = self.model.loop.stop, self.model.method.loop
         assert rule is not None
-        if rule.judge is not None:
+        if rule.classifier is not None:
             assert agrees_TM is not None
             never = torch.full((len(seen.scores_TM),), math.inf)
             found = [Choice(None, never, seen.stops_at(settings, 0.0, never))]
@@ -290,12 +292,12 @@ class Search:
     def use(self, i: int) -> Choice:
         """Let the model stop in the i-th way; return it."""
         model, choice = self.tryout.model, self.choices[i]
-        rule, judge = model.loop.stop, None if model.loop.stop is None else model.loop.stop.judge
+        rule, classifier = model.loop.stop, None if model.loop.stop is None else model.loop.stop.classifier
         assert rule is not None and isinstance(model.method, StopSettings)
         use_rule(model, **{**model.method.rule, "stop_threshold": choice.threshold})
-        if judge is not None and choice.tau_T is not None and model.loop.stop is not None:
-            assert model.loop.stop.judge is not None
-            model.loop.stop.judge.tau_T = choice.tau_T.to(judge.tau_T.device)
+        if classifier is not None and choice.tau_T is not None and model.loop.stop is not None:
+            assert model.loop.stop.classifier is not None
+            model.loop.stop.classifier.tau_T = choice.tau_T.to(classifier.tau_T.device)
         return choice
 
     def answers(self, i: int) -> Answers:

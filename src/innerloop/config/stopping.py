@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from innerloop.errors import check_choices, refuse
-from innerloop.halting.classifier import FEATURES, TAPPED, Feature, JudgeKind
+from innerloop.halting.classifier import FEATURES, TAPPED, ExitClassifierKind, Feature
 from innerloop.halting.evidence import Agg
 from innerloop.halting.rule import COMPARES, DEFAULT_THRESHOLDS, DRAWS, PROBABILITIES, READS_OUT, StopKind, StopRule
 
@@ -53,7 +53,7 @@ class StopSettings:
     stop_seed: int = 0
     stop_decay: int = 0
     stop_features: tuple[Feature, ...] = ("gap", "top", "depth")
-    stop_classifier: JudgeKind = "logistic"
+    stop_classifier: ExitClassifierKind = "logistic"
     stop_per_step: bool = False
     probe_width: int = 64
     act_output: Literal["weighted", "last"] = "weighted"

@@ -3,21 +3,19 @@
 Every score grows as the loop converges, and a row stops once its score has reached the threshold for long enough; so an
 infinite threshold never stops. A row is a block of latents, or a single token of a pass: the rules do not know.
 
-    states.py    what the states say          words.py     what the words say that they show
-    learned.py   gates and probes             judge.py     a classifier fitted to statistics
-    control.py   fixed and random depths      oracles.py   the best there could be, for evaluation alone
-    rule.py      `StopRule`, which is all of them             settings.py  its options, which every loop has
-    ending.py    which rows of a running loop end
+    rule.py         `StopRule`, every score of the catalogue       states.py     what the states say
+    controller.py   which rows of a running loop end               words.py      what the words say that they show
+    evidence.py     what a score may look at                       learned.py    the mathematics of gates
+    classifier.py   a classifier fitted to statistics              baselines.py  fixed and random depths
 
 Shapes: `B` rows, `N` positions, `D` width, `V` vocabulary, `T` iterations; scores are (B,) in fp32.
 """
 
-from innerloop.calibrate.oracles import first_agreeing, first_correct, oracle_agree, oracle_correct
 from innerloop.config.stopping import StopSettings
 from innerloop.halting.baselines import drawn_depths, uniform
-from innerloop.halting.classifier import FEATURES, Feature, Judge, JudgeKind
-from innerloop.halting.controller import Ending
-from innerloop.halting.evidence import TINY, Agg, Hints, Moment, aggregate, masked_mean, neglog
+from innerloop.halting.classifier import FEATURES, ExitClassifier, ExitClassifierKind, Feature
+from innerloop.halting.controller import StopController
+from innerloop.halting.evidence import TINY, Agg, RowInfo, StopInputs, aggregate, masked_mean, neglog
 from innerloop.halting.learned import (
     ActShares,
     Pull,
@@ -48,13 +46,13 @@ __all__ = [
     "TINY",
     "ActShares",
     "Agg",
-    "Ending",
+    "ExitClassifier",
+    "ExitClassifierKind",
     "Feature",
-    "Hints",
-    "Judge",
-    "JudgeKind",
-    "Moment",
     "Pull",
+    "RowInfo",
+    "StopController",
+    "StopInputs",
     "StopKind",
     "StopRule",
     "StopSettings",
@@ -64,13 +62,9 @@ __all__ = [
     "drawn_depths",
     "exit_distribution",
     "expected_loss",
-    "first_agreeing",
-    "first_correct",
     "gain_targets",
     "masked_mean",
     "neglog",
-    "oracle_agree",
-    "oracle_correct",
     "pull",
     "uniform",
 ]

@@ -18,10 +18,10 @@ FEATURES: tuple[Feature, ...] = ("gap", "top", "attention", "mlp", "block", "dep
 """Lead and probability of the likeliest token; cosines of successive outputs (attention, MLP, whole block); t / T."""
 WORDS: tuple[Feature, ...] = ("gap", "top")
 TAPPED: tuple[Feature, ...] = ("attention", "mlp")
-JudgeKind = Literal["logistic", "svm_linear", "svm_rbf"]
+ExitClassifierKind = Literal["logistic", "svm_linear", "svm_rbf"]
 
 
-class Judge(nn.Module):
+class ExitClassifier(nn.Module):
     """q_t = sigmoid(margin of the standardised features) (B,); all it knows are buffers, empty until fitted.
 
     Args:

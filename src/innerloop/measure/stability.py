@@ -27,7 +27,6 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 
-from innerloop.calibrate.loop_scan import ruled_by
 from innerloop.errors import InputError
 from innerloop.halting import StopSettings
 from innerloop.loop.fixed_point import Map
@@ -35,6 +34,7 @@ from innerloop.loop.hooks import edited
 from innerloop.loop.loop import InnerLoop, LoopResult, Pass, real, relative_change
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.model.model import LatentModel
+from innerloop.model.stopping import ruled_by
 from innerloop.text.batch import Batch
 from innerloop.text.examples import Example
 
