@@ -59,7 +59,7 @@ def measure(seed: int, overrides: list[str]) -> dict:
         recipe = load_recipe(RECIPE, [*settings, "--train.eval_strategy", "no", *overrides])
         run_recipe(recipe)
         model, task = LatentModel.from_pretrained(folder), recipe.task
-    found = calibrate(model, task, task.examples("valid"), "kl", 0.01)
+    found = calibrate(model, task, task.examples("valid"), "kl")
     examples = task.examples("test")
     stopped = evaluate(model, task, examples)
     with ruled_by(model, stop="none"):

@@ -24,9 +24,9 @@ from innerloop.lens import look
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.measure.controls import controls
 from innerloop.measure.latents import record as recorded
-from innerloop.measure.parts import Parts
 from innerloop.measure.probes import probes
 from innerloop.measure.readout import shown_steps
+from innerloop.measure.result_cache import ResultCache
 from innerloop.measure.stability import stability
 from innerloop.measure.swap import swaps
 from innerloop.model.model import LatentModel
@@ -74,9 +74,9 @@ class Work:
         run()
         self._write(name, start, self.now())
 
-    def of_parts(self, title: str, run: Callable[[Parts], object], first: str = "") -> None:
+    def of_parts(self, title: str, run: Callable[[ResultCache], object], first: str = "") -> None:
         """Run something that has parts, and write down what each took, and ``first`` what comes before them."""
-        parts, marks = Parts(), [(f"{title}: {first}", self.now())]
+        parts, marks = ResultCache(), [(f"{title}: {first}", self.now())]
         parts.begins = lambda name: marks.append((f"{title}: {name.partition(',')[0]}", self.now()))
         run(parts)
         marks.append(("", self.now()))

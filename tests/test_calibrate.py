@@ -2,15 +2,17 @@
 
 import json
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
 from innerloop.calibrate.calibrate import REPORT, adopt_rule, calibrate
-from innerloop.calibrate.loop_scan import survey
-from innerloop.calibrate.oracles import first_agreeing, first_correct
-from innerloop.calibrate.threshold_search import Answers, Goal, Tryout, thresholds_between
+from innerloop.calibrate.loop_scan import scan_loop
+from innerloop.calibrate.oracles import first_showing
+from innerloop.calibrate.settings import CalibrationSettings
+from innerloop.calibrate.threshold_search import ThresholdSearch, thresholds_between
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import Method
 from innerloop.model.checkpoint import PARTS, SETTINGS
@@ -43,7 +45,14 @@ def model_of(method: Method, **changes) -> LatentModel:
 
 
 def quick(model: LatentModel, rule: str, **options):
-    return calibrate(model, EVEN, VALID, rule, max_new_tokens=3, min_rows=3, **options)
+    names = {field.name for field in fields(CalibrationSettings)}
+    how = {name: options.pop(name) for name in names & set(options)}
+    settings = CalibrationSettings(**{"max_new_tokens": 3, "min_rows": 3, **how})
+    return calibrate(model, EVEN, VALID, rule, settings, **options)
+
+
+def searching(model: LatentModel, **how) -> ThresholdSearch:
+    return ThresholdSearch(model, EVEN, CalibrationSettings(max_new_tokens=3, min_rows=3, **how))
 
 
 # Searching
@@ -124,10 +133,9 @@ def test_what_was_trained_to_stop_is_calibrated_too(method, rule):
 @pytest.mark.parametrize("method", [SLR, Looped(max_loops=T), AdaInfer(exits=(1, 2, 3))], ids=lambda m: m.name)
 def test_full_depth_costs_what_the_model_without_a_rule_does(method):
     model = model_of(method, layers=T)
-    plain = Tryout(model, EVEN, 8, 3, 0, print).ask(VALID)
+    plain = searching(model).answers(VALID)
     use_rule(model, stop="delta")
-    full = Tryout(model, EVEN, 8, 3, 0, print).ask_at_full_depth(VALID)
-    assert full.texts == plain.texts and torch.equal(full.flops_M, plain.flops_M)
+    assert searching(model).answers(VALID, math.inf) == plain
 
 
 @pytest.mark.parametrize("method", [Looped(max_loops=T), AdaInfer(exits=(1, 2, 3))], ids=lambda m: m.name)
@@ -147,7 +155,7 @@ def test_a_sure_model_is_surveyed_to_its_end_though_thresholds_fall():
     with torch.no_grad():
         model.backbone.lm.get_output_embeddings().weight.mul_(100)
     use_rule(model, stop="top_prob", stop_decay=8)
-    seen = survey(model, VALID)
+    seen = scan_loop(model, VALID)
     assert (seen.scores_TM == 1).any() and seen.scores_TM.shape[0] == T
 
 
@@ -204,7 +212,7 @@ def test_thresholds_of_tokens_are_found_by_trying(kind, method, layers):
 def test_under_teacher_forcing_what_is_foretold_of_leaving_tokens_is_exact():
     model = model_of(AdaInfer(exits=(1, 2, 3)), layers=4)
     use_rule(model, stop="gap", stop_threshold=math.inf)
-    seen = survey(model, MIXED)
+    seen = scan_loop(model, MIXED)
     for kappa in thresholds_between(seen.scores_TM[:-1].flatten(), most=5):
         use_rule(model, stop="gap", stop_threshold=kappa)
         batch = model.batch(model.rows(MIXED))
@@ -218,41 +226,47 @@ def test_under_teacher_forcing_what_is_foretold_of_leaving_tokens_is_exact():
 
 def test_the_best_there_could_be_is_told_beside():
     tops, gold = torch.tensor([[1, 5, 2], [3, 5, 2], [1, 5, 4]]), torch.tensor([1, 6, 2])
-    assert first_agreeing(tops).tolist() == [1, 1, 3] and first_correct(tops, gold).tolist() == [1, 3, 1]
+    assert first_showing(tops, tops[-1]).tolist() == [1, 1, 3] and first_showing(tops, gold).tolist() == [1, 3, 1]
     model = model_of(Looped(max_loops=T))
     use_rule(model, stop="gap", stop_threshold=math.inf)
-    search = Tryout(model, EVEN, 64, 4, 0, lambda done: None).search(VALID, 3)
-    oracle = search.report(0, Goal(0.0))["tokens"]["oracle"]
-    soonest = first_agreeing(search.seen.tops_TM)
+    search = searching(model)
+    search.look(VALID)
+    oracle = search.report(0)["tokens"]["oracle"]
+    soonest = first_showing(search.seen.tops_TM, search.seen.tops_TM[-1])
     assert oracle["agree"] == pytest.approx(soonest.double().mean().item()) and 1 < oracle["agree"] < T
     assert oracle["right_at_last"] < oracle["right"] <= 1 < oracle["correct"] <= T
     model.eval()
     told = torch.cat([logits.log_softmax(-1) for logits in model.answer_logits(VALID)])
     torch.testing.assert_close(-told.gather(1, search.seen.gold_M[:, None])[:, 0], search.seen.losses_TM[-1])
-    perfect = [choice for choice in search.choices if search.agreement(choice) == 1]
-    assert perfect and all(choice.stops_M.double().mean() >= oracle["agree"] for choice in perfect)
+    perfect = search.stops_KM[search.foreseen()["agreement"] == 1]
+    assert len(perfect) and all(stops_M.double().mean() >= oracle["agree"] for stops_M in perfect)
 
 
 def test_the_last_good_and_the_first_good_are_found_by_bisection(monkeypatch):
     """With known effects: the looser, the fewer iterations and the lower the accuracy."""
     model = model_of(Looped(max_loops=T))
     use_rule(model, stop="gap", stop_threshold=math.inf)
-    search = Tryout(model, EVEN, 64, 4, 0, lambda done: None).search(VALID, 3)
-    n = len(search.choices)
+    search = searching(model)
+    search.look(VALID)
+    n = len(search.thresholds)
     asked = []
 
-    def answers(i: int) -> Answers:
+    def effect(i: int) -> dict:
         asked.append(i)
-        right = torch.arange(100) < 100 - 100 * i // n
-        return Answers(right, ["x"] * 100, torch.full((100,), float(n - i)), torch.ones(100))
+        return {"accuracy": (100 - 100 * i // n) / 100, "agreement": 1.0, "mean_loops": n - i}
 
-    monkeypatch.setattr(search, "answers", answers)
-    search.full = answers(0)
+    monkeypatch.setattr(search, "effect", effect)
+    search.full |= {"correct": [True] * len(VALID)}
+
+    def best(**how) -> int:
+        search.settings = replace(search.settings, **how)
+        return search.best()
+
     for drop in (0.0, 0.25, 0.5, 1.0):
-        best = search.best(Goal(drop))
-        assert 100 * best // n <= round(100 * drop) and (best == n - 1 or 100 * (best + 1) // n > round(100 * drop))
+        i = best(max_drop=drop)
+        assert 100 * i // n <= round(100 * drop) and (i == n - 1 or 100 * (i + 1) // n > round(100 * drop))
     for loops in (1, n // 2, n):
-        assert n - search.best(Goal(0.0, mean_loops=loops)) == loops
+        assert n - best(mean_loops=loops) == loops
     assert len(asked) < 7 * 8
 
 
@@ -363,7 +377,7 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
 def test_what_cannot_be_calibrated_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        calibrate(model_of(SLR), TASK, VALID, **{"rule": "delta", **options})
+        quick(model_of(SLR), **{"rule": "delta", **options})
 
 
 def test_a_method_without_a_loop_and_too_few_examples_are_refused():

@@ -16,6 +16,7 @@ from innerloop.halting import (
     ExitClassifier,
     StopInputs,
     StopRule,
+    StopSettings,
     act_weights,
     exit_distribution,
     expected_loss,
@@ -329,7 +330,7 @@ def test_rows_that_may_not_stop_yet_count_at_the_iterations_after():
     scores = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.7, 0.6], [0.0, 0.0, 0.0]])
     agrees = torch.ones(3, 3, dtype=torch.bool)
     at_once, later, every_second = (
-        fitted_thresholds(scores, agrees, 1.0, min_rows=2, **fields).tolist()
+        fitted_thresholds(scores, agrees, 1.0, 2, StopSettings(**fields)).tolist()
         for fields in ({}, {"min_loops": 2}, {"check_every": 2})
     )
     assert at_once == pytest.approx([0.1, math.inf, math.inf])

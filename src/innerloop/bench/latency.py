@@ -19,7 +19,7 @@ from innerloop.engine.generation import fits
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.experiments.summary import read_json
 from innerloop.measure.accuracy import device_name, versions
-from innerloop.measure.parts import digest
+from innerloop.measure.result_cache import digest
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task

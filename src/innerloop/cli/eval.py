@@ -31,8 +31,8 @@ from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
 from innerloop.measure.likelihood import likelihood, text_result
-from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of, of_model
 from innerloop.measure.reports import Measurement, check_asked
+from innerloop.measure.result_cache import PARTS, ResultCache, kept_predictions, made_of, of_model
 from innerloop.methods import Cot
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
@@ -147,7 +147,7 @@ def eval_(
     check_asked(model, chosen, split, examples, stage, loops, controls, stability, probes, attempts)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     decides = {**options, "loops": loops, **attempts.asked(seed)}
-    parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, decides), fresh)
+    parts = ResultCache(folder / PARTS, made_of(model, chosen, split, examples, decides), fresh)
     with going_on(parts, ", ".join(parts.known)):
         _measure(
             run,
@@ -176,7 +176,7 @@ def _measure(
     loops: int | None,
     dtype: Dtype,
     folder: Path,
-    parts: Parts,
+    parts: ResultCache,
     flags: tuple[bool, bool, bool],
     attempts: Attempts,
     seed: int,
@@ -259,7 +259,7 @@ def _eval_harness(
     """Answer tasks of lm-evaluation-harness."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folder_given(folder)
-    parts = Parts(folder / HARNESS_PARTS, of_model(model) | {"batch_size": batch_size}, fresh)
+    parts = ResultCache(folder / HARNESS_PARTS, of_model(model) | {"batch_size": batch_size}, fresh)
     with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
         row = progress.add_task("eval lm-eval", total=None, note="")
         asked = (model, names, run, folder, shots, limit, batch_size, tasks_dir, parts)
@@ -352,7 +352,7 @@ def lens(
         return
     asked = askable([model], asked) or asked  # what it says of a question that it cannot be asked tells why
     decides = {"loops": loops, "max_new_tokens": max_new_tokens}
-    parts = Parts(path.with_suffix(".parts.json"), made_of(model, chosen, split, [], decides))
+    parts = ResultCache(path.with_suffix(".parts.json"), made_of(model, chosen, split, [], decides))
     with going_on(parts, f"{len(parts.known)} examples", ""), bar(console) as progress:
         row = progress.add_task(f"lens {model.method.name}", total=len(asked), note="")
         advance = partial(progress.advance, row)

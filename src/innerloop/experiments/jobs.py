@@ -24,7 +24,7 @@ from innerloop.experiments.summary import CONTROLS, STABILITY
 from innerloop.experiments.workers import Workers, is_ending, local_workers
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
 from innerloop.measure.controls import controls
-from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
+from innerloop.measure.result_cache import ResultCache, digest_of, kept_predictions, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
 from innerloop.model.model import LatentModel
@@ -277,7 +277,7 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
     answer = partial(evaluate, attempts=attempts, seed=key[1])
     examples = task.examples(exam.split, exam.limit)
     facts = made_of(model, task, exam.split, examples, {"limit": exam.limit, **asked}, key[1])
-    parts = Parts(out / EXAM_PARTS, facts)
+    parts = ResultCache(out / EXAM_PARTS, facts)
     steps = 0 if run is not None else _n_steps(recipe) or 0
     parts.begins = lambda name: messages.put((key, steps, f"test: {name}"))
     predictions = kept_predictions(parts, "accuracy", lambda: answer(model, task, examples))
@@ -321,7 +321,7 @@ def _curve(
     task: Task,
     examples: list[Example],
     loops: Sequence[int],
-    parts: Parts,
+    parts: ResultCache,
     about: str,
 ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
     """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""

@@ -35,8 +35,8 @@ from innerloop.lens.latents import (
 )
 from innerloop.lens.opened import Part, opened_curves, opened_parts, side_by_side
 from innerloop.measure.accuracy import versions
-from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
+from innerloop.measure.result_cache import ResultCache, digest_of
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
@@ -120,7 +120,7 @@ def look(
     loops: int | None = None,
     max_new_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
+    parts: ResultCache | None = None,
 ) -> Record:
     """Answer examples one at a time and write down what there is to see inside.
 
@@ -137,7 +137,7 @@ def look(
     """
     if not examples:
         raise InputError("there is no example to look at: give at least one")
-    parts = Parts() if parts is None else parts
+    parts = ResultCache() if parts is None else parts
     names = [f"look {digest_of([example])}" for example in examples]
     missing = [i for i, name in enumerate(names) if name not in parts]
     shown = dict(zip(missing, steps_shown(model, [examples[i] for i in missing], loops)))

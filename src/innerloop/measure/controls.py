@@ -36,7 +36,7 @@ from innerloop.measure.latents import (
     seen_in_words,
     unseen,
 )
-from innerloop.measure.parts import Parts
+from innerloop.measure.result_cache import ResultCache
 from innerloop.measure.statistics import Verdict, p_words, verdict, wilson
 from innerloop.methods import Method
 from innerloop.model.model import LatentModel
@@ -276,7 +276,7 @@ def controls(
     seed: int = 0,
     planned: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
+    parts: ResultCache | None = None,
 ) -> Controls:
     """Run all controls that make sense for a model's method, on the examples that it can answer.
 
@@ -304,7 +304,7 @@ def controls(
     examples, unedited = answered(examples, unedited)
     gold = Counter(example.answer for example in examples)
     found = Controls(unedited, max(gold.values()) / len(examples), trained_loops=trained, left_out=left_out)
-    parts = Parts() if parts is None else parts
+    parts = ResultCache() if parts is None else parts
     names, donors = list[str](), dict[Key, Key]()
     keys = keys_of(model.prompts([example.question for example in examples], stage))
 
@@ -353,7 +353,7 @@ def controls(
     return found
 
 
-def latents_of(seen: Callable[[], Record], parts: Parts) -> tuple[int, float]:
+def latents_of(seen: Callable[[], Record], parts: ResultCache) -> tuple[int, float]:
     """Return how many latents the answer sees, and how much they differ between examples; a part."""
     found = parts("latents", lambda: {"n": seen().n_latents, "spread": seen().spread()})
     return found["n"], found["spread"]

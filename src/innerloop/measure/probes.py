@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from innerloop.errors import InputError
 from innerloop.measure.latents import Record, record, unseen
-from innerloop.measure.parts import Parts, digest_of
+from innerloop.measure.result_cache import ResultCache, digest_of
 from innerloop.measure.statistics import wilson
 from innerloop.measure.swap import evenly
 from innerloop.model.model import LatentModel
@@ -101,7 +101,7 @@ def probes(
     seed: int = 0,
     planned: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
+    parts: ResultCache | None = None,
 ) -> list[Probe]:
     """Fit and test the probes of every step result and of the answer.
 
@@ -119,7 +119,7 @@ def probes(
         parts: keeps the probes of each target as soon as they are known; those that it knows already are not fitted.
     """
     check(model, stage)
-    parts = Parts() if parts is None else parts
+    parts = ResultCache() if parts is None else parts
 
     row = model.prompts(["?"], stage)[0]
     n_loops, n_last = row.n_loops, 1 if model.method.scope == "append" else sum(len(p.ids) for p in row.region)

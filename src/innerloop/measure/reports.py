@@ -26,7 +26,7 @@ from innerloop.measure import swap as swapping
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.controls import Controls, controls
 from innerloop.measure.latents import keys_of, unseen
-from innerloop.measure.parts import Parts
+from innerloop.measure.result_cache import ResultCache
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
@@ -67,7 +67,7 @@ class Measurement:
     folder: Path
     console: Console
     options: dict[str, Any]
-    parts: Parts
+    parts: ResultCache
 
     def run(self, with_controls: bool, with_stability: bool, with_probes: bool) -> None:
         """Measure what is asked for, one after the other; each file is written as soon as it is known."""

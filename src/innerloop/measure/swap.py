@@ -31,7 +31,7 @@ from innerloop.measure.latents import (
     same_answer,
     unseen,
 )
-from innerloop.measure.parts import Parts
+from innerloop.measure.result_cache import ResultCache
 from innerloop.measure.statistics import wilson
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
@@ -83,7 +83,7 @@ def swaps(
     seed: int = 0,
     planned: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
+    parts: ResultCache | None = None,
 ) -> list[Swap]:
     """Swap all latents, each one, and all after each iteration; the arguments are those of `controls`."""
     if (why := unseen(model, stage)) is not None:
@@ -94,7 +94,7 @@ def swaps(
     if unedited is None:
         unedited = evaluate(model, task, examples, **options)
     examples, unedited = answered(examples, unedited)
-    parts = Parts() if parts is None else parts
+    parts = ResultCache() if parts is None else parts
     keys = keys_of(model.prompts([example.question for example in examples], stage))
     donors, plain = donors_of(keys, seed), dict(zip(keys, unedited))
 

@@ -1,7 +1,7 @@
 """What has been measured is kept part by part, so that a measurement that was interrupted goes on where it was.
 
-    parts = Parts(folder / PARTS, made_of(model, task, "test", examples, options))
-    value = parts("shuffled", lambda: {"accuracy": ...})      # measured, and kept; the next time, taken from the file
+    cache = ResultCache(folder / PARTS, made_of(model, task, "test", examples, options))
+    value = cache("shuffled", lambda: {"accuracy": ...})      # measured, and kept; the next time, taken from the file
 
 A part is one accuracy, one control, one number of loops, one swap, some answers, ... as JSON has it. It is taken only
 where all that decides it is the same: weights, method, tokens, task, examples, options, seed, versions and device.
@@ -30,7 +30,7 @@ PARTS = "parts.json"
 LASTING = ("weights", "versions")  # what was measured with others is never asked for again
 
 
-class Parts:
+class ResultCache:
     """Parts of a measurement, kept in a file as soon as they are known.
 
     Args:
@@ -138,7 +138,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
-def kept_predictions(parts: Parts, name: str, answer: Callable[[], Sequence[Prediction]]) -> list[Prediction]:
+def kept_predictions(parts: ResultCache, name: str, answer: Callable[[], Sequence[Prediction]]) -> list[Prediction]:
     """Return the answers that are one part."""
     rows = parts(name, lambda: [asdict(prediction) for prediction in answer()])
     return [Prediction(**{**row, "cost": Cost(**row["cost"])}) for row in rows]
