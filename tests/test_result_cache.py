@@ -10,7 +10,7 @@ import pytest
 from innerloop.calibrate.threshold_search import ThresholdSearch
 from innerloop.cli.main import main
 from innerloop.experiments import jobs as points
-from innerloop.measure import latents, result_cache
+from innerloop.measure import result_cache, subject
 from innerloop.measure.result_cache import PARTS, ResultCache
 from innerloop.methods import Looped, Slr
 from tests.models import moved, saved, tiny_model
@@ -33,7 +33,7 @@ def evaluated(run: Path, out: Path, *options: str) -> int:
 
 def counted(monkeypatch: pytest.MonkeyPatch, stops_at: int | None = None) -> list[str]:
     """Count the evaluations with edits; Ctrl-C is pressed during one of them."""
-    calls, real = [], latents.evaluate
+    calls, real = [], subject.evaluate
 
     def spy(*arguments, **options):
         calls.append("evaluate")
@@ -41,7 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stops_at: int | None = None) -> lis
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(latents, "evaluate", spy)
+    monkeypatch.setattr(subject, "evaluate", spy)
     return calls
 
 

@@ -11,15 +11,8 @@ from torch import Tensor
 from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
-from innerloop.measure.stability import (
-    LoopStability,
-    Spread,
-    Stability,
-    diverged_rate,
-    spectral_radius,
-    stability,
-    watch_loop,
-)
+from innerloop.measure.loop_dynamics import spectral_radius, watch_loop
+from innerloop.measure.stability import LoopStability, Spread, Stability, diverged_rate, stability
 from innerloop.methods import Coconut, Cot, Lotus, Pause, Slr
 from tests.built import LATENTS, built
 from tests.methods.tools import iterate

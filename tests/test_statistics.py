@@ -22,6 +22,7 @@ from innerloop.measure.statistics import (
     verdict_of_files,
     wilson,
 )
+from innerloop.text.codec import from_json, to_json
 
 RUNS = 2000
 
@@ -64,7 +65,7 @@ def test_the_verdict_is_a_sentence():
     assert found.sentence == f"{start}, p = {found.p:.2g} (n = 500)"
     other = verdict(second, first, ("CoT", "LOTUS"))
     assert other.sentence.startswith("CoT is 4.0 points below LOTUS, 95 % interval 0.")
-    assert json.loads(json.dumps(found.as_dict()))["sentence"] == found.sentence
+    assert from_json(Verdict, json.loads(json.dumps(to_json(found)))) == found
 
 
 def test_what_cannot_be_told_apart_is_said_to_be_so():

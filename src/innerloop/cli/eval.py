@@ -26,13 +26,14 @@ from innerloop.errors import InputError, refuse
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
 from innerloop.measure import evaluate, result_of
-from innerloop.measure.accuracy import answered
+from innerloop.measure.accuracy import Prediction, answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
 from innerloop.measure.likelihood import likelihood, text_result
 from innerloop.measure.reports import Measurement, check_asked
-from innerloop.measure.result_cache import PARTS, ResultCache, kept_predictions, made_of, of_model
+from innerloop.measure.result_cache import PARTS, ResultCache, made_of, of_model
+from innerloop.measure.subject import Subject
 from innerloop.methods import Cot
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
@@ -186,7 +187,7 @@ def _measure(
         row = progress.add_task(f"eval {task.name}", total=len(examples), note="")
         advance = partial(progress.advance, row)
         how = {**options, "loops": loops, "progress": advance, "attempts": attempts, "seed": seed}
-        predictions = kept_predictions(parts, "accuracy", lambda: evaluate(model, task, examples, **how))
+        predictions = parts.value(list[Prediction], "accuracy", lambda: evaluate(model, task, examples, **how))
         progress.update(row, completed=len(examples))
     result = result_of(model, task, split, predictions, checkpoint.recorded(run, "seed"), run)
     asked_dtype = None if dtype == "auto" else str(model.backbone.lm.dtype).removeprefix("torch.")
@@ -211,8 +212,8 @@ def _measure(
         soft_wrap=True,
     )
     known = answered(examples, predictions)
-    measured = (model, task, split, *known, run, result["seed"], folder, console, options, parts)
-    Measurement(*measured).run(*flags)
+    subject = Subject(model, task, *known, **options, cache=parts)
+    Measurement(subject, split, run, result["seed"], folder, console).run(*flags)
 
 
 def _measure_text(

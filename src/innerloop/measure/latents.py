@@ -20,25 +20,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from innerloop.errors import InputError
-from innerloop.loop.hooks import edited
-from innerloop.measure.accuracy import Prediction, evaluate
-from innerloop.passes.thought import join
-from innerloop.tasks import Task
+from innerloop.loop.loop import Pass
+from innerloop.measure.accuracy import Prediction
+from innerloop.methods import Method
+from innerloop.model.model import LatentModel
+from innerloop.passes.thought import Thought, join
 from innerloop.text.batch import Batch
-from innerloop.text.examples import Example
 from innerloop.text.row import Row
-
-if TYPE_CHECKING:
-    from innerloop.loop.loop import Pass
-    from innerloop.methods import Method
-    from innerloop.model.model import LatentModel
-    from innerloop.passes.thought import Thought
 
 Key = tuple[int, ...]
 """The tokens of a prompt, up to its first written one."""
@@ -82,10 +75,6 @@ class Record:
     def map(self, change: Callable[[Key, int, Fed], Fed]) -> dict[Key, list[Fed]]:
         """Return a table of replacements, made from each prompt, block number and what was seen."""
         return {key: [change(key, i, block) for i, block in enumerate(blocks)] for key, blocks in self.blocks.items()}
-
-    def donors(self, seed: int) -> dict[Key, Key]:
-        """Draw for each prompt another one that lends its latents; no prompt lends to two."""
-        return donors_of(self.keys, seed)
 
     def seen(self, method: Method, stage: int) -> Record:
         """Return of everything that was fed what the answer sees."""
@@ -330,57 +319,6 @@ class Replacement(_Rows):
                 mask[:, first:] = 0
         context.mask_BP = mask
         return thought
-
-
-@torch.no_grad()
-def record(
-    model: LatentModel,
-    task: Task,
-    examples: Sequence[Example],
-    batch_size: int = 64,
-    max_new_tokens: int | None = None,
-    stage: int | None = None,
-    everything: bool = False,
-    then: Callable[[Thought], None] | None = None,
-) -> Record:
-    """Record what the answer sees of the latents of examples, or ``everything`` that they are fed.
-
-    The answers are written only for methods that open blocks of latents while they answer; of others ``then`` is told
-    every batch's thought, in order.
-    """
-    recorder, method, was_training = Recorder(), model.method, model.training
-    rows = model.prompts([example.question for example in examples], stage)
-    model.eval()
-    with edited(model.loop, recorder):
-        if model.block() is not None:
-            evaluate(model, task, examples, max_new_tokens, batch_size, stage)
-        else:
-            for begin in range(0, len(rows), batch_size):
-                thought = model.think(model.batch(rows[begin : begin + batch_size]))
-                if then is not None:
-                    then(thought)
-    model.train(was_training)
-    whole = Record(recorder.blocks, keys_of(rows))
-    return whole if everything else whole.seen(method, method.curriculum.last_stage if stage is None else stage)
-
-
-def answer(
-    model: LatentModel,
-    task: Task,
-    examples: Sequence[Example],
-    edit: Replacement | None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
-    stage: int | None = None,
-    loops: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[Prediction]:
-    """Answer examples by the ordinary engine, with an edit if there is one."""
-    options = (max_new_tokens, batch_size, stage, loops, progress)
-    if edit is None:
-        return evaluate(model, task, examples, *options)
-    with edited(model.loop, edit):
-        return evaluate(model, task, examples, *options)
 
 
 def answer_of(prediction: Prediction) -> str:

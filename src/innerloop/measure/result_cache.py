@@ -16,17 +16,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from innerloop.decoder.cost import Cost
-from innerloop.measure.accuracy import Prediction, device_name, versions
+from innerloop.measure.accuracy import device_name, versions
 from innerloop.methods.depth.token_labels import fingerprint
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.text.codec import from_json, to_json
 from innerloop.text.examples import Example
 
 PARTS = "parts.json"
+T = TypeVar("T")
 LASTING = ("weights", "versions")  # what was measured with others is never asked for again
 
 
@@ -61,6 +62,10 @@ class ResultCache:
             self.known[name] = value
             self._write()
         return self.known[name]
+
+    def value(self, cls: type[T], name: str, measure: Callable[[], T]) -> T:
+        """Return a part of a type: what was kept, or what is measured now."""
+        return from_json(cls, self(name, lambda: to_json(measure())))
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Return those of some parts that have not been measured."""
@@ -136,9 +141,3 @@ def digest_of(examples: Sequence[Example]) -> str:
 def digest(value: Any) -> str:
     """Return a hash of anything that JSON has."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def kept_predictions(parts: ResultCache, name: str, answer: Callable[[], Sequence[Prediction]]) -> list[Prediction]:
-    """Return the answers that are one part."""
-    rows = parts(name, lambda: [asdict(prediction) for prediction in answer()])
-    return [Prediction(**{**row, "cost": Cost(**row["cost"])}) for row in rows]
