@@ -11,19 +11,12 @@ from innerloop import Slr
 from innerloop.calibrate.fit import MOST_VECTORS, fit_classifier, fit_probe, fitted_thresholds
 from innerloop.calibrate.oracles import oracle_agree, oracle_correct
 from innerloop.config.loop import LoopSettings
+from innerloop.config.stopping import FEATURES, ExitClassifierKind, StopSettings
 from innerloop.errors import InputError
-from innerloop.halting import (
-    ExitClassifier,
-    StopInputs,
-    StopRule,
-    StopSettings,
-    act_weights,
-    exit_distribution,
-    expected_loss,
-    gain_targets,
-    pull,
-)
-from innerloop.halting.classifier import FEATURES, ExitClassifierKind
+from innerloop.halting.classifier import ExitClassifier
+from innerloop.halting.evidence import StopInputs
+from innerloop.halting.learned import act_weights, exit_distribution, expected_loss, gain_targets, pull
+from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of

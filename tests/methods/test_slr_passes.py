@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop import Example, LatentModel
-from innerloop.halting import StopInputs
+from innerloop.halting.evidence import StopInputs
 from innerloop.passes.context import Context
 from tests.methods.reference import Reference
 from tests.methods.tools import (

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.calibrate.threshold_search import ThresholdSearch, summary
+from innerloop.config.stopping import StopKind
 from innerloop.errors import InputError, refuse
-from innerloop.halting import StopKind
 from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import ResultCache

@@ -15,8 +15,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
 from innerloop.calibrate.loop_scan import stops_at
+from innerloop.config.stopping import ExitClassifierKind, StopSettings
 from innerloop.errors import InputError
-from innerloop.halting import ExitClassifierKind, StopRule, StopSettings
+from innerloop.halting.rule import StopRule
 
 MOST_VECTORS = 1000  # rows that an RBF machine is fitted to
 CERTAIN = 20.0  # the margin where there is nothing to learn: all rows are alike

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.halting import StopInputs, StopSettings, decayed, masked_mean
+from innerloop.config.stopping import StopSettings
+from innerloop.halting.evidence import StopInputs, masked_mean
+from innerloop.halting.rule import decayed
 from innerloop.loop.loop import Pass
 from innerloop.methods.depth.exit_pass import ExitPass
 from innerloop.model.model import LatentModel

@@ -21,7 +21,7 @@ from innerloop.calibrate.loop_scan import LoopScan, scan_loop
 from innerloop.calibrate.oracles import first_showing
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.errors import refuse
-from innerloop.halting import StopRule
+from innerloop.halting.rule import StopRule
 from innerloop.measure.result_cache import ResultCache, digest, digest_of
 from innerloop.measure.statistics import clopper_pearson, wilson
 from innerloop.methods.depth.token_labels import fingerprint

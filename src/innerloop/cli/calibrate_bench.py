@@ -26,9 +26,9 @@ from innerloop.cli.arguments import (
     model_given,
     task_given,
 )
+from innerloop.config.stopping import StopKind
 from innerloop.engine.generation import fits
 from innerloop.errors import InputError
-from innerloop.halting import StopKind
 from innerloop.measure.result_cache import ResultCache, made_of
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel

@@ -1,4 +1,4 @@
-"""ResultCache of a report that hang on what was measured beside the runs: controls.json and stability.json."""
+"""Parts of a report that hang on what was measured beside the runs: controls.json and stability.json."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from innerloop.halting.evidence import Agg, StopInputs, aggregate, neglog
+from innerloop.config.stopping import Agg
+from innerloop.halting.evidence import StopInputs, aggregate, neglog
 
 
 def change(new: Tensor, now: StopInputs, agg: Agg) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from innerloop.config.stopping import StopKind, StopSettings
 from innerloop.errors import InputError
-from innerloop.halting import StopKind, StopSettings
+from innerloop.halting.rule import rule_for
 from innerloop.methods import Method
 from innerloop.model.model import LatentModel
 
@@ -42,7 +43,7 @@ def use_rule(model: LatentModel, **options: Any) -> None:
 
 def use_method(model: LatentModel, method: Method) -> None:
     """Let a model reason by other settings of its method, of those that have no weights but the stop rule's."""
-    old, new = model.loop.stop, method.loop.make_rule(model.backbone.width)
+    old, new = model.loop.stop, rule_for(method.loop, model.backbone.width)
     if old is not None and new is not None:
         known, wanted = old.state_dict(), new.state_dict()
         fits = {name: value for name, value in known.items() if name in wanted and _fits(name, value, wanted[name])}
