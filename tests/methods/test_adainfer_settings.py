@@ -11,7 +11,7 @@ from innerloop import AdaInfer, Cot, InputError, LatentModel, LatentTrainer, Lat
 from innerloop.calibrate.calibrate import calibrate
 from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.calibrate.settings import CalibrationSettings
-from innerloop.halting.classifier import ExitClassifierKind
+from innerloop.config.stopping import ExitClassifierKind
 from innerloop.methods import METHODS
 from innerloop.methods.depth.exits import exit_losses
 from innerloop.model.stopping import use_rule
