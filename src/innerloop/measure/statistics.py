@@ -24,19 +24,17 @@ RESAMPLES = 10_000
 
 def wilson(n_correct: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share ``n_correct / n``."""
-    return _interval(n_correct, n, "wilson")
+    if n == 0:
+        return 0.0, 1.0
+    low, high = stats.binomtest(n_correct, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def clopper_pearson(n_hits: int, n: int) -> tuple[float, float]:
     """Return the exact 95 % interval of a share ``n_hits / n`` (Clopper and Pearson)."""
-    return _interval(n_hits, n, "exact")
-
-
-def _interval(n_hits: int, n: int, method: str) -> tuple[float, float]:
-    if n == 0:
-        return 0.0, 1.0
-    low, high = stats.binomtest(n_hits, n).proportion_ci(method=method)
-    return float(low), float(high)
+    low = float(stats.beta.ppf(0.025, n_hits, n - n_hits + 1)) if n_hits > 0 else 0.0
+    high = float(stats.beta.ppf(0.975, n_hits + 1, n - n_hits)) if n_hits < n else 1.0
+    return low, high
 
 
 def over_seeds(values: Sequence[float], noise: float = 0.0) -> tuple[float, float]:
