@@ -41,6 +41,20 @@ def test_mcnemar_by_hand():
     assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10) == mcnemar(9, 1)
 
 
+def test_intervals_of_shares_at_known_values():
+    for interval, hits, n, low, high in (
+        (wilson, 0, 5, 0.0, 0.43448),
+        (wilson, 3, 10, 0.10779, 0.60322),
+        (wilson, 7, 7, 0.64567, 1.0),
+        (wilson, 0, 0, 0.0, 1.0),
+        (clopper_pearson, 0, 10, 0.0, 0.30850),
+        (clopper_pearson, 10, 10, 0.69150, 1.0),
+        (clopper_pearson, 8, 10, 0.44390, 0.97479),
+        (clopper_pearson, 0, 0, 0.0, 1.0),
+    ):
+        assert interval(hits, n) == pytest.approx((low, high), abs=1e-5)
+
+
 def test_the_bootstrap_agrees_with_the_normal_interval_where_there_are_many_rows():
     n, first, second = 5000, 700, 500
     d, share = (first - second) / n, (first + second) / n
