@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,8 +43,10 @@ class CalibrationSettings:
             (not 0 < self.fit_share < 1, "fit_share is a share between 0 and 1"),
         )
 
-    def is_met(self, accuracy: Any, agreement: Any, loops: Any, full: float) -> Any:
-        """Whether that much is good enough, of numbers or of tensors; ``full`` is the accuracy at full depth."""
+    def is_met(self, found: Mapping[str, Any], full: Mapping[str, Any]) -> Any:
+        """Whether what was found is good enough, of numbers or of tensors; ``full`` is what full depth gives."""
         if self.agreement is not None:
-            return agreement >= self.agreement
-        return accuracy >= full - self.max_drop - 1e-9 if self.mean_loops is None else loops <= self.mean_loops
+            return found["agreement"] >= self.agreement
+        if self.mean_loops is not None:
+            return found["mean_loops"] <= self.mean_loops
+        return found["accuracy"] >= full["accuracy"] - self.max_drop - 1e-9

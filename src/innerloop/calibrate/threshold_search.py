@@ -29,6 +29,7 @@ from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
 from innerloop.model.stopping import ruled_by, use_rule
 from innerloop.tasks import Task
+from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
 
 TARGETS = (1.0, 0.999, 0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.3, 0.0)
@@ -154,17 +155,17 @@ class ThresholdSearch:
 
     def use(self, i: int) -> None:
         """Let the model stop by the i-th threshold."""
-        threshold, classifier = self.thresholds[i], self.rule.classifier
         use_rule(self.model, **{**self.model.method.loop.rule, "stop_threshold": self.told(i)["threshold"]})
-        if isinstance(threshold, Tensor) and self.rule.classifier is not None and classifier is not None:
-            self.rule.classifier.tau_T = threshold.to(classifier.tau_T.device)
+        threshold, classifier = self.thresholds[i], self.rule.classifier
+        if classifier is not None and isinstance(threshold, Tensor):
+            classifier.tau_T = threshold.to(classifier.tau_T.device)
 
     def told(self, i: int) -> dict[str, Any]:
         """Return the i-th threshold as calibration.json has it; null for an iteration that is closed."""
         threshold = self.thresholds[i]
-        if not isinstance(threshold, Tensor):
-            return {"threshold": threshold, "thresholds": None}
-        return {"threshold": None, "thresholds": [tau if math.isfinite(tau) else None for tau in threshold.tolist()]}
+        if isinstance(threshold, Tensor):
+            return {"threshold": None, "thresholds": to_json(threshold.tolist())}
+        return {"threshold": threshold, "thresholds": None}
 
     def effect(self, i: int) -> dict[str, Any]:
         """Return what the i-th threshold does when the examples are answered with it."""
@@ -174,35 +175,29 @@ class ThresholdSearch:
             self.progress(f"tried {len(self.tried)} thresholds")
         return summary(self.tried[i], self.full)
 
-    def is_met(self, found: dict[str, Any]) -> bool:
-        """Whether what a threshold does is good enough."""
-        full = summary(self.full)["accuracy"]
-        return bool(self.settings.is_met(found["accuracy"], found["agreement"], found["mean_loops"], full))
-
     def foreseen(self) -> dict[str, Tensor]:
         """Return what each threshold does (K,), as far as answers at every depth, or what tokens show, tell."""
         assert self.agrees_TM is not None
         tables = {"accuracy": correctness(self.depths)} if self.depths else {}
         tables["agreement"] = self.agrees_TM
         found = {name: of_TM.gather(0, self.stops_KM - 1).double().mean(1) for name, of_TM in tables.items()}
-        return found | {"loops": self.stops_KM.double().mean(1)}
+        return found | {"mean_loops": self.stops_KM.double().mean(1)}
 
     def best(self) -> int:
         """Return the index of the threshold that meets the goal: the loosest; for mean_loops, the strictest."""
-        settings, n, full = self.settings, len(self.thresholds), summary(self.full)["accuracy"]
+        settings, n, full = self.settings, len(self.thresholds), summary(self.full)
         wants_loops = settings.mean_loops is not None
-        if self.depths:
+        if self.depths or (settings.agreement is not None and self.agrees_TM is not None):
             known = self.foreseen()
-            good = torch.nonzero(settings.is_met(**known, full=full))[:, 0].tolist()
+            good = torch.nonzero(settings.is_met(known, full))[:, 0].tolist()
+            if not self.depths:
+                return max(good, default=0)
             pick, default = (max, n - 1) if wants_loops else (min, 0)
-            return int(pick(good, default=default, key=lambda i: known["loops"][i]))
-        if settings.agreement is not None and self.agrees_TM is not None:
-            good = torch.nonzero(self.foreseen()["agreement"] >= settings.agreement)[:, 0].tolist()
-            return max(good, default=0)
+            return int(pick(good, default=default, key=lambda i: known["mean_loops"][i]))
         strict, loose = (-1, n - 1) if wants_loops else (0, n)
         while loose - strict > 1:  # the looser, the less is run and the more is lost
             middle = (strict + loose) // 2
-            if self.is_met(self.effect(middle)) == wants_loops:
+            if settings.is_met(self.effect(middle), full) == wants_loops:
                 loose = middle
             else:
                 strict = middle
@@ -210,25 +205,19 @@ class ThresholdSearch:
 
     def report(self, i: int) -> dict[str, Any]:
         """Return what the i-th threshold does, and what is known besides."""
-        chosen, stops_M, settings = self.effect(i), self.stops_KM[i], self.settings
-        known = None if self.agrees_TM is None else self.foreseen()
-        met = chosen
-        if known is not None and not self.depths and settings.agreement is not None:
-            met = chosen | {"agreement": known["agreement"][i].item()}
+        chosen, full, stops_M, settings = self.effect(i), summary(self.full), self.stops_KM[i], self.settings
+        known = {} if self.agrees_TM is None else {name: of.tolist() for name, of in self.foreseen().items()}
         goal = {name: getattr(settings, name) for name in ("max_drop", "agreement", "mean_loops")}
-        told: dict[str, Any] = {
-            "goal": {**goal, "is_met": self.is_met(met)},
-            "full": summary(self.full),
-            "chosen": chosen,
-        }
-        if self.depths and known is not None:
+        met = chosen if self.depths or not known else chosen | {"agreement": known["agreement"][i]}
+        told: dict[str, Any] = {"goal": {**goal, "is_met": settings.is_met(met, full)}, "full": full, "chosen": chosen}
+        if self.depths:
             shares = (torch.bincount(stops_M, minlength=len(self.depths) + 1)[1:] / len(stops_M)).tolist()
-            fixed, columns = [summary(at)["accuracy"] for at in self.depths], known.items()
+            fixed = [summary(at)["accuracy"] for at in self.depths]
             told |= {"fixed": fixed, "random": sum(share * one for share, one in zip(shares, fixed))}
-            told |= {"histogram": shares, "frontier": []}
-            for k in range(len(self.thresholds)):
-                told["frontier"].append(self.told(k) | {name: values[k].item() for name, values in columns})
-        elif self.agrees_TM is not None:
+            rows = zip(known["accuracy"], known["agreement"], known["mean_loops"])
+            effects = [dict(zip(("accuracy", "agreement", "loops"), row)) for row in rows]
+            told |= {"histogram": shares, "frontier": [self.told(k) | one for k, one in enumerate(effects)]}
+        elif known:
             told["tokens"] = tokens_report(self.seen, stops_M)
         return told
 
