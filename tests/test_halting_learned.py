@@ -15,7 +15,7 @@ from innerloop.config.stopping import FEATURES, ExitClassifierKind, StopSettings
 from innerloop.errors import InputError
 from innerloop.halting.classifier import ExitClassifier
 from innerloop.halting.evidence import StopInputs
-from innerloop.halting.learned import act_weights, exit_distribution, expected_loss, gain_targets, pull
+from innerloop.halting.learned import ActShares, exit_distribution, expected_loss, gain_targets, pull
 from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
@@ -37,6 +37,17 @@ def naive_act(rates: list[float], eps: float) -> tuple[list[float], int, float]:
     n = next((t for t in range(1, len(rates) + 1) if sum(rates[:t]) >= 1 - eps), len(rates))
     rest = 1 - sum(rates[: n - 1])
     return [*rates[: n - 1], rest, *[0.0] * (len(rates) - n)], n, rest
+
+
+def act_weights(rates_TB: Tensor, eps: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ACT's shares a_t (T, B), the iterations N (B,) and the ponder cost N + R (B,) of rates u_t."""
+    shares, n_B = ActShares.empty(rates_TB.shape[1], rates_TB.device), torch.zeros_like(rates_TB[0])
+    parts = []
+    for t, rate_B in enumerate(rates_TB.float(), 1):
+        share_B, ends_B = shares.take(rate_B, t, 1 - eps, torch.full_like(shares.is_over_B, t == len(rates_TB)))
+        n_B = torch.where(ends_B, float(t), n_B)
+        parts.append(share_B)
+    return torch.stack(parts), n_B.long(), shares.ponder_B
 
 
 def test_acts_shares_are_those_of_the_paper_and_add_up_to_one():
