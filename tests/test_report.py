@@ -16,7 +16,7 @@ from innerloop.experiments.report import write_report
 from innerloop.experiments.report_parts import KINDS
 from innerloop.experiments.summary import Standing, against_cot, caption, columns, failures
 from innerloop.experiments.svg import Cell, Curve, Mark, Scale, bars, curves, heat_map, pareto, scatter
-from innerloop.measure.controls import Kind
+from innerloop.measure.control_verdict import Kind
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -25,13 +25,14 @@ from innerloop.experiments.summary import CONTROLS, STABILITY
 from innerloop.experiments.workers import Workers, is_ending, local_workers
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of
 from innerloop.measure.controls import controls
-from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
+from innerloop.measure.result_cache import ResultCache, digest_of, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
+from innerloop.measure.subject import Subject
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 from innerloop.train.recipe import Recipe, load_recipe
 from innerloop.train.run import CONFIG, FINISHED, run_recipe
 from innerloop.train.training_arguments import training_arguments
@@ -278,10 +279,10 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
     answer = partial(evaluate, attempts=attempts, seed=key[1])
     examples = task.examples(exam.split, exam.limit)
     facts = made_of(model, task, exam.split, examples, {"limit": exam.limit, **asked}, key[1])
-    parts = Parts(out / EXAM_PARTS, facts)
+    parts = ResultCache(out / EXAM_PARTS, facts)
     steps = 0 if run is not None else _n_steps(recipe) or 0
     parts.begins = lambda name: messages.put((key, steps, f"test: {name}"))
-    predictions = kept_predictions(parts, "accuracy", lambda: answer(model, task, examples))
+    predictions = parts.value(list[Prediction], "accuracy", lambda: answer(model, task, examples))
     result = {"variant": key[0], "exam": _written(exam)} | result_of(
         model, task, exam.split, predictions, key[1], run or recipe.out
     )
@@ -302,12 +303,12 @@ def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None 
             result["change"] = _change(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
     what = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": exam.split, "seed": key[1]}
     if exam.controls:
-        found = controls(model, task, examples, predictions, seed=key[1], parts=parts)
+        found = controls(Subject(model, task, examples, predictions, seed=key[1], cache=parts))
         told = {**what, "n": len(found.unedited), **found.as_dict()}
         write_text(out / CONTROLS, json.dumps(told, indent=2) + "\n")
     if exam.stability and has_loop(model):
         read = [example for example in examples if fits(model, example.question)]
-        behaves = Stability.read(parts("stability", lambda: asdict(stability(model, read))))
+        behaves = parts.value(Stability, "stability", lambda: stability(model, read))
         result["diverged"] = behaves.diverged
         write_text(out / STABILITY, json.dumps({**what, "n": len(read), **behaves.as_dict()}, indent=2) + "\n")
     lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
@@ -322,7 +323,7 @@ def _curve(
     task: Task,
     examples: list[Example],
     loops: Sequence[int],
-    parts: Parts,
+    parts: ResultCache,
     about: str,
 ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
     """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""

@@ -8,7 +8,7 @@ from typing import Any
 from innerloop.experiments.html import escape, figure, paragraph, table
 from innerloop.experiments.summary import CONTROLS, STABILITY, Standing
 from innerloop.experiments.svg import Curve, Mark, curves
-from innerloop.measure.controls import Kind
+from innerloop.measure.control_verdict import Kind
 
 KINDS: dict[Kind, str] = {
     "carried": "carry the answer",

@@ -11,11 +11,9 @@ cost is that of a question asked alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from innerloop.decoder.cost import Cost
 from innerloop.engine.generation import Generation
@@ -36,8 +34,8 @@ from innerloop.lens.latents import (
 )
 from innerloop.lens.opened import Part, opened_curves, opened_parts, side_by_side
 from innerloop.measure.accuracy import versions
-from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
+from innerloop.measure.result_cache import ResultCache, digest_of
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
@@ -119,8 +117,8 @@ def look(
     run: str = "",
     loops: int | None = None,
     max_new_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+    parts: ResultCache | None = None,
 ) -> Record:
     """Answer examples one at a time and write down what there is to see inside.
 
@@ -137,45 +135,26 @@ def look(
     """
     if not examples:
         raise InputError("there is no example to look at: give at least one")
-    parts = Parts() if parts is None else parts
+    parts = ResultCache() if parts is None else parts
     names = [f"look {digest_of([example])}" for example in examples]
     missing = [i for i, name in enumerate(names) if name not in parts]
     shown = dict(zip(missing, steps_shown(model, [examples[i] for i in missing], loops)))
 
-    def seen(i: int) -> dict[str, Any]:
+    def seen(i: int) -> tuple[Look, Family]:
         answer = answer_alone(model, task, examples[i], loops, max_new_tokens)
-        one, family = look_at(model, task, examples[i], answer, loops, shown[i])
-        return {"look": asdict(one), "family": family}
+        return look_at(model, task, examples[i], answer, loops, shown[i])
 
     if missing:  # what is made ready at the first answer shall not count as its time
         model.generate([examples[missing[0]].question], max_new_tokens=1, trace=True, loops=loops)
-    looks, families = [], set[Family]()
+    kept = []
     for i, name in enumerate(names):
-        kept = parts(name, partial(seen, i))
-        looks.append(_rebuilt(Look, kept["look"]))
-        families.add(kept["family"])
-        if progress is not None:
-            progress(1)
-    family = next(name for name in ("depth", "latents", "text") if name in families)
+        kept.append(parts.value(tuple[Look, Family], name, partial(seen, i)))  # type: ignore[arg-type]
+        progress(1)
+    looks, families = zip(*kept)
+    family: Family = next(name for name in ("depth", "latents", "text") if name in families)
     method = model.method
     what = (run, method.name, method.summary, method.paper, task.name, split)
-    return Record(*what, family, versions(), tuple(looks))
-
-
-def _rebuilt(kind: Any, value: Any) -> Any:
-    """Return a value of a type from what JSON has of it."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if value is None:
-        return None
-    if is_dataclass(kind):
-        types = get_type_hints(kind)
-        return kind(**{name: _rebuilt(types[name], part) for name, part in value.items()})  # type: ignore[operator]
-    if origin is tuple:
-        return tuple(map(_rebuilt, repeat(inner[0]) if inner[-1] is ... else inner, value))
-    if origin in (Union, UnionType):
-        (only,) = (part for part in inner if part is not NoneType)
-        return _rebuilt(only, value)
-    return value
+    return Record(*what, family, versions(), looks)
 
 
 def answer_alone(
