@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from innerloop.config.typed import named
 from innerloop.engine.generation import fits
 from innerloop.errors import InputError
 from innerloop.measure.parts import Parts
@@ -18,7 +19,7 @@ from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task, task_named
 from innerloop.text.examples import Example
-from innerloop.train.recipe import named, parse_value, read_recipe
+from innerloop.train.recipe import parse_value, read_recipe
 from innerloop.train.run import CONFIG
 
 console = Console()

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from innerloop.cli.arguments import console
+from innerloop.config.typed import named, typed
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, method_named
 from innerloop.model import checkpoint
@@ -16,7 +17,7 @@ from innerloop.terminal.views import print_rows
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import read_examples, write_examples
 from innerloop.text.tokenizer import train_tokenizer
-from innerloop.train.recipe import named, parse_overrides, parse_value, typed
+from innerloop.train.recipe import parse_overrides, parse_value
 
 
 def methods() -> None:

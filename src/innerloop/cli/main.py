@@ -19,10 +19,11 @@ from innerloop.cli.data import data_list, data_make, data_show, methods
 from innerloop.cli.demo import demo
 from innerloop.cli.eval import ask, eval_, lens
 from innerloop.cli.train import train
+from innerloop.config.typed import field_parser
 from innerloop.errors import InputError, misfit, nearest
 from innerloop.tasks import task_named
 from innerloop.train.callbacks import end_when_asked
-from innerloop.train.recipe import field_parser, load_recipe
+from innerloop.train.recipe import load_recipe
 
 VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "demo": demo,
@@ -227,8 +228,13 @@ def _print_fields(key: tuple[str, ...], subject: str, extra: Sequence[str]) -> N
     """Print the fields that a recipe's sections, or a task, take."""
     if key == ("train",):
         recipe = load_recipe(subject, extra)
-        sections = {"task": type(recipe.task), "backbone": type(recipe.backbone), "method": type(recipe.method)}
-        field_parser(sections, f"innerloop train {subject}").print_help()
+        sections: dict[str, type] = {
+            "task": type(recipe.task),
+            "backbone": type(recipe.backbone),
+            "method": type(recipe.method),
+        }
+        for section, cls in sections.items():
+            print(field_parser(cls, f"{section}.").format_help())
         print("train:\n  --train.NAME VALUE    transformers' TrainingArguments by name, and batch_size, max_length,")
         print("                        eval_limit, max_new_tokens, loss_chunk")
     else:

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import innerloop
+from innerloop.config.typed import typed
 from innerloop.decoder.adapters import ADAPTER, MarkerInit, adapted, add_lora, add_markers, merged_state
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
@@ -313,8 +314,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
     """Return the method that innerloop.json says, its fields checked as those of a recipe are."""
-    from innerloop.train.recipe import typed
-
     settings = dict(saved["method"])
     cls = method_named(settings.pop("name"))
     unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
