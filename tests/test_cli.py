@@ -14,10 +14,11 @@ from innerloop.cli import main as cli
 from innerloop.decoder.backbone import Backbone
 from innerloop.lens import record as lens_record
 from innerloop.lens.record import answer_alone
-from innerloop.methods import Cot, Looped, Lotus
+from innerloop.methods import METHODS, Cot, Looped, Lotus
 from innerloop.tasks import Chain
 from innerloop.text.examples import write_examples
 from tests.models import chain_examples, tiny_model
+from tests.test_typed import Summed
 
 RECIPE = {
     "task": {"name": "chain", "n_ops": 2, "n_train": 64, "n_valid": 8, "n_test": 8},
@@ -363,12 +364,43 @@ def test_debug_shows_where_an_error_arose(capsys):
     assert "Traceback" in innerloop(capsys, "train", "nowhere.yaml", "--debug")[2]
 
 
-def test_help_of_a_recipe_lists_the_fields_of_its_sections(run: Path, capsys):
+def helped(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     with pytest.raises(SystemExit) as exit_:
-        innerloop(capsys, "train", run.parent / "recipe.yaml", "--help")
+        innerloop(capsys, *arguments)
     assert exit_.value.code == 0
-    out = capsys.readouterr().out
-    assert "--method.n_slots" in out and "--task.n_ops" in out
+    return capsys.readouterr().out
+
+
+def test_help_of_a_recipe_shows_the_methods_fields_and_a_line_for_each_group(run: Path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "summed", Summed)
+    recipe = run.parent / "recipe.yaml"
+    summed = ["train", recipe, "--stages.2.method", "summed", "--help"]
+    out = helped(capsys, *summed)
+    lines = out.splitlines()
+    assert "--method.n_blocks" in lines[1] and "--method.loop.FIELD   residual, alpha, layers, inject" in out
+    assert "--task.FIELD          n_ops, min_ops" in out and "--method.loop.residual" not in out
+    assert "--method.loop.residual" in helped(
+        capsys, "train", recipe, "--stages.2.method=summed", "--help", "method.loop"
+    )
+    assert "--task.n_ops" in helped(capsys, "train", recipe, "--help", "task")
+    assert "parts_learning_rate" in helped(capsys, "train", recipe, "--help", "train")
+    assert "--n_ops" in helped(capsys, "data", "make", "chain", "--help")
+    for path, message in (("metod", "did you mean 'method'?"), ("method.lop", "'Slr' has no group 'lop'")):
+        code, _, err = innerloop(capsys, "train", recipe, "--help", path)
+        assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("verb", [v for v in cli.VERBS if v != "train"])
+def test_help_of_every_verb_lists_its_options(verb: str, capsys):
+    out = helped(capsys, *verb.split(), "--help")
+    assert f"usage: innerloop {verb}" in out
+
+
+def test_help_lists_the_verbs(capsys):
+    for asked in (["--help"], [], ["data", "--help"]):
+        out = helped(capsys, *asked)
+        assert all(f"    {verb} " in out for verb in cli.VERBS)
+    assert "0.1" in helped(capsys, "--version")
 
 
 @pytest.mark.slow

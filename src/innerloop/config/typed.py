@@ -132,13 +132,17 @@ def field_parser(cls: type, prefix: str = "") -> ArgumentParser:
 
     It is made once for each class: suites type hundreds of recipes.
     """
-    docs = [parse_docstring(base.__doc__ or "").params for base in reversed(cls.__mro__) if is_dataclass(base)]
-    told = {param.arg_name: param.description or "" for params in docs for param in params}
     parser = ArgumentParser(exit_on_error=False, usage=SUPPRESS, add_help=False)
-    of = parser.add_argument_group(prefix.rstrip("."))
+    add_fields(parser.add_argument_group(prefix.rstrip(".") or cls.__name__), cls, prefix)
+    return parser
+
+
+def add_fields(parser: Any, cls: type, prefix: str = "") -> None:
+    """Add the fields of a dataclass but for its groups to a parser, or a group of it, as ``--PREFIXname``."""
+    docs = [parse_docstring(base.__doc__ or "").params for base in reversed(cls.__mro__) if is_dataclass(base)]
+    told = {param.arg_name: (param.description or "").rstrip(".") for params in docs for param in params}
     for name, hint in field_types(cls).items():
         if name not in groups(cls):
             default = field_default(cls, name)
             own = {} if default is MISSING else {"default": default}
-            of.add_argument(f"--{prefix}{name}", type=hint, help=told.get(name), **own)
-    return parser
+            parser.add_argument(f"--{prefix}{name}", type=hint, help=told.get(name), **own)
