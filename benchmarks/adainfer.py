@@ -23,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from innerloop.calibrate.fit import fit_judge, fitted_thresholds
 from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_method, use_rule
 from innerloop.calibrate.threshold_search import TARGETS
+from innerloop.config.stopping import FEATURES
 from innerloop.decoder.cost import Meter
-from innerloop.halting import FEATURES, Judge
+from innerloop.halting.classifier import Judge
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import AdaInfer

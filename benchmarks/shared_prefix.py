@@ -14,7 +14,7 @@ import subjects
 
 from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
 from innerloop.engine import shared_prefix as prefix
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
 from innerloop.methods import Cot, Method, Slr
 from innerloop.model.model import LatentModel
 

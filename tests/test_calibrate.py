@@ -9,8 +9,8 @@ import torch
 from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
 from innerloop.calibrate.calibrate import REPORT, adopt_rule, calibrate
 from innerloop.calibrate.loop_scan import ruled_by, survey, use_rule
+from innerloop.calibrate.oracles import first_agreeing, first_correct
 from innerloop.calibrate.threshold_search import Answers, Goal, Tryout, thresholds_between
-from innerloop.halting import first_agreeing, first_correct
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import Method
 from innerloop.model.checkpoint import PARTS, SETTINGS

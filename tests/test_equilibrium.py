@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.config.loop import LoopSettings
-from innerloop.loop.fixed_point import Map, Solver, jacobian_gain, solve
+from innerloop.config.loop import LoopSettings, Solver
+from innerloop.loop.fixed_point import Map, jacobian_gain, solve
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from tests.methods.tools import FunctionPass, iterate

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from innerloop.config.loop import LoopSettings
-from innerloop.halting import DEFAULT_THRESHOLDS, Moment, StopRule
+from innerloop.config.stopping import DEFAULT_THRESHOLDS
+from innerloop.halting.evidence import Moment
+from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from tests.methods.tools import iterate

@@ -9,21 +9,14 @@ from torch import Tensor
 
 from innerloop import Slr
 from innerloop.calibrate.fit import MOST_VECTORS, fit_judge, fit_probe, fitted_thresholds
+from innerloop.calibrate.oracles import oracle_agree, oracle_correct
 from innerloop.config.loop import LoopSettings
+from innerloop.config.stopping import FEATURES, JudgeKind
 from innerloop.errors import InputError
-from innerloop.halting import (
-    Judge,
-    Moment,
-    StopRule,
-    act_weights,
-    exit_distribution,
-    expected_loss,
-    gain_targets,
-    oracle_agree,
-    oracle_correct,
-    pull,
-)
-from innerloop.halting.classifier import FEATURES, JudgeKind
+from innerloop.halting.classifier import Judge
+from innerloop.halting.evidence import Moment
+from innerloop.halting.learned import act_weights, exit_distribution, expected_loss, gain_targets, pull
+from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of

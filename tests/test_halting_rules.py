@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from innerloop.config.loop import LoopSettings
+from innerloop.config.stopping import COMPARES, PROBABILITIES, READS_OUT, StopKind, StopSettings
 from innerloop.errors import InputError
-from innerloop.halting import Hints, Moment, StopKind, StopRule, StopSettings, decayed, drawn_depths, uniform
-from innerloop.halting.rule import COMPARES, PROBABILITIES, READS_OUT
+from innerloop.halting.baselines import drawn_depths, uniform
+from innerloop.halting.evidence import Hints, Moment
+from innerloop.halting.rule import StopRule, decayed
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from tests.methods.tools import FunctionPass, iterate

@@ -9,8 +9,8 @@ import torch
 
 from innerloop import InputError, LatentModel, Looped, Slr
 from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.config.stopping import StopKind
 from innerloop.decoder.cost import Meter, flops_of
-from innerloop.halting import StopKind
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods import Method
 from innerloop.passes.thought import think

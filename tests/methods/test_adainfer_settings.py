@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from innerloop import AdaInfer, Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments
 from innerloop.calibrate.calibrate import calibrate
 from innerloop.calibrate.loop_scan import survey, use_rule
-from innerloop.halting.classifier import JudgeKind
+from innerloop.config.stopping import JudgeKind
 from innerloop.methods import METHODS
 from innerloop.methods.depth.exits import exit_losses
 from innerloop.tasks import Chain

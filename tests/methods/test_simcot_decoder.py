@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from innerloop import Coconut, Example, LatentModel, NoCot
+from innerloop.config.losses import AuxSettings
 from innerloop.errors import InputError
 from innerloop.methods import Lotus, SimCot, SimCotCodi
-from innerloop.model.step_decoder import AuxSettings, group_latents, told_loss
+from innerloop.model.step_decoder import group_latents, told_loss
 from innerloop.train.trainer import LatentTrainer
 from innerloop.train.training_arguments import training_arguments
 from tests.methods.gauges import FORWARD, LEARNS, moved_by

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from innerloop import Example, LatentModel, Slr
-from innerloop.halting import Hints
+from innerloop.halting.evidence import Hints
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method

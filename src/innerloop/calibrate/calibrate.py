@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from innerloop.calibrate.loop_scan import use_rule
 from innerloop.calibrate.threshold_search import Goal, Label, Tryout, told_of
+from innerloop.config.stopping import StopKind
 from innerloop.errors import InputError, refuse
-from innerloop.halting import StopKind
 from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.parts import Parts

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from innerloop.calibrate.fit import fit_judge, fit_probe, fitted_thresholds
 from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_rule
+from innerloop.calibrate.oracles import first_agreeing, first_correct
+from innerloop.config.stopping import StopSettings
 from innerloop.errors import refuse
-from innerloop.halting import StopSettings, first_agreeing, first_correct
 from innerloop.measure.parts import Parts, digest, digest_of
 from innerloop.measure.statistics import clopper_pearson, wilson
 from innerloop.methods.depth.token_labels import fingerprint

@@ -23,9 +23,9 @@ from innerloop.cli.arguments import (
     going_on,
     writable,
 )
+from innerloop.config.stopping import StopKind
 from innerloop.engine.generation import fits
 from innerloop.errors import InputError, refuse
-from innerloop.halting import StopKind
 from innerloop.measure.parts import Parts, made_of
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel

@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.config.curriculum import Schedule
 from innerloop.config.loop import LoopSettings
+from innerloop.config.losses import AuxSettings, DecoderSettings, KdSettings, LossSettings
 from innerloop.errors import InputError
-from innerloop.model.answer_decoder import DecoderSettings
-from innerloop.model.distillation import KdSettings
-from innerloop.model.losses import LossSettings
-from innerloop.model.step_decoder import AuxSettings
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, LAT, Block, Piece, Row, ShownBlock

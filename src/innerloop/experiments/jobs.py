@@ -22,10 +22,11 @@ from innerloop.errors import InputError
 from innerloop.experiments.suite import Exam, Suite
 from innerloop.experiments.summary import CONTROLS, STABILITY
 from innerloop.experiments.workers import Workers, is_ending, local_workers
-from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of
 from innerloop.measure.controls import controls
 from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
+from innerloop.measure.statistics import wilson
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
 from innerloop.lens.grid import Cell, Line, Loop, cells_of, loop_of
 from innerloop.loop.trace import Iteration
 from innerloop.model.model import LatentModel

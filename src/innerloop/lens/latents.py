@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
 from innerloop.lens.grid import Column, Spot, loops_of
 from innerloop.loop.trace import Trace
 from innerloop.measure.readout import Shown

@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from innerloop.decoder.cost import Cost
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
 from innerloop.errors import InputError
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
 from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of

@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 
 from innerloop.calibrate.loop_scan import ruled_by
+from innerloop.config.stopping import StopSettings
 from innerloop.errors import InputError
-from innerloop.halting import StopSettings
 from innerloop.loop.fixed_point import Map
 from innerloop.loop.hooks import edited
 from innerloop.loop.loop import InnerLoop, LoopResult, Pass, real, relative_change

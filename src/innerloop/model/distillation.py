@@ -12,7 +12,7 @@ Shapes: `T` the teacher's iterations, `B` rows, `N` latents, `D` width, `U` writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,25 +28,6 @@ from innerloop.text.batch import Batch
 if TYPE_CHECKING:
     from innerloop.model.model import LatentModel
     from innerloop.passes.thought import Thought
-
-
-@dataclass(frozen=True)
-class KdSettings:
-    """What is learned of a teacher's predictions.
-
-    Args:
-        kd_weight: weight of the divergence from what the teacher predicts of each written token.
-        kd_temperature: by which both models' logits are divided first; the divergence is multiplied by its square.
-    """
-
-    kd_weight: float = 0.0
-    kd_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        refuse(
-            (self.kd_weight < 0, "weights of the loss cannot be negative"),
-            (self.kd_temperature <= 0, "kd_temperature divides logits: choose a number above 0"),
-        )
 
 
 def divergence(wanted_UV: Tensor, own_UV: Tensor, temperature: float = 1.0) -> Tensor:

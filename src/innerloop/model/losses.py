@@ -10,15 +10,15 @@ Shapes: `B` rows, `N` slots, `D` width, `T` iterations, `U` supervised tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
 from innerloop.decoder.token_losses import ALL, Show, summed_loss, token_losses
-from innerloop.errors import refuse
-from innerloop.halting import Pull, StopSettings, exit_distribution, expected_loss, masked_mean, pull
+from innerloop.halting.evidence import masked_mean
+from innerloop.halting.learned import exit_distribution, expected_loss, pull
 from innerloop.passes.context import Context
 from innerloop.text.batch import Batch, Sites
 from innerloop.text.row import ANSWER_PASS
@@ -26,87 +26,6 @@ from innerloop.text.row import ANSWER_PASS
 if TYPE_CHECKING:
     from innerloop.model.model import LatentModel
     from innerloop.passes.thought import Thought
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """What is learned inside the loop, besides the answer.
-
-    Args:
-        answer_weight: of the written tokens.
-        step_weight: lambda_step; latents must show the steps through the head.
-        hid_weight: lambda_hid; states are pulled to a teacher's.
-        hid_layers: the teacher's last layer, all layers, or all and the embeddings.
-        hid_distance: smooth L1, L1 (a mean or a sum over the width) or squared L2, in units of the teacher's spread; or
-            one minus cosine.
-        hid_width: width of the teacher's states where it is not this model's; what follows them is then projected by a
-            learned matrix, for all layers the same. 0: the same width.
-        teacher: folder of the run whose states are the targets (of a chain of thought, if the method does not say
-            otherwise), or self: the model's own.
-        teacher_weight: a model that is its own teacher also learns to write the chain of thought, with this weight.
-        teacher_passes: read the targets in the pass that is learned from, or in a second one (they differ by dropout).
-        deep_weight: lambda_deep; the answer is also decoded after every iteration.
-        deep_schedule: weight of iteration t: proportional to t (linear), or softmax of t.
-        halt_weight: lambda_halt; trains the gate of stop=halt or halt_sample (arXiv 2107.05407).
-        halt_prior: chance of stopping per iteration that the gate is drawn to.
-        halt_beta: strength of that pull.
-        halt_pull: it is KL(p || G) from the geometric distribution G of halt_prior (geometric), KL(G || p)
-            (geometric_reverse), or KL from stopping anywhere alike (uniform; arXiv 2510.25741).
-        ponder_weight: stop=act: weight of the cost of thinking, N iterations and the remainder R (arXiv 1603.08983).
-    """
-
-    answer_weight: float = 1.0
-    step_weight: float = 0.0
-    hid_weight: float = 0.0
-    hid_layers: Literal["last", "all", "all+emb"] = "last"
-    hid_distance: Literal["smooth_l1", "l1", "l1_sum", "l2", "cosine"] = "smooth_l1"
-    hid_width: int = 0
-    teacher: str | None = None
-    teacher_weight: float = 0.0
-    teacher_passes: Literal[1, 2] = 1
-    deep_weight: float = 0.0
-    deep_schedule: Literal["linear", "softmax"] = "linear"
-    halt_weight: float = 0.0
-    halt_prior: float = 0.2
-    halt_beta: float = 0.01
-    halt_pull: Pull = "geometric"
-    ponder_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        weights = (self.answer_weight, *self.loop_term_weights.values(), self.halt_beta)
-        refuse(
-            (min(weights) < 0, "weights of the loss cannot be negative"),
-            (
-                self.hid_width < 0 or (self.hid_width > 0 and (self.hid_weight == 0 or self.teacher == "self")),
-                "hid_width is the width of another model's states: set hid_weight above 0 and teacher to a folder, or "
-                "hid_width to 0",
-            ),
-            (not 0 < self.halt_prior < 1, "halt_prior is a probability between 0 and 1"),
-            (
-                self.ponder_weight > 0 and not (isinstance(self, StopSettings) and self.stop == "act"),
-                "ponder_weight is the cost of thinking in ACT: set stop=act",
-            ),
-            (
-                self.hid_weight > 0 and self.teacher is None,
-                "hid_weight needs states to follow: set teacher to the folder of a chain-of-thought run, or to self",
-            ),
-            (
-                self.teacher != "self" and (self.teacher_weight > 0 or self.teacher_passes == 2),
-                "teacher_weight and teacher_passes are for a model that teaches itself: set teacher to self",
-            ),
-        )
-
-    @property
-    def loop_term_weights(self) -> dict[str, float]:
-        """The weight of each term."""
-        return {
-            "step": self.step_weight,
-            "hid": self.hid_weight,
-            "teacher": self.teacher_weight,
-            "deep": self.deep_weight,
-            "halt": self.halt_weight,
-            "ponder": self.ponder_weight,
-        }
 
 
 @dataclass

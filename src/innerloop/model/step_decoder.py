@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from innerloop.config.losses import AuxSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.token_losses import Shown, token_losses
-from innerloop.errors import InputError, check_choices, refuse
+from innerloop.errors import InputError
 from innerloop.loop.lora import LoopLora
 from innerloop.model.losses import held
 from innerloop.passes.context import Context
@@ -31,80 +31,6 @@ if TYPE_CHECKING:
     from innerloop.passes.thought import Masked, Thought
     from innerloop.text.batch import Batch, ToldSites
     from innerloop.text.row import Row
-
-
-@dataclass(frozen=True)
-class AuxSettings:
-    """Whether and how latents must tell their steps.
-
-    Args:
-        aux_weight: of this term of the loss; 0: no decoder.
-        aux_decoder: a copy of the model with weights of its own (copy), or the model itself (shared).
-        aux_source: copy: begin as the model in this folder, or of this Hub name, instead. It must have the same tokens;
-            if its width is another, a linear map brings the latents to it. It is needed again wherever the run is
-            loaded with an aux_weight above 0.
-        aux_layers: copy: keep its first so many layers; 0: all. Small decoders were unstable in LOTUS' study.
-        aux_lora_rank: shared: low-rank updates of the model that only the decoder uses; 0: none.
-        aux_embed: step tokens are embedded by the model's table (base) or the decoder's (own).
-        aux_question: let the decoder read the question before the latents, too.
-        aux_position: the position id of a group's first latent, or of the question.
-        aux_norm: the sum over a step's tokens, averaged over rows and groups (per_row), or the mean over tokens.
-        aux_detach: let nothing flow back into the model: a probe.
-        aux_trains: train model and decoder (both), or one of them.
-    """
-
-    aux_weight: float = 0.0
-    aux_decoder: Literal["copy", "shared"] = "copy"
-    aux_source: str | None = None
-    aux_layers: int = 0
-    aux_lora_rank: int = 0
-    aux_embed: Literal["base", "own"] = "base"
-    aux_question: bool = False
-    aux_position: int = 0
-    aux_norm: Literal["per_row", "token_mean"] = "per_row"
-    aux_detach: bool = False
-    aux_trains: Literal["both", "base", "decoder"] = "both"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        refuse(
-            (
-                min(self.aux_weight, self.aux_layers, self.aux_lora_rank, self.aux_position) < 0,
-                "aux_weight, aux_layers, aux_lora_rank and aux_position cannot be negative",
-            ),
-            (
-                self.aux_decoder == "shared" and self.aux_trains != "both",
-                "a decoder that shares the model's weights trains with them: set aux_trains to both",
-            ),
-            (
-                self.aux_weight == 0 and self.aux_trains == "decoder",
-                "without a decoder nothing is trained: set aux_weight above 0, or aux_trains to both",
-            ),
-            (self.aux_decoder == "shared" and self.aux_layers > 0, "aux_layers cuts a copy: set aux_decoder to copy"),
-            (
-                self.aux_source is not None and (self.aux_decoder == "shared" or self.aux_embed == "base"),
-                "aux_source has weights and a table of its own: set aux_decoder to copy and aux_embed to own",
-            ),
-            (
-                self.aux_decoder == "copy" and self.aux_lora_rank > 0,
-                "aux_lora_rank is for a decoder that shares the model's weights: set aux_decoder to shared",
-            ),
-            (
-                self.aux_decoder == "shared" and self.aux_detach,
-                "aux_detach makes a probe that leaves the model alone, so it needs weights of its own: set aux_decoder "
-                "to copy",
-            ),
-            (
-                self.aux_decoder == "shared" and self.aux_embed == "own",
-                "a decoder that shares the model's weights has no table of its own: set aux_embed to base",
-            ),
-        )
-
-    def n_told_positions(self, row: Row) -> int:
-        """Return the most positions that the decoder reads at once to tell a step of a row."""
-        told = [told for link in row.links() for told in link.told if told.ids]
-        before = self.aux_position + (row.region_start if self.aux_question else 0)
-        return max((before + one.n_latents + len(one.ids) - 1 for one in told), default=0)
 
 
 class StepDecoder(nn.Module):

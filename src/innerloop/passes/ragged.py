@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cost import Meter
 from innerloop.decoder.ragged_cache import DepthCache, Slot, view
-from innerloop.halting import Hints
+from innerloop.halting.evidence import Hints
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 

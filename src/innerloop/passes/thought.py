@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from innerloop.halting import Hints
+from innerloop.halting.evidence import Hints
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.passes.context import Context, Weights, merge

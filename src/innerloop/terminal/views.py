@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
 from innerloop.loop.trace import Iteration, Reading, ShownStep, Trace
 from innerloop.terminal.wide_table import Bands
 from innerloop.text.row import ANSWER_PASS, Kind, Row

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from innerloop.config.loop import LoopSettings
+from innerloop.config.losses import ExitSettings
 from innerloop.config.method import DepthMethod
+from innerloop.config.stopping import TAPPED, StopSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.errors import refuse
-from innerloop.halting import StopSettings
-from innerloop.halting.classifier import TAPPED
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.exit_pass import ExitCache, ExitPass, KvMissing
-from innerloop.methods.depth.exits import ExitSettings, add_exit_terms
+from innerloop.methods.depth.exits import add_exit_terms
 from innerloop.model.losses import Terms
 from innerloop.passes.ragged import Deep, Depth, Reading
 from innerloop.passes.thought import Thought

@@ -10,65 +10,21 @@ Shapes: `T` iterations, `U` supervised tokens, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
 
+from innerloop.config.losses import ExitSettings
 from innerloop.decoder.token_losses import ALL, AtOnce, Show, Shown, by_rows, token_losses
-from innerloop.errors import refuse
-from innerloop.halting import exit_distribution, expected_loss, gain_targets, pull
+from innerloop.halting.learned import exit_distribution, expected_loss, gain_targets, pull
 
 if TYPE_CHECKING:
     from innerloop.model.losses import Terms
     from innerloop.passes.thought import Thought
     from innerloop.text.batch import Batch
-
-
-@dataclass(frozen=True)
-class ExitSettings:
-    """What is learned at earlier exits than the last.
-
-    Args:
-        exit_weight: weight of the loss after each iteration before the last.
-        exit_schedule: these iterations count alike (equal), or iteration t as t / T (linear).
-        exit_kd: weight, within that loss, of the divergence from what the last iteration says.
-        gate: train the gate of stop=halt by the loss expected over exits and their entropy (distribution), or, with
-            everything else frozen, by whether each iteration lowered the loss (improvement); none: leave it.
-        gate_beta: strength of the entropy, of the pull to leave everywhere alike.
-    """
-
-    exit_weight: float = 0.0
-    exit_schedule: Literal["equal", "linear"] = "equal"
-    exit_kd: float = 0.0
-    gate: Literal["none", "distribution", "improvement"] = "none"
-    gate_beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        refuse(
-            (min(self.exit_weight, self.exit_kd, self.gate_beta) < 0, "weights of the loss cannot be negative"),
-            (
-                self.exit_weight == 0 and (self.exit_kd > 0 or self.exit_schedule != "equal"),
-                "exit_kd and exit_schedule are for losses at earlier exits: set exit_weight above 0",
-            ),
-            (
-                self.gate != "none" and self.exit_weight > 0,
-                "the gate learns from every exit already: set exit_weight to 0, or gate to none",
-            ),
-        )
-
-    @property
-    def exit_term_weights(self) -> dict[str, float]:
-        """The weight of each term."""
-        return {"exits": self.exit_weight, "gate": float(self.gate != "none")}
-
-    @property
-    def wants_exits(self) -> bool:
-        """Whether training reads earlier exits."""
-        return self.exit_weight > 0 or self.gate != "none"
 
 
 def add_exit_terms(

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.config.loop import LoopSettings
+from innerloop.config.losses import ExitSettings
 from innerloop.config.method import DepthMethod
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.sampling import LoopSampling, draw_loops
-from innerloop.methods.depth.exits import ExitSettings, add_exit_terms
+from innerloop.methods.depth.exits import add_exit_terms
 from innerloop.methods.depth.kv_sharing import KvMissing, KvShare, SharedKv, stopped_earlier
 from innerloop.methods.depth.tying import depths_of, rebuild, stepwise, with_ends
 from innerloop.model.losses import Terms

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from innerloop.config.losses import KdSettings, LossSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.looped import BlockLoop, LoopedDepth
 from innerloop.methods.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
 from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
-from innerloop.model.distillation import KdSettings, divergence
-from innerloop.model.losses import LossSettings, Terms
+from innerloop.model.distillation import divergence
+from innerloop.model.losses import Terms
 from innerloop.passes.context import Context
 from innerloop.passes.ragged import Depth
 from innerloop.passes.thought import Thought

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import BankKind, LoopSettings
 from innerloop.config.method import DepthMethod
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
-from innerloop.loop.lora import BankKind
 from innerloop.methods.depth.decider import FREE, ONCE, Choice, Chooser, DeciderSettings, charge
 from innerloop.methods.depth.duo_attention import DepthAttention, DuoCache, Unfinished, read_at
 from innerloop.methods.depth.token_labels import Oracle, OracleSettings, hashes

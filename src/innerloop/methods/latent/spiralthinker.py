@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.config.curriculum import uniforms
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import LoopSettings, RescaleKind
+from innerloop.config.losses import LossSettings
 from innerloop.config.method import Method
 from innerloop.errors import refuse
-from innerloop.loop.stabilize import RescaleKind
 from innerloop.methods.latent.step_labels import check_labels, labelled_by, latent_mask
-from innerloop.model.losses import LossSettings
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, BOL, BOT, EOL, EOT, LAT, Block, Follow, Kind, Piece, Row
