@@ -83,24 +83,17 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it would be written, every field spelled out."""
-        written: dict[str, Any] = {
+        sections: dict[str, Any] = {
             "task": {"name": self.task.name, **asdict(self.task)},
             "backbone": asdict(self.backbone),
             "method": {"name": self.method.name, **asdict(self.method)},
             "train": dict(self.train),
             "out": self.out,
         }
-        if self.stages:
-            written["train"] = {}
-            written["stages"] = [
-                {
-                    name: value
-                    for name, value in stage.as_dict().items()
-                    if name in ("task", "backbone", "method", "train")
-                }
-                for stage in self.stages
-            ]
-        return written
+        if not self.stages:
+            return sections
+        stages = [{name: value for name, value in s.as_dict().items() if name != "out"} for s in self.stages]
+        return {**sections, "train": {}, "stages": stages}
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
