@@ -8,6 +8,7 @@ import yaml
 
 from innerloop.config.typed import field_names, field_parser, field_types, filled, groups, merged, named, typed
 from innerloop.errors import InputError
+from innerloop.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Aux:
 @dataclass(frozen=True)
 class Stage:
     first_stage: int = 0
+    stage_length: int | None = None
+    with_markers: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ def test_a_default_of_a_more_special_class_stays_of_that_class():
         ({"loop": {"inject": {"knd": "x"}}}, "method.loop.inject.knd: 'method.loop.inject' has no field 'knd'"),
         ({"residual": "A"}, "method.residual: 'summed' has no field 'residual' (did you mean 'loop.residual'?)"),
         ({"aux_weight": 1}, "method.aux_weight: 'summed' has no field 'aux_weight' (did you mean 'aux.weight'?)"),
+        ({"n_blocks": "four"}, "method.n_blocks is four, but must be a whole number"),
+        ({"n_blocks": None}, "method.n_blocks is empty, but must be a whole number"),
+        ({"first_stage": 2.5}, "method.first_stage is 2.5, but must be a whole number"),
+        ({"with_markers": 3}, "method.with_markers is 3, but must be true or false"),
+        ({"stage_length": "x"}, "method.stage_length is x, but must be a whole number"),
         ({"loop": {"alpha": "much"}}, "method.loop.alpha is much, but must be a number"),
         (
             {"loop": {"residual": "som"}},
@@ -161,6 +169,13 @@ def test_mistakes_are_named_with_their_path(settings: dict, message: str):
     with pytest.raises(InputError) as caught:
         build(**settings)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS.keys())
+def test_every_field_of_every_method_refuses_what_it_cannot_hold(cls: type):
+    for name, kind in field_types(cls).items():
+        with pytest.raises(InputError, match=rf"^(the )?method\.{name}\b"):
+            typed(cls, {name: [[]] if kind in (str, str | None) else "no such"}, "method")
 
 
 def test_fields_without_a_default_must_be_given():
@@ -190,7 +205,16 @@ def test_a_mark_is_filled_in_every_text():
 
 
 def test_own_fields_come_first_and_groups_are_known():
-    assert list(field_types(Summed)) == ["n_blocks", "teacher", "loop", "aux", "kd", "first_stage"]
+    assert list(field_types(Summed)) == [
+        "n_blocks",
+        "teacher",
+        "loop",
+        "aux",
+        "kd",
+        "first_stage",
+        "stage_length",
+        "with_markers",
+    ]
     assert groups(Summed) == {"loop": Loop, "aux": Aux, "kd": Aux} and groups(Loop) == {"inject": Inject}
     assert {"n_blocks", "loop", "loop.residual", "loop.inject.kind", "aux.weight"} <= set(field_names(Summed))
 
