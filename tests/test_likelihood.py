@@ -19,8 +19,8 @@ from innerloop import (
     NoCot,
     Pause,
     Slr,
-    cli,
 )
+from innerloop.cli import main as cli
 from innerloop.measure import evaluate
 from innerloop.measure.likelihood import Likelihood, likelihood
 from innerloop.methods import Method

@@ -270,57 +270,48 @@ def ask(run: str, question: str, model: ModelArguments, max_new_tokens: int = 12
     console.print(answer_view(answer, loaded.tokenizer, *names_of_columns(loaded, question)))
 
 
-@dataclass(frozen=True)
-class LensArguments(SplitArguments, ModelArguments):
-    """What is looked into.
+def lens(
+    run: str,
+    split: SplitArguments,
+    model: ModelArguments,
+    examples: int = 8,
+    loops: int | None = None,
+    out: str | None = None,
+    max_new_tokens: int | None = None,
+    terminal: bool = False,
+) -> None:
+    """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
 
     Args:
+        run: a run's folder, or any model with --method.
+        split: what is answered.
+        model: who answers.
         examples: how many examples the page holds.
         loops: another number of loops than the model was trained with.
         out: the file; by default RUN/lens.html for a run, and lens.html here for another model.
         max_new_tokens: the most tokens to write per example; by default as the task says.
         terminal: show the first example in the terminal, and write no file.
     """
-
-    examples: int = 8
-    loops: int | None = None
-    out: str | None = None
-    max_new_tokens: int | None = None
-    terminal: bool = False
-
-    def __post_init__(self) -> None:
-        n_loops, n_tokens = self.loops, self.max_new_tokens
-        if self.examples < 1 or (n_loops is not None and n_loops < 0) or (n_tokens is not None and n_tokens < 1):
-            raise InputError("lens needs examples >= 1, loops >= 0 and max_new_tokens >= 1")
-
-
-def lens(run: str, options: LensArguments) -> None:
-    """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
-
-    Args:
-        run: a run's folder, or any model with --method.
-        options: what is looked into.
-    """
-    task = options.load_task(run)
-    if options.method is None and not checkpoint.is_run(run):
+    if examples < 1 or (loops is not None and loops < 0) or (max_new_tokens is not None and max_new_tokens < 1):
+        raise InputError("lens needs examples >= 1, loops >= 0 and max_new_tokens >= 1")
+    task = split.load_task(run)
+    if model.method is None and not checkpoint.is_run(run):
         raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
-    asked = task.examples(options.split, 1 if options.terminal else options.examples)
-    path = None if options.terminal else page_path(run, options.out)
-    model = options.load_model(run)
-    model.spell = Speller(model.tokenizer, task.running_text)
+    asked = task.examples(split.split, 1 if terminal else examples)
+    path = None if terminal else page_path(run, out)
+    loaded = model.load_model(run)
+    loaded.spell = Speller(loaded.tokenizer, task.running_text)
     if path is None:
-        console.print(terminal_view(model, task, asked[0], options.loops, options.max_new_tokens))
+        console.print(terminal_view(loaded, task, asked[0], loops, max_new_tokens))
         return
-    asked = askable([model], asked) or asked  # what it says of a question that it cannot be asked tells why
-    decides: dict[str, Any] = {"loops": options.loops, "max_new_tokens": options.max_new_tokens}
-    parts = Parts(path.with_suffix(".parts.json"), made_of(model, task, options.split, [], decides))
+    asked = askable([loaded], asked) or asked  # what it says of a question that it cannot be asked tells why
+    decides: dict[str, Any] = {"loops": loops, "max_new_tokens": max_new_tokens}
+    parts = Parts(path.with_suffix(".parts.json"), made_of(loaded, task, split.split, [], decides))
     with (
         going_on(parts, f"{len(parts.known)} examples", ""),
-        progress_of(f"lens {model.method.name}", len(asked)) as advance,
+        progress_of(f"lens {loaded.method.name}", len(asked)) as advance,
     ):
-        record = look(
-            model, task, asked, options.split, run, options.loops, options.max_new_tokens, progress=advance, parts=parts
-        )
+        record = look(loaded, task, asked, split.split, run, loops, max_new_tokens, progress=advance, parts=parts)
     write_page(record, path)
     parts.forget()
     n_right = sum(one.is_right for one in record.looks)
