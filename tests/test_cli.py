@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 
 from innerloop.cli import demo
 from innerloop.cli import main as cli
+from innerloop.cli.compare import compare, sweep
+from innerloop.cli.verb import Verb
 from innerloop.decoder.backbone import Backbone
 from innerloop.lens import record as lens_record
 from innerloop.lens.record import answer_alone
@@ -321,7 +324,10 @@ def test_data_make_writes_every_split_and_data_show_lays_it_out(tmp_path: Path, 
         (["data", "make", "gsm8k"], "task 'gsm8k' has no train split"),
         (["data", "show", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["data", "show", "nowhere.jsonl", "--method", "coconot"], "did you mean 'coconut'"),
-        (["data", "list", "--x", "1"], "--x"),
+        (["data", "list", "--x", "1"], "innerloop data list does not take --x"),
+        (["eval", "x", "--limit"], "--limit needs a value"),
+        (["eval", "x", "--limit", "--fresh"], "--limit needs a value"),
+        (["compare", "a", "b", "--seeds", "1.5"], "--seeds is ['1.5'], but must be a list of whole numbers"),
         (["demo", "--steps", "0"], "the demo needs steps >= 1"),
     ],
 )
@@ -358,6 +364,23 @@ def test_data_without_steps_is_refused_by_a_method_that_needs_them(tmp_path: Pat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     code, _, err = innerloop(capsys, "train", tmp_path / "recipe.yaml")
     assert code == 2 and "no training example has steps, but 'cot' learns from them" in err
+
+
+def test_words_are_shared_out_among_options_places_and_overrides():
+    verb = Verb("compare", compare)
+    assert verb.split(["a", "--seeds", "0", "1", "b", "--train.max_steps", "-1", "--seeds=[2,3]", "--method.x=1"]) == (
+        {"seeds": ["0", "1", "2", "3"]}, ["a", "b"], ["--train.max_steps", "-1", "--method.x=1"]
+    )  # fmt: skip
+    grid = ["r.yaml", "--grid", "method.a=1,2", "--grid=method.b=x,y", "--workers", "2"]
+    found = {"grid": ["method.a=1,2", "method.b=x,y"], "workers": "2"}
+    assert Verb("sweep", sweep).split(grid) == (found, ["r.yaml"], [])
+
+
+def test_the_module_is_the_command_with_its_exit_code(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["innerloop", "evla"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("innerloop", run_name="__main__")
+    assert exit_.value.code == 2 and "did you mean 'eval'?" in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_arose(capsys):
