@@ -15,7 +15,7 @@ from typing import Any
 
 from innerloop.bench.timing import clock_of, seconds_of, take_turns
 from innerloop.decoder.memory import peak_memory
-from innerloop.engine.generation import fits
+from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.experiments.summary import read_json
 from innerloop.measure.accuracy import device_name, versions

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from innerloop.engine.generation import fits
+from innerloop.engine.requests import fits
 from innerloop.errors import InputError
 from innerloop.measure.parts import Parts
 from innerloop.methods import Method, method_named

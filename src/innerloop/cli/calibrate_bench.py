@@ -26,7 +26,7 @@ from innerloop.cli.arguments import (
     task_given,
 )
 from innerloop.config.stopping import StopKind
-from innerloop.engine.generation import fits
+from innerloop.engine.requests import fits
 from innerloop.errors import InputError
 from innerloop.measure.parts import Parts, made_of
 from innerloop.model import checkpoint

@@ -7,7 +7,7 @@
     predictions = evaluate(model, task, examples, attempts=Attempts(samples=16))
 
 A question costs what all its attempts cost; the question, and the thought of methods that think in latents, is read
-once for all samples and charged once (`innerloop.engine.engine`). Sample j of question i depends on the seed, i and j
+once for all samples and billed once (`innerloop.engine.prefill`). Sample j of question i depends on the seed, i and j
 alone, so the first 4 of 16 are those that 4 samples give.
 """
 
@@ -102,7 +102,7 @@ class Attempts:
         progress: Callable[[int], None] | None = None,
         **options: Any,
     ) -> list[list[Generation]]:
-        """Return the attempts at each question; see `innerloop.engine.engine.generate` for the options.
+        """Return the attempts at each question; see `innerloop.engine.options` for the options.
 
         ``progress`` is called with the number of questions answered since the last call.
         """

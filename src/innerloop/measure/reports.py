@@ -18,7 +18,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from innerloop.engine.generation import fits
+from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.errors import InputError
 from innerloop.measure import probes as probing

@@ -324,8 +324,8 @@ class LatentModel(nn.Module):
     # Generation
 
     def generate(self, questions: Sequence[str], **options: Any) -> list[Generation]:
-        """Answer questions; see `innerloop.engine.engine.generate` for the options."""
-        from innerloop.engine.engine import generate
+        """Answer questions; see `innerloop.engine.generate` for the options."""
+        from innerloop.engine.generate import generate
 
         return generate(self, questions, **options)
 
