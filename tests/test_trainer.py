@@ -100,7 +100,7 @@ def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: P
     def adapted() -> LatentModel:
         torch.manual_seed(0)
         model = tiny_model(Pause(n_pauses=2))
-        adapters.add_lora(model, {"r": 2})
+        adapters.add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 2})
         return model
 
     make_trainer(tmp_path / "whole", adapted()).train()
@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_untouched(tmp_path: Path, m
 
 def test_lora_trains_low_rank_updates_and_marker_rows_alone(tmp_path: Path):
     model = tiny_model(Pause(n_pauses=2))
-    adapters.add_lora(model, {"r": 2})
+    adapters.add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 2})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -373,7 +373,7 @@ def copies(model: LatentModel) -> dict:
 
 def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    adapters.freeze(model)
+    adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
     before = copies(model)
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = trained_names(before, model)
@@ -406,7 +406,7 @@ def test_a_decoder_is_trained_validated_and_saved(method, tmp_path: Path):
 def test_a_decoder_is_trained_on_a_frozen_backbone_with_the_rate_of_the_parts(method, tmp_path: Path):
     for rate, moves in ((1e-2, True), (0.0, False)):
         model = tiny_model(method)
-        adapters.freeze(model)
+        adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
         before = copies(model)
         make_trainer(tmp_path / str(rate), model, max_steps=2, parts_learning_rate=rate, learning_rate=1e-2).train()
         changed = trained_names(before, model)
@@ -426,7 +426,7 @@ def test_accumulated_micro_batches_of_a_decoder_have_the_loss_of_the_whole(metho
 
 def test_a_frozen_backbone_may_train_from_a_step_on(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    adapters.freeze(model)
+    adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
     before, seen = copies(model), {}
 
     class Look(TrainerCallback):

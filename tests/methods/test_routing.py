@@ -235,7 +235,7 @@ def test_weights_of_routers_do_not_decay_and_all_others_decay_as_before(tmp_path
 @pytest.mark.parametrize("method", [METHODS_HERE["mod st"], Mor(gate="st", gate_target="delta")], ids=["mod", "mor"])
 def test_a_frozen_backbone_trains_routers_alone(method, tmp_path: Path):
     model = training(method)
-    freeze(model)
+    freeze(model.backbone, model.tokenizer, model.method.markers)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer_of(model, tmp_path, learning_rate=0.01).train()
     for name, parameter in model.named_parameters():

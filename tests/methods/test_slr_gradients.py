@@ -100,7 +100,7 @@ def checksum(tensors) -> str:
 def test_13_training_the_adapters_alone_leaves_the_base_weights(arch):
     method = change(FULL, residual="C", rescale="adapter", time_inject="concat", distinct_slots=True)
     model = LatentModel(tiny_model(Slr(), arch).backbone, base(arch).tokenizer, method)
-    adapters.freeze(model)
+    adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
     frozen = [p for p in model.backbone.parameters() if not p.requires_grad]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("loop.") or "trainable_tokens" in name for name in trained)

@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.anatomy import head_dim_of
+from innerloop.decoder.backbone import Backbone
 
 PHASES = ("prefill", "thought", "answer")
 
@@ -195,7 +194,6 @@ def flops_of(backbone: Backbone, positions: Tensor, keys: Tensor, logits: Tensor
     """
     config = backbone.config
     layer_weights = sum(p.numel() for p in backbone.layers.parameters())
-    head_dim = getattr(config, "head_dim", None) or backbone.width // config.num_attention_heads
-    attention = 4 * backbone.n_layers * head_dim * config.num_attention_heads
+    attention = 4 * backbone.n_layers * head_dim_of(config) * config.num_attention_heads
     head = 2 * backbone.width * config.vocab_size
     return 2.0 * layer_weights * positions.double() + attention * keys.double() + head * logits.double()

@@ -220,7 +220,7 @@ def load(
         parts = torch.nn.ModuleDict(model.parts())
         parts.load_state_dict({**parts.state_dict(), **start})
     if lora is not None:
-        add_lora(model, lora)
+        add_lora(model.backbone, model.tokenizer, model.method.markers, lora)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

@@ -143,7 +143,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
         model = checkpoint.from_scratch(backbone.scratch, tokenizer, method, seed)
         _choose_attention(model, backbone.attention)
         if backbone.lora is not None:
-            add_lora(model, backbone.lora)
+            add_lora(model.backbone, model.tokenizer, model.method.markers, backbone.lora)
         return model
     assert backbone.model is not None
     model = checkpoint.load(
@@ -157,7 +157,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
     )
     _choose_attention(model, backbone.attention)
     if backbone.freeze:
-        freeze(model)
+        freeze(model.backbone, model.tokenizer, model.method.markers)
     return model
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from innerloop.config.method import DepthMethod
-from innerloop.decoder.backbone import Backbone, Matrix
+from innerloop.decoder.anatomy import Matrix
+from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.passes.ragged import Deep, Depth, Reading
