@@ -189,9 +189,9 @@ class Backbone(nn.Module):
         """Let passes that read a few new columns be compiled from now on, as CUDA graphs on a GPU (see `compiled`)."""
         self.compiled = CompiledPasses(self, backend)
 
-    def empty_cache(self, n_loops: int = 1) -> DynamicCache:
-        """Return a new cache with one slot per (loop, layer)."""
-        return new_cache(self.config, n_loops)
+    def empty_cache(self) -> DynamicCache:
+        """Return a cache that has read nothing."""
+        return new_cache(self.config)
 
     def forward(
         self,
