@@ -21,8 +21,9 @@ from innerloop.bench.roofline import COPY, MATMUL, Ceilings, Rates, floor_of
 from innerloop.bench.timing import Clock, Turn, clock_of, ratio, seconds_of, spread, take_turns
 from innerloop.decoder.cost import PHASES, mean_cost
 from innerloop.decoder.memory import MIB, peak_memory
-from innerloop.engine.generation import Generation, check_length
+from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import device_name, versions
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from innerloop.bench.timing import clock_of, seconds_of, take_turns
 from innerloop.decoder.memory import peak_memory
-from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import digest

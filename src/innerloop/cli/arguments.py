@@ -130,7 +130,7 @@ class ModelArguments:
 
 def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: int | None = None) -> list[Example]:
     """Return the examples that all models can be asked, at most so many; say which were left out, and how many."""
-    from innerloop.engine.generation import fits
+    from innerloop.engine.requests import fits
 
     kept, left = list[Example](), list[str]()
     for example in examples:

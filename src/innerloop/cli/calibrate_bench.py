@@ -25,8 +25,8 @@ from innerloop.cli.arguments import (
     writable,
 )
 from innerloop.config.stopping import StopKind
-from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import fits
 from innerloop.errors import InputError, refuse
 from innerloop.measure.result_cache import ResultCache, made_of
 from innerloop.model import checkpoint

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import fits
 from innerloop.errors import InputError
 from innerloop.experiments.suite import Exam, Suite
 from innerloop.experiments.summary import CONTROLS, STABILITY

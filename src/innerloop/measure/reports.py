@@ -19,8 +19,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.errors import InputError
 from innerloop.measure import probes as probing
