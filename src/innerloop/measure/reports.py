@@ -22,7 +22,7 @@ from rich.text import Text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, Attempts
-from innerloop.errors import InputError
+from innerloop.errors import InputError, refuse
 from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
 from innerloop.measure.control_verdict import Controls
@@ -139,12 +139,11 @@ def check_asked(
     attempts: Attempts = ONCE,
 ) -> None:
     """Refuse before anything starts what could not be measured afterwards."""
-    if loops is not None and (with_controls or with_stability or with_probes):
-        raise InputError("controls, stability and probes are of the loops that were trained: leave --loops out")
-    if not attempts.is_plain and (with_controls or with_stability or with_probes):
-        raise InputError(
-            "controls, stability and probes are of one answer: leave --samples, --temperature, --beams out"
-        )
+    what, is_any = "controls, stability and probes are of", with_controls or with_stability or with_probes
+    refuse(
+        (is_any and loops is not None, f"{what} the loops that were trained: leave --loops out"),
+        (is_any and not attempts.is_plain, f"{what} one answer: leave --samples, --temperature, --beams out"),
+    )
     if with_probes:
         probing.check(model, stage)
         tested_on = _that_fit(model, examples, stage)
