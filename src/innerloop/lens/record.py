@@ -11,11 +11,9 @@ cost is that of a question asked alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from innerloop.decoder.cost import Cost
 from innerloop.engine.engine import Generation
@@ -39,6 +37,7 @@ from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.text.codec import from_json, to_json
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
 
@@ -145,14 +144,14 @@ def look(
     def seen(i: int) -> dict[str, Any]:
         answer = answer_alone(model, task, examples[i], loops, max_new_tokens)
         one, family = look_at(model, task, examples[i], answer, loops, shown[i])
-        return {"look": asdict(one), "family": family}
+        return {"look": to_json(one), "family": family}
 
     if missing:  # what is made ready at the first answer shall not count as its time
         model.generate([examples[missing[0]].question], max_new_tokens=1, trace=True, loops=loops)
     looks, families = [], set[Family]()
     for i, name in enumerate(names):
         kept = parts(name, partial(seen, i))
-        looks.append(_rebuilt(Look, kept["look"]))
+        looks.append(from_json(Look, kept["look"]))
         families.add(kept["family"])
         if progress is not None:
             progress(1)
@@ -160,22 +159,6 @@ def look(
     method = model.method
     what = (run, method.name, method.summary, method.paper, task.name, split)
     return Record(*what, family, versions(), tuple(looks))
-
-
-def _rebuilt(kind: Any, value: Any) -> Any:
-    """Return a value of a type from what JSON has of it."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if value is None:
-        return None
-    if is_dataclass(kind):
-        types = get_type_hints(kind)
-        return kind(**{name: _rebuilt(types[name], part) for name, part in value.items()})  # type: ignore[operator]
-    if origin is tuple:
-        return tuple(map(_rebuilt, repeat(inner[0]) if inner[-1] is ... else inner, value))
-    if origin in (Union, UnionType):
-        (only,) = (part for part in inner if part is not NoneType)
-        return _rebuilt(only, value)
-    return value
 
 
 def answer_alone(
