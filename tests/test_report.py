@@ -200,7 +200,7 @@ def test_pictures_have_a_mark_for_every_number_and_words_that_tell_it():
     drawn = scatter(marks, "passes")
     front, *shown = drawn["data"]
     assert front["x"] == [5.0] and front["y"] == [1.1] and [trace["y"] for trace in shown] == [[m.share] for m in marks]
-    assert shown[3]["hovertext"] == ["m3: 30.0% (15.0% to 30.0%), passes 5"]
+    assert shown[3]["name"] == "m3" and "m3 30.0% at 5" in drawn["label"]
     assert shown[3]["error_y"]["array"] == [0.0] and shown[3]["error_y"]["arrayminus"] == [pytest.approx(0.15)]
     assert scatter([Mark("", 0.5, 0.4, 0.6, 0.0)], "ms", log=True)["layout"]["xaxis"]["type"] == "linear"
     (bar,) = bars(marks)["data"]

@@ -94,6 +94,11 @@ def values_of(axis: BaseDistribution) -> list[Any] | None:
     return None if choices is None else list(map(json.loads, choices))
 
 
+def first_trial(axes: Axes) -> Settings:
+    """Return the first value of each field, or the low end of its range."""
+    return {field: (values_of(axis) or [getattr(axis, "low", None)])[0] for field, axis in axes.items()}
+
+
 def written(axis: BaseDistribution) -> Any:
     """Return an axis as a suite would list it."""
     if (values := values_of(axis)) is not None:

@@ -211,9 +211,8 @@ def _edited(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _kept(name: str, file: Mapping[str, Any]) -> Curve:
-    return Curve(
-        name, [Mark(name, at["accuracy"], *at["ci95"], at["kept"] / max(at["of"], 1)) for at in file["kept_latents"]]
-    )
+    shares = [(at["accuracy"], at["ci95"], at["kept"] / max(at["of"], 1)) for at in file["kept_latents"]]
+    return Curve(name, [Mark(name, accuracy, low, high, x) for accuracy, (low, high), x in shares])
 
 
 def _stability(rows: Sequence[MethodResult]) -> list[Section]:

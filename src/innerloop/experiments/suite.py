@@ -228,10 +228,10 @@ def _recipe(
         if section not in SECTIONS or section == "out":
             raise InputError(f"variant '{name}' overrides '{section}'{nearest(str(section), SECTIONS)}, no section")
         value = {"name": value} if section in ("task", "method") and isinstance(value, str) else copy.deepcopy(value)
-        before = raw.get(section)
-        same = isinstance(before, dict) and isinstance(value, dict)
-        same = same and value.get("name", before.get("name")) == before.get("name")
-        raw[section] = {**before, **value} if same else value
+        before, raw[section] = raw.get(section), value
+        if isinstance(before, dict) and isinstance(value, dict):
+            same = value.get("name", before.get("name")) == before.get("name")
+            raw[section] = {**before, **value} if same else value
     if start is not None:
         if "scratch" not in (changes.get("backbone") or {}):  # one that makes its own decoder starts with that
             kept = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}

@@ -70,7 +70,8 @@ class MethodResult:
         """Return the mean of the accuracies of seeds, with its interval cut at 0 and 1 (`over_seeds`)."""
         accuracies = [one["accuracy"] for one in found]
         if len(found) == 1:
-            return Mark(name, accuracies[0], *found[0].get("ci95", accuracies * 2), x)
+            low, high = found[0].get("ci95", accuracies * 2)
+            return Mark(name, accuracies[0], low, high, x)
         mean, half = over_seeds(accuracies, share_noise(accuracies, self.results[0]["n"]))
         return Mark(name, mean, max(mean - half, 0.0), min(mean + half, 1.0), x)
 

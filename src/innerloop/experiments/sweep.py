@@ -20,6 +20,7 @@ from innerloop.experiments.grid import (
     Axes,
     Settings,
     axes_of,
+    first_trial,
     parse_axes,
     short_names,
     value_name,
@@ -100,7 +101,7 @@ def run_sweep(
     elif n_trials < 1:
         raise InputError(f"--trials is {n_trials}, but must be at least 1")
     else:  # a field that does not exist is found before anything is drawn
-        parse_suite(raw, [{field: (values_of(axis) or [axis.low])[0] for field, axis in axes.items()}])
+        parse_suite(raw, [first_trial(axes)])
     found: list[Sweep] = []
 
     def scores_of(trials: Sequence[Settings]) -> list[float | None]:
@@ -152,24 +153,20 @@ def best_line(sweep: Sweep) -> str:
 
 def _maps(sweep: Sweep) -> list[Section]:
     """Draw a grid: a heat map over the first two fields, one for each combination of the others."""
-    names = {field: [value_name(value) for value in values_of(axis) or ()] for field, axis in sweep.axes.items()}
-    short, found = short_names(list(names)), {row.name: row for row in sweep.rows}
+    names = [[value_name(value) for value in values_of(axis) or ()] for axis in sweep.axes.values()]
+    titles, found = list(short_names(list(sweep.axes)).values()), {row.name: row for row in sweep.rows}
+    cells = {tuple(map(value_name, trial.values())): found.get(name) for name, trial in sweep.settings.items()}
+    if len(names) == 1:  # a map of one row
+        names, titles, cells = [[""], *names], ["", *titles], {("", *key): row for key, row in cells.items()}
     kind = "that over seeds" if any(len(row.results) > 1 for row in sweep.rows) else "Wilson's over examples"
     note = f"Accuracy in percent, and its 95 % interval ({kind}); the best trial is framed."
-    placed = {tuple(map(value_name, trial.values())): found.get(name) for name, trial in sweep.settings.items()}
-    row_field, column_field, *rest = names if len(names) > 1 else (None, *names)
-    rows = [(name,) for name in names[row_field]] if row_field is not None else [()]
     sections: list[Section] = []
-    for others in itertools.product(*(names[field] for field in rest)):
+    for others in itertools.product(*names[2:]):
         if others:
-            sections.append({"heading3": ", ".join(f"{short[f]} {value}" for f, value in zip(rest, others))})
-        cells = [
-            [_cell(placed.get((*row, column, *others)), sweep.best) for column in names[column_field]] for row in rows
-        ]
-        titles = (short[row_field] if row_field is not None else "", short[column_field])
-        labels = ["".join(row) for row in rows]
-        sections.append(picture(heat_map(labels, names[column_field], cells, *titles), note))
-    if row_field is None and sweep.rows:
+            sections.append({"heading3": ", ".join(f"{title} {value}" for title, value in zip(titles[2:], others))})
+        shown = [[_cell(cells.get((row, column, *others)), sweep.best) for column in names[1]] for row in names[0]]
+        sections.append(picture(heat_map(names[0], names[1], shown, titles[0], titles[1]), note))
+    if titles[0] == "" and sweep.rows:
         sections.append(picture(bars([row.mark for row in sweep.rows]), "The same as bars."))
     return sections
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.managers import SyncManager
 from multiprocessing.synchronize import Event
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class Processes:
 
     def __init__(self, n: int, made: Callable[[], ProcessPoolExecutor]):
         self.threads, self.made = ThreadPoolExecutor(n), made
-        self.idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+        self.idle: LifoQueue[ProcessPoolExecutor] = LifoQueue()
         for _ in range(n):
             self.idle.put(made())  # which starts at its first job
 
