@@ -11,7 +11,7 @@ from innerloop.errors import InputError
 from innerloop.experiments.compare import compare_folders, compare_suite
 from innerloop.experiments.ray import ray_workers
 from innerloop.experiments.suite import is_suite
-from innerloop.experiments.summary import failure_sentence, failure_table, failures
+from innerloop.experiments.summary import failure_lines, failure_sentence, failures
 from innerloop.experiments.sweep import best_line, read_sweep, run_sweep, sweep_table, write_sweep
 from innerloop.lens.page import check_viz
 
@@ -104,8 +104,8 @@ def sweep(
     if swept.best is not None:
         console.print(sweep_table(swept))
         console.print(best_line(swept), soft_wrap=True)
-    if failed:
-        console.print(failure_table(failed))
+    for line in failure_lines(failed):
+        console.print(line, soft_wrap=True, markup=False)
     console.print(f"the picture is in {folder / 'sweep.html'}, every job in {folder / 'results.json'}", soft_wrap=True)
     if failed:
         raise InputError(failure_sentence(failed, len(swept.results)))

@@ -23,19 +23,19 @@ from innerloop.experiments.summary import (
     RESULT,
     MethodResult,
     by_variant,
+    failure_lines,
     failure_sentence,
-    failure_table,
     failures,
-    read_answers,
     read_json,
+    read_questions,
     summary_table,
     write_answers,
 )
 from innerloop.lens.page import check_viz
-from innerloop.measure.accuracy import Prediction, evaluate, result_of, scores_of
+from innerloop.measure.accuracy import evaluate, result_of
 from innerloop.measure.stability import diverged_rate
 from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
-from innerloop.methods import Method, method_named
+from innerloop.methods import method_named
 from innerloop.model import checkpoint
 from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
@@ -44,8 +44,6 @@ from innerloop.train.callbacks import bar
 from innerloop.train.recipe import load_recipe, named, read_recipe
 from innerloop.train.run import CONFIG
 
-OF_THE_WHOLE = ("loops", "change", "also", "accuracy_by_match", "controls", "stability", "probes", "failed")
-"""What result.json says of all answers, and not of the first of them."""
 REPORT = "report.html"
 
 
@@ -75,16 +73,15 @@ def compare_runs(
     names = run_names(folders)
     out.mkdir(parents=True, exist_ok=True)
     places = [out / name.replace("/", "_") for name in names]
-    known = [_known_place(folder, place, asked) for folder, place in zip(folders, places)]
+    known = [
+        next((found for found in (folder, place) if covers(found, folder, asked)), None)
+        for folder, place in zip(folders, places)
+    ]
     with bar(console) as progress:
-        bars = {
-            name: progress.add_task(f"eval {name}", total=len(asked.examples), note="")
-            for name, found in zip(names, known)
-            if found is None
-        }
         for name, folder, place, found in zip(names, folders, places, known):
             if found is None:
-                _evaluate(folder, place, asked, partial(progress.advance, bars[name]))
+                row = progress.add_task(f"eval {name}", total=len(asked.examples), note="")
+                _evaluate(folder, place, asked, partial(progress.advance, row))
     rows = [
         MethodResult(name, [read_json(place / RESULT)], [folder], [place])
         for name, folder, place in zip(names, folders, (found or place for found, place in zip(known, places)))
@@ -153,47 +150,18 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _known_place(run: Path, place: Path, asked: EvalSet) -> Path | None:
-    """Return the folder, of a run and the place beside the report, that holds the run's answers to what is asked.
-
-    Where the run has answered more, the first of its answers go to the place.
-    """
-    known = {folder: _answers(folder, run, asked) for folder in (run, place)}
-    for folder, predictions in known.items():
-        if predictions is not None and len(predictions) == len(asked.examples):
-            return folder
-    first = (known[run] or [])[: len(asked.examples)]
-    if not any(p.error is None for p in first):
-        return None
-    place.mkdir(exist_ok=True)
-    write_answers(place, shortened_result(read_json(run / RESULT), first), first)
-    return place
-
-
-def _answers(place: Path, run: Path, test: EvalSet) -> list[Prediction] | None:
-    """Return the answers that a folder holds, if the first of them are to the test and they are the run's as it is."""
+def covers(place: Path, run: Path, asked: EvalSet) -> bool:
+    """Tell whether a folder holds the answers of a run, as it is now, to exactly what is asked."""
     if not (place / RESULT).exists() or not (place / PREDICTIONS).exists():
-        return None
+        return False
     result, trained = read_json(place / RESULT), (Path(checkpoint.resolve(run)) / checkpoint.SETTINGS).stat().st_mtime
-    same = result.get("split") == test.split and not {"asked", "error"} & result.keys()
-    for name in ("name", "version"):
-        same = same and result.get("task", {}).get(name) == getattr(test.task, name)
-    if not same or (place / RESULT).stat().st_mtime < trained:  # trained on since
-        return None
-    if _method(result["method"]) != _method(checkpoint.recorded(run, "method")):
-        return None  # it reasons in another way since, such as by another stop rule
-    predictions = read_answers(place)
-    wanted = _key(test.examples)
-    return predictions if [(p.id, p.question, p.gold) for p in predictions[: len(wanted)]] == wanted else None
-
-
-def _method(written: Any) -> Method:
-    return named(written, "method", method_named)  # type: ignore[no-any-return]
-
-
-def shortened_result(result: Mapping[str, Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return the result of the first of a run's answers: shares and costs anew, what else was recorded as it was."""
-    return {k: v for k, v in result.items() if k not in OF_THE_WHOLE} | scores_of(predictions)
+    task = result.get("task", {})
+    found = (task.get("name"), task.get("version"), result.get("split"), "asked" in result or "error" in result)
+    if found != (asked.task.name, asked.task.version, asked.split, False) or (place / RESULT).stat().st_mtime < trained:
+        return False
+    now, then = (named(m, "method", method_named) for m in (checkpoint.recorded(run, "method"), result["method"]))
+    # Unless it reasons in another way since, such as by another stop rule.
+    return bool(now == then) and read_questions(place) == _key(asked.examples)
 
 
 def suite_rows(suite: Suite, results: Sequence[Mapping[str, Any]]) -> list[MethodResult]:
@@ -290,10 +258,8 @@ def _show(
 ) -> None:
     if rows:
         console.print(summary_table(rows))
-    if failed:
-        console.print(failure_table(failed))
-    for sentence in sentences:
-        console.print(sentence, soft_wrap=True)
+    for line in [*failure_lines(failed), *sentences]:
+        console.print(line, soft_wrap=True, markup=False)
     console.print(f"the report is in {folder / REPORT}, every job in {folder / 'results.json'}", soft_wrap=True)
 
 

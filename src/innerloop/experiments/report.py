@@ -20,6 +20,7 @@ from innerloop.experiments.summary import (
     against_cot,
     caption,
     columns,
+    failure_lines,
     interval_kind,
 )
 from innerloop.lens.page import page
@@ -65,7 +66,7 @@ def write_report(
         failed: why jobs have no result, each reason with its jobs.
         suite: the sections of the suite that was run, if it was one.
     """
-    sections = [*summary(rows), *failed_section(failed or {})]
+    sections = [*summary(rows), {"failed": failure_lines(failed or {})}]
     if rows:
         sections += [
             *said("Who is better", verdicts),
@@ -124,11 +125,6 @@ def summary(rows: Sequence[MethodResult]) -> list[Section]:
     told += sorted({r["device"] for r in results if "device" in r})
     versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in results if "versions" in r})
     return [{"note": "; ".join([*told, *versions]) + "."}]
-
-
-def failed_section(failed: Mapping[str, Sequence[str]]) -> list[Section]:
-    """List the jobs that have no result, each reason once."""
-    return [{"failed": [f"{'; '.join(jobs)}: {reason}" for reason, jobs in failed.items()]}] if failed else []
 
 
 def _caption(rows: Sequence[MethodResult]) -> str:

@@ -148,26 +148,21 @@ def parse_suite(raw: Mapping[str, Any], trials: Sequence[Mapping[str, Any]] | No
         trials = combinations(axes_of(raw["grid"]))
     settings = {variant_name(dict(trial)): trial for trial in trials or ()}
     variants = _variants({name: {} for name in settings} if settings else raw.get("variants"))
+    seeds = _seeds(raw.get("seeds", [0]))
     if not isinstance(raw.get("out"), str):
         raise InputError("the suite has no 'out' folder")
     test = typed(EvalConfig, raw.get("test") or {}, "test")
     runs = _runs(variants)
     tests = {name: _test(test, changed, name) for name, changed in variants.items() if "test" in changed}
-    warm_ups, jobs = {}, {}
-    for seed in _seeds(raw.get("seeds", [0])):
-        start = None
-        if raw.get("warm_up") is not None:
-            start = f"{raw['out']}/warm_up/{seed}"
-            warm_ups[seed] = parse_recipe(_recipe(raw, raw["warm_up"], "warm_up", seed))
+    warm_ups = (
+        {} if raw.get("warm_up") is None else {seed: _recipe(raw, "warm_up", raw["warm_up"], seed) for seed in seeds}
+    )
+    jobs = {}
+    for seed in seeds:
         for name in variants:
             changes = {k: v for k, v in variants[runs.get(name, name)].items() if k not in ("of", "test")}
-            recipe = _recipe(raw, changes, name, seed, start)
-            try:
-                for field_name, value in settings.get(name, {}).items():
-                    set_field(recipe, field_name, value)
-                jobs[name, seed] = parse_recipe(recipe)
-            except InputError as error:
-                raise InputError(f"variant '{name}': {error}") from None
+            start = warm_ups[seed].out if seed in warm_ups else None
+            jobs[name, seed] = _recipe(raw, name, changes, seed, start, settings.get(name, {}))
     return Suite(raw["out"], warm_ups, jobs, test, tests, runs)
 
 
@@ -220,10 +215,15 @@ def _test(common: EvalConfig, changed: Mapping[str, Any], name: str) -> EvalConf
 
 
 def _recipe(
-    suite: Mapping[str, Any], changes: Mapping[str, Any], name: str, seed: int, start: str | None = None
-) -> dict[str, Any]:
-    """Return the recipe of a job: what all share, what the variant changes, its seed and folder."""
-    raw = copy.deepcopy({name: value for name, value in suite.items() if name in SECTIONS})
+    suite: Mapping[str, Any],
+    name: str,
+    changes: Mapping[str, Any],
+    seed: int,
+    start: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of a job: what all share, what the variant changes, its seed, its folder and its settings."""
+    raw = copy.deepcopy({section: value for section, value in suite.items() if section in SECTIONS})
     for section, value in changes.items():
         if section not in SECTIONS or section == "out":
             raise InputError(f"variant '{name}' overrides '{section}'{nearest(str(section), SECTIONS)}, no section")
@@ -237,7 +237,13 @@ def _recipe(
             kept = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}
             raw["backbone"] = {**kept, "model": start}
         raw = _filled(raw, start)
-    return {**raw, "train": {**(raw.get("train") or {}), "seed": seed}, "out": f"{suite['out']}/{name}/{seed}"}
+    raw |= {"train": {**(raw.get("train") or {}), "seed": seed}, "out": f"{suite['out']}/{name}/{seed}"}
+    try:
+        for field_name, value in (settings or {}).items():
+            set_field(raw, field_name, value)
+        return parse_recipe(raw)
+    except InputError as error:
+        raise InputError(f"variant '{name}': {error}") from None
 
 
 def _filled(value: Any, warm_up: str) -> Any:

@@ -19,7 +19,7 @@ from innerloop.errors import InputError
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.statistics import over_seeds, share_noise
 from innerloop.model.checkpoint import write_text
-from innerloop.text.codec import from_json, to_json
+from innerloop.text.codec import to_json
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 CONTROLS, STABILITY = "controls.json", "stability.json"
@@ -144,16 +144,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_answers(folder: Path) -> list[Prediction]:
-    """Read predictions.jsonl."""
-    path = folder / PREDICTIONS
-    predictions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            predictions.append(from_json(Prediction, json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}, line {number}, is no prediction ({error}); remove the file") from None
-    return predictions
+def read_questions(folder: Path) -> list[tuple[str, str, str]]:
+    """Return id, question and gold answer of each line of predictions.jsonl."""
+    try:
+        rows = map(json.loads, (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines())
+        return [(row["id"], row["question"], row["gold"]) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / PREDICTIONS} is not what innerloop wrote ({error}); remove the file") from None
 
 
 def write_answers(folder: Path, result: Mapping[str, Any], predictions: Sequence[Prediction]) -> None:
@@ -172,12 +169,9 @@ def failures(results: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return found
 
 
-def failure_table(failed: Mapping[str, Sequence[str]]) -> Table:
-    """Return why jobs failed, each reason once, for a terminal."""
-    table = Table("jobs", "failed because", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for reason, jobs in failed.items():
-        table.add_row(escape("\n".join(jobs)), escape(reason))
-    return table
+def failure_lines(failed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Say why jobs failed, each reason once."""
+    return [f"{'; '.join(jobs)}: {reason}" for reason, jobs in failed.items()]
 
 
 def failure_sentence(failed: Mapping[str, Sequence[str]], n_jobs: int) -> str:
@@ -239,14 +233,18 @@ def _ratio(ratio: dict[str, float] | None, brief: bool) -> str:
 
 def summary_table(rows: Sequence[MethodResult]) -> Table:
     """Return the table of a comparison for a terminal."""
-    head, cells = columns(rows, brief=True)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption(rows))
-    table.caption_justify = "left"
     short = {"accuracy, %": "acc., %", "positions": "pos.", "thought tokens": "thought", "memory, MiB": "MiB"}
+    head, cells = columns(rows, brief=True)
+    return terminal_table([short.get(name, name) for name in head], cells, caption(rows))
+
+
+def terminal_table(head: Sequence[str], cells: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    """Return a table for a terminal, whose first column names the rows."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for i, column in enumerate(head):
-        table.add_column(short.get(column, column), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -29,10 +29,10 @@ from innerloop.experiments.grid import (
     written,
 )
 from innerloop.experiments.jobs import check_tasks, run_suite
-from innerloop.experiments.report import Section, details, document, failed_section, picture, summary, table
+from innerloop.experiments.report import Section, details, document, picture, summary, table
 from innerloop.experiments.search import combinations, search
 from innerloop.experiments.suite import parse_suite, suite_report
-from innerloop.experiments.summary import MethodResult, failures
+from innerloop.experiments.summary import MethodResult, failure_lines, failures, terminal_table
 from innerloop.experiments.workers import Workers
 from innerloop.model.checkpoint import write_text
 from innerloop.train.recipe import read_recipe
@@ -130,7 +130,7 @@ def write_sweep(sweep: Sweep, title: str, folder: Path) -> None:
 def sweep_page(sweep: Sweep, title: str) -> str:
     """Return the page of a sweep: pictures, the best trial, the table, what was swept."""
     is_grid = all(values_of(axis) is not None for axis in sweep.axes.values())
-    sections = [*summary(sweep.rows), *failed_section(failures(sweep.results))]
+    sections = [*summary(sweep.rows), {"failed": failure_lines(failures(sweep.results))}]
     if sweep.best is not None:
         sections += [{"note": best_line(sweep)}]
     sections += [{"heading": "Accuracy"}, *(_maps(sweep) if is_grid else _draws(sweep))]
@@ -206,10 +206,4 @@ def columns(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
 
 def sweep_table(sweep: Sweep) -> Table:
     """Return the table of a sweep for a terminal."""
-    head, cells = columns(sweep)
-    shown = Table()
-    for column in head:
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in cells:
-        shown.add_row(*row)
-    return shown
+    return terminal_table(*columns(sweep))
