@@ -237,7 +237,7 @@ def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Pa
     assert "too long seed 0: it broke" in page and "plain" in page and "Do the latents carry the answer?" in page
 
 
-def test_a_suite_all_of_whose_points_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
+def test_a_suite_all_of_whose_jobs_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
     from tests.test_suite import RAW, written
 
     path = written(tmp_path, {**RAW, "variants": {"a": {}, "b": {"method": "pause"}}})

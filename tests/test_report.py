@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,8 +14,7 @@ from innerloop.experiments.charts import Cell, Curve, bars, curves, heat_map, pa
 from innerloop.experiments.report import KINDS, document, table, write_report
 from innerloop.experiments.summary import Mark, MethodResult, against_cot, caption, columns, failures
 from innerloop.measure.controls import Kind
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from tests.browser import needs_browser, screenshot
 
 
 def test_every_verdict_on_latents_has_its_words():
@@ -219,32 +216,12 @@ def test_a_heat_map_frames_the_best_and_says_what_failed():
     assert "rows 2, columns x: 90.0% 80 to 95" in drawn["label"] and "rows 1, columns y: failed" in drawn["label"]
 
 
-def screenshot(page: Path, folder: Path) -> tuple[bytes, str]:
-    """Open a page in a browser of its own; return the picture and what the console said."""
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    flags += (
-        "--disable-component-update --disable-sync --hide-scrollbars --window-size=1000,1400 --enable-logging=stderr"
-    )
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={folder / 'profile'}"]
-    done = subprocess.run(
-        [*command, f"--screenshot={folder / 'shot.png'}", page.resolve().as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return (folder / "shot.png").read_bytes(), said
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open pages with")
+@needs_browser
 def test_a_browser_shows_the_report_without_complaint(tmp_path: Path, rows: list[MethodResult]):
     write_report(tmp_path / "report.html", "Two methods", rows, ["slr is better"], suite={"seeds": [0]})
-    (tmp_path / "empty.html").write_text(document("", []))
-    shown, said = screenshot(tmp_path / "report.html", tmp_path)
-    empty, _ = screenshot(tmp_path / "empty.html", tmp_path)
-    assert not said and len(shown) > 4 * len(empty)
+    shown, said = screenshot((tmp_path / "report.html").read_text(), tmp_path)
+    assert not said and shown > 4 * screenshot(document("", []), tmp_path)[0]
 
 
 def test_cells_are_text():

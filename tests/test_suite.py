@@ -50,7 +50,7 @@ RAW = {
 
 
 def written(folder: Path, raw: dict) -> Path:
-    """Write a suite whose points go beside it."""
+    """Write a suite whose jobs go beside it."""
     (folder / "suite.yaml").write_text(yaml.safe_dump({**raw, "out": str(folder / "out")}, sort_keys=False))
     return folder / "suite.yaml"
 
@@ -70,7 +70,7 @@ def test_every_suite_loads(file: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [p for p in SUITES if p.stem.startswith("slr_")], ids=lambda p: p.stem)
-def test_the_first_point_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
+def test_the_first_job_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
     (tmp_path / "text.txt").write_text("any text will do for pre-training, here and there. " * 40)
     is_text = file.stem == "slr_pretraining"
     overrides = ["--task.train", str(tmp_path / "text.txt")] if is_text else []
@@ -99,27 +99,21 @@ def test_a_variant_changes_what_it_names_and_nothing_else(path: Path):
     assert len({recipe.out for recipe in suite.jobs.values()}) == 6
 
 
-def test_all_points_of_a_seed_start_from_its_warm_up(path: Path):
+def test_jobs_of_a_seed_start_from_its_warm_up_but_for_those_with_a_decoder_of_their_own(path: Path):
     suite = load_suite(path)
     for (_, seed), recipe in suite.jobs.items():
         assert recipe.backbone.model == suite.warm_ups[seed].out and recipe.backbone.scratch is None
     assert suite.warm_ups[0].backbone.scratch == SCRATCH and suite.warm_ups[1].train["seed"] == 1
     assert suite.warm_ups[0].train["max_steps"] == 2
-
-
-def test_the_warm_up_can_be_a_teacher(path: Path):
     raw = yaml.safe_load(path.read_text())
-    raw["variants"] = {"taught": {"method": {"hid_weight": 1.0, "teacher": "{warm_up}"}}}
-    path.write_text(yaml.safe_dump(raw))
-    suite = load_suite(path)
+    taught = {
+        "taught": {"method": {"hid_weight": 1.0, "teacher": "{warm_up}"}},
+        "own": {"backbone": {"scratch": SCRATCH}},
+    }
+    suite = parse_suite({**raw, "variants": taught})
     assert suite.jobs["taught", 1].method.teacher == suite.warm_ups[1].out
-
-
-def test_without_a_warm_up_points_start_from_scratch(path: Path):
-    raw = yaml.safe_load(path.read_text())
-    del raw["warm_up"]
-    path.write_text(yaml.safe_dump(raw))
-    suite = load_suite(path)
+    assert suite.jobs["own", 0].backbone.scratch == SCRATCH and suite.jobs["own", 0].backbone.model is None
+    suite = parse_suite({**raw, "warm_up": None})
     assert not suite.warm_ups and suite.jobs["plain", 0].backbone.scratch == SCRATCH
 
 
@@ -142,6 +136,12 @@ def test_without_a_warm_up_points_start_from_scratch(path: Path):
         ({"variants": {"a": {"test": {"samples": 2, "temperature": 0}}}}, "variant 'a': 2 samples at temperature 0"),
         ({"test": {"samples": 2, "controls": True}}, "controls and stability are of one answer"),
         ({"test": {"beams": 2, "stability": True}}, "controls and stability are of one answer"),
+        ({"grid": {"method.max_loops": [1]}}, "lists variants or has a grid, not both"),
+        ({"variants": None, "grid": []}, "grid lists the values of fields"),
+        ({"variants": None, "grid": {"train.seed": [1, 2]}}, "cannot go over train.seed; list seeds"),
+        ({"variants": None, "grid": {"method.alpha": "0..1"}}, "has a range"),
+        ({"variants": None, "grid": {"method.max_lops": [1]}}, "variant 'max_lops=1': method.max_lops"),
+        ({"variants": {"warm_up": {}}}, "no variant may be called warm_up"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(path: Path, changes: dict, words: str):
@@ -153,7 +153,7 @@ def test_mistakes_are_named_before_anything_is_trained(path: Path, changes: dict
 
 
 def in_this_process(suite, skip=()) -> list[dict]:
-    """Train and test the points of a suite here, all but those of some variants; return what `run_suite` then finds."""
+    """Train and test the jobs of a suite here, all but those of some variants; return what `run_suite` then finds."""
     messages: queue.Queue = queue.Queue()
     for seed, recipe in suite.warm_ups.items():
         jobs.train_job(("warm-up", seed), recipe, messages)
@@ -174,7 +174,7 @@ def test_the_change_of_a_state_leaves_out_what_is_too_long_and_is_json_where_it_
     assert jobs.change_by_loop(model, asked, 3) == [None, None, None]
 
 
-def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
+def test_jobs_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     suite = load_suite(path, seeds=[3])
     results = in_this_process(suite)
     assert [(r["variant"], r["seed"], r["n"]) for r in results] == [("plain", 3, 5), ("wide", 3, 5), ("other", 3, 5)]
@@ -195,7 +195,7 @@ def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     assert summary_table(suite_rows(suite, results)).row_count == 3
 
 
-def test_a_result_of_another_command_is_not_taken_for_a_points(path: Path):
+def test_a_result_of_another_command_is_not_taken_for_a_jobs(path: Path):
     suite = load_suite(path)
     out = Path(suite.jobs["plain", 0].out)
     out.mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_a_result_of_another_command_is_not_taken_for_a_points(path: Path):
 
 
 @pytest.mark.slow
-def test_a_point_that_fails_stops_no_other(path: Path):
+def test_a_job_that_fails_stops_no_other(path: Path):
     raw = yaml.safe_load(path.read_text())
     raw["variants"] = {"plain": {}, "too long": {"train": {"max_length": 1}}}
     path.write_text(yaml.safe_dump(raw))
@@ -300,13 +300,13 @@ def test_what_answers_with_a_run_that_failed_fails_for_its_reason(path: Path):
     assert vote["error"] == f"'plain' failed, whose run it answers with: {plain['error']}"
 
 
-def test_a_suite_whose_points_end_with_running_text_is_refused_before_anything_is_trained(path: Path):
+def test_a_suite_whose_jobs_end_with_running_text_is_refused_before_anything_is_trained(path: Path):
     raw = {**yaml.safe_load(path.read_text()), "task": {"name": "text", "train": "any.txt"}}
     with pytest.raises(InputError, match="variant 'plain' ends with task 'text', which has no right answers"):
         run_suite(parse_suite(raw), on=here)
 
 
-def test_points_tested_before_there_were_attempts_are_not_tested_again():
+def test_jobs_tested_before_there_were_attempts_are_not_tested_again():
     old = {"variant": "a", "exam": {"split": "test", "limit": None, "loops": [], "also": {}, "controls": False}}
     assert jobs.is_same_test(old, EvalConfig()) and not jobs.is_same_test(old, EvalConfig(samples=2))
 
@@ -317,38 +317,12 @@ def test_a_grid_stands_in_place_of_variants(path: Path):
     raw["grid"] = {"method.max_loops": [1, 2], "train.learning_rate": "1e-3,1e-2"}
     suite = parse_suite(raw)
     assert len(suite.jobs) == 8
-    point = suite.jobs["max_loops=2, learning_rate=0.01", 1]
-    assert (point.method.max_loops, point.train["learning_rate"], point.train["seed"]) == (2, 0.01, 1)
-    assert point.backbone.model == suite.warm_ups[1].out
+    job = suite.jobs["max_loops=2, learning_rate=0.01", 1]
+    assert (job.method.max_loops, job.train["learning_rate"], job.train["seed"]) == (2, 0.01, 1)
+    assert job.backbone.model == suite.warm_ups[1].out
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"grid": {"method.max_loops": [1]}}, "lists variants or has a grid, not both"),
-        ({"variants": None, "grid": []}, "grid lists the values of fields"),
-        ({"variants": None, "grid": {"train.seed": [1, 2]}}, "cannot go over train.seed; list seeds"),
-        ({"variants": None, "grid": {"method.alpha": "0..1"}}, "has a range"),
-        ({"variants": None, "grid": {"method.max_lops": [1]}}, "variant 'max_lops=1': method.max_lops"),
-        ({"variants": {"warm_up": {}}}, "no variant may be called warm_up"),
-    ],
-)
-def test_mistakes_in_grids_are_named(path: Path, changes: dict, words: str):
-    raw = {k: v for k, v in {**yaml.safe_load(path.read_text()), **changes}.items() if v is not None}
-    with pytest.raises(InputError) as error:
-        parse_suite(raw)
-    assert words in str(error.value)
-
-
-def test_a_variant_with_a_decoder_of_its_own_does_not_start_from_the_warm_up(path: Path):
-    raw = yaml.safe_load(path.read_text())
-    raw["variants"] = {"own": {"backbone": {"scratch": SCRATCH}}, "plain": {}}
-    suite = parse_suite(raw)
-    assert suite.jobs["own", 0].backbone.scratch == SCRATCH and suite.jobs["own", 0].backbone.model is None
-    assert suite.jobs["plain", 0].backbone.model == suite.warm_ups[0].out
-
-
-def test_a_folder_with_points_of_another_recipe_is_refused_and_one_that_was_moved_is_not(path: Path):
+def test_a_folder_with_jobs_of_another_recipe_is_refused_and_one_that_was_moved_is_not(path: Path):
     raw = {**yaml.safe_load(path.read_text()), "seeds": [0]}
     suite = parse_suite(raw)
     for recipe in [*suite.warm_ups.values(), *suite.jobs.values()]:
@@ -363,7 +337,7 @@ def test_a_folder_with_points_of_another_recipe_is_refused_and_one_that_was_move
         jobs.check_jobs(parse_suite({**raw, "train": {"max_stepz": 1}}))
 
 
-def test_a_point_is_tested_again_where_the_exam_is_another(path: Path):
+def test_a_job_is_tested_again_where_the_test_is_another(path: Path):
     suite = load_suite(path)
     recipe = suite.jobs["plain", 0]
     Path(recipe.out).mkdir(parents=True)
@@ -379,7 +353,7 @@ def test_one_suite_has_all_methods():
     assert suite.test.controls
 
 
-def test_a_point_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, monkeypatch):
+def test_a_job_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, monkeypatch):
     suite = load_suite(path, seeds=[0])
     messages: queue.Queue = queue.Queue()
     jobs.train_job(("warm-up", 0), suite.warm_ups[0], messages)

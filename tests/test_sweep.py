@@ -14,8 +14,9 @@ from innerloop.experiments.report import document
 from innerloop.experiments.search import combinations, search
 from innerloop.experiments.suite import Suite, parse_suite
 from innerloop.experiments.sweep import read_sweep, run_sweep, sweep_page, sweep_table, write_sweep
+from tests.browser import needs_browser, screenshot
 from tests.test_cli import innerloop
-from tests.test_report import CHROMIUM, parsed, read, screenshot
+from tests.test_report import parsed, read
 from tests.test_suite import RAW, in_this_process
 
 QUIET = Console(quiet=True)
@@ -42,7 +43,7 @@ def result(variant: str, seed: int, accuracy: float) -> dict:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Suite]:
-    """Make points succeed at once, the better the more loops, but fail with three loops; return the suites that ran."""
+    """Make jobs succeed at once, the better the more loops, but fail with three loops; return the suites that ran."""
     seen: list[Suite] = []
 
     def run(suite: Suite, *_) -> list[dict]:
@@ -123,7 +124,7 @@ def test_one_axis_is_a_row_and_three_are_several_maps(recipe: Path, ran: list[Su
     assert len(parsed(page).figures) == 2 and "<h3>n_slots 1</h3>" in page and "<h3>n_slots 2</h3>" in page
 
 
-def test_points_are_trained_tested_and_not_run_again(recipe: Path, tmp_path: Path, monkeypatch):
+def test_trials_are_trained_tested_and_not_run_again(recipe: Path, tmp_path: Path, monkeypatch):
     raw, axes = read_sweep(recipe, ["method.max_loops=1,2"], {"limit": 3})
     in_this_process(parse_suite(raw))
     monkeypatch.setattr(jobs, "_run_pool", lambda suite, missing, *rest: 1 / 0)
@@ -165,7 +166,7 @@ def test_a_grid_is_drawn_once_and_kept(tmp_path: Path):
         assert seen == [combinations(axes)]
 
 
-def test_a_search_ends_when_all_points_are_tried(tmp_path: Path):
+def test_a_search_ends_when_all_trials_are_tried(tmp_path: Path):
     tried = search(parse_axes(["c=1,2,3"]), 20, 2, tmp_path, lambda trials: [0.5] * len(trials))
     assert sorted(t["c"] for t in tried) == [1, 2, 3]
 
@@ -183,6 +184,7 @@ def test_a_sweep_without_optuna_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(InputError, match="pip install 'innerloop\\[sweep\\]'"):
         parse_axes(["c=1,2"])
+    assert parse_suite(RAW | {"out": "x"}).variants == ["plain", "wide", "other"]  # which needs no grid
 
 
 def test_a_search_of_a_field_that_does_not_exist_is_refused_before_it_begins(recipe: Path, tmp_path: Path):
@@ -191,7 +193,7 @@ def test_a_search_of_a_field_that_does_not_exist_is_refused_before_it_begins(rec
     assert not (tmp_path / "run-sweep").exists()
 
 
-def test_drawn_points_of_staged_recipes_change_the_last_method(tmp_path: Path):
+def test_drawn_trials_of_staged_recipes_change_the_last_method(tmp_path: Path):
     raw = {**RECIPE, "seeds": [0], "out": str(tmp_path)}
     raw["stages"] = [{"method": {"name": "cot"}}, {"method": {"name": "slr", "n_slots": 2}}]
     suite = parse_suite(raw, [{"method.n_slots": 5, "train.max_steps": 7}])
@@ -199,7 +201,7 @@ def test_drawn_points_of_staged_recipes_change_the_last_method(tmp_path: Path):
     assert job.method.n_slots == 5 and [stage.train["max_steps"] for stage in job.stages] == [7, 7]
 
 
-def test_a_sweep_all_of_whose_points_fail_says_why_once(recipe: Path, tmp_path: Path, ran: list[Suite], capsys):
+def test_a_sweep_all_of_whose_jobs_fail_says_why_once(recipe: Path, tmp_path: Path, ran: list[Suite], capsys):
     code, out, err = innerloop(capsys, "sweep", recipe, "--grid", "method.max_loops=3", "--seeds", 0, 1)
     assert code == 2 and err == "innerloop: all of 2 jobs failed: it broke\n" and out.count("it broke") == 1
     assert "Best of" not in out and "it broke" in (tmp_path / "run-sweep" / "sweep.html").read_text()
@@ -210,7 +212,7 @@ def test_a_sweep_all_of_whose_points_fail_says_why_once(recipe: Path, tmp_path: 
 @pytest.mark.slow
 def test_the_command_trains_lists_failures_and_resumes(recipe: Path, tmp_path: Path, capsys):
     grid = ["--grid", "method.max_loops=1,2", "--grid=train.max_length=1,64"]
-    for _ in range(2):  # points that failed are tried again
+    for _ in range(2):  # jobs that failed are tried again
         code, out, err = innerloop(capsys, "sweep", recipe, *grid, "--seeds", 0, 1, "--limit", 3)
         assert code == 2 and "4 of 8 jobs failed" in err and "longer than max_length=1" in err
         assert "Best of 2 on valid" in out
@@ -218,17 +220,16 @@ def test_the_command_trains_lists_failures_and_resumes(recipe: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open pages with")
+@needs_browser
 def test_a_browser_shows_the_page_without_complaint(recipe: Path, tmp_path: Path, ran: list[Suite]):
     grid = ["method.max_loops=1,2,3,4", "train.learning_rate=1e-3,1e-2"]
-    write_sweep(run_sweep(*read_sweep(recipe, grid, {"seeds": [0, 1]}), None, 1, QUIET), "a sweep", tmp_path)
-    (tmp_path / "empty.html").write_text(document("", []))
-    shown, said = screenshot(tmp_path / "sweep.html", tmp_path)
-    assert not said and len(shown) > 4 * len(screenshot(tmp_path / "empty.html", tmp_path)[0])
+    page = sweep_page(run_sweep(*read_sweep(recipe, grid, {"seeds": [0, 1]}), None, 1, QUIET), "a sweep")
+    shown, said = screenshot(page, tmp_path)
+    assert not said and shown > 4 * screenshot(document("", []), tmp_path)[0]
 
 
 @pytest.mark.slow
-def test_points_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, monkeypatch, capsys):
+def test_jobs_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, monkeypatch, capsys):
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     node = {"num_cpus": 1, "object_store_memory": 80_000_000}
@@ -243,7 +244,7 @@ def test_points_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, mo
         cluster.shutdown()
     assert code == 2 and "2 of 4 jobs failed" in err and "longer than max_length=1" in err
     found = json.loads((tmp_path / "swept" / "results.json").read_text())["points"]
-    assert sum("accuracy" in point for point in found) == 2
+    assert sum("accuracy" in job for job in found) == 2
 
 
 def test_without_ray_the_command_says_what_to_install(recipe: Path, monkeypatch, capsys):
