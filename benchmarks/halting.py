@@ -16,7 +16,7 @@ import record
 import subjects
 
 from innerloop.bench.timing import clock_of, seconds_of, spread, take_turns
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
 from innerloop.methods import Slr
 
 MOST = 16

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Method
-from innerloop.model.model import LatentModel
 from innerloop.text.encoder import ANSWER_PREFIX
 
 SPECIAL = ("<pad>", "<unk>", "<eos>", "\n", "###")

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from innerloop.bench import latency
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments import compare, jobs
 from innerloop.experiments.compare import (
@@ -23,7 +24,6 @@ from innerloop.experiments.compare import (
 )
 from innerloop.experiments.summary import MethodResult, summary_table
 from innerloop.methods import Cot, NoCot, Pause
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain, Plain
 from innerloop.train.recipe import parse_recipe
 from tests.models import tiny_model
@@ -225,11 +225,12 @@ def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp
 
 def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):
     from innerloop.experiments.suite import load_suite
-    from tests.test_suite import RAW, in_this_process, written
+    from tests.test_suite import RAW, here, in_this_process, written
 
     raw = {**RAW, "variants": {"plain": {}, "too long": {"train": {"max_length": 1}}}, "test": {"controls": True}}
     path = written(tmp_path, raw)
     in_this_process(load_suite(path, seeds=[0]), skip=["too long"])
+    monkeypatch.setattr(jobs, "local_workers", lambda n: here())
     monkeypatch.setattr(jobs, "_run_pool", lambda suite, missing, *rest: {key: "it broke" for key in missing})
     with pytest.raises(InputError, match=r"^1 of 2 jobs failed: it broke$"):
         compare_suite(str(path), None, None, [0], 1, None, [], QUIET, n_timed=2)
@@ -238,10 +239,11 @@ def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Pa
 
 
 def test_a_suite_all_of_whose_jobs_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
-    from tests.test_suite import RAW, written
+    from tests.test_suite import RAW, here, written
 
     path = written(tmp_path, {**RAW, "variants": {"a": {}, "b": {"method": "pause"}}})
     why = {"a": "it [broke]", "b": "no room"}
+    monkeypatch.setattr(jobs, "local_workers", lambda n: here())
     monkeypatch.setattr(jobs, "_run_pool", lambda suite, missing, *rest: {key: why[key[0]] for key in missing})
     code, out, err = innerloop(capsys, "compare", path, "--seeds", 0, 1)
     assert code == 2 and err == ("innerloop: all of 4 jobs failed: it [broke] (and for another reason, listed above)\n")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from innerloop import Example
+from innerloop.config.losses import LossSettings
 from innerloop.methods import Pccot
-from innerloop.model.losses import LossSettings
 from tests.methods.reference import Reference, Thoughts
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop import Example, LatentModel
-from innerloop.halting import Moment
+from innerloop.halting.evidence import Moment
 from innerloop.passes.context import Context
 from tests.methods.reference import Reference
 from tests.methods.tools import (

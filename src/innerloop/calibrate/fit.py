@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from innerloop.config.stopping import JudgeKind
 from innerloop.errors import InputError
-from innerloop.halting import JudgeKind, StopRule
+from innerloop.halting.rule import StopRule
 
 MOST_VECTORS = 1000  # rows that an RBF machine is fitted to
 CERTAIN = 20.0  # the margin where there is nothing to learn: all rows are alike

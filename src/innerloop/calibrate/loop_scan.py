@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from innerloop.config.stopping import StopKind, StopSettings
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.halting import Moment, StopKind, StopSettings, decayed, masked_mean
+from innerloop.halting.evidence import Moment, masked_mean
+from innerloop.halting.rule import decayed, rule_for
 from innerloop.loop.loop import Pass
 from innerloop.methods import Method
 from innerloop.methods.depth.exit_pass import ExitPass
-from innerloop.model.model import LatentModel
 from innerloop.passes.ragged import TokenPass
 from innerloop.text.examples import Example
 
@@ -55,7 +57,7 @@ def use_rule(model: LatentModel, **options: Any) -> None:
 
 def use_method(model: LatentModel, method: Method) -> None:
     """Let a model reason by other settings of its method, of those that have no weights but the stop rule's."""
-    old, new = model.loop.stop, method.loop.make_rule(model.backbone.width)
+    old, new = model.loop.stop, rule_for(method.loop, model.backbone.width)
     if old is not None and new is not None:
         known, wanted = old.state_dict(), new.state_dict()
         fits = {name: value for name, value in known.items() if name in wanted and _fits(name, value, wanted[name])}

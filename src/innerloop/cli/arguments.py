@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from innerloop.engine.generation import fits
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.parts import Parts
 from innerloop.methods import Method, method_named
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task, task_named
 from innerloop.text.examples import Example
 from innerloop.train.recipe import named, parse_value, read_recipe

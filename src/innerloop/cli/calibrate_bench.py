@@ -25,12 +25,12 @@ from innerloop.cli.arguments import (
     model_given,
     task_given,
 )
+from innerloop.config.stopping import StopKind
 from innerloop.engine.generation import fits
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.halting import StopKind
 from innerloop.measure.parts import Parts, made_of
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.terminal.views import calibration_line
 from innerloop.text.examples import Example
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments.compare import suite_rows, verdicts
 from innerloop.experiments.jobs import run_suite
@@ -21,7 +22,6 @@ from innerloop.experiments.suite import EvalConfig, Suite
 from innerloop.lens import look, write_page
 from innerloop.lens.page import check_viz
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.train.recipe import BackboneChoice, Recipe
 

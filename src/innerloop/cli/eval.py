@@ -21,6 +21,7 @@ from innerloop.cli.arguments import (
     model_given,
     task_given,
 )
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import Attempts, Pick
 from innerloop.errors import InputError, refuse
 from innerloop.lens import look, page_path, terminal_view, write_page
@@ -35,7 +36,6 @@ from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of, of_
 from innerloop.measure.reports import Measurement, check_asked
 from innerloop.methods import Cot
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.terminal.views import answer_view
 from innerloop.text.encoder import Speller

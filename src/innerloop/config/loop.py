@@ -1,24 +1,23 @@
-"""What a recipe chooses of the inner loop: stabilisers, low-rank updates by iteration, stopping, gradients, solvers."""
-
-from __future__ import annotations
+"""What a recipe chooses of the inner loop: stabilisers, low-rank updates by iteration, gradients, solvers."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from innerloop.config.stopping import StopSettings
 from innerloop.errors import refuse
-from innerloop.halting import StopSettings
-from innerloop.loop.fixed_point import Gradient, Solver
-from innerloop.loop.lora import BankKind, Beyond
-from innerloop.loop.stabilize import (
-    AlphaLearn,
-    GateKind,
-    GateShape,
-    NoiseLevel,
-    RescaleKind,
-    ResidualKind,
-    TimeInject,
-    TimeKind,
-)
+
+ResidualKind = Literal["none", "sum", "A", "B", "C"]
+RescaleKind = Literal["none", "rms", "adapter", "project"]
+TimeKind = Literal["none", "lookup", "sinusoidal"]
+TimeInject = Literal["add", "concat", "token"]
+NoiseLevel = Literal["none", "injected", "delta"]
+GateShape = Literal["scalar", "channel"]
+GateKind = Literal["softmax", "sigmoid", "attention"]
+AlphaLearn = Literal["fixed", "shared", "per_iter", "free"]
+Solver = Literal["none", "plain", "damped", "anderson"]
+Gradient = Literal["unroll", "implicit", "phantom"]
+BankKind = Literal["none", "per_iter", "shared"]
+Beyond = Literal["clamp", "cycle", "off"]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,68 @@
-"""The options of stopping, which every loop has."""
-
-from __future__ import annotations
+"""When a loop ends by itself: the stop rules that there are, and their options."""
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from innerloop.errors import check_choices, refuse
-from innerloop.halting.classifier import FEATURES, TAPPED, Feature, JudgeKind
-from innerloop.halting.evidence import Agg
-from innerloop.halting.rule import COMPARES, DEFAULT_THRESHOLDS, DRAWS, PROBABILITIES, READS_OUT, StopKind, StopRule
+
+StopKind = Literal[
+    "none",
+    "delta",
+    "delta_undamped",
+    "cos",
+    "absolute",
+    "acceleration",
+    "kl",
+    "kl_reverse",
+    "minp_kl",
+    "entropy",
+    "entropy_level",
+    "argmax",
+    "top_prob",
+    "gap",
+    "fixed",
+    "random",
+    "halt",
+    "halt_sample",
+    "act",
+    "mlp_probe",
+    "classifier",
+]
+
+DEFAULT_THRESHOLDS: dict[str, float] = {
+    "delta": 1.52,  # relative change below 0.03 (arXiv 2502.05171)
+    "delta_undamped": 1.52,
+    "cos": 3.0,  # 1 - cosine below 1e-3
+    "absolute": 1.52,  # ours, as for delta
+    "acceleration": 1.52,  # ours, as for delta
+    "kl": 3.0,  # KL divergence of successive read-outs below 1e-3
+    "kl_reverse": 3.0,
+    "minp_kl": 5.0,  # below 1e-5
+    "entropy": 3.0,  # change of entropy below 1e-3
+    "entropy_level": 1.0,  # ours: a tenth of the largest possible entropy
+    "argmax": 5.0,  # the same likeliest token five times running
+    "top_prob": 0.9,  # ours
+    "gap": 0.8,  # arXiv 2403.02181, as remembered
+    "fixed": 1.0,  # one iteration
+    "random": 0.0,  # the depth that was drawn
+    "halt": 0.9,  # cumulative halting probability
+    "halt_sample": 0.0,  # the draw
+    "act": 0.99,  # 1 - eps (arXiv 1603.08983)
+    "mlp_probe": 0.9,  # ours
+    "classifier": 0.0,  # the threshold that was fitted for the iteration
+}
+READS_OUT = ("kl", "entropy", "argmax", "kl_reverse", "minp_kl", "entropy_level", "top_prob", "gap")
+COMPARES = ("delta", "delta_undamped", "cos", "absolute", "acceleration")
+LEARNED = ("halt", "halt_sample", "act", "mlp_probe", "classifier")
+PROBABILITIES = ("top_prob", "gap", "halt", "mlp_probe")
+DRAWS = ("random", "halt_sample")
+Agg = Literal["mean", "last", "max"]
+Feature = Literal["gap", "top", "attention", "mlp", "block", "depth"]
+FEATURES: tuple[Feature, ...] = ("gap", "top", "attention", "mlp", "block", "depth")
+"""Lead and probability of the likeliest token; cosines of successive outputs (attention, MLP, whole block); t / T."""
+WORDS: tuple[Feature, ...] = ("gap", "top")
+TAPPED: tuple[Feature, ...] = ("attention", "mlp")
+JudgeKind = Literal["logistic", "svm_linear", "svm_rbf"]
 
 
 @dataclass(frozen=True)
@@ -121,18 +175,3 @@ class StopSettings:
     def rule(self) -> dict[str, Any]:
         """The fields that say when a loop ends."""
         return {field.name: getattr(self, field.name) for field in fields(StopSettings)}
-
-    def make_rule(self, width: int) -> StopRule | None:
-        """Make the rule for states of a width; None where nothing stops."""
-        if self.stop == "none":
-            return None
-        return StopRule(
-            self.stop,
-            width,
-            self.stop_agg,
-            self.compare_init,
-            self.stop_histogram,
-            self.stop_seed,
-            self.probe_width,
-            self.stop_features,
-        )

@@ -17,16 +17,17 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from innerloop.engine.generation import fits
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments.suite import EvalConfig, Key, Suite
 from innerloop.experiments.summary import CONTROLS, RESULT, STABILITY, write_answers
 from innerloop.experiments.workers import Workers, is_ending, local_workers
-from innerloop.measure.accuracy import accuracy_of, evaluate, result_of, wilson
+from innerloop.measure.accuracy import accuracy_of, evaluate, result_of
 from innerloop.measure.controls import controls
 from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
+from innerloop.measure.statistics import wilson
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.codec import from_json, to_json
 from innerloop.text.examples import Example

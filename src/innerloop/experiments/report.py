@@ -141,7 +141,7 @@ def _costs(rows: Sequence[MethodResult]) -> list[Section]:
     if len(rows) < 2:
         return []
     passes = scatter([row.at(row.cost("passes")) for row in rows], "passes of the model per example")
-    pictures = [picture(passes, "Accuracy against passes. On the dashed line: nothing cheaper is as accurate.")]
+    pictures = [picture(passes, "Accuracy against passes. The dashed line joins those that nothing cheaper equals.")]
     sections: list[Section] = [{"heading": "What accuracy costs"}, {"pair": pictures}]
     if all(row.turns for row in rows) or len({machine for row in rows for machine in row.machine}) == 1:
         shown = scatter([row.at(1000 * row.seconds) for row in rows], "milliseconds per example", log=True)

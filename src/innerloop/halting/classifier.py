@@ -6,19 +6,13 @@ Shapes: `K` classifiers (one for all iterations, or one for each), `F` features,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from innerloop.config.stopping import Feature
 from innerloop.errors import InputError
-
-Feature = Literal["gap", "top", "attention", "mlp", "block", "depth"]
-FEATURES: tuple[Feature, ...] = ("gap", "top", "attention", "mlp", "block", "depth")
-"""Lead and probability of the likeliest token; cosines of successive outputs (attention, MLP, whole block); t / T."""
-WORDS: tuple[Feature, ...] = ("gap", "top")
-TAPPED: tuple[Feature, ...] = ("attention", "mlp")
-JudgeKind = Literal["logistic", "svm_linear", "svm_rbf"]
 
 
 class Judge(nn.Module):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Agg = Literal["mean", "last", "max"]
+from innerloop.config.stopping import Agg
 
 TINY = 1e-30
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Pull = Literal["geometric", "geometric_reverse", "uniform"]
+from innerloop.config.losses import Pull
 
 
 def _iterations(like_TB: Tensor, n_loops: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:

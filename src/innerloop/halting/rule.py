@@ -4,67 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from innerloop.config.stopping import COMPARES, DRAWS, READS_OUT, WORDS, Agg, Feature, StopKind, StopSettings
 from innerloop.halting import states, words
 from innerloop.halting.baselines import drawn_depths, uniform
-from innerloop.halting.classifier import WORDS, Feature, Judge
-from innerloop.halting.evidence import Agg, Hints, Moment, aggregate, masked_mean, neglog
+from innerloop.halting.classifier import Judge
+from innerloop.halting.evidence import Hints, Moment, aggregate, masked_mean, neglog
 
-StopKind = Literal[
-    "none",
-    "delta",
-    "delta_undamped",
-    "cos",
-    "absolute",
-    "acceleration",
-    "kl",
-    "kl_reverse",
-    "minp_kl",
-    "entropy",
-    "entropy_level",
-    "argmax",
-    "top_prob",
-    "gap",
-    "fixed",
-    "random",
-    "halt",
-    "halt_sample",
-    "act",
-    "mlp_probe",
-    "classifier",
-]
-
-DEFAULT_THRESHOLDS: dict[str, float] = {
-    "delta": 1.52,  # relative change below 0.03 (arXiv 2502.05171)
-    "delta_undamped": 1.52,
-    "cos": 3.0,  # 1 - cosine below 1e-3
-    "absolute": 1.52,  # ours, as for delta
-    "acceleration": 1.52,  # ours, as for delta
-    "kl": 3.0,  # KL divergence of successive read-outs below 1e-3
-    "kl_reverse": 3.0,
-    "minp_kl": 5.0,  # below 1e-5
-    "entropy": 3.0,  # change of entropy below 1e-3
-    "entropy_level": 1.0,  # ours: a tenth of the largest possible entropy
-    "argmax": 5.0,  # the same likeliest token five times running
-    "top_prob": 0.9,  # ours
-    "gap": 0.8,  # arXiv 2403.02181, as remembered
-    "fixed": 1.0,  # one iteration
-    "random": 0.0,  # the depth that was drawn
-    "halt": 0.9,  # cumulative halting probability
-    "halt_sample": 0.0,  # the draw
-    "act": 0.99,  # 1 - eps (arXiv 1603.08983)
-    "mlp_probe": 0.9,  # ours
-    "classifier": 0.0,  # the threshold that was fitted for the iteration
-}
-READS_OUT = ("kl", "entropy", "argmax", "kl_reverse", "minp_kl", "entropy_level", "top_prob", "gap")
-COMPARES = ("delta", "delta_undamped", "cos", "absolute", "acceleration")
-LEARNED = ("halt", "halt_sample", "act", "mlp_probe", "classifier")
-PROBABILITIES = ("top_prob", "gap", "halt", "mlp_probe")
-DRAWS = ("random", "halt_sample")
 GATES = {"halt": -1.0, "halt_sample": -1.0, "act": 1.0}  # and the bias that each begins with
 UNSURE = -4.0  # bias of a probe that knows nothing: it does not stop
 STATE_FLOPS = 6  # per element of a state, of a score that compares two
@@ -283,3 +232,19 @@ class StopRule(nn.Module):
         same = (top_BN == before) if mask_BN is None else (top_BN == before) | (mask_BN == 0)
         self.kept["run"] = torch.where(same.all(1), self.kept["run"] + 1, 0.0)
         return self.kept["run"]
+
+
+def rule_for(settings: StopSettings, width: int) -> StopRule | None:
+    """Return the rule of some settings for states of a width; None where nothing stops."""
+    if settings.stop == "none":
+        return None
+    return StopRule(
+        settings.stop,
+        width,
+        settings.stop_agg,
+        settings.compare_init,
+        settings.stop_histogram,
+        settings.stop_seed,
+        settings.probe_width,
+        settings.stop_features,
+    )

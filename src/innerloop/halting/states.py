@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from innerloop.halting.evidence import Agg, Moment, aggregate, neglog
+from innerloop.config.stopping import Agg
+from innerloop.halting.evidence import Moment, aggregate, neglog
 
 
 def change(new: Tensor, now: Moment, agg: Agg) -> Tensor:

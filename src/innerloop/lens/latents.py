@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens.grid import Cell, Column, Line, Loop, Spot, cells_of, loops_of
 from innerloop.loop.trace import Trace
 from innerloop.measure.readout import Shown
-from innerloop.model.model import LatentModel
 from innerloop.terminal.views import LATENT, visible
 from innerloop.text.row import ANSWER_PASS, Kind, Row, ShownBlock
 

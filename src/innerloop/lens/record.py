@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any, Literal
 
 from innerloop.decoder.cost import Cost
-from innerloop.engine.engine import Generation
+from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
 from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of
@@ -38,7 +39,6 @@ from innerloop.lens.latents import (
 from innerloop.measure.accuracy import versions
 from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.codec import from_json, to_json
 from innerloop.text.examples import Example

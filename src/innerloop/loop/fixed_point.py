@@ -9,13 +9,12 @@ acceleration (Walker and Ni, 2011). Shapes: `B` rows, everything else is flatten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Solver = Literal["none", "plain", "damped", "anderson"]
-Gradient = Literal["unroll", "implicit", "phantom"]
+from innerloop.config.loop import Gradient, Solver
+
 Map = Callable[[Tensor], Tensor]
 
 HISTORY = 5  # states that Anderson acceleration combines

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from innerloop.config.loop import LoopSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
-from innerloop.halting import Ending, Hints, Moment
+from innerloop.halting.controller import Ending
+from innerloop.halting.evidence import Hints, Moment
+from innerloop.halting.rule import rule_for
 from innerloop.loop.fixed_point import jacobian_gain, solve
 from innerloop.loop.hooks import Edit
 from innerloop.loop.lora import LoopLora
@@ -165,7 +167,7 @@ class InnerLoop(nn.Module):
             if backbone is None:
                 raise InputError("loop-wise LoRA needs a backbone to update")
             self.lora = LoopLora(backbone, n, s.lora_rank, s.lora_gamma, s.lora, s.lora_targets, s.lora_beyond)
-        self.stop = s.make_rule(width)
+        self.stop = rule_for(s, width)
         self.watch: Watch | None = None
         self.edit: Edit | None = None
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,11 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 from transformers.pytorch_utils import Conv1D
 
+from innerloop.config.loop import BankKind, Beyond
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
-
-BankKind = Literal["none", "per_iter", "shared"]
-Beyond = Literal["clamp", "cycle", "off"]
 
 
 class LoraBank(nn.Module):

@@ -6,20 +6,21 @@ Shapes: `B` rows, `N` looped positions, `D` width. Statistics are in fp32 whatev
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu, softmax
 
-ResidualKind = Literal["none", "sum", "A", "B", "C"]
-RescaleKind = Literal["none", "rms", "adapter", "project"]
-TimeKind = Literal["none", "lookup", "sinusoidal"]
-TimeInject = Literal["add", "concat", "token"]
-NoiseLevel = Literal["none", "injected", "delta"]
-GateShape = Literal["scalar", "channel"]
-GateKind = Literal["softmax", "sigmoid", "attention"]
-AlphaLearn = Literal["fixed", "shared", "per_iter", "free"]
+from innerloop.config.loop import (
+    AlphaLearn,
+    GateKind,
+    GateShape,
+    NoiseLevel,
+    RescaleKind,
+    ResidualKind,
+    TimeInject,
+    TimeKind,
+)
 
 TIME_WIDTH = 256  # d_e, the width of the sinusoidal features
 GATE_WIDTH = 256  # d_g, the hidden width of the gates of residual C

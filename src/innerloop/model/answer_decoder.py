@@ -9,55 +9,15 @@ positions, `V` vocabulary, `C` classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from innerloop.errors import check_choices, refuse
-from innerloop.halting import masked_mean
+from innerloop.config.losses import DecoderSettings
+from innerloop.decoder.backbone import Backbone
+from innerloop.halting.evidence import masked_mean
 from innerloop.loop.stabilize import sines
-
-if TYPE_CHECKING:
-    from innerloop.decoder.backbone import Backbone
-    from innerloop.passes.thought import Masked, Thought
-
-
-@dataclass(frozen=True)
-class DecoderSettings:
-    """Who answers.
-
-    Args:
-        decoder: the model itself (lm_head), a decoder of its own (separate), or a classifier (linear).
-        decoder_layers: separate: the number of its layers.
-        decoder_reads: separate: the final state alone, or the prompt's states too (state_and_prompt).
-        decoder_table: separate: words are embedded and read out by the model's tables (shared), or by its own.
-        classes: linear: the answers there are.
-    """
-
-    decoder: Literal["lm_head", "separate", "linear"] = "lm_head"
-    decoder_layers: int = 2
-    decoder_reads: Literal["state", "state_and_prompt"] = "state"
-    decoder_table: Literal["shared", "own"] = "shared"
-    classes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        object.__setattr__(self, "classes", tuple(self.classes))
-        refuse(
-            (self.decoder_layers < 1, "decoder_layers must be at least 1"),
-            (
-                (self.decoder == "linear") != bool(self.classes),
-                "decoder=linear chooses among classes, and nothing else does: list the answers there are, for example "
-                "classes: ['True', 'False']",
-            ),
-            (
-                len(set(self.classes)) < len(self.classes) or len(self.classes) == 1,
-                "classes must be two different answers or more",
-            ),
-        )
+from innerloop.passes.thought import Masked, Thought
 
 
 class AnswerDecoder(nn.Module):

@@ -10,79 +10,28 @@ Shapes: `T` iterations, `U` supervised tokens, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
 
+from innerloop.config.losses import ExitSettings
 from innerloop.decoder.token_losses import ALL, AtOnce, Show, Shown, by_rows, token_losses
-from innerloop.errors import refuse
-from innerloop.halting import exit_distribution, expected_loss, gain_targets, pull
-
-if TYPE_CHECKING:
-    from innerloop.model.losses import Terms
-    from innerloop.passes.thought import Thought
-    from innerloop.text.batch import Batch
+from innerloop.halting.learned import exit_distribution, expected_loss, gain_targets, pull
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
 
 
-@dataclass(frozen=True)
-class ExitSettings:
-    """What is learned at earlier exits than the last.
-
-    Args:
-        exit_weight: weight of the loss after each iteration before the last.
-        exit_schedule: these iterations count alike (equal), or iteration t as t / T (linear).
-        exit_kd: weight, within that loss, of the divergence from what the last iteration says.
-        gate: train the gate of stop=halt by the loss expected over exits and their entropy (distribution), or, with
-            everything else frozen, by whether each iteration lowered the loss (improvement); none: leave it.
-        gate_beta: strength of the entropy, of the pull to leave everywhere alike.
-    """
-
-    exit_weight: float = 0.0
-    exit_schedule: Literal["equal", "linear"] = "equal"
-    exit_kd: float = 0.0
-    gate: Literal["none", "distribution", "improvement"] = "none"
-    gate_beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        refuse(
-            (min(self.exit_weight, self.exit_kd, self.gate_beta) < 0, "weights of the loss cannot be negative"),
-            (
-                self.exit_weight == 0 and (self.exit_kd > 0 or self.exit_schedule != "equal"),
-                "exit_kd and exit_schedule are for losses at earlier exits: set exit_weight above 0",
-            ),
-            (
-                self.gate != "none" and self.exit_weight > 0,
-                "the gate learns from every exit already: set exit_weight to 0, or gate to none",
-            ),
-        )
-
-    @property
-    def exit_term_weights(self) -> dict[str, float]:
-        """The weight of each term."""
-        return {"exits": self.exit_weight, "gate": float(self.gate != "none")}
-
-    @property
-    def wants_exits(self) -> bool:
-        """Whether training reads earlier exits."""
-        return self.exit_weight > 0 or self.gate != "none"
-
-
-def add_exit_terms(
-    settings: ExitSettings, terms: Terms, batch: Batch, thought: Thought, head: Callable[[Tensor], Tensor]
-) -> None:
-    """Add the terms of a pass whose exits are known.
+def exit_terms(settings: ExitSettings, inputs: LossInputs) -> PassTerms:
+    """Return the terms of a pass whose exits are known.
 
     The gate's is what turns the loss of the last exit, which is learned anyway, into that of all.
     """
-    deep = thought.deep[-1]
-    n_columns = batch.ids_BS.shape[1]
-    rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - thought.first_column
+    batch, deep, head = inputs.batch, inputs.thought.deep[-1], inputs.backbone.head
+    n_columns, terms = batch.ids_BS.shape[1], PassTerms()
+    rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - inputs.thought.first_column
     states = [exit_BLD[rows, at] for exit_BLD in deep.exits]
-    chunk, targets_U = terms.model.loss_chunk, batch.targets_U
+    chunk, targets_U = inputs.chunk, batch.targets_U
     if settings.exit_weight > 0:
         last = _last_said(head, states[-1].detach(), chunk) if settings.exit_kd > 0 else None
         total = states[-1].new_zeros((), dtype=torch.float32)
@@ -90,7 +39,7 @@ def add_exit_terms(
             share = 1.0 if settings.exit_schedule == "equal" else t / len(states)
             losses_of = partial(_losses_of, Shown(head, state), targets_U, last, settings.exit_kd)
             total = total + share * by_rows(losses_of, len(targets_U), chunk).sum()
-        terms.add("exits", total, "answer")
+        terms["exits"] = total, "answer"
     if settings.gate != "none":
         losses_TU = torch.stack([token_losses(Shown(head, s), batch.targets_U, chunk) for s in states])
         logits_TU = torch.stack([gate_BL[rows, at] for gate_BL in deep.gates])
@@ -98,7 +47,8 @@ def add_exit_terms(
             total = distribution_loss(losses_TU, logits_TU, settings.gate_beta) - losses_TU[-1].sum()
         else:
             total = improvement_loss(losses_TU, logits_TU)
-        terms.add("gate", total, "answer")
+        terms["gate"] = total, "answer"
+    return terms
 
 
 def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: AtOnce) -> Show:

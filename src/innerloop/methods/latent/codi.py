@@ -12,11 +12,10 @@ long examples and counts them.
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import LoopSettings, RescaleKind
+from innerloop.config.losses import LossSettings
 from innerloop.config.method import FirstState, LatentMethod, Scope
 from innerloop.errors import refuse
-from innerloop.loop.stabilize import RescaleKind
-from innerloop.model.losses import LossSettings
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Follow, Row

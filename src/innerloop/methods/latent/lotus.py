@@ -11,10 +11,9 @@ from typing import ClassVar, Literal
 
 from innerloop.config.curriculum import Schedule
 from innerloop.config.loop import LoopSettings
+from innerloop.config.losses import AuxSettings, LossSettings
 from innerloop.config.method import LatentMethod
 from innerloop.errors import refuse
-from innerloop.model.losses import LossSettings
-from innerloop.model.step_decoder import AuxSettings
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Follow, Piece, Readout, Row, ShownBlock, Told

@@ -8,11 +8,10 @@ latents need 3 (codi.md, section 9; lotus.md, section 9).
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import LoopSettings, RescaleKind
+from innerloop.config.losses import LossSettings
 from innerloop.config.method import LatentMethod
 from innerloop.errors import refuse
-from innerloop.loop.stabilize import RescaleKind
-from innerloop.model.losses import LossSettings
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Follow, Row

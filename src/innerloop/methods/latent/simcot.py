@@ -7,10 +7,10 @@ decoder is left out when answering (simcot.md).
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from innerloop.config.losses import AuxSettings
 from innerloop.errors import refuse
 from innerloop.methods.latent.coconut import Coconut
 from innerloop.methods.latent.codi import Codi
-from innerloop.model.step_decoder import AuxSettings
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import FED, Row, Told

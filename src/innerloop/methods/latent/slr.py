@@ -8,15 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from innerloop.config.curriculum import Curriculum
-from innerloop.config.loop import LoopSettings
+from innerloop.config.loop import LoopSettings, RescaleKind, ResidualKind, TimeKind
+from innerloop.config.losses import AuxSettings, DecoderSettings, KdSettings, LossSettings
 from innerloop.config.method import AnswerContext, FirstState, LatentMethod, PrefixKV, Scope
 from innerloop.errors import InputError, refuse
 from innerloop.loop.sampling import LoopSampling, draw_loops
-from innerloop.loop.stabilize import RescaleKind, ResidualKind, TimeKind
-from innerloop.model.answer_decoder import DecoderSettings
-from innerloop.model.distillation import KdSettings
-from innerloop.model.losses import LossSettings
-from innerloop.model.step_decoder import AuxSettings
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, Follow, Kind, Piece, Readout, Row, Told
