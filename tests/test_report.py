@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from innerloop.experiments.charts import Cell, Curve, bars, curves, heat_map, pareto, scatter
 from innerloop.experiments.report import KINDS, document, table, write_report
 from innerloop.experiments.summary import Mark, MethodResult, against_cot, caption, columns, failures
-from innerloop.measure.controls import Kind
+from innerloop.measure.control_verdict import Kind
 from tests.browser import needs_browser, screenshot
 
 

@@ -19,7 +19,7 @@ from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.measure.accuracy import device_name, versions
-from innerloop.measure.parts import digest
+from innerloop.measure.result_cache import digest
 from innerloop.model import checkpoint
 from innerloop.tasks import Task
 
@@ -59,7 +59,7 @@ def time_runs(
     asked |= {"questions": digest(list(questions)), "max_new_tokens": task.max_new_tokens}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
     asked["attempts"] = {name: asdict(one) for name, one in tried.items()} or None
-    if (known := _known(folder / TIMES, asked, list(runs.values()))) is not None:
+    if (known := _known(folder / TIMES, asked, list(loaded))) is not None:
         return known
     options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": len(questions)}
     options["strict"] = False  # what does not fit into memory was told when it was evaluated
@@ -74,14 +74,11 @@ def time_runs(
 
 
 def _known(path: Path, asked: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any] | None:
-    """Return what was measured before, if it was the same."""
-    if not path.exists():
-        return None
-    written = path.stat().st_mtime
-    if any((Path(checkpoint.resolve(folder)) / checkpoint.SETTINGS).stat().st_mtime > written for folder in folders):
-        return None
+    """Return what was measured before, if it was the same; what cannot be read is measured again."""
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:  # cut short: it is measured again
+        written, found = path.stat().st_mtime, json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return found if all(found.get(name) == value for name, value in asked.items()) else None
+    changed = [(Path(checkpoint.resolve(folder)) / checkpoint.SETTINGS).stat().st_mtime for folder in folders]
+    is_same = isinstance(found, dict) and all(found.get(name) == value for name, value in asked.items())
+    return found if is_same and max(changed) <= written else None

@@ -13,7 +13,7 @@ from rich.console import Console
 from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.measure.parts import Parts
+from innerloop.measure.result_cache import ResultCache
 from innerloop.methods import Method, method_named
 from innerloop.model import checkpoint
 from innerloop.tasks import Task, task_named
@@ -103,7 +103,7 @@ def folder_given(folder: Path, hint: str = "give another folder by --out DIR") -
 
 
 @contextmanager
-def going_on(parts: Parts, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
+def going_on(parts: ResultCache, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
     """Say what is known from before (``names``), if anything is; after Ctrl-C, what is kept and where."""
     if parts.known:
         console.print(f"measured before: {names}{hint}", soft_wrap=True)

@@ -14,6 +14,7 @@ from innerloop.bench.bench import BASELINE, RUN, BenchSettings, bench_lines, ben
 from innerloop.bench.bench import bench as benchmark
 from innerloop.calibrate.calibrate import CALIBRATION_PARTS, FEWEST
 from innerloop.calibrate.calibrate import calibrate as calibration
+from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.cli.arguments import (
     Dtype,
     askable,
@@ -29,7 +30,7 @@ from innerloop.config.stopping import StopKind
 from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.measure.parts import Parts, made_of
+from innerloop.measure.result_cache import ResultCache, made_of
 from innerloop.model import checkpoint
 from innerloop.terminal.views import calibration_line
 from innerloop.text.examples import Example
@@ -86,21 +87,19 @@ def calibrate(
     folder = folder_given(Path(out or run))
     model = model_given(run, method_given(method), device, dtype)
     examples, checked = _calibratable(model, examples, checked)
+    settings = CalibrationSettings(max_drop, agreement, mean_loops, seed=seed)
     options: dict[str, Any] = {"patience": patience, "min_loops": min_loops}
-    parts = Parts(folder / CALIBRATION_PARTS, made_of(model, chosen, "valid", examples, {}, seed), fresh)
-    with going_on(parts, f"{len(parts.known)} sets of answers"):
+    cache = ResultCache(folder / CALIBRATION_PARTS, made_of(model, chosen, "valid", examples, {}, seed), fresh)
+    with going_on(cache, f"{len(cache.known)} sets of answers"):
         found = calibration(
             model,
             chosen,
             examples,
             rule,
-            max_drop,
-            agreement=agreement,
-            mean_loops=mean_loops,
-            check=checked,
-            seed=seed,
+            settings,
+            checked,
             progress=lambda done: console.print(done, style="dim"),
-            parts=parts,
+            cache=cache,
             **{name: value for name, value in options.items() if value is not None},
         )
     if out is not None:

@@ -27,20 +27,21 @@ from innerloop.errors import InputError, refuse
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
 from innerloop.measure import evaluate, result_of
-from innerloop.measure.accuracy import answered
+from innerloop.measure.accuracy import Prediction, answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
 from innerloop.measure.likelihood import likelihood, text_result
-from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of, of_model
 from innerloop.measure.reports import Measurement, check_asked
+from innerloop.measure.result_cache import PARTS, ResultCache, made_of, of_model
+from innerloop.measure.subject import Subject
 from innerloop.methods import Cot
 from innerloop.model import checkpoint
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.terminal.views import answer_view
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 
 
 def eval_(
@@ -147,7 +148,7 @@ def eval_(
     check_asked(model, chosen, split, examples, stage, loops, controls, stability, probes, attempts)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
     decides = {**options, "loops": loops, **attempts.asked(seed)}
-    parts = Parts(folder / PARTS, made_of(model, chosen, split, examples, decides), fresh)
+    parts = ResultCache(folder / PARTS, made_of(model, chosen, split, examples, decides), fresh)
     with going_on(parts, ", ".join(parts.known)):
         _measure(
             run,
@@ -176,7 +177,7 @@ def _measure(
     loops: int | None,
     dtype: Dtype,
     folder: Path,
-    parts: Parts,
+    parts: ResultCache,
     flags: tuple[bool, bool, bool],
     attempts: Attempts,
     seed: int,
@@ -186,7 +187,7 @@ def _measure(
         row = progress.add_task(f"eval {task.name}", total=len(examples), note="")
         advance = partial(progress.advance, row)
         how = {**options, "loops": loops, "progress": advance, "attempts": attempts, "seed": seed}
-        predictions = kept_predictions(parts, "accuracy", lambda: evaluate(model, task, examples, **how))
+        predictions = parts.value(list[Prediction], "accuracy", lambda: evaluate(model, task, examples, **how))
         progress.update(row, completed=len(examples))
     result = result_of(model, task, split, predictions, checkpoint.recorded(run, "seed"), run)
     asked_dtype = None if dtype == "auto" else str(model.backbone.lm.dtype).removeprefix("torch.")
@@ -211,8 +212,8 @@ def _measure(
         soft_wrap=True,
     )
     known = answered(examples, predictions)
-    measured = (model, task, split, *known, run, result["seed"], folder, console, options, parts)
-    Measurement(*measured).run(*flags)
+    subject = Subject(model, task, *known, **options, cache=parts)
+    Measurement(subject, split, run, result["seed"], folder, console).run(*flags)
 
 
 def _measure_text(
@@ -259,7 +260,7 @@ def _eval_harness(
     """Answer tasks of lm-evaluation-harness."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folder_given(folder)
-    parts = Parts(folder / HARNESS_PARTS, of_model(model) | {"batch_size": batch_size}, fresh)
+    parts = ResultCache(folder / HARNESS_PARTS, of_model(model) | {"batch_size": batch_size}, fresh)
     with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
         row = progress.add_task("eval lm-eval", total=None, note="")
         asked = (model, names, run, folder, shots, limit, batch_size, tasks_dir, parts)
@@ -352,7 +353,7 @@ def lens(
         return
     asked = askable([model], asked) or asked  # what it says of a question that it cannot be asked tells why
     decides = {"loops": loops, "max_new_tokens": max_new_tokens}
-    parts = Parts(path.with_suffix(".parts.json"), made_of(model, chosen, split, [], decides))
+    parts = ResultCache(path.with_suffix(".parts.json"), made_of(model, chosen, split, [], decides))
     with going_on(parts, f"{len(parts.known)} examples", ""), bar(console) as progress:
         row = progress.add_task(f"lens {model.method.name}", total=len(asked), note="")
         advance = partial(progress.advance, row)

@@ -21,7 +21,7 @@ from innerloop.cli.eval import ask, eval_, lens
 from innerloop.cli.train import train
 from innerloop.errors import InputError, misfit, nearest
 from innerloop.tasks import task_named
-from innerloop.train.callbacks import end_when_asked
+from innerloop.terminal.signals import end_when_asked
 from innerloop.train.recipe import field_parser, load_recipe
 
 VERBS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {

@@ -39,8 +39,8 @@ from innerloop.measure.statistics import difference_noise, over_seeds, verdict_o
 from innerloop.methods import method_named
 from innerloop.model import checkpoint
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 from innerloop.train.recipe import load_recipe, named, read_recipe
 from innerloop.train.run import CONFIG
 

@@ -22,22 +22,23 @@ from innerloop.errors import InputError
 from innerloop.experiments.suite import EvalConfig, Key, Suite
 from innerloop.experiments.summary import CONTROLS, RESULT, STABILITY, write_answers
 from innerloop.experiments.workers import Workers, is_ending, local_workers
-from innerloop.measure.accuracy import accuracy_of, evaluate, result_of
+from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of
 from innerloop.measure.controls import controls
-from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
+from innerloop.measure.result_cache import ResultCache, digest_of, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
+from innerloop.measure.subject import Subject
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
 from innerloop.tasks import Task
-from innerloop.text.codec import from_json, to_json
+from innerloop.terminal.progress import bar
+from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 from innerloop.train.recipe import Recipe, load_recipe
 from innerloop.train.run import CONFIG, FINISHED, run_recipe
 from innerloop.train.training_arguments import training_arguments
 
 N_TRACED = 64
-TEST_PARTS = "exam.parts.json"  # beside a job until it has been tested
+TEST_CACHE = "exam.parts.json"  # beside a job until it has been tested
 MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
 INTERRUPTED = "interrupted; run the suite again to go on"
 
@@ -263,11 +264,12 @@ def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str 
     out.mkdir(parents=True, exist_ok=True)
     model, task, seed = LatentModel.from_pretrained(run or recipe.out), recipe.task, key[1]
     asked, examples = test.attempts.asked(seed), task.examples(test.split, test.limit)
-    parts = Parts(out / TEST_PARTS, made_of(model, task, test.split, examples, {"limit": test.limit, **asked}, seed))
+    facts = made_of(model, task, test.split, examples, {"limit": test.limit, **asked}, seed)
+    cache = ResultCache(out / TEST_CACHE, facts)
     steps = 0 if run is not None else _n_steps(recipe) or 0
-    parts.begins = lambda name: messages.put((key, steps, f"test: {name}"))
-    asking = _Asking(model, test, seed, parts)
-    predictions = kept_predictions(parts, "accuracy", lambda: asking.answers(task, examples))
+    cache.begins = lambda name: messages.put((key, steps, f"test: {name}"))
+    asking = _Asking(model, test, seed, cache)
+    predictions = cache.value(list[Prediction], "accuracy", lambda: asking.answers(task, examples))
     result = {"variant": key[0], "exam": to_json(test)}
     result |= result_of(model, task, test.split, predictions, seed, run or recipe.out)
     result |= {"asked": asked} if asked else {}
@@ -280,23 +282,23 @@ def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str 
             result["change"] = change_by_loop(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
     what = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": test.split, "seed": seed}
     if test.controls:
-        found = controls(model, task, examples, predictions, seed=seed, parts=parts)
+        found = controls(Subject(model, task, examples, predictions, seed=seed, cache=cache))
         told = {**what, "n": len(found.unedited), **found.as_dict()}
         write_text(out / CONTROLS, json.dumps(told, indent=2) + "\n")
     if test.stability and has_loop(model):
         read = [example for example in examples if fits(model, example.question)]
-        behaves = from_json(Stability, parts("stability", lambda: to_json(stability(model, read))))
+        behaves = cache.value(Stability, "stability", lambda: stability(model, read))
         result["diverged"] = behaves.diverged
         write_text(out / STABILITY, json.dumps({**what, "n": len(read), **behaves.as_dict()}, indent=2) + "\n")
     write_answers(out, result, predictions)
-    (out / TEST_PARTS).unlink(missing_ok=True)
+    (out / TEST_CACHE).unlink(missing_ok=True)
 
 
 class _Asking:
-    """A trained job that answers as its test says; accuracies are parts, kept as soon as they are known."""
+    """A trained job that answers as its test says; accuracies are kept as soon as they are known."""
 
-    def __init__(self, model: LatentModel, test: EvalConfig, seed: int, parts: Parts):
-        self.model, self.test, self.parts = model, test, parts
+    def __init__(self, model: LatentModel, test: EvalConfig, seed: int, cache: ResultCache):
+        self.model, self.test, self.cache = model, test, cache
         self.answers = partial(evaluate, model, attempts=test.attempts, seed=seed)
         self.iterates = bool(test.loops) and hasattr(model.method, "max_loops")
 
@@ -308,7 +310,7 @@ class _Asking:
             n_correct = sum(p.correct for p in answered)
             return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
 
-        return self.parts(name, measure)  # type: ignore[no-any-return]
+        return self.cache(name, measure)  # type: ignore[no-any-return]
 
     def by_loops(
         self, about: str, task: Task, examples: list[Example]

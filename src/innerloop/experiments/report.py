@@ -24,7 +24,7 @@ from innerloop.experiments.summary import (
     interval_kind,
 )
 from innerloop.lens.page import page
-from innerloop.measure.controls import Kind
+from innerloop.measure.control_verdict import Kind
 from innerloop.model.checkpoint import write_text
 from innerloop.train.run import CONFIG
 

@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from innerloop.errors import InputError
-from innerloop.train.callbacks import end_with_parent
+from innerloop.terminal.signals import end_with_parent
 
 _ends: Event | None = None  # of a worker: whether its suite ends
 

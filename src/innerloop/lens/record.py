@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from innerloop.decoder.cost import Cost
 from innerloop.engine.generation import Generation
@@ -37,10 +37,9 @@ from innerloop.lens.latents import (
     times,
 )
 from innerloop.measure.accuracy import versions
-from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
+from innerloop.measure.result_cache import ResultCache, digest_of
 from innerloop.tasks import Task
-from innerloop.text.codec import from_json, to_json
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
 
@@ -121,8 +120,8 @@ def look(
     run: str = "",
     loops: int | None = None,
     max_new_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+    parts: ResultCache | None = None,
 ) -> Record:
     """Answer examples one at a time and write down what there is to see inside.
 
@@ -139,29 +138,26 @@ def look(
     """
     if not examples:
         raise InputError("there is no example to look at: give at least one")
-    parts = Parts() if parts is None else parts
+    parts = ResultCache() if parts is None else parts
     names = [f"look {digest_of([example])}" for example in examples]
     missing = [i for i, name in enumerate(names) if name not in parts]
     shown = dict(zip(missing, steps_shown(model, [examples[i] for i in missing], loops)))
 
-    def seen(i: int) -> dict[str, Any]:
+    def seen(i: int) -> tuple[Look, Family]:
         answer = answer_alone(model, task, examples[i], loops, max_new_tokens)
-        one, family = look_at(model, task, examples[i], answer, loops, shown[i])
-        return {"look": to_json(one), "family": family}
+        return look_at(model, task, examples[i], answer, loops, shown[i])
 
     if missing:  # what is made ready at the first answer shall not count as its time
         model.generate([examples[missing[0]].question], max_new_tokens=1, trace=True, loops=loops)
-    looks, families = [], set[Family]()
+    kept = []
     for i, name in enumerate(names):
-        kept = parts(name, partial(seen, i))
-        looks.append(from_json(Look, kept["look"]))
-        families.add(kept["family"])
-        if progress is not None:
-            progress(1)
-    family = next(name for name in ("depth", "latents", "text") if name in families)
+        kept.append(parts.value(tuple[Look, Family], name, partial(seen, i)))  # type: ignore[arg-type]
+        progress(1)
+    looks, families = zip(*kept)
+    family: Family = next(name for name in ("depth", "latents", "text") if name in families)
     method = model.method
     what = (run, method.name, method.summary, method.paper, task.name, split)
-    return Record(*what, family, versions(), tuple(looks))
+    return Record(*what, family, versions(), looks)
 
 
 def answer_alone(
