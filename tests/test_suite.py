@@ -268,13 +268,13 @@ def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeyp
     ]
     assert drawn[0] == drawn[1] and all(len(samples) == 3 for samples in drawn[0])
 
-    standings = suite_rows(suite, list(results.values()))
-    runs = {s.name: Path(suite.run_of(s.name, 0)) for s in standings}
-    tried = {s.name: suite.test_of(s.name).attempts for s in standings}
+    found = suite_rows(suite, list(results.values()))
+    runs = {s.name: Path(suite.run_of(s.name, 0)) for s in found}
+    tried = {s.name: suite.test_of(s.name).attempts for s in found}
     task = suite.jobs["plain", 0].task
     monkeypatch.setattr(latency, "REPEATS", 1)
     monkeypatch.setattr(latency, "peak_memory", lambda job, device: 0)
-    rows = timed(standings, task, [e.question for e in task.examples("test", 1)], out, runs, tried)
+    rows = timed(found, task, [e.question for e in task.examples("test", 1)], out, runs, tried)
     assert summary_table(rows).row_count == 4 and all(row.seconds > 0 for row in rows)
     assert set(json.loads((out / "times.json").read_text())["attempts"]) == {"vote", "best", "search"}
 

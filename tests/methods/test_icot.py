@@ -149,7 +149,7 @@ def test_5_kept_positions_are_shown():
     model = on("gpt2", change(PLAIN, keep_position=True))
     (row,) = model.rows(MIXED[2:3], 3)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(row_view(row, model.tokenizer, 190))
+    console.print(row_view(row, model.tokenizer))
     positions = [int(word) for word in console.export_text().splitlines()[2].split()]
     n_asked = len(row.prefix[0].ids)
     assert positions == [*range(n_asked), *range(n_asked + 3, len(row) + 3)]

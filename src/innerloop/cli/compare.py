@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from innerloop.cli.arguments import console, task_given
+from innerloop.cli.arguments import TaskArguments, console
 from innerloop.errors import InputError
 from innerloop.experiments.compare import compare_folders, compare_suite
 from innerloop.experiments.ray import ray_workers
@@ -62,7 +62,7 @@ def compare(
         )
     if len(subjects) < 2:
         raise InputError("compare takes a suite, or two runs or more")
-    chosen = None if task is None else task_given(subjects[0], task, None, split or "test")
+    chosen = None if task is None else TaskArguments(task).task_of(subjects[0], split or "test")
     compare_folders(subjects, Path(out or "runs/compare"), baseline, console, chosen, split or "test", limit, timed)
 
 

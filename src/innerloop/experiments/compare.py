@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from innerloop.bench.latency import time_runs
+from innerloop.config.typed import named
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError, nearest
@@ -41,7 +42,7 @@ from innerloop.model import checkpoint
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.examples import Example
-from innerloop.train.recipe import load_recipe, named, read_recipe
+from innerloop.train.recipe import load_recipe, read_recipe
 from innerloop.train.run import CONFIG
 
 REPORT = "report.html"

@@ -34,11 +34,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from innerloop.config.typed import typed
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError, nearest
 from innerloop.experiments.grid import axes_of, variant_name
 from innerloop.experiments.search import combinations
-from innerloop.train.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field, typed
+from innerloop.train.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field
 
 SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
 TRIED = tuple(f.name for f in fields(Attempts))  # the fields of a test that a variant may set

@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from innerloop.config.method import Method
+from innerloop.config.typed import typed
 from innerloop.decoder.adapters import MarkerInit, add_lora, add_markers
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
 from innerloop.methods import method_named
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.checkpoint import SETTINGS, Stored, first_line, load_parts, read_settings, resolve, without_bars
-from innerloop.train.recipe import typed
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 M = TypeVar("M", bound=Stored)
