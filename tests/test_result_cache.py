@@ -9,7 +9,7 @@ import pytest
 
 from innerloop.calibrate.threshold_search import ThresholdSearch
 from innerloop.cli.main import main
-from innerloop.experiments import jobs as points
+from innerloop.experiments import jobs
 from innerloop.measure import result_cache, subject
 from innerloop.measure.result_cache import PARTS, ResultCache
 from innerloop.methods import Looped, Slr
@@ -132,7 +132,7 @@ def test_a_file_that_cannot_be_read_has_no_parts(tmp_path: Path, text: str):
     assert "x" in ResultCache(tmp_path / "p.json", {"of": 1})
 
 
-def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
+def test_the_test_of_a_job_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
     import queue
 
     from innerloop.experiments.suite import parse_suite
@@ -140,20 +140,20 @@ def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, mo
     raw = {name: value for name, value in RAW.items() if name != "warm_up"} | {"out": str(tmp_path), "seeds": [0]}
     exam = {"loops": [1, 3], "limit": 5, "controls": True, "also": {"longer": {"n_ops": 3, "min_ops": 3}}}
     suite = parse_suite({**raw, "variants": {"plain": {"train": {"max_steps": 1}}}, "test": exam})
-    (key, recipe), messages = next(iter(suite.points.items())), queue.Queue()
+    (key, recipe), messages = next(iter(suite.jobs.items())), queue.Queue()
     counted(monkeypatch, stops_at=3)
     with pytest.raises(KeyboardInterrupt):
-        points._point(key, recipe, suite.exam, messages)
-    kept = json.loads((Path(recipe.out) / points.EXAM_PARTS).read_text())[0]["parts"]
-    monkeypatch.setattr(points, "evaluate", lambda *_, **__: pytest.fail("answered again"))
-    points._point(key, recipe, suite.exam, messages)
-    result = points._result(recipe, suite.exam)
+        jobs.run_job(key, recipe, suite.test, messages)
+    kept = json.loads((Path(recipe.out) / jobs.TEST_CACHE).read_text())[0]["parts"]
+    monkeypatch.setattr(jobs, "evaluate", lambda *_, **__: pytest.fail("answered again"))
+    jobs.run_job(key, recipe, suite.test, messages)
+    result = jobs.known_result(suite, key)
     assert result is not None and list(result["loops"]) == ["1", "3"] and set(result["also"]["longer"]) == {
         "trained", "1", "3",
     }  # fmt: skip
     assert {"accuracy", "latents", "shuffled", "zeroed"} < set(kept) and "mean" not in kept
     assert (key, 1, "test: mean") in list(messages.queue)
-    assert not (Path(recipe.out) / points.EXAM_PARTS).exists() and (Path(recipe.out) / "controls.json").exists()
+    assert not (Path(recipe.out) / jobs.TEST_CACHE).exists() and (Path(recipe.out) / "controls.json").exists()
 
 
 @pytest.mark.parametrize(
