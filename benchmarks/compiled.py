@@ -24,7 +24,7 @@ from innerloop.passes.context import Context
 
 METHODS: Mapping[str, tuple[Method, int]] = {  # and the tokens to write
     "cot, 40 tokens": (Cot(), 40),
-    "coconut, 6": (Coconut(max_stage=3, latents_per_step=2), 8),
+    "coconut, 6": (Coconut(curriculum={"max_stage": 3}, latents_per_step=2), 8),
     "slr, 8 x 4": (Slr(n_slots=8, max_loops=4), 8),
     "lotus, 48 x 3": (Lotus(n_blocks=6, latents_per_block=8, max_loops=3), 8),
 }

@@ -28,12 +28,12 @@ from innerloop.methods import Coconut, Cot, Lotus, Method, Slr
 
 METHODS: dict[str, Method] = {
     "cot": Cot(),
-    "coconut": Coconut(latents_per_step=2, max_stage=3),
+    "coconut": Coconut(latents_per_step=2, curriculum={"max_stage": 3}),
     "slr": Slr(n_slots=6, max_loops=6),
     "lotus": Lotus(n_blocks=6, latents_per_block=4, max_loops=3),
     "lotus, 6 loops": Lotus(n_blocks=6, latents_per_block=4),
 }
-BARE = Coconut(latents_per_step=2, max_stage=3)
+BARE = Coconut(latents_per_step=2, curriculum={"max_stage": 3})
 ENGINE, PLAIN = "engine", "reference"
 
 

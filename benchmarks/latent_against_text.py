@@ -21,7 +21,7 @@ from innerloop.methods import Coconut, Codi, Cot, Lotus, Method, Pause, Pccot, S
 
 METHODS: dict[str, Method] = {
     "pause, 6": Pause(n_pauses=6),
-    "coconut, 6": Coconut(latents_per_step=2, max_stage=3),
+    "coconut, 6": Coconut(latents_per_step=2, curriculum={"max_stage": 3}),
     "codi, 6": Codi(n_latents_total=6),
     "pccot, 24 x 3": Pccot(n_slots=24, max_loops=3),
     "slr, 8 x 4": Slr(n_slots=8, max_loops=4),
@@ -80,7 +80,7 @@ def measure(options, size: int, length: int, n_answer: int, repeats: int) -> lis
     for name, model in models.items():
         first, whole = seconds_of(turns[name, 1]), seconds_of(turns[name, n_answer])
         thought = [max(a - b, 0.0) for a, b in zip(first, prefill)]
-        loops = model.method.n_loops(model.method.curriculum.last_stage)
+        loops = model.method.n_loops(model.method.last_stage)
         thinks = loops > 0 or name in texts
         point = {
             "method": name,

@@ -54,7 +54,7 @@ def main() -> None:
 
 def measure(examples: list[Example], loops: int) -> dict:
     """Return the peak of one step with T loops, plain and checkpointed, and how far the gradients differ."""
-    method = Slr(n_slots=SLOTS, max_loops=loops, lora="per_iter")
+    method = Slr(n_slots=SLOTS, max_loops=loops, loop={"lora": "per_iter"})
     model = LatentModel.from_scratch(BACKBONE, examples, method).train()
     plain, plain_gradients = step(model, examples)
     model.activation_checkpointing_enable()

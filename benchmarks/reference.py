@@ -20,7 +20,7 @@ class FullPass:
     """f over the latents: reads what comes before them once more."""
 
     compacts = False
-    state_mask = before = hints = None
+    state_mask = before = row_info = None
 
     def __init__(self, model: LatentModel, before_BLD: Tensor, grows: bool):
         self.decoder, self.before_BLD, self.grows = model.backbone.decoder, before_BLD, grows
@@ -59,17 +59,17 @@ class Reference:
         if not rows[0].region:
             return torch.cat([prefix, suffix], dim=1)
         region, n_loops = self.embed([row.region for row in rows]), [row.n_loops for row in rows]
-        grows = self.method.scope == "append"
+        grows = self.method.plan.scope == "append"
         f = FullPass(self.model, prefix, grows)
         state = region[:, :1] if grows else region
-        if self.method.first_state == "forward":
+        if self.method.plan.first_state == "forward":
             ends = FullPass(self.model, prefix[:, :-1], False) if grows else f
             state = loop.feed_back(ends(prefix[:, -1:] if grows else region, 0), None)
             self.positions += ends.positions if grows else 0
         result = loop(f, state, n_loops) if max(n_loops) else None
         self.positions += f.positions
         state = state if result is None else result.state
-        if self.method.answer_context == "refeed":
+        if self.method.plan.answer_context == "refeed":
             return torch.cat([f.before_BLD, state, suffix], dim=1)
         if grows:
             return torch.cat([f.before_BLD, suffix], dim=1)
@@ -90,7 +90,7 @@ class Reference:
 
     def loss(self, examples: list[Example]) -> Tensor:
         """Return the mean loss of the written tokens of examples whose rows have one length."""
-        stage = self.method.curriculum.last_stage
+        stage = self.method.last_stage
         rows = [self.method.lay_out(example, self.model.spell, stage) for example in examples]
         n_read = len(self.method.prompt(examples[0].question, self.model.spell, stage))
         before = self.think([example.question for example in examples])

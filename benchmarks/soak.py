@@ -27,8 +27,8 @@ from innerloop.methods import Coconut, Cot, Method, Slr
 from innerloop.text import encoder as speller
 
 METHODS: dict[str, Method] = {
-    "slr": Slr(n_slots=4, max_loops=3, stop="random", stop_histogram=(1.0, 1.0, 1.0)),
-    "coconut": Coconut(max_stage=2),
+    "slr": Slr(n_slots=4, max_loops=3, stop={"rule": "random", "histogram": (1.0, 1.0, 1.0)}),
+    "coconut": Coconut(curriculum={"max_stage": 2}),
     "cot": Cot(),
 }
 

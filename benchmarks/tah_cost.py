@@ -45,7 +45,7 @@ BACKBONE = {
     "vocab_size": 8192,
     "tie_word_embeddings": True,
 }
-METHOD = Tah(decider_width=64, decider_blocks=2, prompt_iterates=True)
+METHOD = Tah(decider={"width": 64, "blocks": 2}, prompt_iterates=True)
 PREFILL, DECODE = {"rows": 4, "tokens": 192}, {"rows": 16, "question": [48, 128]}
 REPEATS = {"prefill": 4, "decode": 2}
 

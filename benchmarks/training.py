@@ -27,7 +27,7 @@ from innerloop.text.examples import Example
 METHODS: dict[str, Method] = {
     "slr": Slr(n_slots=6, max_loops=6),
     "lotus": Lotus(n_blocks=6, latents_per_block=2, max_loops=6, step_weight=0.0),
-    "coconut": Coconut(latents_per_step=1, max_stage=7),  # 7 latents: 6 iterations
+    "coconut": Coconut(latents_per_step=1, curriculum={"max_stage": 7}),  # 7 latents: 6 iterations
 }
 OURS, PLAIN = "innerloop", "reference"
 CLOSE = 1e-5
@@ -81,7 +81,7 @@ def measure(options, name: str, method: Method, repeats: int) -> dict:
     runs = {side: partial(step, model, optimizer, loss) for side, loss in losses.items()}
     turns = take_turns(runs, repeats, clock_of(options.device))
     model.zero_grad(set_to_none=True)
-    stage = method.curriculum.last_stage
+    stage = method.last_stage
     (row,) = method.rows(examples[:1], model.spell, stage)
     point = {
         "method": name,

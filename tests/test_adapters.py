@@ -10,6 +10,7 @@ from innerloop.decoder import adapters
 from innerloop.decoder.adapters import add_lora, add_markers, merged_state
 from innerloop.decoder.backbone import Backbone
 from innerloop.model import checkpoint
+from tests.close import assert_close
 from tests.models import (
     SPELLED,
     answers_of,
@@ -177,7 +178,7 @@ def test_merging_leaves_the_model_bit_for_bit_as_it_was(arch, method):
 def test_a_saved_lora_run_gives_the_same_logits(method, tmp_path):
     model, _ = with_lora(method)
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
-    torch.testing.assert_close(answers_of(loaded), answers_of(model), atol=1e-5, rtol=1e-5)
+    assert_close(answers_of(loaded), answers_of(model))
     assert not adapters.adapted(loaded.backbone.lm)
 
 
@@ -190,7 +191,7 @@ def test_plain_transformers_reads_a_lora_folder_with_the_updates_merged(arch, tm
     lm = AutoModelForCausalLM.from_pretrained(folder)
     assert type(lm) is type(tiny_lm(arch))
     ours = text_logits(model.backbone.lm, model.tokenizer)
-    torch.testing.assert_close(text_logits(lm, model.tokenizer), ours, atol=1e-5, rtol=1e-5)
+    assert_close(text_logits(lm, model.tokenizer), ours)
 
 
 def test_lora_on_a_bfloat16_model_is_saved_as_bfloat16(tmp_path):

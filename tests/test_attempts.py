@@ -205,7 +205,7 @@ def test_questions_that_fail_do_so_in_each_sample_and_classes_are_not_drawn():
     model = tiny_model(Cot(), max_position_embeddings=16)
     found = model.generate(["1", " ".join("1" * 30)], samples=2, strict=False, max_new_tokens=2, temperature=1.0)
     assert [one.error is None for one in found] == [True, True, False, False]
-    linear = tiny_model(Slr(n_slots=2, max_loops=1, decoder="linear", classes=("0", "1")))
+    linear = tiny_model(Slr(n_slots=2, max_loops=1, decoder={"kind": "linear", "classes": ("0", "1")}))
     with pytest.raises(InputError, match="answers by a class"):
         linear.generate(["1"], samples=2, temperature=1.0)
     with pytest.raises(InputError, match="above 0 for several"):

@@ -34,7 +34,7 @@ def test_the_texts_and_scores_are_those_of_transformers(arch):
                 output_scores=True,
             )
             assert theirs.sequences[0, ids.shape[1] :].tolist()[: len(one.ids)] == one.ids
-            assert one.log_likelihood / len(one.ids) == pytest.approx(float(theirs.sequences_scores[0]), abs=1e-5)
+            assert one.log_likelihood / len(one.ids) == pytest.approx(float(theirs.sequences_scores[0]), rel=1e-5)
 
 
 @torch.no_grad()
@@ -125,6 +125,6 @@ def test_what_cannot_be_searched_is_refused(name, options, words):
 
 
 def test_a_classifier_is_not_searched():
-    linear = tiny_model(Slr(n_slots=2, max_loops=1, decoder="linear", classes=("0", "1")))
+    linear = tiny_model(Slr(n_slots=2, max_loops=1, decoder={"kind": "linear", "classes": ("0", "1")}))
     with pytest.raises(InputError, match="answers by a class"):
         linear.generate(["1"], beams=2)

@@ -14,6 +14,7 @@ from innerloop import Coconut, Cot, InputError, LatentModel, NoCot, Pause, Slr
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods import METHODS as ALL_METHODS
 from innerloop.model import checkpoint
+from tests.close import assert_close
 from tests.methods.tools import learn
 from tests.models import (
     answers_of,
@@ -28,11 +29,19 @@ from tests.models import (
 )
 
 DECODERS = [
-    Slr(decoder="separate"),
-    Slr(decoder="separate", decoder_layers=1, decoder_reads="state_and_prompt", decoder_table="own"),
-    Slr(decoder="linear", classes=("0", "1", "2", "3", "4")),
+    Slr(decoder={"kind": "separate"}),
+    Slr(decoder={"kind": "separate", "layers": 1, "reads": "state_and_prompt", "table": "own"}),
+    Slr(decoder={"kind": "linear", "classes": ("0", "1", "2", "3", "4")}),
 ]
-METHODS = [NoCot(), Cot(), Cot(with_markers=True), Pause(), Coconut(), Slr(), Slr(loop_scope="append", residual="B")]
+METHODS = [
+    NoCot(),
+    Cot(),
+    Cot(with_markers=True),
+    Pause(),
+    Coconut(),
+    Slr(),
+    Slr(loop_scope="append", loop={"residual": "B"}),
+]
 METHODS += DECODERS
 EXAMPLES = list(chain_examples(3))
 LLAMA = {"type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -60,7 +69,12 @@ SHORT = {  # of methods whose defaults do not fit two layers, or take long
     "mor": {"n_recursions": 2, "sharing": "cycle"},
     "adainfer": {"exits": (1,)},
 }
-FULL = Slr(n_slots=2, max_loops=2, residual="C", rescale="adapter", lora="per_iter", lora_rank=2, stop="kl")
+FULL = Slr(
+    n_slots=2,
+    max_loops=2,
+    loop={"residual": "C", "rescale": "adapter", "lora": "per_iter", "lora_rank": 2},
+    stop={"rule": "kl"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +133,13 @@ def test_the_trained_timestep_table_and_tau_come_back(tmp_path):
 
 
 def test_every_setting_of_the_method_comes_back(tmp_path):
-    method = Slr(n_slots=3, max_loops=2, residual="B", alpha=0.5, h0="forward", max_stage=2, stage_mix="linear")
+    method = Slr(
+        n_slots=3,
+        max_loops=2,
+        loop={"residual": "B", "alpha": 0.5},
+        h0="forward",
+        curriculum={"max_stage": 2, "mix": "linear"},
+    )
     loaded = LatentModel.from_pretrained(saved(tiny_model(method), tmp_path / "run"))
     assert loaded.method == method
 
@@ -158,7 +178,7 @@ def test_plain_transformers_reads_the_folder(arch, tmp_path):
     folder = saved(model, tmp_path / "run")
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     own = text_logits(model.backbone.lm, model.tokenizer)
-    torch.testing.assert_close(text_logits(lm, tokenizer), own, atol=2e-6, rtol=1e-6)
+    assert_close(text_logits(lm, tokenizer), own)
     assert torch.equal(text_logits(Backbone(lm).lm, tokenizer), own)  # GPT-2's activation is one operator in both
 
 
@@ -199,15 +219,15 @@ def test_a_decoder_is_saved_beside_the_loop_and_must_be_there(method, tmp_path):
 
 
 def test_a_decoder_with_more_layers_keeps_those_it_has_learned(tmp_path):
-    model = moved(tiny_model(Slr(decoder="separate", decoder_layers=1)))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), Slr(decoder="separate", decoder_layers=2))
+    model = moved(tiny_model(Slr(decoder={"kind": "separate", "layers": 1})))
+    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), Slr(decoder={"kind": "separate", "layers": 2}))
     old, new = (one.decoder.layers.layers[0].state_dict() for one in (model, loaded))
     assert all(torch.equal(new[name], old[name]) for name in old)
 
 
 def test_a_run_that_wrote_its_answers_goes_on_with_a_decoder_of_its_own(tmp_path):
     model = moved(tiny_model(Slr()))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), Slr(decoder="separate"))
+    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), Slr(decoder={"kind": "separate"}))
     assert torch.equal(loaded.loop.time.table, model.loop.time.table)
     assert loaded.loss(EXAMPLES).loss.isfinite()
 
@@ -240,9 +260,7 @@ def test_a_cot_run_goes_on_as_coconut_with_its_weights(tmp_path):
         assert torch.equal(same, tensor), name
     assert loaded.backbone.lm.get_input_embeddings().weight.shape[0] == n_old + 3
     plain = text_logits(model.backbone.lm, model.tokenizer)
-    torch.testing.assert_close(
-        text_logits(loaded.backbone.lm, loaded.tokenizer)[..., :n_old], plain, atol=1e-5, rtol=1e-5
-    )
+    assert_close(text_logits(loaded.backbone.lm, loaded.tokenizer)[..., :n_old], plain)
     assert torch.isfinite(loaded.loss(EXAMPLES, stage=1).loss)
 
 
@@ -446,7 +464,9 @@ def test_from_scratch_is_set_by_its_seed():
 
 
 @pytest.mark.parametrize(
-    "method", [Slr(lora="per_iter"), Slr(residual="C"), *DECODERS[1:]], ids=["lora", "gate", "separate", "linear"]
+    "method",
+    [Slr(loop={"lora": "per_iter"}), Slr(loop={"residual": "C"}), *DECODERS[1:]],
+    ids=["lora", "gate", "separate", "linear"],
 )
 def test_from_scratch_draws_the_parts_of_the_method_by_its_seed_too(method):
     first, again, other = (from_scratch(LLAMA, chain_tokenizer(), method, seed).parts() for seed in (0, 0, 1))
@@ -456,7 +476,7 @@ def test_from_scratch_draws_the_parts_of_the_method_by_its_seed_too(method):
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("method", [Cot(), Slr(decoder="separate")], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [Cot(), Slr(decoder={"kind": "separate"})], ids=lambda m: m.name)
 def test_from_scratch_leaves_the_global_generator_alone(method):
     torch.manual_seed(5)
     expected = torch.rand(1)

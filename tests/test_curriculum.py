@@ -32,7 +32,7 @@ def p_value(counts: Counter[int], shares: list[float]) -> float:
 
 
 def test_coconuts_stages_over_25_epochs():
-    method = Coconut(max_stage=3, latents_per_step=2, stage_length=3)
+    method = Coconut(curriculum={"max_stage": 3, "length": 3}, latents_per_step=2)
     stages = [method.stage_at(step=10 * e, steps_per_epoch=10) for e in range(25)]
     assert stages == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] + [4] * 13
     assert [method.n_latents(s) for s in stages] == [0, 0, 0, 2, 2, 2, 4, 4, 4, 6, 6, 6] + [6] * 13
@@ -159,16 +159,16 @@ def test_draws_do_not_depend_on_the_process():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_stage": -1}, "max_stage"),
-        ({"stage_length": 0}, "stage_length"),
-        ({"max_stage": 3, "first_stage": 5}, "from 0 to 4"),
-        ({"max_stage": 3, "first_stage": -1}, "from 0 to 4"),
-        ({"first_stage": 1}, "from 0 to 0"),
-        ({"uniform_prob": 1.5}, "probability"),
-        ({"uniform_prob": -0.1}, "probability"),
-        ({"stage_unit": "epochs"}, "stage_unit"),
-        ({"stage_mix": "cubic"}, "stage_mix"),
-        ({"reset_optimizer": "always"}, "reset_optimizer"),
+        ({"curriculum.max_stage": -1}, "max_stage"),
+        ({"curriculum.length": 0}, "stage_length"),
+        ({"curriculum.max_stage": 3, "curriculum.first_stage": 5}, "from 0 to 4"),
+        ({"curriculum.max_stage": 3, "curriculum.first_stage": -1}, "from 0 to 4"),
+        ({"curriculum.first_stage": 1}, "from 0 to 0"),
+        ({"curriculum.uniform_prob": 1.5}, "probability"),
+        ({"curriculum.uniform_prob": -0.1}, "probability"),
+        ({"curriculum.unit": "epochs"}, "stage_unit"),
+        ({"curriculum.mix": "cubic"}, "stage_mix"),
+        ({"curriculum.reset_optimizer": "always"}, "reset_optimizer"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

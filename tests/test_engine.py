@@ -6,6 +6,7 @@ import torch
 from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr
 from innerloop.engine import decoding as writer
 from innerloop.engine import engine
+from tests.fields import make
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
@@ -18,7 +19,13 @@ METHODS = {
     "append": Slr(loop_scope="append", max_loops=2),
 }
 NEVER_ENDS = -100.0
-SOLVER = {"time": "none", "alpha": 0.5, "solver": "plain", "solver_tol": 3e-3, "max_loops": 40}
+SOLVER = {
+    "loop.time": "none",
+    "loop.alpha": 0.5,
+    "fixed_point.solver": "plain",
+    "fixed_point.tol": 3e-3,
+    "max_loops": 40,
+}
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
@@ -273,6 +280,11 @@ def test_impossible_options_are_refused(options):
         tiny_model(Cot()).generate(["2"], **options)
 
 
+def test_options_that_do_not_exist_are_refused_with_the_nearest_that_do():
+    with pytest.raises(InputError, match=r"no option 'max_token' .* \(did you mean 'max_new_tokens'\?\)"):
+        tiny_model(Cot()).generate(["2"], max_token=3)
+
+
 # What a generation tells
 
 
@@ -327,11 +339,11 @@ def test_thought_tokens_are_latents_and_written_steps(monkeypatch):
         (Pause(), 0),
         (Slr(max_loops=0), 0),
         (Slr(max_loops=0, h0="forward"), 0),
-        (Coconut(max_stage=2, latents_per_step=2), 3),
+        (Coconut(curriculum={"max_stage": 2}, latents_per_step=2), 3),
         (Slr(max_loops=3), 3),
         (Slr(max_loops=3, loop_scope="append", answer_from="kv_last"), 3),
-        (Slr(max_loops=3, decoder="separate"), 3),
-        (Slr(max_loops=3, decoder="linear", classes=("0", "1")), 3),
+        (Slr(max_loops=3, decoder={"kind": "separate"}), 3),
+        (Slr(max_loops=3, decoder={"kind": "linear", "classes": ("0", "1")}), 3),
     ],
     ids=lambda one: getattr(one, "name", None),
 )
@@ -341,9 +353,11 @@ def test_loops_are_the_iterations_that_each_row_ran(method, n_loops):
         assert generation.cost.loops == len(generation.trace.iterations) == n_loops
 
 
-@pytest.mark.parametrize("fields", [{"stop": "delta", "max_loops": 4}, SOLVER], ids=["stop", "solver"])
+@pytest.mark.parametrize("fields", [{"stop.rule": "delta", "max_loops": 4}, SOLVER], ids=["stop", "solver"])
 def test_loops_are_counted_for_each_row_where_rows_end_by_themselves(fields):
-    method = Slr(n_slots=3, residual="A", rescale="rms", **{"time": "lookup", **fields})
+    method = make(
+        Slr, n_slots=3, **{"loop.residual": "A"}, **{"loop.rescale": "rms"}, **{"loop.time": "lookup", **fields}
+    )
     model = halting("gpt2", method) if "stop" in fields else on("gpt2", method)
     generations = model.generate(QUESTIONS, max_new_tokens=2, trace=True)
     loops = [generation.cost.loops for generation in generations]
@@ -352,7 +366,7 @@ def test_loops_are_counted_for_each_row_where_rows_end_by_themselves(fields):
 
 
 def test_loops_follow_the_stage_and_the_number_asked_for():
-    model = sharp_model(Slr(n_slots=2, max_loops=4, max_stage=2, loops_per_stage=1))
+    model = sharp_model(Slr(n_slots=2, max_loops=4, curriculum={"max_stage": 2}, loops_per_stage=1))
     asked = [{"stage": 0}, {"stage": 1}, {"stage": 3}, {"loops": 7}]
     found = [[g.cost.loops for g in model.generate(QUESTIONS[:2], max_new_tokens=1, **one)] for one in asked]
     assert found == [[0, 0], [1, 1], [4, 4], [7, 7]]

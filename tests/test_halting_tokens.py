@@ -8,18 +8,21 @@ import pytest
 import torch
 
 from innerloop import InputError, LatentModel, Looped, Slr
-from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.config.stopping import StopKind
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods import Method
+from innerloop.model.stopping import use_rule
 from innerloop.passes.thought import think
+from tests.close import assert_close
+from tests.fields import make
 from tests.methods.tools import MIXED, PLAIN, QUESTIONS, by_arch, change
 from tests.models import tiny_model
 
 T = 4
 KINDS = [kind for kind in get_args(StopKind) if kind not in ("none", "classifier", "act")]
-FIELDS = {"random": {"stop_histogram": (0.3, 0.2, 0.3, 0.2)}}
+FIELDS = {"random": {"stop.histogram": (0.3, 0.2, 0.3, 0.2)}}
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -29,19 +32,21 @@ def looped(kind: str, arch: str = "llama", **fields) -> LatentModel:
     Without a threshold, it stops where half of the scores are reached.
     """
     kappa = fields.pop("stop_threshold", None)
-    method = Looped(max_loops=T, stop=kind, stop_threshold=math.inf, **FIELDS.get(kind, {}), **fields)
+    method = make(
+        Looped, max_loops=T, **{"stop.rule": kind}, **{"stop.threshold": math.inf}, **FIELDS.get(kind, {}), **fields
+    )
     model = tiny_model(method, arch, num_hidden_layers=2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.loop.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     if kappa is None:
-        scores = survey(model, MIXED).scores_TM[:-1]
+        scores = scan_loop(model, MIXED).scores_TM[:-1]
         known = scores[scores.isfinite()].unique()
         at = torch.nonzero(known.diff() > 1e-4)[:, 0]  # so that rounding decides nothing
         at = at[len(at) // 2]
         kappa = known[at : at + 2].mean().item()
-    use_rule(model, **{**method.rule, "stop_threshold": kappa})
+    use_rule(model, **{**method.rule, "stop.threshold": kappa})
     return model
 
 
@@ -65,7 +70,7 @@ def test_every_rule_stops_tokens_one_by_one_batches_as_single_rows(kind):
     depths = depths_of(model)
     assert kind == "fixed" or len({d for row in depths for d in row}) > 1
     for example, row, logits in zip(MIXED, depths, model.answer_logits(MIXED)):
-        torch.testing.assert_close(model.answer_logits([example])[0], logits, atol=1e-4, rtol=0)
+        assert_close(model.answer_logits([example])[0], logits)
         batch = model.batch(model.rows([example]))
         assert sum(row) > 0 and len(row) == int(batch.mask_BS.sum())
 
@@ -83,7 +88,7 @@ def test_no_rule_sees_a_later_token(kind):
     )
     n_same -= len(model.prompts([example.question])[0]) - 1  # the token before a changed one predicts it alike
     assert n_same > 10
-    torch.testing.assert_close(left[:n_same], right[:n_same], atol=1e-5, rtol=0)
+    assert_close(left[:n_same], right[:n_same])
     assert (left[n_same:] - right[n_same:]).abs().max() > 1e-3
 
 
@@ -132,7 +137,7 @@ def test_a_falling_threshold_counts_the_written_tokens():
         assert all(low <= mid <= high for mid, high, low in zip(*at))
     assert depths_of(flat) != depths_of(falling) != depths_of(strict)
     with pytest.raises(InputError, match="set it to 0"):
-        tiny_model(change(PLAIN, stop="top_prob", stop_decay=4))
+        tiny_model(change(PLAIN, stop={"rule": "top_prob", "decay": 4}))
 
 
 LOOKS = [("delta", 1), ("kl", 1), ("gap", 2), ("argmax", 1), ("halt", 1), ("mlp_probe", 1)]
@@ -155,15 +160,15 @@ def test_flops_are_those_of_the_iterations_and_of_the_looks(kind, every, arch):
 
 
 def test_looks_at_latents_are_counted_for_the_rows_that_are_still_going():
-    method = Slr(n_slots=3, max_loops=T, stop="kl")
+    method = Slr(n_slots=3, max_loops=T, stop={"rule": "kl"})
     model = tiny_model(method, num_hidden_layers=2)
     costs = {}
     for kappa, every in ((math.inf, 1), (math.inf, 2), (-1e9, 1)):
-        stopping = on(model, change(method, stop_threshold=kappa, check_every=every))
+        stopping = on(model, change(method, stop={"threshold": kappa, "check_every": every}))
         costs[kappa, every] = [g.cost.flops for g in stopping.generate(QUESTIONS, max_new_tokens=3)]
     look = 2 * 3 * model.backbone.width * model.backbone.config.vocab_size
     for once, twice in zip(costs[math.inf, 2], costs[math.inf, 1]):
         assert twice - once == pytest.approx(2 * look)  # after iterations 1, 2 and 3 instead of 2 alone
-    fixed = on(model, change(method, stop="fixed", stop_threshold=2.0)).generate(QUESTIONS, max_new_tokens=3)
+    fixed = on(model, change(method, stop={"rule": "fixed", "threshold": 2.0})).generate(QUESTIONS, max_new_tokens=3)
     for stopped, free in zip(costs[-1e9, 1], fixed):  # there is nothing to compare with after the first
         assert stopped - free.cost.flops == pytest.approx(2 * look)

@@ -10,6 +10,7 @@ from innerloop.text.batch import collate
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import IGNORE, Kind, Piece, Readout, Row
+from tests.fields import make
 from tests.methods.tools import labels_by_loop
 from tests.models import SPELLED, chain_examples, spelled_tokenizer, tiny_model
 
@@ -28,7 +29,7 @@ def speller(*arguments, **special) -> Speller:
 
 
 def laid_out(method, stage: int | None = None, example: Example = EXAMPLE) -> Row:
-    return method.lay_out(example, speller(), method.curriculum.last_stage if stage is None else stage)
+    return method.lay_out(example, speller(), method.last_stage if stage is None else stage)
 
 
 def segments(row: Row) -> list[list[int]]:
@@ -46,22 +47,28 @@ ROWS = [
     (Pause(n_pauses=0, with_markers=False), 0, "q r |", "", ": ### a <eos>"),
     (Pause(n_pauses=2, placement="prepend"), 0, "<bot> <lat> <lat> <eot> q r |", "", ": ### a <eos>"),
     (Pause(n_pauses=2, keep_steps=True), 0, "q r | <bot>", "<lat> <lat>", "<eot> : s1 | s2 s2 | s3 | ### a <eos>"),
-    (Pause(n_pauses=3, max_stage=3), 2, "q r | <bot>", "<lat> <lat>", "<eot> : s3 | ### a <eos>"),
-    (Coconut(max_stage=2), 0, "q r | <bot>", "", "<eot> : s1 | s2 s2 | s3 | ### a <eos>"),
-    (Coconut(max_stage=2), 1, "q r | <bot>", "<lat> <lat>", "<eot> : s2 s2 | s3 | ### a <eos>"),
-    (Coconut(max_stage=2), 2, "q r | <bot>", "<lat> <lat> <lat> <lat>", "<eot> : s3 | ### a <eos>"),
-    (Coconut(max_stage=2), 3, "q r | <bot>", "<lat> <lat> <lat> <lat>", "<eot> : ### a <eos>"),
-    (Coconut(max_stage=4, latents_per_step=1), 4, "q r | <bot>", "<lat> <lat> <lat> <lat>", "<eot> : ### a <eos>"),
-    (Coconut(max_stage=4, latents_per_step=0), 5, "q r |", "", ": ### a <eos>"),
+    (Pause(n_pauses=3, curriculum={"max_stage": 3}), 2, "q r | <bot>", "<lat> <lat>", "<eot> : s3 | ### a <eos>"),
+    (Coconut(curriculum={"max_stage": 2}), 0, "q r | <bot>", "", "<eot> : s1 | s2 s2 | s3 | ### a <eos>"),
+    (Coconut(curriculum={"max_stage": 2}), 1, "q r | <bot>", "<lat> <lat>", "<eot> : s2 s2 | s3 | ### a <eos>"),
+    (Coconut(curriculum={"max_stage": 2}), 2, "q r | <bot>", "<lat> <lat> <lat> <lat>", "<eot> : s3 | ### a <eos>"),
+    (Coconut(curriculum={"max_stage": 2}), 3, "q r | <bot>", "<lat> <lat> <lat> <lat>", "<eot> : ### a <eos>"),
     (
-        Coconut(max_stage=4, latents_per_step=1, pad_latent_to_max=False),
+        Coconut(curriculum={"max_stage": 4}, latents_per_step=1),
+        4,
+        "q r | <bot>",
+        "<lat> <lat> <lat> <lat>",
+        "<eot> : ### a <eos>",
+    ),
+    (Coconut(curriculum={"max_stage": 4}, latents_per_step=0), 5, "q r |", "", ": ### a <eos>"),
+    (
+        Coconut(curriculum={"max_stage": 4}, latents_per_step=1, pad_latent_to_max=False),
         5,
         "q r | <bot>",
         "<lat> <lat> <lat>",
         "<eot> : ### a <eos>",
     ),
     (Slr(n_slots=2), 0, "q r | <bot>", "<lat> <lat>", "<eot> : ### a <eos>"),
-    (Slr(n_slots=2, max_stage=2), 1, "q r | <bot>", "<lat> <lat>", "<eot> : s2 s2 | s3 | ### a <eos>"),
+    (Slr(n_slots=2, curriculum={"max_stage": 2}), 1, "q r | <bot>", "<lat> <lat>", "<eot> : s2 s2 | s3 | ### a <eos>"),
     (Slr(loop_scope="append", max_loops=2), 0, "q r | <bot>", "<lat> <lat> <lat>", "<eot> : ### a <eos>"),
     (
         Slr(loop_scope="append", max_loops=2, answer_from="kv_last"),
@@ -89,14 +96,16 @@ def test_a_prompt_is_the_row_up_to_the_first_supervised_token(method, stage, pre
     prompt = method.prompt(EXAMPLE.question, speller(), stage)
     row = laid_out(method, stage)
     if isinstance(method, Coconut) and not method.pad_latent_to_max and stage == method.last_stage:
-        row = laid_out(Coconut(max_stage=4, latents_per_step=1), stage)  # answering always uses the maximum
+        row = laid_out(
+            Coconut(curriculum={"max_stage": 4}, latents_per_step=1), stage
+        )  # answering always uses the maximum
     assert segments(prompt)[:2] == segments(row)[:2]
     assert segments(prompt)[2] == ids(suffix.partition(":")[0])
     assert set(prompt.labels()) == {X}
 
 
 def test_pieces_know_their_kind_and_their_step():
-    row = laid_out(Coconut(max_stage=2), 1)
+    row = laid_out(Coconut(curriculum={"max_stage": 2}), 1)
     assert [(piece.kind, piece.step) for piece in row.pieces] == [
         (Kind.QUESTION, -1),
         (Kind.MARKER, -1),
@@ -115,7 +124,7 @@ def test_without_steps_cot_equals_no_cot():
 
 def test_an_example_with_fewer_steps_than_the_stage_has_no_text_left():
     short = Example("q r", ("s1",), "a")
-    assert segments(laid_out(Coconut(max_stage=3), 2, short))[2] == ids("<eot> ### a <eos>")
+    assert segments(laid_out(Coconut(curriculum={"max_stage": 3}), 2, short))[2] == ids("<eot> ### a <eos>")
 
 
 # Spelling
@@ -202,10 +211,10 @@ def test_each_supervised_token_is_predicted_from_the_real_position_before_it():
 
 
 def test_the_position_that_predicts_is_real_and_is_the_one_before(examples):
-    for method in (Cot(), Coconut(max_stage=2), Pause(with_markers=False)):
+    for method in (Cot(), Coconut(curriculum={"max_stage": 2}), Pause(with_markers=False)):
         model = tiny_model(method)
         mixed = [Example(e.question, e.steps[:n], e.answer) for n, e in enumerate(examples[:4])]
-        batch = model.batch([row for stage in (0, method.curriculum.last_stage) for row in model.rows(mixed, stage)])
+        batch = model.batch([row for stage in (0, method.last_stage) for row in model.rows(mixed, stage)])
         mask, flat_ids = batch.mask_BS.flatten(), batch.ids_BS.flatten()
         order = mask.cumsum(0)  # the place among all real positions, row after row
         assert mask[batch.predict_at_U].all()
@@ -289,7 +298,7 @@ def test_read_outs_point_at_loop_row_and_slot():
     ],
 )
 def test_steps_are_read_out_where_and_when_slr_says(settings, expected):
-    row = laid_out(Slr(**{"n_slots": 4, "max_loops": 3, "step_weight": 1.0} | settings))
+    row = laid_out(make(Slr, **{"n_slots": 4, "max_loops": 3, "step_weight": 1.0} | settings))
     spelled = [[X if word == "." else ids(word)[0] for word in words.split()] for words in expected]
     assert labels_by_loop(row) == [words + [X] * (4 - len(words)) for words in spelled]
 
@@ -332,6 +341,6 @@ def test_every_real_position_is_read_once_and_in_order(method, monkeypatch):
 
 
 def test_markers_written_in_a_question_are_text():
-    model = tiny_model(Coconut(max_stage=1, latents_per_step=2))
+    model = tiny_model(Coconut(curriculum={"max_stage": 1}, latents_per_step=2))
     (row,) = model.prompts(["1 <lat> <bot> ; + 2"])
     assert row.ids().count(model.tokenizer.convert_tokens_to_ids("<lat>")) == 2

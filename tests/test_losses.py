@@ -13,12 +13,13 @@ from torch.nn.functional import cosine_similarity, cross_entropy, smooth_l1_loss
 from innerloop import InputError, LatentModel, Slr
 from innerloop.passes.thought import Thought
 from innerloop.text.row import IGNORE
+from tests.fields import change
 from tests.methods.tools import MIXED, assert_close, halting, labels_by_loop, rows_at, same_weights, thought_of
 from tests.models import tiny_model
 
-SMALL = Slr(n_slots=3, max_loops=3, time="lookup")
-RAMP = dataclasses.replace(SMALL, max_stage=2, loops_per_stage=1)
-HALT = {"stop": "halt", "halt_weight": 0.5}
+SMALL = Slr(n_slots=3, max_loops=3, loop={"time": "lookup"})
+RAMP = change(SMALL, curriculum={"max_stage": 2}, loops_per_stage=1)
+HALT = {"stop.rule": "halt", "halt.weight": 0.5}
 
 
 def model_of(method: Slr, seed: int = 0) -> LatentModel:
@@ -48,18 +49,18 @@ def after(model: LatentModel, t: int) -> list[Tensor]:
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])
 @pytest.mark.parametrize("schedule", ["linear", "softmax"])
 def test_deep_is_the_weighted_mean_of_the_answers_after_every_iteration(scope, schedule):
-    model = model_of(dataclasses.replace(SMALL, loop_scope=scope, deep_weight=0.5, deep_schedule=schedule))
+    model = model_of(change(SMALL, loop_scope=scope, deep={"weight": 0.5, "schedule": schedule}))
     out = model.loss(MIXED)
     weights = [1 / 6, 2 / 6, 3 / 6] if schedule == "linear" else torch.tensor([1.0, 2, 3]).softmax(0).tolist()
     means = [torch.cat(after(model, t)).mean().item() for t in (1, 2, 3)]
-    assert out.terms["deep"].item() == pytest.approx(sum(w * m for w, m in zip(weights, means)), abs=1e-5)
-    assert out.terms["answer"].item() == pytest.approx(means[2], abs=1e-5)
-    assert out.loss.item() == pytest.approx((out.terms["answer"] + 0.5 * out.terms["deep"]).item(), abs=1e-5)
+    assert out.terms["deep"].item() == pytest.approx(sum(w * m for w, m in zip(weights, means)), rel=1e-5)
+    assert out.terms["answer"].item() == pytest.approx(means[2], rel=1e-5)
+    assert out.loss.item() == pytest.approx((out.terms["answer"] + 0.5 * out.terms["deep"]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("term", ["deep", "halt"])
 def test_rows_with_fewer_iterations_have_the_terms_of_single_rows(term):
-    model = model_of(dataclasses.replace(RAMP, **({"deep_weight": 1.0} if term == "deep" else HALT)))
+    model = model_of(dataclasses.replace(RAMP, **({"deep.weight": 1.0} if term == "deep" else HALT)))
     rows = rows_at(model, MIXED, [3, 1, 2, 3, 1, 2])
     assert [row.n_loops for row in rows] == [3, 1, 2, 3, 1, 2]
     total, count = 0.0, 0
@@ -67,11 +68,11 @@ def test_rows_with_fewer_iterations_have_the_terms_of_single_rows(term):
         batch = model.batch([row])
         n = len(batch.targets_U) if term == "deep" else 1
         total, count = total + model(batch).terms[term].item() * n, count + n
-    assert model(model.batch(rows)).terms[term].item() == pytest.approx(total / count, abs=1e-5)
+    assert model(model.batch(rows)).terms[term].item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_deep_and_halt_are_for_training_alone():
-    model = model_of(dataclasses.replace(SMALL, deep_weight=1.0, **HALT)).eval()
+    model = model_of(change(SMALL, deep={"weight": 1.0}, **HALT)).eval()
     assert set(model.loss(MIXED).terms) == {"answer"}
 
 
@@ -101,19 +102,19 @@ def gates_of(model: LatentModel) -> Tensor:
 def test_the_halting_distribution_sums_to_one_and_is_that_of_brute_force():
     for rates in itertools.product([0.1, 0.5, 0.95], repeat=3):
         assert sum(brute_force(list(rates))) == pytest.approx(1.0)
-    model = model_of(dataclasses.replace(SMALL, **HALT, halt_beta=0.0))
+    model = model_of(change(SMALL, **HALT, halt={"beta": 0.0}))
     rates_TB, losses = gates_of(model), [after(model, t) for t in (1, 2, 3)]
     expected = 0.0
     for row in range(len(MIXED)):
         p = brute_force(rates_TB[:, row].tolist())
         expected += sum(p_t * losses[t][row].mean().item() for t, p_t in enumerate(p)) / len(MIXED)
-    assert model.loss(MIXED).terms["halt"].item() == pytest.approx(expected, abs=1e-5)
+    assert model.loss(MIXED).terms["halt"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_halt_draws_the_distribution_to_a_truncated_geometric():
     terms = []
     for beta in (0.0, 1.0):
-        model = model_of(dataclasses.replace(SMALL, **HALT, halt_beta=beta, halt_prior=0.3))
+        model = model_of(change(SMALL, **HALT, halt={"beta": beta, "prior": 0.3}))
         terms.append(model.loss(MIXED).terms["halt"].item())
     geometric = [0.3 * 0.7**t for t in range(3)]
     prior = [g / sum(geometric) for g in geometric]
@@ -121,7 +122,7 @@ def test_halt_draws_the_distribution_to_a_truncated_geometric():
     for row in range(len(MIXED)):
         p = brute_force(gates_of(model)[:, row].tolist())
         divergence += sum(a * math.log(a / b) for a, b in zip(p, prior)) / len(MIXED)
-    assert terms[1] - terms[0] == pytest.approx(divergence, abs=1e-5)
+    assert terms[1] - terms[0] == pytest.approx(divergence, rel=1e-5)
 
 
 def test_halt_trains_the_gate():
@@ -134,7 +135,7 @@ def test_halt_trains_the_gate():
 
 
 def student_and_teacher(**fields) -> LatentModel:
-    model = model_of(dataclasses.replace(SMALL, hid_weight=1.0, teacher="-", **fields))
+    model = model_of(change(SMALL, hid={"weight": 1.0}, teacher="-", **fields))
     model._frozen["teacher"] = copy.deepcopy(tiny_model(Slr(), seed=5, num_hidden_layers=2)).double()
     return model
 
@@ -163,7 +164,7 @@ def test_hid_is_the_distance_to_the_teachers_states_at_the_end_of_the_steps(hid_
                 else:
                     distance = smooth_l1_loss(ours, target) / hidden[layer][0, ends].float().std()
                 expected.append(distance.item() / len(layers))
-        assert model.loss([example]).terms["hid"].item() == pytest.approx(sum(expected) / 3, abs=1e-5)
+        assert model.loss([example]).terms["hid"].item() == pytest.approx(sum(expected) / 3, rel=1e-5)
         _, output = thought.loop.outputs[-1]
         assert_close(thought.layer_states[-1][-1], output)
 
@@ -179,7 +180,7 @@ def test_hid_trains_the_student_and_not_the_teacher():
 @pytest.mark.parametrize("site", ["post_norm", "pre_norm"])
 def test_following_a_teacher_changes_no_logits(site):
     model = student_and_teacher(feedback_site=site)
-    plain = LatentModel(model.backbone, model.tokenizer, dataclasses.replace(SMALL, feedback_site=site)).double()
+    plain = LatentModel(model.backbone, model.tokenizer, change(SMALL, loop={"site": site})).double()
     plain.loop.load_state_dict(model.loop.state_dict())
     for left, right in zip(model.eval().answer_logits(MIXED), plain.eval().answer_logits(MIXED)):
         assert torch.equal(left, right)
@@ -187,7 +188,7 @@ def test_following_a_teacher_changes_no_logits(site):
 
 def test_following_needs_a_teacher():
     with pytest.raises(InputError, match="set teacher"):
-        Slr(hid_weight=1.0)
+        Slr(hid={"weight": 1.0})
 
 
 # Halted rows in evaluation
@@ -196,7 +197,7 @@ def test_following_needs_a_teacher():
 @pytest.mark.parametrize("term", ["step", "hid"])
 def test_rows_that_stop_early_in_evaluation_keep_their_last_output_in_the_terms(term):
     model = student_and_teacher() if term == "hid" else model_of(dataclasses.replace(SMALL, step_weight=1.0))
-    stopping = dataclasses.replace(model.method, stop="delta", stop_threshold=-math.inf)
+    stopping = change(model.method, stop={"rule": "delta", "threshold": -math.inf})
     twin = LatentModel(model.backbone, model.tokenizer, stopping).double().eval()
     twin._frozen = model._frozen
     assert math.isfinite(twin.loss(MIXED).terms[term].item())
@@ -204,8 +205,8 @@ def test_rows_that_stop_early_in_evaluation_keep_their_last_output_in_the_terms(
 
 def stopping(method: Slr) -> tuple[LatentModel, list[Thought], list[int]]:
     """Return a model whose rows stop early, what each row alone does without stopping, and after how many it stops."""
-    model = halting("llama", dataclasses.replace(method, max_loops=4, stop="delta"))
-    never = same_weights(model, dataclasses.replace(model.method, stop_threshold=math.inf))
+    model = halting("llama", change(method, max_loops=4, stop={"rule": "delta"}))
+    never = same_weights(model, change(model.method, stop={"threshold": math.inf}))
     n_loops = thought_of(model, MIXED).loop.n_loops
     assert len(set(n_loops)) > 1 and min(n_loops) < 4
     return model, [thought_of(never, [example]) for example in MIXED], n_loops
@@ -219,8 +220,8 @@ def shown_step(t: int, m: int) -> int | None:
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])
 @pytest.mark.parametrize("hid_distance", ["smooth_l1", "cosine"])
 def test_a_row_that_has_stopped_follows_the_teacher_with_its_last_state(scope, hid_distance):
-    method = dataclasses.replace(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_distance=hid_distance)
-    model, alone, n_loops = stopping(dataclasses.replace(method, hid_layers="all"))
+    method = change(SMALL, loop_scope=scope, hid={"weight": 1.0, "distance": hid_distance}, teacher="-")
+    model, alone, n_loops = stopping(change(method, hid={"layers": "all"}))
     model._frozen["teacher"] = tiny_model(Slr(), seed=5, num_hidden_layers=2).double()
     total, count = 0.0, 0
     for layer in (1, 2):
@@ -244,7 +245,7 @@ def test_a_row_that_has_stopped_follows_the_teacher_with_its_last_state(scope, h
                 total += smooth_l1_loss(ours, target).item() / spread.item()
         count += len(pairs)
     assert count == 2 * 4 * 4  # four examples have steps
-    assert model.loss(MIXED).terms["hid"].item() == pytest.approx(total / count, abs=1e-5)
+    assert model.loss(MIXED).terms["hid"].item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_row_that_has_stopped_shows_its_last_output_as_every_later_step():
@@ -254,7 +255,7 @@ def test_a_row_that_has_stopped_shows_its_last_output_as_every_later_step():
         for t, labels in enumerate(labels_by_loop(row), 1):
             logits = model.backbone.head(thought.loop.outputs[min(t, ran) - 1][1][0]).detach()
             losses += [cross_entropy(logits[j], torch.tensor(i)) for j, i in enumerate(labels) if i != IGNORE]
-    assert model.loss(MIXED).terms["step"].item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+    assert model.loss(MIXED).terms["step"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
 # gain
@@ -267,7 +268,7 @@ def test_the_gain_is_penalised_above_the_bound_alone_and_changes_nothing_else(fi
     plain = model_of(dataclasses.replace(SMALL, **fields))
     terms = {}
     for bound in (0.0, 1e6):
-        method = dataclasses.replace(SMALL, spectral_weight=2.0, spectral_bound=bound, **fields)
+        method = change(SMALL, fixed_point={"spectral_weight": 2.0, "spectral_bound": bound}, **fields)
         guarded = LatentModel(plain.backbone, plain.tokenizer, method).double().train()
         guarded.loop.load_state_dict(plain.loop.state_dict())
         out = guarded.loss(MIXED)
@@ -280,7 +281,7 @@ def test_the_gain_is_penalised_above_the_bound_alone_and_changes_nothing_else(fi
 def test_the_gain_penalty_is_the_square_of_what_is_above_the_bound():
     penalties = []
     for bound in (0.0, 0.1):
-        model = model_of(dataclasses.replace(SMALL, spectral_weight=1.0, spectral_bound=bound))
+        model = model_of(change(SMALL, fixed_point={"spectral_weight": 1.0, "spectral_bound": bound}))
         penalties.append(model.loss(MIXED).terms["gain"].item())
     gain = penalties[0] ** 0.5
     assert gain > 0.1
@@ -288,17 +289,17 @@ def test_the_gain_penalty_is_the_square_of_what_is_above_the_bound():
 
 
 def test_terms_are_divided_by_the_counts_of_the_global_batch():
-    model = model_of(dataclasses.replace(SMALL, deep_weight=1.0, **HALT))
+    model = model_of(change(SMALL, deep={"weight": 1.0}, **HALT))
     whole = model.loss(MIXED).terms
     halves = [model.batch(model.rows(part)) for part in (MIXED[:3], MIXED[3:])]
     counts = {name: sum(half.counts()[name] for half in halves) for name in halves[0].counts()}
     outs = [model(half, n_items=counts).terms for half in halves]
     for name in ("answer", "deep", "halt"):
-        assert sum(out[name].item() for out in outs) == pytest.approx(whole[name].item(), abs=1e-5)
+        assert sum(out[name].item() for out in outs) == pytest.approx(whole[name].item(), rel=1e-5)
 
 
 def test_the_gain_penalty_of_micro_batches_is_their_mean():
-    model = model_of(dataclasses.replace(SMALL, spectral_weight=1.0, spectral_bound=0.1))
+    model = model_of(change(SMALL, fixed_point={"spectral_weight": 1.0, "spectral_bound": 0.1}))
     parts = [model.batch(model.rows(part)) for part in (MIXED[:2], MIXED[2:])]
     alone = [model(part).terms["gain"].item() for part in parts]
     shares = [model(part, n_items={**part.counts(), "rows": len(MIXED)}).terms["gain"].item() for part in parts]

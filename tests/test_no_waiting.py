@@ -22,7 +22,8 @@ from innerloop.methods import (
     Slr,
     SpiralThinker,
 )
-from innerloop.passes.thought import join, think
+from innerloop.passes.region import join
+from innerloop.passes.thought import think
 from innerloop.text.batch import Batch
 from tests.models import tiny_model
 
@@ -35,8 +36,8 @@ METHODS: dict[str, Method] = {
     "codi": Codi(),
     "simcot": SimCot(),
     "pccot": Pccot(n_slots=2, max_loops=2),
-    "slr": Slr(n_slots=2, max_loops=3, lora="per_iter", time="lookup"),
-    "append": Slr(loop_scope="append", max_loops=3, residual="none"),
+    "slr": Slr(n_slots=2, max_loops=3, loop={"lora": "per_iter", "time": "lookup"}),
+    "append": Slr(loop_scope="append", max_loops=3, loop={"residual": "none"}),
     "lotus": Lotus(n_blocks=2, latents_per_block=2, max_loops=3),
     "spiralthinker": SpiralThinker(latents_per_block=2, max_loops=2),
     "looped": Looped(max_loops=3),
@@ -70,7 +71,7 @@ def test_neither_thought_nor_writing_asks_for_a_value(name, arch):
 
 @torch.no_grad()
 def test_a_value_that_is_asked_for_would_be_found():
-    model = tiny_model(Slr(n_slots=2, max_loops=3, stop="delta"), "llama").eval().to("meta")
+    model = tiny_model(Slr(n_slots=2, max_loops=3, stop={"rule": "delta"}), "llama").eval().to("meta")
     with pytest.raises(NotImplementedError, match="meta tensor"):
         write_three(model, model.batch(model.prompts(QUESTIONS)))
 

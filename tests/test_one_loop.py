@@ -13,6 +13,7 @@ import torch
 from innerloop import Coconut, Cot, NoCot, Pause, Slr
 from innerloop.methods import Codi, Lotus, Pccot, SpiralThinker
 from innerloop.text.row import BOL, BOT, EOL, EOT, LAT
+from tests.fields import make
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -30,17 +31,27 @@ WITHOUT_STEPS = tuple(dataclasses.replace(example, steps=()) for example in MIXE
 
 
 def pauses(m: int = K, **fields) -> Pause:
-    return Pause(n_pauses=m, **fields)
+    return make(Pause, n_pauses=m, **fields)
 
 
 def coconut(k: int = K, **fields) -> Coconut:
     """Coconut whose last stage has k latents."""
-    return Coconut(max_stage=1, latents_per_step=k, **fields)
+    return make(Coconut, **{"curriculum.max_stage": 1}, latents_per_step=k, **fields)
 
 
 def slots(loops: int = 3, **fields) -> Slr:
     """SLR with nothing but the loop: no residual, rescaling or timestep."""
-    return Slr(**{"n_slots": K, "max_loops": loops, "residual": "none", "rescale": "none", "time": "none", **fields})
+    return make(
+        Slr,
+        **{
+            "n_slots": K,
+            "max_loops": loops,
+            "loop.residual": "none",
+            "loop.rescale": "none",
+            "loop.time": "none",
+            **fields,
+        },
+    )
 
 
 def append(loops: int = 3, **fields) -> Slr:
@@ -49,22 +60,22 @@ def append(loops: int = 3, **fields) -> Slr:
 
 def lotus(loops: int = 3, **fields) -> Lotus:
     """LOTUS without read-outs, K latents in blocks of one."""
-    return Lotus(n_blocks=K, latents_per_block=1, max_loops=loops, step_weight=0.0, **fields)
+    return make(Lotus, n_blocks=K, latents_per_block=1, max_loops=loops, step_weight=0.0, **fields)
 
 
 def codi(k: int = K, **fields) -> Codi:
     """CODI's student alone."""
-    return Codi(n_latents_total=k, hid_weight=0.0, teacher_weight=0.0, **fields)
+    return make(Codi, n_latents_total=k, **{"hid.weight": 0.0}, teacher_weight=0.0, **fields)
 
 
 def pccot(loops: int = 3, **fields) -> Pccot:
     """PCCoT's student alone."""
-    return Pccot(n_slots=K, max_loops=loops, hid_weight=0.0, teacher_weight=0.0, **fields)
+    return make(Pccot, n_slots=K, max_loops=loops, **{"hid.weight": 0.0}, teacher_weight=0.0, **fields)
 
 
 def spiral(loops: int = 3, **fields) -> SpiralThinker:
     """SpiralThinker's block with the identity for an adapter, and none after it."""
-    return SpiralThinker(latents_per_block=K, max_loops=loops, rescale="none", max_blocks=1, **fields)
+    return make(SpiralThinker, latents_per_block=K, max_loops=loops, **{"loop.rescale": "none"}, max_blocks=1, **fields)
 
 
 def equal(name, left, right, stages=(None, None), examples=MIXED):
@@ -72,8 +83,12 @@ def equal(name, left, right, stages=(None, None), examples=MIXED):
     return pytest.param(left, right, stages, examples, id=name)
 
 
-KV, A, B = {"answer_from": "kv_last"}, {"residual": "A"}, {"residual": "B"}
-REFEED, JACOBI, PROJECT = {"last_pass": "refeed"}, {"inject": "replace", "shift": True}, {"rescale": "project"}
+KV, A, B = {"answer_from": "kv_last"}, {"loop.residual": "A"}, {"loop.residual": "B"}
+REFEED, JACOBI, PROJECT = (
+    {"last_pass": "refeed"},
+    {"inject": "replace", "loop.shift": True},
+    {"loop.rescale": "project"},
+)
 COT_WITH_MARKERS = Cot(with_markers=True)
 BARE = {"with_markers": False}
 
@@ -147,7 +162,7 @@ EQUALITIES = [
     # presets
     equal("preset lotus == LOTUS", Slr.presets["lotus"], Lotus(step_weight=0.0)),
     equal("preset pause == pauses", Slr.presets["pause"], pauses(8)),
-    equal("preset coconut == Coconut", Slr.presets["coconut"], Coconut(max_stage=3, latents_per_step=2)),
+    equal("preset coconut == Coconut", Slr.presets["coconut"], Coconut(curriculum={"max_stage": 3}, latents_per_step=2)),
     # residuals
     equal("A, alpha=1 == none", slots(alpha=1.0, **A), slots()),
     equal("B, alpha=1 == none", slots(alpha=1.0, **B), slots()),

@@ -12,14 +12,16 @@ from transformers.pytorch_utils import Conv1D
 from innerloop.decoder import memory, packed
 from innerloop.decoder.packed import PackedWeights
 from innerloop.engine.engine import Engine
+from innerloop.engine.options import EngineOptions
 from innerloop.methods import Cot, Lotus, Method, RelaxedRecursive, Slr
+from tests.close import assert_close
 from tests.methods.tools import lean_towards_end
 from tests.models import moved, tiny_model
 
 QUESTIONS = ["3 ; + 4 ; * 2", "1 ; + 1", "2 ; * 3 ; - 1 ; + 2", "4 ; - 1 ; - 1"]
 METHODS = {
     "cot": Cot(),
-    "slr": Slr(n_slots=2, max_loops=3, lora="per_iter", stop="delta"),
+    "slr": Slr(n_slots=2, max_loops=3, loop={"lora": "per_iter"}, stop={"rule": "delta"}),
     "lotus": Lotus(n_blocks=2, latents_per_block=2, max_loops=3),
 }
 
@@ -49,7 +51,7 @@ def test_products_are_those_of_the_plain_weights(make, shape):
             plain = module(given)
             with PackedWeights([module]).used():
                 assert "forward" in module.__dict__
-                torch.testing.assert_close(module(given), plain, atol=1e-5, rtol=1e-5)
+                assert_close(module(given), plain)
     assert "forward" not in module.__dict__
 
 
@@ -60,7 +62,7 @@ def test_hooks_run_as_they_do_otherwise():
     with torch.no_grad():
         plain = module(states)
         with PackedWeights([module]).used():
-            torch.testing.assert_close(module(states), plain, atol=1e-5, rtol=1e-5)
+            assert_close(module(states), plain)
     assert len(seen) == 2
 
 
@@ -111,7 +113,7 @@ def test_half_precision_is_packed_where_the_cpu_multiplies_in_it():
     with torch.no_grad():
         plain = module(states)
         with PackedWeights([module]).used():
-            torch.testing.assert_close(module(states), plain, atol=0.02, rtol=0.02)
+            assert_close(module(states), plain, 0.02)
             with pytest.raises(RuntimeError):
                 module(states.float())  # refused as ever
 
@@ -138,7 +140,7 @@ def tiny_for(method: Method, arch: str):
 
 def test_between_two_answers_the_model_is_as_it_was():
     model = tiny_for(Cot(), "llama")
-    for _ in Engine(model, 9, batch_size=1).run(QUESTIONS):
+    for _ in Engine(model, EngineOptions(max_new_tokens=9, batch_size=1)).run(QUESTIONS):
         assert not packed_in(model)
     assert not packed_in(model)
 
@@ -186,7 +188,7 @@ def test_weights_that_change_between_two_answers_are_seen():
     for model, most in zip(models, (packed.MOST_BYTES, 0)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packed, "MOST_BYTES", most)
-            answers = Engine(model, 9, batch_size=1).run(QUESTIONS)
+            answers = Engine(model, EngineOptions(max_new_tokens=9, batch_size=1)).run(QUESTIONS)
             first = next(answers)
             with torch.no_grad():
                 for parameter in model.backbone.layers.parameters():
@@ -211,7 +213,7 @@ def test_under_autocast_the_plain_weights_are_cast():
 def test_modules_may_be_called_by_keyword():
     module, states = nn.Linear(20, 12), torch.randn(3, 20)
     with torch.no_grad(), PackedWeights([module]).used():
-        torch.testing.assert_close(module(input=states), module(states), atol=1e-5, rtol=1e-5)
+        assert_close(module(input=states), module(states))
 
 
 def test_where_memory_runs_out_in_packing_the_plain_weights_are_used(monkeypatch):
@@ -231,13 +233,13 @@ def test_blocks_may_end_in_any_order_and_what_is_left_behind_is_replaced():
             step()
         for block in (first, second):  # as engines of two threads may end their steps
             block.__exit__(None, None, None)
-            torch.testing.assert_close(module(states), plain, atol=1e-5, rtol=1e-5)
+            assert_close(module(states), plain)
         assert "forward" not in module.__dict__
         PackedWeights([module]).used().__enter__()  # interrupted before it could end
         module.weight.mul_(2.0)
-        torch.testing.assert_close(module(states) - module.bias, 2 * (plain - module.bias), atol=1e-5, rtol=1e-5)
+        assert_close(module(states) - module.bias, 2 * (plain - module.bias))
         with PackedWeights([module]).used():
-            torch.testing.assert_close(module(states) - module.bias, 2 * (plain - module.bias), atol=1e-5, rtol=1e-5)
+            assert_close(module(states) - module.bias, 2 * (plain - module.bias))
         assert "forward" not in module.__dict__
 
 

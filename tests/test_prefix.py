@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from innerloop import Cot, Pause, Slr
 from innerloop.engine import shared_prefix as prefix
 from innerloop.engine.decoding import Writer
-from innerloop.loop.hooks import edited
+from innerloop.loop.hooks import hooked
 from innerloop.measure.latents import Recorder
+from tests.close import assert_close
 from tests.methods.tools import ROUNDED, lean_towards_end, passes, sharp_model, stir
 from tests.models import tiny_model
 from tests.test_engine_continuous import made, quiet, told
@@ -39,7 +40,7 @@ def answers(model, asked, spared_from, **options):
 def assert_shared_alike(model, asked, batch_size=8):
     (found, logits), (plain, expected) = (answers(model, asked, n, batch_size=batch_size) for n in (1, 10**9))
     assert [(one.ids, one.ended, one.cost.loops) for one in found] == [(p.ids, p.ended, p.cost.loops) for p in plain]
-    torch.testing.assert_close(logits, expected, atol=ROUNDED, rtol=0)
+    assert_close(logits, expected, ROUNDED)
     return found, plain
 
 
@@ -80,7 +81,12 @@ def test_one_row_is_charged_what_it_reads_for_all_and_time_is_everybodys(name):
         (lambda: made("looped")[0], {}),
         (lambda: made("mod")[0], {}),
         (lambda: made("apart")[0], {}),
-        (lambda: sharp_model(Slr(n_slots=2, max_loops=2, prefix_kv="per_iter", lora="per_iter", lora_rank=2)), {}),
+        (
+            lambda: sharp_model(
+                Slr(n_slots=2, max_loops=2, prefix_kv="per_iter", loop={"lora": "per_iter", "lora_rank": 2})
+            ),
+            {},
+        ),
         (lambda: made("slots")[0], {"trace": True}),
         (lambda: made("slots")[0], {"batch_size": 1}),
     ],
@@ -98,7 +104,7 @@ def test_while_latents_are_edited_nothing_is_shared(monkeypatch):
     model, _ = made("slots")
     rows = model.prompts(ASKED)
     assert prefix.n_shared(model, rows) > 0
-    with edited(model.loop, Recorder()):
+    with hooked(model.loop, Recorder()):
         assert prefix.n_shared(model, rows) == 0
 
 

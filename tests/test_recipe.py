@@ -7,10 +7,12 @@ import pytest
 import yaml
 
 from innerloop.errors import InputError
-from innerloop.methods import Coconut, Slr
+from innerloop.methods import METHODS, Coconut, Slr
 from innerloop.tasks import Chain
 from innerloop.train.recipe import load_recipe, parse_recipe
 from innerloop.train.training_arguments import training_arguments
+from tests.fields import change, make
+from tests.test_typed import Aux, Inject, Loop, Summed
 
 RECIPES = sorted(p for p in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if p.parent.name != "suites")
 RAW = {
@@ -20,10 +22,14 @@ RAW = {
     "train": {"max_steps": 5},
     "out": "runs/x",
 }
+LOOKUP = Inject("lookup")
 STAGED = {
     **{name: RAW[name] for name in ("task", "backbone", "out")},
     "train": {"learning_rate": 1e-3},
-    "stages": [{"method": {"name": "cot"}, "train": {"max_steps": 2}}, {"method": {"name": "coconut", "max_stage": 2}}],
+    "stages": [
+        {"method": {"name": "cot"}, "train": {"max_steps": 2}},
+        {"method": {"name": "coconut", "curriculum.max_stage": 2}},
+    ],
 }
 
 
@@ -70,7 +76,7 @@ def test_overrides_reach_their_field(tmp_path: Path):
 def test_overrides_of_a_staged_recipe_reach_the_last_method_and_every_training(tmp_path: Path):
     path = write(tmp_path, STAGED)
     recipe = load_recipe(path, ["--method.max_stage", "1", "--train.max_steps", "7"])
-    assert recipe.method == Coconut(max_stage=1)
+    assert recipe.method == Coconut(curriculum={"max_stage": 1})
     assert [stage.train["max_steps"] for stage in recipe.stages] == [7, 7]
     recipe = load_recipe(path, ["--stages.1.train.max_steps", "9", "--stages.1.method.with_markers", "true"])
     assert recipe.stages[0].train == {"learning_rate": 1e-3, "max_steps": 9}
@@ -99,9 +105,34 @@ out: runs/x
 
 def test_stages_override_what_the_recipe_says_and_share_the_rest():
     recipe = parse_recipe({**STAGED, "method": {"name": "coconut", "latents_per_step": 1}})
-    assert recipe.stages[1].method == Coconut(latents_per_step=1, max_stage=2)
+    assert recipe.stages[1].method == Coconut(latents_per_step=1, curriculum={"max_stage": 2})
     assert recipe.stages[0].train == {"learning_rate": 1e-3, "max_steps": 2}
     assert recipe.method == recipe.stages[1].method
+
+
+def test_groups_of_a_method_reach_from_the_recipe_over_stages_to_the_command_line(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(METHODS, "summed", Summed)
+    own = {"name": "summed", "loop": {"loop.alpha": 0.25}, "teacher": "{out}/a", "aux": {"source": "{out}/b"}}
+    stages = [
+        {"method": {"loop": {"loop.residual": "A"}}},
+        {"method": {"loop": {"inject": {"table": "t"}}, "aux": None}},
+    ]
+    path = write(tmp_path, {**RAW, "method": own, "stages": stages})
+    first, second = load_recipe(path).stages
+    assert first.method == Summed(teacher="{out}/a", loop=Loop("A", 0.25, (), LOOKUP), aux=Aux(source="{out}/b"))
+    assert second.method == Summed(teacher="{out}/a", loop=Loop("sum", 0.25, (), Inject("lookup", "t")))
+    assert first.with_paths().method == replace(first.method, teacher="runs/x/a", aux=Aux(source="runs/x/b"))
+    changes = ["--method.loop.residual=none", "--method.aux.weight", "2", "--stages.1.method.loop.inject.kind=none"]
+    recipe = load_recipe(path, changes)
+    aux = Aux(2.0, "{out}/b")  # a field of the group that the last stage had removed brings it back
+    assert [(stage.method.loop, stage.method.aux) for stage in recipe.stages] == [
+        (Loop("A", 0.25, (), Inject("none")), aux),
+        (Loop("none", 0.25, (), Inject("lookup", "t")), aux),
+    ]
+    recipe.save(tmp_path / "config.yaml")
+    assert load_recipe(tmp_path / "config.yaml") == recipe
+    with pytest.raises(InputError, match=r"^method.loop.residul: .* .did you mean 'residual'"):
+        load_recipe(path, ["--method.loop.residul", "A"])
 
 
 @pytest.mark.parametrize(
@@ -113,15 +144,8 @@ def test_stages_override_what_the_recipe_says_and_share_the_rest():
             "method.n_slotz: 'slr' has no field 'n_slotz' .did you mean 'n_slots'",
         ),
         ({"method": {"name": "slr", "n_slots": "four"}}, "^method.n_slots is four, but must be a whole number$"),
-        ({"method": {"name": "slr", "residual": "D"}}, "method.residual is D, but must be one of none, sum, A, B, C"),
-        ({"method": {"name": "slr", "lora_gamma": "much"}}, "^method.lora_gamma is much, but must be a number$"),
-        ({"method": {"name": "slr", "detach": 3}}, "^method.detach is 3, but must be true or false$"),
-        ({"method": {"name": "slr", "bptt": "x"}}, "^method.bptt is x, but must be a whole number$"),
-        ({"method": {"name": "lotus", "aux_layers": "x"}}, "^method.aux_layers is x, but must be a whole number$"),
-        ({"method": {"name": "slr", "n_slots": None}}, "^method.n_slots is empty, but must be a whole number$"),
-        ({"method": {"name": "slr", "alpha": "much"}}, "^method.alpha is much, but must be a number$"),
         ({"backbone": {"scratch": 3}}, "^backbone.scratch is 3, but must be fields, as {name: value}$"),
-        ({"method": {"name": "slr", "alpha": 2}}, "alpha is 2.*between 0 and 1"),
+        ({"method": {"name": "slr", "loop.alpha": 2}}, "alpha is 2.*between 0 and 1"),
         ({"method": {"n_slots": 4}}, "the method section needs a name"),
         ({"method": None}, "the method section needs a name"),
         ({"task": "chian"}, "no task 'chian' .did you mean 'chain'"),
@@ -146,22 +170,31 @@ def with_method(**fields) -> dict:
 def test_a_preset_is_its_dataclass_and_fields_beside_it_override_it(preset: str):
     assert parse_recipe(with_method(preset=preset)).method == Slr.presets[preset]
     changed = parse_recipe(with_method(preset=preset, max_loops=6, alpha=0.5)).method
-    assert changed == replace(Slr.presets[preset], max_loops=6, alpha=0.5)
+    assert changed == change(Slr.presets[preset], max_loops=6, loop={"alpha": 0.5})
 
 
 def test_the_presets_are_those_of_the_card():
-    bare = {"residual": "none", "rescale": "none", "time": "none"}
-    summed = {**bare, "residual": "sum"}
+    bare = {"loop.residual": "none", "loop.rescale": "none", "loop.time": "none"}
+    summed = {**bare, "loop.residual": "sum"}
     assert Slr.presets == {
-        "default": Slr(n_slots=8, max_loops=4, time="lookup", lora="per_iter", lora_rank=8, residual="A", alpha=0.7),
-        "readme": Slr(loop_scope="all", **summed),
-        "pause": Slr(max_loops=0, **bare),
-        "coconut": Slr(loop_scope="append", max_loops=6, h0="forward", answer_from="kv_last", **bare),
-        "codi": Slr(
-            loop_scope="append", max_loops=6, h0="forward", answer_from="kv_last", **{**bare, "rescale": "project"}
+        "default": Slr(
+            n_slots=8,
+            max_loops=4,
+            loop={"time": "lookup", "lora": "per_iter", "lora_rank": 8, "residual": "A", "alpha": 0.7},
         ),
-        "lotus": Slr(n_slots=150, max_loops=6, **summed),
-        "spiral": Slr(n_slots=5, max_loops=5, **{**bare, "rescale": "adapter"}),
+        "readme": make(Slr, loop_scope="all", **summed),
+        "pause": make(Slr, max_loops=0, **bare),
+        "coconut": make(Slr, loop_scope="append", max_loops=6, h0="forward", answer_from="kv_last", **bare),
+        "codi": make(
+            Slr,
+            loop_scope="append",
+            max_loops=6,
+            h0="forward",
+            answer_from="kv_last",
+            **{**bare, "loop.rescale": "project"},
+        ),
+        "lotus": make(Slr, n_slots=150, max_loops=6, **summed),
+        "spiral": make(Slr, n_slots=5, max_loops=5, **{**bare, "loop.rescale": "adapter"}),
     }
 
 
@@ -175,7 +208,7 @@ def test_a_preset_is_written_out_when_a_recipe_is_saved(tmp_path: Path):
 def test_a_preset_may_be_chosen_for_all_stages_on_the_command_line_or_by_a_stage(tmp_path: Path):
     path = write(tmp_path, with_method(preset="lotus", n_slots=4))
     recipe = load_recipe(path, ["--method.preset", "spiral", "--method.alpha", "0.5"])
-    assert recipe.method == replace(Slr.presets["spiral"], n_slots=4, alpha=0.5)
+    assert recipe.method == change(Slr.presets["spiral"], n_slots=4, loop={"alpha": 0.5})
     stages = [{"method": {"max_loops": 2}}, {"method": {"name": "slr", "preset": "readme"}}]
     first, second = parse_recipe({**with_method(preset="lotus", n_slots=4), "stages": stages}).stages
     assert first.method == replace(Slr.presets["lotus"], n_slots=4, max_loops=2)
@@ -210,7 +243,7 @@ def test_a_task_has_no_presets():
 
 def test_a_recipe_lists_the_classes_of_a_classifier(tmp_path: Path):
     recipe = parse_recipe(with_method(decoder="linear", classes=["True", "False"]))
-    assert recipe.method == Slr(decoder="linear", classes=("True", "False"))
+    assert recipe.method == Slr(decoder={"kind": "linear", "classes": ("True", "False")})
     recipe.save(tmp_path / "config.yaml")
     assert load_recipe(tmp_path / "config.yaml").method == recipe.method
     with pytest.raises(InputError, match="list the answers there are"):

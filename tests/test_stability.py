@@ -11,19 +11,14 @@ from torch import Tensor
 from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
-from innerloop.measure.stability import (
-    LoopStability,
-    Spread,
-    Stability,
-    diverged_rate,
-    spectral_radius,
-    stability,
-    watch_loop,
-)
-from innerloop.methods import Coconut, Cot, Lotus, Pause, Slr
+from innerloop.measure.loop_dynamics import spectral_radius, watch_loop
+from innerloop.measure.stability import LoopStability, Spread, Stability, diverged_rate, stability
+from innerloop.methods import Coconut, Cot, Pause, Slr
 from tests.built import LATENTS, built
+from tests.close import assert_close
 from tests.methods.tools import iterate
 from tests.models import chain_examples, tiny_model
+from tests.fields import FullLoop
 from tests.test_controls import METHODS
 
 D = 4
@@ -41,7 +36,7 @@ def watched(
     matrix: Tensor, n_loops: int | list[int] = 4, rows: int = 3, settings: LoopSettings | None = None, **options
 ):
     """Watch a loop whose f is a linear map, from random states of two positions."""
-    loop = InnerLoop(settings or LoopSettings(), D, 4, TAU)
+    loop = InnerLoop(settings or FullLoop(), D, 4, TAU)
     start = torch.randn(rows, 2, D, generator=torch.Generator().manual_seed(1))
     return watch_loop(lambda: (iterate(loop, lambda x, t: x @ matrix.T, start, n_loops), None), loop, **options)[0]
 
@@ -59,16 +54,16 @@ def watched(
 )
 def test_the_spectral_radius_of_a_linear_map(matrix: Tensor, radius: float):
     for entry in watched(matrix):
-        torch.testing.assert_close(entry["radius"], torch.full((3,), radius), atol=0.02 * radius, rtol=0)
+        assert_close(entry["radius"], torch.full((3,), radius), 0.02)
 
 
 def test_the_radius_is_that_of_the_whole_step_and_of_each_row():
     matrix = torch.diag(torch.tensor([0.9, 0.5, 0.4, 0.1]))
-    entry = watched(matrix, settings=LoopSettings(residual="B", alpha=0.5))[-1]  # (1 + 0.9) / 2
-    torch.testing.assert_close(entry["radius"], torch.full((3,), 0.95), atol=0.01, rtol=0)
+    entry = watched(matrix, settings=FullLoop(residual="B", alpha=0.5))[-1]  # (1 + 0.9) / 2
+    assert_close(entry["radius"], torch.full((3,), 0.95), 0.01)
     state = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]])
     radius = spectral_radius(lambda z: z**2 / 2, state)  # J = diag(z)
-    torch.testing.assert_close(radius, torch.tensor([1.0, 3.0]), atol=1e-3, rtol=0)
+    assert_close(radius, torch.tensor([1.0, 3.0]), 1e-3)
     assert spectral_radius(lambda z: 0 * z, state).tolist() == [0.0, 0.0]
     shift = torch.diag(torch.ones(D - 1), 1)  # nilpotent: nothing is left after D iterations
     assert watched(shift)[-1]["radius"].tolist() == [0.0] * 3
@@ -77,19 +72,19 @@ def test_the_radius_is_that_of_the_whole_step_and_of_each_row():
 def test_a_rotation_by_half_a_turn_oscillates():
     turning, sliding = watched(rotation(math.pi, 1.0)), watched(rotation(0.0, 0.9))
     for entry in turning[1:]:
-        torch.testing.assert_close(entry["step_cosine"], torch.full((3,), -1.0))
-        torch.testing.assert_close(entry["cosine"], torch.full((3,), -1.0))
-        torch.testing.assert_close(entry["change"], torch.full((3,), 2.0))
-    torch.testing.assert_close(sliding[1]["step_cosine"], torch.ones(3))
+        assert_close(entry["step_cosine"], torch.full((3,), -1.0))
+        assert_close(entry["cosine"], torch.full((3,), -1.0))
+        assert_close(entry["change"], torch.full((3,), 2.0))
+    assert_close(sliding[1]["step_cosine"], torch.ones(3))
     assert "step_cosine" not in turning[0]
 
 
 def test_change_drift_and_growth_of_a_scaling():
     for scale in (0.5, 2.0):
         for t, entry in enumerate(watched(scale * torch.eye(D)), 1):
-            torch.testing.assert_close(entry["growth"], torch.full((3,), scale**t), atol=1e-2 * scale**t, rtol=0)
-            torch.testing.assert_close(entry["drift"], torch.full((3,), scale ** (t - 1)))
-            torch.testing.assert_close(entry["change"], torch.full((3,), abs(scale - 1) / scale))
+            assert_close(entry["growth"], torch.full((3,), scale**t), 1e-2)
+            assert_close(entry["drift"], torch.full((3,), scale ** (t - 1)))
+            assert_close(entry["change"], torch.full((3,), abs(scale - 1) / scale))
 
 
 def test_rows_that_have_ended_have_no_value():
@@ -105,14 +100,14 @@ def test_kl_of_read_outs():
     same = watched(torch.eye(D), read_out=lambda u: u @ weights)
     assert "kl" not in same[0] and same[1]["kl"].abs().max() < 1e-6
     p, q = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.full((D,), 0.25)
-    loop, outputs = InnerLoop(LoopSettings(), D, 2, TAU), {1: q.log(), 2: p.log()}
+    loop, outputs = InnerLoop(FullLoop(), D, 2, TAU), {1: q.log(), 2: p.log()}
     run = lambda: (iterate(loop, lambda x, t: outputs[t].expand_as(x), torch.zeros(1, 2, D) + 1.0, 2), None)  # noqa: E731
     kl = watch_loop(run, loop, read_out=lambda u: u, radius=False)[0][1]["kl"]
-    torch.testing.assert_close(kl, (p * (p / q).log()).sum()[None])
+    assert_close(kl, (p * (p / q).log()).sum()[None])
 
 
 def test_padding_has_no_say():
-    loop = InnerLoop(LoopSettings(), D, 3, TAU)
+    loop = InnerLoop(FullLoop(), D, 3, TAU)
     start = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     matrix = 0.7 * torch.eye(D)
@@ -122,7 +117,7 @@ def test_padding_has_no_say():
 
     for padded, plain in zip(values(start, mask), values(start[:, :2], None)):
         for name in ("change", "size", "drift", "cosine"):
-            torch.testing.assert_close(padded[name], plain[name])
+            assert_close(padded[name], plain[name])
 
 
 def test_what_diverges_is_said_to():
@@ -145,7 +140,9 @@ def test_identical_examples_have_collapsed_and_different_ones_have_not():
 
 
 def test_a_loop_in_words():
-    still = tiny_model(Slr(n_slots=2, max_loops=2, residual="A", alpha=0.01, rescale="none", time="none"))
+    still = tiny_model(
+        Slr(n_slots=2, max_loops=2, loop={"residual": "A", "alpha": 0.01, "rescale": "none", "time": "none"})
+    )
     text = " ".join(stability(still, chain_examples(3), n_jacobians=1).sentences())
     assert "The loop comes to rest" in text and "The last loop shrinks small differences" in text
     measures = {"change": Spread.of(torch.ones(3)), "radius": Spread.of(2 * torch.ones(3))}
@@ -156,7 +153,16 @@ def test_a_loop_in_words():
     assert Stability().sentences() == [] and Spread.of(torch.tensor([math.nan])) is None
 
 
-MEASURED = ("slots, kv_last", "slots, a token for the time", "last", "append", "lotus", "pccot", "spiralthinker")
+MEASURED = (
+    "slots, kv_last",
+    "slots, a token for the time",
+    "last",
+    "append",
+    "lotus",
+    "lotus, refeed",
+    "pccot",
+    "spiralthinker",
+)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -166,7 +172,7 @@ def test_every_method_can_be_measured(name: str):
     found = stability(model, examples, batch_size=3, n_jacobians=1)
     report = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert [entry["loop"] for entry in report["loops"]] == list(
-        range(1, method.n_loops(method.curriculum.last_stage) + 1)
+        range(1, method.n_loops(method.last_stage) + 1)
     )
     for entry in report["loops"]:
         assert entry["n"] == 5 and entry["finite"] == 1.0
@@ -189,7 +195,13 @@ def test_the_report_does_not_depend_on_the_batches():
 
 
 @pytest.mark.parametrize(
-    "method", [Cot(), Pause(), Coconut(max_stage=1, latents_per_step=1), Slr(max_loops=3, solver="plain", time="none")]
+    "method",
+    [
+        Cot(),
+        Pause(),
+        Coconut(curriculum={"max_stage": 1}, latents_per_step=1),
+        Slr(max_loops=3, fixed_point={"solver": "plain"}, loop={"time": "none"}),
+    ],
 )
 def test_what_has_no_loop_is_refused(method):
     with pytest.raises(InputError, match=r"no loop over latents|solver"):
@@ -204,8 +216,3 @@ def test_the_rate_of_diverged_runs():
     assert rate["ci95"][0] < 0.4 < rate["ci95"][1]
     with pytest.raises(InputError):
         diverged_rate([])
-
-
-def test_lotus_is_measured_at_all_its_passes():
-    model = tiny_model(Lotus(n_blocks=2, latents_per_block=2, last_pass="refeed"))
-    assert len(stability(model, chain_examples(2), n_jacobians=0).loops) == 3

@@ -21,10 +21,11 @@ from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 from innerloop.train.trainer import DivergedError, LatentTrainer
 from innerloop.train.training_arguments import training_arguments
+from tests.close import assert_close
 from tests.models import chain_examples, tiny_model
 
 TASK = Chain(n_ops=3)
-STAGED = Coconut(latents_per_step=1, max_stage=2, stage_unit="step", stage_length=3, stage_mix="linear")
+STAGED = Coconut(latents_per_step=1, curriculum={"max_stage": 2, "unit": "step", "length": 3, "mix": "linear"})
 
 
 def make_trainer(
@@ -110,7 +111,9 @@ def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "method", [Cot(), STAGED, SimCot(max_stage=3, first_stage=3, surplus="ignore")], ids=["cot", "coconut", "simcot"]
+    "method",
+    [Cot(), STAGED, SimCot(curriculum={"max_stage": 3, "first_stage": 3}, surplus="ignore")],
+    ids=["cot", "coconut", "simcot"],
 )
 def test_gradient_accumulation_takes_the_mean_over_the_global_batch(tmp_path: Path, method: Method):
     uneven = [Example(e.question, e.steps[: i % 4], e.answer, e.id) for i, e in enumerate(chain_examples(32, 3))]
@@ -118,22 +121,24 @@ def test_gradient_accumulation_takes_the_mean_over_the_global_batch(tmp_path: Pa
     make_trainer(tmp_path / "one", one, uneven, batch_size=8, max_steps=2).train()
     make_trainer(tmp_path / "parts", parts, uneven, batch_size=2, max_steps=2, gradient_accumulation_steps=4).train()
     if method is not STAGED:  # stage mixing draws by place in the micro-batch
-        torch.testing.assert_close(logged(tmp_path / "parts"), logged(tmp_path / "one"), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(weights(parts), weights(one), rtol=1e-4, atol=1e-5)
+        assert_close(logged(tmp_path / "parts"), logged(tmp_path / "one"))
+        assert_close(weights(parts), weights(one))
     assert len(logged(tmp_path / "parts")) == 2
 
 
 def test_the_terms_of_the_loss_and_the_stage_are_logged(tmp_path: Path):
     make_trainer(tmp_path / "slr", tiny_model(Slr(n_slots=3, max_loops=2, step_weight=0.5)), max_steps=2).train()
     answer, step, loss = (logged(tmp_path / "slr", key) for key in ("loss_answer", "loss_step", "loss"))
-    torch.testing.assert_close(torch.tensor(loss), torch.tensor(answer) + 0.5 * torch.tensor(step))
+    assert_close(torch.tensor(loss), torch.tensor(answer) + 0.5 * torch.tensor(step))
     make_trainer(tmp_path / "coconut", tiny_model(STAGED)).train()
     assert logged(tmp_path / "coconut", "stage") == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("policy", "resets"), [("stage", [3, 6, 9]), ("epoch", [4, 8]), ("never", [])])
 def test_the_optimizer_is_reset_when_the_method_says_so(tmp_path: Path, policy: str, resets: list[int]):
-    method = Coconut(latents_per_step=1, max_stage=2, stage_unit="step", stage_length=3, reset_optimizer=policy)
+    method = Coconut(
+        latents_per_step=1, curriculum={"max_stage": 2, "unit": "step", "length": 3, "reset_optimizer": policy}
+    )
     ages: list[int] = []
 
     class Ages(TrainerCallback):
@@ -199,14 +204,14 @@ def test_what_a_depth_method_measures_is_logged(tmp_path: Path, method: Method, 
     wanted = torch.cat([measured[name].flatten() for name in dict.fromkeys(n.rstrip("_12") for n in names)]).float()
     make_trainer(tmp_path / "one", copy.deepcopy(model), examples, batch_size=8, max_steps=2).train()
     first, second = (torch.tensor([logged(tmp_path / "one", name)[step] for name in names]) for step in (0, 1))
-    torch.testing.assert_close(first, wanted)
+    assert_close(first, wanted)
     if names[-1] != "load_2":
         return
     make_trainer(
         tmp_path / "parts", model, examples, gradient_accumulation_steps=2, max_steps=2, logging_steps=2
     ).train()
     ((one, two),) = zip(*(logged(tmp_path / "parts", name) for name in names[2:]))
-    torch.testing.assert_close(2 * torch.tensor([one, two]), ((first + second) / 2)[2:])  # means over micro-batches
+    assert_close(2 * torch.tensor([one, two]), ((first + second) / 2)[2:])  # means over micro-batches
 
 
 def test_a_loss_far_above_guessing_stops_the_run(tmp_path: Path):
@@ -235,7 +240,7 @@ def test_only_the_last_stage_competes_for_the_best_model(tmp_path: Path, monkeyp
     accuracies = iter([1.0, 1.0, 0.5, 0.25])
     monkeypatch.setattr("innerloop.train.trainer.accuracy_of", lambda predictions: next(accuracies))
     method = Coconut(
-        latents_per_step=1, max_stage=1, stage_unit="step", stage_length=2
+        latents_per_step=1, curriculum={"max_stage": 1, "unit": "step", "length": 2}
     )  # the last stage from step 4 on
     settings = {"eval_strategy": "steps", "eval_steps": 2}
     make_trainer(tmp_path, tiny_model(method), valid=list(chain_examples(2, 3)), **settings).train()
@@ -360,7 +365,7 @@ def test_the_micro_norm_takes_the_mean_of_the_means_of_micro_batches(tmp_path: P
     assert logged(tmp_path / "micro") != pytest.approx(logged(tmp_path / "global"), rel=1e-4)
 
 
-ADAPTED = Slr(n_slots=2, max_loops=2, lora="per_iter", lora_rank=2)
+ADAPTED = Slr(n_slots=2, max_loops=2, loop={"lora": "per_iter", "lora_rank": 2})
 
 
 def trained_names(before: dict, model: LatentModel) -> set[str]:
@@ -381,11 +386,11 @@ def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: 
     assert all(name.startswith("loop.") or "trainable_tokens" in name for name in changed)
     loaded = LatentModel.from_pretrained(tmp_path / "checkpoint")
     example = list(chain_examples(2, 3))
-    torch.testing.assert_close(loaded.answer_logits(example)[0], model.answer_logits(example)[0], rtol=1e-4, atol=1e-5)
+    assert_close(loaded.answer_logits(example)[0], model.answer_logits(example)[0])
 
 
-CHOOSING = Slr(n_slots=2, max_loops=2, decoder="linear", classes=("0", "1", "2", "3", "4"))
-APART = Slr(n_slots=2, max_loops=2, decoder="separate")
+CHOOSING = Slr(n_slots=2, max_loops=2, decoder={"kind": "linear", "classes": ("0", "1", "2", "3", "4")})
+APART = Slr(n_slots=2, max_loops=2, decoder={"kind": "separate"})
 by_decoder = pytest.mark.parametrize("method", [APART, CHOOSING], ids=["separate", "linear"])
 
 

@@ -22,7 +22,7 @@ from tests.methods.tools import stir
 from tests.models import tiny_model
 
 SPIRAL = SpiralThinker(latents_per_block=2, max_loops=2)
-ALIGNED = SpiralThinker(latents_per_block=2, max_loops=3, hid_weight=0.7, teacher="-")
+ALIGNED = SpiralThinker(latents_per_block=2, max_loops=3, hid={"weight": 0.7, "teacher": "-"})
 
 
 @functools.cache

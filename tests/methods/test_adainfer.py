@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
-from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods.depth.exit_pass import ExitCache
+from innerloop.model.stopping import use_rule
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
+from tests.close import assert_close
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change
 from tests.models import random_ids, tiny_model
 
@@ -25,8 +27,8 @@ EXITS = (2, 3, 5)
 SHORT = MIXED[2]
 POLICIES = ("lazy_backfill", "propagate", "full_compute")
 GEMMA = {"gemma3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2}}
-LEAVES = AdaInfer(exits=EXITS, stop="top_prob", stop_threshold=0.5)
-FORCED = change(LEAVES, stop_threshold=math.inf)  # tokens leave when they are told to
+LEAVES = AdaInfer(layers=EXITS, stop={"rule": "top_prob", "threshold": 0.5})
+FORCED = change(LEAVES, stop={"threshold": math.inf})  # tokens leave when they are told to
 by_policy = pytest.mark.parametrize("policy", POLICIES)
 by_shape = pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
 
@@ -96,9 +98,9 @@ def test_a_rule_that_never_fires_is_the_base_model_bit_for_bit(policy, arch):
     model = base(arch)
     expected = model.answer_logits(MIXED)
     assert_equal(on(model, AdaInfer()).answer_logits(MIXED), expected)
-    never = change(LEAVES, stop_threshold=math.inf, kv_missing=policy)
+    never = change(LEAVES, stop={"threshold": math.inf}, kv_missing=policy)
     assert_equal(on(model, never).answer_logits(MIXED), expected)
-    assert_equal(on(model, change(never, stop_threshold=0.0, min_loops=4)).answer_logits(MIXED), expected)
+    assert_equal(on(model, change(never, stop={"threshold": 0.0, "min_loops": 4})).answer_logits(MIXED), expected)
     (written, (alone,)) = (m.generate(QUESTIONS[:1], max_new_tokens=5) for m in (on(model, never), model))
     assert written[0].text == alone.text
 
@@ -108,7 +110,7 @@ def test_flops_without_exits_are_the_models_and_a_rule_adds_its_looks(arch):
     model = base(arch)
     (plain,), (bare,) = (m.generate(QUESTIONS[:1], max_new_tokens=5) for m in (model, on(model, AdaInfer())))
     assert bare.cost.flops == plain.cost.flops
-    (looked,) = on(model, change(LEAVES, stop_threshold=math.inf)).generate(QUESTIONS[:1], max_new_tokens=5)
+    (looked,) = on(model, change(LEAVES, stop={"threshold": math.inf})).generate(QUESTIONS[:1], max_new_tokens=5)
     n_written = len(looked.depths) - len(on(model, AdaInfer()).prompts(QUESTIONS[:1])[0])
     head = 2 * model.backbone.width * model.backbone.config.vocab_size
     assert looked.cost.flops - plain.cost.flops == pytest.approx((n_written + 1) * len(EXITS) * head)
@@ -121,7 +123,7 @@ def test_flops_without_exits_are_the_models_and_a_rule_adds_its_looks(arch):
 @pytest.mark.parametrize(("n_loops", "n_layers"), [(1, 2), (2, 3), (3, 5), (4, 6)])
 def test_leaving_at_a_layer_is_the_model_cut_there(n_loops, n_layers, arch):
     model = base(arch)
-    method = AdaInfer(exits=EXITS, stop="fixed", stop_threshold=float(n_loops))
+    method = AdaInfer(layers=EXITS, stop={"rule": "fixed", "threshold": float(n_loops)})
     shallow = truncated(arch, n_layers)
     assert_equal(on(model, method).answer_logits(MIXED), shallow.answer_logits(MIXED))
     ours, theirs = (m.generate(QUESTIONS[:2], max_new_tokens=5) for m in (on(model, method), shallow))
@@ -131,7 +133,7 @@ def test_leaving_at_a_layer_is_the_model_cut_there(n_loops, n_layers, arch):
 
 @by_shape
 def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
-    model = on(base(arch), change(LEAVES, stop_threshold=math.inf))
+    model = on(base(arch), change(LEAVES, stop={"threshold": math.inf}))
     ids = random_ids(1, 9) % model.backbone.config.vocab_size
     context = model.new_context(model.batch(model.rows(MIXED[:1])))
     context.depth.asked_B = None
@@ -147,8 +149,8 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
 def features_of(model: LatentModel, examples=MIXED) -> Tensor:
     """Return what a classifier would look at (T, M, F)."""
     use_rule(model, stop="classifier", stop_features=("gap", "top", "attention", "mlp", "block", "depth"))
-    model.loop.stop.judge.clear()
-    found = survey(model, examples).features_TMF
+    model.loop.stop.classifier.clear()
+    found = scan_loop(model, examples).features_TMF
     assert found is not None
     return found
 
@@ -157,7 +159,7 @@ def features_of(model: LatentModel, examples=MIXED) -> Tensor:
 def test_features_are_what_the_layers_give(arch):
     """Taken from the modules of a plain pass over one row, by the names that they have in Hugging Face's code."""
     plain, example = copy.deepcopy(base(arch)), MIXED[3]
-    features = features_of(on(plain, AdaInfer(exits=EXITS)), [example])
+    features = features_of(on(plain, AdaInfer(layers=EXITS)), [example])
     backbone, outputs = plain.backbone, {}
     names = {"gpt2": ("attn", "mlp")}.get(arch, ("self_attn", "mlp"))
     if arch == "gemma3":
@@ -182,32 +184,32 @@ def test_features_are_what_the_layers_give(arch):
             now, before = (outputs[name, i][0, batch.predict_at_U].float() for i in (d, d - 1))
             expected = torch.nn.functional.cosine_similarity(now, before, dim=-1)
             at = ("gap", "top", "attention", "mlp", "block", "depth").index(name)
-            torch.testing.assert_close(features[t, :, at], expected, atol=1e-5, rtol=0)
+            assert_close(features[t, :, at], expected)
         best = backbone.head(backbone.norm(outputs["block", d][0, batch.predict_at_U])).softmax(-1).topk(2).values
-        torch.testing.assert_close(features[t, :, 0], best[:, 0] - best[:, 1], atol=1e-5, rtol=0)
-        torch.testing.assert_close(features[t, :, 1], best[:, 0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(features[:, 0, 5], torch.tensor([*EXITS, L]) / L)
+        assert_close(features[t, :, 0], best[:, 0] - best[:, 1])
+        assert_close(features[t, :, 1], best[:, 0])
+    assert_close(features[:, 0, 5], torch.tensor([*EXITS, L]) / L)
 
 
 @by_arch
 def test_features_stay_in_their_bounds_and_do_not_see_the_padding(arch):
-    model = on(base(arch), AdaInfer(exits=EXITS))
+    model = on(base(arch), AdaInfer(layers=EXITS))
     features = features_of(model)
     gap, top, cosines = features[..., 0], features[..., 1], features[..., 2:5]
     assert ((gap >= 0) & (gap <= top) & (top <= 1) & (top >= 1 / model.backbone.config.vocab_size)).all()
     assert (cosines.abs() <= 1 + 1e-6).all() and cosines.std() > 0.05
     alone = torch.cat([features_of(model, [example]) for example in MIXED], dim=1)
-    torch.testing.assert_close(features, alone, atol=1e-5, rtol=0)
+    assert_close(features, alone)
 
 
 def test_features_do_not_depend_on_the_order_of_the_words():
     model = copy.deepcopy(base())
-    features = features_of(on(model, AdaInfer(exits=EXITS)))
+    features = features_of(on(model, AdaInfer(layers=EXITS)))
     order = torch.randperm(model.backbone.config.vocab_size, generator=torch.Generator().manual_seed(0))
     head = model.backbone.lm.get_output_embeddings()
     with torch.no_grad():
         head.weight.copy_(head.weight[order])
-    torch.testing.assert_close(features_of(on(model, AdaInfer(exits=EXITS))), features, atol=1e-6, rtol=0)
+    assert_close(features_of(on(model, AdaInfer(layers=EXITS))), features)
 
 
 @by_arch
@@ -220,12 +222,12 @@ def test_layers_that_do_nothing_are_noticed_after_the_first_of_them(arch):
                 for parameter in layer.get_submodule(name).parameters():
                     parameter.zero_()
     every = tuple(range(1, L))
-    still = on(model, AdaInfer(exits=every, stop="cos", stop_threshold=6.0, compare_init=False))
+    still = on(model, AdaInfer(layers=every, stop={"rule": "cos", "threshold": 6.0, "compare_init": False}))
     batch, thought = read(still, MIXED)
     assert set(thought.deep[-1].depths_BL.flatten()[batch.predict_at_U].tolist()) == {m + 1}
-    features = features_of(on(model, AdaInfer(exits=every[1:])))
+    features = features_of(on(model, AdaInfer(layers=every[1:])))
     assert features[m - 1 :, :, 4].min() > 1 - 1e-5 and features[0, :, 4].max() < 1 - 1e-3
-    agrees = survey(on(model, AdaInfer(exits=every, stop="gap")), MIXED).agrees_TM
+    agrees = scan_loop(on(model, AdaInfer(layers=every, stop={"rule": "gap"})), MIXED).agrees_TM
     assert agrees[m - 1 :].all() and not agrees[0].all()
 
 
@@ -233,9 +235,9 @@ def test_a_head_that_says_nothing_has_no_gap():
     model = copy.deepcopy(base())
     with torch.no_grad():
         model.backbone.lm.get_output_embeddings().weight.zero_()
-    features = features_of(on(model, AdaInfer(exits=EXITS)))
+    features = features_of(on(model, AdaInfer(layers=EXITS)))
     assert features[..., 0].abs().max() == 0
-    torch.testing.assert_close(features[..., 1], torch.full(features.shape[:2], 1 / model.backbone.config.vocab_size))
+    assert_close(features[..., 1], torch.full(features.shape[:2], 1 / model.backbone.config.vocab_size))
 
 
 # Keys and values after leaving
@@ -251,7 +253,7 @@ def test_exact_policies_give_every_token_the_base_models_state_at_its_layer(poli
         wanted, of_U = pattern(exiting, MIXED, seed)
         found = torch.cat(logits_with(exiting, MIXED, wanted))
         expected = torch.stack([at_layer[t][u] for u, t in enumerate(of_U.tolist())])
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        assert_close(found, expected)
 
 
 @by_arch
@@ -287,7 +289,7 @@ def test_writing_token_by_token_equals_reading_at_once(policy, arch):
     batch, thought = read(model, [SHORT], wanted)
     states, _ = token_by_token(model, SHORT, wanted[0])
     at = batch.predict_at_U
-    torch.testing.assert_close(states[at], thought.deep[-1].states_BLD[0, at], atol=2e-5, rtol=0)
+    assert_close(states[at], thought.deep[-1].states_BLD[0, at])
 
 
 @by_shape
@@ -304,7 +306,7 @@ def test_after_a_token_of_full_depth_the_cache_is_that_of_the_base_model(arch):
         assert torch.equal(slot.positions_BP[0, order], whole.slots[key].positions_BP[0])
         for ours, theirs in ((slot.keys, whole.slots[key].keys), (slot.values, whole.slots[key].values)):
             for a, b in zip(ours, theirs):
-                torch.testing.assert_close(a[:, :, order], b, atol=1e-5, rtol=0)
+                assert_close(a[:, :, order], b)
 
 
 @by_arch
@@ -329,7 +331,7 @@ def test_a_batch_of_mixed_exits_equals_single_rows_in_reading_and_writing(arch, 
     batch, thought = read(model, MIXED)
     assert len(set(thought.deep[-1].depths_BL.flatten()[batch.predict_at_U].tolist())) > 2
     for example, logits in zip(MIXED, together):
-        torch.testing.assert_close(model.answer_logits([example])[0], logits, atol=2e-5, rtol=0)
+        assert_close(model.answer_logits([example])[0], logits)
     for question, one in zip(QUESTIONS[:3], model.generate(QUESTIONS[:3], max_new_tokens=6)):
         (alone,) = model.generate([question], max_new_tokens=6)
         assert (one.text, one.depths) == (alone.text, alone.depths)
@@ -344,7 +346,7 @@ def test_no_token_sees_a_later_one(policy):
     left, right = (model.answer_logits([one])[0] for one in (example, other))
     ids = [row.ids() for row in model.rows([example, other])]
     n_same = next(i for i, (a, b) in enumerate(zip(*ids)) if a != b) - len(model.prompts([example.question])[0]) + 1
-    torch.testing.assert_close(left[:n_same], right[:n_same], atol=1e-5, rtol=0)
+    assert_close(left[:n_same], right[:n_same])
     assert n_same > 10 and (left[n_same:] - right[n_same:]).abs().max() > 1e-3
 
 
@@ -354,7 +356,7 @@ def test_no_token_sees_a_later_one(policy):
 @by_arch
 @by_policy
 def test_flops_of_a_row_are_those_of_what_was_run(policy, arch):
-    model = on(base(arch), change(LEAVES, stop="delta", stop_threshold=0.3, kv_missing=policy))
+    model = on(base(arch), change(LEAVES, stop={"rule": "delta", "threshold": 0.3}, kv_missing=policy))
     backbone, meter = model.backbone, Meter(1, model.device)
     _, thought = read(model, MIXED[3:4], meter=meter)
     depths = thought.deep[-1].depths_BL[0]
@@ -380,7 +382,7 @@ def test_flops_of_a_row_are_those_of_what_was_run(policy, arch):
 @by_arch
 def test_words_are_read_out_once_for_looking_and_writing(arch):
     """A token that leaves at its first look costs its layers and one reading; one that does not, a reading more."""
-    model = on(base(arch), AdaInfer(exits=(3,), stop="top_prob", stop_threshold=0.0))
+    model = on(base(arch), AdaInfer(layers=(3,), stop={"rule": "top_prob", "threshold": 0.0}))
     backbone = model.backbone
     (found,) = model.generate(QUESTIONS[:1], max_new_tokens=1)
     n = len(model.prompts(QUESTIONS[:1])[0])
@@ -389,7 +391,7 @@ def test_words_are_read_out_once_for_looking_and_writing(arch):
     assert found.cost.flops == pytest.approx(layers.item(), rel=1e-9)
     truth = truncated(arch, 3).generate(QUESTIONS[:1], max_new_tokens=1)[0]
     assert found.text == truth.text
-    late = on(base(arch), AdaInfer(exits=(3,), stop="top_prob", stop_threshold=2.0))
+    late = on(base(arch), AdaInfer(layers=(3,), stop={"rule": "top_prob", "threshold": 2.0}))
     (found,) = late.generate(QUESTIONS[:1], max_new_tokens=1)
     whole = flops_of(backbone, torch.tensor([float(n)]), torch.tensor([float(sum(first))]), 2 * torch.ones(1))
     assert found.cost.flops == pytest.approx(whole.item(), rel=1e-9)
@@ -398,7 +400,7 @@ def test_words_are_read_out_once_for_looking_and_writing(arch):
 @by_shape
 def test_propagation_makes_the_keys_and_values_of_the_layers_own_maps(arch):
     """Keys of skipped layers are what those layers would make of the last state, with the position of the token."""
-    model = on(base(arch), AdaInfer(exits=(3,), stop="fixed", stop_threshold=1.0, kv_missing="propagate"))
+    model = on(base(arch), AdaInfer(layers=(3,), stop={"rule": "fixed", "threshold": 1.0}, kv_missing="propagate"))
     batch = model.batch(model.rows(MIXED[3:4]))
     _, thought = read(model, MIXED[3:4])
     context = thought.context if thought.after is None else thought.after
@@ -407,8 +409,8 @@ def test_propagation_makes_the_keys_and_values_of_the_layers_own_maps(arch):
     for i, layer in enumerate(slot.layers):
         alone = DynamicCache()
         model.backbone(states, layers=range(layer, layer + 1), cache=alone, positions_BL=slot.positions_BP)
-        torch.testing.assert_close(slot.keys[i], alone.layers[layer].keys, atol=1e-5, rtol=0)
-        torch.testing.assert_close(slot.values[i], alone.layers[layer].values, atol=1e-5, rtol=0)
+        assert_close(slot.keys[i], alone.layers[layer].keys)
+        assert_close(slot.values[i], alone.layers[layer].values)
     maps = ("c_attn",) if arch == "gpt2" else ("k_proj", "v_proj")
     weights = model.backbone.layers[3].named_parameters()
     n_made = sum(p.numel() for name, p in weights if name.split(".")[-2] in maps)

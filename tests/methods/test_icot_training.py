@@ -16,6 +16,7 @@ from innerloop import NoCot
 from innerloop.errors import InputError
 from innerloop.methods import Icot
 from innerloop.text.examples import Example
+from tests.fields import make
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -175,7 +176,7 @@ def test_tokens_of_the_chain_that_are_still_written_are_counted(answers):
 )
 def test_settings_that_cannot_be_are_refused_in_one_sentence(fields, message):
     with pytest.raises(InputError, match=message) as refused:
-        Icot(**fields)
+        make(Icot, **fields)
     assert "\n" not in str(refused.value)
 
 

@@ -11,10 +11,11 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, kl_div
 from innerloop import LatentModel
 from innerloop.halting.learned import exit_distribution
 from innerloop.methods.depth.exits import distribution_loss, improvement_loss
+from tests.close import assert_close
 from tests.methods.test_looped import assert_same, gap, looped, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, logits_of, with_token
 
-GATED = {"max_loops": 3, "stop": "halt"}
+GATED = {"max_loops": 3, "stop.rule": "halt"}
 
 
 def other(model: LatentModel, **fields) -> LatentModel:
@@ -34,7 +35,7 @@ def target_logits(model: LatentModel) -> tuple[Tensor, Tensor]:
 def at_each_exit(model: LatentModel) -> tuple[list[Tensor], Tensor]:
     """Return what models of 1, 2, ... loops say, and what they should."""
     n = model.method.max_loops
-    plain = {"exit_weight": 0.0, "exit_kd": 0.0, "exit_schedule": "equal", "gate": "none", "stop": "none"}
+    plain = {"exits.weight": 0.0, "exits.kd": 0.0, "exits.schedule": "equal", "exits.gate": "none", "stop.rule": "none"}
     said = [target_logits(other(model, **plain, max_loops=loops)) for loops in range(1, n + 1)]
     return [logits for logits, _ in said], said[0][1]
 
@@ -49,7 +50,7 @@ def at_each_exit(model: LatentModel) -> tuple[list[Tensor], Tensor]:
         ("gpt2", {}, "linear"),
         ("llama", {"n_prelude": 1, "n_coda": 1}, "linear"),
         ("gpt2", {"n_prelude": 1, "n_coda": 1}, "equal"),
-        ("llama", {"feedback_site": "post_norm"}, "equal"),
+        ("llama", {"loop.site": "post_norm"}, "equal"),
     ],
 )
 def test_every_exit_learns_as_the_model_that_ends_there(arch, ends, schedule):
@@ -59,11 +60,11 @@ def test_every_exit_learns_as_the_model_that_ends_there(arch, ends, schedule):
     shares = [1.0, 1.0] if schedule == "equal" else [1 / 3, 2 / 3]
     expected = sum(share * loss for share, loss in zip(shares, losses))
     out = model.train().loss(MIXED)
-    torch.testing.assert_close(out.terms["exits"], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.loss, losses[-1] + 0.5 * expected, atol=1e-5, rtol=1e-5)
+    assert_close(out.terms["exits"], expected)
+    assert_close(out.loss, losses[-1] + 0.5 * expected)
     ours, theirs = gradients(model, out.loss), gradients(model, losses[-1] + 0.5 * expected)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+        assert_close(ours[name], theirs[name])
     assert model.eval().loss(MIXED).terms.keys() == {"answer"}
 
 
@@ -75,7 +76,7 @@ def test_exits_follow_the_last_whose_own_distribution_is_left_alone():
     ours = gradients(model, model.train().loss(MIXED).loss)
     theirs = gradients(model, expected)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+        assert_close(ours[name], theirs[name])
     # The divergence alone moves the shared weights, though only through the first exit.
     first = at_each_exit(model)[0][0].log_softmax(-1)
     divergence = gradients(model, kl_div(first, last.detach().log_softmax(-1), reduction="sum", log_target=True))
@@ -89,29 +90,29 @@ def test_the_distribution_over_exits_is_one():
     logits = 5 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     p = exit_distribution(logits)
     assert (p >= 0).all()
-    torch.testing.assert_close(p.sum(0), torch.ones(50), atol=1e-6, rtol=0)
+    assert_close(p.sum(0), torch.ones(50))
     never, first = torch.full((4, 1), -1e4), torch.tensor([[1e4], [0.0], [0.0], [0.0]])
-    torch.testing.assert_close(exit_distribution(never)[:, 0], torch.tensor([0.0, 0, 0, 1]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(exit_distribution(first)[:, 0], torch.tensor([1.0, 0, 0, 0]), atol=1e-6, rtol=0)
+    assert_close(exit_distribution(never)[:, 0], torch.tensor([0.0, 0, 0, 1]))
+    assert_close(exit_distribution(first)[:, 0], torch.tensor([1.0, 0, 0, 0]))
 
 
 def test_the_expected_loss_is_that_of_all_outcomes_and_entropy_is_largest_where_exits_are_alike():
     losses, logits = torch.tensor([[1.0], [2.0], [4.0]]), torch.logit(torch.tensor([[1 / 3], [1 / 2], [0.9]]))
-    torch.testing.assert_close(distribution_loss(losses, logits, 0.0), torch.tensor(7 / 3))  # all alike
+    assert_close(distribution_loss(losses, logits, 0.0), torch.tensor(7 / 3))  # all alike
     even = distribution_loss(torch.zeros(3, 1), logits, 1.0)
     assert even == pytest.approx(0.0, abs=1e-6)  # log 3 - H = 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         assert distribution_loss(torch.zeros(3, 1), torch.randn(3, 1, generator=generator), 1.0) > even - 1e-6
     one = distribution_loss(torch.zeros(3, 1), torch.tensor([[1e4], [0.0], [0.0]]), 1.0)
-    assert one == pytest.approx(math.log(3), abs=1e-4)
+    assert one == pytest.approx(math.log(3), rel=1e-5)
 
 
 def test_an_iteration_is_worth_what_it_gains():
     losses, logits = torch.tensor([[2.0], [1.9], [2.5]]), torch.tensor([[0.3], [-0.4], [0.8]])
     wanted = torch.sigmoid(50 * (torch.tensor([0.1, 0.0]) - 0.005))
     expected = binary_cross_entropy(1 - logits[1:, 0].sigmoid(), wanted)
-    torch.testing.assert_close(improvement_loss(losses, logits), expected)
+    assert_close(improvement_loss(losses, logits), expected)
 
 
 # Training the gate
@@ -130,10 +131,10 @@ def test_the_gate_and_the_model_learn_the_loss_expected_over_exits(arch):
     expected = ((p * losses).sum(0) + 0.2 * (math.log(3) + (p * p.log()).sum(0))).mean()
     model.train()
     loss = model.loss(MIXED).loss
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert_close(loss, expected)
     ours, theirs = gradients(model, loss), gradients(model, expected)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-3)
+        assert_close(ours[name], theirs[name])
     assert ours["loop.stop.gate.weight"].abs().max() > 0
 
 
@@ -163,7 +164,7 @@ def test_the_second_stage_trains_the_gate_alone():
 @pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
 def test_thresholds_at_both_ends_are_one_loop_and_all(arch, kv_missing):
     model = looped(arch, **GATED, kv_missing=kv_missing)
-    without = {"stop": "none", "kv_missing": "share_step", "stop_threshold": None}
+    without = {"stop.rule": "none", "kv_missing": "share_step", "stop.threshold": None}
     assert_same(other(model, stop_threshold=1.0), other(model, **without), exactly=True)
     assert_same(other(model, stop_threshold=torch.inf), other(model, **without), exactly=True)
     assert_same(other(model, stop_threshold=0.0), other(model, **without, max_loops=1), exactly=True)
@@ -177,7 +178,7 @@ def test_thresholds_at_both_ends_are_one_loop_and_all(arch, kv_missing):
 
 def halting(arch: str, **fields) -> LatentModel:
     """Make a model whose tokens stop after one, two or three loops."""
-    model = looped(arch, **{**GATED, "stop_threshold": 0.5, **fields})
+    model = looped(arch, **{**GATED, "stop.threshold": 0.5, **fields})
     with torch.no_grad():
         model.loop.stop.gate.weight.copy_(torch.linspace(-1, 1, 32).sin()[None] / 3)
         model.loop.stop.gate.bias.fill_(-0.5)
@@ -216,7 +217,7 @@ def test_tokens_stop_one_by_one_as_the_card_says(arch, kv_missing):
     for example, logits in zip(MIXED, model.answer_logits(MIXED)):
         (row,) = model.rows([example])
         expected, depths = slowly(model, row.ids()[:-1])
-        torch.testing.assert_close(logits, expected[-len(logits) :], atol=2e-5, rtol=2e-5)
+        assert_close(logits, expected[-len(logits) :])
         batch = model.batch([row])
         model.written_logits(batch, thought := model.think(batch))
         assert thought.deep[-1].depths_BL[0, :-1].tolist() == depths
@@ -245,14 +246,14 @@ def test_where_tokens_stop_writing_with_a_cache_is_reading_everything_anew(arch,
 @pytest.mark.parametrize(
     "stopping",
     [
-        {"stop": "delta", "stop_threshold": 0.3},
-        {"stop": "cos", "stop_threshold": 0.7, "patience": 2},
-        {"stop": "kl", "stop_threshold": 0.2},
-        {"stop": "entropy", "stop_threshold": 0.5},
-        {"stop": "argmax", "stop_threshold": 1.0},
-        {"stop": "gap", "stop_threshold": 0.2, "min_loops": 2},
-        {"stop": "fixed", "stop_threshold": 2.0},
-        {"stop": "random", "stop_histogram": (1.0, 1.0, 1.0, 1.0)},
+        {"stop.rule": "delta", "stop.threshold": 0.3},
+        {"stop.rule": "cos", "stop.threshold": 0.7, "stop.patience": 2},
+        {"stop.rule": "kl", "stop.threshold": 0.2},
+        {"stop.rule": "entropy", "stop.threshold": 0.5},
+        {"stop.rule": "argmax", "stop.threshold": 1.0},
+        {"stop.rule": "gap", "stop.threshold": 0.2, "stop.min_loops": 2},
+        {"stop.rule": "fixed", "stop.threshold": 2.0},
+        {"stop.rule": "random", "stop.histogram": (1.0, 1.0, 1.0, 1.0)},
     ],
     ids=lambda one: one["stop"],
 )
@@ -286,7 +287,7 @@ def test_a_later_token_changes_no_earlier_depth():
     (row,) = model.rows(MIXED[:1])
     logits, n = logits_of(model, [row])[0], len(row)
     changed = logits_of(model, [with_token(row, n - 4, row.ids()[n - 4] - 1)])[0]
-    torch.testing.assert_close(changed[:-3], logits[:-3], atol=1e-5, rtol=1e-5)
+    assert_close(changed[:-3], logits[:-3])
     assert (changed - logits).abs().amax(1)[-3:].min() > 1e-6
 
 
@@ -341,7 +342,7 @@ def test_a_written_token_sees_what_stands_for_all_loops_and_its_own_current_stat
     model = looped(arch, max_loops=3, kv_share=kv_share)
     ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:12])
     logits, kept = decode(model, ids, 6)
-    torch.testing.assert_close(logits, decode_slowly(model, ids, 6), atol=2e-5, rtol=2e-5)
+    assert_close(logits, decode_slowly(model, ids, 6))
     exact, kept_by_all = decode(other(model, kv_share="none"), ids, 6)
     assert kept_by_all == 3 * kept == 9 * len(ids)
     assert torch.equal(logits[:6], exact[:6])
@@ -353,7 +354,7 @@ def test_the_error_of_sharing_is_measured_and_none_is_exact():
     ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:16])
     exact = decode(model, ids, 6)[0].log_softmax(-1)
     at_once = decode(model, ids, len(ids))[0].log_softmax(-1)
-    torch.testing.assert_close(exact, at_once, atol=1e-5, rtol=1e-5)
+    assert_close(exact, at_once)
     errors = {}
     for kv_share in ("last_loop", "first_loop", "mean"):
         shared = decode(other(model, kv_share=kv_share), ids, 6)[0].log_softmax(-1)

@@ -11,6 +11,8 @@ from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainin
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods import Method
 from innerloop.methods.depth.tying import rebuild
+from tests.close import assert_close
+from tests.fields import make
 from tests.methods.test_looped import assert_same, gap, looped, stirred, texts
 from tests.methods.tools import MIXED, by_arch
 from tests.models import chain_examples, saved, tiny_model
@@ -45,7 +47,7 @@ def test_the_block_is_made_of_the_layers_between_the_ends(arch, init, n_block, l
     model = converted(original, Looped(n_prelude=1, n_coda=1, max_loops=2, init=init, n_block=n_block))
     assert model.backbone.n_layers == model.backbone.config.num_hidden_layers == n_block + 2
     for got, group in zip(stack(model), layers, strict=True):
-        torch.testing.assert_close(got, torch.stack([stack(original)[i] for i in group]).mean(0))
+        assert_close(got, torch.stack([stack(original)[i] for i in group]).mean(0))
         assert len(group) > 1 or torch.equal(got, stack(original)[group[0]])
     assert [
         layer.self_attn.layer_idx if arch == "llama" else layer.attn.layer_idx for layer in model.backbone.layers
@@ -70,7 +72,9 @@ def test_copies_are_the_model_that_they_were_copied_from():
 @by_arch
 def test_a_looped_model_is_saved_and_loaded_and_not_made_again(arch, tmp_path: Path):
     folder = saved(tiny_model(Cot(), arch, num_hidden_layers=6), tmp_path / "base")
-    method = Looped(n_prelude=1, n_coda=1, max_loops=2, init="average", n_block=2, input_injection=True, time="lookup")
+    method = Looped(
+        n_prelude=1, n_coda=1, max_loops=2, init="average", n_block=2, input_injection=True, loop={"time": "lookup"}
+    )
     model = stirred(LatentModel.from_pretrained(folder, method, device="cpu"))
     run = saved(model, tmp_path / "run")
     assert_same(LatentModel.from_pretrained(run, device="cpu"), model, exactly=True)
@@ -93,9 +97,9 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path):
             max_loops=2,
             loop_sampling="uniform",
             input_injection=True,
-            stop="halt",
-            gate="distribution",
-            lora="per_iter",
+            stop={"rule": "halt"},
+            exits={"gate": "distribution"},
+            loop={"lora": "per_iter"},
         )
         args = LatentTrainingArguments(
             output_dir=str(tmp_path / name), max_steps=max_steps, save_steps=2, logging_steps=1, use_cpu=True,
@@ -115,8 +119,8 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path):
 def test_fresh_gpt2_weights_are_drawn_for_the_depth_that_they_will_have():
     plain, deep = tiny_model(Cot(), "gpt2"), tiny_model(Looped(n_prelude=1, max_loops=4), "gpt2")
     for theirs, ours in zip(plain.backbone.layers, deep.backbone.layers):  # 1 + 4 * 2 = 9 layers instead of 3
-        torch.testing.assert_close(ours.attn.c_proj.weight, theirs.attn.c_proj.weight / 3**0.5)
-        torch.testing.assert_close(ours.mlp.c_proj.weight, theirs.mlp.c_proj.weight / 3**0.5)
+        assert_close(ours.attn.c_proj.weight, theirs.attn.c_proj.weight / 3**0.5)
+        assert_close(ours.mlp.c_proj.weight, theirs.mlp.c_proj.weight / 3**0.5)
         assert torch.equal(ours.mlp.c_fc.weight, theirs.mlp.c_fc.weight)
     llama = tiny_model(Looped(max_loops=4)).state_dict()
     assert all(torch.equal(tensor, llama[name]) for name, tensor in tiny_model(Cot()).state_dict().items())
@@ -134,15 +138,15 @@ def test_noise_is_of_training_alone(noise):
 def test_every_other_setting_of_the_loop_does_something():
     plain = looped(max_loops=3)
     for fields in (
-        {"rescale": "rms"},
-        {"rescale": "adapter"},
-        {"residual": "sum"},
-        {"residual": "C"},
-        {"feedback_scale": 0.5},
-        {"time": "sinusoidal", "time_inject": "concat"},
-        {"lora": "shared", "lora_targets": ("q_proj",)},
+        {"loop.rescale": "rms"},
+        {"loop.rescale": "adapter"},
+        {"loop.residual": "sum"},
+        {"loop.residual": "C"},
+        {"loop.scale": 0.5},
+        {"loop.time": "sinusoidal", "loop.time_inject": "concat"},
+        {"loop.lora": "shared", "loop.lora_targets": ("q_proj",)},
     ):
-        model = LatentModel(plain.backbone, plain.tokenizer, Looped(max_loops=3, **fields)).eval()
+        model = LatentModel(plain.backbone, plain.tokenizer, make(Looped, max_loops=3, **fields)).eval()
         assert gap(stirred(model), plain) > 1e-3, fields
 
 
@@ -151,22 +155,28 @@ def test_every_other_setting_of_the_loop_does_something():
     [
         ({"n_prelude": -1}, "n_prelude and n_coda cannot be negative"),
         ({"max_loops": 0}, "looped needs max_loops >= 1"),
-        ({"shift": True}, "are for latents: leave them out with looped"),
-        ({"time": "lookup", "time_inject": "token"}, "are for latents"),
-        ({"stop": "kl", "stop_site": "answer"}, "are for latents"),
-        ({"solver": "plain"}, "set solver to none"),
-        ({"time": "lookup", "noise_level": "delta"}, "set it to none or injected"),
-        ({"stop": "kl", "stop_agg": "last"}, "leave stop_agg out"),
+        ({"loop.shift": True}, "are for latents: leave them out with looped"),
+        ({"loop.time": "lookup", "loop.time_inject": "token"}, "are for latents"),
+        ({"stop.rule": "kl", "stop.site": "answer"}, "are for latents"),
+        ({"fixed_point.solver": "plain"}, "set solver to none"),
+        ({"loop.time": "lookup", "loop.noise_level": "delta"}, "set it to none or injected"),
+        ({"stop.rule": "kl", "stop.agg": "last"}, "leave stop_agg out"),
         ({"kv_missing": "restrict"}, "kv_missing is for tokens that stop: set a stop score"),
-        ({"stop": "kl", "kv_share": "mean"}, "set stop or kv_share to none"),
-        ({"gate": "distribution"}, "set stop to halt"),
-        ({"stop": "halt", "gate": "improvement", "max_loops": 1}, "set max_loops to at least 2"),
-        ({"stop": "halt", "gate": "improvement", "loop_sampling": "uniform"}, "loop_sampling to fixed"),
-        ({"stop": "halt", "gate": "improvement", "spectral_weight": 1.0}, "set spectral_weight to 0"),
-        ({"stop": "halt", "gate": "distribution", "exit_weight": 1.0}, "set exit_weight to 0, or gate to none"),
-        ({"exit_kd": 1.0}, "set exit_weight above 0"),
-        ({"exit_schedule": "linear"}, "set exit_weight above 0"),
-        ({"exit_weight": -1.0}, "weights of the loss cannot be negative"),
+        ({"stop.rule": "kl", "kv_share": "mean"}, "set stop or kv_share to none"),
+        ({"exits.gate": "distribution"}, "set stop to halt"),
+        ({"stop.rule": "halt", "exits.gate": "improvement", "max_loops": 1}, "set max_loops to at least 2"),
+        ({"stop.rule": "halt", "exits.gate": "improvement", "loop_sampling": "uniform"}, "loop_sampling to fixed"),
+        (
+            {"stop.rule": "halt", "exits.gate": "improvement", "fixed_point.spectral_weight": 1.0},
+            "set spectral_weight to 0",
+        ),
+        (
+            {"stop.rule": "halt", "exits.gate": "distribution", "exits.weight": 1.0},
+            "set exit_weight to 0, or gate to none",
+        ),
+        ({"exits.kd": 1.0}, "set exit_weight above 0"),
+        ({"exits.schedule": "linear"}, "set exit_weight above 0"),
+        ({"exits.weight": -1.0}, "weights of the loss cannot be negative"),
         ({"init": "average"}, "give both init and n_block, or neither"),
         ({"n_block": 2}, "give both init and n_block, or neither"),
         ({"kv_share": "middle"}, "kv_share is 'middle'"),
@@ -175,7 +185,7 @@ def test_every_other_setting_of_the_loop_does_something():
 )
 def test_impossible_settings_are_refused(fields, message):
     with pytest.raises(InputError, match=message) as caught:
-        Looped(**fields)
+        make(Looped, **fields)
     assert "\n" not in str(caught.value)
 
 
@@ -189,4 +199,4 @@ def test_impossible_settings_are_refused(fields, message):
 )
 def test_blocks_that_a_model_has_no_layers_for_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
-        converted(tiny_model(Cot()), Looped(**fields))
+        converted(tiny_model(Cot()), make(Looped, **fields))

@@ -11,6 +11,7 @@ import torch
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus
+from tests.fields import make
 from tests.methods.reference_lotus import LotusReference
 from tests.methods.slowly import assert_decodes_as_forced, assert_terms_of_the_reference
 from tests.methods.tools import (
@@ -35,19 +36,19 @@ BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)  # MIXED has 3, 0
 STAGES = [3, 0, 1, 2, 3, 1]
 LOOPS = [
     {"inject": "replace"},
-    {"shift": True},
-    {"feedback_scale": 0.5},
-    {"inject": "replace", "shift": True, "feedback_scale": 2.0},
-    {"residual": "A", "rescale": "rms"},
-    {"feedback_site": "pre_norm"},
+    {"loop.shift": True},
+    {"loop.scale": 0.5},
+    {"inject": "replace", "loop.shift": True, "loop.scale": 2.0},
+    {"loop.residual": "A", "loop.rescale": "rms"},
+    {"loop.site": "pre_norm"},
     {"max_loops": 0},
     {"max_loops": 5},
     {"loops_per_block": 2},
     {"loops_per_block": 0, "last_pass": "refeed"},
-    {"hid_weight": 1.0, "teacher": "self"},
-    {"hid_weight": 1.0, "teacher": "self", "answer_weight": 0.0, "last_pass": "refeed"},
+    {"hid.weight": 1.0, "hid.teacher": "self"},
+    {"hid.weight": 1.0, "hid.teacher": "self", "answer_weight": 0.0, "last_pass": "refeed"},
 ]
-STABLE = {"time": "lookup", "lora": "per_iter", "lora_rank": 2}
+STABLE = {"loop.time": "lookup", "loop.lora": "per_iter", "loop.lora_rank": 2}
 
 by_loop = pytest.mark.parametrize("fields", LOOPS, ids=str)
 
@@ -79,8 +80,8 @@ def test_other_loops_equal_the_reference(arch, fields):
     [
         *[(arch, {}) for arch in ("gpt2", "llama", "qwen2", "qwen3")],
         *[("gpt2", fields) for fields in LOOPS],
-        ("gpt2", {**STABLE, "time_inject": "token"}),
-        ("llama", {**STABLE, "shift": True, "supervision": "per_iter"}),
+        ("gpt2", {**STABLE, "loop.time_inject": "token"}),
+        ("llama", {**STABLE, "loop.shift": True, "supervision": "per_iter"}),
     ],
     ids=str,
 )
@@ -102,7 +103,7 @@ def test_fewer_steps_than_blocks_more_and_none_in_one_batch_do_as_alone(arch, fi
 @by_arch
 def test_stabilisers_of_slr_work_in_batches_whose_rows_stop_at_different_times(arch, stop):
     assert_rows_do_as_alone(
-        halting(arch, Lotus(n_blocks=3, latents_per_block=2, loops_per_block=2, stop=stop, **STABLE))
+        halting(arch, make(Lotus, n_blocks=3, latents_per_block=2, loops_per_block=2, **{"stop.rule": stop}, **STABLE))
     )
 
 
@@ -122,7 +123,7 @@ def test_answering_takes_the_passes_of_the_card_and_equals_teacher_forcing(arch,
     assert_decodes_as_forced(model, LotusReference(model), n_before)
 
 
-@pytest.mark.parametrize("fields", [{}, {**STABLE, "last_pass": "refeed", "shift": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {**STABLE, "last_pass": "refeed", "loop.shift": True}], ids=str)
 @by_arch
 def test_a_saved_model_gives_the_same_answers(tmp_path, arch, fields):
     model = moved(tiny_model(change(BASE, **fields), arch))

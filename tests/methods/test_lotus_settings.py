@@ -7,6 +7,7 @@ import pytest
 
 from innerloop import InputError
 from innerloop.methods import Lotus
+from tests.fields import make
 from tests.methods.gauges import FORWARD, LEARNS, STOPPING, moved_by
 from tests.methods.tools import MIXED, change
 from tests.models import tiny_model
@@ -15,14 +16,14 @@ BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)
 STATES = FORWARD | {"step"}
 IN_TRAINING = STATES - {"logits", "beyond"}
 STOPS = {"ran", "score", "logits", "beyond"}
-HID, AUX, TIME = {"hid_weight": 1.0, "teacher": "self"}, {"aux_weight": 0.5}, {"time": "lookup"}
+HID, AUX, TIME = {"hid.weight": 1.0, "hid.teacher": "self"}, {"aux.weight": 0.5}, {"loop.time": "lookup"}
 TAUGHT = {**HID, "teacher_weight": 0.5}
-SHARED, LORA = {**AUX, "aux_decoder": "shared"}, {"lora": "per_iter", "lora_rank": 2}
-ADAPTER, PROJECT = {"rescale": "adapter"}, {"rescale": "project"}
-AT_ONCE = {"stop": "delta", "stop_threshold": -math.inf}
-NEVER = {"stop": "kl", "stop_threshold": math.inf}
-SOLVED = {"solver": "damped", "solver_tol": 1e-9}
-GAIN = {"spectral_weight": 1.0, "spectral_bound": 0.1}
+SHARED, LORA = {**AUX, "aux_decoder": "shared"}, {"loop.lora": "per_iter", "loop.lora_rank": 2}
+ADAPTER, PROJECT = {"loop.rescale": "adapter"}, {"loop.rescale": "project"}
+AT_ONCE = {"stop.rule": "delta", "stop.threshold": -math.inf}
+NEVER = {"stop.rule": "kl", "stop.threshold": math.inf}
+SOLVED = {"fixed_point.solver": "damped", "fixed_point.tol": 1e-9}
+GAIN = {"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.1}
 
 
 def moves(what: set[str], base: dict | None = None, **fields):
@@ -59,7 +60,7 @@ FIELDS = [
     moves({"teacher"} | LEARNS, HID, teacher_weight=0.5),
     moves({"teacher", "passes"} | LEARNS, teacher="self", teacher_weight=0.5),
     moves({"passes"}, TAUGHT, teacher_passes=2),
-    *(moves(set(), **fields) for fields in ({"deep_schedule": "softmax"}, {"halt_prior": 0.5}, {"halt_beta": 1.0})),
+    *(moves(set(), **fields) for fields in ({"deep.schedule": "softmax"}, {"halt.prior": 0.5}, {"halt.beta": 1.0})),
     # LOTUS-aux
     moves({"aux", "trained"} | LEARNS, **AUX),
     moves(LEARNS, AUX, aux_weight=1.0),
@@ -75,10 +76,10 @@ FIELDS = [
     moves({"aux", "trained"} | LEARNS, SHARED, aux_lora_rank=2),
     # SLR's stabilisers
     moves(STATES, residual="A"),
-    moves(STATES, {"residual": "A"}, alpha=0.3),
-    moves(STATES | {"trained"}, {"residual": "A"}, alpha_learn="per_iter"),
-    moves(STATES | {"trained"}, {"residual": "C"}, gate_shape="channel"),
-    moves(STATES, {"residual": "C"}, gate_kind="sigmoid"),
+    moves(STATES, {"loop.residual": "A"}, alpha=0.3),
+    moves(STATES | {"trained"}, {"loop.residual": "A"}, alpha_learn="per_iter"),
+    moves(STATES | {"trained"}, {"loop.residual": "C"}, gate_shape="channel"),
+    moves(STATES, {"loop.residual": "C"}, gate_kind="sigmoid"),
     moves(STATES, rescale="rms"),
     moves(STATES | {"trained"}, ADAPTER, adapter_width=8),
     moves(STATES | {"trained"}, ADAPTER, adapter_gain=True),
@@ -89,9 +90,9 @@ FIELDS = [
     moves(STATES, feedback_site="pre_norm"),
     moves(STATES | {"trained"}, **TIME),
     moves(STATES | {"passes"}, TIME, time_inject="token"),
-    moves(STATES, {"time": "sinusoidal"}, time_norm=True),
+    moves(STATES, {"loop.time": "sinusoidal"}, time_norm=True),
     moves(IN_TRAINING, noise=0.5),
-    moves(STATES | {"trained"}, {**TIME, "noise": 0.5}, noise_level="injected"),
+    moves(STATES | {"trained"}, {**TIME, "loop.noise": 0.5}, noise_level="injected"),
     moves(STATES | {"trained"}, **LORA),
     moves(STATES | {"trained"}, LORA, lora_rank=3),
     moves(STATES, LORA, lora_gamma=1.0),
@@ -118,29 +119,32 @@ REFUSED = [
     ({"latents_per_block": 0}, "latents_per_block >= 1"),
     ({"loops_per_block": -1}, "loops_per_block >= 0"),
     ({"max_loops": -1}, "max_loops cannot be negative"),
-    ({"inject": "replace", "residual": "A"}, "leave residual out"),
+    ({"inject": "replace", "loop.residual": "A"}, "leave residual out"),
     ({"supervision": "per_iter", "loops_per_block": 2}, "set loops_per_block to 1"),
     ({"supervision": "per_iter", "max_loops": 3}, "leave max_loops out"),
-    ({"deep_weight": 0.1}, "set them to 0"),
-    ({"halt_weight": 0.1}, "set them to 0"),
-    ({"supervision": "per_iter", "solver": "plain"}, "set supervision to post"),
-    ({"supervision": "per_iter", "solver": "plain", "step_weight": 0.0, "aux_weight": 1.0}, "set supervision to post"),
-    ({"solver": "plain", "time": "lookup"}, "iterations must be alike"),
+    ({"deep.weight": 0.1}, "set them to 0"),
+    ({"halt.weight": 0.1}, "set them to 0"),
+    ({"supervision": "per_iter", "fixed_point.solver": "plain"}, "set supervision to post"),
+    (
+        {"supervision": "per_iter", "fixed_point.solver": "plain", "step_weight": 0.0, "aux.weight": 1.0},
+        "set supervision to post",
+    ),
+    ({"fixed_point.solver": "plain", "loop.time": "lookup"}, "iterations must be alike"),
     ({"step_weight": -0.1}, "cannot be negative"),
-    ({"aux_weight": -0.1}, "cannot be negative"),
-    ({"hid_weight": 1.0}, "set teacher"),
+    ({"aux.weight": -0.1}, "cannot be negative"),
+    ({"hid.weight": 1.0}, "set teacher"),
     ({"teacher_weight": 1.0}, "set teacher to self"),
-    ({"aux_decoder": "shared", "aux_layers": 1}, "set aux_decoder to copy"),
-    ({"aux_lora_rank": 1}, "set aux_decoder to shared"),
-    ({"aux_source": "runs/other"}, "aux_embed to own"),
-    ({"aux_decoder": "shared", "aux_trains": "decoder"}, "set aux_trains to both"),
-    ({"aux_decoder": "shared", "aux_embed": "own"}, "set aux_embed to base"),
-    ({"aux_decoder": "shared", "aux_weight": 1.0, "aux_detach": True}, "set aux_decoder to copy"),
-    ({"aux_trains": "decoder"}, "set aux_weight above 0"),
-    ({"first_stage": 7}, "from 0 to 6"),
-    ({"stage_length": 0}, "at least 1"),
-    ({"uniform_prob": 1.5}, "between 0 and 1"),
-    ({"alpha": 1.5}, "between 0 and 1"),
+    ({"aux_decoder": "shared", "aux.layers": 1}, "set aux_decoder to copy"),
+    ({"aux.lora_rank": 1}, "set aux_decoder to shared"),
+    ({"aux.source": "runs/other"}, "aux_embed to own"),
+    ({"aux_decoder": "shared", "aux.trains": "decoder"}, "set aux_trains to both"),
+    ({"aux_decoder": "shared", "aux.embed": "own"}, "set aux_embed to base"),
+    ({"aux_decoder": "shared", "aux.weight": 1.0, "aux.detach": True}, "set aux_decoder to copy"),
+    ({"aux.trains": "decoder"}, "set aux_weight above 0"),
+    ({"curriculum.first_stage": 7}, "from 0 to 6"),
+    ({"curriculum.length": 0}, "at least 1"),
+    ({"curriculum.uniform_prob": 1.5}, "between 0 and 1"),
+    ({"loop.alpha": 1.5}, "between 0 and 1"),
     *(
         ({field: "nonsense"}, field)
         for field in ("inject", "last_pass", "overflow", "supervision", "readout_offset", "aux_norm", "stage_mix")
@@ -163,7 +167,7 @@ def test_no_setting_is_forgotten():
 @pytest.mark.parametrize(("fields", "mend"), REFUSED, ids=str)
 def test_impossible_settings_are_refused_in_one_sentence(fields, mend):
     with pytest.raises(InputError, match=mend) as refusal:
-        Lotus(**fields)
+        make(Lotus, **fields)
     assert "\n" not in str(refusal.value) and not str(refusal.value).endswith(".")
 
 
@@ -173,7 +177,7 @@ def test_impossible_settings_are_refused_in_one_sentence(fields, mend):
 @pytest.mark.parametrize("length", [1, 3])
 def test_epoch_e_has_the_blocks_and_iterations_of_the_card(length):
     """K_e = min(floor(e / E_stage), K), R_e = r K_e."""
-    method = Lotus(n_blocks=4, latents_per_block=5, loops_per_block=2, stage_length=length)
+    method = Lotus(n_blocks=4, latents_per_block=5, loops_per_block=2, curriculum={"length": length})
     for epoch in range(20):
         blocks = min(epoch // length, 4)
         stage = method.stage_at(step=10 * epoch + 7, steps_per_epoch=10)
@@ -198,9 +202,15 @@ def test_steps_leave_the_text_block_by_block_and_those_beyond_the_blocks_stay():
 
 
 def test_examples_need_steps_unless_nothing_is_made_of_them():
-    alone = Lotus(step_weight=0.0, first_stage=6)
+    alone = Lotus(step_weight=0.0, curriculum={"first_stage": 6})
     assert not alone.needs_steps
-    for fields in ({"step_weight": 0.1}, {"aux_weight": 0.1}, {"first_stage": 5}, HID, {**TAUGHT, "hid_weight": 0.0}):
+    for fields in (
+        {"step_weight": 0.1},
+        {"aux.weight": 0.1},
+        {"curriculum.first_stage": 5},
+        HID,
+        {**TAUGHT, "hid.weight": 0.0},
+    ):
         assert change(alone, **fields).needs_steps
 
 

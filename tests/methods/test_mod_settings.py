@@ -8,6 +8,7 @@ import torch
 from innerloop import Cot, InputError, LatentModel, Mod
 from innerloop.calibrate.router_thresholds import calibrate_routers
 from innerloop.decoder.cost import Meter
+from tests.close import assert_close
 from tests.methods.reference_routing import IDS, LENGTH, read, some_ids
 from tests.methods.tools import learn
 from tests.models import answers_of, chain_examples, tiny_model
@@ -68,9 +69,9 @@ def test_thresholds_follow_the_quantiles_of_the_training_batches():
     quantiles = [thought.deep[0].measured["quantile"] for thought in seen]
     assert model.depth.thresholds.tolist() == [0.0, 0.0]
     model.loss(EXAMPLES[:4])
-    torch.testing.assert_close(model.depth.thresholds, quantiles[0])
+    assert_close(model.depth.thresholds, quantiles[0])
     model.loss(EXAMPLES[4:])
-    torch.testing.assert_close(model.depth.thresholds, sum(quantiles) / 2)
+    assert_close(model.depth.thresholds, sum(quantiles) / 2)
     before = model.depth.thresholds.clone()
     model.eval().loss(EXAMPLES)
     assert torch.equal(model.depth.thresholds, before)

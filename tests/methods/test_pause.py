@@ -13,16 +13,19 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import InputError, NoCot, Pause, Slr
 from innerloop.text.row import IGNORE
+from tests.fields import make
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
+    ROUNDED,
     assert_causal,
     assert_close,
     assert_learns_by_heart,
     assert_same_gradients,
     assert_writes_like_the_reference,
     change_embedding,
+    exact,
     gradients,
     lean_towards_end,
     logits_of,
@@ -39,7 +42,7 @@ METHODS = {
     "without markers": Pause(n_pauses=3, with_markers=False),
     "steps kept": Pause(n_pauses=3, keep_steps=True),
     "prepended": Pause(n_pauses=3, placement="prepend"),
-    "curriculum": Pause(n_pauses=4, max_stage=2, per_stage=2),
+    "curriculum": Pause(n_pauses=4, curriculum={"max_stage": 2}, per_stage=2),
 }
 
 
@@ -50,14 +53,14 @@ def method(request):
 
 @pytest.mark.parametrize("default", [Pause(), Pause(with_markers=False)], ids=["markers", "no markers"])
 def test_loss_logits_and_gradients_equal_the_reference(default, arch):
-    model = under(tiny_model(Slr(), arch), default)
+    model = under(exact(tiny_model(Slr(), arch)), default)
     slow = Reference(model)
     with torch.no_grad():
         for fast, example in zip(model.answer_logits(MIXED), MIXED):
-            assert_close(fast, slow.answer_logits(example), 2e-5)
+            assert_close(fast, slow.answer_logits(example), ROUNDED)
     loss, expected = model.loss(MIXED).loss, slow.loss(list(MIXED))
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected), 2e-5)
+    assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(model, expected))
 
 
 def test_every_layout_equals_the_reference_at_every_stage_and_in_mixed_batches(method):
@@ -100,7 +103,7 @@ def test_pauses_stand_where_the_layout_says(method, expected):
 
 
 def test_the_curriculum_trades_each_step_for_pauses():
-    model = tiny_model(Pause(n_pauses=5, max_stage=3, per_stage=2))
+    model = tiny_model(Pause(n_pauses=5, curriculum={"max_stage": 3}, per_stage=2))
     rows = [model.rows(MIXED[:1], stage)[0] for stage in range(5)]
     assert [row.ids().count(model.tokenizer.convert_tokens_to_ids("<lat>")) for row in rows] == [0, 2, 4, 5, 5]
     assert [[piece.step for piece in row.pieces if piece.step >= 0] for row in rows] == [[0, 1, 2], [1, 2], [2], [], []]
@@ -190,14 +193,14 @@ def test_eight_examples_are_learnt_by_heart(examples):
     [
         {"n_pauses": -1},
         {"n_pauses_inference": -1},
-        {"max_stage": 2, "keep_steps": True},
-        {"max_stage": 2, "placement": "prepend"},
-        {"first_stage": 1},
+        {"curriculum.max_stage": 2, "keep_steps": True},
+        {"curriculum.max_stage": 2, "placement": "prepend"},
+        {"curriculum.first_stage": 1},
     ],
 )
 def test_impossible_settings_are_refused(fields):
     with pytest.raises(InputError):
-        Pause(**fields)
+        make(Pause, **fields)
 
 
 def test_an_unknown_choice_is_refused():

@@ -35,11 +35,11 @@ from tests.methods.tools import (
     states,
 )
 
-ON_COCONUT = SimCot(max_stage=3, latents_per_step=2)
-ON_CODI = SimCotCodi(n_latents_total=3, answer_weight=0.0, hid_weight=0.0, teacher_weight=0.0, teacher=None)
+ON_COCONUT = SimCot(curriculum={"max_stage": 3}, latents_per_step=2)
+ON_CODI = SimCotCodi(n_latents_total=3, answer_weight=0.0, hid={"weight": 0.0, "teacher": None}, teacher_weight=0.0)
 HOSTS = {"coconut": ON_COCONUT, "codi": ON_CODI}
 WHOLE = {"coconut": ON_COCONUT, "codi": SimCotCodi(n_latents_total=3)}
-PLAIN = {"coconut": Coconut(max_stage=3, latents_per_step=2), "codi": Codi(n_latents_total=3)}
+PLAIN = {"coconut": Coconut(curriculum={"max_stage": 3}, latents_per_step=2), "codi": Codi(n_latents_total=3)}
 LAST = 4
 STAGES = [4, 2, 1, 3, 4, 1]
 by_host = pytest.mark.parametrize("host", HOSTS)
@@ -131,7 +131,7 @@ def aux_of(model, rows):
 @by_surplus
 @pytest.mark.parametrize(("host", "stages"), [("coconut", None), ("coconut", STAGES), ("codi", None)])
 def test_7_the_loss_is_that_of_a_loop_over_rows_and_groups(host, stages, surplus, aux_norm, arch):
-    model = on(arch, change(HOSTS[host], surplus=surplus, aux_norm=aux_norm))
+    model = on(arch, change(HOSTS[host], surplus=surplus, aux={"norm": aux_norm}))
     slow, rows = Slow(model), laid_out(model, stages)
     expected = slow.loss(MIXED, stages)
     assert model(model.batch(rows)).terms["aux"].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -140,7 +140,7 @@ def test_7_the_loss_is_that_of_a_loop_over_rows_and_groups(host, stages, surplus
 
 @by_arch
 @by_host
-@pytest.mark.parametrize("fields", [{"aux_embed": "own"}, {"aux_position": 1}, {"aux_position": 5}, {"aux_layers": 1},
+@pytest.mark.parametrize("fields", [{"aux.embed": "own"}, {"aux.position": 1}, {"aux.position": 5}, {"aux.layers": 1},
                                     {"aux_decoder": "shared"}], ids=str)  # fmt: skip
 def test_7_every_decoder_is_brute_forces(fields, host, arch):
     model = on(arch, change(HOSTS[host], **fields))
@@ -189,7 +189,7 @@ def test_7_rows_with_fewer_latents_tell_what_they_have(arch):
 
 @by_arch
 def test_the_whole_loss_is_the_hosts_and_the_weighted_term(arch):
-    model = on(arch, change(ON_COCONUT, aux_weight=0.3))
+    model = on(arch, change(ON_COCONUT, aux={"weight": 0.3}))
     host, slow = Reference(same_weights(model, PLAIN["coconut"])), Slow(model)
     expected = host.loss(MIXED) + 0.3 * slow.loss(MIXED)
     output = model.loss(MIXED)
@@ -197,7 +197,9 @@ def test_the_whole_loss_is_the_hosts_and_the_weighted_term(arch):
     assert_same_gradients(gradients(model, output.loss), gradients(model, expected), 1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"residual": "A"}, {"residual": "B"}, {"residual": "sum"}, {"rescale": "rms"}])
+@pytest.mark.parametrize(
+    "fields", [{"loop.residual": "A"}, {"loop.residual": "B"}, {"loop.residual": "sum"}, {"loop.rescale": "rms"}]
+)
 def test_the_latent_after_codis_last_is_made_as_the_others_are(fields):
     """z_(k+1) of k latents is the last latent of k + 1: what one more pass would feed."""
     model = on("gpt2", change(ON_CODI, n_latents_total=2, **fields))
@@ -220,7 +222,7 @@ def test_the_latent_after_codis_last_is_made_as_the_others_are(fields):
 @by_host
 def test_1_without_weight_it_is_the_host(host):
     """The same loss, gradients and draws, in training with dropout."""
-    model = on("gpt2", change(WHOLE[host], aux_weight=0.0))
+    model = on("gpt2", change(WHOLE[host], aux={"weight": 0.0}))
     found = []
     for twin in (model, same_weights(model, PLAIN[host])):
         torch.manual_seed(3)
@@ -238,11 +240,11 @@ def test_1_without_weight_it_is_the_host(host):
 @by_host
 @pytest.mark.parametrize("aux_embed", ["base", "own"])
 def test_2_a_probe_leaves_the_hosts_gradients_alone(aux_embed, host, arch):
-    model = on(arch, change(WHOLE[host], aux_detach=True, aux_embed=aux_embed))
+    model = on(arch, change(WHOLE[host], aux={"detach": True, "embed": aux_embed}))
     theirs = same_weights(model, PLAIN[host])
     grads, expected = gradients(model, model.loss(MIXED).loss), gradients(theirs, theirs.loss(MIXED).loss)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
-    learning = same_weights(model, change(model.method, aux_detach=False))
+    learning = same_weights(model, change(model.method, aux={"detach": False}))
     attached = gradients(learning, learning.loss(MIXED).loss)
     aux = [name for name in grads if name.startswith("step_decoder")]
     assert all(torch.equal(grads[name], attached[name]) for name in aux)
@@ -358,8 +360,8 @@ def test_9_lotus_aux_is_the_same_function(monkeypatch):
     examples = [example for example in MIXED if example.steps]
     vectors = torch.randn(len(examples), 2, 32, dtype=torch.double)
     monkeypatch.setattr(step_decoder, "group_latents", lambda inputs, loop, sites: vectors[sites.rows_G])
-    mine = on("gpt2", SimCot(max_stage=1, latents_per_step=2, aux_norm="token_mean"))
-    lotus = same_weights(mine, Lotus(n_blocks=1, latents_per_block=2, step_weight=0.0, aux_weight=1.0))
+    mine = on("gpt2", SimCot(curriculum={"max_stage": 1}, latents_per_step=2, aux={"norm": "token_mean"}))
+    lotus = same_weights(mine, Lotus(n_blocks=1, latents_per_block=2, step_weight=0.0, aux={"weight": 1.0}))
     rows = mine.rows(examples)
     for row, example in zip(rows, examples):
         row.told = [dataclasses.replace(row.told[0], ids=mine.spell.step(example.steps[0], 0).ids)]

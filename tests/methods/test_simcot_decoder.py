@@ -29,7 +29,7 @@ from tests.methods.tools import (
 from tests.models import chain_examples, moved, tiny_model
 from tests.test_trainer import StopAt, logged, make_trainer, weights
 
-ON_COCONUT = SimCot(max_stage=2, latents_per_step=1)
+ON_COCONUT = SimCot(curriculum={"max_stage": 2}, latents_per_step=1)
 ON_CODI = SimCotCodi(n_latents_total=3, teacher_weight=0.0)
 TOLD = {"aux"} | LEARNS
 WITHOUT_ANSWER = [Example(e.question, e.steps[:2], e.answer) for e in MIXED]
@@ -69,7 +69,7 @@ def tell(model, examples):
 @by_host
 @pytest.mark.parametrize("aux_trains", ["both", "base", "decoder"])
 def test_base_and_decoder_are_trained_as_asked(aux_trains, method, arch):
-    model = fresh(change(method, aux_trains=aux_trains), arch)
+    model = fresh(change(method, aux={"trains": aux_trains}), arch)
     stir(model)
     grads = gradients(model, model.loss(WITHOUT_ANSWER).loss)
     moved_parts = {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 0}
@@ -91,17 +91,17 @@ def test_the_decoder_has_a_head_of_its_own(arch):
 
 
 def test_a_light_decoder_has_the_first_layers():
-    model = fresh(change(ON_COCONUT, aux_layers=1))
+    model = fresh(change(ON_COCONUT, aux={"layers": 1}))
     assert model.step_decoder.own.n_layers == 1 and model.backbone.n_layers == 2
-    assert fresh(change(ON_COCONUT, aux_layers=9)).step_decoder.own.n_layers == 2
+    assert fresh(change(ON_COCONUT, aux={"layers": 9})).step_decoder.own.n_layers == 2
     assert model.step_decoder.own.lm.config.num_hidden_layers == 1 and model.backbone.config.num_hidden_layers == 2
 
 
 @by_arch
 def test_updates_of_a_shared_decoder_are_its_own(arch):
     """Low-rank updates change what is told, and neither the latents nor the answer."""
-    model = on(arch, change(ON_COCONUT, aux_decoder="shared", aux_lora_rank=2))
-    plain = same_weights(model, change(ON_COCONUT, aux_decoder="shared"))
+    model = on(arch, change(ON_COCONUT, aux={"lora_rank": 2}))
+    plain = same_weights(model, change(ON_COCONUT))
     one, other = model.loss(MIXED).terms, plain.loss(MIXED).terms
     assert one["answer"] == other["answer"] and abs(one["aux"] - other["aux"]) > 1e-3
     grads = gradients(model, model.loss(MIXED).loss)
@@ -121,7 +121,7 @@ def another(tmp_path_factory) -> str:
 @by_host
 def test_a_decoder_may_be_another_model_of_another_width(method, arch, another, tmp_path: Path):
     """Latents go through a linear map; the loss is that of the bare model, and trains the map and the latents."""
-    model = fresh(change(method, aux_source=another, aux_embed="own", aux_norm="token_mean"), arch)
+    model = fresh(change(method, aux={"source": another, "embed": "own", "norm": "token_mean"}), arch)
     stir(model)
     decoder, lm = model.step_decoder, model.step_decoder.own.lm
     bare = LatentModel.from_pretrained(another).backbone.lm
@@ -149,26 +149,26 @@ def test_a_decoder_may_be_another_model_of_another_width(method, arch, another, 
 
 
 def test_a_decoder_begins_as_the_model_that_is_named(another):
-    model = fresh(change(ON_COCONUT, aux_source=another, aux_embed="own"))
+    model = fresh(change(ON_COCONUT, aux={"source": another, "embed": "own"}))
     bare = LatentModel.from_pretrained(another).backbone.lm
     assert all(torch.equal(p, q.double()) for p, q in zip(model.step_decoder.own.lm.parameters(), bare.parameters()))
 
 
 def test_a_decoder_of_other_tokens_or_none_at_all_is_refused(another, tmp_path: Path):
-    method = change(ON_COCONUT, aux_embed="own")
+    method = change(ON_COCONUT, aux={"embed": "own"})
     with pytest.raises(InputError, match="there is no folder"):
-        fresh(change(method, aux_source=str(tmp_path / "nothing")))
+        fresh(change(method, aux={"source": str(tmp_path / "nothing")}))
     other = LatentModel.from_scratch({"type": "gpt2", "hidden_size": 32, "num_attention_heads": 2}, MIXED[:1], NoCot())
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="choose one of its family"):
-        fresh(change(method, aux_source=str(tmp_path / "other")))
+        fresh(change(method, aux={"source": str(tmp_path / "other")}))
 
 
-@pytest.mark.parametrize(("fields", "more"), [({}, 0), ({"aux_question": True, "aux_position": 3}, 3 + 9)])
+@pytest.mark.parametrize(("fields", "more"), [({}, 0), ({"aux.question": True, "aux.position": 3}, 3 + 9)])
 def test_what_the_decoder_reads_must_fit_into_the_context(fields, more, tmp_path: Path):
     """A long step is told after the latents, and after the question where that is read too."""
     (example,) = [Example("3 ; + 4 ; * 2", (" ".join(["3 + 4 = 2"] * 4), "2 * 2 = 4"), "4")]
-    method = change(ON_COCONUT, max_stage=2, first_stage=3, surplus="ignore", **fields)
+    method = change(ON_COCONUT, curriculum={"max_stage": 2, "first_stage": 3}, surplus="ignore", **fields)
     needs = more + method.latents_per_step + 4 * 5  # the step's tokens with its end, of which the last is not read
     for room, fits in ((needs, True), (needs - 1, False)):
         model = tiny_model(method, "gpt2", max_position_embeddings=room)
@@ -183,7 +183,7 @@ def test_what_the_decoder_reads_must_fit_into_the_context(fields, more, tmp_path
 
 
 def test_a_decoder_of_a_smaller_context_than_the_models_refuses_steps_that_are_too_long(another, tmp_path: Path):
-    model = fresh(change(ON_COCONUT, aux_source=another, aux_embed="own"))
+    model = fresh(change(ON_COCONUT, aux={"source": another, "embed": "own"}))
     model.step_decoder.own.config.max_position_embeddings = 6
     with pytest.raises(InputError, match="needs 8 positions to tell a step but reads at most 6"):
         model.loss([Example("3 ; + 4", ("3 + 4 = 2 = 2",), "2")])
@@ -197,7 +197,7 @@ def test_a_decoder_of_a_smaller_context_than_the_models_refuses_steps_that_are_t
 @by_arch
 def test_the_shuffled_control_takes_the_latents_of_another_row(arch):
     """The loss of shuffled latents is that of texts told from the same group's latents in a row beside theirs."""
-    model = on(arch, change(ON_COCONUT, latents_per_step=2, aux_norm="token_mean"))
+    model = on(arch, change(ON_COCONUT, latents_per_step=2, aux={"norm": "token_mean"}))
     examples = [example for example in MIXED if len(example.steps) > 1]
     batch, thought = thinking(model, examples)
     (sites,) = batch.told
@@ -279,8 +279,8 @@ def test_telling_is_greedy_decoding(method):
 
 
 @by_arch
-@pytest.mark.parametrize("fields", [{}, {"aux_embed": "own"}, {"aux_layers": 1}, {"aux_decoder": "shared"},
-                                    {"aux_decoder": "shared", "aux_lora_rank": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("fields", [{}, {"aux.embed": "own"}, {"aux.layers": 1}, {"aux_decoder": "shared"},
+                                    {"aux_decoder": "shared", "aux.lora_rank": 2}], ids=str)  # fmt: skip
 def test_a_saved_decoder_is_the_same(fields, arch, tmp_path: Path):
     model = moved(tiny_model(change(ON_COCONUT, **fields), arch))
     model.save_pretrained(tmp_path / "run")
@@ -296,15 +296,15 @@ def test_a_saved_decoder_is_the_same(fields, arch, tmp_path: Path):
 def test_a_run_answers_without_its_decoder(tmp_path: Path):
     model = moved(tiny_model(ON_COCONUT, "gpt2"))
     model.save_pretrained(tmp_path / "run")
-    bare = LatentModel.from_pretrained(tmp_path / "run", change(ON_COCONUT, aux_weight=0.0))
-    host = LatentModel.from_pretrained(tmp_path / "run", Coconut(max_stage=2, latents_per_step=1))
+    bare = LatentModel.from_pretrained(tmp_path / "run", change(ON_COCONUT, aux={"weight": 0.0}))
+    host = LatentModel.from_pretrained(tmp_path / "run", Coconut(curriculum={"max_stage": 2}, latents_per_step=1))
     assert bare.step_decoder is None and host.step_decoder is None
     texts = [[g.text for g in one.generate(QUESTIONS, max_new_tokens=8)] for one in (model, bare, host)]
     assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_decoder_begins_as_a_copy_of_the_host_that_it_joins(tmp_path: Path):
-    host = moved(tiny_model(Coconut(max_stage=2, latents_per_step=1), "gpt2"))
+    host = moved(tiny_model(Coconut(curriculum={"max_stage": 2}, latents_per_step=1), "gpt2"))
     host.save_pretrained(tmp_path / "host")
     model = LatentModel.from_pretrained(tmp_path / "host", ON_COCONUT)
     for one, other in zip(host.backbone.lm.parameters(), model.step_decoder.own.lm.parameters()):
@@ -314,7 +314,9 @@ def test_a_decoder_begins_as_a_copy_of_the_host_that_it_joins(tmp_path: Path):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(arch, tmp_path: Path):
     """The decoder and its optimizer state are in the checkpoints."""
-    method = SimCot(max_stage=1, latents_per_step=1, stage_unit="step", stage_length=2, aux_norm="token_mean")
+    method = SimCot(
+        curriculum={"max_stage": 1, "unit": "step", "length": 2}, latents_per_step=1, aux={"norm": "token_mean"}
+    )
     whole = tiny_model(method, arch)
     make_trainer(tmp_path / "whole", whole, max_steps=6).train()
     make_trainer(tmp_path / "cut", tiny_model(method, arch), max_steps=6, callbacks=[StopAt(3)]).train()
@@ -326,7 +328,7 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(arch, tmp_path: 
 
 def test_sums_over_a_step_are_not_taken_for_divergence(tmp_path: Path):
     """per_row sums the tokens of a step: at the start it is far above what one token's guess costs."""
-    make_trainer(tmp_path, tiny_model(change(ON_COCONUT, first_stage=3)), max_steps=2).train()
+    make_trainer(tmp_path, tiny_model(change(ON_COCONUT, curriculum={"first_stage": 3})), max_steps=2).train()
     assert logged(tmp_path, "loss_aux")[0] > 15
 
 
@@ -346,7 +348,10 @@ def distance(model, examples):
 @pytest.mark.slow
 def test_10_latents_stay_further_apart_than_the_hosts():
     examples, found = chain_examples(8, 5), []
-    for method in (SimCot(max_stage=6, latents_per_step=1), Coconut(max_stage=6, latents_per_step=1)):
+    for method in (
+        SimCot(curriculum={"max_stage": 6}, latents_per_step=1),
+        Coconut(curriculum={"max_stage": 6}, latents_per_step=1),
+    ):
         model = tiny_model(method, num_hidden_layers=2, initializer_range=0.1)
         learn(model, examples, 50, 5e-3)
         found.append(distance(model, examples))
@@ -359,20 +364,20 @@ def test_10_latents_stay_further_apart_than_the_hosts():
 @pytest.mark.parametrize(
     ("changes", "moves"),
     [
-        ({"aux_weight": 0.5}, LEARNS),
-        ({"aux_norm": "token_mean"}, TOLD),
+        ({"aux.weight": 0.5}, LEARNS),
+        ({"aux.norm": "token_mean"}, TOLD),
         ({"surplus": "ignore"}, TOLD),
         ({"surplus": "repeat_last"}, TOLD),
-        ({"aux_position": 1}, TOLD),
-        ({"aux_embed": "own"}, TOLD),
-        ({"aux_layers": 1}, TOLD | {"trained"}),
+        ({"aux.position": 1}, TOLD),
+        ({"aux.embed": "own"}, TOLD),
+        ({"aux.layers": 1}, TOLD | {"trained"}),
         ({"aux_decoder": "shared"}, TOLD | {"trained", "passes"}),  # the decoder's passes are the model's
-        ({"aux_detach": True}, {"gradient"}),
-        ({"aux_trains": "base"}, {"trained"}),
-        ({"aux_trains": "decoder"}, {"trained", "gradient"}),
+        ({"aux.detach": True}, {"gradient"}),
+        ({"aux.trains": "base"}, {"trained"}),
+        ({"aux.trains": "decoder"}, {"trained", "gradient"}),
         ({"latents_per_step": 1}, {"rows", "passes", "ran", "score", "aux"} | FORWARD),
-        ({"max_stage": 3}, {"rows", "schedule", "passes", "ran", "aux"} | FORWARD),
-        ({"residual": "B"}, {"aux"} | FORWARD),
+        ({"curriculum.max_stage": 3}, {"rows", "schedule", "passes", "ran", "aux"} | FORWARD),
+        ({"loop.residual": "B"}, {"aux"} | FORWARD),
         ({"soft_beta": 0.5}, {"aux"} | FORWARD),
         ({"soft_alpha": 0.5}, {"aux"} | FORWARD),
     ],
@@ -380,12 +385,12 @@ def test_10_latents_stay_further_apart_than_the_hosts():
 )
 def test_a_setting_changes_what_it_should_and_nothing_else(changes, moves):
     """See gauges.py; trained weights are listed by name, and moving them may move nothing else."""
-    found = moved_by(SimCot(max_stage=2, latents_per_step=2), **changes)
+    found = moved_by(SimCot(curriculum={"max_stage": 2}, latents_per_step=2), **changes)
     assert found - {"trained", "score"} == moves - {"trained", "score"}
 
 
 def test_low_rank_updates_need_a_shared_decoder():
-    shared = SimCot(max_stage=2, latents_per_step=1, aux_decoder="shared")
+    shared = SimCot(curriculum={"max_stage": 2}, latents_per_step=1)
     assert moved_by(shared, aux_lora_rank=2) == TOLD | {"trained"}
 
 
@@ -394,22 +399,22 @@ def test_low_rank_updates_need_a_shared_decoder():
     [
         (SimCot, {"latents_per_step": 0}, "set latents_per_step >= 1"),
         (SimCot, {"thought": "pause"}, "thought to feedback"),
-        (SimCot, {"max_stage": 0}, "max_stage >= 1"),
+        (SimCot, {"curriculum.max_stage": 0}, "max_stage >= 1"),
         (SimCot, {"surplus": "none"}, "choose one of answer, ignore, repeat_last"),
-        (SimCot, {"aux_weight": 0.0, "aux_trains": "decoder"}, "set aux_weight above 0"),
+        (SimCot, {"aux.weight": 0.0, "aux.trains": "decoder"}, "set aux_weight above 0"),
         (SimCotCodi, {"n_latents_total": 0}, "n_latents_total >= 1"),
-        (SimCotCodi, {"feedback_site": "pre_norm"}, "set feedback_site to post_norm"),
+        (SimCotCodi, {"loop.site": "pre_norm"}, "set feedback_site to post_norm"),
         (SimCot, {"soft_beta": -0.1}, "cannot be negative"),
         (SimCotCodi, {"soft_alpha": -0.1}, "cannot be negative"),
-        (AuxSettings, {"aux_weight": -1.0}, "cannot be negative"),
-        (AuxSettings, {"aux_position": -1}, "cannot be negative"),
-        (AuxSettings, {"aux_decoder": "shared", "aux_layers": 1}, "set aux_decoder to copy"),
-        (AuxSettings, {"aux_lora_rank": 2}, "set aux_decoder to shared"),
-        (AuxSettings, {"aux_decoder": "shared", "aux_trains": "base", "aux_weight": 1.0}, "set aux_trains to both"),
-        (AuxSettings, {"aux_decoder": "shared", "aux_embed": "own"}, "set aux_embed to base"),
-        (AuxSettings, {"aux_decoder": "shared", "aux_detach": True}, "set aux_decoder to copy"),
-        (AuxSettings, {"aux_source": "runs/other"}, "aux_embed to own"),
-        (AuxSettings, {"aux_source": "runs/other", "aux_decoder": "shared"}, "set aux_decoder to copy"),
+        (AuxSettings, {"aux.weight": -1.0}, "cannot be negative"),
+        (AuxSettings, {"aux.position": -1}, "cannot be negative"),
+        (AuxSettings, {"aux_decoder": "shared", "aux.layers": 1}, "set aux_decoder to copy"),
+        (AuxSettings, {"aux.lora_rank": 2}, "set aux_decoder to shared"),
+        (AuxSettings, {"aux_decoder": "shared", "aux.trains": "base", "aux.weight": 1.0}, "set aux_trains to both"),
+        (AuxSettings, {"aux_decoder": "shared", "aux.embed": "own"}, "set aux_embed to base"),
+        (AuxSettings, {"aux_decoder": "shared", "aux.detach": True}, "set aux_decoder to copy"),
+        (AuxSettings, {"aux.source": "runs/other"}, "aux_embed to own"),
+        (AuxSettings, {"aux.source": "runs/other", "aux_decoder": "shared"}, "set aux_decoder to copy"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_sentence(cls, fields, message):
@@ -427,6 +432,6 @@ def test_the_cards_defaults():
 
 def test_close_latents_are_close():
     """The distance of the test above knows a collapse when it sees one."""
-    model = on("gpt2", SimCot(max_stage=3, latents_per_step=1))
+    model = on("gpt2", SimCot(curriculum={"max_stage": 3}, latents_per_step=1))
     model.loop.rescale.forward = torch.ones_like
     assert_close(distance(model, MIXED), torch.tensor(0.0, dtype=torch.double))

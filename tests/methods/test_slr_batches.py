@@ -40,7 +40,7 @@ by_word_score = pytest.mark.parametrize("stop", ["kl", "entropy", "argmax"])
 @by_scope
 def test_10_a_batch_in_which_rows_halt_equals_single_rows(scope, stop, answer_from):
     arch = {"delta": "gpt2", "cos": "llama", "kl": "gpt2", "entropy": "llama", "halt": "gpt2"}[stop]
-    method = change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=4, stop=stop)
+    method = change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=4, stop={"rule": stop})
     assert_rows_do_as_alone(halting(arch, method))
 
 
@@ -49,21 +49,28 @@ def test_10_a_batch_in_which_rows_halt_equals_single_rows(scope, stop, answer_fr
 @by_scope
 def test_10_rows_that_halt_by_the_answers_first_word_do_as_alone(scope, stop, answer_from):
     arch = "llama" if (stop, answer_from) == ("argmax", "refeed") else "gpt2"  # where rows differ
-    method = change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=6, stop=stop, stop_site="answer")
-    method = change(method, stop_agg="last" if stop == "kl" else "mean")  # of the one position there is
+    method = change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=6, stop={"rule": stop, "site": "answer"})
+    method = change(method, stop={"agg": "last" if stop == "kl" else "mean"})  # of the one position there is
     assert_rows_do_as_alone(halting(arch, method))
 
 
 @pytest.mark.parametrize("solver", ["plain", "damped", "anderson"])
 @by_region
 def test_10_rows_that_reach_their_fixed_points_at_different_times_do_as_alone(scope, solver):
-    fields = {"residual": "A", "alpha": 0.5, "time": "none", "solver": solver, "solver_tol": 3e-3, "max_loops": 40}
-    assert_rows_do_as_alone(on("gpt2", change(PLAIN, loop_scope=scope, rescale="rms", **fields)))
+    fields = {
+        "loop.residual": "A",
+        "loop.alpha": 0.5,
+        "loop.time": "none",
+        "fixed_point.solver": solver,
+        "fixed_point.tol": 3e-3,
+        "max_loops": 40,
+    }
+    assert_rows_do_as_alone(on("gpt2", change(PLAIN, loop_scope=scope, loop={"rescale": "rms"}, **fields)))
 
 
 @by_scope
 def test_10_a_halted_row_is_not_changed_by_later_iterations(scope):
-    model = halting("gpt2", change(FULL, loop_scope=scope, max_loops=4, stop="delta", stop_agg="last"))
+    model = halting("gpt2", change(FULL, loop_scope=scope, max_loops=4, stop={"rule": "delta", "agg": "last"}))
     result = thought_of(model, MIXED).loop
     for row, n_loops in enumerate(result.n_loops):
         rows, states_BND = result.states[n_loops - 1]
@@ -71,7 +78,9 @@ def test_10_a_halted_row_is_not_changed_by_later_iterations(scope):
 
 
 @by_scope
-@pytest.mark.parametrize("fields", [{"stop": "delta"}, {"stop": "kl", "stop_site": "answer"}], ids=["delta", "answer"])
+@pytest.mark.parametrize(
+    "fields", [{"stop.rule": "delta"}, {"stop.rule": "kl", "stop.site": "answer"}], ids=["delta", "answer"]
+)
 @by_answer
 def test_10_generation_of_a_halting_batch_equals_that_of_single_questions(scope, fields, answer_from):
     model = halting("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=4, **fields))

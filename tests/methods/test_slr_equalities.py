@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from innerloop import Codi, LatentModel, Slr
-from innerloop.config.loop import LoopSettings
 from innerloop.loop.loop import InnerLoop
 from tests.methods.reference import Reference
+from tests.fields import FullLoop
 from tests.methods.tools import (
     FULL,
     MIXED,
@@ -75,11 +75,11 @@ def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_m
 ):
     method = change(FULL, loop_scope=scope, answer_from=answer_from)
     fixed = on("gpt2", method)
-    method = change(method, stop=stop, stop_site=site)
-    never = same_weights(fixed, change(method, stop_threshold=torch.inf))
+    method = change(method, stop={"rule": stop, "site": site})
+    never = same_weights(fixed, change(method, stop={"threshold": torch.inf}))
     assert_same_answers(fixed, never, 0)
     for min_loops in (1, 2):
-        at_once = same_weights(fixed, change(method, stop_threshold=-torch.inf, min_loops=min_loops))
+        at_once = same_weights(fixed, change(method, stop={"threshold": -torch.inf, "min_loops": min_loops}))
         assert thought_of(at_once, MIXED).loop.n_loops == [min_loops] * len(MIXED)
         if scope != "append":  # there the layout has max_loops latents
             rows = fixed.rows(MIXED)
@@ -96,19 +96,19 @@ def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_m
 @pytest.mark.parametrize(
     "fields",
     [
-        {"time": "lookup"},
-        {"time": "sinusoidal"},
-        {"time": "sinusoidal", "time_norm": True, "noise_level": "delta"},
-        {"time": "lookup", "time_inject": "concat"},
-        {"time": "sinusoidal", "time_inject": "concat"},
-        {"lora": "per_iter"},
-        {"lora": "shared", "lora_rank": 1, "decode_lora": True},
+        {"loop.time": "lookup"},
+        {"loop.time": "sinusoidal"},
+        {"loop.time": "sinusoidal", "loop.time_norm": True, "loop.noise_level": "delta"},
+        {"loop.time": "lookup", "loop.time_inject": "concat"},
+        {"loop.time": "sinusoidal", "loop.time_inject": "concat"},
+        {"loop.lora": "per_iter"},
+        {"loop.lora": "shared", "loop.lora_rank": 1, "decode_lora": True},
     ],
     ids=str,
 )
 def test_2_at_the_start_time_and_lora_change_nothing(fields, arch):
     for scope in SCOPES:
-        without = change(PLAIN, loop_scope=scope, residual="A", rescale="rms")
+        without = change(PLAIN, loop_scope=scope, loop={"residual": "A", "rescale": "rms"})
         new = on(arch, change(without, **fields), stirred=False)
         assert_same_answers(on(arch, without), new)
         assert differs(new, on(arch, change(without, **fields)))  # what is trained does
@@ -116,21 +116,23 @@ def test_2_at_the_start_time_and_lora_change_nothing(fields, arch):
 
 @by_arch
 def test_2_a_new_adapter_is_rms(arch):
-    assert_same_answers(on(arch, change(PLAIN, rescale="rms")), on(arch, change(PLAIN, rescale="adapter"), False))
+    assert_same_answers(
+        on(arch, change(PLAIN, loop={"rescale": "rms"})), on(arch, change(PLAIN, loop={"rescale": "adapter"}), False)
+    )
 
 
 @by_scope
 @by_arch
 def test_2_per_iter_lora_with_tied_weights_is_shared(scope, arch):
-    method = change(PLAIN, loop_scope=scope, lora="shared", lora_rank=2)
+    method = change(PLAIN, loop_scope=scope, loop={"lora": "shared", "lora_rank": 2})
     shared = on(arch, method)
-    tied = on(arch, change(method, lora="per_iter"))
+    tied = on(arch, change(method, loop={"lora": "per_iter"}))
     with torch.no_grad():
         for name in shared.loop.lora.down:
             tied.loop.lora.down[name].copy_(shared.loop.lora.down[name].expand(3, -1, -1))
             tied.loop.lora.up[name].copy_(shared.loop.lora.up[name].expand(3, -1, -1))
     assert_same_answers(shared, tied)
-    assert differs(shared, on(arch, change(method, lora="per_iter")))
+    assert differs(shared, on(arch, change(method, loop={"lora": "per_iter"})))
 
 
 @by_arch
@@ -155,11 +157,11 @@ def test_2_merged_weights_give_the_logits_of_hooked_weights(arch):
 @by_arch
 def test_3_a_is_b_for_one_iteration_and_both_are_none_at_alpha_one(scope, arch):
     once = change(PLAIN, loop_scope=scope, max_loops=1)
-    assert_same_answers(on(arch, change(once, residual="A")), on(arch, change(once, residual="B")))
+    assert_same_answers(on(arch, change(once, loop={"residual": "A"})), on(arch, change(once, loop={"residual": "B"})))
     thrice = change(PLAIN, loop_scope=scope)
-    assert differs(on(arch, change(thrice, residual="A")), on(arch, change(thrice, residual="B")))
+    assert differs(on(arch, change(thrice, loop={"residual": "A"})), on(arch, change(thrice, loop={"residual": "B"})))
     for residual in "AB":
-        assert_same_answers(on(arch, change(thrice, residual=residual, alpha=1.0)), on(arch, thrice))
+        assert_same_answers(on(arch, change(thrice, loop={"residual": residual, "alpha": 1.0})), on(arch, thrice))
 
 
 @by_scope
@@ -167,7 +169,10 @@ def test_3_a_is_b_for_one_iteration_and_both_are_none_at_alpha_one(scope, arch):
 def test_3_with_alpha_zero_every_state_is_the_first(scope, arch):
     for residual in "AB":
         for h0 in ("embed", "forward"):
-            model = on(arch, change(PLAIN, loop_scope=scope, residual=residual, alpha=0.0, h0=h0, rescale="rms"))
+            model = on(
+                arch,
+                change(PLAIN, loop_scope=scope, loop={"residual": residual, "alpha": 0.0, "rescale": "rms"}, h0=h0),
+            )
             result = thought_of(model, MIXED).loop
             first = result.states[0][1]
             assert len(result.states) == 3
@@ -178,10 +183,10 @@ def test_3_with_alpha_zero_every_state_is_the_first(scope, arch):
 @pytest.mark.parametrize(
     ("gates", "fields"),
     [
-        ((0.7, 0.3, 0.0), {"residual": "A"}),
-        ((0.7, 0.0, 0.3), {"residual": "B"}),
-        ((1.0, 0.0, 0.0), {"residual": "none"}),
-        ((1.0, 1.0, 0.0), {"residual": "sum"}),
+        ((0.7, 0.3, 0.0), {"loop.residual": "A"}),
+        ((0.7, 0.0, 0.3), {"loop.residual": "B"}),
+        ((1.0, 0.0, 0.0), {"loop.residual": "none"}),
+        ((1.0, 1.0, 0.0), {"loop.residual": "sum"}),
     ],
     ids=str,
 )
@@ -191,10 +196,10 @@ def test_3_c_with_fixed_gates_is_the_other_residuals(gates, fields, arch):
     if sum(gates) == 1:
         kinds += [("softmax", "scalar"), ("softmax", "channel"), ("attention", "scalar")]
     for scope in SCOPES:
-        method = change(PLAIN, loop_scope=scope, rescale="rms", alpha=0.7)
+        method = change(PLAIN, loop_scope=scope, loop={"rescale": "rms", "alpha": 0.7})
         expected = on(arch, change(method, **fields))
         for kind, shape in kinds:
-            c = on(arch, change(method, residual="C", gate_kind=kind, gate_shape=shape), stirred=False)
+            c = on(arch, change(method, loop={"residual": "C", "gate_kind": kind, "gate_shape": shape}), stirred=False)
             shares = torch.tensor(gates, dtype=torch.float64)
             c.loop.residual.shares_logit = torch.logit(shares) if kind == "sigmoid" else shares.log()
             assert_same_answers(expected, c, 2e-5)
@@ -202,7 +207,7 @@ def test_3_c_with_fixed_gates_is_the_other_residuals(gates, fields, arch):
 
 def test_3_half_the_sum_is_a_with_alpha_one_half_for_one_update():
     state = torch.linspace(-1, 1, 24).view(2, 3, 4)
-    run = {kind: InnerLoop(LoopSettings(residual=kind, alpha=0.5), 4, 1, torch.ones(())) for kind in ("A", "sum")}
+    run = {kind: InnerLoop(FullLoop(residual=kind, alpha=0.5), 4, 1, torch.ones(())) for kind in ("A", "sum")}
     after = {kind: iterate(loop, lambda x, t: (3 * x).sin(), state, 1).state for kind, loop in run.items()}
     assert_close(after["sum"] / 2, after["A"], 1e-7)
 
@@ -214,7 +219,7 @@ def test_3_half_the_sum_is_a_with_alpha_one_half_for_one_update():
 @by_arch
 @pytest.mark.parametrize("rescale", ["none", "rms", "adapter"])
 def test_4_a_first_state_made_by_a_pass_is_one_iteration_more(scope, arch, rescale):
-    method = change(PLAIN, loop_scope=scope, rescale=rescale)
+    method = change(PLAIN, loop_scope=scope, loop={"rescale": rescale})
     forward = on(arch, change(method, h0="forward"))
     embed = same_weights(forward, change(method, max_loops=4))
     assert_same_answers(forward, embed)
@@ -225,7 +230,7 @@ def test_4_a_first_state_made_by_a_pass_is_one_iteration_more(scope, arch, resca
 @pytest.mark.parametrize("residual", ["none", "A", "B", "sum", "C"])
 def test_5_the_cache_of_one_iteration_more_is_the_state_fed_once_more(scope, arch, residual):
     for h0 in ("embed", "forward"):
-        method = change(PLAIN, loop_scope=scope, h0=h0, residual=residual)
+        method = change(PLAIN, loop_scope=scope, h0=h0, loop={"residual": residual})
         refeed = on(arch, method)
         assert_same_answers(refeed, same_weights(refeed, change(method, max_loops=4, answer_from="kv_last")), ROUNDED)
 
@@ -236,7 +241,7 @@ def test_5_the_cache_of_one_iteration_more_is_the_state_fed_once_more(scope, arc
 @by_arch
 def test_6_append_from_the_state_of_bot_is_coconut_and_with_a_projection_codi(arch):
     for rescale in ("none", "adapter"):
-        method = change(PLAIN, loop_scope="append", h0="forward", answer_from="kv_last", rescale=rescale)
+        method = change(PLAIN, loop_scope="append", h0="forward", answer_from="kv_last", loop={"rescale": rescale})
         model = on(arch, method)
         slow, rho = Reference(model), by_hand(model) if rescale == "adapter" else lambda u: u
         with torch.no_grad():
@@ -269,8 +274,8 @@ def by_hand(model: LatentModel):
 
 @by_arch
 def test_7_sum_is_a_hand_written_lotus_loop(arch):
-    refeed = on(arch, change(PLAIN, residual="sum"))
-    kv_last = on(arch, change(PLAIN, residual="sum", max_loops=4, answer_from="kv_last"))
+    refeed = on(arch, change(PLAIN, loop={"residual": "sum"}))
+    kv_last = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=4, answer_from="kv_last"))
     slow = Reference(refeed)
     with torch.no_grad():
         for example, left, right in zip(MIXED, refeed.answer_logits(MIXED), kv_last.answer_logits(MIXED)):
@@ -284,7 +289,7 @@ def test_7_sum_is_a_hand_written_lotus_loop(arch):
 
 @by_arch
 def test_8_an_adapter_without_residual_is_spiralthinkers_single_block(arch):
-    model = on(arch, change(PLAIN, rescale="adapter"))
+    model = on(arch, change(PLAIN, loop={"rescale": "adapter"}))
     slow, g = Reference(model), by_hand(model)
     with torch.no_grad():
         for example, logits in zip(MIXED, model.answer_logits(MIXED)):
@@ -308,7 +313,7 @@ def test_9_residuals_have_the_fixed_points_of_theory(eigenvalue):
     b, h0, one = torch.tensor([1.0, -2.0]).double(), torch.tensor([3.0, 1.0]).double(), torch.eye(2).double()
 
     def settle(residual, alpha):
-        loop = InnerLoop(LoopSettings(residual=residual, alpha=alpha), 2, 1, torch.ones(()))
+        loop = InnerLoop(FullLoop(residual=residual, alpha=alpha), 2, 1, torch.ones(()))
         return iterate(loop, lambda x, t: x @ j.T + b, h0.view(1, 1, 2), 500).state[0, 0]
 
     fixed = torch.linalg.solve(one - j, b)

@@ -14,21 +14,21 @@ STATES = FORWARD | {"step"}
 IN_TRAINING = STATES - {"logits", "beyond"}
 STOPS = {"ran", "score", "logits", "beyond"}
 ALONE = {"step_weight": 0.0}
-HID, TAUGHT = {"hid_weight": 1.0, "teacher": "-"}, {"teacher": "self", "teacher_weight": 0.5}
+HID, TAUGHT = {"hid.weight": 1.0, "teacher": "-"}, {"teacher": "self", "teacher_weight": 0.5}
 TOLD = {**HID, "teacher_thinks": "latents"}
-NO_PARTS = {"time": "none"}
-AUX = {**NO_PARTS, "aux_weight": 0.5}
+NO_PARTS = {"loop.time": "none"}
+AUX = {**NO_PARTS, "aux.weight": 0.5}
 SHARED = {**AUX, "aux_decoder": "shared"}
-DEEP, HALT = {"deep_weight": 0.5}, {"stop": "halt", "stop_threshold": math.inf, "halt_weight": 0.5}
-GATED, ADAPTER, PROJECT = {"residual": "C"}, {"rescale": "adapter"}, {"rescale": "project"}
-SINES = {"time": "sinusoidal"}
-AT_ONCE = {"stop": "delta", "stop_threshold": -math.inf}
-NEVER = {"stop": "kl", "stop_threshold": math.inf}
-SOLVED = {**ALONE, "time": "none", "solver": "damped", "solver_tol": 1e-9}
-GAIN = {"spectral_weight": 1.0, "spectral_bound": 0.01}
-STAGES = {"max_stage": 2}
-OWN = {**ALONE, "decoder": "separate"}
-CHOICE = {**ALONE, "decoder": "linear", "classes": tuple("01234")}
+DEEP, HALT = {"deep.weight": 0.5}, {"stop.rule": "halt", "stop.threshold": math.inf, "halt.weight": 0.5}
+GATED, ADAPTER, PROJECT = {"loop.residual": "C"}, {"loop.rescale": "adapter"}, {"loop.rescale": "project"}
+SINES = {"loop.time": "sinusoidal"}
+AT_ONCE = {"stop.rule": "delta", "stop.threshold": -math.inf}
+NEVER = {"stop.rule": "kl", "stop.threshold": math.inf}
+SOLVED = {**ALONE, "loop.time": "none", "fixed_point.solver": "damped", "fixed_point.tol": 1e-9}
+GAIN = {"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.01}
+STAGES = {"curriculum.max_stage": 2}
+OWN = {**ALONE, "decoder.kind": "separate"}
+CHOICE = {**ALONE, "decoder.kind": "linear", "decoder.classes": tuple("01234")}
 
 
 def moves(what: set[str], base: dict | None = None, **fields):
@@ -53,12 +53,12 @@ FIELDS = [
     *(
         moves({"schedule"}, STAGES, **fields)
         for fields in (
-            {"first_stage": 1},
-            {"stage_length": 2},
-            {"stage_unit": "step"},
-            {"stage_mix": "linear"},
-            {"uniform_prob": 0.5},
-            {"reset_optimizer": "stage"},
+            {"curriculum.first_stage": 1},
+            {"curriculum.length": 2},
+            {"curriculum.unit": "step"},
+            {"curriculum.mix": "linear"},
+            {"curriculum.uniform_prob": 0.5},
+            {"curriculum.reset_optimizer": "stage"},
         )
     ),
     moves(set(), STAGES, write_steps=False),
@@ -82,13 +82,13 @@ FIELDS = [
     moves({"hid", "passes"} | LEARNS, HID, teacher="self"),
     moves({"hid"} | LEARNS, HID, teacher_thinks="latents"),  # the passes that these take are those of another model
     moves({"kd"} | LEARNS, TOLD, kd_weight=0.5),
-    moves({"kd"} | LEARNS, {**TOLD, "kd_weight": 0.5}, kd_temperature=1.0),
+    moves({"kd"} | LEARNS, {**TOLD, "kd.weight": 0.5}, kd_temperature=1.0),
     moves({"teacher", "passes"} | LEARNS, **TAUGHT),
     moves(LEARNS, TAUGHT, teacher_weight=1.0),
     moves({"passes"}, TAUGHT, teacher_passes=2),
     moves({"deep", "passes"} | LEARNS, **DEEP),
     moves({"deep"} | LEARNS, DEEP, deep_schedule="softmax"),
-    moves({"halt", "passes"} | LEARNS, {**HALT, "halt_weight": 0.0}, halt_weight=0.5),
+    moves({"halt", "passes"} | LEARNS, {**HALT, "halt.weight": 0.0}, halt_weight=0.5),
     moves({"halt"} | LEARNS, HALT, halt_prior=0.5),
     moves({"halt"} | LEARNS, HALT, halt_beta=1.0),
     moves({"aux", "trained"} | LEARNS, NO_PARTS, aux_weight=0.5),
@@ -117,7 +117,7 @@ FIELDS = [
     moves(STATES | {"trained"}, PROJECT, project_norm=False),
     moves(STATES, feedback_scale=0.5),
     moves(STATES, shift=True),
-    moves(STATES, {"rescale": "none"}, feedback_site="pre_norm"),
+    moves(STATES, {"loop.rescale": "none"}, feedback_site="pre_norm"),
     moves(STATES | {"trained"}, time="none"),
     moves(STATES | {"passes"}, time_inject="token"),
     moves(STATES, SINES, time_norm=True),
@@ -138,7 +138,7 @@ FIELDS = [
     # gradients, fixed points
     moves({"gradient"}, bptt=1),
     moves({"gradient"}, detach=True),
-    moves(FORWARD | {"passes"}, {**ALONE, "time": "none"}, solver="damped"),
+    moves(FORWARD | {"passes"}, {**ALONE, "loop.time": "none"}, solver="damped"),
     moves({"gradient", "passes"}, SOLVED, solver_gradient="phantom"),
     moves(FORWARD | {"ran", "passes"}, SOLVED, solver_tol=1e9),
     moves({"gain", "passes"} | LEARNS, **GAIN),

@@ -40,7 +40,7 @@ def test_12_bptt_cuts_the_gradient_before_the_last_iterations(scope, arch):
     full = on(arch, method)
     expected = gradients(full, full.loss(MIXED).loss)
     for last_k in (3, 2, 1, 0):
-        model = same_weights(full, change(method, bptt=last_k))
+        model = same_weights(full, change(method, loop={"bptt": last_k}))
         assert_same_answers(full, model, 0)
         with states(model) as seen:
             ours = gradients(model, model.loss(MIXED).loss)
@@ -65,7 +65,7 @@ def test_12_bptt_cuts_the_gradient_before_the_last_iterations(scope, arch):
 def test_12_bptt_zero_leaves_the_passes_of_the_loop_without_a_gradient_whatever_the_answer_reads(
     scope, answer_from, arch
 ):
-    model = on(arch, change(FULL, loop_scope=scope, answer_from=answer_from, bptt=0))
+    model = on(arch, change(FULL, loop_scope=scope, answer_from=answer_from, loop={"bptt": 0}))
     with states(model) as seen:
         grads = gradients(model, model.loss(MIXED).loss)
     looped = seen[scope != "all" :][:3]
@@ -78,7 +78,7 @@ def test_12_bptt_zero_leaves_the_passes_of_the_loop_without_a_gradient_whatever_
 def test_12_another_lora_update_changes_the_passes_of_its_iteration_alone(arch):
     """With alpha = 0 every iteration reads the same state, so that passes do not depend on those before them."""
     for scope in REGIONS:
-        model = on(arch, change(FULL, loop_scope=scope, residual="A", alpha=0.0))
+        model = on(arch, change(FULL, loop_scope=scope, loop={"residual": "A", "alpha": 0.0}))
         with states(model) as seen, torch.no_grad():
             model.answer_logits(MIXED)
             n_passes = len(seen)
@@ -98,7 +98,7 @@ def checksum(tensors) -> str:
 
 @by_arch
 def test_13_training_the_adapters_alone_leaves_the_base_weights(arch):
-    method = change(FULL, residual="C", rescale="adapter", time_inject="concat", distinct_slots=True)
+    method = change(FULL, loop={"residual": "C", "rescale": "adapter", "time_inject": "concat"}, distinct_slots=True)
     model = LatentModel(tiny_model(Slr(), arch).backbone, base(arch).tokenizer, method)
     adapters.freeze(model.backbone, model.marker_ids())
     frozen = [p for p in model.backbone.parameters() if not p.requires_grad]
@@ -119,7 +119,7 @@ def test_13_training_the_adapters_alone_leaves_the_base_weights(arch):
 @pytest.mark.parametrize("hid_layers", ["last", "all"])
 @pytest.mark.parametrize("hid_distance", ["smooth_l1", "cosine"])
 def test_13_the_teachers_own_states_have_no_distance_to_it(arch, hid_layers, hid_distance):
-    method = change(FULL, hid_weight=1.0, teacher="-", hid_layers=hid_layers, hid_distance=hid_distance)
+    method = change(FULL, hid={"weight": 1.0, "layers": hid_layers, "distance": hid_distance}, teacher="-")
     model = on(arch, method)
     model._frozen["teacher"] = base(arch)
     batch = model.batch(model.rows(MIXED))

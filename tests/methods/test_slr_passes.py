@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop import Example, LatentModel
-from innerloop.halting.evidence import Moment
+from innerloop.halting.evidence import StopInputs
 from innerloop.passes.context import Context
 from tests.methods.reference import Reference
 from tests.methods.tools import (
@@ -40,7 +40,13 @@ from tests.methods.tools import (
 @by_answer
 @pytest.mark.parametrize("h0", ["embed", "forward"])
 def test_11_cached_equals_uncached(scope, arch, answer_from, h0):
-    method = change(PLAIN, loop_scope=scope, answer_from=answer_from, h0=h0, residual="A", rescale="rms", time="lookup")
+    method = change(
+        PLAIN,
+        loop_scope=scope,
+        answer_from=answer_from,
+        h0=h0,
+        loop={"residual": "A", "rescale": "rms", "time": "lookup"},
+    )
     model = on(arch, method)
     slow = Reference(model)
     with torch.no_grad():
@@ -87,7 +93,7 @@ def words_read(model: LatentModel, examples: Sequence[Example]) -> list[Tensor]:
     seen, rule = [], model.loop.stop
     score = rule.score
 
-    def note(now: Moment) -> Tensor:
+    def note(now: StopInputs) -> Tensor:
         assert now.logits.shape[1] == 1
         seen.append(now.logits[:, 0])
         return score(now)
@@ -105,8 +111,14 @@ def words_read(model: LatentModel, examples: Sequence[Example]) -> list[Tensor]:
 @by_answer
 @pytest.mark.parametrize("h0", ["embed", "forward"])
 def test_11_the_first_word_that_a_stop_score_sees_is_that_of_an_uncached_pass(scope, arch, answer_from, h0):
-    looks = {"stop": "kl", "stop_site": "answer", "stop_threshold": torch.inf}
-    method = change(PLAIN, loop_scope=scope, answer_from=answer_from, h0=h0, residual="A", rescale="rms", time="lookup")
+    looks = {"stop.rule": "kl", "stop.site": "answer", "stop.threshold": torch.inf}
+    method = change(
+        PLAIN,
+        loop_scope=scope,
+        answer_from=answer_from,
+        h0=h0,
+        loop={"residual": "A", "rescale": "rms", "time": "lookup"},
+    )
     model = on(arch, change(method, **looks))
     slow, together = Reference(model), words_read(model, MIXED)
     assert len(together) == 3
@@ -124,13 +136,13 @@ def test_11_the_first_word_that_a_stop_score_sees_is_that_of_an_uncached_pass(sc
 @by_answer
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"decode_lora": True}, {"prefix_kv": "per_iter"}, {"time_inject": "token"}, {"feedback_site": "pre_norm"}],
+    [{}, {"decode_lora": True}, {"prefix_kv": "per_iter"}, {"loop.time_inject": "token"}, {"loop.site": "pre_norm"}],
     ids=str,
 )
 def test_11_the_first_word_that_a_stop_score_sees_is_that_of_the_answer_given_then(scope, answer_from, fields):
     if (scope != "slots" and "time_inject" in fields) or (scope == "all" and "prefix_kv" in fields):
         return  # refused
-    looks = {"stop": "kl", "stop_site": "answer", "stop_threshold": torch.inf}
+    looks = {"stop.rule": "kl", "stop.site": "answer", "stop.threshold": torch.inf}
     model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, **looks, **fields))
     for t, words_BV in enumerate(words_read(model, MIXED), 1):
         rows = model.rows(MIXED)
@@ -143,7 +155,7 @@ def test_11_the_first_word_that_a_stop_score_sees_is_that_of_the_answer_given_th
 @by_scope
 @by_answer
 def test_11_reading_the_answers_first_word_is_one_more_pass_in_every_iteration_but_the_last(scope, answer_from):
-    looks = {"stop": "kl", "stop_site": "answer", "stop_threshold": torch.inf}
+    looks = {"stop.rule": "kl", "stop.site": "answer", "stop.threshold": torch.inf}
     model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, **looks))
     with passes(model) as seen:
         (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=1)
@@ -178,7 +190,7 @@ def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scop
 @by_arch
 @pytest.mark.parametrize("scope", ["slots", "last"])
 def test_11_the_prompt_read_in_every_iteration_is_the_uncached_pass_with_its_weights(scope, arch):
-    method = change(PLAIN, loop_scope=scope, lora="per_iter", lora_rank=2, prefix_kv="per_iter")
+    method = change(PLAIN, loop_scope=scope, loop={"lora": "per_iter", "lora_rank": 2}, prefix_kv="per_iter")
     for answer_from in ("refeed", "kv_last"):
         model = on(arch, change(method, answer_from=answer_from))
         slow = Reference(model)

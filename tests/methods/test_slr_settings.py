@@ -5,11 +5,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import InputError, LatentModel, Slr
-from innerloop.config.loop import LoopSettings
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.stabilize import TIME_WIDTH, sines
 from innerloop.model.losses import distance
 from innerloop.text.row import Kind
+from tests.fields import make
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
@@ -29,6 +29,7 @@ from tests.methods.tools import (
     states,
     under,
 )
+from tests.fields import FullLoop
 from tests.models import tiny_model
 
 
@@ -40,13 +41,13 @@ from tests.models import tiny_model
         {"loop_scope": "append"},
         {"h0": "forward"},
         {"answer_from": "kv_last"},
-        {"residual": "none"},
-        {"residual": "sum"},
-        {"residual": "B"},
-        {"alpha": 0.3},
-        {"rescale": "none"},
-        {"time": "none"},
-        {"rescale": "none", "feedback_site": "pre_norm"},
+        {"loop.residual": "none"},
+        {"loop.residual": "sum"},
+        {"loop.residual": "B"},
+        {"loop.alpha": 0.3},
+        {"loop.rescale": "none"},
+        {"loop.time": "none"},
+        {"loop.rescale": "none", "loop.site": "pre_norm"},
     ],
     ids=str,
 )
@@ -64,7 +65,7 @@ def test_every_field_of_the_loss_changes_the_loss(fields):
 
 
 def test_the_number_of_iterations_and_of_steps_left_follows_the_stage():
-    method = Slr(n_slots=2, max_loops=5, max_stage=3, loops_per_stage=2)
+    method = Slr(n_slots=2, max_loops=5, curriculum={"max_stage": 3}, loops_per_stage=2)
     model = tiny_model(method)
     rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(5)]
     assert [row.n_loops for row in rows] == [0, 2, 4, 5, 5]
@@ -87,76 +88,76 @@ def test_the_number_of_iterations_and_of_steps_left_follows_the_stage():
         ({"slots_per_step": -1}, "slots"),
         ({"step_weight": 0.1, "loop_scope": "append"}, "loop_scope=slots"),
         ({"step_weight": 0.1, "max_loops": 0}, "max_loops >= 1"),
-        ({"alpha": -0.1}, "between 0 and 1"),
-        ({"max_stage": -1}, "at least 0"),
+        ({"loop.alpha": -0.1}, "between 0 and 1"),
+        ({"curriculum.max_stage": -1}, "at least 0"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_way_to_mend_them(fields, mend):
     with pytest.raises(InputError, match=mend):
-        Slr(**fields)
+        make(Slr, **fields)
 
 
 REFUSED = [
     # LoopSettings
-    ({"noise": -1.0}, "cannot be negative"),
-    ({"spectral_weight": -1.0}, "cannot be negative"),
-    ({"spectral_bound": -1.0}, "cannot be negative"),
-    ({"lora_rank": 0}, "set lora to none"),
-    ({"min_loops": 0}, "at least 1"),
-    ({"stop_site": "answer"}, "set stop to kl, entropy, argmax"),
+    ({"loop.noise": -1.0}, "cannot be negative"),
+    ({"fixed_point.spectral_weight": -1.0}, "cannot be negative"),
+    ({"fixed_point.spectral_bound": -1.0}, "cannot be negative"),
+    ({"loop.lora_rank": 0}, "set lora to none"),
+    ({"stop.min_loops": 0}, "at least 1"),
+    ({"stop.site": "answer"}, "set stop to kl, entropy, argmax"),
     *(
-        ({"stop": stop, "stop_site": "answer"}, "set stop to kl, entropy, argmax")
+        ({"stop.rule": stop, "stop.site": "answer"}, "set stop to kl, entropy, argmax")
         for stop in ("delta", "delta_undamped", "cos", "halt")
     ),
-    ({"patience": 0}, "at least 1"),
-    ({"bptt": -1}, "none for all"),
-    ({"time": "none", "noise_level": "delta"}, "set time to lookup"),
-    ({"time": "none", "time_inject": "concat"}, "set time to lookup"),
-    ({"noise_level": "injected"}, "set noise above 0"),
-    ({"alpha_learn": "shared", "residual": "none"}, "residual A or B"),
-    ({"alpha_learn": "per_iter", "residual": "C"}, "residual A or B"),
-    ({"time_norm": True}, "time=sinusoidal"),
-    ({"solver": "plain"}, "set time to none"),
-    ({"solver": "plain", "time": "none", "lora": "per_iter"}, "shared"),
-    ({"solver": "plain", "time": "none", "noise": 0.1}, "noise to 0"),
-    ({"solver": "plain", "time": "none", "stop": "delta"}, "stop to none"),
-    ({"solver": "plain", "time": "none", "alpha_learn": "per_iter"}, "alpha_learn to fixed"),
-    ({"solver": "plain", "time": "none", "bptt": 1}, "leave bptt and detach out"),
-    ({"solver": "plain", "time": "none", "detach": True}, "leave bptt and detach out"),
-    ({"residual": "C", "gate_kind": "attention", "gate_shape": "channel"}, "gate_shape to scalar"),
+    ({"stop.patience": 0}, "at least 1"),
+    ({"loop.bptt": -1}, "none for all"),
+    ({"loop.time": "none", "loop.noise_level": "delta"}, "set time to lookup"),
+    ({"loop.time": "none", "loop.time_inject": "concat"}, "set time to lookup"),
+    ({"loop.noise_level": "injected"}, "set noise above 0"),
+    ({"loop.alpha_learn": "shared", "loop.residual": "none"}, "residual A or B"),
+    ({"loop.alpha_learn": "per_iter", "loop.residual": "C"}, "residual A or B"),
+    ({"loop.time_norm": True}, "time=sinusoidal"),
+    ({"fixed_point.solver": "plain"}, "set time to none"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.lora": "per_iter"}, "shared"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.noise": 0.1}, "noise to 0"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "stop.rule": "delta"}, "stop to none"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.alpha_learn": "per_iter"}, "alpha_learn to fixed"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.bptt": 1}, "leave bptt and detach out"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.detach": True}, "leave bptt and detach out"),
+    ({"loop.residual": "C", "loop.gate_kind": "attention", "loop.gate_shape": "channel"}, "gate_shape to scalar"),
     # LossSettings
-    ({"deep_weight": -1.0}, "cannot be negative"),
-    ({"halt_prior": 0.0}, "between 0 and 1"),
-    ({"halt_prior": 1.0}, "between 0 and 1"),
-    ({"hid_weight": 1.0}, "set teacher"),
+    ({"deep.weight": -1.0}, "cannot be negative"),
+    ({"halt.prior": 0.0}, "between 0 and 1"),
+    ({"halt.prior": 1.0}, "between 0 and 1"),
+    ({"hid.weight": 1.0}, "set teacher"),
     # Slr
     ({"prefix_kv": "per_iter", "loop_scope": "all"}, "slots or last"),
     ({"prefix_kv": "per_iter", "loop_scope": "append"}, "slots or last"),
     ({"distinct_slots": True, "loop_scope": "last"}, "loop_scope=slots"),
-    ({"time_inject": "token", "loop_scope": "all"}, "loop_scope=slots"),
+    ({"loop.time_inject": "token", "loop_scope": "all"}, "loop_scope=slots"),
     ({"decode_lora": True}, "set lora"),
     ({"loops_per_stage": 1}, "max_stage"),
-    ({"hid_weight": 1.0, "teacher": "-", "loop_scope": "append"}, "slots, all or last"),
-    ({"hid_weight": 1.0, "teacher": "-", "max_loops": 0}, "max_loops >= 1"),
-    ({"deep_weight": 1.0, "answer_from": "kv_last"}, "answer_from=refeed"),
-    ({"deep_weight": 1.0, "loop_scope": "append"}, "slots, all or last"),
-    ({"deep_weight": 1.0, "solver": "plain", "time": "none"}, "solver to none"),
-    ({"halt_weight": 1.0}, "set stop=halt"),
-    ({"solver": "plain", "time": "none", "loop_scope": "append"}, "slots, all or last"),
-    ({"solver": "plain", "time": "none", "answer_from": "kv_last"}, "refeed"),
-    ({"solver": "plain", "time": "none", "step_weight": 1.0}, "step_weight"),
+    ({"hid.weight": 1.0, "teacher": "-", "loop_scope": "append"}, "slots, all or last"),
+    ({"hid.weight": 1.0, "teacher": "-", "max_loops": 0}, "max_loops >= 1"),
+    ({"deep.weight": 1.0, "answer_from": "kv_last"}, "answer_from=refeed"),
+    ({"deep.weight": 1.0, "loop_scope": "append"}, "slots, all or last"),
+    ({"deep.weight": 1.0, "fixed_point.solver": "plain", "loop.time": "none"}, "solver to none"),
+    ({"halt.weight": 1.0}, "set stop=halt"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "loop_scope": "append"}, "slots, all or last"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "answer_from": "kv_last"}, "refeed"),
+    ({"fixed_point.solver": "plain", "loop.time": "none", "step_weight": 1.0}, "step_weight"),
     ({"loop_sampling": "lognormal_poisson", "max_loops": 0}, "max_loops"),
     ({"write_steps": False}, "set max_stage"),
-    ({"aux_weight": 1.0, "loop_scope": "last"}, "loop_scope=slots"),
-    ({"aux_weight": 1.0, "max_loops": 0}, "max_loops >= 1"),
-    ({"aux_weight": 1.0, "solver": "plain", "time": "none"}, "solver to none"),
+    ({"aux.weight": 1.0, "loop_scope": "last"}, "loop_scope=slots"),
+    ({"aux.weight": 1.0, "max_loops": 0}, "max_loops >= 1"),
+    ({"aux.weight": 1.0, "fixed_point.solver": "plain", "loop.time": "none"}, "solver to none"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "mend"), REFUSED, ids=lambda one: str(one))
 def test_every_combination_without_a_meaning_is_refused(fields, mend):
     with pytest.raises(InputError, match=mend):
-        Slr(**fields)
+        make(Slr, **fields)
 
 
 def stirred(method: Slr, fields: dict, train: bool = False):
@@ -169,44 +170,51 @@ def stirred(method: Slr, fields: dict, train: bool = False):
     return model.train(train)
 
 
-SINES = {"time": "sinusoidal"}
-STOPS = {"stop": "delta", "stop_threshold": 0.2}
-SOLVER = {"time": "none", "solver": "plain", "solver_tol": 1e-9, "residual": "A", "alpha": 0.3, "max_loops": 4}
+SINES = {"loop.time": "sinusoidal"}
+STOPS = {"stop.rule": "delta", "stop.threshold": 0.2}
+SOLVER = {
+    "loop.time": "none",
+    "fixed_point.solver": "plain",
+    "fixed_point.tol": 1e-9,
+    "loop.residual": "A",
+    "loop.alpha": 0.3,
+    "max_loops": 4,
+}
 
 
 @pytest.mark.parametrize(
     ("setting", "fields"),
     [
-        ({}, {"residual": "C"}),
-        ({"residual": "C"}, {"gate_shape": "channel"}),
-        ({"residual": "C"}, {"gate_kind": "sigmoid"}),
-        ({"residual": "C"}, {"gate_kind": "attention"}),
-        ({"residual": "C"}, {"alpha": 0.2}),
-        ({}, {"alpha_learn": "shared"}),
-        ({"alpha_learn": "shared"}, {"alpha_learn": "per_iter"}),
-        ({}, {"rescale": "adapter"}),
+        ({}, {"loop.residual": "C"}),
+        ({"loop.residual": "C"}, {"loop.gate_shape": "channel"}),
+        ({"loop.residual": "C"}, {"loop.gate_kind": "sigmoid"}),
+        ({"loop.residual": "C"}, {"loop.gate_kind": "attention"}),
+        ({"loop.residual": "C"}, {"loop.alpha": 0.2}),
+        ({}, {"loop.alpha_learn": "shared"}),
+        ({"loop.alpha_learn": "shared"}, {"loop.alpha_learn": "per_iter"}),
+        ({}, {"loop.rescale": "adapter"}),
         ({}, SINES),
-        ({}, {"time_inject": "concat"}),
-        ({}, {"time_inject": "token"}),
-        (SINES, {"time_norm": True}),
-        ({}, {"noise_level": "delta"}),
+        ({}, {"loop.time_inject": "concat"}),
+        ({}, {"loop.time_inject": "token"}),
+        (SINES, {"loop.time_norm": True}),
+        ({}, {"loop.noise_level": "delta"}),
         ({}, WITH_LORA),
-        ({"lora": "shared"}, {"lora": "per_iter"}),
-        (WITH_LORA, {"lora_rank": 3}),
-        (WITH_LORA, {"lora_gamma": 1.0}),
-        (WITH_LORA, {"lora_targets": ("q_proj",)}),
+        ({"loop.lora": "shared"}, {"loop.lora": "per_iter"}),
+        (WITH_LORA, {"loop.lora_rank": 3}),
+        (WITH_LORA, {"loop.lora_gamma": 1.0}),
+        (WITH_LORA, {"loop.lora_targets": ("q_proj",)}),
         (WITH_LORA, {"decode_lora": True}),
         (WITH_LORA, {"prefix_kv": "per_iter"}),
         ({}, {"distinct_slots": True}),
         ({}, {"loop_scope": "all"}),
         ({}, {"loop_scope": "last"}),
-        ({}, {"stop": "delta", "stop_threshold": -1e9}),
-        ({"stop": "delta", "stop_threshold": -1e9}, {"stop_threshold": 1e9}),
-        ({"stop": "delta", "stop_threshold": -1e9}, {"min_loops": 2}),
-        ({"stop": "delta", "stop_threshold": -1e9}, {"patience": 2}),
-        (SOLVER, {"solver": "anderson"}),
-        (SOLVER, {"solver": "damped"}),
-        (SOLVER, {"solver_tol": 1e3}),
+        ({}, {"stop.rule": "delta", "stop.threshold": -1e9}),
+        ({"stop.rule": "delta", "stop.threshold": -1e9}, {"stop.threshold": 1e9}),
+        ({"stop.rule": "delta", "stop.threshold": -1e9}, {"stop.min_loops": 2}),
+        ({"stop.rule": "delta", "stop.threshold": -1e9}, {"stop.patience": 2}),
+        (SOLVER, {"fixed_point.solver": "anderson"}),
+        (SOLVER, {"fixed_point.solver": "damped"}),
+        (SOLVER, {"fixed_point.tol": 1e3}),
     ],
     ids=str,
 )
@@ -219,7 +227,7 @@ def test_every_setting_of_the_stabilisers_changes_the_answer(setting, fields):
 @pytest.mark.parametrize("agg", ["last", "max"])
 def test_the_aggregate_of_a_score_changes_the_score(agg):
     traces = []
-    for fields in (STOPS, {**STOPS, "stop_agg": agg}):
+    for fields in (STOPS, {**STOPS, "stop.agg": agg}):
         traces.append(stirred(SMALL, fields).loss(MIXED[:1], trace=True).trace.iterations[0])
     assert torch.equal(traces[0].delta, traces[1].delta)
     assert (traces[0].score - traces[1].score).abs() > 1e-4
@@ -229,7 +237,7 @@ def test_the_aggregate_of_a_score_changes_the_score(agg):
 def test_the_site_of_a_score_changes_the_score(stop):
     traces = []
     for site in ("latents", "answer"):
-        fields = {"stop": stop, "stop_site": site, "stop_threshold": torch.inf}
+        fields = {"stop.rule": stop, "stop.site": site, "stop.threshold": torch.inf}
         traces.append(stirred(SMALL, fields).loss(MIXED[:1], trace=True).trace.iterations[1])
     assert torch.equal(traces[0].delta, traces[1].delta)
     assert (traces[0].score - traces[1].score).abs() > 1e-4
@@ -237,7 +245,7 @@ def test_the_site_of_a_score_changes_the_score(stop):
 
 @pytest.mark.parametrize("beyond", ["cycle", "off"])
 def test_lora_beyond_changes_what_follows_the_trained_iterations_alone(beyond):
-    one, other = (stirred(SMALL, {**WITH_LORA, "lora_beyond": name}) for name in ("clamp", beyond))
+    one, other = (stirred(SMALL, {**WITH_LORA, "loop.lora_beyond": name}) for name in ("clamp", beyond))
     other.loop.load_state_dict(one.loop.state_dict())
     for n_loops, same in ((3, True), (5, False)):
         rows = one.rows(MIXED[:2])
@@ -249,10 +257,10 @@ def test_lora_beyond_changes_what_follows_the_trained_iterations_alone(beyond):
 @pytest.mark.parametrize(
     ("setting", "fields"),
     [
-        ({}, {"bptt": 1}),
-        ({}, {"bptt": 0}),
-        ({}, {"detach": True}),
-        ({**SOLVER, "max_loops": 60}, {"solver_gradient": "phantom"}),
+        ({}, {"loop.bptt": 1}),
+        ({}, {"loop.bptt": 0}),
+        ({}, {"loop.detach": True}),
+        ({**SOLVER, "max_loops": 60}, {"fixed_point.gradient": "phantom"}),
     ],
     ids=str,
 )
@@ -268,8 +276,8 @@ def test_settings_of_the_gradient_change_the_gradient_alone(setting, fields):
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])
 def test_a_solver_agrees_with_the_unrolled_loop_once_converged_and_not_before(scope):
     for max_loops, agrees in ((40, True), (2, False)):
-        setting = {**SOLVER, "alpha": 0.1, "max_loops": max_loops, "loop_scope": scope}
-        one, other = (stirred(SMALL, {**setting, "solver_gradient": kind}) for kind in ("implicit", "unroll"))
+        setting = {**SOLVER, "loop.alpha": 0.1, "max_loops": max_loops, "loop_scope": scope}
+        one, other = (stirred(SMALL, {**setting, "fixed_point.gradient": kind}) for kind in ("implicit", "unroll"))
         left, right = (gradients(model, model.loss(MIXED[:2]).loss) for model in (one, other))
         scale = max(grad.abs().max().item() for grad in right.values())
         gap = max((left[name] - right[name]).abs().max().item() for name in left) / scale
@@ -279,16 +287,16 @@ def test_a_solver_agrees_with_the_unrolled_loop_once_converged_and_not_before(sc
 @pytest.mark.parametrize(
     ("setting", "fields"),
     [
-        ({}, {"noise": 0.5}),
-        ({"noise": 0.5}, {"noise": 0.1}),
-        ({"noise": 0.5}, {"noise_level": "injected"}),
-        ({}, {"deep_weight": 1.0}),
-        ({"deep_weight": 1.0}, {"deep_schedule": "softmax"}),
-        ({"stop": "halt"}, {"halt_weight": 1.0}),
-        ({"stop": "halt", "halt_weight": 1.0}, {"halt_prior": 0.9}),
-        ({"stop": "halt", "halt_weight": 1.0}, {"halt_beta": 1.0}),
-        ({}, {"spectral_weight": 1.0, "spectral_bound": 0.01}),
-        ({"spectral_weight": 1.0, "spectral_bound": 0.01}, {"spectral_bound": 0.0}),
+        ({}, {"loop.noise": 0.5}),
+        ({"loop.noise": 0.5}, {"loop.noise": 0.1}),
+        ({"loop.noise": 0.5}, {"loop.noise_level": "injected"}),
+        ({}, {"deep.weight": 1.0}),
+        ({"deep.weight": 1.0}, {"deep.schedule": "softmax"}),
+        ({"stop.rule": "halt"}, {"halt.weight": 1.0}),
+        ({"stop.rule": "halt", "halt.weight": 1.0}, {"halt.prior": 0.9}),
+        ({"stop.rule": "halt", "halt.weight": 1.0}, {"halt.beta": 1.0}),
+        ({}, {"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.01}),
+        ({"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.01}, {"fixed_point.spectral_bound": 0.0}),
     ],
     ids=str,
 )
@@ -326,7 +334,7 @@ def test_sampled_numbers_of_iterations_follow_their_law_and_are_for_training_alo
 
 @pytest.mark.parametrize("answer_from", ["refeed", "kv_last"])
 @pytest.mark.parametrize(
-    "fields", [{"time_inject": "token"}, {**WITH_LORA, "decode_lora": True}], ids=["token", "decode"]
+    "fields", [{"loop.time_inject": "token"}, {**WITH_LORA, "decode_lora": True}], ids=["token", "decode"]
 )
 def test_rows_at_several_stages_equal_single_rows_with_every_stabiliser(answer_from, fields):
     model = stirred(RAMP, {"answer_from": answer_from, **fields})
@@ -338,7 +346,14 @@ def test_rows_at_several_stages_equal_single_rows_with_every_stabiliser(answer_f
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "fields",
-    [{"residual": "C"}, {"rescale": "adapter"}, SINES, {"time_inject": "concat"}, {**STOPS, "stop": "halt"}, WITH_LORA],
+    [
+        {"loop.residual": "C"},
+        {"loop.rescale": "adapter"},
+        SINES,
+        {"loop.time_inject": "concat"},
+        {**STOPS, "stop.rule": "halt"},
+        WITH_LORA,
+    ],
     ids=str,
 )
 def test_parts_in_fp32_serve_a_backbone_in_half_precision(dtype, fields):
@@ -351,7 +366,7 @@ def test_parts_in_fp32_serve_a_backbone_in_half_precision(dtype, fields):
 
 @pytest.mark.parametrize("inject", ["add", "concat", "token"])
 def test_noise_is_added_to_what_is_fed_and_not_to_what_the_timestep_makes_of_it(inject):
-    settings = LoopSettings(time="lookup", time_inject=inject, noise=0.5)
+    settings = FullLoop(time="lookup", time_inject=inject, noise=0.5)
     loop = InnerLoop(settings, width=4, max_loops=2, tau=torch.tensor(3.0)).train()
     with torch.no_grad():
         for parameter in loop.parameters():
@@ -361,33 +376,33 @@ def test_noise_is_added_to_what_is_fed_and_not_to_what_the_timestep_makes_of_it(
     noisy = loop.inject(state, 1)
     torch.manual_seed(0)
     expected, error = loop.time(state, 1), 1.5 * torch.randn_like(state)
-    torch.testing.assert_close(noisy[:, -3:], expected[:, -3:] + error)
+    assert_close(noisy[:, -3:], expected[:, -3:] + error)
     assert torch.equal(noisy[:, :-3], expected[:, :-3])  # the timestep's own position
 
 
 @pytest.mark.parametrize(("time_norm", "times"), [(False, [1.0, 3.0, 6.0]), (True, [0.25, 0.75, 1.5])])
 def test_the_sines_see_t_or_t_over_max_loops(time_norm, times):
-    settings = LoopSettings(time="sinusoidal", time_norm=time_norm)
+    settings = FullLoop(time="sinusoidal", time_norm=time_norm)
     time = InnerLoop(settings, width=4, max_loops=4, tau=torch.ones(())).time
     torch.nn.init.normal_(time.mlp[-1].weight)
     for loop, told in zip((1, 3, 6), times):
-        torch.testing.assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
+        assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {"step_weight": 1.0},
-        {"aux_weight": 1.0, "aux_trains": "decoder"},
+        {"aux.weight": 1.0, "aux.trains": "decoder"},
         {"loop_sampling": "uniform"},
-        {"deep_weight": 1.0},
-        {"stop": "halt", "halt_weight": 1.0},
+        {"deep.weight": 1.0},
+        {"stop.rule": "halt", "halt.weight": 1.0},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("loops", [0, 6])
 def test_whatever_it_was_trained_for_a_model_answers_with_any_number_of_iterations(fields, loops):
-    model = stirred(SMALL, {"stop": fields.get("stop", "none")})
+    model = stirred(SMALL, {"stop.rule": fields.get("stop", "none")})
     trained = stirred(SMALL, fields)
     trained.loop.load_state_dict(model.loop.state_dict())
     plain, ours = (m.generate(QUESTIONS[:2], max_new_tokens=6, loops=loops) for m in (model, trained))
@@ -396,7 +411,9 @@ def test_whatever_it_was_trained_for_a_model_answers_with_any_number_of_iteratio
 
 
 def test_a_ramp_of_iterations_needs_no_steps_in_the_text():
-    method = Slr(n_slots=2, max_loops=4, max_stage=3, first_stage=1, loops_per_stage=1, write_steps=False)
+    method = Slr(
+        n_slots=2, max_loops=4, curriculum={"max_stage": 3, "first_stage": 1}, loops_per_stage=1, write_steps=False
+    )
     model = tiny_model(method)
     rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(1, 5)]
     assert [row.n_loops for row in rows] == [1, 2, 3, 4]
@@ -404,7 +421,7 @@ def test_a_ramp_of_iterations_needs_no_steps_in_the_text():
     assert len({tuple(row.ids()) for row in rows}) == 1
     assert not method.needs_steps and change(method, write_steps=True).needs_steps
     classes = tuple(str(i) for i in range(5))
-    (row,) = tiny_model(change(method, decoder="linear", classes=classes)).rows(MIXED[3:4], 1)
+    (row,) = tiny_model(change(method, decoder={"kind": "linear", "classes": classes})).rows(MIXED[3:4], 1)
     assert row.answer_class == 0 and not row.suffix[-1].supervised
     shown = change(method, step_weight=1.0, slots_per_step=1)  # all steps are shown, whatever the stage
     firsts = [{readout.token for readout in tiny_model(shown).rows(MIXED[3:4], stage)[0].readouts} for stage in (1, 4)]
@@ -418,7 +435,7 @@ def test_the_optimizer_is_kept_over_stages_unless_told_otherwise():
 @pytest.mark.parametrize("site", ["mean", "last"])
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])
 def test_the_teacher_is_followed_by_the_mean_of_the_latents_or_by_the_last(site, scope):
-    model = sharp_model(change(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_site=site))
+    model = sharp_model(change(SMALL, loop_scope=scope, hid={"weight": 1.0, "site": site}, teacher="-"))
     model._frozen["teacher"] = base("gpt2")
     example, total = MIXED[0], []
     with states(model) as seen, torch.no_grad():
@@ -434,7 +451,7 @@ def test_the_teacher_is_followed_by_the_mean_of_the_latents_or_by_the_last(site,
 
 
 def test_each_iteration_tells_its_step_to_an_auxiliary_decoder():
-    model = sharp_model(change(SMALL, aux_weight=0.5, slots_per_step=2))
+    model = sharp_model(change(SMALL, aux={"weight": 0.5}, slots_per_step=2))
     example, told = MIXED[0], []
     with states(model) as seen, torch.no_grad():
         out = model.loss([example])
@@ -453,4 +470,4 @@ def test_each_iteration_tells_its_step_to_an_auxiliary_decoder():
 @pytest.mark.parametrize("field", ["loop_scope", "h0", "answer_from", "residual", "rescale", "time", "step_map"])
 def test_an_unknown_choice_is_refused(field):
     with pytest.raises(InputError, match=field):
-        Slr(**{field: "nonsense"})
+        make(Slr, **{field: "nonsense"})

@@ -119,7 +119,7 @@ def test_rows_wait_so_that_their_blocks_are_refined_together(answers):
 def assert_shows(top_probs, top_ids, logits):
     """Read-outs of one row (1, N, k) are the likeliest tokens of logits (N, V)."""
     expected = logits.float().softmax(-1).topk(5)
-    torch.testing.assert_close(top_probs[0], expected.values.float(), atol=1e-5, rtol=0)
+    assert_close(top_probs[0], expected.values.float())
     assert (top_ids[0] == expected.indices).float().mean() > 0.9  # but for tokens that are as likely as each other
 
 
@@ -170,7 +170,7 @@ def forced(model, question, ids):
 
 @by_arch
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
-@pytest.mark.parametrize("fields", [{}, {"time": "lookup", "lora": "per_iter", "lora_rank": 2, "residual": "B"}],
+@pytest.mark.parametrize("fields", [{}, {"loop.time": "lookup", "loop.lora": "per_iter", "loop.lora_rank": 2, "loop.residual": "B"}],
                          ids=["plain", "stabilised"])  # fmt: skip
 def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(
     fields, schedule, arch, answers, monkeypatch
@@ -303,7 +303,7 @@ def test_blocks_take_from_the_room_of_the_context(pattern, room, answers):
 
 @pytest.mark.parametrize("stop", ["delta", "cos", "kl"])
 def test_rows_stop_early_inside_their_blocks_as_alone(stop, answers):
-    method = change(SPIRAL, max_loops=5, stop=stop, stop_threshold=0.5 if stop == "delta" else 1.0)
+    method = change(SPIRAL, max_loops=5, stop={"rule": stop, "threshold": 0.5 if stop == "delta" else 1.0})
     model, runs = writer("gpt2", method), []
     model.loop.register_forward_hook(lambda module, args, result: runs.append(result.n_loops))
     generations = answers(model)
@@ -311,8 +311,8 @@ def test_rows_stop_early_inside_their_blocks_as_alone(stop, answers):
     assert len(later) > 1  # blocks that were opened while answering stop at different times
     for question, generation in zip(QUESTIONS, generations):
         assert_alike(generation, answers(model, [question])[0])
-    never = same_weights(model, change(method, stop_threshold=torch.inf))
-    once = same_weights(model, change(method, stop_threshold=-torch.inf))
+    never = same_weights(model, change(method, stop={"threshold": torch.inf}))
+    once = same_weights(model, change(method, stop={"threshold": -torch.inf}))
     for generation in answers(never):
         assert generation.cost.loops == 5 * (n_opened(model, generation.ids) + 1)
     for generation in answers(once):
@@ -321,7 +321,7 @@ def test_rows_stop_early_inside_their_blocks_as_alone(stop, answers):
 
 @pytest.mark.parametrize("loops", [0, 1, 5])
 def test_another_number_of_loops_is_that_of_every_block(loops, answers):
-    model = writer("gpt2", change(SPIRAL, hid_weight=1.0, teacher="-"))
+    model = writer("gpt2", change(SPIRAL, hid={"weight": 1.0, "teacher": "-"}))
     twin = same_weights(model, change(SPIRAL, max_loops=loops))
     generations = answers(model, loops=loops)
     for question, one, other in zip(QUESTIONS, generations, answers(twin)):

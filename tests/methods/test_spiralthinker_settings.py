@@ -16,7 +16,7 @@ from tests.methods.gauges import STOPPING as OF_STOPPING
 from tests.methods.spiralthinker_reference import ALIGNED, known, student
 from tests.methods.tools import MIXED, QUESTIONS, change, gradients, lean_towards, passes
 
-BASE = change(ALIGNED, teacher="self", teacher_weight=0.2, max_blocks=2)
+BASE = change(ALIGNED, hid={"teacher": "self"}, teacher_weight=0.2, max_blocks=2)
 LEANS = {"<bol>": 2.0, "<eot>": 3.0, "<bot>": 1.0, "###": 1.0}
 FORWARD = {"logits", "answer", "hid", "loss", "gradient"}
 TRAINED = {"answer", "hid", "loss", "gradient"}
@@ -62,13 +62,13 @@ def moved_by(base: SpiralThinker, **changes) -> set[str]:
     }
 
 
-RESCALED = change(BASE, residual="B")
-TIMED = change(BASE, time="sinusoidal")
-BANKED = change(BASE, lora="per_iter", lora_rank=2)
-STOPPING = change(BASE, stop="delta", stop_threshold=0.3)
-GATED = change(BASE, residual="C")
-PENALISED = change(BASE, spectral_weight=1.0, spectral_bound=0.0)
-PROJECTED = change(BASE, rescale="project")
+RESCALED = change(BASE, loop={"residual": "B"})
+TIMED = change(BASE, loop={"time": "sinusoidal"})
+BANKED = change(BASE, loop={"lora": "per_iter", "lora_rank": 2})
+STOPPING = change(BASE, stop={"rule": "delta", "threshold": 0.3})
+GATED = change(BASE, loop={"residual": "C"})
+PENALISED = change(BASE, fixed_point={"spectral_weight": 1.0, "spectral_bound": 0.0})
+PROJECTED = change(BASE, loop={"rescale": "project"})
 
 # base, change, what moves, what may move
 CASES = [
@@ -92,46 +92,51 @@ CASES = [
     (BASE, {"max_blocks": 1}, WORDS, set()),
     # what it is learned from
     (BASE, {"answer_weight": 0.5}, {"loss", "gradient"}, set()),
-    (BASE, {"hid_weight": 0.3}, {"loss", "gradient"}, set()),
-    (BASE, {"hid_layers": "last"}, FOLLOWED, set()),
-    (BASE, {"hid_layers": "all+emb"}, FOLLOWED, set()),
-    *[(BASE, {"hid_distance": kind}, FOLLOWED, set()) for kind in ("l1_sum", "l2", "smooth_l1", "cosine")],
-    (BASE, {"teacher": "-", "teacher_weight": 0.0}, FOLLOWED | {"passes"}, set()),
+    (BASE, {"hid.weight": 0.3}, {"loss", "gradient"}, set()),
+    (BASE, {"hid.layers": "last"}, FOLLOWED, set()),
+    (BASE, {"hid.layers": "all+emb"}, FOLLOWED, set()),
+    *[(BASE, {"hid.distance": kind}, FOLLOWED, set()) for kind in ("l1_sum", "l2", "smooth_l1", "cosine")],
+    (BASE, {"hid.teacher": "-", "teacher_weight": 0.0}, FOLLOWED | {"passes"}, set()),
     (BASE, {"teacher_weight": 0.5}, {"loss", "gradient"}, set()),
     (BASE, {"teacher_passes": 2}, {"passes"}, set()),  # the passes differ by dropout alone
     # the adapter
-    *[(BASE, {"rescale": kind}, {"weights"} | FORWARD, WORDS) for kind in ("none", "rms", "project")],
-    (BASE, {"adapter_width": 7}, {"weights"} | FORWARD, WORDS),
-    (BASE, {"adapter_gain": True}, {"weights"} | FORWARD, WORDS),
-    (PROJECTED, {"project_norm": False}, {"weights"} | FORWARD, WORDS),
+    *[(BASE, {"loop.rescale": kind}, {"weights"} | FORWARD, WORDS) for kind in ("none", "rms", "project")],
+    (BASE, {"loop.width": 7}, {"weights"} | FORWARD, WORDS),
+    (BASE, {"loop.gain": True}, {"weights"} | FORWARD, WORDS),
+    (PROJECTED, {"loop.norm": False}, {"weights"} | FORWARD, WORDS),
     (PROJECTED, {"project_dropout": 0.5}, TRAINED, set()),
-    (BASE, {"feedback_scale": 0.5}, FORWARD, WORDS),
-    (BASE, {"feedback_site": "pre_norm"}, FORWARD, WORDS),
+    (BASE, {"loop.scale": 0.5}, FORWARD, WORDS),
+    (BASE, {"loop.site": "pre_norm"}, FORWARD, WORDS),
     # the loop's other settings work here too
-    *[(BASE, {"residual": kind}, FORWARD, {"weights"} | WORDS) for kind in ("sum", "A", "B", "C")],
-    (RESCALED, {"alpha": 0.2}, FORWARD, WORDS),
-    (RESCALED, {"alpha_learn": "shared"}, {"weights"} | FORWARD, WORDS),
-    (GATED, {"gate_shape": "channel"}, {"weights"} | FORWARD, WORDS),
-    (GATED, {"gate_kind": "sigmoid"}, FORWARD, WORDS),
-    (BASE, {"time": "lookup"}, {"weights"} | FORWARD, WORDS),
-    (TIMED, {"time_norm": True}, FORWARD, WORDS),
-    (TIMED, {"time_inject": "concat"}, {"weights"} | FORWARD, WORDS),
-    (TIMED, {"noise_level": "delta"}, {"weights"} | FORWARD, WORDS),
-    (BASE, {"noise": 0.5}, TRAINED, set()),
-    (BASE, {"lora": "shared"}, {"weights"} | FORWARD, WORDS),
-    (BANKED, {"lora_rank": 3}, {"weights"} | FORWARD, WORDS),
-    (BANKED, {"lora_gamma": 4.0}, FORWARD, WORDS),
-    (BANKED, {"lora_targets": ("c_attn",)}, {"weights"} | FORWARD, WORDS),
-    (BANKED, {"lora_beyond": "off"}, set(), set()),  # there is no iteration past the last
-    (BASE, {"stop": "delta", "stop_threshold": 0.3}, {"logits", "written", "paid"}, {"weights"}),
-    (STOPPING, {"stop_threshold": 9.0}, {"logits", "paid"}, {"written"}),
-    (STOPPING, {"stop_agg": "max"}, {"logits"}, WORDS),
-    (STOPPING, {"min_loops": 3}, {"logits", "paid"}, {"written"}),
-    (STOPPING, {"patience": 3}, {"logits", "paid"}, {"written"}),
-    (BASE, {"bptt": 1}, {"gradient"}, set()),
-    (BASE, {"detach": True}, {"gradient"}, set()),
-    (BASE, {"spectral_weight": 1.0, "spectral_bound": 0.0}, {"gain", "loss", "gradient", "passes"}, set()),
-    (PENALISED, {"spectral_bound": 0.1}, {"gain", "loss", "gradient"}, set()),
+    *[(BASE, {"loop.residual": kind}, FORWARD, {"weights"} | WORDS) for kind in ("sum", "A", "B", "C")],
+    (RESCALED, {"loop.alpha": 0.2}, FORWARD, WORDS),
+    (RESCALED, {"loop.alpha_learn": "shared"}, {"weights"} | FORWARD, WORDS),
+    (GATED, {"loop.gate_shape": "channel"}, {"weights"} | FORWARD, WORDS),
+    (GATED, {"loop.gate_kind": "sigmoid"}, FORWARD, WORDS),
+    (BASE, {"loop.time": "lookup"}, {"weights"} | FORWARD, WORDS),
+    (TIMED, {"loop.time_norm": True}, FORWARD, WORDS),
+    (TIMED, {"loop.time_inject": "concat"}, {"weights"} | FORWARD, WORDS),
+    (TIMED, {"loop.noise_level": "delta"}, {"weights"} | FORWARD, WORDS),
+    (BASE, {"loop.noise": 0.5}, TRAINED, set()),
+    (BASE, {"loop.lora": "shared"}, {"weights"} | FORWARD, WORDS),
+    (BANKED, {"loop.lora_rank": 3}, {"weights"} | FORWARD, WORDS),
+    (BANKED, {"loop.lora_gamma": 4.0}, FORWARD, WORDS),
+    (BANKED, {"loop.lora_targets": ("c_attn",)}, {"weights"} | FORWARD, WORDS),
+    (BANKED, {"loop.lora_beyond": "off"}, set(), set()),  # there is no iteration past the last
+    (BASE, {"stop.rule": "delta", "stop.threshold": 0.3}, {"logits", "written", "paid"}, {"weights"}),
+    (STOPPING, {"stop.threshold": 9.0}, {"logits", "paid"}, {"written"}),
+    (STOPPING, {"stop.agg": "max"}, {"logits"}, WORDS),
+    (STOPPING, {"stop.min_loops": 3}, {"logits", "paid"}, {"written"}),
+    (STOPPING, {"stop.patience": 3}, {"logits", "paid"}, {"written"}),
+    (BASE, {"loop.bptt": 1}, {"gradient"}, set()),
+    (BASE, {"loop.detach": True}, {"gradient"}, set()),
+    (
+        BASE,
+        {"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.0},
+        {"gain", "loss", "gradient", "passes"},
+        set(),
+    ),
+    (PENALISED, {"fixed_point.spectral_bound": 0.1}, {"gain", "loss", "gradient"}, set()),
 ]
 
 

@@ -8,13 +8,14 @@ import torch
 from innerloop import Example, LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import SpiralThinker
+from tests.close import assert_close
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, student
 from tests.methods.tools import MIXED, change
 from tests.models import chain_examples, moved, tiny_model
 from tests.test_trainer import StopAt, logged, make_trainer, weights
 
 UNEVEN = [Example(e.question, e.steps[: i % 4], e.answer, e.id) for i, e in enumerate(chain_examples(32, 3))]
-BLOCKS = change(SPIRAL, hid_weight=1.0, teacher="-")
+BLOCKS = change(SPIRAL, hid={"weight": 1.0, "teacher": "-"})
 by_schedule = pytest.mark.parametrize("schedule", ["parallel", "sequential"])
 
 
@@ -28,7 +29,7 @@ def teacher(tmp_path_factory) -> str:
 
 def followed(folder: Path, method: SpiralThinker, teacher: str, **settings) -> LatentModel:
     """Train a student for a few steps."""
-    model = LatentModel.from_pretrained(teacher, change(method, teacher=teacher))
+    model = LatentModel.from_pretrained(teacher, change(method, hid={"teacher": teacher}))
     make_trainer(folder, model, UNEVEN, **{"max_steps": 4, **settings}).train()
     return model
 
@@ -41,7 +42,7 @@ def test_a_student_learns_from_text_and_from_its_teacher(pattern, schedule, teac
     assert all(torch.equal(*pair) for pair in zip(model.teacher.parameters(), frozen.backbone.parameters()))
     assert not torch.equal(model.loop.rescale.outer.weight, torch.zeros(()))
     answer, hid, loss = (torch.tensor(logged(tmp_path, f"loss{n}")) for n in ("_answer", "_hid", ""))
-    torch.testing.assert_close(loss, answer + hid)
+    assert_close(loss, answer + hid)
 
 
 @by_schedule
@@ -55,11 +56,11 @@ def test_states_on_disk_give_the_same_losses(pattern, schedule, teacher, tmp_pat
         torch.manual_seed(0)
         followed(tmp_path / name, method, teacher, batch_size=2, max_steps=8, **settings)
         found.append(logged(tmp_path / name))
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_distances_of_any_scale_are_not_taken_for_divergence(teacher, tmp_path: Path):
-    followed(tmp_path, change(BLOCKS, hid_distance="l1_sum"), teacher, max_steps=2)
+    followed(tmp_path, change(BLOCKS, hid={"distance": "l1_sum"}), teacher, max_steps=2)
     assert logged(tmp_path, "loss_hid")[0] > 15
 
 
@@ -69,7 +70,7 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(schedule, teache
     method = change(BLOCKS, pattern="random_parity", block_schedule=schedule)
     whole = followed(tmp_path / "whole", method, teacher, max_steps=6)
     followed(tmp_path / "cut", method, teacher, max_steps=6, callbacks=[StopAt(3)])
-    resumed = LatentModel.from_pretrained(teacher, change(method, teacher=teacher))
+    resumed = LatentModel.from_pretrained(teacher, change(method, hid={"teacher": teacher}))
     make_trainer(tmp_path / "cut", moved(resumed), UNEVEN, max_steps=6).train(resume_from_checkpoint=True)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     assert torch.equal(weights(resumed), weights(whole))
@@ -82,12 +83,12 @@ def test_gradient_accumulation_takes_the_mean_over_the_global_batch(schedule, tm
         model = tiny_model(method)
         make_trainer(tmp_path / name, model, UNEVEN, max_steps=2, **settings).train()
         found.append((logged(tmp_path / name), weights(model)))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert_close(found[0], found[1], 1e-4)
 
 
 @by_schedule
 def test_a_saved_student_is_the_same(schedule, tmp_path: Path):
-    model = moved(tiny_model(change(SPIRAL, block_schedule=schedule, adapter_width=5, adapter_gain=True)))
+    model = moved(tiny_model(change(SPIRAL, block_schedule=schedule, loop={"width": 5, "gain": True})))
     model.save_pretrained(tmp_path / "run")
     loaded = LatentModel.from_pretrained(tmp_path / "run")
     assert loaded.method == model.method and loaded.loss(MIXED).loss == model.loss(MIXED).loss
@@ -95,7 +96,7 @@ def test_a_saved_student_is_the_same(schedule, tmp_path: Path):
 
 def test_the_gain_of_every_link_is_penalised():
     """One after the other, each block's loop has a gain of its own; rows of one block have the first alone."""
-    method = change(SPIRAL, block_schedule="sequential", spectral_weight=1.0, spectral_bound=0.0)
+    method = change(SPIRAL, block_schedule="sequential", fixed_point={"spectral_weight": 1.0, "spectral_bound": 0.0})
     model = student("gpt2", method).train()
     row = MIXED[3]  # two blocks
     batch = model.batch(model.rows([row]))
@@ -121,5 +122,5 @@ def test_an_example_that_is_too_long_is_named(teacher, tmp_path: Path):
     long = Example("3 ; + 4", (" ".join(["3 + 4 = 2"] * 60),), "2", "long-one")
     for method in (change(BLOCKS, pattern="all"), change(ALIGNED, pattern="even")):
         with pytest.raises(InputError, match="example 'long-one' takes"):
-            model = LatentModel.from_pretrained(teacher, change(method, teacher=teacher))
+            model = LatentModel.from_pretrained(teacher, change(method, hid={"teacher": teacher}))
             make_trainer(tmp_path, model, [*UNEVEN, long])

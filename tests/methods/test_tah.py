@@ -12,7 +12,7 @@ from tests.methods.tools import MIXED, assert_close, base, by_arch, change, on, 
 from tests.models import random_ids, tiny_model
 
 T, V = 9, 18
-SMALL = Tah(iterate="never", lora_rank=2, decider_width=8, decider_blocks=1, input_mix_topk=7, decider_topk=5)
+SMALL = Tah(iterate="never", lora={"rank": 2}, decider={"width": 8, "blocks": 1}, input_mix_topk=7)
 TWICE = torch.tensor([[1, 2, 1, 1, 2, 2, 1, 1, 2], [2, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 2, 2, 2, 2]])
 THRICE = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 3, 2], [3, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 3, 2, 2, 2, 3]])
 SETTINGS = [
@@ -21,9 +21,9 @@ SETTINGS = [
     {"depth_attention": "same_depth"},
     {"residual_logits": False},
     {"input_mix_topk": 1},
-    {"lora": "none"},
+    {"lora.kind": "none"},
     {"max_loops": 3},
-    {"max_loops": 3, "lora": "per_iter", "depth_attention": "same_depth"},
+    {"max_loops": 3, "lora.kind": "per_iter", "depth_attention": "same_depth"},
 ]
 
 by_setting = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "default")
@@ -74,7 +74,7 @@ def test_reading_part_by_part_or_token_by_token_equals_one_pass(arch, settings):
         assert_close(read(model, ids(), depths, parts)[0], whole, 1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_loops": 3, "lora": "per_iter"}], ids=["two", "three"])
+@pytest.mark.parametrize("settings", [{}, {"max_loops": 3, "lora.kind": "per_iter"}], ids=["two", "three"])
 @by_arch
 def test_padding_on_either_side_and_neighbours_change_nothing(arch, settings):
     model, depths = model_with(arch, **settings)
@@ -183,7 +183,7 @@ def test_at_the_start_the_second_reading_is_the_base_model_on_the_mixed_embeddin
     """B = 0: with or without LoRA is the same; later it is not, and the first reading never changes."""
     model, depths = model_with(arch)
     fresh = on(arch, SMALL, stirred=False)
-    without = on(arch, change(SMALL, lora="none"))
+    without = on(arch, change(SMALL, lora={"kind": "none"}))
     assert_close(read(fresh, ids(), depths)[0], read(without, ids(), depths)[0], 1e-12)
     moved, plain = read(model, ids(), depths)[0], read(without, ids(), depths)[0]
     assert torch.equal(moved[depths == 1], plain[depths == 1])
@@ -193,7 +193,7 @@ def test_at_the_start_the_second_reading_is_the_base_model_on_the_mixed_embeddin
 
 @by_arch
 def test_with_attention_to_the_same_depth_alone_the_second_reading_is_the_base_model(arch):
-    method = change(SMALL, depth_attention="same_depth", lora="none")
+    method = change(SMALL, depth_attention="same_depth", lora={"kind": "none"})
     twice = torch.full((3, T), 2)
     first = plain_logits(arch, ids())
     added, alone = (read(on(arch, change(method, residual_logits=r)), ids(), twice)[0] for r in (True, False))
@@ -236,7 +236,7 @@ def test_the_next_input_mixes_the_embeddings_of_the_likeliest_words(arch):
         change(SMALL, max_loops=1),
         change(SMALL, iterate="decider", max_loops=1),
         SMALL,
-        change(SMALL, iterate="oracle", reference="not asked"),
+        change(SMALL, iterate="oracle", oracle={"reference": "not asked"}),
     ],
     ids=["tau", "one", "one-decider", "never", "oracle"],
 )

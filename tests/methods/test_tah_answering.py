@@ -14,7 +14,7 @@ from tests.methods.tools import MIXED, QUESTIONS, assert_close, by_arch, change,
 from tests.models import tiny_model
 
 V = 15
-SMALL = Tah(lora_rank=2, decider_width=8, decider_blocks=1, input_mix_topk=7, decider_topk=5)
+SMALL = Tah(lora={"rank": 2}, decider={"width": 8, "blocks": 1}, input_mix_topk=7)
 
 
 def scores_of(model: LatentModel) -> list[Tensor]:
@@ -55,7 +55,7 @@ def depths_of(generation, n_question: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"prompt_iterates": True}, {"max_loops": 3, "lora": "per_iter"}, {"depth_attention": "depth1_only"}],
+    [{}, {"prompt_iterates": True}, {"max_loops": 3, "lora.kind": "per_iter"}, {"depth_attention": "depth1_only"}],
     ids=["default", "prompt", "three", "depth1_only"],
 )
 @by_arch
@@ -171,7 +171,7 @@ def test_a_token_goes_on_if_the_decider_is_surer_than_tau():
 
 def test_what_the_decider_sees():
     """States at its layers, embeddings first, then the largest logits in order."""
-    model = on("llama", change(SMALL, decider_layers=(1, 0), decider_topk=3))
+    model = on("llama", change(SMALL, decider={"layers": (1, 0)}))
     seen = []
     model.depth.chooser.decider.register_forward_pre_hook(lambda module, args: seen.append(args))
     ids = torch.randint(0, 18, (1, 5))
@@ -221,7 +221,7 @@ def test_flops_are_those_of_the_cards_formula(arch, settings, answers):
 @torch.no_grad()
 def test_six_of_a_hundred_tokens_read_twice_cost_less_than_a_tenth_more():
     wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
-    small = Tah(iterate="never", lora_rank=4)
+    small = Tah(iterate="never", lora={"rank": 4})
     model, plain = tiny_model(small, "llama", **wide), tiny_model(Cot(), "llama", **wide)
     ids = torch.randint(0, 15, (4, 100))
     wanted = torch.where(torch.rand(ids.shape).argsort(1) < 6, 2, 1)

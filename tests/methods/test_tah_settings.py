@@ -12,40 +12,44 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.methods.depth.decider import Decider, usual_layers
 from innerloop.methods.depth.prune import loss_without, prune_layers
 from innerloop.train.recipe import parse_recipe
+from tests.fields import make
 from tests.methods.tools import MIXED, by_arch
 from tests.models import chain_examples, saved, tiny_backbone, tiny_model
 
-SMALL = {"lora_rank": 2, "decider_width": 8, "decider_blocks": 1}
+SMALL = {"lora.rank": 2, "decider.width": 8, "decider.blocks": 1}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"max_loops": 0}, "max_loops and lora_rank must be at least 1"),
-        ({"lora_rank": 0}, "max_loops and lora_rank must be at least 1"),
+        ({"lora.rank": 0}, "max_loops and lora_rank must be at least 1"),
         ({"iterate": "sometimes"}, "iterate is 'sometimes'.*choose one of decider, oracle, always, never"),
         ({"trains": "decide"}, "trains is 'decide' .did you mean 'decider'"),
         ({"depth_attention": "dua"}, "depth_attention is 'dua' .did you mean 'duo'"),
-        ({"lora": "per_layer"}, "lora is 'per_layer'"),
-        ({"label_metric": "kl", "iterate": "oracle", "reference": "x"}, "label_metric is 'kl'"),
+        ({"lora.kind": "per_layer"}, "lora is 'per_layer'"),
+        ({"oracle.metric": "kl", "iterate": "oracle", "oracle.reference": "x"}, "label_metric is 'kl'"),
         ({"tau": -0.1}, "tau is a probability: choose a value from 0 on"),
-        ({"lora_dropout": 1.0}, "lora_dropout is a probability below 1"),
-        ({"decider_dropout": -0.1}, "decider_dropout is a probability below 1"),
+        ({"lora.dropout": 1.0}, "lora_dropout is a probability below 1"),
+        ({"decider.dropout": -0.1}, "decider_dropout is a probability below 1"),
         ({"input_mix_topk": 0}, "input_mix_topk, decider_topk and decider_width must be at least 1"),
         ({"decider_topk": 0}, "input_mix_topk, decider_topk and decider_width must be at least 1"),
-        ({"decider_blocks": -1}, "decider_blocks cannot be negative"),
+        ({"decider.blocks": -1}, "decider_blocks cannot be negative"),
         ({"pos_weight": 0.0}, "pos_weight must be above 0"),
-        ({"label_share": 1.0}, "label_share is a share of the tokens"),
-        ({"label_share": 0.3, "iterate": "oracle", "reference": "x"}, "mismatch has a share of its own"),
+        ({"oracle.share": 1.0}, "label_share is a share of the tokens"),
+        ({"oracle.share": 0.3, "iterate": "oracle", "oracle.reference": "x"}, "mismatch has a share of its own"),
         (
-            {"trains": "decider", "iterate": "oracle", "reference": "x"},
+            {"trains": "decider", "iterate": "oracle", "oracle.reference": "x"},
             "set iterate to decider and max_loops to at least 2",
         ),
-        ({"trains": "decider", "max_loops": 1, "reference": "x"}, "set iterate to decider and max_loops to at least 2"),
+        (
+            {"trains": "decider", "max_loops": 1, "oracle.reference": "x"},
+            "set iterate to decider and max_loops to at least 2",
+        ),
         ({"trains": "decider"}, "set reference to the folder of a run, or to a model"),
         ({"iterate": "oracle"}, "set reference to the folder of a run, or to a model"),
-        ({"reference": "x"}, "set iterate to oracle or trains to decider, or drop them"),
-        ({"label_cache": "x"}, "set iterate to oracle or trains to decider, or drop them"),
+        ({"oracle.reference": "x"}, "set iterate to oracle or trains to decider, or drop them"),
+        ({"oracle.cache": "x"}, "set iterate to oracle or trains to decider, or drop them"),
         ({"prune_layers": -1}, "prune_layers cannot be negative"),
         ({"prune_layers": 1}, "set both prune_layers and prune_rows, or neither"),
         ({"prune_rows": "x.jsonl"}, "set both prune_layers and prune_rows, or neither"),
@@ -53,33 +57,33 @@ SMALL = {"lora_rank": 2, "decider_width": 8, "decider_blocks": 1}
 )
 def test_what_cannot_be_is_refused_in_one_sentence(fields, message):
     with pytest.raises(InputError, match=message) as caught:
-        Tah(**fields)
+        make(Tah, **fields)
     assert "\n" not in str(caught.value)
 
 
 def test_what_the_model_cannot_is_refused_in_one_sentence():
     with pytest.raises(InputError, match=r"states after layers 0 .the embeddings. to 2 of this model"):
-        tiny_model(Tah(decider_layers=(1, 3)), "llama")
+        tiny_model(Tah(decider={"layers": (1, 3)}), "llama")
     with pytest.raises(InputError, match="its logits do not add up: set residual_logits to false"):
-        tiny_model(Tah(**SMALL), "gemma2")
+        tiny_model(make(Tah, **SMALL), "gemma2")
     backbone = tiny_backbone("llama")
     head = backbone.lm.get_output_embeddings()
     head.bias = nn.Parameter(torch.zeros(head.weight.shape[0]))
     with pytest.raises(InputError, match="or has a bias"):
-        LatentModel(backbone, tiny_model(Cot()).tokenizer, Tah(**SMALL))
-    LatentModel(backbone, tiny_model(Cot()).tokenizer, Tah(residual_logits=False, **SMALL))
+        LatentModel(backbone, tiny_model(Cot()).tokenizer, make(Tah, **SMALL))
+    LatentModel(backbone, tiny_model(Cot()).tokenizer, make(Tah, residual_logits=False, **SMALL))
 
 
 def test_a_recipe_gives_lists_and_gets_the_dataclass():
-    raw = {"name": "tah", "decider_layers": [0, 1], "lora_targets": ["q_proj"], "iterate": "never", "tau": 1}
+    raw = {"name": "tah", "decider.layers": [0, 1], "lora_targets": ["q_proj"], "iterate": "never", "tau": 1}
     method = parse_recipe(
         {"task": "chain", "backbone": {"scratch": {"type": "llama"}}, "method": raw, "out": "runs/x"}
     ).method
-    assert method == Tah(decider_layers=(0, 1), lora_targets=("q_proj",), iterate="never", tau=1.0)
+    assert method == Tah(decider={"layers": (0, 1)}, iterate="never", tau=1.0)
 
 
 def test_the_paths_of_a_recipe_are_of_its_run():
-    raw = {"name": "tah", "iterate": "oracle", "reference": "{out}/stages/1", "label_cache": "{out}/labels"}
+    raw = {"name": "tah", "iterate": "oracle", "oracle.reference": "{out}/stages/1", "oracle.cache": "{out}/labels"}
     recipe = parse_recipe({"task": "chain", "backbone": {"model": "x"}, "method": raw, "out": "runs/x"}).with_paths()
     assert (recipe.method.reference, recipe.method.label_cache) == ("runs/x/stages/1", "runs/x/labels")
 
@@ -87,7 +91,7 @@ def test_the_paths_of_a_recipe_are_of_its_run():
 def test_the_usual_layers_are_the_cards():
     assert usual_layers(28) == (0, 7, 13, 20, 26)
     assert [usual_layers(n) for n in (1, 2, 3, 4)] == [(0,), (0, 1), (0, 1), (0, 1, 2)]
-    assert tiny_model(Tah(**SMALL), num_hidden_layers=1).depth.chooser.layers == (0,)
+    assert tiny_model(make(Tah, **SMALL), num_hidden_layers=1).depth.chooser.layers == (0,)
 
 
 def test_the_decider_is_the_cards_network():
@@ -113,28 +117,28 @@ def test_the_decider_is_the_cards_network():
 
 def test_the_decider_has_the_sizes_that_were_asked_for():
     fields = {
-        "decider_layers": (2, 0),
+        "decider.layers": (2, 0),
         "decider_topk": 4,
-        "decider_width": 12,
-        "decider_blocks": 3,
-        "decider_dropout": 0.3,
+        "decider.width": 12,
+        "decider.blocks": 3,
+        "decider.dropout": 0.3,
     }
-    decider = tiny_model(Tah(lora_rank=2, **fields)).depth.chooser.decider
+    decider = tiny_model(make(Tah, **{"lora.rank": 2}, **fields)).depth.chooser.decider
     assert (decider.of_logits.in_features, decider.enter.in_features) == (4, 3 * 32)
     assert (decider.enter.out_features, len(decider.blocks)) == (12, 3)
     assert decider.blocks[0][3].p == 0.3
-    assert tiny_model(Tah(lora_rank=2, iterate="always")).depth.chooser.decider is None
+    assert tiny_model(Tah(lora={"rank": 2}, iterate="always")).depth.chooser.decider is None
 
 
 @pytest.mark.parametrize(("lora", "n_banks"), [("shared", 1), ("per_iter", 2)])
 def test_lora_is_shared_or_one_for_each_reading_after_the_first(lora, n_banks):
     model = tiny_model(
-        Tah(iterate="always", max_loops=3, lora=lora, lora_rank=3, lora_gamma=6.0, lora_targets=("q_proj",))
+        Tah(iterate="always", max_loops=3, lora={"kind": lora, "rank": 3, "gamma": 6.0},))
     )
     bank = model.loop.lora
     assert len(bank.modules_by_name) == 3 and bank.scale == 2.0
     assert {tuple(down.shape) for down in bank.down.values()} == {(n_banks, 3, 32)}
-    assert tiny_model(Tah(iterate="always", lora="none")).loop.lora is None
+    assert tiny_model(Tah(iterate="always", lora={"kind": "none"})).loop.lora is None
 
 
 # Fewer layers
@@ -195,7 +199,7 @@ def test_deleting_more_layers_tells_them_by_their_first_numbers():
 
 def test_a_model_from_scratch_is_not_pruned():
     with pytest.raises(InputError, match="from scratch has no layers to delete"):
-        tiny_model(Tah(prune_layers=1, prune_rows="rows.jsonl", **SMALL))
+        tiny_model(make(Tah, prune_rows="rows.jsonl", **SMALL))
 
 
 @by_arch
@@ -203,7 +207,7 @@ def test_a_pretrained_model_is_pruned_once_when_the_method_is_put_on_it(arch, tm
     plain = tiny_model(Cot(), arch, num_hidden_layers=4)
     rows = tmp_path / "rows.jsonl"
     write_examples(chain_examples(8), rows)
-    method = Tah(iterate="always", prune_layers=1, prune_rows=str(rows), **SMALL)
+    method = make(Tah, iterate="always", prune_rows=str(rows), **SMALL)
     model = LatentModel.from_pretrained(saved(plain, tmp_path / "plain"), method)
     assert model.backbone.n_layers == 3
     again = LatentModel.from_pretrained(saved(model, tmp_path / "tah"))

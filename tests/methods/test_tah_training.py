@@ -15,13 +15,22 @@ from innerloop.methods.depth.decider import ONCE
 from innerloop.methods.depth.token_labels import Oracle
 from innerloop.train.recipe import load_recipe, parse_recipe
 from innerloop.train.run import run_recipe
+from tests.fields import make
 from tests.methods.reference_tah import slow_logits
 from tests.methods.tools import MIXED, QUESTIONS, assert_close, assert_same_gradients, by_arch, change, gradients, stir
 from tests.models import chain_examples, saved, tiny_model
 
-TEXT = {"lora_rank": 2, "lora_dropout": 0.0, "input_mix_topk": 7}
-ORACLE = Tah(iterate="oracle", reference="of the test", **TEXT)
-DECIDES = Tah(trains="decider", reference="of the test", decider_width=8, decider_blocks=1, decider_dropout=0.0, **TEXT)
+TEXT = {"lora.rank": 2, "lora.dropout": 0.0, "input_mix_topk": 7}
+ORACLE = make(Tah, iterate="oracle", **{"oracle.reference": "of the test"}, **TEXT)
+DECIDES = make(
+    Tah,
+    trains="decider",
+    **{"oracle.reference": "of the test"},
+    **{"decider.width": 8},
+    **{"decider.blocks": 1},
+    **{"decider.dropout": 0.0},
+    **TEXT,
+)
 
 
 class Reference:
@@ -101,7 +110,7 @@ def test_the_reference_is_a_run_or_a_model_on_disk_and_not_the_trained_one(tmp_p
     looped = saved(tiny_model(Looped(max_loops=3), "llama", seed=5, num_hidden_layers=2), tmp_path / "looped")
     found = []
     for source in (folder, plain, looped):
-        model = tiny_model(change(ORACLE, reference=str(source)), "llama", num_hidden_layers=2).train()
+        model = tiny_model(change(ORACLE, oracle={"reference": str(source)}), "llama", num_hidden_layers=2).train()
         batch = batch_of(model)
         found.append(model.depth.labels(batch).flatten()[batch.predict_at_U])
         names = [name for name, _ in model.named_parameters()]
@@ -116,7 +125,7 @@ def test_a_reference_of_another_vocabulary_is_refused(tmp_path: Path):
     from tests.methods.tools import base
 
     folder = saved(base("llama"), tmp_path / "run")
-    model = tiny_model(change(ORACLE, reference=str(folder)), "llama").train()
+    model = tiny_model(change(ORACLE, oracle={"reference": str(folder)}), "llama").train()
     with pytest.raises(InputError, match="vocabulary of 18, this model one of 15: set reference to"):
         model.loss(MIXED)
 
@@ -126,7 +135,7 @@ def test_a_reference_of_another_vocabulary_is_refused(tmp_path: Path):
 def test_the_hardest_share_by_cross_entropy_or_entropy(metric, max_loops, share):
     torch.manual_seed(1)
     logits = 3 * torch.randn(200, 15)
-    method = change(ORACLE, label_metric=metric, label_share=share, max_loops=max_loops)
+    method = change(ORACLE, oracle={"metric": metric, "share": share}, max_loops=max_loops)
     model = learner("llama", method, lambda batch: logits[: len(batch.targets_U)])
     batch = batch_of(model)
     depths, n = model.depth.oracle.depths(batch, model.backbone, max_loops), len(batch.targets_U)
@@ -155,9 +164,9 @@ def test_hard_tokens_share_the_deeper_iterations_evenly_and_by_place_alone():
 
 def test_labels_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, path = saved(tiny_model(Cot(), "llama", seed=5), tmp_path / "run"), tmp_path / "labels" / "of.jsonl"
-    method = change(ORACLE, reference=str(folder), label_cache=str(path))
+    method = change(ORACLE, oracle={"reference": str(folder), "cache": str(path)})
     model = tiny_model(method, "llama").train()
-    fresh = tiny_model(change(method, label_cache=None), "llama").train()
+    fresh = tiny_model(change(method, oracle={"cache": None}), "llama").train()
     first = fresh.depth.wanted(batch_of(model))
     assert torch.equal(model.depth.wanted(batch_of(model, 3)), fresh.depth.wanted(batch_of(model, 3)))
     assert torch.equal(model.depth.wanted(batch_of(model)), first)
@@ -167,7 +176,7 @@ def test_labels_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again = tiny_model(method, "llama").train()
     monkeypatch.setattr(Oracle, "measure", lambda *_: pytest.fail("all rows are known"))
     assert torch.equal(again.depth.wanted(batch_of(again)), first)
-    other = tiny_model(change(method, label_metric="ce"), "llama").train()
+    other = tiny_model(change(method, oracle={"metric": "ce"}), "llama").train()
     with pytest.raises(InputError, match=r"of.jsonl holds labels of another reference or label_metric; remove it"):
         other.depth.wanted(batch_of(other))
     assert json.loads(path.read_text().splitlines()[0])["metric"] == "mismatch"
@@ -227,7 +236,7 @@ def test_without_a_hard_token_the_lora_has_no_gradient_unless_one_is_forced():
 
 
 def test_lora_dropout_is_of_training():
-    model = learner("llama", change(ORACLE, lora_dropout=0.5), sure_of(7))
+    model = learner("llama", change(ORACLE, lora={"dropout": 0.5}), sure_of(7))
     assert model.loop.lora.dropout == 0.5
     assert model.loss(MIXED).loss != model.loss(MIXED).loss
     model.eval()
@@ -297,7 +306,7 @@ def test_where_there_may_be_three_readings_the_decider_learns_from_those_it_was_
 
 
 def test_a_decider_that_is_not_trained_has_no_gradient():
-    model = learner("llama", Tah(tau=0.4, decider_width=8, decider_blocks=1, **TEXT))
+    model = learner("llama", make(Tah, tau=0.4, **{"decider.width": 8}, **{"decider.blocks": 1}, **TEXT))
     out = model.loss(MIXED)
     assert set(out.terms) == {"answer", "iterated"} and out.terms["iterated"] > 0
     grads = gradients(model, out.loss)
@@ -308,8 +317,8 @@ def test_a_decider_that_is_not_trained_has_no_gradient():
 # Runs
 
 
-METHOD = {"name": "tah", "lora_rank": 2, "reference": "{out}/stages/1", "label_cache": "{out}/labels.jsonl"}
-DECIDER = {**METHOD, "decider_width": 8, "decider_blocks": 1, "trains": "decider", "tau": 0.5}
+METHOD = {"name": "tah", "lora.rank": 2, "oracle.reference": "{out}/stages/1", "oracle.cache": "{out}/labels.jsonl"}
+DECIDER = {**METHOD, "decider.width": 8, "decider.blocks": 1, "trains": "decider", "tau": 0.5}
 RAW = {
     "task": {"name": "chain", "n_ops": 2, "n_train": 16, "n_valid": 8, "n_test": 8},
     "backbone": {"scratch": {"type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}},
@@ -341,7 +350,7 @@ def test_a_recipe_runs_through_the_stages_and_the_result_answers(run: Path, tmp_
     for ours, theirs in zip(copy.answer_logits(MIXED), last.answer_logits(MIXED)):
         assert torch.equal(ours, theirs)
     stricter = LatentModel.from_pretrained(
-        run, replace(last.method, tau=1.0, trains="model", reference=None, label_cache=None)
+        run, change(last.method, tau=1.0, trains="model", oracle={"reference": None, "cache": None})
     )
     plain = LatentModel(stricter.backbone, stricter.tokenizer, Cot())
     for ours, theirs in zip(stricter.answer_logits(MIXED), plain.answer_logits(MIXED)):
@@ -349,7 +358,7 @@ def test_a_recipe_runs_through_the_stages_and_the_result_answers(run: Path, tmp_
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(run: Path, tmp_path: Path):
-    method = {**DECIDER, "reference": str(run / "stages" / "1")}
+    method = {**DECIDER, "oracle.reference": str(run / "stages" / "1")}
 
     def train(name: str, steps: int, resume: bool = False) -> LatentModel:
         raw = {**RAW, "backbone": {"model": str(run / "stages" / "2")}, "method": method, "out": str(tmp_path / name)}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from innerloop import Example, LatentModel, Slr
-from innerloop.halting.evidence import Hints
+from innerloop.halting.evidence import RowInfo
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method
 from innerloop.passes.thought import Thought
 from innerloop.text.row import IGNORE, Row
+from tests.close import ROUNDED, assert_close
+from tests.fields import change
 from tests.methods.reference import Reference
 from tests.models import tiny_model
 
@@ -32,20 +35,23 @@ MIXED = (
     Example("1 ; + 0 ; * 1", (), "1"),
 )
 QUESTIONS = [example.question for example in MIXED]
-ROUNDED = 1e-5  # a norm of Llama computes in fp32, even in a model of double precision
 
 # Settings of SLR: nothing but the loop, and everything at once.
 SCOPES = ("slots", "all", "last", "append")
 REGIONS = ("slots", "all", "last")
-PLAIN = Slr(n_slots=3, max_loops=3, residual="none", rescale="none", time="none")
+PLAIN = Slr(n_slots=3, max_loops=3, loop={"residual": "none", "rescale": "none", "time": "none"})
 FULL = Slr(
-    n_slots=3, max_loops=3, residual="B", rescale="rms", time="sinusoidal", lora="per_iter", lora_rank=2, alpha=0.6
+    n_slots=3,
+    max_loops=3,
+    loop={"residual": "B", "rescale": "rms", "time": "sinusoidal", "lora": "per_iter", "lora_rank": 2, "alpha": 0.6},
 )
 SMALL = Slr(n_slots=4, max_loops=3)
-RAMP = Slr(n_slots=3, max_loops=4, max_stage=2, loops_per_stage=2)  # stages 0, 1, 2 and 3 have 0, 2, 4 and 4 loops
+RAMP = Slr(
+    n_slots=3, max_loops=4, curriculum={"max_stage": 2}, loops_per_stage=2
+)  # stages 0, 1, 2 and 3 have 0, 2, 4 and 4 loops
 RAMP_STAGES = [3, 0, 1, 2, 1, 0]
 SHOWN = {"step_weight": 0.5, "slots_per_step": 2}
-WITH_LORA = {"lora": "per_iter", "lora_rank": 2}
+WITH_LORA = {"loop.lora": "per_iter", "loop.lora_rank": 2}
 
 M = TypeVar("M", bound=Method)
 
@@ -53,10 +59,6 @@ by_arch = pytest.mark.parametrize("arch", ["gpt2", "llama"])
 by_scope = pytest.mark.parametrize("scope", SCOPES)
 by_answer = pytest.mark.parametrize("answer_from", ["refeed", "kv_last"])
 by_region = pytest.mark.parametrize("scope", REGIONS)
-
-
-def change(method: M, **fields) -> M:
-    return dataclasses.replace(method, **fields)
 
 
 def choices(**fields):
@@ -80,7 +82,7 @@ class FunctionPass:
 
     def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
         self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
-        self.hints: Hints | None = None
+        self.row_info: RowInfo | None = None
         self.kept: list[list[int]] = []
         self.actives: list[Tensor | None] = []
 
@@ -90,7 +92,7 @@ class FunctionPass:
 
     def keep_rows(self, rows: list[int]) -> None:
         self.kept.append(rows)
-        self.hints = None if self.hints is None else self.hints.keep_rows(torch.tensor(rows))
+        self.row_info = None if self.row_info is None else self.row_info.keep_rows(torch.tensor(rows))
 
     def count(self, flops_B: Tensor) -> None:
         pass
@@ -115,6 +117,20 @@ def iterate(
 def sharp_model(method: Method, arch: str = "gpt2", seed: int = 0, **changes) -> LatentModel:
     """Make a model in double precision that knows every marker, with a timestep table that is not zero."""
     return under(tiny_model(Slr(), arch, seed, **changes).double(), method)
+
+
+def exact(model: LatentModel) -> LatentModel:
+    """Let a model compute in double precision alone; most norms take their squares in fp32, whatever the weights."""
+
+    def normed(norm: nn.Module, states: Tensor) -> Tensor:
+        gemma = "Gemma" in type(norm).__name__
+        weight, eps = (1 + norm.weight, norm.eps) if gemma else (norm.weight, norm.variance_epsilon)
+        return nn.functional.rms_norm(states, states.shape[-1:], weight, eps)
+
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(normed, module)
+    return model
 
 
 def under(model: LatentModel, method: Method) -> LatentModel:
@@ -194,7 +210,7 @@ def gradients(model: LatentModel, loss: Tensor) -> dict[str, Tensor]:
     return grads
 
 
-def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 2e-6) -> None:
+def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = ROUNDED) -> None:
     """Compare gradients by all weights; losses are taken in fp32, hence the tolerance."""
     assert left.keys() == right.keys()
     for name in left:
@@ -202,13 +218,7 @@ def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tol
         assert (left[name] - right[name]).abs().max().item() <= tolerance * scale, name
 
 
-def assert_close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
-    assert left.shape == right.shape
-    gap = (left - right).abs().max().item()
-    assert gap <= tolerance
-
-
-def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float = 1e-10) -> None:
+def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float | None = None) -> None:
     for a, b in zip(left.answer_logits(MIXED), right.answer_logits(MIXED)):
         assert_close(a, b, tolerance)
 
@@ -220,7 +230,7 @@ def differs(left: LatentModel, right: LatentModel) -> bool:
 
 def halting(arch: str, method: Method) -> LatentModel:
     """Put a stop rule on a model, with a threshold at which the rows of `MIXED` stop at as many times as possible."""
-    model, limit = on(arch, change(method, stop_threshold=torch.inf)), method.n_loops(method.curriculum.last_stage)
+    model, limit = on(arch, change(method, stop={"threshold": torch.inf})), method.n_loops(method.last_stage)
     traces = [Trace() for _ in MIXED]
     for example, trace in zip(MIXED, traces):
         thought_of(model, [example], trace)
@@ -234,7 +244,7 @@ def halting(arch: str, method: Method) -> LatentModel:
 
     threshold = max(wide, key=lambda kappa: len(set(stops(kappa))))
     assert len(set(stops(threshold))) > 1
-    return same_weights(model, change(method, stop_threshold=threshold))
+    return same_weights(model, change(method, stop={"threshold": threshold}))
 
 
 def assert_rows_do_as_alone(model: LatentModel) -> None:
@@ -252,8 +262,8 @@ def assert_rows_do_as_alone(model: LatentModel) -> None:
         ours, single = trace.row(row).iterations, alone_trace.iterations
         assert [entry.loop for entry in ours] == [entry.loop for entry in single]
         for one, other in zip(ours, single):
-            torch.testing.assert_close(one.delta, other.delta, atol=1e-4, rtol=0)
-            torch.testing.assert_close(one.score, other.score, atol=1e-4, rtol=0)  # None where there is no score
+            assert_close(one.delta, other.delta)
+            assert_close(one.score, other.score)  # None where there is no score
 
 
 @contextmanager

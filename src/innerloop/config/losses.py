@@ -10,7 +10,7 @@ from typing import Literal
 from innerloop.errors import check_choices, refuse
 from innerloop.text.row import Row
 
-Pull = Literal["geometric", "geometric_reverse"]
+Pull = Literal["geometric", "geometric_reverse", "uniform"]
 HiddenLayers = Literal["last", "all", "all+emb"]
 Distance = Literal["smooth_l1", "l1", "l1_sum", "l2", "cosine"]
 
@@ -93,7 +93,7 @@ class HaltSettings:
     weight: float = 0.0
     prior: float = 0.2
     beta: float = 0.01
-    pull: Pull = "geometric"
+    pull: Literal["geometric", "geometric_reverse"] = "geometric"
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 from innerloop.config.curriculum import Schedule
@@ -43,6 +43,7 @@ class Labeller(Protocol):
         """Return for each row the logits (n_supervised, V) of its written tokens, without dropout."""
 
 
+@dataclass(frozen=True)
 class Method(ABC):
     """A way to reason. Subclasses are the recipe's ``method: {name: ...}``.
 
@@ -56,25 +57,25 @@ class Method(ABC):
     needs: ClassVar[str] = "question, answer"
     presets: ClassVar[Mapping[str, Method]] = {}
 
-    loop: LoopSettings = LoopSettings()
-    fixed_point: FixedPointSettings = FixedPointSettings()
-    stop: StopSettings = StopSettings()
-    hid: HiddenSettings = HiddenSettings()
-    kd: KdSettings = KdSettings()
-    deep: DeepSettings = DeepSettings()
-    halt: HaltSettings = HaltSettings()
-    aux: AuxSettings = AuxSettings()
-    decoder: DecoderSettings = DecoderSettings()
-    exits: ExitSettings = ExitSettings()
-    curriculum: Schedule = Schedule()
-    answer_weight: float = 1.0
-    step_weight: float = 0.0
-    teacher_weight: float = 0.0
-    teacher_passes: int = 1
-    ponder_weight: float = 0.0
+    loop = LoopSettings()
+    fixed_point = FixedPointSettings()
+    stop = StopSettings()
+    hid = HiddenSettings()
+    kd = KdSettings()
+    deep = DeepSettings()
+    halt = HaltSettings()
+    aux = AuxSettings()
+    decoder = DecoderSettings()
+    exits = ExitSettings()
+    curriculum = Schedule()
+    answer_weight = 1.0
+    step_weight = 0.0
+    teacher_weight = 0.0
+    teacher_passes = 1
+    ponder_weight = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
+        for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Mapping):
                 object.__setattr__(self, field.name, _changed(field.default, value, field.name))
@@ -212,9 +213,9 @@ class Method(ABC):
 
     def with_loops(self, loops: int) -> Method:
         """Return the method for answering with another number of iterations than it was trained with."""
-        if not any(f.name == "max_loops" for f in fields(self)):  # type: ignore[arg-type]
+        if not any(f.name == "max_loops" for f in fields(self)):
             raise InputError(f"'{self.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
-        return replace(self, max_loops=loops)  # type: ignore[type-var]
+        return replace(self, max_loops=loops)  # type: ignore[call-arg]
 
     # Loss
 

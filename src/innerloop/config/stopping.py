@@ -62,7 +62,7 @@ FEATURES: tuple[Feature, ...] = ("gap", "top", "attention", "mlp", "block", "dep
 """Lead and probability of the likeliest token; cosines of successive outputs (attention, MLP, whole block); t / T."""
 WORDS: tuple[Feature, ...] = ("gap", "top")
 TAPPED: tuple[Feature, ...] = ("attention", "mlp")
-JudgeKind = Literal["logistic", "svm_linear", "svm_rbf"]
+ExitClassifierKind = Literal["logistic", "svm_linear", "svm_rbf"]
 
 
 GATED = ("halt", "halt_sample")  # rules whose gate a loss must train
@@ -113,7 +113,7 @@ class StopSettings:
     compare_init: bool = True
     decay: int = 0
     features: tuple[Feature, ...] = ("gap", "top", "depth")
-    classifier: JudgeKind = "logistic"
+    classifier: ExitClassifierKind = "logistic"
     per_step: bool = False
 
     def __post_init__(self) -> None:

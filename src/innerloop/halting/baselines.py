@@ -11,10 +11,9 @@ STRIDE = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit numbers; the constants o
 MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
-def uniform(places_B: Tensor, seed: int) -> Tensor:
-    """Draw a number in [0, 1) for each place (B,): the same for one place and seed, whatever stands there."""
-    offset = (seed * MIX[0] + 2**63) % 2**64 - 2**63
-    x = (places_B.long() + 1) * STRIDE + offset
+def uniform(places_B: Tensor) -> Tensor:
+    """Draw a number in [0, 1) for each place (B,): the same for one place, whatever stands there."""
+    x = (places_B.long() + 1) * STRIDE
     for shift, factor in zip((30, 27), MIX):
         x = (x ^ _shifted(x, shift)) * factor
     return _shifted(x ^ _shifted(x, 31), 40).float() / 2**24
@@ -25,8 +24,8 @@ def _shifted(x: Tensor, n: int) -> Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
-def drawn_depths(places_B: Tensor, histogram: Sequence[float], seed: int) -> Tensor:
+def drawn_depths(places_B: Tensor, histogram: Sequence[float]) -> Tensor:
     """Draw a depth from 1 to T for each place with the chances of a histogram of T shares."""
     shares = torch.tensor(histogram, dtype=torch.float64)
     edges = (shares.cumsum(0) / shares.sum()).float().to(places_B.device)
-    return 1 + torch.searchsorted(edges[:-1].contiguous(), uniform(places_B, seed), right=True)
+    return 1 + torch.searchsorted(edges[:-1].contiguous(), uniform(places_B), right=True)

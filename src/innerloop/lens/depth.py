@@ -54,9 +54,9 @@ def depth_grid(
                     line[at] = cell
         start += n
     notes = ["A token's iterations are those that read it: what it shows afterwards is the token that follows it."]
-    settings = model.method.loop
-    if settings.stop != "none":
-        notes.append(f"Each token stops by itself, once its {settings.stop} score reaches {settings.threshold:.3g}.")
+    stop = model.method.stop
+    if stop.stops:
+        notes.append(f"Each token stops by itself, once its {stop.rule} score reaches {stop.kappa:.3g}.")
     if not found:
         notes.append("This method leaves no read-out of single iterations, so only their number is known.")
     elif start < len(tokens):

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from innerloop.halting.evidence import Hints, Moment
+from innerloop.halting.evidence import RowInfo, StopInputs
 
 
 class Pass(Protocol):
@@ -27,7 +27,7 @@ class Pass(Protocol):
     before: Tensor | None
     """The state (A, 1, D) of the position before the region, for loops that shift; None where there is none."""
 
-    hints: Hints | None
+    row_info: RowInfo | None
     """What else stop rules may know of the rows; None: nothing."""
 
     def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
@@ -71,7 +71,7 @@ class Step:
     rows: list[int]
     part: slice | list[int]
     output: Tensor
-    moment: Moment
+    moment: StopInputs
     score: Tensor | None
     read_out: Callable[[], Tensor]
 

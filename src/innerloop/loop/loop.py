@@ -25,9 +25,9 @@ from innerloop.config.stopping import StopSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.onlooker import Onlooker
 from innerloop.errors import InputError
-from innerloop.halting.controller import Ending
-from innerloop.halting.evidence import Moment
-from innerloop.halting.rule import rule_for
+from innerloop.halting.controller import StopController
+from innerloop.halting.evidence import StopInputs
+from innerloop.halting.rule import StopRule, rule_for
 from innerloop.loop.fixed_point import jacobian_gain, solve
 from innerloop.loop.hooks import LoopHook, Pass, Probed, Step
 from innerloop.loop.lora import LoopLora
@@ -92,6 +92,7 @@ class InnerLoop(Onlooker):
     """
 
     words: Backbone | None
+    stop: StopRule | None
 
     def __init__(
         self,
@@ -127,6 +128,64 @@ class InnerLoop(Onlooker):
             self.lora = LoopLora(backbone, n, s.lora_rank, s.lora_gamma, s.lora, s.lora_targets, s.lora_beyond)
         self.stop = rule_for(stop, width)
         self.hooks: tuple[LoopHook, ...] = ()
+
+    def weights(self, loop: int) -> AbstractContextManager[None]:
+        """Use iteration ``loop``'s weights in a block (0: the base weights)."""
+        return nullcontext() if self.lora is None or loop < 1 else self.lora.at(loop)
+
+    def inject(self, state: Tensor, loop: int, change_B: Tensor | None = None, noisy: bool = True) -> Tensor:
+        """Make iteration ``loop``'s input x_t from the state before it.
+
+        ``change_B`` is the relative change of the state in the iteration before (1 in the first).
+        """
+        s = self.settings
+        if s.detach and loop > 1:
+            state = state.detach()
+        level = None
+        noise = s.noise if self.training and noisy else 0.0
+        if s.noise_level == "injected":
+            level = torch.full((len(state),), noise, device=state.device)
+        elif s.noise_level == "delta":
+            level = torch.ones(len(state), device=state.device) if change_B is None else change_B.detach()
+        inputs = state if self.time is None else self.time(state, loop, level)
+        if noise > 0:
+            n_extra = inputs.shape[1] - state.shape[1]
+            error = noise * self.rescale.tau.to(state.dtype) * torch.randn_like(state)
+            inputs = torch.cat([inputs[:, :n_extra], inputs[:, n_extra:] + error], dim=1)
+        return inputs
+
+    def feed_back(self, output: Tensor, before: Tensor | None) -> Tensor:
+        """Return h' (B, N, D) for an output u; ``before`` (B, 1, D) is the state of the position before the region."""
+        rescaled = self._restate(output)
+        if self.settings.shift:
+            assert before is not None
+            rescaled = torch.cat([self._restate(before), rescaled[:, :-1]], dim=1)
+        return rescaled if self.settings.scale == 1.0 else self.settings.scale * rescaled
+
+    def _restate(self, output: Tensor) -> Tensor:
+        """Return rho(u), mixed with the embeddings of the words that it shows if so asked."""
+        state, (alpha, beta), backbone = self.rescale(output), self.soft, self.words
+        if beta == 0 or backbone is None:
+            return state if alpha == 1 else alpha * state
+        shares = at_least_fp32(backbone.head(state)).softmax(-1).to(state.dtype)
+        table = backbone.embed(torch.arange(shares.shape[-1], device=state.device))
+        return alpha * state + beta * (shares @ table.to(state.dtype))
+
+    def step(
+        self,
+        f: Pass,
+        state: Tensor,
+        first: Tensor,
+        loop: int,
+        change_B: Tensor | None = None,
+        active_B: Tensor | None = None,
+        noisy: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one iteration; return (z_t, h'_t, u_t), each (B, N, D)."""
+        inputs = self.inject(state, loop, change_B, noisy)
+        output = f(inputs, loop, active_B, n_extra=inputs.shape[1] - state.shape[1])
+        rescaled = self.feed_back(output, f.before)
+        return self.residual(rescaled, first, state, loop), rescaled, output
 
     def forward(
         self,
@@ -173,7 +232,7 @@ class InnerLoop(Onlooker):
         """Iterate until every row has run its number of times, or stopped."""
         rows, limit, stop = Rows(f, state, n_loops), max(n_loops), None
         if self.stop is not None and (not self.training or self.stopping.rule == "act"):
-            stop = Ending(self.stop, self.stopping, state, n_loops, f.hints)
+            stop = StopController(self.stop, self.stopping, state, n_loops, f.row_info)
         result = LoopResult(state, state, [], [], rows.ran)
         for iteration in range(1, limit + 1):
             if not rows.advance(iteration, stop):
@@ -202,7 +261,7 @@ class InnerLoop(Onlooker):
 
     def _advance(
         self, f: Pass, rows: Rows, iteration: int, n_free: int, hooks: Sequence[LoopHook]
-    ) -> tuple[Moment, Tensor]:
+    ) -> tuple[StopInputs, Tensor]:
         """Run one iteration of the rows that are going; return what it made of their states, and u_t."""
         s = self.settings
         previous = rows.cut(iteration, s.bptt)
@@ -215,10 +274,16 @@ class InnerLoop(Onlooker):
             new = torch.where(rows.active_B[:, None, None], new, previous)
         if s.noise_level == "delta":
             rows.change_B = relative_change(new, previous, f.state_mask)
-        return Moment(new, previous, rescaled, None, f.state_mask, loop=iteration), output
+        return StopInputs(new, previous, rescaled, None, f.state_mask, loop=iteration), output
 
     def _stop(
-        self, f: Pass, rows: Rows, stop: Ending, moment: Moment, show: Callable[[], None], hooks: Sequence[LoopHook]
+        self,
+        f: Pass,
+        rows: Rows,
+        stop: StopController,
+        moment: StopInputs,
+        show: Callable[[], None],
+        hooks: Sequence[LoopHook],
     ) -> Tensor | None:
         """Score an iteration and let rows stop; return the scores, None where nobody looks."""
         is_last = moment.loop == moment.limit
@@ -226,7 +291,7 @@ class InnerLoop(Onlooker):
             return None
         if stop.reads_words(moment.loop):
             show()
-        score = stop.look(moment, f.hints)
+        score = stop.look(moment, f.row_info)
         stop.mix(moment.state, moment.loop, rows.going)
         if not is_last and score is not None:
             f.count(stop.flops(moment, rows.active_B))
@@ -258,8 +323,10 @@ class InnerLoop(Onlooker):
             rows = torch.nonzero(active_B)[:, 0].tolist() if hooks else []
             for hook in hooks:
                 output, new, old = seen[0]
-                moment = Moment(new, old, new, None, f.state_mask, loop=iteration, limit=max(n_loops))
-                hook.on_iteration(Step(f, iteration, rows, rows, output, moment, None, partial(Readers(None, None).words, output)))
+                moment = StopInputs(new, old, new, None, f.state_mask, loop=iteration, limit=max(n_loops))
+                hook.on_iteration(
+                    Step(f, iteration, rows, rows, output, moment, None, partial(Readers(None, None).words, output))
+                )
 
         start = real(state, f.state_mask)
         final, ran = solve(g, start, s.solver, n_loops, s.tol, s.gradient, self.settings.alpha, on_iteration)
@@ -280,7 +347,7 @@ class Readers:
         assert self.read_out is not None
         return self.read_out(output)
 
-    def show(self, moment: Moment, output: Tensor, active_B: Tensor | None) -> None:
+    def show(self, moment: StopInputs, output: Tensor, active_B: Tensor | None) -> None:
         """Put the words that a stop rule reads where it looks."""
         if self.read_answer is not None:
             moment.logits, moment.logits_mask = self.read_answer(moment.state, active_B), None

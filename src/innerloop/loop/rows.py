@@ -53,7 +53,9 @@ class Rows:
         """Begin an iteration with the rows that go on; return whether there are any."""
         staying = list(range(len(self.going)))
         if self.halted or iteration > self.least:
-            staying = [i for i in staying if self.n_loops[self.going[i]] >= iteration and self.going[i] not in self.halted]
+            staying = [
+                i for i in staying if self.n_loops[self.going[i]] >= iteration and self.going[i] not in self.halted
+            ]
         if not staying:
             return False
         self.active_B, is_part = None, len(staying) < len(self.going)

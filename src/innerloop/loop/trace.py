@@ -187,4 +187,6 @@ class TraceHook(LoopHook):
         """Record an iteration of the rows that ran it."""
         now, part = step.moment, step.part
         score, mask = (None if value is None else value[part] for value in (step.score, now.mask_BN))
-        self.trace.record(step.iteration, step.rows, step.output[part], now.state[part], now.previous[part], score, mask)
+        self.trace.record(
+            step.iteration, step.rows, step.output[part], now.state[part], now.previous[part], score, mask
+        )

@@ -17,7 +17,8 @@ from innerloop.config.losses import DecoderSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.halting.evidence import masked_mean
 from innerloop.loop.stabilize import sines
-from innerloop.passes.thought import Masked, Thought
+from innerloop.passes.region import Masked
+from innerloop.passes.thought import Thought
 
 
 class AnswerDecoder(nn.Module):

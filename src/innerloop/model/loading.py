@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from innerloop.config.method import Method
+from innerloop.config.typed import typed
 from innerloop.decoder.adapters import MarkerInit, add_lora, add_markers
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
 from innerloop.methods import method_named
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.checkpoint import SETTINGS, Stored, first_line, load_parts, read_settings, resolve, without_bars
-from innerloop.train.recipe import typed
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 M = TypeVar("M", bound=Stored)
@@ -83,9 +83,9 @@ def load(
     chosen = method or stored
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
-    if stored is not None and stored.answering.classes not in ((), chosen.answering.classes):
+    if stored is not None and stored.decoder.classes not in ((), chosen.decoder.classes):
         raise InputError(
-            f"{folder} chooses among the classes {', '.join(stored.answering.classes)}; give the same, in this order"
+            f"{folder} chooses among the classes {', '.join(stored.decoder.classes)}; give the same, in this order"
         )
     is_new = stored is None
     start = chosen.convert(backbone, tokenizer) if is_new and isinstance(chosen, DepthMethod) else None

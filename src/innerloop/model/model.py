@@ -44,7 +44,8 @@ from innerloop.model.step_decoder import StepDecoder, told_loss
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.loss_inputs import LossInputs
-from innerloop.passes.thought import Masked, Thought, join, think
+from innerloop.passes.region import Masked, join
+from innerloop.passes.thought import Thought, think
 from innerloop.text.batch import Batch, collate
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example

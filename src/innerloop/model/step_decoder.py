@@ -26,7 +26,7 @@ from innerloop.loop.lora import LoopLora
 from innerloop.model.losses import held
 from innerloop.passes.context import Context
 from innerloop.passes.loss_inputs import LossInputs
-from innerloop.passes.thought import Masked
+from innerloop.passes.region import Masked
 from innerloop.text.batch import ToldSites
 from innerloop.text.row import ANSWER_PASS, FED, IGNORE, Row
 

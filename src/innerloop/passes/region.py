@@ -14,15 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from innerloop.halting.evidence import RowInfo
 from innerloop.passes.context import Context, Weights, merge
-from innerloop.halting.evidence import Hints
 
 LoopWeights = Callable[[int], AbstractContextManager[None]]
 Masked = tuple[Tensor, Tensor | None]
 """Embeddings (B, L, D) and their mask (B, L), None when all is real."""
 Pinned = tuple[Tensor, Tensor]
 """Which positions of the region are text (B, N, 1), and its embeddings (B, N, D)."""
-
 
 
 @dataclass
@@ -65,7 +64,7 @@ class RegionPass:
     """
 
     compacts = True
-    hints: Hints | None = None
+    row_info: RowInfo | None = None
 
     def __init__(
         self,
@@ -172,7 +171,7 @@ class AppendPass:
     compacts = False
     state_mask: Tensor | None = None
     before: Tensor | None = None
-    hints: Hints | None = None
+    row_info: RowInfo | None = None
     peeks = False
 
     def __init__(self, context: Context, mask_BN: Tensor | None, weights: LoopWeights, normed: bool):

@@ -9,22 +9,21 @@ Shapes: `B` rows, `N` region columns, `D` width.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from innerloop.config.method import Method
-from innerloop.halting.evidence import Hints
+from innerloop.config.plan import Plan
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
-from innerloop.passes.context import Context, Weights, merge
+from innerloop.passes.context import Context
+from innerloop.passes.region import AppendPass, Masked, Pinned, Region, RegionPass, join
 from innerloop.passes.tokens import PassOutput
 from innerloop.text.batch import Batch
+
 
 @dataclass
 class Thought:
@@ -90,7 +89,7 @@ def think(
     read, parts = prefix[0], _parts_of(batch, region, region_mask)
     if read.shape[1]:
         with context.phase("prefill"):
-            read = context.read(*prefix, normed=plan.is_normed)
+            read = context.read(prefix[0], prefix[1], normed=plan.is_normed)
     with context.phase("thought"):
         f: AppendPass | RegionPass
         if plan.scope == "append":

@@ -104,9 +104,9 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
     trainer.train(resume_from_checkpoint=True if saved else None)
     if trainer.interrupted:
         return False
-    if trainer.reached_stage < trainer.curriculum.last_stage:
+    if trainer.reached_stage < trainer.model.method.last_stage:
         print(
-            f"note: training ended in stage {trainer.reached_stage} of {trainer.curriculum.last_stage}, before the "
+            f"note: training ended in stage {trainer.reached_stage} of {trainer.model.method.last_stage}, before the "
             "curriculum did; train longer, or shorten it"
         )
     (folder / FINISHED).touch()

@@ -23,8 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from innerloop.decoder.adapters import adapted
 from innerloop.decoder.fused_loss import check_fused
 from innerloop.decoder.token_losses import AtOnce
-from innerloop.engine.generation import check_length
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint
@@ -105,7 +105,9 @@ class LatentTrainer(Trainer):
             raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")
         for example in valid or ():
             check_length(
-                model, example.question, model.method.prompt(example.question, model.spell, self.curriculum.last_stage)
+                model,
+                example.question,
+                model.method.prompt(example.question, model.spell, self.model.method.last_stage),
             )
         if valid and task is None:
             raise InputError("validation by generation needs a task that checks answers: pass task=...")
@@ -170,7 +172,7 @@ class LatentTrainer(Trainer):
 
     def stage_at(self, step: int) -> int:
         """Return the curriculum's stage at an optimizer step."""
-        return self.curriculum.stage_at(step, self.steps_per_epoch())
+        return self.model.method.stage_at(step, self.steps_per_epoch())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of the weights that decay: as transformers says, but for modules with ``decays = False``."""
@@ -327,7 +329,7 @@ class LatentTrainer(Trainer):
                 means = (total / n).flatten().tolist()  # where there are several routers, they are numbered from 1
                 logs |= {f"{name}_{i}" if len(means) > 1 else name: mean for i, mean in enumerate(means, 1)}
             self._sums, self._measured, self._n_logged_steps = {}, {}, self.state.global_step
-            if self.curriculum.last_stage:
+            if self.model.method.last_stage:
                 logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
             self._check_health(logs["loss_answer"])
         super().log(logs, start_time)
@@ -364,7 +366,7 @@ class LatentTrainer(Trainer):
             f"{metric_key_prefix}_unparsable": sum(p.predicted is None for p in predictions),
         }
         self.log(dict(metrics))
-        if stage == self.curriculum.last_stage:
+        if stage == self.model.method.last_stage:
             self._keep_if_best(accuracy, stage)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

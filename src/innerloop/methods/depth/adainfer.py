@@ -11,7 +11,6 @@ rules are gap and top_prob, the controls fixed and random. In training none leav
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from innerloop.config.losses import ExitSettings
-from innerloop.config.stopping import TAPPED, CommonStop, Feature, JudgeKind
+from innerloop.config.stopping import TAPPED, CommonStop, ExitClassifierKind, Feature
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.errors import refuse
@@ -39,7 +38,7 @@ class LayerStop(CommonStop):
 
     decay: int = 0
     features: tuple[Feature, ...] = ("gap", "top", "depth")
-    classifier: JudgeKind = "logistic"
+    classifier: ExitClassifierKind = "logistic"
     per_step: bool = False
 
     has_taps: ClassVar[bool] = True
@@ -114,8 +113,10 @@ class ExitingDecoder(DepthForward):
 
     def taps(self) -> list[str]:
         """Return of which outputs the classifier compares successive layers'."""
-        judge = None if self.loop.stop is None else self.loop.stop.judge
-        taps: list[str] = [] if judge is None else [name for name in judge.features if name in (*TAPPED, "block")]
+        classifier = None if self.loop.stop is None else self.loop.stop.classifier
+        taps: list[str] = (
+            [] if classifier is None else [name for name in classifier.features if name in (*TAPPED, "block")]
+        )
         is_alone = len(self.sections[0]) < 2
         refuse((bool(taps) and is_alone, "the first layer has none before it to compare with: begin exits at 2"))
         return taps
@@ -136,17 +137,9 @@ class ExitingDecoder(DepthForward):
         for section, layers in enumerate(self.sections):
             states.append(self.run(reading, tokens.with_states(states[-1]), layers, section, inner=section > 0))
         deep = PassOutput(self.backbone.norm(states[-1]), tokens.real.long() * self.backbone.n_layers)
-        if self.training and self.method.wants_exits:
+        if self.training and self.method.exits.wants_exits:
             deep.exits = [*(self.backbone.norm(state) for state in states[1:-1]), deep.states_BLD]
-            if self.method.gate != "none":
-                deep.gates = self.gates(states[1:])
         return deep
-
-    def gates(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gate's logits (B, L) at each exit."""
-        stop = self.loop.stop
-        assert stop is not None
-        return [stop.halting_logit(state.flatten(0, 1)[:, None]).view(state.shape[:2]) for state in states]
 
     def leaving(self, reading: PassInput) -> PassOutput:
         """Run every token that writes until it leaves."""

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innerloop.methods.depth.kv_sharing import KvMissing, KvShare
-
 from innerloop.config.loop import LoopSampling, LoopSettings, Site
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import Slot
@@ -28,7 +26,7 @@ from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.sampling import draw_loops
 from innerloop.methods.depth.exits import exit_terms
-from innerloop.methods.depth.kv_sharing import KvShare, SharedKv, stopped_earlier
+from innerloop.methods.depth.kv_sharing import KvMissing, KvShare, SharedKv, stopped_earlier
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
 from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
@@ -74,14 +72,14 @@ class BlockLoop(DepthMethod):
         if self.loop_sampling == "fixed" or not seed:
             return self
         drawn = draw_loops(self.loop_sampling, self.max_loops, seed)
-        return replace(self, max_loops=drawn, loop_sampling="fixed")  # type: ignore[type-var]
+        return replace(self, max_loops=drawn, loop_sampling="fixed")  # type: ignore[call-arg]
 
     def with_loops(self, loops: int) -> BlockLoop:
         """Return the method for answering with L = ``loops``; how it was trained no longer matters."""
         changes: dict[str, Any] = {"max_loops": loops, "exits": type(self.exits)()}
         if self.loop_sampling != "fixed":
             changes["loop_sampling"] = "fixed"
-        return replace(self, **changes)  # type: ignore[type-var]
+        return replace(self, **changes)
 
     def begin(self, backbone: Backbone) -> None:
         """Draw fresh weights for the depth that they will have."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.onlooker import Onlooker
 from innerloop.errors import refuse
 from innerloop.loop.stabilize import at_least_fp32
 from innerloop.passes.tokens import Spending, Tokens
@@ -60,9 +61,17 @@ class DeciderSettings:
 class ChoiceSettings(Protocol):
     """Who says which tokens go on, and as what; a `Tah` says it."""
 
-    iterate: Iterate
-    tau: float
-    input_mix_topk: int
+    @property
+    def iterate(self) -> Iterate:
+        """Who says which tokens go on."""
+
+    @property
+    def tau(self) -> float:
+        """How sure the decider must be."""
+
+    @property
+    def input_mix_topk(self) -> int:
+        """Words mixed into the next input, and logits that the decider looks at."""
 
 
 def usual_layers(n_layers: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.onlooker import Onlooker
 from innerloop.loop.lora import LoraBank
 
 Split = Literal["svd", "split_sqrt"]

@@ -103,4 +103,4 @@ class SequentialLatents(SelfTeaching):
 
     def with_loops(self, loops: int) -> Method:
         """Return the method for answering with k = ``loops`` + 1 latents."""
-        return replace(self, n_latents_total=loops + 1)  # type: ignore[type-var]
+        return replace(self, n_latents_total=loops + 1)  # type: ignore[call-arg]

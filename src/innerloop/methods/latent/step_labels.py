@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -55,7 +56,9 @@ def _one_after_another(method: Method) -> Method:
             f"steps are labelled by a model that has seen each of them in text and in a block, not by '{method.name}' "
             "of another pattern: set labeller to a run of spiralthinker with pattern=random"
         )
-    return replace(method, pattern="random", labeller=None, block_schedule="sequential", hid_weight=0.0)  # type: ignore[call-arg]
+    changes: dict[str, Any] = {"hid": replace(method.hid, weight=0.0)}  # type: ignore[type-var]
+    changes |= {"pattern": "random", "labeller": None, "block_schedule": "sequential"}
+    return replace(method, **changes)
 
 
 def _goes_on(row: Row, logits_UV: Tensor, step: int, n_steps: int) -> bool:
