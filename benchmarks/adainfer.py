@@ -25,11 +25,11 @@ from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_method, 
 from innerloop.calibrate.threshold_search import TARGETS
 from innerloop.config.stopping import FEATURES
 from innerloop.decoder.cost import Meter
+from innerloop.engine.latent_model import LatentModel
 from innerloop.halting.classifier import Judge
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import AdaInfer
-from innerloop.model.model import LatentModel
 from innerloop.passes.thought import think
 from innerloop.tasks import Gsm8k
 from innerloop.text.examples import Example

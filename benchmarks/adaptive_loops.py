@@ -17,10 +17,10 @@ import torch
 from innerloop.calibrate.calibrate import calibrate
 from innerloop.calibrate.loop_scan import ruled_by
 from innerloop.decoder.cost import mean_cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.measure import evaluate
 from innerloop.measure.accuracy import Prediction, accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds, verdict
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 from innerloop.train.recipe import load_recipe
 from innerloop.train.run import run_recipe

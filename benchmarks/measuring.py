@@ -20,6 +20,7 @@ import torch
 
 from innerloop.bench.timing import clock_of, spread
 from innerloop.cli.demo import BACKBONE
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens import look
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.measure.controls import controls
@@ -29,7 +30,6 @@ from innerloop.measure.probes import probes
 from innerloop.measure.readout import shown_steps
 from innerloop.measure.stability import stability
 from innerloop.measure.swap import swaps
-from innerloop.model.model import LatentModel
 from innerloop.train.recipe import parse_recipe
 from innerloop.train.run import run_recipe
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.model.model import LatentModel
+from innerloop.engine.latent_model import LatentModel
 from innerloop.text.examples import Example
 from innerloop.text.row import Piece
 

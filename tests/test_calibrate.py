@@ -15,6 +15,7 @@ from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import Method
 from innerloop.model.checkpoint import PARTS, SETTINGS
 from innerloop.tasks import Chain
+from tests.close import assert_close
 from tests.methods.tools import MIXED, change
 from tests.models import saved, tiny_model
 
@@ -227,7 +228,7 @@ def test_the_best_there_could_be_is_told_beside():
     assert oracle["right_at_last"] < oracle["right"] <= 1 < oracle["correct"] <= T
     model.eval()
     told = torch.cat([logits.log_softmax(-1) for logits in model.answer_logits(VALID)])
-    torch.testing.assert_close(-told.gather(1, search.seen.gold_M[:, None])[:, 0], search.seen.losses_TM[-1])
+    assert_close(-told.gather(1, search.seen.gold_M[:, None])[:, 0], search.seen.losses_TM[-1])
     perfect = [choice for choice in search.choices if search.agreement(choice) == 1]
     assert perfect and all(choice.stops_M.double().mean() >= oracle["agree"] for choice in perfect)
 

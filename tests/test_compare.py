@@ -10,6 +10,7 @@ from rich.console import Console
 
 from innerloop.bench import latency
 from innerloop.decoder.cost import Cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments import compare
 from innerloop.experiments import jobs as points
@@ -24,7 +25,6 @@ from innerloop.experiments.compare import (
 from innerloop.experiments.summary import standing_table
 from innerloop.measure.accuracy import Prediction
 from innerloop.methods import Cot, NoCot, Pause
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain, Plain
 from innerloop.train.recipe import parse_recipe
 from tests.models import tiny_model
@@ -231,11 +231,12 @@ def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp
 
 def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):
     from innerloop.experiments.suite import load_suite
-    from tests.test_suite import RAW, in_this_process, written
+    from tests.test_suite import RAW, here, in_this_process, written
 
     raw = {**RAW, "variants": {"plain": {}, "too long": {"train": {"max_length": 1}}}, "test": {"controls": True}}
     path = written(tmp_path, raw)
     in_this_process(load_suite(path, seeds=[0]), skip=["too long"])
+    monkeypatch.setattr(points, "local_workers", lambda n: here())
     monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: "it broke" for key in missing})
     with pytest.raises(InputError, match=r"^1 of 2 points failed: it broke$"):
         compare_suite(str(path), None, None, [0], 1, None, [], QUIET, n_timed=2)
@@ -244,10 +245,11 @@ def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Pa
 
 
 def test_a_suite_all_of_whose_points_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
-    from tests.test_suite import RAW, written
+    from tests.test_suite import RAW, here, written
 
     path = written(tmp_path, {**RAW, "variants": {"a": {}, "b": {"method": "pause"}}})
     why = {"a": "it [broke]", "b": "no room"}
+    monkeypatch.setattr(points, "local_workers", lambda n: here())
     monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: why[key[0]] for key in missing})
     code, out, err = innerloop(capsys, "compare", path, "--seeds", 0, 1)
     assert code == 2 and err == (

@@ -31,6 +31,7 @@ from innerloop.methods import (
     SpiralThinker,
 )
 from tests.built import LATENTS, LOUD, QUESTION, ROOM, TASK, THIRD, built
+from tests.close import assert_close
 
 PLAIN = {"residual": "none", "rescale": "none", "time": "none"}
 ALONE = {"hid_weight": 0.0, "teacher": None, "teacher_weight": 0.0}
@@ -256,7 +257,7 @@ def test_feeding_latents_what_they_were_fed_changes_nothing(method: Method):
     logits = model.answer_logits(examples)
     with edited(model.loop, Replacement(seen.blocks)):
         for own, other in zip(logits, model.answer_logits(examples)):
-            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+            assert_close(own, other)
     assert model.loop.edit is None
 
 
@@ -266,7 +267,7 @@ def test_hiding_nothing_changes_nothing(name: str):
     logits = model.answer_logits(examples)
     with edited(model.loop, Replacement(kept=99)):
         for own, other in zip(logits, model.answer_logits(examples)):
-            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+            assert_close(own, other)
 
 
 def test_frozen_latents_are_those_of_no_loops():
@@ -284,8 +285,8 @@ def test_every_input_is_recorded_once():
         thought = model.think(model.batch(model.rows(examples)))
     blocks = list(recorder.blocks.values())
     assert [len(own) for own in blocks] == [1] * 4 and [len(own[0].fed) for own in blocks] == [2] * 4
-    torch.testing.assert_close(torch.stack([own[0].left for own in blocks]), thought.loop.state)
-    torch.testing.assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
+    assert_close(torch.stack([own[0].left for own in blocks]), thought.loop.state)
+    assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
 
 
 def test_methods_that_begin_with_text_may_open_their_blocks_later():

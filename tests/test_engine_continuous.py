@@ -26,8 +26,8 @@ from innerloop import (
     Pccot,
     RecurrentDepth,
     Slr,
-    engine,
 )
+from innerloop.engine import engine
 from innerloop.engine.engine import Engine
 from innerloop.engine.generation import fits
 from innerloop.methods import Looped, SpiralThinker

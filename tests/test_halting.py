@@ -11,6 +11,7 @@ from innerloop.halting.evidence import Moment
 from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
+from tests.close import assert_close
 from tests.methods.tools import iterate
 
 B, N, D, V = 3, 4, 6, 9
@@ -35,14 +36,14 @@ by_agg = pytest.mark.parametrize("agg", ["mean", "last", "max"])
 def test_delta_is_the_relative_change_of_the_state(agg):
     now = moment()
     change = (now.state - now.previous).norm(dim=-1) / now.state.norm(dim=-1)
-    torch.testing.assert_close(StopRule("delta", D, agg).score(now), -AGGREGATES[agg](change).log10())
+    assert_close(StopRule("delta", D, agg).score(now), -AGGREGATES[agg](change).log10())
 
 
 @by_agg
 def test_delta_undamped_is_that_of_the_output_before_the_residual(agg):
     now = moment()
     change = (now.rescaled - now.previous).norm(dim=-1) / now.rescaled.norm(dim=-1)
-    torch.testing.assert_close(StopRule("delta_undamped", D, agg).score(now), -AGGREGATES[agg](change).log10())
+    assert_close(StopRule("delta_undamped", D, agg).score(now), -AGGREGATES[agg](change).log10())
 
 
 def test_damping_shrinks_delta_and_not_delta_undamped():
@@ -61,7 +62,7 @@ def test_damping_shrinks_delta_and_not_delta_undamped():
 def test_cos_is_one_minus_the_cosine(agg):
     now = moment()
     cosine = (now.state * now.previous).sum(-1) / now.state.norm(dim=-1) / now.previous.norm(dim=-1)
-    torch.testing.assert_close(StopRule("cos", D, agg).score(now), -AGGREGATES[agg](1 - cosine).log10())
+    assert_close(StopRule("cos", D, agg).score(now), -AGGREGATES[agg](1 - cosine).log10())
 
 
 @by_agg
@@ -70,7 +71,7 @@ def test_kl_is_that_of_successive_read_outs_and_never_stops_at_the_first(agg):
     assert rule.score(first).tolist() == [-math.inf] * B
     p, q = second.logits.softmax(-1), first.logits.softmax(-1)
     kl = (p * (p / q).log()).sum(-1)
-    torch.testing.assert_close(rule.score(second), -AGGREGATES[agg](kl).log10(), atol=1e-5, rtol=1e-4)
+    assert_close(rule.score(second), -AGGREGATES[agg](kl).log10())
 
 
 @by_agg
@@ -79,7 +80,7 @@ def test_entropy_is_the_change_of_that_of_the_read_out_and_never_stops_at_the_fi
     assert rule.score(first).tolist() == [-math.inf] * B
     entropies = [-(m.logits.softmax(-1) * m.logits.log_softmax(-1)).sum(-1) for m in (first, second)]
     change = AGGREGATES[agg]((entropies[1] - entropies[0]).abs())
-    torch.testing.assert_close(rule.score(second), -change.log10(), atol=1e-4, rtol=1e-4)
+    assert_close(rule.score(second), -change.log10())
 
 
 def test_argmax_counts_how_often_running_the_top_tokens_of_all_positions_stay():
@@ -100,7 +101,7 @@ def test_halt_is_one_minus_the_product_of_what_goes_on():
         now = moment(seed)
         rate = (now.state.mean(1) @ rule.gate.weight[0] + rule.gate.bias).sigmoid()
         product = product * (1 - rate)
-        torch.testing.assert_close(rule.score(now), 1 - product)
+        assert_close(rule.score(now), 1 - product)
 
 
 def test_a_new_halting_gate_stops_with_the_same_small_chance_whatever_the_state():
@@ -141,7 +142,7 @@ def test_padding_has_no_say_in_a_score(kind, agg):
         now = moment(seed)
         now.mask_BN = now.logits_mask = mask
         real = Moment(*(x[:, :3] for x in (now.state, now.previous, now.rescaled, now.logits)))
-        torch.testing.assert_close(padded.score(now), short.score(real))
+        assert_close(padded.score(now), short.score(real))
 
 
 # Stopping

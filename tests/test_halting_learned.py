@@ -19,6 +19,7 @@ from innerloop.halting.learned import act_weights, exit_distribution, expected_l
 from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
+from tests.close import assert_close
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of
 
 B, N, D, V, T = 4, 2, 6, 9, 7
@@ -44,10 +45,10 @@ def test_acts_shares_are_those_of_the_paper_and_add_up_to_one():
     shares, n_B, ponder_B = act_weights(rates, eps=0.01)
     for row in range(50):
         expected, n, rest = naive_act(rates[:, row].tolist(), 0.01)
-        torch.testing.assert_close(shares[:, row], torch.tensor(expected), atol=1e-6, rtol=0)
-        assert n_B[row] == n <= T and ponder_B[row].item() == pytest.approx(n + rest, abs=1e-5)
+        assert_close(shares[:, row], torch.tensor(expected))
+        assert n_B[row] == n <= T and ponder_B[row].item() == pytest.approx(n + rest, rel=1e-5)
         assert 0 < rest <= 1
-    torch.testing.assert_close(shares.sum(0), torch.ones(50), atol=1e-6, rtol=0)
+    assert_close(shares.sum(0), torch.ones(50))
     assert (n_B == T).any() and (n_B < T).any()
 
 
@@ -55,8 +56,8 @@ def test_act_at_the_cards_examples():
     rates = torch.tensor([[0.25, 0.995], *[[0.25, 0.5]] * 4])
     shares, n_B, ponder_B = act_weights(rates, eps=0.01)
     assert n_B.tolist() == [4, 1]
-    torch.testing.assert_close(ponder_B, torch.tensor([4.25, 2.0]))
-    torch.testing.assert_close(shares[:, 1], torch.tensor([1.0, 0, 0, 0, 0]))
+    assert_close(ponder_B, torch.tensor([4.25, 2.0]))
+    assert_close(shares[:, 1], torch.tensor([1.0, 0, 0, 0, 0]))
 
 
 def test_the_gradient_of_pondering_is_minus_one_for_every_rate_before_the_last():
@@ -87,8 +88,8 @@ def test_act_mixes_the_states_of_a_loop_in_training_as_in_answering(trains, outp
     shares, n_B, ponder_B = act_weights(rates)
     if output == "last":
         shares = torch.nn.functional.one_hot(n_B - 1, T).T.float()
-    torch.testing.assert_close(result.state, (shares[..., None, None] * torch.stack(states)).sum(0))
-    torch.testing.assert_close(result.ponder_B, ponder_B)
+    assert_close(result.state, (shares[..., None, None] * torch.stack(states)).sum(0))
+    assert_close(result.ponder_B, ponder_B)
     assert result.n_loops == ([T] * B if trains else n_B.tolist()) and len(set(n_B.tolist())) > 1
     if trains and output == "weighted":
         result.state.sum().backward()
@@ -107,9 +108,9 @@ def test_slr_learns_to_ponder_less():
     out = model.loss(MIXED)
     with torch.no_grad():
         ponder_B = model.think(model.batch(model.rows(MIXED))).loop.ponder_B
-    assert out.terms["ponder"].item() == pytest.approx(ponder_B.mean().item(), abs=1e-5)
+    assert out.terms["ponder"].item() == pytest.approx(ponder_B.mean().item(), rel=1e-5)
     free = on("llama", change(method, ponder_weight=0.0)).train().loss(MIXED)
-    assert out.loss.item() == pytest.approx(free.loss.item() + 0.5 * ponder_B.mean().item(), abs=1e-4)
+    assert out.loss.item() == pytest.approx(free.loss.item() + 0.5 * ponder_B.mean().item(), rel=1e-5)
     assert gradients(model, model.loss(MIXED).loss)["loop.stop.gate.weight"].abs().max() > 1e-6
 
 
@@ -137,18 +138,18 @@ def brute_force(rates: list[float]) -> list[float]:
 def test_the_exit_distribution_is_that_of_brute_force():
     for rates in itertools.product([0.1, 0.5, 0.95], repeat=4):
         p = exit_distribution(torch.tensor(rates).logit()[:, None])[:, 0]
-        torch.testing.assert_close(p, torch.tensor(brute_force(list(rates))), atol=1e-6, rtol=0)
-        assert p.sum().item() == pytest.approx(1.0, abs=1e-6) and (p >= 0).all()
+        assert_close(p, torch.tensor(brute_force(list(rates))))
+        assert p.sum().item() == pytest.approx(1.0, rel=1e-5) and (p >= 0).all()
         losses = draw(0, 4, 1)
         outcome = sum(a * b for a, b in zip(brute_force(list(rates)), losses[:, 0].tolist()))
-        assert expected_loss(p[:, None], losses).item() == pytest.approx(outcome, abs=1e-5)
+        assert expected_loss(p[:, None], losses).item() == pytest.approx(outcome, rel=1e-5)
 
 
 def test_the_exit_distribution_at_its_ends():
     first = exit_distribution(torch.tensor([[BIG], [0.0], [0.0]]))[:, 0]
     never = exit_distribution(torch.tensor([[-BIG], [-BIG], [-BIG]]))[:, 0]
-    torch.testing.assert_close(first, torch.tensor([1.0, 0, 0]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(never, torch.tensor([0, 0, 1.0]), atol=1e-6, rtol=0)
+    assert_close(first, torch.tensor([1.0, 0, 0]))
+    assert_close(never, torch.tensor([0, 0, 1.0]))
     rows = exit_distribution(draw(0, 5, 2), n_loops=[5, 2])
     assert rows[2:, 1].tolist() == [0, 0, 0] and rows[:2, 1].sum().item() == pytest.approx(1.0)
     many = exit_distribution(torch.full((400, 1), -6.0, dtype=torch.float16))  # products of 400 rates do not underflow
@@ -162,9 +163,9 @@ def test_a_geometric_distribution_differs_from_its_prior_through_the_tail_alone(
         gaps.append(pull(p, "geometric", 0.2).item())
         geometric = [0.2 * 0.8**t for t in range(n)]
         prior = torch.tensor(geometric) / sum(geometric)
-        assert gaps[-1] == pytest.approx((p[:, 0] * (p[:, 0] / prior).log()).sum().item(), abs=1e-5)
+        assert gaps[-1] == pytest.approx((p[:, 0] * (p[:, 0] / prior).log()).sum().item(), abs=1e-6)
         reverse = (prior * (prior / p[:, 0]).log()).sum().item()
-        assert pull(p, "geometric_reverse", 0.2).item() == pytest.approx(reverse, abs=1e-5)
+        assert pull(p, "geometric_reverse", 0.2).item() == pytest.approx(reverse, abs=1e-6)
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-3
 
 
@@ -174,7 +175,7 @@ def test_uniform_exits_have_the_largest_entropy():
     assert pull(uniform, "uniform").item() == pytest.approx(0.0, abs=1e-6)
     p = exit_distribution(draw(0, n, 20))
     entropy = -(p * p.log()).sum(0)
-    torch.testing.assert_close(pull(p, "uniform"), math.log(n) - entropy, atol=1e-5, rtol=1e-4)
+    assert_close(pull(p, "uniform"), math.log(n) - entropy)
     assert (pull(p, "uniform") > 0).all()
 
 
@@ -183,7 +184,7 @@ def test_what_going_on_is_worth_has_no_gradient_and_is_half_at_the_least_gain():
     targets = gain_targets(losses)
     assert not targets.requires_grad
     expected = [0.5, 1.0, 1 / (1 + math.exp(0.25))]
-    torch.testing.assert_close(targets[:, 0], torch.tensor(expected), atol=1e-3, rtol=0)
+    assert_close(targets[:, 0], torch.tensor(expected), 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["geometric_reverse", "uniform"])
@@ -253,7 +254,7 @@ def test_a_classifier_gives_what_scikit_learn_gives(kind, per_step):
         if kind == "svm_rbf":  # fitted to as many rows of either class
             assert ((q > 0.5) == (margin > 0)).float().mean() > 0.95
         else:
-            torch.testing.assert_close(q, margin.sigmoid().float(), atol=1e-4, rtol=1e-3)
+            assert_close(q, margin.sigmoid().float())
         assert ((q > 0.5) == labels[t]).float().mean() > 0.9
 
 
@@ -265,7 +266,7 @@ def test_fitting_again_gives_the_same_numbers_and_one_class_alone_is_certain(kin
     judge = Judge(("gap", "top", "block"))
     for label, expected in ((True, 1.0), (False, 0.0)):
         judge.fill(fit_judge(features, torch.full_like(labels, label), kind, per_step=True))
-        torch.testing.assert_close(judge(features[0], 1), torch.full((900,), expected), atol=1e-6, rtol=0)
+        assert (judge(features[0], 1) - expected).abs().max() < 1e-6
 
 
 def test_a_classifier_that_was_not_fitted_is_refused_and_one_that_was_cleared_stops_nowhere():
@@ -275,7 +276,7 @@ def test_a_classifier_that_was_not_fitted_is_refused_and_one_that_was_cleared_st
         rule.score(now)
     rule.judge.clear()
     assert torch.isinf(rule.score(now)).all()
-    torch.testing.assert_close(rule.features(now)[:, 1], torch.full((B,), 1 / 3))
+    assert_close(rule.features(now)[:, 1], torch.full((B,), 1 / 3))
 
 
 def test_a_classifiers_numbers_are_saved_whatever_their_size():

@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 from rich.console import Console
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.lens import Look, Record, look, page_of, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
@@ -35,7 +36,6 @@ from innerloop.methods import (
     SpiralThinker,
     Tah,
 )
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.terminal.views import answer_view, trace_view
 from innerloop.text.examples import Example

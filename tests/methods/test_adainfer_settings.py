@@ -14,6 +14,7 @@ from innerloop.config.stopping import JudgeKind
 from innerloop.methods import METHODS
 from innerloop.methods.depth.exits import exit_losses
 from innerloop.tasks import Chain
+from tests.close import assert_close
 from tests.methods.tools import MIXED, QUESTIONS, assert_same_gradients, by_arch, change, gradients
 from tests.models import saved, tiny_model
 
@@ -69,7 +70,7 @@ def test_the_policy_changes_no_exit_but_what_later_tokens_see():
     )
     assert layers_of(lazy) == layers_of(full)
     for a, b, c in zip(*(m.answer_logits(MIXED) for m in (lazy, full, passed))):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        assert_close(a, b)
         error = (a - c).abs().max().item()
         assert error < 20  # approximate: its error is measured by what the words become
     assert max((a - c).abs().max() for a, c in zip(lazy.answer_logits(MIXED), passed.answer_logits(MIXED))) > 1e-2
@@ -134,7 +135,7 @@ def test_candidates_are_the_likeliest_words_of_the_first_exit():
             logits = backbone.head(backbone.norm(state))[0, batch.predict_at_U]
         first = logits.topk(4, dim=-1).indices if first is None else first
         expected = logits.gather(1, first).softmax(-1).amax(1)
-        torch.testing.assert_close(seen.scores_TM[t], expected, atol=1e-5, rtol=0)
+        assert_close(seen.scores_TM[t], expected)
         assert torch.equal(seen.tops_TM[t], logits.argmax(1))
 
 
@@ -166,9 +167,9 @@ def test_earlier_exits_learn_to_speak(schedule, kd, arch):
     expected = sum(w * exit_losses(one, batch.targets_U, last, kd).sum() for w, one in zip(shares, logits)) / len(
         batch.targets_U
     )
-    assert out.terms["exits"].item() == pytest.approx(expected.item(), abs=1e-4)
-    assert out.terms["answer"].item() == pytest.approx(cross_entropy(logits[-1], batch.targets_U).item(), abs=1e-4)
-    assert out.loss.item() == pytest.approx(out.terms["answer"].item() + 0.7 * out.terms["exits"].item(), abs=1e-4)
+    assert out.terms["exits"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert out.terms["answer"].item() == pytest.approx(cross_entropy(logits[-1], batch.targets_U).item(), rel=1e-5)
+    assert out.loss.item() == pytest.approx(out.terms["answer"].item() + 0.7 * out.terms["exits"].item(), rel=1e-5)
     kept = copy.deepcopy(model)
     kept.activation_checkpointing_enable()
     left, right = (gradients(m, m.loss(MIXED).loss) for m in (model, kept))
@@ -251,4 +252,4 @@ def test_a_few_words_are_read_as_the_head_reads_them(arch):
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(5, backbone.width, generator=generator)
     ids = torch.randint(0, backbone.config.vocab_size, (5, 3), generator=generator)
-    torch.testing.assert_close(backbone.head_rows(states, ids), backbone.head(states).gather(1, ids), atol=1e-5, rtol=0)
+    assert_close(backbone.head_rows(states, ids), backbone.head(states).gather(1, ids))

@@ -22,9 +22,9 @@ from innerloop.bench.timing import Clock, Turn, clock_of, ratio, seconds_of, spr
 from innerloop.decoder.cost import PHASES, mean_cost
 from innerloop.decoder.memory import MIB, peak_memory
 from innerloop.engine.generation import Generation, check_length
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import device_name, versions
-from innerloop.model.model import LatentModel
 
 RUN, BASELINE = "run", "baseline"
 

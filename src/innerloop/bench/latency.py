@@ -16,12 +16,12 @@ from typing import Any
 from innerloop.bench.timing import clock_of, seconds_of, take_turns
 from innerloop.decoder.memory import peak_memory
 from innerloop.engine.generation import fits
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.experiments.summary import read_json
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.parts import digest
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 
 TIMES = "times.json"

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from innerloop.calibrate.loop_scan import use_rule
 from innerloop.calibrate.threshold_search import Goal, Label, Tryout, told_of
 from innerloop.config.stopping import StopKind
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, refuse
 from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.parts import Parts
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from innerloop.config.stopping import StopKind, StopSettings
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.halting.evidence import Moment, masked_mean
 from innerloop.halting.rule import decayed, rule_for
 from innerloop.loop.loop import Pass
 from innerloop.methods import Method
 from innerloop.methods.depth.exit_pass import ExitPass
-from innerloop.model.model import LatentModel
 from innerloop.passes.ragged import TokenPass
 from innerloop.text.examples import Example
 

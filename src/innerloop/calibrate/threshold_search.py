@@ -19,12 +19,12 @@ from innerloop.calibrate.fit import fit_judge, fit_probe, fitted_thresholds
 from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_rule
 from innerloop.calibrate.oracles import first_agreeing, first_correct
 from innerloop.config.stopping import StopSettings
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import refuse
 from innerloop.measure.parts import Parts, digest, digest_of
 from innerloop.measure.statistics import clopper_pearson, wilson
-from innerloop.methods.depth.token_labels import fingerprint
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
+from innerloop.model.frozen import fingerprint
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 

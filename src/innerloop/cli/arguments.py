@@ -20,8 +20,8 @@ from innerloop.text.examples import Example
 if TYPE_CHECKING:  # slow to import
     import torch
 
+    from innerloop.engine.latent_model import LatentModel
     from innerloop.measure.parts import Parts
-    from innerloop.model.model import LatentModel
 
 console = Console()
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
@@ -118,7 +118,7 @@ class ModelArguments:
 
     def load_model(self, run: str, compile: bool = False) -> LatentModel:
         """Load a run, or any model with the method asked for."""
-        from innerloop.model.model import LatentModel
+        from innerloop.engine.latent_model import LatentModel
 
         model = LatentModel.from_pretrained(run, self.read_method(), device=self.find_device(), dtype=self.dtype)
         if compile:

@@ -25,10 +25,10 @@ from innerloop.cli.arguments import (
 )
 from innerloop.config.stopping import StopKind
 from innerloop.engine.generation import fits
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, refuse
 from innerloop.measure.parts import Parts, made_of
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.terminal.views import calibration_line
 from innerloop.text.examples import Example

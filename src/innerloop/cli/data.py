@@ -73,7 +73,7 @@ def data_show(
         stage: the curriculum's stage; by default the last.
         n: how many examples.
     """
-    from innerloop.model import checkpoint
+    from innerloop.model.loading import load_tokenizer
     from innerloop.terminal.views import print_rows
     from innerloop.text.encoder import Speller
     from innerloop.text.examples import read_examples
@@ -85,6 +85,6 @@ def data_show(
     if n < 1 or (stage is not None and not 0 <= stage <= last):
         raise InputError(f"show at least one example, of a stage from 0 to {last}")
     examples = read_examples(file, limit=None if tokenizer is None else n)
-    words = train_tokenizer(examples) if tokenizer is None else checkpoint.load_tokenizer(tokenizer)
+    words = train_tokenizer(examples) if tokenizer is None else load_tokenizer(tokenizer)
     words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)
     print_rows(console, chosen.rows(examples[:n], Speller(words), stage), words)

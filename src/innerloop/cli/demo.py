@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments.compare import suite_standings, verdicts
 from innerloop.experiments.jobs import run_suite
@@ -20,7 +21,6 @@ from innerloop.experiments.suite import Exam, Suite
 from innerloop.experiments.summary import standing_table
 from innerloop.lens import look, write_page
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.train.recipe import BackboneChoice, Recipe
 

@@ -19,6 +19,7 @@ from innerloop.cli.arguments import (
     progress_of,
     writable,
 )
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError, refuse
 from innerloop.lens import look, page_path, terminal_view, write_page
@@ -32,7 +33,6 @@ from innerloop.measure.likelihood import likelihood, text_result
 from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of, of_model
 from innerloop.measure.reports import Measurement, check_asked
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.terminal.views import answer_view
 from innerloop.text.encoder import Speller

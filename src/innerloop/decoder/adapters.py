@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
@@ -13,9 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
 
 MarkerInit = Literal["token", "mean", "normal"]
 MARKER_COPIES = "<<"  # new rows start as copies of this token's row (cot.md, section 0)
@@ -58,33 +55,32 @@ def add_markers(
                 weight[ids] = (old.mean(0) + old.std(0) * noise.to(old.device)).to(weight.dtype)
 
 
-def add_lora(model: LatentModel, settings: Mapping[str, Any]) -> None:
+def add_lora(backbone: Backbone, marker_ids: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Freeze the backbone and train low-rank updates of its linear layers instead, plus the rows of the markers.
 
     Args:
-        model: the model.
+        backbone: the decoder.
+        marker_ids: the ids of the method's markers.
         settings: fields of peft's LoraConfig, such as r, lora_alpha, lora_dropout, target_modules.
     """
-    marker_ids = model.tokenizer.convert_tokens_to_ids([*model.method.markers])
     try:
         config = LoraConfig(
-            **{"target_modules": LORA_TARGETS, "trainable_token_indices": marker_ids or None, **settings},
+            **{"target_modules": LORA_TARGETS, "trainable_token_indices": [*marker_ids] or None, **settings},
             task_type="CAUSAL_LM",
         )
-        inject_adapter_in_model(config, model.backbone.lm, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, backbone.lm, adapter_name=ADAPTER)
     except (TypeError, ValueError) as error:
         raise InputError(f"backbone.lora: {error}; its fields are those of peft.LoraConfig") from None
 
 
-def freeze(model: LatentModel) -> None:
-    """Train nothing of the backbone but the embeddings of the method's markers."""
-    model.backbone.requires_grad_(False)
-    marker_ids = model.tokenizer.convert_tokens_to_ids([*model.method.markers])
+def freeze(backbone: Backbone, marker_ids: Sequence[int]) -> None:
+    """Train nothing of the backbone but the embeddings of the method's markers, whose ids these are."""
+    backbone.requires_grad_(False)
     if marker_ids:
-        table = model.backbone.lm.get_input_embeddings()
-        name = next(name for name, module in model.backbone.lm.named_modules() if module is table)
-        config = TrainableTokensConfig(token_indices=marker_ids, target_modules=[name.rsplit(".", 1)[-1]])
-        inject_adapter_in_model(config, model.backbone.lm, adapter_name=ADAPTER)
+        table = backbone.lm.get_input_embeddings()
+        name = next(name for name, module in backbone.lm.named_modules() if module is table)
+        config = TrainableTokensConfig(token_indices=[*marker_ids], target_modules=[name.rsplit(".", 1)[-1]])
+        inject_adapter_in_model(config, backbone.lm, adapter_name=ADAPTER)
 
 
 def adapted(lm: torch.nn.Module) -> bool:

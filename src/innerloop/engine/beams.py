@@ -32,13 +32,13 @@ from innerloop.model.answer_decoder import Classifier
 from innerloop.text.row import Row
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 
 class BeamEngine(Engine):
     """Answers questions, a wave at a time, by the best of ``beams`` texts; see `innerloop.engine.engine.generate`."""
 
-    def __init__(self, model: LatentModel, *settings: Any, beams: int, **options: Any):
+    def __init__(self, model: LatentCore, *settings: Any, beams: int, **options: Any):
         super().__init__(model, *settings, **options)
         waits = self.block is not None or (model.depth is not None and model.depth.waits)
         refuse(

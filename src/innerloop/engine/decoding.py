@@ -23,7 +23,7 @@ from innerloop.passes.thought import Masked, RegionPass
 from innerloop.text.row import Block
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 
 class Writer:
@@ -43,7 +43,7 @@ class Writer:
     likely_R: Tensor | None = None
     forced_id = NOTHING
 
-    def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
         self.model, self.backbone, self.context, self.seats = model, model.backbone, context, list(seats)
         self.uniforms = uniforms
         self.first_states: Tensor | None = None  # of all that was read in the pass of the first token
@@ -88,7 +88,7 @@ class Writer:
 
     def show(self, states: Tensor) -> Tensor:
         """Return the logits (R, V) of the last column; where the pass has read them out already, nothing is done."""
-        for deep in self.context.deep[-1:]:
+        for deep in self.context.depth.passes[-1:] if self.context.depth is not None else ():
             if deep.logits_BV is not None:
                 logits, deep.logits_BV, deep.shown = deep.logits_BV, None, None  # they are large, and asked for once
                 return logits
@@ -160,7 +160,7 @@ class BlockWriter(Writer):
     per_row = (*Writer.per_row, "n_blocks_R", "room_R", "waits_R", "last_R")
 
     def __init__(
-        self, model: LatentModel, context: Context, seats: Sequence[Seat], uniforms: Tensor | None, block: Block
+        self, model: LatentCore, context: Context, seats: Sequence[Seat], uniforms: Tensor | None, block: Block
     ):
         super().__init__(model, context, seats, uniforms)
         self.block, self.forced_id, device = block, block.opened_by, model.device
@@ -249,9 +249,10 @@ class PatientWriter(Writer):
 
     per_row = (*Writer.per_row, "room_R", "waits_R")
 
-    def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
         super().__init__(model, context, seats, uniforms)
-        context.may_wait = True
+        assert context.depth is not None
+        context.depth.may_wait = True
         self.room_R = torch.tensor([seat.budget for seat in seats], device=model.device)
         self.waits_R = torch.zeros_like(self.room_R, dtype=torch.bool)
 
@@ -276,7 +277,8 @@ class PatientWriter(Writer):
 
     def _note(self, states: Tensor, busy_R: Tensor) -> None:
         """Take the logits (R, V) of the last pass, and note whose token it has left unfinished."""
-        deep = self.context.deep[-1]
+        assert self.context.depth is not None
+        deep = self.context.depth.passes[-1]
         if deep.done_BL is not None:
             self.waits_R = busy_R & ~deep.done_BL[:, -1]
         self.logits_RV = self.show(states)
@@ -299,7 +301,7 @@ class ApartWriter(Writer):
 
     def __init__(
         self,
-        model: LatentModel,
+        model: LatentCore,
         context: Context,
         seats: Sequence[Seat],
         uniforms: Tensor | None,

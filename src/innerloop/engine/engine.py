@@ -41,14 +41,14 @@ from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.row import Row
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 CHECK_EVERY: int | None = None
 """Tokens between two looks at which rows have ended; a look waits for the device. None: 1 on a CPU, 8 elsewhere."""
 
 
 def generate(
-    model: LatentModel,
+    model: LatentCore,
     questions: Sequence[str],
     max_new_tokens: int = 64,
     batch_size: int = 32,
@@ -112,7 +112,7 @@ class Engine:
 
     def __init__(
         self,
-        model: LatentModel,
+        model: LatentCore,
         max_new_tokens: int = 64,
         batch_size: int = 32,
         temperature: float = 0.0,
@@ -375,7 +375,8 @@ class Engine:
         rows = [seat.row for seat in seats]
         n = 0 if record is not None else n_shared(model, rows)
         batch, context = begin(model, rows, n, self.meter, None if record is not None else self._places(seats))
-        context.trace = record
+        if context.depth is not None:
+            context.depth.trace = record
 
         # What is pending is read with the first answer token.
         columns, mask = batch.columns(2)

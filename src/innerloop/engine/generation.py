@@ -21,7 +21,7 @@ from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.row import IGNORE, Row, ShownBlock
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 NOTHING = -1  # in place of a token, where a row waits
 
@@ -135,7 +135,7 @@ class Seat:
             self.n_ends += token == eos
 
 
-def finish(model: LatentModel, seats: Sequence[Seat], meter: Meter) -> list[Generation]:
+def finish(model: LatentCore, seats: Sequence[Seat], meter: Meter) -> list[Generation]:
     """Turn what seats have written into generations; split the time of writing into thought and answer."""
     depths = meter.token_depths()
     results = []
@@ -160,7 +160,7 @@ def finish(model: LatentModel, seats: Sequence[Seat], meter: Meter) -> list[Gene
     return results
 
 
-def traced(model: LatentModel, seat: Seat, generation: Generation) -> Generation:
+def traced(model: LatentCore, seat: Seat, generation: Generation) -> Generation:
     """Put the trace of its row into a generation, where there is one."""
     if seat.record is not None:
         record, row = seat.record
@@ -170,7 +170,7 @@ def traced(model: LatentModel, seat: Seat, generation: Generation) -> Generation
     return generation
 
 
-def n_step_tokens(model: LatentModel, ids: list[int], text: str) -> tuple[int, int]:
+def n_step_tokens(model: LatentCore, ids: list[int], text: str) -> tuple[int, int]:
     """Return how many tokens were written before the answer's marker and up to its end; all, if it never came."""
     marker = ANSWER_PREFIX.strip()
     if marker not in text:
@@ -185,13 +185,13 @@ def n_step_tokens(model: LatentModel, ids: list[int], text: str) -> tuple[int, i
     return max(low + 1 - len(model.tokenizer.encode(marker, add_special_tokens=False)), 0), low + 1
 
 
-def failed(model: LatentModel, reason: str) -> Generation:
+def failed(model: LatentCore, reason: str) -> Generation:
     """Return what stands for a question that could not be answered."""
     return Generation("", None, Meter(1, torch.device("cpu")).costs(model.backbone)[0], ended=False, error=reason)
 
 
 def lay_out(
-    model: LatentModel, question: str, stage: int | None, loops: int | None, steps: Sequence[str] | None
+    model: LatentCore, question: str, stage: int | None, loops: int | None, steps: Sequence[str] | None
 ) -> tuple[Row, Sequence[ShownBlock]]:
     """Lay out a question, and the blocks of latents that show its steps; ``steps`` are None where nobody looks.
 
@@ -213,7 +213,7 @@ def lay_out(
     return row, () if steps is None else model.shown_blocks([row], [steps], loops)[0]
 
 
-def fits(model: LatentModel, question: str, stage: int | None = None) -> bool:
+def fits(model: LatentCore, question: str, stage: int | None = None) -> bool:
     """Tell whether a question can be asked: it is text that leaves room for an answer."""
     try:
         lay_out(model, question, stage, None, None)
@@ -222,7 +222,7 @@ def fits(model: LatentModel, question: str, stage: int | None = None) -> bool:
     return True
 
 
-def check_length(model: LatentModel, question: str, row: Row) -> None:
+def check_length(model: LatentCore, question: str, row: Row) -> None:
     """Refuse a question that leaves no room for an answer."""
     room, n = model.backbone.context_length, max(len(row), row.n_positions)
     if room is not None and (len(row) >= room or n > room):
@@ -232,7 +232,7 @@ def check_length(model: LatentModel, question: str, row: Row) -> None:
         )
 
 
-def read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
+def read_last(model: LatentCore, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
     """Record what the latents show in the pass that the answer sees, if that pass has read them."""
     first, end = batch.bounds
     n_latents = end - first
@@ -242,8 +242,7 @@ def read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought,
     latents = states[:, max(start - 1, 0) : start + n_latents]
     if start == 0 and thought.prompt is not None:
         before = thought.prompt[0][:, -1:]
-        normed = model.method.loop.feedback_site == "post_norm"
-        latents = torch.cat([before if normed else model.backbone.norm(before), latents], dim=1)
+        latents = torch.cat([model.head_input(before), latents], dim=1)
     record.last = record.read(model.backbone.head(latents), record.gold)
 
 

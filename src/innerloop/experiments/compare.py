@@ -14,6 +14,7 @@ from rich.console import Console
 from innerloop.bench.latency import time_runs
 from innerloop.config.typed import named
 from innerloop.decoder.cost import Cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError, nearest
 from innerloop.experiments.jobs import check_tasks, run_suite
@@ -25,7 +26,6 @@ from innerloop.measure.stability import diverged_rate
 from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
 from innerloop.methods import Method, method_named
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 from innerloop.train.callbacks import bar

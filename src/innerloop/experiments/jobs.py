@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from innerloop.engine.generation import fits
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments.suite import Exam, Suite
 from innerloop.experiments.summary import CONTROLS, STABILITY
@@ -28,7 +29,6 @@ from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 from innerloop.train.callbacks import bar

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens.grid import Column, Spot, loops_of
 from innerloop.loop.trace import Trace
 from innerloop.measure.readout import Shown
-from innerloop.model.model import LatentModel
 from innerloop.terminal.views import LATENT, visible
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Kind, Row

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of
 from innerloop.lens.latents import Stop, how_it_ended
 from innerloop.loop.trace import Trace
-from innerloop.model.model import LatentModel
 from innerloop.terminal.views import visible
 from innerloop.text.row import ANSWER_PASS
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from innerloop.decoder.cost import Cost
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
 from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of
@@ -37,7 +38,6 @@ from innerloop.lens.opened import Part, opened_curves, opened_parts, side_by_sid
 from innerloop.measure.accuracy import versions
 from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row

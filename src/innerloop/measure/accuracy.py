@@ -18,7 +18,7 @@ from innerloop.tasks import Task
 from innerloop.text.examples import Example
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.engine.latent_model import LatentModel
 
 
 @dataclass(frozen=True)

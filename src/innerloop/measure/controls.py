@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import Prediction, answered, evaluate
 from innerloop.measure.latents import (
@@ -39,7 +40,6 @@ from innerloop.measure.latents import (
 from innerloop.measure.parts import Parts
 from innerloop.measure.statistics import Verdict, p_words, verdict, wilson
 from innerloop.methods import Method
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 

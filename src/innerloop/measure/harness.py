@@ -17,11 +17,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.parts import Parts, digest
 from innerloop.model.checkpoint import write_text
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 from innerloop.text.row import Kind
 

@@ -35,9 +35,9 @@ from innerloop.text.examples import Example
 from innerloop.text.row import Row
 
 if TYPE_CHECKING:
+    from innerloop.engine.latent_model import LatentModel
     from innerloop.loop.loop import Pass
     from innerloop.methods import Method
-    from innerloop.model.model import LatentModel
     from innerloop.passes.thought import Thought
 
 Key = tuple[int, ...]

@@ -24,7 +24,7 @@ from innerloop.text.examples import Example
 from innerloop.text.row import Kind, Piece, Row
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.engine.latent_model import LatentModel
 
 MOST_NLL = 700.0  # exp of more is no float
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from innerloop.decoder.cost import Cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.measure.accuracy import Prediction, device_name, versions
-from innerloop.methods.depth.token_labels import fingerprint
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
+from innerloop.model.frozen import fingerprint
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 

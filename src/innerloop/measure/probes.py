@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.latents import Record, record, unseen
 from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.statistics import wilson
 from innerloop.measure.swap import evenly
-from innerloop.model.model import LatentModel
 from innerloop.passes.thought import Thought, join
 from innerloop.tasks import Task
 from innerloop.text.examples import Example

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from innerloop.engine.generation import fits
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.errors import InputError
 from innerloop.measure import probes as probing
@@ -29,7 +30,6 @@ from innerloop.measure.latents import keys_of, unseen
 from innerloop.measure.parts import Parts
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.terminal.wide_table import Bands
 from innerloop.text.examples import Example

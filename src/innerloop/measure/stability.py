@@ -29,12 +29,12 @@ from torch.nn.functional import cosine_similarity
 
 from innerloop.calibrate.loop_scan import ruled_by
 from innerloop.config.stopping import StopSettings
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.loop.fixed_point import Map
 from innerloop.loop.hooks import edited
 from innerloop.loop.loop import InnerLoop, LoopResult, Pass, real, relative_change
 from innerloop.measure.statistics import clopper_pearson
-from innerloop.model.model import LatentModel
 from innerloop.text.batch import Batch
 from innerloop.text.examples import Example
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import Prediction, answered, evaluate
 from innerloop.measure.controls import latents_of
@@ -33,7 +34,6 @@ from innerloop.measure.latents import (
 )
 from innerloop.measure.parts import Parts
 from innerloop.measure.statistics import wilson
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.engine.generation import Generation
-from innerloop.loop.trace import Iteration, Reading, ShownStep, Trace
+from innerloop.loop.trace import Iteration, ShownStep, TopTokens, Trace
 from innerloop.terminal.wide_table import Bands
 from innerloop.text.row import ANSWER_PASS, Kind, Row
 
@@ -121,7 +121,7 @@ def _numbers(entry: Iteration) -> dict[str, str]:
     return told if entry.score is None else told | {"stop score": f"{entry.score[0].item():.2f}"}
 
 
-def _shown(entry: Iteration | Reading, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _shown(entry: Iteration | TopTokens, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the likeliest token of each position of one row, with its probability."""
     if entry.top_ids is None or entry.top_probs is None:
         return []

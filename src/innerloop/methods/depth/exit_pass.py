@@ -24,7 +24,8 @@ from transformers import DynamicCache
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot, SlotLayer
-from innerloop.passes.ragged import BlockPass, Depth, Reading, Spending, TokenPass, Tokens
+from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
+from innerloop.passes.tokens import PassInput, Spending, Tokens
 
 KvMissing = Literal["lazy_backfill", "propagate", "full_compute"]
 
@@ -125,8 +126,8 @@ class ExitPass(TokenPass):
 
     def __init__(
         self,
-        depth: Depth,
-        reading: Reading,
+        depth: DepthForward,
+        reading: PassInput,
         sections: Sequence[range],
         kv_missing: KvMissing,
         taps: Sequence[str] = (),
