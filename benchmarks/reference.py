@@ -20,7 +20,7 @@ class FullPass:
     """f over the latents: reads what comes before them once more."""
 
     compacts = False
-    state_mask = before = hints = None
+    state_mask = before = row_info = None
 
     def __init__(self, model: LatentModel, before_BLD: Tensor, grows: bool):
         self.decoder, self.before_BLD, self.grows = model.backbone.decoder, before_BLD, grows

@@ -273,6 +273,11 @@ def test_impossible_options_are_refused(options):
         tiny_model(Cot()).generate(["2"], **options)
 
 
+def test_options_that_do_not_exist_are_refused_with_the_nearest_that_do():
+    with pytest.raises(InputError, match=r"no option 'max_token' .* \(did you mean 'max_new_tokens'\?\)"):
+        tiny_model(Cot()).generate(["2"], max_token=3)
+
+
 # What a generation tells
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
-from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods.depth.exit_pass import ExitCache
+from innerloop.model.stopping import use_rule
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
 from tests.close import assert_close
@@ -148,8 +149,8 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
 def features_of(model: LatentModel, examples=MIXED) -> Tensor:
     """Return what a classifier would look at (T, M, F)."""
     use_rule(model, stop="classifier", stop_features=("gap", "top", "attention", "mlp", "block", "depth"))
-    model.loop.stop.judge.clear()
-    found = survey(model, examples).features_TMF
+    model.loop.stop.classifier.clear()
+    found = scan_loop(model, examples).features_TMF
     assert found is not None
     return found
 
@@ -226,7 +227,7 @@ def test_layers_that_do_nothing_are_noticed_after_the_first_of_them(arch):
     assert set(thought.deep[-1].depths_BL.flatten()[batch.predict_at_U].tolist()) == {m + 1}
     features = features_of(on(model, AdaInfer(exits=every[1:])))
     assert features[m - 1 :, :, 4].min() > 1 - 1e-5 and features[0, :, 4].max() < 1 - 1e-3
-    agrees = survey(on(model, AdaInfer(exits=every, stop="gap")), MIXED).agrees_TM
+    agrees = scan_loop(on(model, AdaInfer(exits=every, stop="gap")), MIXED).agrees_TM
     assert agrees[m - 1 :].all() and not agrees[0].all()
 
 

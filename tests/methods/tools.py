@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from innerloop import Example, LatentModel, Slr
-from innerloop.halting.evidence import Hints
+from innerloop.halting.evidence import RowInfo
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method
@@ -81,7 +81,7 @@ class FunctionPass:
 
     def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
         self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
-        self.hints: Hints | None = None
+        self.row_info: RowInfo | None = None
         self.kept: list[list[int]] = []
         self.actives: list[Tensor | None] = []
 
@@ -91,7 +91,7 @@ class FunctionPass:
 
     def keep_rows(self, rows: list[int]) -> None:
         self.kept.append(rows)
-        self.hints = None if self.hints is None else self.hints.keep_rows(torch.tensor(rows))
+        self.row_info = None if self.row_info is None else self.row_info.keep_rows(torch.tensor(rows))
 
     def count(self, flops_B: Tensor) -> None:
         pass

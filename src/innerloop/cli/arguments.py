@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # slow to import
     import torch
 
     from innerloop.engine.latent_model import LatentModel
-    from innerloop.measure.parts import Parts
+    from innerloop.measure.result_cache import ResultCache
 
 console = Console()
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
@@ -128,7 +128,7 @@ class ModelArguments:
 
 def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: int | None = None) -> list[Example]:
     """Return the examples that all models can be asked, at most so many; say which were left out, and how many."""
-    from innerloop.engine.generation import fits
+    from innerloop.engine.requests import fits
 
     kept, left = list[Example](), list[str]()
     for example in examples:
@@ -160,7 +160,7 @@ def writable(folder: Path, hint: str = "give another folder by --out DIR") -> Pa
 
 
 @contextmanager
-def going_on(parts: Parts, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
+def going_on(parts: ResultCache, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
     """Say what is known from before (``names``), if anything is; after Ctrl-C, what is kept and where."""
     if parts.known:
         console.print(f"measured before: {names}{hint}", soft_wrap=True)
@@ -174,7 +174,7 @@ def going_on(parts: Parts, names: str, hint: str = " (--fresh true starts over)"
 @contextmanager
 def progress_of(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar; what is yielded is told how much has been done since the last call."""
-    from innerloop.train.callbacks import bar
+    from innerloop.terminal.progress import bar
 
     with bar(console) as progress:
         row = progress.add_task(title, total=total, note="")

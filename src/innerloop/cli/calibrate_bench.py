@@ -14,6 +14,7 @@ from innerloop.bench.bench import BASELINE, RUN, BenchSettings, bench_lines, ben
 from innerloop.bench.bench import bench as benchmark
 from innerloop.calibrate.calibrate import CALIBRATION_PARTS, FEWEST
 from innerloop.calibrate.calibrate import calibrate as calibration
+from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.cli.arguments import (
     ModelArguments,
     SplitArguments,
@@ -24,10 +25,10 @@ from innerloop.cli.arguments import (
     writable,
 )
 from innerloop.config.stopping import StopKind
-from innerloop.engine.generation import fits
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import fits
 from innerloop.errors import InputError, refuse
-from innerloop.measure.parts import Parts, made_of
+from innerloop.measure.result_cache import ResultCache, made_of
 from innerloop.model import checkpoint
 from innerloop.tasks import Task
 from innerloop.terminal.views import calibration_line
@@ -84,12 +85,13 @@ def calibrate(run: str, options: CalibrateArguments) -> None:
     model = options.load_model(run)
     examples, checked = _calibratable(model, examples, checked)
     stopping = {"patience": options.patience, "min_loops": options.min_loops}
-    how: dict[str, Any] = {name: getattr(options, name) for name in ("agreement", "mean_loops", "seed")}
-    how |= {name: value for name, value in stopping.items() if value is not None}
-    parts = Parts(folder / CALIBRATION_PARTS, made_of(model, task, "valid", examples, {}, options.seed), options.fresh)
-    with going_on(parts, f"{len(parts.known)} sets of answers"):
-        how |= {"check": checked, "parts": parts, "progress": lambda done: console.print(done, style="dim")}
-        found = calibration(model, task, examples, options.rule, options.max_drop, **how)
+    stopping = {name: value for name, value in stopping.items() if value is not None}
+    settings = CalibrationSettings(options.max_drop, options.agreement, options.mean_loops, seed=options.seed)
+    about = made_of(model, task, "valid", examples, {}, options.seed)
+    cache = ResultCache(folder / CALIBRATION_PARTS, about, options.fresh)
+    with going_on(cache, f"{len(cache.known)} sets of answers"):
+        how: dict[str, Any] = {"progress": lambda done: console.print(done, style="dim"), "cache": cache, **stopping}
+        found = calibration(model, task, examples, options.rule, settings, checked, **how)
     if options.out is not None:
         found.model.save_pretrained(options.out)
     path = found.save(folder, options.adopt)

@@ -14,12 +14,13 @@ from rich.console import Console
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.experiments.compare import suite_standings, verdicts
+from innerloop.experiments.compare import suite_rows, verdicts
 from innerloop.experiments.jobs import run_suite
 from innerloop.experiments.report import write_report
-from innerloop.experiments.suite import Exam, Suite
-from innerloop.experiments.summary import standing_table
+from innerloop.experiments.suite import EvalConfig, Suite
+from innerloop.experiments.summary import summary_table
 from innerloop.lens import look, write_page
+from innerloop.lens.page import check_viz
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
 from innerloop.tasks import Chain
 from innerloop.train.recipe import BackboneChoice, Recipe
@@ -57,6 +58,7 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     folder = Path(out)
     if steps < 1 or workers < 1:
         raise InputError("the demo needs steps >= 1 and workers >= 1")
+    check_viz()
     if (folder / "results.json").exists():
         raise InputError(f"{folder} holds a demo already; choose another folder with --out, or remove it")
     console.print(
@@ -67,19 +69,19 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
         TASK, BackboneChoice(scratch=BACKBONE), Cot(), _training(WARM_UP_STEPS, seed), str(folder / "warm_up")
     )
     start, chosen = BackboneChoice(model=warm.out), demo_methods(steps)
-    points = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
-    suite = Suite(out, {seed: warm}, points, Exam(loops=LOOPS, controls=True))
+    jobs = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
+    suite = Suite(out, {seed: warm}, jobs, EvalConfig(loops=LOOPS, controls=True))
     results = run_suite(suite, workers, console)
     if failed := [f"{r['variant']}: {r['error']}" for r in results if "error" in r]:
         raise InputError(f"the demo could not finish: {'; '.join(failed)}")
     examples = TASK.examples("test", 8)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
-    standings = suite_standings(suite, results)
-    write_report(folder / "report.html", title, standings, verdicts(standings, "cot"))
+    rows = suite_rows(suite, results)
+    write_report(folder / "report.html", title, rows, verdicts(rows, "cot"))
     record = look(LatentModel.from_pretrained(folder / "slr"), TASK, examples, run=str(folder / "slr"))
     write_page(record, folder / "lens.html")
-    console.print(standing_table(standings))
+    console.print(summary_table(rows))
     console.print(
         f"To open in a browser: {folder / 'report.html'} (the table, what more loops do, and whether the latents carry "
         f"the answers) and {folder / 'lens.html'} (what SLR's latents show). Or look inside one answer here:",

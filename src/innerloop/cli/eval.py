@@ -25,19 +25,20 @@ from innerloop.errors import InputError, refuse
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
 from innerloop.measure import evaluate, result_of
-from innerloop.measure.accuracy import answered
+from innerloop.measure.accuracy import Prediction, answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
 from innerloop.measure.harness import evaluate_tasks
 from innerloop.measure.likelihood import likelihood, text_result
-from innerloop.measure.parts import PARTS, Parts, kept_predictions, made_of, of_model
 from innerloop.measure.reports import Measurement, check_asked
+from innerloop.measure.result_cache import PARTS, ResultCache, made_of, of_model
+from innerloop.measure.subject import Subject
 from innerloop.model import checkpoint
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.terminal.views import answer_view
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,12 @@ class Evaluation:
             model, task, split, examples, options.stage, options.loops, *options.besides, attempts=self.attempts
         )
         decides = {**options.answering, "loops": options.loops, **self.attempts.asked(options.seed)}
-        parts = Parts(self.folder / PARTS, made_of(model, task, split, examples, decides), options.fresh)
+        parts = ResultCache(self.folder / PARTS, made_of(model, task, split, examples, decides), options.fresh)
         with going_on(parts, ", ".join(parts.known)):
             with progress_of(f"eval {task.name}", len(examples)) as advance:
                 how = {**options.answering, "loops": options.loops, "attempts": self.attempts, "seed": options.seed}
-                predictions = kept_predictions(
-                    parts, "accuracy", lambda: evaluate(model, task, examples, **how, progress=advance)
+                predictions = parts.value(
+                    list[Prediction], "accuracy", lambda: evaluate(model, task, examples, **how, progress=advance)
                 )
             result = result_of(model, task, split, predictions, checkpoint.recorded(self.run, "seed"), self.run)
             lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
@@ -175,8 +176,8 @@ class Evaluation:
             asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
             self._write(result, asked | self._asked | self.attempts.asked(options.seed))
             self._print(result)
-            measured = (model, task, split, *answered(examples, predictions), self.run, result["seed"])
-            Measurement(*measured, self.folder, console, options.answering, parts).run(*options.besides)
+            subject = Subject(model, task, *answered(examples, predictions), **options.answering, cache=parts)
+            Measurement(subject, split, self.run, result["seed"], self.folder, console).run(*options.besides)
 
     def read_text(self) -> None:
         """Measure how well running text is predicted."""
@@ -232,7 +233,7 @@ def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
     """Answer tasks of lm-evaluation-harness."""
     folder = writable(Path(options.out or run))
     names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    parts = Parts(folder / HARNESS_PARTS, of_model(model) | {"batch_size": options.batch_size}, options.fresh)
+    parts = ResultCache(folder / HARNESS_PARTS, of_model(model) | {"batch_size": options.batch_size}, options.fresh)
     with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
         row = progress.add_task("eval lm-eval", total=None, note="")
         asked = (options.shots, options.limit, options.batch_size, options.tasks_dir, parts)
@@ -306,7 +307,7 @@ def lens(
         return
     asked = askable([loaded], asked) or asked  # what it says of a question that it cannot be asked tells why
     decides: dict[str, Any] = {"loops": loops, "max_new_tokens": max_new_tokens}
-    parts = Parts(path.with_suffix(".parts.json"), made_of(loaded, task, split.split, [], decides))
+    parts = ResultCache(path.with_suffix(".parts.json"), made_of(loaded, task, split.split, [], decides))
     with (
         going_on(parts, f"{len(parts.known)} examples", ""),
         progress_of(f"lens {loaded.method.name}", len(asked)) as advance,

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from innerloop.cli.verb import Verb
 from innerloop.errors import InputError, nearest
-from innerloop.train.callbacks import end_when_asked
+from innerloop.terminal.signals import end_when_asked
 
 VERBS = {  # each with its function and what it does
     "demo": ("demo:demo", "train and compare methods on a small task, on a CPU in minutes"),

@@ -7,61 +7,29 @@ The state every method works with is the decoder's output *after* the final norm
     logits_BLV = backbone.head(backbone(backbone.embed(ids_BL)))
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from innerloop.decoder.anatomy import GPT2_LIKE, LLAMA_LIKE, PER_LAYER, Matrix, matrices_of
 from innerloop.decoder.cache import new_cache
 from innerloop.decoder.compiled import CompiledPasses
 from innerloop.decoder.fused_loss import fused_loss
-from innerloop.decoder.surrogates import NoKeys, QueriesAlone, ZeroPositions, fuse_activations
+from innerloop.decoder.surrogates import (
+    fuse_activations,
+    keyless,
+    n_key_weights,
+    n_made_by,
+    queryless,
+    replaced,
+    section,
+)
 from innerloop.decoder.token_losses import Shown
 from innerloop.errors import InputError
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where a family of decoders keeps its parts: attribute names inside the inner model."""
-
-    layers: str
-    norm: str
-    positions: str | None = None  # a table of learned absolute positions, added to the input embeddings
-    dropout: str | None = None  # applied to the input embeddings
-
-
-LLAMA_LIKE = Anatomy(layers="layers", norm="norm")  # Llama, Qwen2/3, Mistral, Gemma 2/3, SmolLM3, Phi-3, OLMo 2, ...
-GPT2_LIKE = Anatomy(layers="h", norm="ln_f", positions="wpe", dropout="drop")
-
-
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # fields of configurations that list the layers
-FUSED = {"c_attn": ("q", "k", "v"), "qkv_proj": ("q", "k", "v"), "gate_up_proj": ("gate", "up")}
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight matrix of a layer; of a fused one, the outputs that are the queries, keys, values, gate or up.
-
-    Attributes:
-        module: the linear that holds it.
-        rows: which of its outputs these are.
-    """
-
-    module: nn.Linear | Conv1D
-    rows: slice
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrix (out, in)."""
-        weight = self.module.weight
-        return (weight.T if isinstance(self.module, Conv1D) else weight)[self.rows]
 
 
 class Backbone(nn.Module):
@@ -195,26 +163,7 @@ class Backbone(nn.Module):
 
     def matrices(self, layer: int) -> dict[str, Matrix]:
         """Return the weight matrices of a layer by name; a fused ``attn.c_attn`` is ``attn.c_attn.q``, k and v."""
-        found = {}
-        for name, module in self.layers[layer].named_modules():
-            if not isinstance(module, (nn.Linear, Conv1D)):
-                continue
-            n_out = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
-            parts, sizes = FUSED.get(name.rsplit(".", 1)[-1], ()), [n_out]
-            if len(parts) == 3:
-                config = self.config
-                n_heads = config.num_attention_heads
-                n_shared = getattr(config, "num_key_value_heads", None) or n_heads
-                head_dim = getattr(config, "head_dim", None) or self.width // n_heads
-                sizes = [head_dim * n_heads, head_dim * n_shared, head_dim * n_shared]
-            elif parts:
-                sizes = [n_out // 2] * 2
-            if len(sizes) == 1 or sum(sizes) != n_out:
-                found[name] = Matrix(module, slice(0, n_out))
-                continue
-            for i, part in enumerate(parts):
-                found[f"{name}.{part}"] = Matrix(module, slice(sum(sizes[:i]), sum(sizes[: i + 1])))
-        return found
+        return matrices_of(self.layers[layer], self.config)
 
     def replace_layers(self, layers: Sequence[nn.Module], kinds: Sequence[int]) -> None:
         """Put other layers in place of the stack; ``kinds`` are the layers of the old one that they are shaped as."""
@@ -240,9 +189,9 @@ class Backbone(nn.Module):
         """Let passes that read a few new columns be compiled from now on, as CUDA graphs on a GPU (see `compiled`)."""
         self.compiled = CompiledPasses(self, backend)
 
-    def empty_cache(self, n_loops: int = 1) -> DynamicCache:
-        """Return a new cache with one slot per (loop, layer)."""
-        return new_cache(self.config, n_loops)
+    def empty_cache(self) -> DynamicCache:
+        """Return a cache that has read nothing."""
+        return new_cache(self.config)
 
     def forward(
         self,
@@ -281,7 +230,11 @@ class Backbone(nn.Module):
             layers = range(self.n_layers)
         decoder = self.decoder
         if layers is not None:
-            decoder = self._section(layers, layers.start > 0 if inner is None else inner, makes_keys)
+            parts = {i: self.layers[i] for i in layers}
+            if not makes_keys:
+                parts = {i: replaced(layer, keyless, self.config) for i, layer in parts.items()}
+            inner = layers.start > 0 if inner is None else inner
+            decoder = section(decoder, self.anatomy, self.config, parts, inner)
         out = decoder(
             inputs_embeds=embeds_BLD,
             attention_mask=mask,
@@ -359,81 +312,17 @@ class Backbone(nn.Module):
 
     def make_keys(self, states_BLD: Tensor, positions_BL: Tensor, cache: DynamicCache, layer: int) -> None:
         """Make the keys and values that a layer makes of states; the cache must end the pass when it gets them."""
-        section, block = self._section(range(layer, layer + 1), inner=True), copy.copy(self.layers[layer])
-        block._modules = dict(block._modules)
-        for name, attention in self.layers[layer].named_children():
-            queries: Any = attention._modules.get("q_proj")
-            if queries is not None:  # where they have a map of their own, it is spared
-                part = block._modules[name] = copy.copy(attention)
-                part._modules = {**attention._modules, "q_proj": NoKeys(queries.out_features)}
-        setattr(section, self.anatomy.layers, nn.ModuleList([block]))
-        section(inputs_embeds=states_BLD, position_ids=positions_BL, past_key_values=cache, use_cache=True)
+        block = {layer: replaced(self.layers[layer], queryless, self.config)}
+        part = section(self.decoder, self.anatomy, self.config, block, inner=True)
+        part(inputs_embeds=states_BLD, position_ids=positions_BL, past_key_values=cache, use_cache=True)
 
     def n_made_by(self, layers: range) -> int:
         """Return how many weights of some layers `make_keys` uses for a token."""
-        made = 0
-        for i in layers:
-            for attention in self.layers[i].children():
-                maps = [attention._modules.get(name) for name in ("k_proj", "v_proj", "c_attn", "qkv_proj")]
-                made += sum(p.numel() for part in maps if part is not None for p in part.parameters())
-        return made
+        return n_made_by(self.layers[i] for i in layers)
 
     def n_key_weights(self, layers: range) -> int:
         """Return how many weights of some layers are not used where no keys and values are made."""
-        spared = 0
-        for i in layers:
-            for attention in self.layers[i].children():
-                for name, part in self._keyless(attention).items():
-                    n = sum(p.numel() for p in getattr(attention, name).parameters())
-                    spared += n * part.width // (part.width + part.n_queries) if isinstance(part, QueriesAlone) else n
-        return spared
-
-    def _keyless(self, attention: nn.Module) -> dict[str, NoKeys]:
-        """Return what stands in for parts of a layer's attention when keys and values are not wanted.
-
-        A fused map that is not plain (low-rank updates, hooks) is left as it is: its keys are made in vain.
-        """
-        config, found = self.config, dict[str, NoKeys]()
-        for name, part in attention.named_children():
-            if name in ("k_proj", "v_proj"):
-                found[name] = NoKeys(int(part.out_features))  # type: ignore[arg-type]
-            elif name in ("c_attn", "qkv_proj") and type(part) in (Conv1D, nn.Linear) and not part._forward_hooks:
-                head_dim = getattr(config, "head_dim", None) or self.width // config.num_attention_heads
-                found[name] = QueriesAlone(part, config.num_attention_heads * head_dim)
-        return found
-
-    def _without_keys(self, layer: nn.Module) -> nn.Module:
-        """Return a shallow copy of a layer that makes queries, but no keys and values."""
-        twin = copy.copy(layer)
-        twin._modules = dict(layer._modules)
-        for name, attention in layer.named_children():
-            if found := self._keyless(attention):
-                part = twin._modules[name] = copy.copy(attention)
-                part._modules = {**attention._modules, **found}
-        return twin
-
-    def _section(self, layers: range, inner: bool, makes_keys: bool = True) -> nn.Module:
-        """Return a shallow copy of the decoder that holds only ``layers``; it shares all weights, nothing is edited."""
-        decoder = self.decoder
-        maybe_install_capturing_hooks(decoder)  # once for all sections: they sit on the layers, which are shared
-        section = copy.copy(decoder)
-        section._modules = dict(decoder._modules)
-        stack = [self.layers[i] if makes_keys else self._without_keys(self.layers[i]) for i in layers]
-        setattr(section, self.anatomy.layers, nn.ModuleList(stack))
-        setattr(section, self.anatomy.norm, nn.Identity())
-        if inner:  # what is done to the embeddings is not done again to the states between two layers
-            if self.anatomy.positions:
-                setattr(section, self.anatomy.positions, ZeroPositions())
-            if self.anatomy.dropout:
-                setattr(section, self.anatomy.dropout, nn.Identity())
-            if hasattr(section, "embedding_multiplier"):  # Granite
-                setattr(section, "embedding_multiplier", 1.0)  # noqa: B010 - not a field that modules declare
-        config = copy.copy(self.config)
-        if layer_types := getattr(config, "layer_types", None):
-            config.layer_types = [layer_types[i] for i in layers]
-        config.num_hidden_layers = len(layers)
-        section.config = config
-        return section
+        return n_key_weights((self.layers[i] for i in layers), self.config)
 
     @torch.no_grad()
     def check(self) -> None:

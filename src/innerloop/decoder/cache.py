@@ -1,4 +1,4 @@
-"""Views on Hugging Face KV caches: fork a prefix, regroup rows, one slot per (loop, layer).
+"""Views on Hugging Face KV caches: fork a prefix, regroup rows, drop columns.
 
 All of them rely on one fact: what a cache has read is never changed while it lives, so two caches may share the tensors
 of a common prefix (`innerloop.decoder.kv_buffer` says how they grow all the same).
@@ -19,11 +19,9 @@ from innerloop.decoder.kv_buffer import RoomLayer, WindowLayer
 from innerloop.decoder.ragged_cache import DepthCache, left_padded
 
 
-def new_cache(config: PreTrainedConfig, n_loops: int = 1) -> DynamicCache:
-    """Make an empty cache with one slot per (loop, layer), loop-major: slot ``loop * n_layers + layer``."""
+def new_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Make an empty cache, whose layers grow in place."""
     cache = DynamicCache(config=config)
-    for _ in range(n_loops - 1):
-        cache.layers.extend(DynamicCache(config=config).layers)
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[i] = WindowLayer(layer.sliding_window)
@@ -109,22 +107,6 @@ def window_of(cache: AnyCache) -> int | None:
     """Return how many columns some layers of a cache look back, their own among them; None: all look at all."""
     layers = () if isinstance(cache, DepthCache) else cache.layers
     return next((layer.sliding_window for layer in layers if layer.is_sliding), None)
-
-
-def loop_slots(cache: DynamicCache, loop: int, n_layers: int, first_layer: int = 0) -> DynamicCache:
-    """View loop ``loop``'s slots of a cache made by ``new_cache(config, n_loops)`` as an ordinary cache.
-
-    What is written through the view is written into ``cache``. When only the layers from ``first_layer`` on will run,
-    the entries below it are stood in for by a later layer of the same kind, because masks are sized by asking an early
-    layer for its length.
-    """
-    slots = cache.layers[loop * n_layers : (loop + 1) * n_layers]
-    if len(slots) != n_layers:
-        raise IndexError(f"the cache has {len(cache.layers) // n_layers} loops of {n_layers} layers, loop {loop} asked")
-    ran = slots[first_layer:]
-    view = copy.copy(cache)
-    view.layers = [ran[0]] * first_layer + ran
-    return view
 
 
 AnyCache: TypeAlias = DynamicCache | DepthCache

@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.anatomy import head_dim_of
+from innerloop.decoder.backbone import Backbone
 
 PHASES = ("prefill", "thought", "answer")
 
@@ -102,10 +101,7 @@ class Meter:
         passes, cached = (new > 0).long(), (new > 0) * past_B
         counted = (self.passes, passes), (self.positions, new), (self.keys, keys), (self.cached, cached)
         for counter, amount in counted:
-            if rows is None:
-                counter += amount
-            else:
-                counter.index_add_(0, rows, amount.expand(len(rows)))
+            _increase(counter, rows, amount)
 
     def spend(self, rows: Tensor | None, new_B: Tensor, keys_B: Tensor, n_layers: float, extra: float = 0.0) -> None:
         """Count ``n_layers`` layers run on ``new_B`` tokens over ``keys_B`` (query, key) pairs, row by row.
@@ -115,30 +111,18 @@ class Meter:
         """
         if self.layer_positions is None:
             self.layer_positions, self.layer_keys = (torch.zeros_like(self.extra) for _ in range(2))
-        for counter, amount in (
-            (self.layer_positions, n_layers * new_B),
-            (self.layer_keys, n_layers * keys_B),
-            (self.extra, extra * new_B),
-        ):
-            if rows is None:
-                counter += amount
-            else:
-                counter.index_add_(0, rows, amount.to(counter.dtype))
+        _increase(self.layer_positions, rows, n_layers * new_B)
+        _increase(self.layer_keys, rows, n_layers * keys_B)
+        _increase(self.extra, rows, extra * new_B)
 
     def add(self, rows: Tensor | None, flops_B: Tensor) -> None:
         """Count FLOPs of the rows ``rows`` (None: all) for what is no pass: looking at states, reading them out."""
-        if rows is None:
-            self.extra += flops_B
-        else:
-            self.extra.index_add_(0, rows, flops_B.to(self.extra.dtype))
+        _increase(self.extra, rows, flops_B)
 
     def count_logits(self, rows: Tensor | None, counted_B: Tensor | None) -> None:
         """Count one position per row at which the head was applied."""
         amount = torch.ones((), dtype=torch.long, device=self.logits.device) if counted_B is None else counted_B.long()
-        if rows is None:
-            self.logits += amount
-        else:
-            self.logits.index_add_(0, rows, amount.expand(len(rows)))
+        _increase(self.logits, rows, amount)
 
     def token_depths(self) -> list[list[int]]:
         """Return how many iterations each token that was read had, row by row; empty where all have the same."""
@@ -188,6 +172,14 @@ class Meter:
         ]
 
 
+def _increase(counter: Tensor, rows: Tensor | None, amount: Tensor) -> None:
+    """Add to the counts of some rows (None: all) what each of them, or all alike, have done."""
+    if rows is None:
+        counter += amount
+    else:
+        counter.index_add_(0, rows, amount.to(counter.dtype).expand(len(rows)))
+
+
 def flops_of(backbone: Backbone, positions: Tensor, keys: Tensor, logits: Tensor) -> Tensor:
     """Return forward FLOPs (float64) of passes.
 
@@ -195,7 +187,6 @@ def flops_of(backbone: Backbone, positions: Tensor, keys: Tensor, logits: Tensor
     """
     config = backbone.config
     layer_weights = sum(p.numel() for p in backbone.layers.parameters())
-    head_dim = getattr(config, "head_dim", None) or backbone.width // config.num_attention_heads
-    attention = 4 * backbone.n_layers * head_dim * config.num_attention_heads
+    attention = 4 * backbone.n_layers * head_dim_of(config) * config.num_attention_heads
     head = 2 * backbone.width * config.vocab_size
     return 2.0 * layer_weights * positions.double() + attention * keys.double() + head * logits.double()

@@ -1,6 +1,6 @@
 """Beam search: of the texts that may be written for a question, the likeliest few are followed side by side.
 
-    generate(model, questions, beams=4)
+    model.generate(questions, beams=4)
 
 At each step every text is continued by every token; of the 2 k likeliest continuations those that end, among the first
 k, are set aside, and the k likeliest of the others go on. A text's score is its log-likelihood divided by the number of
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from torch.nn.functional import pad
 
 from innerloop.engine.decoding import Writer, without
 from innerloop.engine.engine import Engine, check_every
-from innerloop.engine.generation import NOTHING, Seat, finish
+from innerloop.engine.generation import finish
+from innerloop.engine.options import EngineOptions
+from innerloop.engine.requests import NOTHING, Seat
 from innerloop.errors import refuse
-from innerloop.model.answer_decoder import Classifier
 from innerloop.text.row import Row
 
 if TYPE_CHECKING:
@@ -36,41 +37,35 @@ if TYPE_CHECKING:
 
 
 class BeamEngine(Engine):
-    """Answers questions, a wave at a time, by the best of ``beams`` texts; see `innerloop.engine.engine.generate`."""
+    """Answers questions, some at a time, by the best of ``options.beams`` texts."""
 
-    def __init__(self, model: LatentCore, *settings: Any, beams: int, **options: Any):
-        super().__init__(model, *settings, **options)
-        waits = self.block is not None or (model.depth is not None and model.depth.waits)
-        refuse(
-            (beams < 1, "a search needs beams >= 1"),
-            (self.temperature > 0, "a beam search draws nothing: leave temperature out, or take one beam"),
-            (self.traces, "a beam search records no trace: leave trace out, or take one beam"),
-            (waits, f"in '{model.method.name}' rows wait for others while they write: take one beam"),
-            (isinstance(model.decoder, Classifier), "this model answers by a class, and writes no text: take one beam"),
-        )
-        self.beams = beams
-        self.batch_size = max(1, self.batch_size // beams)  # questions; rows are as many as without
+    def __init__(self, model: LatentCore, options: EngineOptions):
+        super().__init__(model, options)
+        waits = self.prefill.block is not None or (model.depth is not None and model.depth.waits)
+        refuse((waits, f"in '{model.method.name}' rows wait for others while they write: take one beam"))
+        self.batch_size = max(1, self.batch_size // options.beams)  # questions; rows are as many as without
 
-    def _most(self, row: Row, budget: int) -> int:
-        return super()._most(row, budget) * self.beams
+    def most_positions(self, row: Row, budget: int) -> int:
+        """Return how many positions all texts of a row may come to occupy."""
+        return super().most_positions(row, budget) * self.options.beams
 
     @torch.no_grad()
     def _advance(self) -> None:
-        """Answer a wave of questions."""
-        self.thinking = self._wave()
-        writer = self._think(self.thinking)
-        assert writer is not None
-        self._search(self.thinking, writer)
-        done, self.thinking = self.thinking, []
-        for seat, generation in zip(done, finish(self.model, done, self.meter)):
+        """Answer some questions."""
+        self.thinking = done = self._next()
+        writer = self.prefill(done)
+        assert isinstance(writer, Writer)
+        self._search(done, writer)
+        found = finish(self.model, done, self.prefill.slots.meter)
+        for generation in found:
             generation.depths = ()  # its texts have read tokens of their own
-            self.answered.append((seat.index, generation))
-        self._release(done)
+        self.thinking = []
+        self._answer(done, found)
 
     def _search(self, live: list[Seat], writer: Writer) -> None:
         """Write the texts of questions, and give each seat its best one."""
         device, eos, ticks = self.model.device, self.model.spell.eos_id, []
-        texts, mark = Texts([seat.budget for seat in live], self.beams, device), time.perf_counter()
+        texts, mark = Texts([seat.budget for seat in live], self.options.beams, device), time.perf_counter()
         while True:
             assert writer.context.meter is not None
             writer.context.meter.count_logits(writer.context.rows, writer.ends_R > 0)
@@ -78,7 +73,7 @@ class BeamEngine(Engine):
             writer.take_rows(rows_R)
             writer.chosen_R = texts.ids_GKL[..., -1].flatten()
             ends_R = writer.ends_R - (writer.chosen_R == eos).long()
-            writer.ends_R = ends_R * ~texts.is_done_G.repeat_interleave(texts.width)  # what is done is charged no more
+            writer.ends_R = ends_R * ~texts.is_done_G.repeat_interleave(texts.width)  # what is done is billed no more
             now = time.perf_counter()
             ticks.append((now - mark) / len(live))
             mark = now

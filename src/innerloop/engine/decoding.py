@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from innerloop.decoder.ragged_cache import DepthCache
-from innerloop.engine.generation import NOTHING, Seat
+from innerloop.engine.requests import NOTHING, Seat
 from innerloop.model.answer_decoder import AnswerDecoder
 from innerloop.passes.context import Context, merge
 from innerloop.passes.thought import Masked, RegionPass
@@ -33,19 +33,19 @@ class Writer:
         model: what writes.
         context: what has been read.
         seats: the rows.
-        uniforms: numbers in [0, 1) for the tokens that each row may write (R, budget), where tokens are drawn.
 
     Attributes:
+        uniforms: numbers in [0, 1) for the tokens that each row may write (R, budget), where tokens are drawn.
         likely_R: the log-probability of the token that was last chosen, where asked for.
     """
 
     per_row: ClassVar[tuple[str, ...]] = ("logits_RV", "chosen_R", "ends_R", "n_written_R")
     likely_R: Tensor | None = None
+    uniforms: Tensor | None = None
     forced_id = NOTHING
 
-    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
         self.model, self.backbone, self.context, self.seats = model, model.backbone, context, list(seats)
-        self.uniforms = uniforms
         self.first_states: Tensor | None = None  # of all that was read in the pass of the first token
         zeros = torch.zeros(len(self.seats), dtype=torch.long, device=model.device)
         self.logits_RV = zeros[:, None]  # of the token that follows
@@ -144,29 +144,36 @@ class Writer:
         self.seats = [*self.seats, *other.seats]
 
 
-class BlockWriter(Writer):
+class WaitingWriter(Writer):
+    """Writes while some rows may wait: they write nothing in the meantime."""
+
+    per_row = (*Writer.per_row, "room_R", "waits_R")
+
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
+        super().__init__(model, context, seats)
+        self.room_R = torch.tensor([seat.budget for seat in seats], device=model.device)  # tokens still to be written
+        self.waits_R = torch.zeros_like(self.room_R, dtype=torch.bool)
+
+    def settle(self, ids_R: Tensor) -> Tensor:
+        """Return what is written; NOTHING by rows that wait or have written all they may."""
+        ids_R = torch.where(self.waits_R | (self.room_R == 0), NOTHING, ids_R)
+        self.room_R = self.room_R - (ids_R != NOTHING).long()
+        return ids_R
+
+
+class BlockWriter(WaitingWriter):
     """Writes, and refines a block of latents where a row opens one.
 
     A row that has opened a block waits until every other has too, or has ended; then their blocks are refined together.
-
-    Args:
-        model: what writes.
-        context: what has been read.
-        seats: the rows; a block that leaves the context too little room lowers a row's budget.
-        uniforms: as in `Writer`.
-        block: what is refined.
+    A block that leaves the context too little room lowers a row's budget.
     """
 
-    per_row = (*Writer.per_row, "n_blocks_R", "room_R", "waits_R", "last_R")
+    per_row = (*WaitingWriter.per_row, "n_blocks_R", "last_R")
 
-    def __init__(
-        self, model: LatentCore, context: Context, seats: Sequence[Seat], uniforms: Tensor | None, block: Block
-    ):
-        super().__init__(model, context, seats, uniforms)
-        self.block, self.forced_id, device = block, block.opened_by, model.device
-        self.n_blocks_R = torch.tensor([int(bool(seat.row.region)) for seat in seats], device=device)
-        self.room_R = torch.tensor([seat.budget for seat in seats], device=device)  # tokens that may yet be written
-        self.waits_R = self.n_blocks_R < 0
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], block: Block):
+        super().__init__(model, context, seats)
+        self.block, self.forced_id = block, block.opened_by
+        self.n_blocks_R = torch.tensor([int(bool(seat.row.region)) for seat in seats], device=model.device)
         self.last_R = torch.full_like(self.n_blocks_R, NOTHING)
 
     @property
@@ -187,12 +194,6 @@ class BlockWriter(Writer):
         if block.forced_after is None:
             return None
         return (self.last_R == block.forced_after) & (ids_R != block.unless) & self.may_open_R
-
-    def settle(self, ids_R: Tensor) -> Tensor:
-        """Return what is written; NOTHING by rows that wait or have written all they may."""
-        ids_R = torch.where(self.waits_R | (self.room_R == 0), NOTHING, ids_R)
-        self.room_R = self.room_R - (ids_R != NOTHING).long()
-        return ids_R
 
     def write(self) -> None:
         """Take the tokens as written; rows that wait read nothing."""
@@ -241,31 +242,21 @@ class BlockWriter(Writer):
         return super().joins and not bool(self.waits_R.any())
 
 
-class PatientWriter(Writer):
+class PatientWriter(WaitingWriter):
     """Writes with a model that may leave a token unfinished: its row waits for one more pass, the others write on.
 
     So one pass serves rows at every depth, and a token that needs more holds up its own row alone.
     """
 
-    per_row = (*Writer.per_row, "room_R", "waits_R")
-
-    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], uniforms: Tensor | None = None):
-        super().__init__(model, context, seats, uniforms)
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
+        super().__init__(model, context, seats)
         assert context.depth is not None
         context.depth.may_wait = True
-        self.room_R = torch.tensor([seat.budget for seat in seats], device=model.device)
-        self.waits_R = torch.zeros_like(self.room_R, dtype=torch.bool)
 
     def start(self, pending: Masked) -> None:
         """Read what comes before the first token."""
         self.first_states = self.context.read(*pending)
         self._note(self.first_states, ~self.waits_R)
-
-    def settle(self, ids_R: Tensor) -> Tensor:
-        """Return what is written; NOTHING by rows that wait or have written all they may."""
-        ids_R = torch.where(self.waits_R | (self.room_R == 0), NOTHING, ids_R)
-        self.room_R = self.room_R - (ids_R != NOTHING).long()
-        return ids_R
 
     def write(self) -> None:
         """Take the tokens as written; rows that wait read nothing new."""
@@ -291,7 +282,6 @@ class ApartWriter(Writer):
         model: what writes.
         context: what has been read.
         seats: the rows.
-        uniforms: as in `Writer`.
         memory: what the decoder attends to.
         ids_RS: the words that come first.
     """
@@ -299,16 +289,8 @@ class ApartWriter(Writer):
     per_row = (*Writer.per_row, "ids_RS")
     joins = False  # its words have no padding
 
-    def __init__(
-        self,
-        model: LatentCore,
-        context: Context,
-        seats: Sequence[Seat],
-        uniforms: Tensor | None,
-        memory: Masked,
-        ids_RS: Tensor,
-    ):
-        super().__init__(model, context, seats, uniforms)
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], memory: Masked, ids_RS: Tensor):
+        super().__init__(model, context, seats)
         assert isinstance(model.decoder, AnswerDecoder)
         self.decoder, self.memory, self.ids_RS = model.decoder, memory, ids_RS
 

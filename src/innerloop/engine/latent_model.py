@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from innerloop.config.method import Method
-from innerloop.engine.engine import generate
+from innerloop.engine.generate import generate
 from innerloop.engine.generation import Generation
 from innerloop.model import loading
 from innerloop.model.model import LatentCore
@@ -24,7 +24,7 @@ class LatentModel(LatentCore):
     """Any decoder that reasons by any method."""
 
     def generate(self, questions: Sequence[str], **options: Any) -> list[Generation]:
-        """Answer questions; see `innerloop.engine.engine.generate` for the options."""
+        """Answer questions; see `innerloop.engine.generate` for the options."""
         return generate(self, questions, **options)
 
     @classmethod

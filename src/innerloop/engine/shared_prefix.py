@@ -1,12 +1,12 @@
-"""What all prompts of a wave begin with alike - a system text, worked examples - is read once, by one row.
+"""What prompts that are read together begin with alike - a system text, worked examples - is read once, by one row.
 
     n = n_shared(model, rows)                     # 0: nothing is shared, or it would not pay
-    batch, context = begin(model, rows, n, meter, places)
+    batch, context = begin(model, rows, n, meter, slots)
 
 The others go on from a copy of what that row has read, so a causal decoder gives them the states that it would give
 each alone. It pays with one pass more, so it must spare enough positions.
 
-What is shared is charged to the row that reads it, as where whole questions are the same; its time is the wave's.
+What is shared is billed to the row that reads it, as where whole questions are the same; its time is that of all.
 Nothing is shared where the prompt is not read once and for all, position by position:
 
 * depth methods, whose passes look at which tokens there are: routers choose among the columns of a prompt, deciders
@@ -52,7 +52,7 @@ def n_shared(model: LatentCore, rows: Sequence[Row]) -> int:
     return n if n * (len(rows) - 1) >= SPARED_FROM else 0
 
 
-def begin(model: LatentCore, rows: Sequence[Row], n: int, meter: Meter, places: Tensor | None) -> tuple[Batch, Context]:
+def begin(model: LatentCore, rows: Sequence[Row], n: int, meter: Meter, slots: Tensor) -> tuple[Batch, Context]:
     """Return the batch of what rows have each to themselves, and the context in which it is to be read.
 
     Args:
@@ -60,18 +60,18 @@ def begin(model: LatentCore, rows: Sequence[Row], n: int, meter: Meter, places: 
         rows: prompts, the first ``n`` tokens of which are the same.
         n: 0 shares nothing.
         meter: counts what is read.
-        places: the rows of the meter that they are; None: all, in order.
+        slots: the rows of the meter that they are.
     """
     batch = model.batch([_without(row, n) for row in rows])
     context = model.new_context(batch, meter)
     if n > 0:
         shared = model.batch([_first(rows[0], n)])
         one = model.new_context(shared, meter)
-        one.rows = None if places is None else places[:1]
+        one.rows = slots[:1]
         with one.phase("prefill"):
             one.read(model.backbone.embed(shared.ids_BS))
         context = one.keep_rows(torch.zeros(len(rows), dtype=torch.long, device=model.device))
-    context.rows = places
+    context.rows = slots
     return batch, context
 
 

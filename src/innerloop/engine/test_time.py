@@ -7,7 +7,7 @@
     predictions = evaluate(model, task, examples, attempts=Attempts(samples=16))
 
 A question costs what all its attempts cost; the question, and the thought of methods that think in latents, is read
-once for all samples and charged once (`innerloop.engine.engine`). Sample j of question i depends on the seed, i and j
+once for all samples and billed once (`innerloop.engine.prefill`). Sample j of question i depends on the seed, i and j
 alone, so the first 4 of 16 are those that 4 samples give.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.options import EngineOptions
 from innerloop.errors import check_choices, refuse
 
 if TYPE_CHECKING:
@@ -47,20 +48,8 @@ class Attempts:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        refuse(
-            (self.samples < 1, f"samples is {self.samples}, but must be at least 1"),
-            (self.beams < 1, f"beams is {self.beams}, but must be at least 1"),
-            ((self.temperature or 0) < 0, f"temperature is {self.temperature}, but must be 0 or more"),
-            (
-                self.samples > 1 and self.temperature == 0,
-                f"{self.samples} samples at temperature 0 are all the same: give a temperature above 0",
-            ),
-            (
-                self.beams > 1 and (self.samples > 1 or bool(self.temperature)),
-                "beams search and draw nothing: give either beams, or samples with a temperature",
-            ),
-            (self.pick != "vote" and self.samples == 1, f"pick={self.pick} chooses among samples: give several"),
-        )
+        EngineOptions(samples=self.samples, temperature=self.drawn_at, beams=self.beams)  # refuses what makes no sense
+        refuse((self.pick != "vote" and self.samples == 1, f"pick={self.pick} chooses among samples: give several"))
 
     @property
     def is_plain(self) -> bool:
@@ -102,7 +91,7 @@ class Attempts:
         progress: Callable[[int], None] | None = None,
         **options: Any,
     ) -> list[list[Generation]]:
-        """Return the attempts at each question; see `innerloop.engine.engine.generate` for the options.
+        """Return the attempts at each question; see `innerloop.engine.options` for the options.
 
         ``progress`` is called with the number of questions answered since the last call.
         """

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from innerloop.config.method import Method
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot
-from innerloop.halting.evidence import Hints
+from innerloop.halting.evidence import RowInfo
 from innerloop.loop.loop import InnerLoop
 from innerloop.passes.loss_inputs import LossInputs, PassTerms, Reference
 from innerloop.passes.tokens import PassInput, PassOutput, Tokens, read_layers
@@ -103,7 +103,7 @@ class BlockPass:
 
     compacts = False
     before: Tensor | None = None
-    hints: Hints | None = None
+    row_info: RowInfo | None = None
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class TokenPass(BlockPass):
         positions_BL, asked_B = reading.tokens.positions_RN, reading.asked_B
         written_BL = positions_BL if asked_B is None else (positions_BL - asked_B[:, None]).clamp(min=0)
         places_A, written_A = (of_BL.flatten()[self.flat_A] for of_BL in (positions_BL, written_BL))
-        self.hints = Hints(places_A, written_A)
+        self.row_info = RowInfo(places_A, written_A)
 
     def count(self, flops_B: Tensor) -> None:
         """Count FLOPs of the tokens that go on (A,), for what looks at their states."""
@@ -206,7 +206,9 @@ class TokenPass(BlockPass):
     def keep_rows(self, rows: list[int]) -> None:
         """Go on with some tokens."""
         self.flat_A = self.flat_A[torch.tensor(rows, device=self.flat_A.device)]
-        self.hints = None if self.hints is None else self.hints.keep_rows(torch.tensor(rows, device=self.flat_A.device))
+        self.row_info = (
+            None if self.row_info is None else self.row_info.keep_rows(torch.tensor(rows, device=self.flat_A.device))
+        )
         active = torch.zeros_like(self.active_BL).flatten()
         self.active_BL = active.index_fill(0, self.flat_A, True).view(self.active_BL.shape)
 

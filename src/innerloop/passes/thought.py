@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from innerloop.config.method import Method
-from innerloop.halting.evidence import Hints
+from innerloop.halting.evidence import RowInfo
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.passes.context import Context, Weights, merge
@@ -200,7 +200,7 @@ class RegionPass:
     """
 
     compacts = True
-    hints: Hints | None = None
+    row_info: RowInfo | None = None
 
     def __init__(
         self,
@@ -305,7 +305,7 @@ class AppendPass:
     compacts = False
     state_mask: Tensor | None = None
     before: Tensor | None = None
-    hints: Hints | None = None
+    row_info: RowInfo | None = None
     peeks = False
 
     def __init__(self, context: Context, mask_BN: Tensor | None, weights: LoopWeights, normed: bool):

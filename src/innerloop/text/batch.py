@@ -1,13 +1,13 @@
 """Rows as one batch of tensors: padded, labelled, with the places where passes must show, follow or tell something.
 
-The prefix is padded on the left and the other two segments on the right, so that the region has the same columns in
+The prefix is padded on the left, the region and the suffix on the right, so that the region has the same columns in
 every row. Labels are unshifted: "token x is supervised" means that the real position before it predicts x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -38,11 +38,6 @@ class Sites:
     targets_F: Tensor
     weights_F: Tensor
 
-    def to(self, device: torch.device) -> Sites:
-        """Return the sites on a device."""
-        columns = (self.rows_F, self.columns_F, self.targets_F, self.weights_F)
-        return Sites(self.loop, self.total, *(column.to(device, non_blocking=True) for column in columns))
-
 
 @dataclass
 class ToldSites:
@@ -65,11 +60,6 @@ class ToldSites:
     ids_GL: Tensor
     targets_GL: Tensor
     groups_G: Tensor
-
-    def to(self, device: torch.device) -> ToldSites:
-        """Return the groups on a device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return ToldSites(**{**vars(self), **moved})
 
 
 @dataclass
@@ -147,23 +137,15 @@ class Batch:
         if self.next is not None:
             yield from self.next.links()
 
-    def columns(self, segment: int) -> tuple[slice, Tensor | None]:
-        """Return the columns of segment 0 (prefix), 1 (region) or 2 (suffix) and its mask, None when all is real."""
+    def columns(self, part: int) -> tuple[slice, Tensor | None]:
+        """Return the columns of part 0 (prefix), 1 (region) or 2 (suffix) and its mask, None when all is real."""
         edges = (0, *self.bounds, self.ids_BS.shape[1])
-        columns = slice(edges[segment], edges[segment + 1])
-        return columns, self.mask_BS[:, columns] if self.is_padded[segment] else None
+        columns = slice(edges[part], edges[part + 1])
+        return columns, self.mask_BS[:, columns] if self.is_padded[part] else None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
-        }
-        moved["readouts"] = [sites.to(device) for sites in self.readouts]
-        moved["next"] = None if self.next is None else self.next.to(device)
-        moved["told"] = [sites.to(device) for sites in self.told]
-        moved["follows"] = [sites.to(device) for sites in self.follows]
-        moved["teacher"] = None if self.teacher is None else self.teacher.to(device)
-        return Batch(**{**vars(self), **moved})
+        return _moved(self, device)
 
 
 def collate(rows: Sequence[Row], pad_id: int, states_of: Callable[[Row], dict[int, Tensor]] | None = None) -> Batch:
@@ -194,6 +176,17 @@ def collate(rows: Sequence[Row], pad_id: int, states_of: Callable[[Row], dict[in
     for link in batch.links():
         link.followed_P = torch.tensor(sorted(followed)) if followed else None
     return batch
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a value with all tensors in it on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_moved(one, device) for one in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: _moved(one, device) for name, one in vars(value).items()})
+    return value
 
 
 def _taught(found: list[dict[int, Tensor]]) -> tuple[Tensor, list[dict[int, int]]]:
@@ -273,13 +266,12 @@ def _sites(entries: Iterable[tuple[int, int, int, int, float]]) -> list[Sites]:
 
 
 def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
-    segments = [
-        [[i for piece in segment for i in piece.ids] for segment in (row.prefix, row.region, row.suffix)]
-        for row in rows
+    parts = [
+        [[i for piece in part for i in piece.ids] for part in (row.prefix, row.region, row.suffix)] for row in rows
     ]
-    widths = [max(len(row[s]) for row in segments) for s in range(3)]
+    widths = [max(len(row[s]) for row in parts) for s in range(3)]
     ids, mask, predict_at, targets, n_targets = [], [], [], [], []
-    for r, (row, (prefix, region, suffix)) in enumerate(zip(rows, segments)):
+    for r, (row, (prefix, region, suffix)) in enumerate(zip(rows, parts)):
         gaps = [w - len(s) for w, s in zip(widths, (prefix, region, suffix))]
         row_mask = (
             [0] * gaps[0] + [1] * len(prefix) + [1] * len(region) + [0] * gaps[1] + [1] * len(suffix) + [0] * gaps[2]
@@ -296,7 +288,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         mask.append(row_mask)
     pinned = [
         [int(is_pinned) for is_pinned in row.pinned()] + [0] * (widths[1] - len(region))
-        for row, (_, region, _) in zip(rows, segments)
+        for row, (_, region, _) in zip(rows, parts)
     ]
     return Batch(
         ids_BS=torch.tensor(ids, dtype=torch.long),
@@ -310,5 +302,5 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         skipped_B=torch.tensor([row.skipped for row in rows]) if any(row.skipped for row in rows) else None,
         pinned_BN=torch.tensor(pinned) if any(map(any, pinned)) else None,
         depth=rows[0].depth if rows else None,
-        is_padded=(*(any(len(row[s]) < width for row in segments) for s, width in enumerate(widths)),),
+        is_padded=(*(any(len(row[s]) < width for row in parts) for s, width in enumerate(widths)),),
     )

@@ -181,41 +181,40 @@ def _collect(
 
 
 def _to_example(row: Row, default_id: str) -> Example:
-    problems = []
-    for name in ("question", "answer"):
-        value = row.get(name)
-        if value is None:
-            problems.append(f"no '{name}'")
-        elif name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
-            continue
-        elif not isinstance(value, str):
-            problems.append(f"'{name}' is not text")
-        elif not value.strip():
-            problems.append(f"'{name}' is empty")
-    steps = row.get("steps")
-    if steps is None:
-        problems.append("no 'steps' (write [] where there are none)")
-    elif not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
-        problems.append("'steps' is not a list of strings")
-    identity = row.get("id")
-    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
-        problems.append("'id' is not text")
+    steps, identity = row.get("steps"), row.get("id")
     meta: Any = row.get("meta")
     if isinstance(meta, str):  # to_dataset writes it so
         with suppress(ValueError):  # then it stays text, which is reported below
             meta = json.loads(meta)
-    if meta is not None and not isinstance(meta, Mapping):
+    problems = [_what_is_wrong(name, row.get(name)) for name in ("question", "answer")]
+    if steps is None:
+        problems.append("no 'steps' (write [] where there are none)")
+    elif not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
+        problems.append("'steps' is not a list of strings")
+    if isinstance(identity, bool) or not isinstance(identity, str | int | None):
+        problems.append("'id' is not text")
+    if not isinstance(meta, Mapping | None):
         problems.append("'meta' is not an object")
-    if problems:
-        raise InputError("; ".join(problems))
-    extra = {name: value for name, value in row.items() if name not in FIELDS}
+    if any(problems):
+        raise InputError("; ".join(filter(None, problems)))
     return Example(
         question=row["question"],
         steps=tuple(row["steps"]),
         answer=str(row["answer"]),
         id=default_id if identity in (None, "") else str(identity),
-        meta={**extra, **(meta or {})},
+        meta={**{name: value for name, value in row.items() if name not in FIELDS}, **(meta or {})},
     )
+
+
+def _what_is_wrong(name: str, value: Any) -> str:
+    """Say what is wrong with a question or an answer; an answer may be a number."""
+    if value is None:
+        return f"no '{name}'"
+    if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+        return ""
+    if not isinstance(value, str):
+        return f"'{name}' is not text"
+    return "" if value.strip() else f"'{name}' is empty"
 
 
 def _check_object(value: Any) -> Row:

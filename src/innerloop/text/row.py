@@ -1,11 +1,10 @@
 """From examples to token rows: markers, latent slots, labels, padding and positions (cot.md, section 0).
 
-A row is three segments: the *prefix* is read once, the inner loop refines the *region*, the *suffix* is
-written.
+A row has three parts: the *prefix* is read once, the inner loop refines the *region*, the *suffix* is written.
 
     [Q][<bot>] | [<lat> x N] | [<eot>][T_s+1]..[T_m][### A][eos]
 
-`Speller` (speller.py) spells the pieces, `Batch` (batch.py) holds rows as tensors.
+`Speller` makes the pieces, `Batch` holds rows as tensors.
 """
 
 from __future__ import annotations

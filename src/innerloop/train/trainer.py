@@ -23,8 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from innerloop.decoder.adapters import adapted
 from innerloop.decoder.fused_loss import check_fused
 from innerloop.decoder.token_losses import AtOnce
-from innerloop.engine.generation import check_length
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint

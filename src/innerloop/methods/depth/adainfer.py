@@ -128,8 +128,10 @@ class ExitingDecoder(DepthForward):
 
     def taps(self) -> list[str]:
         """Return of which outputs the classifier compares successive layers'."""
-        judge = None if self.loop.stop is None else self.loop.stop.judge
-        taps: list[str] = [] if judge is None else [name for name in judge.features if name in (*TAPPED, "block")]
+        classifier = None if self.loop.stop is None else self.loop.stop.classifier
+        taps: list[str] = (
+            [] if classifier is None else [name for name in classifier.features if name in (*TAPPED, "block")]
+        )
         is_alone = len(self.sections[0]) < 2
         refuse((bool(taps) and is_alone, "the first layer has none before it to compare with: begin exits at 2"))
         return taps

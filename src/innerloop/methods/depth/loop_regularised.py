@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from innerloop.decoder.backbone import Backbone, Matrix
+from innerloop.decoder.anatomy import Matrix
+from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.method import DepthMethod

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from innerloop.decoder.backbone import PER_LAYER, Backbone
+from innerloop.decoder.anatomy import PER_LAYER
+from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
 
 
