@@ -64,7 +64,7 @@ def test_no_worker_outlives_its_suite(number, tmp_path):
     out = tmp_path / "suite"
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.replace("OUT", str(out)))
-    command = [str(Path(sys.executable).with_name("innerloop")), "compare", str(path), "--workers", "2"]
+    command = [sys.executable, "-m", "innerloop", "compare", str(path), "--workers", "2"]
     suite = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         assert wait(lambda: trains(out), 300)

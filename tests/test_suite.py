@@ -24,6 +24,7 @@ from innerloop.methods import METHODS, Slr
 from innerloop.text.codec import to_json
 from innerloop.train.recipe import Recipe
 from tests.models import tiny_model
+from tests.test_typed import Aux, Inject, Loop, Summed
 
 SUITES = sorted(Path("recipes/suites").glob("*.yaml"))
 SCRATCH = {
@@ -97,6 +98,17 @@ def test_a_variant_changes_what_it_names_and_nothing_else(path: Path):
     assert (plain.train["max_steps"], other.train["max_steps"], other.train["batch_size"]) == (3, 1, 4)
     assert plain.train["seed"] == 1 and suite.jobs["plain", 0].train["seed"] == 0
     assert len({recipe.out for recipe in suite.jobs.values()}) == 6
+
+
+def test_a_variant_changes_fields_inside_the_groups_of_a_shared_method(monkeypatch):
+    monkeypatch.setitem(METHODS, "summed", Summed)
+    shared = {"task": "chain", "backbone": {"scratch": {"type": "llama"}}, "out": "runs/x"}
+    shared["method"] = {"name": "summed", "loop": {"residual": "A"}}
+    variants = {"a": {"method": {"loop": {"alpha": 0.25}}}, "b": {"method": {"name": "summed", "aux": {}}}, "c": {}}
+    found = parse_suite({**shared, "variants": variants}).jobs
+    loops = [found[name, 0].method.loop for name in variants]
+    assert loops == [Loop("A", 0.25, inject=Inject("lookup")), *[Loop("A", inject=Inject("lookup"))] * 2]
+    assert [found[name, 0].method.aux for name in variants] == [None, Aux(), None]
 
 
 def test_jobs_of_a_seed_start_from_its_warm_up_but_for_those_with_a_decoder_of_their_own(path: Path):

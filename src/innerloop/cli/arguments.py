@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from innerloop.config.typed import named
-from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.measure.result_cache import ResultCache
 from innerloop.methods import Method, method_named
 from innerloop.tasks import Task, task_named
 from innerloop.text.examples import Example

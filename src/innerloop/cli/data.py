@@ -11,7 +11,6 @@ from innerloop.cli.arguments import console
 from innerloop.config.typed import field_parser, named, typed
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, method_named
-from innerloop.model.loading import load_tokenizer
 from innerloop.tasks import TASKS, task_named
 
 
@@ -74,6 +73,7 @@ def data_show(
         stage: the curriculum's stage; by default the last.
         n: how many examples.
     """
+    from innerloop.model.loading import load_tokenizer
     from innerloop.terminal.views import print_rows
     from innerloop.text.encoder import Speller
     from innerloop.text.examples import read_examples

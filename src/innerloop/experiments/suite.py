@@ -39,7 +39,7 @@ from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError, nearest
 from innerloop.experiments.grid import axes_of, variant_name
 from innerloop.experiments.search import combinations
-from innerloop.train.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field
+from innerloop.train.recipe import SECTIONS, Recipe, overridden, parse_recipe, read_recipe, set_field
 
 SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
 TRIED = tuple(f.name for f in fields(Attempts))  # the fields of a test that a variant may set
@@ -228,11 +228,7 @@ def _recipe(
     for section, value in changes.items():
         if section not in SECTIONS or section == "out":
             raise InputError(f"variant '{name}' overrides '{section}'{nearest(str(section), SECTIONS)}, no section")
-        value = {"name": value} if section in ("task", "method") and isinstance(value, str) else copy.deepcopy(value)
-        before, raw[section] = raw.get(section), value
-        if isinstance(before, dict) and isinstance(value, dict):
-            same = value.get("name", before.get("name")) == before.get("name")
-            raw[section] = {**before, **value} if same else value
+        raw[section] = overridden(section, raw.get(section), copy.deepcopy(value))
     if start is not None:
         if "scratch" not in (changes.get("backbone") or {}):  # one that makes its own decoder starts with that
             kept = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}

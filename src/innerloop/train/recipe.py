@@ -182,9 +182,8 @@ def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
 
 def _goes_on(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> bool:
     """Whether a stage's method is that of the recipe's own section, with other fields or none."""
-    own, named_so = raw.get("method"), stage.get("method") or {}
-    names = [method.get("name") if isinstance(method, dict) else method for method in (own, named_so)]
-    return own is not None and names[1] in (None, names[0])
+    own, given = (_with_name("method", of.get("method") or {}) for of in (raw, stage))
+    return bool(own) and given.get("name") in (None, own.get("name"))
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:

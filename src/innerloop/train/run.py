@@ -118,18 +118,18 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
 def _check_same(old: Recipe, new: Recipe) -> None:
     """Refuse to resume with another recipe: only how long to train, and what is logged and saved, may change."""
 
-    def fixed(recipe: Recipe) -> list[tuple[str, Any]]:
-        parts: list[tuple[str, Any]] = []
+    def fixed(recipe: Recipe) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for number, stage in enumerate(recipe.stages or (recipe,), 1):
-            parts += [(f"stage {number}: {name}", getattr(stage, name)) for name in ("task", "backbone", "method")]
             train = {name: value for name, value in stage.train.items() if not name.startswith(MAY_CHANGE)}
-            parts.append((f"stage {number}: train", train))
-        return parts
+            parts = {"task": stage.task, "backbone": stage.backbone, "method": stage.method, "train": train}
+            found |= {f"stage {number}: {name}": part for name, part in parts.items()}
+        return found
 
-    differ = [name for (name, was), (_, now) in zip(fixed(old), fixed(new)) if was != now]
-    if differ or len(fixed(old)) != len(fixed(new)):
+    was, now = fixed(old), fixed(new)
+    if differ := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
         raise InputError(
-            f"this run was begun with another recipe ({', '.join(differ) or 'other stages'}); resume with the one in "
+            f"this run was begun with another recipe ({', '.join(differ)}); resume with the one in "
             f"{Path(new.out) / CONFIG}, or choose another folder with --out"
         )
 
@@ -137,40 +137,33 @@ def _check_same(old: Recipe, new: Recipe) -> None:
 def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], seed: int = 0) -> LatentModel:
     """Make the model a recipe asks for; ``train`` is the text a scratch backbone's tokenizer learns from."""
     if backbone.scratch is not None:
-        tokenizer = train_tokenizer(train, backbone.vocab_size)
         if backbone.freeze:
             raise InputError("backbone.freeze needs weights worth keeping: give backbone.model, or a stage before")
+        tokenizer = train_tokenizer(train, backbone.vocab_size)
         model = loading.from_scratch(LatentModel, backbone.scratch, tokenizer, method, seed)
-        _choose_attention(model, backbone.attention)
         if backbone.lora is not None:
             add_lora(model.backbone, model.marker_ids(), backbone.lora)
-        return model
-    assert backbone.model is not None
-    model = loading.load(
-        LatentModel,
-        backbone.model,
-        method,
-        lora=backbone.lora,
-        dtype=backbone.dtype,
-        marker_init=backbone.marker_init,
-        device="cpu",  # the trainer moves it
-        trust_remote_code=backbone.trust_remote_code,
-    )
-    _choose_attention(model, backbone.attention)
+    else:
+        assert backbone.model is not None
+        model = loading.load(
+            LatentModel,
+            backbone.model,
+            method,
+            lora=backbone.lora,
+            dtype=backbone.dtype,
+            marker_init=backbone.marker_init,
+            device="cpu",  # the trainer moves it
+            trust_remote_code=backbone.trust_remote_code,
+        )
+    if backbone.attention is not None:
+        try:
+            model.backbone.lm.set_attn_implementation(backbone.attention)
+        except (ImportError, ValueError) as error:
+            reason, kind = " ".join(str(error).split())[:200], f"backbone.attention={backbone.attention}"
+            raise InputError(f"{kind} cannot be used here ({reason}); choose sdpa or eager") from None
     if backbone.freeze:
         freeze(model.backbone, model.marker_ids())
     return model
-
-
-def _choose_attention(model: LatentModel, kind: str | None) -> None:
-    """Let kernels of a kind compute attention, for as long as the model is in memory."""
-    if kind is None:
-        return
-    try:
-        model.backbone.lm.set_attn_implementation(kind)
-    except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"backbone.attention={kind} cannot be used here ({reason}); choose sdpa or eager") from None
 
 
 def _data(stage: Recipe) -> tuple[list[Example], list[Example] | None]:
