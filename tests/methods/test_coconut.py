@@ -86,14 +86,6 @@ def test_c4_mixed_stages_in_one_batch_equal_the_reference_and_single_rows(name):
     assert_same_gradients(gradients(model, loss), gradients(model, expected), 1e-5)
 
 
-def test_c4_permuting_rows_permutes_results():
-    model = sharp_model(Coconut())
-    rows, order = rows_at(model, MIXED, STAGES), [3, 0, 5, 1, 4, 2]
-    logits = logits_of(model, rows)
-    for i, permuted in zip(order, logits_of(model, [rows[i] for i in order])):
-        assert_close(permuted, logits[i])
-
-
 @pytest.mark.parametrize("chosen", [range(6), [3, 4], [2, 2], [1, 5], [4]], ids=str)
 def test_c4_examples_with_fewer_steps_may_have_fewer_latents(chosen):
     model = sharp_model(Coconut(max_stage=3, latents_per_step=2, pad_latent_to_max=False))

@@ -74,14 +74,6 @@ def test_every_layout_equals_the_reference_at_every_stage_and_in_mixed_batches(m
     assert_same_gradients(gradients(model, loss), gradients(model, expected))
 
 
-def test_permuting_rows_permutes_results(method):
-    model = sharp_model(method)
-    order = [3, 0, 5, 1, 4, 2]
-    logits = model.answer_logits(MIXED)
-    for i, permuted in zip(order, model.answer_logits([MIXED[i] for i in order])):
-        assert_close(permuted, logits[i])
-
-
 @pytest.mark.parametrize(
     ("method", "expected"),
     [

@@ -302,7 +302,7 @@ def test_8_an_adapter_without_residual_is_spiralthinkers_single_block(arch):
 # 9
 
 
-@pytest.mark.parametrize("eigenvalue", [0.9, -0.9, -1.2])
+@pytest.mark.parametrize("eigenvalue", [0.9, -0.9, -1.2, 0.3])
 def test_9_residuals_have_the_fixed_points_of_theory(eigenvalue):
     j = torch.tensor([[eigenvalue, 0.2], [0.0, 0.5]], dtype=torch.float64)
     b, h0, one = torch.tensor([1.0, -2.0]).double(), torch.tensor([3.0, 1.0]).double(), torch.eye(2).double()
@@ -314,5 +314,6 @@ def test_9_residuals_have_the_fixed_points_of_theory(eigenvalue):
     fixed = torch.linalg.solve(one - j, b)
     assert_close(settle("B", 0.5), fixed, 1e-8)
     assert_close(settle("A", 0.7), torch.linalg.solve(one - 0.7 * j, 0.7 * b + 0.3 * h0), 1e-8)
-    undamped = (settle("B", 1.0) - fixed).norm()
-    assert undamped > 1e3 if eigenvalue < -1 else undamped < 1e-8
+    for residual in ("B", "none"):
+        undamped = (settle(residual, 1.0) - fixed).norm()
+        assert undamped > 1e3 if eigenvalue < -1 else undamped < 1e-8
