@@ -18,9 +18,7 @@ from tests.methods.tools import (
     MIXED,
     QUESTIONS,
     ROUNDED,
-    assert_causal,
     assert_close,
-    assert_learns_by_heart,
     assert_rows_do_as_alone,
     assert_same_gradients,
     assert_writes_like_the_reference,
@@ -233,15 +231,6 @@ def test_states_before_the_first_latent_do_not_depend_on_the_latents():
     real = model.batch(model.rows(MIXED)).mask_BS[:, :n_before].bool()
     assert torch.equal(seen[0][:, :n_before][real], seen[1][:, :n_before][real])
     assert all((a - b).abs().amax(1).min() > 1e-4 for a, b in zip(before, after))
-
-
-def test_a_token_changes_no_logits_before_it():
-    assert_causal(sharp_model(Coconut()), MIXED[0])
-
-
-@pytest.mark.slow
-def test_eight_examples_are_learnt_by_heart(examples):
-    assert_learns_by_heart(Coconut(max_stage=2, latents_per_step=1), examples)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,7 @@ from tests.methods.tools import (
     MIXED,
     QUESTIONS,
     ROUNDED,
-    assert_causal,
     assert_close,
-    assert_learns_by_heart,
     assert_same_gradients,
     assert_writes_like_the_reference,
     change_embedding,
@@ -168,15 +166,6 @@ def test_p7_pauses_change_the_answer_but_no_state_of_the_question():
         after = model.answer_logits(MIXED[:1])[0]
     assert torch.equal(seen[0][:, :n_question], seen[1][:, :n_question])
     assert (before - after).abs().amax(1).min() > 1e-3
-
-
-def test_a_token_changes_no_logits_before_it(method):
-    assert_causal(sharp_model(method), MIXED[0])
-
-
-@pytest.mark.slow
-def test_eight_examples_are_learnt_by_heart(examples):
-    assert_learns_by_heart(Pause(n_pauses=4), examples)
 
 
 @pytest.mark.parametrize(

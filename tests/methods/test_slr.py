@@ -24,9 +24,7 @@ from tests.methods.tools import (
     ROUNDED,
     SHOWN,
     SMALL,
-    assert_causal,
     assert_close,
-    assert_learns_by_heart,
     assert_same_gradients,
     assert_writes_like_the_reference,
     change,
@@ -210,11 +208,6 @@ def test_s10_cached_and_batched_decoding_equals_uncached_decoding_on_llama():
 
 
 @choices(loop_scope=["slots", "append"])
-def test_a_token_changes_no_logits_before_it(settings):
-    assert_causal(sharp_model(change(SMALL, **settings)), MIXED[0])
-
-
-@choices(loop_scope=["slots", "append"])
 def test_s12_detach_leaves_the_values_and_cuts_each_input_from_the_output_before_it(settings):
     model = sharp_model(change(BARE, **settings))
     cut = under(model, change(BARE, detach=True, **settings))
@@ -339,12 +332,3 @@ def test_the_trace_holds_every_iteration_with_its_change_and_read_out():
                 assert torch.equal(entry.top_ids[row], top.indices)
                 assert torch.allclose(entry.top_probs[row].double(), top.values, atol=1e-5)
                 assert entry.delta.shape == entry.cosine.shape == entry.rms.shape == (2,)
-
-
-# Learning
-
-
-@choices(loop_scope=["slots", "append"])
-@pytest.mark.slow
-def test_eight_examples_are_learnt_by_heart(settings, examples):
-    assert_learns_by_heart(Slr(n_slots=4, max_loops=2, **settings), examples)
