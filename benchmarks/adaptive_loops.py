@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from innerloop.calibrate import calibrate
-from innerloop.cost import mean_cost
-from innerloop.examples import Example
+from innerloop.calibrate.calibrate import calibrate
+from innerloop.decoder.cost import mean_cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.measure import evaluate
 from innerloop.measure.accuracy import Prediction, accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds, verdict
-from innerloop.model import LatentModel
-from innerloop.recipe import load_recipe
-from innerloop.run import run_recipe
-from innerloop.survey import ruled_by
+from innerloop.model.stopping import ruled_by
+from innerloop.text.examples import Example
+from innerloop.train.recipe import load_recipe
+from innerloop.train.run import run_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes/chain/slr_anytime.yaml"
 FIXED = (1, 2, 3, 4, 5, 6)
@@ -59,7 +59,7 @@ def measure(seed: int, overrides: list[str]) -> dict:
         recipe = load_recipe(RECIPE, [*settings, "--train.eval_strategy", "no", *overrides])
         run_recipe(recipe)
         model, task = LatentModel.from_pretrained(folder), recipe.task
-    found = calibrate(model, task, task.examples("valid"), "kl", 0.01)
+    found = calibrate(model, task, task.examples("valid"), "kl")
     examples = task.examples("test")
     stopped = evaluate(model, task, examples)
     with ruled_by(model, stop="none"):

@@ -15,9 +15,9 @@ import record
 import subjects
 from torch.profiler import ProfilerActivity, profile
 
-from innerloop.memory import profiling
+from innerloop.bench.timing import clock_of, seconds_of, spread, take_turns
+from innerloop.decoder.memory import profiling
 from innerloop.methods import Coconut, Cot, Lotus, Method, Slr
-from innerloop.timing import clock_of, seconds_of, spread, take_turns
 
 METHODS: dict[str, tuple[Method, int]] = {  # and how many tokens are written
     "cot, 60 tokens": (Cot(), 68),

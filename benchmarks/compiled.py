@@ -17,10 +17,10 @@ import subjects
 import torch
 
 from innerloop import LatentModel
-from innerloop.context import Context
+from innerloop.bench.roofline import COPY, Ceilings, layer_bytes, position_bytes
+from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
 from innerloop.methods import Coconut, Cot, Lotus, Method, Slr
-from innerloop.roofline import COPY, Ceilings, layer_bytes, position_bytes
-from innerloop.timing import clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.passes.context import Context
 
 METHODS: Mapping[str, tuple[Method, int]] = {  # and the tokens to write
     "cot, 40 tokens": (Cot(), 40),

@@ -22,9 +22,9 @@ import torch
 from reference import Reference
 from transformers import DynamicCache
 
+from innerloop.bench.timing import Turn, clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Lotus, Method, Slr
-from innerloop.model import LatentModel
-from innerloop.timing import Turn, clock_of, ratio, seconds_of, spread, take_turns
 
 METHODS: dict[str, Method] = {
     "cot": Cot(),

@@ -15,9 +15,9 @@ from functools import partial
 import record
 import subjects
 
-from innerloop.engine import Generation
+from innerloop.bench.timing import clock_of, seconds_of, spread, take_turns
+from innerloop.engine.generation import Generation
 from innerloop.methods import Slr
-from innerloop.timing import clock_of, seconds_of, spread, take_turns
 
 MOST = 16
 HISTOGRAMS: dict[str, tuple[float, ...]] = {

@@ -15,9 +15,9 @@ from functools import partial
 import record
 import subjects
 
-from innerloop.cost import mean_cost
+from innerloop.bench.timing import Turn, clock_of, seconds_of, spread, take_turns
+from innerloop.decoder.cost import mean_cost
 from innerloop.methods import Coconut, Codi, Cot, Lotus, Method, Pause, Pccot, Slr
-from innerloop.timing import Turn, clock_of, seconds_of, spread, take_turns
 
 METHODS: dict[str, Method] = {
     "pause, 6": Pause(n_pauses=6),

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from innerloop.examples import Example
+from innerloop.engine.latent_model import LatentModel
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.methods import Slr
-from innerloop.model import LatentModel
 from innerloop.tasks import Chain
+from innerloop.text.examples import Example
 
 LOOPS = (1, 2, 4, 8, 16)
 BATCH, SLOTS = 16, 16

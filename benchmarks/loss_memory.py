@@ -1,7 +1,8 @@
 """What logits cost a training step in memory, with a large vocabulary: all at once, and so many rows at a time.
 
 A tiny decoder with a vocabulary of tens of thousands learns to write long answers, so that logits are nearly all there
-is. Bytes are those of torch's own allocator (`innerloop.memory`); gradients are compared with those of the whole.
+is. Bytes are those of torch's own allocator (`innerloop.decoder.memory`); gradients are compared with those of the
+whole.
 
     python benchmarks/loss_memory.py --out benchmarks/results/loss_memory.json                    # a minute on a CPU
     python benchmarks/loss_memory.py --smoke --out /tmp/loss_memory.json                          # seconds
@@ -14,11 +15,11 @@ import subjects
 import torch
 from training import gap, gradients, step, switch_off_dropout
 
-from innerloop.examples import Example
-from innerloop.memory import MIB, peak_memory
+from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.decoder.memory import MIB, peak_memory
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Cot
-from innerloop.model import LatentModel
-from innerloop.timing import clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.text.examples import Example
 
 CHUNKS = (None, 256, 64, 16)
 

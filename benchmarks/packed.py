@@ -13,10 +13,10 @@ import record
 import subjects
 import torch
 
-from innerloop import packed
+from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.decoder import packed
+from innerloop.decoder.packed import PackedWeights
 from innerloop.methods import Cot, Lotus, Method, Slr
-from innerloop.packed import PackedWeights
-from innerloop.timing import clock_of, ratio, seconds_of, spread, take_turns
 
 METHODS: dict[str, tuple[Method, int]] = {  # and how many tokens are written
     "cot, 40 tokens": (Cot(), 40),

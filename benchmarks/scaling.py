@@ -17,11 +17,11 @@ from functools import partial
 import record
 import subjects
 
-from innerloop.examples import Example
-from innerloop.memory import MIB, peak_memory
+from innerloop.bench.timing import clock_of, seconds_of, spread, take_turns
+from innerloop.decoder.memory import MIB, peak_memory
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Slr
-from innerloop.model import LatentModel
-from innerloop.timing import clock_of, seconds_of, spread, take_turns
+from innerloop.text.examples import Example
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import record
 import subjects
 import torch
 
-from innerloop import speller
-from innerloop.memory import MIB
+from innerloop.decoder.memory import MIB
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Method, Slr
-from innerloop.model import LatentModel
+from innerloop.text import encoder as speller
 
 METHODS: dict[str, Method] = {
     "slr": Slr(n_slots=4, max_loops=3, stop="random", stop_histogram=(1.0, 1.0, 1.0)),

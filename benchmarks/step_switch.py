@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from innerloop.cost import mean_cost
+from innerloop.decoder.cost import mean_cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.measure import evaluate
 from innerloop.measure.accuracy import accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds
-from innerloop.model import LatentModel
-from innerloop.recipe import load_recipe
-from innerloop.run import CONFIG, FINISHED
-from innerloop.step_labels import LATENT, chosen_steps, label_steps
+from innerloop.methods.latent.step_labels import LATENT, chosen_steps, label_steps
+from innerloop.text.examples import Example
+from innerloop.train.recipe import load_recipe
+from innerloop.train.run import CONFIG, FINISHED
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from innerloop.backbone import Backbone
-from innerloop.engine import Generation
+from innerloop.decoder.backbone import Backbone
+from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Method
-from innerloop.model import LatentModel
-from innerloop.speller import ANSWER_PREFIX
+from innerloop.text.encoder import ANSWER_PREFIX
 
 SPECIAL = ("<pad>", "<unk>", "<eos>", "\n", "###")
 ROOM = 8  # of the vocabulary, for markers

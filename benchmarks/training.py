@@ -18,11 +18,11 @@ import torch
 from reference import Reference
 from torch import Tensor
 
-from innerloop.examples import Example
-from innerloop.memory import MIB, peak_memory
+from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.decoder.memory import MIB, peak_memory
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Lotus, Method, Slr
-from innerloop.model import LatentModel
-from innerloop.timing import clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.text.examples import Example
 
 METHODS: dict[str, Method] = {
     "slr": Slr(n_slots=6, max_loops=6),

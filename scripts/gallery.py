@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from innerloop import checkpoint, cli
+from innerloop.cli import main as cli
+from innerloop.model import checkpoint
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ("--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")

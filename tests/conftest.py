@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from innerloop.examples import Example
+from innerloop.text.examples import Example
 from tests import models
 from tests.methods.tools import restore_bases
 

@@ -20,13 +20,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from innerloop.backbone import Backbone
-from innerloop.checkpoint import from_scratch
-from innerloop.examples import Example
+from innerloop.decoder.backbone import Backbone
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Method
-from innerloop.model import LatentModel
+from innerloop.model import loading
 from innerloop.tasks import Chain
-from innerloop.tokenizer import train_tokenizer
+from innerloop.text.examples import Example
+from innerloop.text.tokenizer import train_tokenizer
+
+
+def from_scratch(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, method: Method, seed: int = 0
+) -> LatentModel:
+    """Return a model with fresh weights and a tokenizer that is there already."""
+    return loading.from_scratch(LatentModel, settings, tokenizer, method, seed)
+
 
 WIDTH = 32
 VOCAB = 64

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from innerloop import Attempts, Cot, Gsm8k, InputError, NoCot, Slr, writer
-from innerloop.cost import Cost, total_cost
-from innerloop.generation import Generation
+from innerloop import Attempts, Cot, Gsm8k, InputError, NoCot, Slr
+from innerloop.decoder.cost import Cost, total_cost
+from innerloop.engine import decoding as writer
+from innerloop.engine.decoding import Writer
+from innerloop.engine.generation import Generation
 from innerloop.measure import evaluate
 from innerloop.methods import SpiralThinker
 from innerloop.tasks import Chain
-from innerloop.writer import Writer
 from tests.methods.reference import Reference
 from tests.methods.tools import QUESTIONS, lean_towards_end, passes, sharp_model
 from tests.models import chain_examples, tiny_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from innerloop.backbone import Backbone
-from innerloop.cache import loop_slots
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.ragged_cache import DepthCache, view
 from innerloop.errors import InputError
 from tests.close import assert_close
 from tests.models import ARCHS, SLIDING, VOCAB, WINDOW, left_pad, random_ids, tiny_backbone, tiny_lm
@@ -249,7 +249,7 @@ def test_two_loops_of_a_layer_range_decoded_with_a_cache_equal_full_recomputatio
     backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
     n = backbone.n_layers
     ranges = [range(middle.start), middle, range(middle.stop, n)]
-    cache, parts = backbone.empty_cache(n_loops=2), []
+    cache, parts = DepthCache(), []
     with torch.no_grad():
         whole = backbone.embed(ids)
         for layers, n_times in zip(ranges, (1, 2, 1)):
@@ -261,8 +261,9 @@ def test_two_loops_of_a_layer_range_decoded_with_a_cache_equal_full_recomputatio
             states = backbone.embed(chunk)
             for layers, n_times in zip(ranges, (1, 2, 1)):
                 for loop in range(n_times if len(layers) else 0):
-                    view = loop_slots(cache, loop, n, first_layer=layers.start)
-                    states = backbone(states, layers=layers, cache=view, positions_BL=positions)
+                    slot = cache.slot((layers, loop), layers, positions)
+                    states = backbone(states, layers=layers, cache=view(slot), positions_BL=positions)
+                    slot.extend(positions, None, None)
             parts.append(states)
             read += chunk.shape[1]
     assert_close(torch.cat(parts, dim=1), whole)
@@ -271,13 +272,13 @@ def test_two_loops_of_a_layer_range_decoded_with_a_cache_equal_full_recomputatio
 @pytest.mark.parametrize("middle", [range(1, 2), range(1, 3)])
 def test_a_cached_layer_range_counts_its_own_positions(arch, middle):
     backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
-    cache, parts = backbone.empty_cache(), []
+    slot, parts = DepthCache().slot("middle", middle, ids), []
     with torch.no_grad():
         states = backbone(backbone.embed(ids), layers=range(1))
         whole = backbone(states, layers=middle)
-        for chunk in states.split([4, 1, 6, 2], dim=1):
-            view = loop_slots(cache, 0, backbone.n_layers, first_layer=middle.start)
-            parts.append(backbone(chunk, layers=middle, cache=view))
+        for chunk, columns in zip(states.split([4, 1, 6, 2], dim=1), ids.split([4, 1, 6, 2], dim=1)):
+            parts.append(backbone(chunk, layers=middle, cache=view(slot)))
+            slot.extend(columns, None, None)
     assert_close(torch.cat(parts, dim=1), whole)
 
 
@@ -328,7 +329,7 @@ def test_embed_rms_includes_gemmas_scaling():
 def test_anatomy_is_read_off_the_model(arch):
     backbone = tiny_backbone(arch)
     assert (backbone.n_layers, backbone.width, backbone.context_length) == (3, 32, 256)
-    assert len(backbone.empty_cache(n_loops=4).layers) == 12
+    assert len(backbone.empty_cache().layers) == 3
 
 
 def test_check_passes_and_leaves_the_mode_as_it_was(arch):

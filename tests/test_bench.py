@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerloop import cli
-from innerloop.bench import BenchSettings, bench, bench_lines, bench_table
-from innerloop.cost import Cost
+from innerloop.bench.bench import BenchSettings, bench, bench_lines, bench_table
+from innerloop.bench.roofline import Ceilings, Rates, bytes_of, floor_of, least_calls, position_bytes
+from innerloop.bench.timing import Turn, ratio, spread, take_turns
+from innerloop.cli import main as cli
+from innerloop.decoder.cost import Cost
+from innerloop.decoder.memory import peak_memory
 from innerloop.errors import InputError
-from innerloop.memory import peak_memory
 from innerloop.methods import Cot, Slr
-from innerloop.roofline import Ceilings, Rates, bytes_of, floor_of, least_calls, position_bytes
-from innerloop.timing import Turn, ratio, spread, take_turns
 from tests.models import chain_examples, saved, tiny_backbone, tiny_model
 
 CHAIN = "{name: chain, n_ops: 2, n_train: 8, n_valid: 8, n_test: 16}"
@@ -114,8 +114,8 @@ def test_a_position_of_a_layer_with_a_window_is_left_out():
 
 
 def test_ceilings_count_the_work_of_their_jobs(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("innerloop.roofline.MATMUL_SIDE", {"cpu": 8})
-    monkeypatch.setattr("innerloop.roofline.COPY_BYTES", {"cpu": 4096})
+    monkeypatch.setattr("innerloop.bench.roofline.MATMUL_SIDE", {"cpu": 8})
+    monkeypatch.setattr("innerloop.bench.roofline.COPY_BYTES", {"cpu": 4096})
     ceilings = Ceilings(torch.device("cpu"), torch.float32)
     for job in ceilings.jobs().values():
         job()
@@ -129,8 +129,8 @@ def test_ceilings_count_the_work_of_their_jobs(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show the ceilings by small jobs."""
-    monkeypatch.setattr("innerloop.roofline.MATMUL_SIDE", {"cpu": 64})
-    monkeypatch.setattr("innerloop.roofline.COPY_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr("innerloop.bench.roofline.MATMUL_SIDE", {"cpu": 64})
+    monkeypatch.setattr("innerloop.bench.roofline.COPY_BYTES", {"cpu": 2**16})
 
 
 @pytest.fixture(scope="module")

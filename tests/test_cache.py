@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop.cache import fork, loop_slots, new_cache, select_rows
+from innerloop.decoder.cache import fork, select_rows
 from tests.close import ROUNDED, assert_close
 from tests.models import ARCHS, WINDOW, random_ids, tiny_backbone
 
@@ -96,51 +96,6 @@ def test_selected_rows_are_the_rows_bit_for_bit():
 
 def test_selecting_rows_of_an_empty_cache_is_empty():
     assert select_rows(tiny_backbone().empty_cache(), torch.tensor([0])).get_seq_length() == 0
-
-
-def test_selecting_rows_skips_slots_not_written_yet():
-    backbone = tiny_backbone()
-    cache = backbone.empty_cache(n_loops=2)
-    read(backbone, random_ids(2, 3), loop_slots(cache, 0, 3))
-    part = select_rows(cache, torch.tensor([1]))
-    assert [layer.get_seq_length() for layer in part.layers] == [3, 3, 3, 0, 0, 0]
-    assert part.layers[0].keys.shape[0] == 1
-
-
-def test_a_new_cache_has_the_slots_of_one_loop_after_those_of_another():
-    cache = new_cache(tiny_backbone("gemma3").config, n_loops=3)
-    assert [layer.is_sliding for layer in cache.layers] == [True, False, True] * 3
-    assert len({id(layer) for layer in cache.layers}) == 9
-
-
-def test_what_is_read_through_a_loops_slots_is_written_there_and_nowhere_else(arch):
-    backbone = tiny_backbone(arch)
-    cache = backbone.empty_cache(n_loops=3)
-    ids = random_ids(2, PAST)
-    read(backbone, ids, loop_slots(cache, 1, 3))
-    assert [layer.get_seq_length() for layer in cache.layers] == [0] * 3 + [PAST] * 3 + [0] * 3
-    plain = backbone.empty_cache()
-    read(backbone, ids, plain)
-    assert_same_contents(contents(cache)[3:6], contents(plain))
-
-
-def test_a_layer_range_is_written_into_its_own_slots(arch):
-    backbone = tiny_backbone(arch)
-    cache = backbone.empty_cache(n_loops=2)
-    with torch.no_grad():
-        backbone(
-            backbone.embed(random_ids(2, 4)),
-            layers=range(1, 2),
-            cache=loop_slots(cache, 1, 3, 1),
-            positions_BL=torch.arange(4)[None],
-        )
-    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 0, 0, 4, 0]
-
-
-def test_a_loop_past_the_last_slot_is_refused():
-    cache = tiny_backbone().empty_cache(n_loops=2)
-    with pytest.raises(IndexError, match="2 loops of 3 layers, loop 2 asked"):
-        loop_slots(cache, 2, 3)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -10,13 +10,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from innerloop import Coconut, Cot, InputError, LatentModel, NoCot, Pause, Slr, checkpoint
-from innerloop.backbone import Backbone
-from innerloop.checkpoint import from_scratch
+from innerloop import Coconut, Cot, InputError, LatentModel, NoCot, Pause, Slr
+from innerloop.decoder.backbone import Backbone
 from innerloop.methods import METHODS as ALL_METHODS
+from innerloop.model import checkpoint
 from tests.close import assert_close
 from tests.methods.tools import learn
-from tests.models import answers_of, chain_examples, chain_tokenizer, moved, saved, text_logits, tiny_lm, tiny_model
+from tests.models import (
+    answers_of,
+    chain_examples,
+    chain_tokenizer,
+    from_scratch,
+    moved,
+    saved,
+    text_logits,
+    tiny_lm,
+    tiny_model,
+)
 
 DECODERS = [
     Slr(decoder="separate"),

@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import Coconut, Codi, Cot, LatentTrainer, LatentTrainingArguments, Lotus, SimCot, Slr
-from innerloop.chunks import Shown, by_rows, summed_loss, token_losses
+from innerloop.decoder.fused_loss import check_fused, fused_loss
+from innerloop.decoder.token_losses import Shown, by_rows, summed_loss, token_losses
 from innerloop.errors import InputError
-from innerloop.fused import check_fused, fused_loss
 from innerloop.methods import Looped, SpiralThinker
 from tests.close import assert_close
 from tests.methods.tools import MIXED, assert_same_gradients, gradients, sharp_model
@@ -70,7 +70,7 @@ def plain_kernel(states, targets, head, cap=None):
 @pytest.mark.parametrize("name", ["slr", "lotus", "codi", "spiral", "gate", "separate"])
 def test_a_fused_loss_gets_what_the_head_gets(name, monkeypatch):
     model, asked = sharp_model(METHODS[name]), []
-    monkeypatch.setattr("innerloop.backbone.fused_loss", lambda *a: asked.append(len(a[1])) or plain_kernel(*a))
+    monkeypatch.setattr("innerloop.decoder.backbone.fused_loss", lambda *a: asked.append(len(a[1])) or plain_kernel(*a))
     whole, expected, _ = loss_of(model, None)
     assert not asked
     found, grads, _ = loss_of(model, "fused")
@@ -87,7 +87,7 @@ def test_a_fused_loss_scales_and_caps_logits_as_the_head_does(arch, fields, monk
     backbone = tiny_model(Cot(), arch).backbone
     for name, value in fields.items():
         setattr(backbone.config, name, value)
-    monkeypatch.setattr("innerloop.backbone.fused_loss", plain_kernel)
+    monkeypatch.setattr("innerloop.decoder.backbone.fused_loss", plain_kernel)
     show, targets = backbone.shown(5 * torch.randn(6, backbone.width)), torch.arange(6)
     assert_close(summed_loss(show, targets, "fused"), summed_loss(show, targets, None))
 
@@ -111,11 +111,11 @@ def test_ligers_kernel_gives_the_loss_and_the_gradient(monkeypatch):
 
 
 def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("innerloop.fused.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("innerloop.decoder.fused_loss.importlib.util.find_spec", lambda name: None)
     args = LatentTrainingArguments(tmp_path, max_steps=1, use_cpu=True, loss_chunk="fused")
     with pytest.raises(InputError, match="pip install"):
         LatentTrainer(tiny_model(Cot()), args, chain_examples(4))
-    monkeypatch.setattr("innerloop.fused.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("innerloop.decoder.fused_loss.importlib.util.find_spec", lambda name: name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match="on a CPU"):
         check_fused(torch.device("cpu"))

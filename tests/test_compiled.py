@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from innerloop import rooms
-from innerloop.context import Context
+from innerloop.decoder import kv_buffer as rooms
 from innerloop.methods import Coconut, Cot, Lotus, Method, Pccot, Slr, SpiralThinker
+from innerloop.passes.context import Context
 from tests.close import assert_close
 from tests.methods.tools import base, by_arch, lean_towards_end, on
 from tests.models import SLIDING, tiny_model

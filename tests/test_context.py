@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.context import Context
-from innerloop.cost import Meter
+from innerloop.decoder.cost import Meter
+from innerloop.passes.context import Context
 from tests.close import assert_close
 from tests.models import ARCHS, WINDOW, left_pad, random_ids, tiny_backbone
 
@@ -384,6 +384,6 @@ def test_checkpointing_does_nothing_where_no_gradient_is_wanted(monkeypatch):
     def refused(*_, **__):
         raise AssertionError("checkpoint was called")
 
-    monkeypatch.setattr("innerloop.context.checkpoint", refused)
+    monkeypatch.setattr("innerloop.passes.context.checkpoint", refused)
     backbone, ids = tiny_backbone(), random_ids(1, 4)
     assert torch.equal(read(Context(backbone, 1, checkpoint_passes=True), ids), read(Context(backbone, 1), ids))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from innerloop.context import Context
-from innerloop.cost import PHASES, Cost, Meter, flops_of, mean_cost
+from innerloop.decoder.cost import PHASES, Cost, Meter, flops_of, mean_cost
+from innerloop.passes.context import Context
 from tests.models import VOCAB, random_ids, tiny_backbone
 
 CPU = torch.device("cpu")

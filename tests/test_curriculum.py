@@ -6,11 +6,11 @@ import pytest
 from scipy.stats import chisquare
 
 from innerloop import Coconut
-from innerloop.curriculum import Curriculum
+from innerloop.config.curriculum import Curriculum
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.layout import Kind
-from innerloop.speller import Speller
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import Kind
 from tests.models import spelled_tokenizer
 
 N_DRAWS = 6000

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
-from innerloop import Example, InputError, LatentModel, Slr, engine
-from innerloop import writer as writing
-from innerloop.decoder import AnswerDecoder, DecoderSettings
-from innerloop.layout import Kind, Piece
+from innerloop import Example, InputError, LatentModel, Slr
+from innerloop.config.losses import DecoderSettings
+from innerloop.engine import decoding as writing
+from innerloop.engine import engine
 from innerloop.measure import evaluate
+from innerloop.model.answer_decoder import AnswerDecoder
 from innerloop.tasks import Chain
+from innerloop.text.row import Kind, Piece
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     FULL,

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from innerloop.backbone import Backbone
-from innerloop.cache import fork, join_rows, select_rows
-from innerloop.cost import Meter
-from innerloop.depth.passes import BlockPass, Depth, Reading, Spending, TokenPass, Tokens, read_layers
-from innerloop.depth_cache import DepthCache, Slot
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.cache import fork, join_rows, select_rows
+from innerloop.decoder.cost import Meter
+from innerloop.decoder.ragged_cache import DepthCache, Slot
 from innerloop.methods import Looped
+from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
+from innerloop.passes.tokens import PassInput, Spending, Tokens, read_layers
 from tests.close import assert_close
 from tests.models import WIDTH, tiny_backbone, tiny_model
 
@@ -208,8 +209,8 @@ def test_tokens_as_rows_of_the_loop_are_the_tokens_side_by_side(is_padded: bool)
     real = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]).bool() if is_padded else None
     whole = some_tokens()
     tokens = Tokens(whole.states_RND, whole.positions_RN, real)
-    depth: Depth = model.depth
-    side, each = (kind(depth, Reading(tokens, depth.empty_cache()), range(3)) for kind in (BlockPass, TokenPass))
+    depth: DepthForward = model.depth
+    side, each = (kind(depth, PassInput(tokens, depth.empty_cache()), range(3)) for kind in (BlockPass, TokenPass))
     state = model.loop(side, tokens.states_RND, [3] * 3).state
     lined = model.loop(each, each.line_up(tokens.states_RND), [3] * int(tokens.real.sum())).state
     assert_close(each.place(lined[:, 0], tokens.states_RND)[tokens.real], state[tokens.real])
@@ -219,7 +220,7 @@ def test_each_token_goes_its_own_number_of_times_round():
     model = tiny_model(Looped(max_loops=4))
     tokens = some_tokens()
     n_loops = torch.tensor([[1, 4, 2, 1, 1, 3], [1, 1, 1, 1, 1, 1], [4, 2, 2, 1, 3, 1]])
-    each = TokenPass(model.depth, Reading(tokens, cache := DepthCache()), range(3))
+    each = TokenPass(model.depth, PassInput(tokens, cache := DepthCache()), range(3))
     final = model.loop(each, each.line_up(tokens.states_RND), n_loops.flatten().tolist()).state
     final = each.place(final[:, 0], tokens.states_RND)
     for loop in range(1, 5):

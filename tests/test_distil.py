@@ -11,9 +11,9 @@ from torch.nn.functional import smooth_l1_loss
 
 from innerloop import Cot, Example, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, Pause, Slr
 from innerloop.methods import Method
-from innerloop.recipe import parse_recipe
-from innerloop.run import run_recipe
-from innerloop.speller import Speller
+from innerloop.text.encoder import Speller
+from innerloop.train.recipe import parse_recipe
+from innerloop.train.run import run_recipe
 from tests.methods.tools import MIXED, assert_close, by_region, change, gradients, stir, thought_of
 from tests.models import saved, tiny_model
 
@@ -125,7 +125,7 @@ def test_a_teacher_that_does_not_fit_is_refused(method, changes, fields, words, 
     student = student_of(made(method, **changes), tmp_path, **fields)
     with pytest.raises(InputError, match=words):
         student.loss(MIXED)
-    assert not student._teacher
+    assert not student._frozen
 
 
 def test_a_teacher_reads_running_text_where_the_model_does(tmp_path: Path):

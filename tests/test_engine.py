@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr, engine, writer
+from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr
+from innerloop.engine import decoding as writer
+from innerloop.engine import engine
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
@@ -269,6 +271,11 @@ def test_dropout_is_off_while_answering():
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         tiny_model(Cot()).generate(["2"], **options)
+
+
+def test_options_that_do_not_exist_are_refused_with_the_nearest_that_do():
+    with pytest.raises(InputError, match=r"no option 'max_token' .* \(did you mean 'max_new_tokens'\?\)"):
+        tiny_model(Cot()).generate(["2"], max_token=3)
 
 
 # What a generation tells

@@ -26,12 +26,13 @@ from innerloop import (
     Pccot,
     RecurrentDepth,
     Slr,
-    engine,
 )
-from innerloop.context import Context
-from innerloop.engine import Engine
-from innerloop.generation import fits
+from innerloop.engine import engine
+from innerloop.engine.engine import Engine
+from innerloop.engine.options import EngineOptions
+from innerloop.engine.requests import fits
 from innerloop.methods import Looped, SpiralThinker
+from innerloop.passes.context import Context
 from tests.methods.reference import Reference
 from tests.methods.test_tah_answering import deciding
 from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model, stir
@@ -103,9 +104,10 @@ quiet = {"deadline": None, "derandomize": True, "suppress_health_check": list(He
 
 def longest(model):
     """Return the positions that the longest question of the pool may come to take."""
-    at_work = Engine(model, max_new_tokens=N)
-    at_work._seat(POOL, None, True)
-    return max(at_work._most(seat.row, seat.budget) for seat in at_work.waiting)
+    at_work = Engine(model, EngineOptions(max_new_tokens=N))
+    for i, question in enumerate(POOL):
+        at_work.admit(i, question)
+    return max(at_work.most_positions(seat.row, seat.budget) for seat in at_work.waiting)
 
 
 def assert_company_does_not_matter(name, asked, n, batch_size, room, check_every):
@@ -183,7 +185,7 @@ def test_alone_is_what_the_plain_reference_writes(name):
 
 def test_rows_that_wait_join_those_that_write():
     model, _ = made("slots")
-    with_company = Engine(model, max_new_tokens=N, batch_size=3)
+    with_company = Engine(model, EngineOptions(max_new_tokens=N, batch_size=3))
     sizes, ready = [], []
     for _ in with_company.groups(POOL):
         sizes.append(0 if with_company.writer is None else len(with_company.writer.seats))
@@ -197,7 +199,7 @@ def test_rows_that_wait_join_those_that_write():
 
 def test_answers_come_as_soon_as_they_are_there():
     model, alone = made("cot")
-    order = [index for index, _ in Engine(model, max_new_tokens=N, batch_size=len(POOL)).run(POOL)]
+    order = [index for index, _ in Engine(model, EngineOptions(max_new_tokens=N, batch_size=len(POOL))).run(POOL)]
     lengths = [len(alone[i][0]) for i in order]
     assert sorted(order) == list(range(len(POOL)))
     assert lengths == sorted(lengths) and len(set(lengths)) > 2
@@ -208,7 +210,7 @@ def test_answers_come_as_soon_as_they_are_there():
 def test_an_engine_left_early_leaves_the_model_as_it_was_and_answers_again(n_seen, check_every, monkeypatch):
     monkeypatch.setattr(engine, "CHECK_EVERY", check_every)
     model, alone = made("slots")
-    used = Engine(model, max_new_tokens=N, batch_size=2)
+    used = Engine(model, EngineOptions(max_new_tokens=N, batch_size=2))
     model.train()
     model.loop.eval()  # a part that is in another mode than the rest
     groups = used.groups(POOL[::-1])
@@ -224,7 +226,7 @@ def test_an_engine_left_early_leaves_the_model_as_it_was_and_answers_again(n_see
 
 def test_an_engine_answers_after_an_error(monkeypatch):
     model, alone = made("slots")
-    used = Engine(model, max_new_tokens=N, batch_size=2)
+    used = Engine(model, EngineOptions(max_new_tokens=N, batch_size=2))
     run = used.groups(POOL)
     for _ in range(3):
         next(run)
@@ -241,7 +243,7 @@ def test_an_engine_answers_after_an_error(monkeypatch):
 
 def test_an_engine_that_is_at_work_refuses_other_questions():
     model, _ = made("cot")
-    used = Engine(model, max_new_tokens=2)
+    used = Engine(model, EngineOptions(max_new_tokens=2))
     run = used.run(POOL)
     next(run)
     with pytest.raises(InputError, match="still answering"):
@@ -254,7 +256,10 @@ def test_two_engines_take_turns_on_one_model_and_one_ends_sooner():
     model = tiny_model(Cot(), "gpt2").double()
     expected = [told(one) for one in model.generate(POOL, max_new_tokens=N)]
     model.train()  # with dropout, which must stay off in both
-    short, long = (Engine(model, max_new_tokens=n, batch_size=2).groups(POOL[:k]) for n, k in ((2, 2), (N, len(POOL))))
+    short, long = (
+        Engine(model, EngineOptions(max_new_tokens=n, batch_size=2)).groups(POOL[:k])
+        for n, k in ((2, 2), (N, len(POOL)))
+    )
     found = {}
     for _, group in itertools.zip_longest(short, long, fillvalue=[]):
         found |= dict(group)
@@ -265,7 +270,7 @@ def test_two_engines_take_turns_on_one_model_and_one_ends_sooner():
 def test_seconds_are_those_of_the_engine_not_of_who_reads_its_answers():
     model, _ = made("cot")
     start, slept, costs = time.perf_counter(), 0.0, []
-    for _, one in Engine(model, max_new_tokens=N, batch_size=3).run(POOL):
+    for _, one in Engine(model, EngineOptions(max_new_tokens=N, batch_size=3)).run(POOL):
         costs.append(one.cost)
         time.sleep(0.03)
         slept += 0.03
@@ -363,7 +368,7 @@ def test_a_row_that_does_not_fit_into_memory_alone_fails_alone(batch_size, monke
     lengths = [len(row) for row in model.prompts(POOL)]
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     memory = Scarce(monkeypatch, max(lengths) - 1, error)
-    at_work = Engine(model, max_new_tokens=3, batch_size=batch_size)
+    at_work = Engine(model, EngineOptions(max_new_tokens=3, batch_size=batch_size))
     found = dict(at_work.run(POOL, strict=False))
     assert sorted(found) == list(range(len(POOL))) and set(memory.failed) >= {True}
     for i, one in found.items():
@@ -389,11 +394,11 @@ def test_other_errors_are_nobodys_memory(monkeypatch):
 def test_the_engine_keeps_to_its_positions(name, room):
     model, _ = made(name)
     max_positions, most = int(room * longest(model)), 0
-    at_work = Engine(model, max_new_tokens=N, batch_size=8, max_positions=max_positions)
+    at_work = Engine(model, EngineOptions(max_new_tokens=N, batch_size=8, max_positions=max_positions))
     for _ in at_work.groups(POOL):
         busy = [seat for writer in (at_work.writer, at_work.ready) if writer is not None for seat in writer.seats]
         written = [len(seat.row) + len(seat.written) + seat.n_latents for seat in busy]
-        assert sum(written) <= sum(at_work._most(seat.row, seat.budget) for seat in busy) <= max_positions
+        assert sum(written) <= sum(at_work.most_positions(seat.row, seat.budget) for seat in busy) <= max_positions
         most = max(most, len(busy))
     assert most > 1 or room < 5.0
 
@@ -417,7 +422,7 @@ def test_a_question_that_needs_more_than_all_positions_fails_alone():
 def test_the_cache_holds_no_more_than_the_rows_that_write(name):
     """Columns that no row uses any more are dropped, or a cache that rows keep joining would grow without end."""
     model, _ = made(name)
-    steady = Engine(model, max_new_tokens=N, batch_size=3)
+    steady = Engine(model, EngineOptions(max_new_tokens=N, batch_size=3))
     for _ in steady.groups([f"{i % 5} ; + {i % 3}" for i in range(60)]):
         if steady.writer is not None:
             longest = max(int(n) for n in steady.writer.context.next_position_B)
@@ -457,7 +462,7 @@ def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monke
     monkeypatch.setattr(engine, "CHECK_EVERY", 100)
     method = Slr(loop_scope="append", max_loops=3) if name == "append" else METHODS[name]
     model = tiny_model(method, arch).eval()
-    at_work = Engine(model, max_new_tokens=N, batch_size=3)
+    at_work = Engine(model, EngineOptions(max_new_tokens=N, batch_size=3))
     groups = at_work.groups([POOL[0], POOL[3], POOL[7]])
     next(groups)
     in_loops, inner = Asked(), model.loop.forward
@@ -471,7 +476,7 @@ def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monke
     with Asked() as in_steps:
         for _ in range(N - 2):
             next(groups)
-    assert at_work.writer is not None and len(at_work.pending) == N - 1
+    assert at_work.writer is not None and len(at_work.unseen.tokens) == N - 1
     assert (in_loops.found, in_steps.found) == ([], [])
 
 
@@ -484,7 +489,7 @@ def test_thousands_of_requests_leave_no_memory_behind(name):
         " ; ".join(["1", *("+ 2" for _ in range(int(n)))]) for n in torch.randint(0, 8, (3000,), generator=generator)
     ]
     peaks, seen = [], []
-    for index, _ in Engine(model, max_new_tokens=8, batch_size=16).run(asked):
+    for index, _ in Engine(model, EngineOptions(max_new_tokens=8, batch_size=16)).run(asked):
         seen.append(index)
         if len(seen) % 500 == 0:
             gc.collect()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.equilibrium import Map, Solver, jacobian_gain, solve
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.trace import Trace
+from innerloop.config.loop import LoopSettings, Solver
+from innerloop.loop.fixed_point import Map, jacobian_gain, solve
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.trace import Trace
 from tests.close import ROUNDED, assert_close
 from tests.methods.tools import FunctionPass, iterate
 

@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from innerloop.errors import InputError
-from innerloop.examples import Example, from_rows, read_examples, to_dataset, write_examples
+from innerloop.text.examples import Example, from_rows, read_examples, to_dataset, write_examples
 
 EXAMPLES = [
     Example("How many?", ("1+1=2", "2+1=3"), "3", "a", {"level": 2, "edges": [[0, 1], [1, 2]]}),

@@ -8,24 +8,17 @@ import torch
 from torch import Tensor
 
 from innerloop import Slr
+from innerloop.calibrate.fit import MOST_VECTORS, fit_classifier, fit_probe, fitted_thresholds
+from innerloop.calibrate.oracles import oracle_agree, oracle_correct
+from innerloop.config.loop import LoopSettings
+from innerloop.config.stopping import FEATURES, ExitClassifierKind, StopSettings
 from innerloop.errors import InputError
-from innerloop.fitting import MOST_VECTORS, fit_judge, fit_probe, fitted_thresholds
-from innerloop.halting import (
-    Judge,
-    Moment,
-    StopRule,
-    act_weights,
-    exit_distribution,
-    expected_loss,
-    gain_targets,
-    oracle_agree,
-    oracle_correct,
-    pull,
-)
-from innerloop.halting.judge import FEATURES, JudgeKind
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.trace import Trace
+from innerloop.halting.classifier import ExitClassifier
+from innerloop.halting.evidence import StopInputs
+from innerloop.halting.learned import ActShares, exit_distribution, expected_loss, gain_targets, pull
+from innerloop.halting.rule import StopRule
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.trace import Trace
 from tests.close import assert_close
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of
 
@@ -45,6 +38,17 @@ def naive_act(rates: list[float], eps: float) -> tuple[list[float], int, float]:
     n = next((t for t in range(1, len(rates) + 1) if sum(rates[:t]) >= 1 - eps), len(rates))
     rest = 1 - sum(rates[: n - 1])
     return [*rates[: n - 1], rest, *[0.0] * (len(rates) - n)], n, rest
+
+
+def act_weights(rates_TB: Tensor, eps: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ACT's shares a_t (T, B), the iterations N (B,) and the ponder cost N + R (B,) of rates u_t."""
+    shares, n_B = ActShares.empty(rates_TB.shape[1], rates_TB.device), torch.zeros_like(rates_TB[0])
+    parts = []
+    for t, rate_B in enumerate(rates_TB.float(), 1):
+        share_B, ends_B = shares.take(rate_B, t, 1 - eps, torch.full_like(shares.is_over_B, t == len(rates_TB)))
+        n_B = torch.where(ends_B, float(t), n_B)
+        parts.append(share_B)
+    return torch.stack(parts), n_B.long(), shares.ponder_B
 
 
 def test_acts_shares_are_those_of_the_paper_and_add_up_to_one():
@@ -224,7 +228,7 @@ def test_a_fresh_probe_stops_nowhere_and_a_fitted_one_finds_what_it_was_shown():
     states = draw(0, 5, 300, D)
     labels = states[..., 0] + 0.5 * states[..., 1] > 0.3
     rule = StopRule("mlp_probe", D, probe_width=8)
-    now = Moment(*[states[0][:, None]] * 3)
+    now = StopInputs(*[states[0][:, None]] * 3)
     assert (rule.score(now) < 0.05).all()
     first = fit_probe(rule, states, labels, seed=0)
     assert ((rule.score(now) > 0.5) == labels[0]).float().mean() > 0.95
@@ -240,18 +244,18 @@ def signals(seed: int = 0, n: int = 400) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("per_step", [False, True])
-@pytest.mark.parametrize("kind", JudgeKind.__args__)
+@pytest.mark.parametrize("kind", ExitClassifierKind.__args__)
 def test_a_classifier_gives_what_scikit_learn_gives(kind, per_step):
     from sklearn import linear_model, svm
 
     features, labels = signals()
-    judge = Judge(("gap", "top", "block"))
-    judge.fill(fit_judge(features, labels, kind, per_step))
-    assert len(judge.bias_K) == (4 if per_step else 1)
+    classifier = ExitClassifier(("gap", "top", "block"))
+    classifier.fill(fit_classifier(features, labels, kind, per_step))
+    assert len(classifier.bias_K) == (4 if per_step else 1)
     for t in (1, 3):
         x, y = (of[t - 1 : t] if per_step else of[:4] for of in (features, labels))
         x, y = x.reshape(-1, 3).double().numpy(), y.reshape(-1).numpy()
-        z, q = (x - x.mean(0)) / x.std(0), judge(features[t], t)
+        z, q = (x - x.mean(0)) / x.std(0), classifier(features[t], t)
         theirs = {
             "logistic": linear_model.LogisticRegression(class_weight="balanced", max_iter=1000),
             "svm_linear": svm.LinearSVC(class_weight="balanced", random_state=0, dual=False),
@@ -265,31 +269,31 @@ def test_a_classifier_gives_what_scikit_learn_gives(kind, per_step):
         assert ((q > 0.5) == labels[t]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", JudgeKind.__args__)
+@pytest.mark.parametrize("kind", ExitClassifierKind.__args__)
 def test_fitting_again_gives_the_same_numbers_and_one_class_alone_is_certain(kind):
     features, labels = signals(n=900)
-    one, two = (fit_judge(features, labels, kind, seed=3) for _ in range(2))
+    one, two = (fit_classifier(features, labels, kind, seed=3) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    judge = Judge(("gap", "top", "block"))
+    classifier = ExitClassifier(("gap", "top", "block"))
     for label, expected in ((True, 1.0), (False, 0.0)):
-        judge.fill(fit_judge(features, torch.full_like(labels, label), kind, per_step=True))
-        assert (judge(features[0], 1) - expected).abs().max() < 1e-6
+        classifier.fill(fit_classifier(features, torch.full_like(labels, label), kind, per_step=True))
+        assert_close(classifier(features[0], 1), torch.full((900,), expected), 1e-6)
 
 
 def test_a_classifier_that_was_not_fitted_is_refused_and_one_that_was_cleared_stops_nowhere():
     rule = StopRule("classifier", D, features=("block", "depth"))
-    now = Moment(*(draw(i, B, N, D) for i in range(3)), loop=1, limit=3)
+    now = StopInputs(*(draw(i, B, N, D) for i in range(3)), loop=1, limit=3)
     with pytest.raises(InputError, match="calibrate"):
         rule.score(now)
-    rule.judge.clear()
+    rule.classifier.clear()
     assert torch.isinf(rule.score(now)).all()
     assert_close(rule.features(now)[:, 1], torch.full((B,), 1 / 3))
 
 
 def test_a_classifiers_numbers_are_saved_whatever_their_size():
     features, labels = signals()
-    one, other = Judge(FEATURES[:3]), Judge(FEATURES[:3])
-    one.fill(fit_judge(features, labels, "svm_rbf", per_step=True) | {"tau_T": torch.tensor([0.5, math.inf])})
+    one, other = ExitClassifier(FEATURES[:3]), ExitClassifier(FEATURES[:3])
+    one.fill(fit_classifier(features, labels, "svm_rbf", per_step=True) | {"tau_T": torch.tensor([0.5, math.inf])})
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.score(features[2], 2), other.score(features[2], 2))
     assert torch.equal(one.score(features[2], 1), other.score(features[2], 1)) and one.vectors_KSF.shape[1] > 5
@@ -323,7 +327,7 @@ def test_a_threshold_is_the_loosest_that_keeps_the_promise_and_ties_stop_togethe
 def test_a_kernel_machine_is_fitted_to_so_many_rows_of_each_kind():
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.rand(2, 1400, 2, generator=generator), torch.rand(2, 1400, generator=generator) < 0.5
-    fitted = fit_judge(features, labels, "svm_rbf")  # noise, so that nearly every row is a support vector
+    fitted = fit_classifier(features, labels, "svm_rbf")  # noise, so that nearly every row is a support vector
     assert MOST_VECTORS // 2 < fitted["share_KS"].shape[1] <= MOST_VECTORS < 1400
 
 
@@ -331,7 +335,7 @@ def test_rows_that_may_not_stop_yet_count_at_the_iterations_after():
     scores = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.7, 0.6], [0.0, 0.0, 0.0]])
     agrees = torch.ones(3, 3, dtype=torch.bool)
     at_once, later, every_second = (
-        fitted_thresholds(scores, agrees, 1.0, min_rows=2, **fields).tolist()
+        fitted_thresholds(scores, agrees, 1.0, 2, StopSettings(**fields)).tolist()
         for fields in ({}, {"min_loops": 2}, {"check_every": 2})
     )
     assert at_once == pytest.approx([0.1, math.inf, math.inf])

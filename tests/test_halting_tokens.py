@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from innerloop import InputError, LatentModel, Looped, Slr
-from innerloop.cost import Meter, flops_of
-from innerloop.halting import StopKind
+from innerloop.calibrate.loop_scan import scan_loop
+from innerloop.config.stopping import StopKind
+from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods import Method
-from innerloop.survey import survey, use_rule
-from innerloop.thought import think
+from innerloop.model.stopping import use_rule
+from innerloop.passes.thought import think
 from tests.close import assert_close
 from tests.methods.tools import MIXED, PLAIN, QUESTIONS, by_arch, change
 from tests.models import tiny_model
@@ -37,7 +38,7 @@ def looped(kind: str, arch: str = "llama", **fields) -> LatentModel:
         for parameter in model.loop.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     if kappa is None:
-        scores = survey(model, MIXED).scores_TM[:-1]
+        scores = scan_loop(model, MIXED).scores_TM[:-1]
         known = scores[scores.isfinite()].unique()
         at = torch.nonzero(known.diff() > 1e-4)[:, 0]  # so that rounding decides nothing
         at = at[len(at) // 2]

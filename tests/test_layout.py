@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from innerloop import Coconut, Cot, NoCot, Pause, Slr
-from innerloop.backbone import Backbone
-from innerloop.batch import collate
+from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.layout import IGNORE, Kind, Piece, Readout, Row
-from innerloop.speller import Speller
+from innerloop.text.batch import collate
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import IGNORE, Kind, Piece, Readout, Row
 from tests.methods.tools import labels_by_loop
 from tests.models import SPELLED, chain_examples, spelled_tokenizer, tiny_model
 

@@ -10,9 +10,9 @@ import random
 import pytest
 import torch
 
-from innerloop.batch import collate
-from innerloop.layout import ANSWER_PASS, FED, IGNORE, Follow, Kind, Piece, Readout, Row, Told
-from innerloop.step_decoder import told_weights
+from innerloop.model.step_decoder import told_weights
+from innerloop.text.batch import collate
+from innerloop.text.row import ANSWER_PASS, FED, IGNORE, Follow, Kind, Piece, Readout, Row, Told
 
 PAD = 0
 SEEDS = range(12)

@@ -19,15 +19,15 @@ from innerloop import (
     NoCot,
     Pause,
     Slr,
-    cli,
 )
-from innerloop.examples import Example
-from innerloop.layout import Row
+from innerloop.cli.main import main
 from innerloop.measure import evaluate
 from innerloop.measure.likelihood import Likelihood, likelihood
 from innerloop.methods import Method
-from innerloop.speller import Speller
 from innerloop.tasks import Text
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import Row
 from tests.methods.tools import assert_close, change, stir
 from tests.models import tiny_model
 
@@ -158,19 +158,19 @@ def test_text_then_chains_with_one_tokenizer(tmp_path: Path, monkeypatch: pytest
         "out": str(tmp_path / "run"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    assert cli.main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
     known = LatentModel.from_pretrained(tmp_path / "run").tokenizer.get_vocab()
     assert {" loop", " +", " 3", " ;"} <= known.keys()
     pretrained = str(tmp_path / "run" / "stages" / "1")
     task = yaml.safe_dump(raw["task"], default_flow_style=True, width=1000)
-    assert cli.main(["eval", pretrained, "--task", task, "--split", "train"]) == 0
+    assert main(["eval", pretrained, "--task", task, "--split", "train"]) == 0
     result = yaml.safe_load((tmp_path / "run" / "stages" / "1" / "result.json").read_text())
     assert result["n"] == 13 and result["perplexity"] == pytest.approx(math.exp(result["nll"]))
     assert result["ci95"][0] < result["nll"] < result["ci95"][1] and "accuracy" not in result
     asked, generate = [], LatentModel.generate
     monkeypatch.setattr(LatentModel, "generate", lambda model, *a, **k: asked.append(model) or generate(model, *a, **k))
     for run in (pretrained, str(tmp_path / "run")):
-        assert cli.main(["ask", run, "the loop reads", "--max_new_tokens", "2"]) == 0
+        assert main(["ask", run, "the loop reads", "--max_new_tokens", "2"]) == 0
     assert [model.spell.running_text for model in asked] == [True, False]  # a text goes on, a question is answered
-    assert cli.main(["lens", pretrained, "--examples", "1", "--task", task, "--split", "train"]) == 0
+    assert main(["lens", pretrained, "--examples", "1", "--task", task, "--split", "train"]) == 0
     assert asked[-1].spell.running_text

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.trace import Trace
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.trace import Trace
 from tests.close import assert_close
 from tests.methods.tools import FunctionPass, iterate
 

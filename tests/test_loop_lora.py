@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from innerloop import InputError, Slr
-from innerloop.backbone import Backbone
-from innerloop.context import Context
-from innerloop.loop_lora import LoopLora
+from innerloop.decoder.backbone import Backbone
+from innerloop.loop.lora import LoopLora
+from innerloop.passes.context import Context
 from tests.close import assert_close
 from tests.methods.tools import MIXED, assert_same_gradients, gradients
 from tests.models import random_ids, tiny_backbone, tiny_lm, tiny_model

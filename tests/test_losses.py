@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, smooth_l1_loss
 
 from innerloop import InputError, LatentModel, Slr
-from innerloop.layout import IGNORE
-from innerloop.thought import Thought
+from innerloop.passes.thought import Thought
+from innerloop.text.row import IGNORE
 from tests.methods.tools import MIXED, assert_close, halting, labels_by_loop, rows_at, same_weights, thought_of
 from tests.models import tiny_model
 
@@ -135,7 +135,7 @@ def test_halt_trains_the_gate():
 
 def student_and_teacher(**fields) -> LatentModel:
     model = model_of(dataclasses.replace(SMALL, hid_weight=1.0, teacher="-", **fields))
-    model._teacher.append(copy.deepcopy(tiny_model(Slr(), seed=5, num_hidden_layers=2)).double())
+    model._frozen["teacher"] = copy.deepcopy(tiny_model(Slr(), seed=5, num_hidden_layers=2)).double()
     return model
 
 
@@ -198,7 +198,7 @@ def test_rows_that_stop_early_in_evaluation_keep_their_last_output_in_the_terms(
     model = student_and_teacher() if term == "hid" else model_of(dataclasses.replace(SMALL, step_weight=1.0))
     stopping = dataclasses.replace(model.method, stop="delta", stop_threshold=-math.inf)
     twin = LatentModel(model.backbone, model.tokenizer, stopping).double().eval()
-    twin._teacher = model._teacher
+    twin._frozen = model._frozen
     assert math.isfinite(twin.loss(MIXED).terms[term].item())
 
 
@@ -221,7 +221,7 @@ def shown_step(t: int, m: int) -> int | None:
 def test_a_row_that_has_stopped_follows_the_teacher_with_its_last_state(scope, hid_distance):
     method = dataclasses.replace(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_distance=hid_distance)
     model, alone, n_loops = stopping(dataclasses.replace(method, hid_layers="all"))
-    model._teacher.append(tiny_model(Slr(), seed=5, num_hidden_layers=2).double())
+    model._frozen["teacher"] = tiny_model(Slr(), seed=5, num_hidden_layers=2).double()
     total, count = 0.0, 0
     for layer in (1, 2):
         pairs = []

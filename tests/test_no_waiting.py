@@ -6,7 +6,7 @@ The meta device knows shapes alone: whatever would wait for a value (`item`, `to
 import pytest
 import torch
 
-from innerloop.batch import Batch
+from innerloop.engine.decoding import Writer
 from innerloop.methods import (
     Coconut,
     Codi,
@@ -22,8 +22,8 @@ from innerloop.methods import (
     Slr,
     SpiralThinker,
 )
-from innerloop.thought import join, think
-from innerloop.writer import Writer
+from innerloop.passes.thought import join, think
+from innerloop.text.batch import Batch
 from tests.models import tiny_model
 
 QUESTIONS = ["3 ; + 4 ; * 2", "1 ; + 1", "2 ; * 3 ; - 1 ; + 2"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from innerloop import Coconut, Cot, NoCot, Pause, Slr
-from innerloop.layout import BOL, BOT, EOL, EOT, LAT
 from innerloop.methods import Codi, Lotus, Pccot, SpiralThinker
+from innerloop.text.row import BOL, BOT, EOL, EOT, LAT
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

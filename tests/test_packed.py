@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
-from innerloop import memory, packed
-from innerloop.engine import Engine
+from innerloop.decoder import memory, packed
+from innerloop.decoder.packed import PackedWeights
+from innerloop.engine.engine import Engine
+from innerloop.engine.options import EngineOptions
 from innerloop.methods import Cot, Lotus, Method, RelaxedRecursive, Slr
-from innerloop.packed import PackedWeights
 from tests.close import assert_close
 from tests.methods.tools import lean_towards_end
 from tests.models import moved, tiny_model
@@ -139,7 +140,7 @@ def tiny_for(method: Method, arch: str):
 
 def test_between_two_answers_the_model_is_as_it_was():
     model = tiny_for(Cot(), "llama")
-    for _ in Engine(model, 9, batch_size=1).run(QUESTIONS):
+    for _ in Engine(model, EngineOptions(max_new_tokens=9, batch_size=1)).run(QUESTIONS):
         assert not packed_in(model)
     assert not packed_in(model)
 
@@ -187,7 +188,7 @@ def test_weights_that_change_between_two_answers_are_seen():
     for model, most in zip(models, (packed.MOST_BYTES, 0)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packed, "MOST_BYTES", most)
-            answers = Engine(model, 9, batch_size=1).run(QUESTIONS)
+            answers = Engine(model, EngineOptions(max_new_tokens=9, batch_size=1)).run(QUESTIONS)
             first = next(answers)
             with torch.no_grad():
                 for parameter in model.backbone.layers.parameters():

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from innerloop import Cot, Pause, Slr, prefix
-from innerloop.edit import edited
+from innerloop import Cot, Pause, Slr
+from innerloop.engine import shared_prefix as prefix
+from innerloop.engine.decoding import Writer
+from innerloop.loop.hooks import edited
 from innerloop.measure.latents import Recorder
-from innerloop.writer import Writer
 from tests.close import assert_close
 from tests.methods.tools import ROUNDED, lean_towards_end, passes, sharp_model, stir
 from tests.models import tiny_model

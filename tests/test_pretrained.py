@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerloop.examples import Example
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Method, Slr
-from innerloop.model import LatentModel
+from innerloop.text.examples import Example
 from tests.close import assert_close
 
 FOLDER = Path(__file__).parents[1] / "models" / "smollm2-135m"

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from innerloop.methods import Slr
-from innerloop.recipe import parse_recipe
+from innerloop.train.recipe import parse_recipe
 from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from innerloop.cli import main
+from innerloop.cli.main import main
 from innerloop.methods import Cot, Method, Pause, Slr
 from tests.models import moved, saved, tiny_model
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from innerloop import rooms
-from innerloop.context import Context
+from innerloop.decoder import kv_buffer as rooms
+from innerloop.decoder.kv_buffer import RoomLayer, WindowLayer
 from innerloop.methods import Cot
-from innerloop.rooms import RoomLayer, WindowLayer
+from innerloop.passes.context import Context
 from tests.close import assert_close
 from tests.models import tiny_backbone, tiny_model
 

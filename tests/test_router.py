@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from innerloop.depth.router import (
+from innerloop.methods.depth.router import (
     Notes,
     Router,
     gate_of,

@@ -9,10 +9,10 @@ import torch
 
 from innerloop import Slr
 from innerloop.errors import InputError
-from innerloop.progress import StopOnInterrupt
-from innerloop.recipe import BackboneChoice, Recipe
-from innerloop.run import build, prepare_stage, run_recipe
 from innerloop.tasks import Chain
+from innerloop.train.callbacks import StopOnInterrupt
+from innerloop.train.recipe import BackboneChoice, Recipe
+from innerloop.train.run import build, prepare_stage, run_recipe
 from tests.close import assert_close
 from tests.models import chain_examples, saved, tiny_model
 

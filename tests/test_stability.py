@@ -8,19 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.measure.stability import (
-    LoopStability,
-    Spread,
-    Stability,
-    diverged_rate,
-    spectral_radius,
-    stability,
-    watch_loop,
-)
-from innerloop.methods import Coconut, Cot, Lotus, Pause, Slr
+from innerloop.loop.loop import InnerLoop
+from innerloop.measure.loop_dynamics import spectral_radius, watch_loop
+from innerloop.measure.stability import LoopStability, Spread, Stability, diverged_rate, stability
+from innerloop.methods import Coconut, Cot, Pause, Slr
 from tests.built import LATENTS, built
 from tests.close import assert_close
 from tests.methods.tools import iterate
@@ -157,7 +150,16 @@ def test_a_loop_in_words():
     assert Stability().sentences() == [] and Spread.of(torch.tensor([math.nan])) is None
 
 
-MEASURED = ("slots, kv_last", "slots, a token for the time", "last", "append", "lotus", "pccot", "spiralthinker")
+MEASURED = (
+    "slots, kv_last",
+    "slots, a token for the time",
+    "last",
+    "append",
+    "lotus",
+    "lotus, refeed",
+    "pccot",
+    "spiralthinker",
+)
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -205,8 +207,3 @@ def test_the_rate_of_diverged_runs():
     assert rate["ci95"][0] < 0.4 < rate["ci95"][1]
     with pytest.raises(InputError):
         diverged_rate([])
-
-
-def test_lotus_is_measured_at_all_its_passes():
-    model = tiny_model(Lotus(n_blocks=2, latents_per_block=2, last_pass="refeed"))
-    assert len(stability(model, chain_examples(2), n_jacobians=0).loops) == 3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop.stabilize import Rescale, Residual, TimeEmbedding, rms
+from innerloop.loop.stabilize import Rescale, Residual, TimeEmbedding, rms
 from tests.close import assert_close
 
 KINDS = ("none", "sum", "A", "B")

@@ -8,11 +8,11 @@ import yaml
 
 from innerloop import Example, LatentModel
 from innerloop.errors import InputError
-from innerloop.layout import Kind
 from innerloop.methods import Cot, SpiralThinker
-from innerloop.recipe import load_recipe
-from innerloop.run import run_recipe
-from innerloop.step_labels import check_labels, chosen_steps, label_steps
+from innerloop.methods.latent.step_labels import check_labels, chosen_steps, label_steps
+from innerloop.text.row import Kind
+from innerloop.train.recipe import load_recipe
+from innerloop.train.run import run_recipe
 from tests.methods.tools import MIXED, change, learn
 from tests.models import chain_examples, tiny_model
 from tests.test_trainer import make_trainer

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from innerloop import LatentModel
-from innerloop.backbone import Backbone
+from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
-from innerloop.layout import Row
 from innerloop.methods import SpiralThinker
-from innerloop.teacher import TeacherCache, positions
+from innerloop.model.teacher_cache import TeacherCache, positions
+from innerloop.text.row import Row
 from tests.close import assert_close
 from tests.methods.tools import MIXED, change
 from tests.models import tiny_model

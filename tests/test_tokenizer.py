@@ -2,8 +2,8 @@
 
 import pytest
 
-from innerloop.examples import Example
-from innerloop.tokenizer import END, PAD, UNKNOWN, train_tokenizer
+from innerloop.text.examples import Example
+from innerloop.text.tokenizer import END, PAD, UNKNOWN, train_tokenizer
 from tests.models import chain_examples
 
 WORDS = Example("Tom has 12 cats; who's Tom_2?\nÜber-naïve, 50% (x*y)", ("12 + 3 = 15", "cats - 1"), "Tom's # 7")

@@ -14,14 +14,15 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from innerloop import adapters, checkpoint
+from innerloop.decoder import adapters
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, SimCot, Slr
-from innerloop.model import LatentModel
+from innerloop.model import checkpoint
 from innerloop.tasks import Chain
-from innerloop.trainer import DivergedError, LatentTrainer
-from innerloop.training_arguments import training_arguments
+from innerloop.text.examples import Example
+from innerloop.train.trainer import DivergedError, LatentTrainer
+from innerloop.train.training_arguments import training_arguments
 from tests.close import assert_close
 from tests.models import chain_examples, tiny_model
 
@@ -108,7 +109,7 @@ def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: P
     def adapted(seed: int) -> LatentModel:
         torch.manual_seed(seed)
         model = tiny_model(Pause(n_pauses=2))  # what LoRA leaves as it is is no part of a checkpoint
-        adapters.add_lora(model, {"r": 2})
+        adapters.add_lora(model.backbone, model.marker_ids(), {"r": 2})
         return model
 
     assert_goes_on_as_if_uninterrupted(tmp_path, adapted, max_steps=6)
@@ -221,7 +222,7 @@ def test_a_loss_far_above_guessing_stops_the_run(tmp_path: Path):
 
 def test_the_best_model_by_validation_accuracy_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     accuracies = iter([0.25, 0.75, 0.5, 0.0])
-    monkeypatch.setattr("innerloop.trainer.accuracy_of", lambda predictions: next(accuracies))
+    monkeypatch.setattr("innerloop.train.trainer.accuracy_of", lambda predictions: next(accuracies))
     model, seen = tiny_model(NoCot()), {}
 
     class Remember(TrainerCallback):
@@ -238,7 +239,7 @@ def test_the_best_model_by_validation_accuracy_is_kept(tmp_path: Path, monkeypat
 
 def test_only_the_last_stage_competes_for_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     accuracies = iter([1.0, 1.0, 0.5, 0.25])
-    monkeypatch.setattr("innerloop.trainer.accuracy_of", lambda predictions: next(accuracies))
+    monkeypatch.setattr("innerloop.train.trainer.accuracy_of", lambda predictions: next(accuracies))
     method = Coconut(
         latents_per_step=1, max_stage=1, stage_unit="step", stage_length=2
     )  # the last stage from step 4 on
@@ -269,7 +270,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_untouched(tmp_path: Path, m
 
 def test_lora_trains_low_rank_updates_and_marker_rows_alone(tmp_path: Path):
     model = tiny_model(Pause(n_pauses=2))
-    adapters.add_lora(model, {"r": 2})
+    adapters.add_lora(model.backbone, model.marker_ids(), {"r": 2})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -378,7 +379,7 @@ def copies(model: LatentModel) -> dict:
 
 def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    adapters.freeze(model)
+    adapters.freeze(model.backbone, model.marker_ids())
     before = copies(model)
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = trained_names(before, model)
@@ -411,7 +412,7 @@ def test_a_decoder_is_trained_validated_and_saved(method, tmp_path: Path):
 def test_a_decoder_is_trained_on_a_frozen_backbone_with_the_rate_of_the_parts(method, tmp_path: Path):
     for rate, moves in ((1e-2, True), (0.0, False)):
         model = tiny_model(method)
-        adapters.freeze(model)
+        adapters.freeze(model.backbone, model.marker_ids())
         before = copies(model)
         make_trainer(tmp_path / str(rate), model, max_steps=2, parts_learning_rate=rate, learning_rate=1e-2).train()
         changed = trained_names(before, model)
@@ -431,7 +432,7 @@ def test_accumulated_micro_batches_of_a_decoder_have_the_loss_of_the_whole(metho
 
 def test_a_frozen_backbone_may_train_from_a_step_on(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    adapters.freeze(model)
+    adapters.freeze(model.backbone, model.marker_ids())
     before, seen = copies(model), {}
 
     class Look(TrainerCallback):

@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 
-from innerloop.backbone import Backbone
-from innerloop.checkpoint import from_scratch
-from innerloop.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
+from innerloop.decoder.backbone import Backbone
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Cot, Looped, Method, RelaxedRecursive
-from innerloop.model import LatentModel
+from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
 from tests.close import assert_close
-from tests.models import answers_of, chain_tokenizer, random_ids, tiny_backbone
+from tests.models import answers_of, chain_tokenizer, from_scratch, random_ids, tiny_backbone
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.2}
 OTHERS = {
@@ -105,7 +104,7 @@ def test_other_decoders_loop_and_are_relaxed(arch):
     plain = answers_of(model)
     assert torch.equal(answers_of(LatentModel(model.backbone, model.tokenizer, Looped(max_loops=1)).eval()), plain)
     backbone, method = Backbone(copy.deepcopy(model.backbone.lm)), RelaxedRecursive(rank=1000)
-    start = method.convert(backbone)
+    start = method.convert(backbone, None)
     relaxed = LatentModel(backbone, model.tokenizer, method).eval()
     torch.nn.ModuleDict(relaxed.parts()).load_state_dict(start, strict=False)
     assert_close(answers_of(relaxed), plain, 1e-4)

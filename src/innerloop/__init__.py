@@ -2,9 +2,9 @@
 
 __version__ = "0.1.0"
 
-from innerloop.attempts import Attempts
+from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError
-from innerloop.examples import Example, read_examples, write_examples
 from innerloop.methods import (
     AdaInfer,
     Coconut,
@@ -27,10 +27,10 @@ from innerloop.methods import (
     SpiralThinker,
     Tah,
 )
-from innerloop.model import LatentModel
 from innerloop.tasks import Chain, Gsm8k, ProsQA
-from innerloop.trainer import LatentTrainer
-from innerloop.training_arguments import LatentTrainingArguments
+from innerloop.text.examples import Example, read_examples, write_examples
+from innerloop.train.trainer import LatentTrainer
+from innerloop.train.training_arguments import LatentTrainingArguments
 
 __all__ = [
     "AdaInfer",

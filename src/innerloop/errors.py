@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -81,7 +82,7 @@ def told_type(kind: Any) -> str:
         origin, inner = get_origin(part) or part, get_args(part)
         if origin is Literal:
             told.append(f"one of {', '.join(map(str, inner))}")
-        elif isinstance(origin, type) and issubclass(origin, Mapping):
+        elif is_dataclass(origin) or (isinstance(origin, type) and issubclass(origin, Mapping)):
             told.append("fields, as {name: value}")
         elif isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str:
             item = inner[0] if inner else str

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from innerloop import LatentModel
-from innerloop.generation import Generation
+from innerloop.engine.generation import Generation
 from tests.methods.tools import QUESTIONS
 
 

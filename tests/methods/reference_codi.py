@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from innerloop import Example
-from innerloop.losses import LossSettings
+from innerloop.config.losses import LossSettings
 from innerloop.methods import Pccot
 from tests.methods.reference import Reference, Thoughts
 

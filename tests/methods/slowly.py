@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from innerloop import LatentModel
-from innerloop.layout import Kind, Piece, Row
+from innerloop.text.row import Kind, Piece, Row
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
-from innerloop.batch import Batch
-from innerloop.cost import Meter, flops_of
-from innerloop.depth.exit_pass import ExitCache
+from innerloop.calibrate.loop_scan import scan_loop
+from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
-from innerloop.survey import survey, use_rule
-from innerloop.thought import Thought
+from innerloop.methods.depth.exit_pass import ExitCache
+from innerloop.model.stopping import use_rule
+from innerloop.passes.thought import Thought
+from innerloop.text.batch import Batch
 from tests.close import assert_close
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change
 from tests.models import random_ids, tiny_model
@@ -60,7 +61,7 @@ def read(
     """Read whole rows; ``wanted_BS`` says how many sections each token shall run."""
     batch = model.batch(model.rows(examples))
     context = model.new_context(batch, meter)
-    context.wanted_BS = wanted_BS
+    context.depth.wanted_BS = wanted_BS
     with torch.no_grad():
         thought = model.think(batch, context=context)
         model.written_logits(batch, thought)
@@ -71,7 +72,7 @@ def logits_with(model: LatentModel, examples, wanted_BS: Tensor) -> list[Tensor]
     """Return the logits of what is written when tokens leave after known numbers of sections."""
     batch = model.batch(model.rows(examples))
     context = model.new_context(batch)
-    context.wanted_BS = wanted_BS
+    context.depth.wanted_BS = wanted_BS
     with torch.no_grad():
         return list(model.written_logits(batch, model.think(batch, context=context)).split(batch.n_targets))
 
@@ -135,7 +136,7 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
     model = on(base(arch), change(LEAVES, stop_threshold=math.inf))
     ids = random_ids(1, 9) % model.backbone.config.vocab_size
     context = model.new_context(model.batch(model.rows(MIXED[:1])))
-    context.asked_B = None
+    context.depth.asked_B = None
     with torch.no_grad():
         states = context.read(model.backbone.embed(ids))
         theirs = model.backbone.lm(input_ids=ids).logits
@@ -148,8 +149,8 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
 def features_of(model: LatentModel, examples=MIXED) -> Tensor:
     """Return what a classifier would look at (T, M, F)."""
     use_rule(model, stop="classifier", stop_features=("gap", "top", "attention", "mlp", "block", "depth"))
-    model.loop.stop.judge.clear()
-    found = survey(model, examples).features_TMF
+    model.loop.stop.classifier.clear()
+    found = scan_loop(model, examples).features_TMF
     assert found is not None
     return found
 
@@ -226,7 +227,7 @@ def test_layers_that_do_nothing_are_noticed_after_the_first_of_them(arch):
     assert set(thought.deep[-1].depths_BL.flatten()[batch.predict_at_U].tolist()) == {m + 1}
     features = features_of(on(model, AdaInfer(exits=every[1:])))
     assert features[m - 1 :, :, 4].min() > 1 - 1e-5 and features[0, :, 4].max() < 1 - 1e-3
-    agrees = survey(on(model, AdaInfer(exits=every, stop="gap")), MIXED).agrees_TM
+    agrees = scan_loop(on(model, AdaInfer(exits=every, stop="gap")), MIXED).agrees_TM
     assert agrees[m - 1 :].all() and not agrees[0].all()
 
 
@@ -272,8 +273,8 @@ def token_by_token(model: LatentModel, example, wanted_S: Tensor) -> tuple[Tenso
     """Return the states (S, D) of a row that is read in pieces, and the cache."""
     batch = model.batch(model.rows([example]))
     context = model.new_context(batch)
-    context.wanted_BS = wanted_S[None]
-    embeds, n_asked = model.backbone.embed(batch.ids_BS), int(context.asked_B) + 1
+    context.depth.wanted_BS = wanted_S[None]
+    embeds, n_asked = model.backbone.embed(batch.ids_BS), int(context.depth.asked_B) + 1
     with torch.no_grad():
         parts = [context.read(embeds[:, :n_asked])]
         parts += [context.read(embeds[:, i : i + 1]) for i in range(n_asked, embeds.shape[1])]
@@ -359,7 +360,7 @@ def test_flops_of_a_row_are_those_of_what_was_run(policy, arch):
     backbone, meter = model.backbone, Meter(1, model.device)
     _, thought = read(model, MIXED[3:4], meter=meter)
     depths = thought.deep[-1].depths_BL[0]
-    n_asked = int(thought.context.asked_B)
+    n_asked = int(thought.context.depth.asked_B)
     assert len(set(depths[n_asked:].tolist())) > 1
     ends = torch.tensor([0, *EXITS, L])
     sections = torch.bucketize(depths, ends)

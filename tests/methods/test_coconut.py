@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from innerloop import Coconut, InputError, Slr
-from innerloop.layout import IGNORE
+from innerloop.text.row import IGNORE
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from innerloop import Coconut, Cot, Example, InputError
-from innerloop.layout import ANSWER_PASS, Follow, Kind, Row
-from innerloop.losses import follow_loss
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Codi, Lotus
-from innerloop.model import LatentModel
+from innerloop.model.losses import follow_loss
+from innerloop.text.row import ANSWER_PASS, Follow, Kind, Row
 from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.reference_codi import CodiReference
 from tests.methods.slowly import assert_batch_is_its_rows, assert_decodes_as_forced, assert_terms_of_the_reference
@@ -236,7 +236,11 @@ def test_5_a_common_scale_of_student_and_teacher_changes_smooth_l1_alone(hid_dis
     answer, distances = thought.answer, []
     for scale in (1.0, 7.0):
         thought.answer = tuple(state * scale for state in answer)
-        distances.append(follow_loss(model, batch, thought, tuple(target * scale for target in targets)).item())
+        distances.append(
+            follow_loss(
+                model.loss_inputs(batch, thought), tuple(target * scale for target in targets), model.method.losses
+            ).item()
+        )
     assert (distances[1] == pytest.approx(distances[0], rel=1e-5)) == (hid_distance != "smooth_l1")
 
 
@@ -246,7 +250,7 @@ def test_6_no_gradient_runs_through_the_teacher(hid_distance):
     fields = {"hid_distance": hid_distance, "answer_weight": 0.0}
     own = on("llama", change(BASE, teacher_weight=0.0, **fields))
     apart = same_weights(own, change(BASE, teacher="-", teacher_weight=0.0, **fields))
-    apart._teacher.append(copy.deepcopy(own))
+    apart._frozen["teacher"] = copy.deepcopy(own)
     by_kd = gradients(own, own.loss(MIXED).loss)
     other = gradients(apart, apart.loss(MIXED).loss)
     assert all(torch.equal(by_kd[name], other[name]) for name in by_kd)

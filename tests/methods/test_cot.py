@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from innerloop import Cot, InputError, NoCot, Slr
-from innerloop.batch import collate
-from innerloop.layout import IGNORE
+from innerloop.text.batch import collate
+from innerloop.text.row import IGNORE
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 
-from innerloop.curriculum import uniforms
+from innerloop.config.curriculum import uniforms
 from innerloop.methods import Icot
-from innerloop.methods.icot import removal_offset
-from innerloop.show import row_view
+from innerloop.methods.text.icot import removal_offset
+from innerloop.terminal.views import row_view
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -149,7 +149,7 @@ def test_5_kept_positions_are_shown():
     model = on("gpt2", change(PLAIN, keep_position=True))
     (row,) = model.rows(MIXED[2:3], 3)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(row_view(row, model.tokenizer, 190))
+    console.print(row_view(row, model.tokenizer))
     positions = [int(word) for word in console.export_text().splitlines()[2].split()]
     n_asked = len(row.prefix[0].ids)
     assert positions == [*range(n_asked), *range(n_asked + 3, len(row) + 3)]

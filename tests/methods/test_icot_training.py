@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from innerloop import NoCot
 from innerloop.errors import InputError
-from innerloop.examples import Example
 from innerloop.methods import Icot
+from innerloop.text.examples import Example
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, LoopRegularised
-from innerloop.depth.tying import rebuild
-from innerloop.methods.loop_regularised import likeness
+from innerloop.methods.depth.loop_regularised import likeness
+from innerloop.methods.depth.tying import rebuild
 from tests.close import assert_close
 from tests.methods.test_looped import NO_DROPOUT, assert_same, texts
 from tests.methods.tools import MIXED, by_arch, gradients

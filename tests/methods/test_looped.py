@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from innerloop import Cot, LatentModel, Looped
-from innerloop.backbone import Backbone
-from innerloop.depth.tying import rebuild
+from innerloop.decoder.backbone import Backbone
+from innerloop.methods.depth.tying import rebuild
 from tests.close import assert_close
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, lean_towards_end, learn, logits_of, with_token
 from tests.models import chain_examples, tiny_model

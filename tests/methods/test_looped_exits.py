@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, cross_entropy, kl_div
 
 from innerloop import LatentModel
-from innerloop.depth.exits import distribution_loss, exit_distribution, improvement_loss
+from innerloop.halting.learned import exit_distribution
+from innerloop.methods.depth.exits import distribution_loss, improvement_loss
 from tests.close import assert_close
 from tests.methods.test_looped import assert_same, gap, looped, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, logits_of, with_token

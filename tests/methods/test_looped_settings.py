@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, Looped
-from innerloop.backbone import Backbone
-from innerloop.depth.tying import rebuild
+from innerloop.decoder.backbone import Backbone
 from innerloop.methods import Method
+from innerloop.methods.depth.tying import rebuild
 from tests.close import assert_close
 from tests.methods.test_looped import assert_same, gap, looped, stirred, texts
 from tests.methods.tools import MIXED, by_arch
@@ -20,7 +20,7 @@ from tests.models import chain_examples, saved, tiny_model
 def converted(original: LatentModel, method: Method) -> LatentModel:
     """Convert a copy of a model."""
     backbone = Backbone(copy.deepcopy(original.backbone.lm))
-    assert method.convert(backbone) is None
+    assert method.convert(backbone, None) is None
     return LatentModel(backbone, original.tokenizer, method).eval()
 
 

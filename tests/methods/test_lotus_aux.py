@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus
-from innerloop.model import LatentModel
-from innerloop.step_decoder import group_latents, told_loss
+from innerloop.model.step_decoder import group_latents, told_loss
 from tests.methods.reference_lotus import LotusReference, shortened
 from tests.methods.slowly import assert_terms_of_the_reference
 from tests.methods.tools import (
@@ -77,12 +77,15 @@ def test_told_loss_is_the_mean_over_tokens_of_steps_told_one_by_one(arch):
     model.written_logits(batch, thought)
     (sites,) = batch.told
     decoder, losses = model.step_decoder.own.lm, []
-    for latents, ids, targets in zip(group_latents(model, batch, thought, sites), sites.ids_GL, sites.targets_GL):
+    for latents, ids, targets in zip(
+        group_latents(model.loss_inputs(batch, thought), model.loop, sites), sites.ids_GL, sites.targets_GL
+    ):
         ids = ids[: (targets >= 0).sum()]
         prompt = torch.cat([latents, model.backbone.embed(ids[:-1])])
         logits = decoder(inputs_embeds=prompt[None], use_cache=False).logits[0, 3:]
         losses.append(cross_entropy(logits, ids, reduction="none"))
-    assert_close(told_loss(model, batch, thought), torch.cat(losses).mean())
+    told = told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop)
+    assert_close(told, torch.cat(losses).mean())
     assert len(losses) == sum(min(len(example.steps), 3) for example in MIXED)
 
 
@@ -106,7 +109,7 @@ def test_the_gradient_reaches_the_latents_of_every_block_that_has_a_step(arch, f
     thought = model.think(batch)
     model.written_logits(batch, thought)
     thought.answer = tuple(state.detach().requires_grad_() for state in thought.answer)
-    told_loss(model, batch, thought).backward()
+    told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop).backward()
     reached = thought.answer[-1].grad[:, :12].abs().amax(2).unflatten(1, (3, 4)) > 0
     assert reached.all(2).tolist() == reached.any(2).tolist() == [[True, False, False], [True, True, False]]
     model.zero_grad()
@@ -222,9 +225,12 @@ def test_shuffled_latents_are_those_of_the_same_block_of_another_row():
     thought = thought_of(model, examples)
     with torch.no_grad():
         model.written_logits(batch, thought)
-        own, shuffled = (told_loss(model, batch, thought, shuffled) for shuffled in (False, True))
+        own, shuffled = (
+            told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop, shuffled)
+            for shuffled in (False, True)
+        )
         thought.answer = (thought.answer[-1].flip(0),)
-        assert_close(shuffled, told_loss(model, batch, thought))
+        assert_close(shuffled, told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop))
     assert abs(shuffled - own) > 1e-3
 
 
@@ -234,7 +240,7 @@ def test_latents_tell_their_steps_greedily():
     batch = model.batch(model.rows(MIXED))
     thought = thought_of(model, MIXED)
     model.written_logits(batch, thought)
-    latents, decoder = group_latents(model, batch, thought, batch.told[0]), model.step_decoder
+    latents, decoder = group_latents(model.loss_inputs(batch, thought), model.loop, batch.told[0]), model.step_decoder
     eos = model.tokenizer.eos_token_id
     for one, ids in zip(latents, decoder.tell(latents, model.backbone, eos, max_tokens=5)):
         written = []

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from innerloop import Chain, Coconut
-from innerloop.context import Context
-from innerloop.layout import ANSWER_PASS
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus
-from innerloop.model import LatentModel
-from innerloop.thought import RegionPass
+from innerloop.passes.context import Context
+from innerloop.passes.thought import RegionPass
+from innerloop.text.row import ANSWER_PASS
 from tests.methods.reference import Reference
 from tests.methods.reference_lotus import LotusReference
 from tests.methods.tools import (

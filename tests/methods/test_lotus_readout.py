@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from innerloop import InputError, Slr
-from innerloop.layout import ANSWER_PASS
 from innerloop.measure.readout import Shown, shown_steps, summary
 from innerloop.methods import Lotus
+from innerloop.text.row import ANSWER_PASS
 from tests.close import assert_close
 from tests.methods.reference_lotus import LotusReference
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change, choices, halting, learn, on

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from innerloop import Cot, InputError, LatentModel, Mod
-from innerloop.cost import Meter
-from innerloop.methods.mod import calibrate
+from innerloop.calibrate.router_thresholds import calibrate_routers
+from innerloop.decoder.cost import Meter
 from tests.close import assert_close
 from tests.methods.reference_routing import IDS, LENGTH, read, some_ids
 from tests.methods.tools import learn
@@ -79,7 +79,7 @@ def test_thresholds_follow_the_quantiles_of_the_training_batches():
 
 def test_calibrated_thresholds_let_the_share_through_that_was_asked_for():
     model = scattered(CALIBRATED).train()
-    calibrate(model, EXAMPLES, batch_size=3)
+    calibrate_routers(model, EXAMPLES, batch_size=3)
     assert model.training
     model.eval()
     thought = model.think(model.batch(model.rows(EXAMPLES)))
@@ -87,7 +87,7 @@ def test_calibrated_thresholds_let_the_share_through_that_was_asked_for():
     assert thought.deep[0].measured["selected"][0].item() == pytest.approx(0.3, abs=0.05)
     assert "quantile" not in thought.deep[0].measured
     with pytest.raises(InputError, match="calibrated for mod with causality=calibrated"):
-        calibrate(tiny_model(Mod()), EXAMPLES)
+        calibrate_routers(tiny_model(Mod()), EXAMPLES)
 
 
 def test_a_retrofit_starts_at_the_base_model_while_the_capacity_is_one():

@@ -8,7 +8,7 @@ import torch
 from pytest import MonkeyPatch
 
 from innerloop import Cot, LatentModel, Mor
-from innerloop.cost import Meter
+from innerloop.decoder.cost import Meter
 from tests.methods.reference_routing import (
     IDS,
     LENGTH,

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import InputError, NoCot, Pause, Slr
-from innerloop.layout import IGNORE
+from innerloop.text.row import IGNORE
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from innerloop import Cot, Example, InputError, LatentModel, Looped, RecurrentDepth
-from innerloop.cost import Meter
-from innerloop.depth.recurrence import mean_cosine, noise_at
+from innerloop.decoder.cost import Meter
+from innerloop.methods.depth.initial_state import mean_cosine, noise_at
 from tests.methods.reference_recurrence import (
     IDS,
     LENGTH,
@@ -98,7 +98,7 @@ def test_windowed_layers_keep_their_kind_when_others_are_dropped():
         num_hidden_layers=5,
         layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
     )
-    RecurrentDepth(n_prelude=1, n_core=1, n_coda=1).convert(base.backbone)
+    RecurrentDepth(n_prelude=1, n_core=1, n_coda=1).convert(base.backbone, None)
     assert base.backbone.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
     assert [layer.self_attn.layer_idx for layer in base.backbone.layers] == [0, 1, 2]
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from innerloop import Chain, LatentModel
-from innerloop.calibrate import calibrate
-from innerloop.cost import Meter
+from innerloop.calibrate.calibrate import calibrate
+from innerloop.calibrate.settings import CalibrationSettings
+from innerloop.decoder.cost import Meter
 from tests.methods.reference_recurrence import (
     IDS,
     LENGTH,
@@ -343,7 +344,7 @@ def test_flops_follow_the_depths_and_looking_at_words_is_counted():
 @pytest.mark.parametrize("rule", ["delta", "kl_reverse"])
 def test_thresholds_are_calibrated_for_it(rule):
     model, task = recurrent(), Chain(n_ops=2, n_valid=12)
-    found = calibrate(model, task, task.examples("valid"), rule, agreement=0.9, max_new_tokens=4)
+    found = calibrate(model, task, task.examples("valid"), rule, CalibrationSettings(agreement=0.9, max_new_tokens=4))
     assert found.model is model and model.method.stop == rule
     assert found.report["tokens"]["agreement"] >= 0.9 and found.report["chosen"]["mean_loops"] < 4
 

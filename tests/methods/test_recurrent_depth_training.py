@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from innerloop import LatentModel, LatentTrainer, LatentTrainingArguments, Looped, RecurrentDepth, Slr
-from innerloop.depth.recurrence import Ramp
-from innerloop.loop_sampling import draw_loops
+from innerloop.loop.sampling import draw_loops
+from innerloop.methods.depth.initial_state import Ramp
 from tests.methods.reference_recurrence import PLAIN, recurrent, with_settings
 from tests.methods.tools import (
     MIXED,

@@ -19,10 +19,10 @@ from innerloop import (
     Looped,
     RelaxedRecursive,
 )
-from innerloop.backbone import Backbone
-from innerloop.depth.residual_lora import key_of, truncated
-from innerloop.depth.tying import rebuild, stepwise
-from innerloop.distil import divergence
+from innerloop.decoder.backbone import Backbone
+from innerloop.methods.depth.residual_lora import key_of, truncated
+from innerloop.methods.depth.tying import rebuild, stepwise
+from innerloop.model.distillation import divergence
 from tests.close import ROUNDED, assert_close
 from tests.methods.test_looped import NO_DROPOUT, assert_same, gap, stirred, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, learn, logits_of, with_token
@@ -48,7 +48,7 @@ def source(arch: str = "llama", n_layers: int = 4, **changes) -> LatentModel:
 def converted(original: LatentModel, **fields) -> LatentModel:
     """Convert a copy of a model in memory, as loading it from a folder does."""
     backbone, method = Backbone(copy.deepcopy(original.backbone.lm)), RelaxedRecursive(**fields)
-    start = method.convert(backbone)
+    start = method.convert(backbone, None)
     model = LatentModel(backbone, original.tokenizer, method)
     parts = torch.nn.ModuleDict(model.parts())
     parts.load_state_dict({**parts.state_dict(), **start})

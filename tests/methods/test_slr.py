@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import Slr
-from innerloop.layout import IGNORE
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
+from innerloop.config.loop import LoopSettings
+from innerloop.loop.loop import InnerLoop
+from innerloop.text.row import IGNORE
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from innerloop import Codi, LatentModel, Slr
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
+from innerloop.config.loop import LoopSettings
+from innerloop.loop.loop import InnerLoop
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     FULL,

@@ -5,11 +5,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import InputError, LatentModel, Slr
-from innerloop.layout import Kind
-from innerloop.loop import InnerLoop
-from innerloop.loop_settings import LoopSettings
-from innerloop.losses import distance
-from innerloop.stabilize import TIME_WIDTH, sines
+from innerloop.config.loop import LoopSettings
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.stabilize import TIME_WIDTH, sines
+from innerloop.model.losses import distance
+from innerloop.text.row import Kind
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
@@ -419,7 +419,7 @@ def test_the_optimizer_is_kept_over_stages_unless_told_otherwise():
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])
 def test_the_teacher_is_followed_by_the_mean_of_the_latents_or_by_the_last(site, scope):
     model = sharp_model(change(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_site=site))
-    model._teacher.append(base("gpt2"))
+    model._frozen["teacher"] = base("gpt2")
     example, total = MIXED[0], []
     with states(model) as seen, torch.no_grad():
         term = model.loss([example]).terms["hid"]

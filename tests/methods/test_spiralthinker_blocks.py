@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from innerloop import Example
-from innerloop import writer as writing
-from innerloop.layout import Kind, Piece, Row
+from innerloop.engine import decoding as writing
 from innerloop.methods import SpiralThinker
+from innerloop.text.row import Kind, Piece, Row
 from tests.methods.spiralthinker_reference import SPIRAL, Spiral, student
 from tests.methods.tools import (
     MIXED,

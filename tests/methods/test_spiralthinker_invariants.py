@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from innerloop import Example
-from innerloop.losses import follow_loss
 from innerloop.methods import Lotus, Pause, SpiralThinker
-from innerloop.methods.spiralthinker import pass_weights
+from innerloop.methods.latent.spiralthinker import pass_weights
+from innerloop.model.losses import follow_loss
 from tests.methods.reference import Reference
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
 from tests.methods.tools import (
@@ -249,7 +249,7 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(hid_distanc
         thought = model.think(link, context=context)
         model.written_logits(link, thought)
         context, found = thought.after, []
-        losses.append(follow_loss(model, link, thought, targets).item())
+        losses.append(follow_loss(model.loss_inputs(link, thought), targets, model.method.losses).item())
         for sites in link.follows:  # every pass gets the states of a teacher at the sites, in all layers
             passed = thought.answer if sites.loop == 0 else thought.layer_states[sites.loop - 1]
             start = thought.first_column if sites.loop == 0 else link.bounds[0]
@@ -264,7 +264,7 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(hid_distanc
                 thought.answer = tuple(layers)
             else:
                 thought.layer_states[sites.loop - 1] = tuple(layers)
-        loss = follow_loss(model, link, thought, targets)
+        loss = follow_loss(model.loss_inputs(link, thought), targets, model.method.losses)
         assert losses.pop() > 0.1 and loss.item() == 0
         loss.backward()
         assert all(state.grad is None or state.grad.abs().max() == 0 for state in found)
@@ -272,7 +272,7 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(hid_distanc
 
 def test_8_the_teacher_learns_nothing():
     model = student("gpt2", ALIGNED)
-    teacher = model._teacher[0]
+    teacher = model._frozen["teacher"]
     assert all(p.requires_grad for p in teacher.parameters())
     teacher.zero_grad()
     model.loss(MIXED).loss.backward()

@@ -6,11 +6,11 @@ A row is drawn as prefix | region | suffix, links joined by =>; Tn is step n, L 
 import pytest
 
 from innerloop.errors import InputError
-from innerloop.examples import Example
-from innerloop.layout import ANSWER_PASS, Kind
 from innerloop.methods import SpiralThinker
-from innerloop.methods.spiralthinker import pass_weights
-from innerloop.speller import Speller
+from innerloop.methods.latent.spiralthinker import pass_weights
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import ANSWER_PASS, Kind
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
 from tests.methods.tools import MIXED, change
 from tests.models import chain_tokenizer, tiny_model

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from innerloop import Cot, LatentModel, Tah
-from innerloop.depth.duo import sees
 from innerloop.methods import Method
+from innerloop.methods.depth.duo_attention import sees
 from tests.methods.reference_tah import columns, read, slow
 from tests.methods.tools import MIXED, assert_close, base, by_arch, change, on, stir
 from tests.models import random_ids, tiny_model

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from innerloop import Cot, InputError, LatentModel, Tah, write_examples
-from innerloop.backbone import Backbone
-from innerloop.depth.decider import Decider, usual_layers
-from innerloop.depth.prune import loss_without, prune_layers
-from innerloop.recipe import parse_recipe
+from innerloop.decoder.backbone import Backbone
+from innerloop.methods.depth.decider import Decider, usual_layers
+from innerloop.methods.depth.prune import loss_without, prune_layers
+from innerloop.train.recipe import parse_recipe
 from tests.methods.tools import MIXED, by_arch
 from tests.models import chain_examples, saved, tiny_backbone, tiny_model
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from innerloop import Cot, InputError, LatentModel, Looped, Tah
-from innerloop.adapters import freeze
-from innerloop.depth.decider import ONCE
-from innerloop.depth.oracle import Oracle
-from innerloop.recipe import load_recipe, parse_recipe
-from innerloop.run import run_recipe
+from innerloop.decoder.adapters import freeze
+from innerloop.methods.depth.decider import ONCE
+from innerloop.methods.depth.token_labels import Oracle
+from innerloop.train.recipe import load_recipe, parse_recipe
+from innerloop.train.run import run_recipe
 from tests.methods.reference_tah import slow_logits
 from tests.methods.tools import MIXED, QUESTIONS, assert_close, assert_same_gradients, by_arch, change, gradients, stir
 from tests.models import chain_examples, saved, tiny_model
@@ -245,7 +245,7 @@ def test_recomputing_activations_gives_the_same_gradients(arch):
 
 def test_the_low_budget_variant_trains_the_lora_alone():
     model = learner("llama", ORACLE, sure_of(7))
-    freeze(model)
+    freeze(model.backbone, model.marker_ids())
     grads = gradients(model, model.loss(MIXED).loss)
     assert {name.split(".")[0] for name, grad in grads.items() if grad.abs().max() > 0} == {"loop"}
 

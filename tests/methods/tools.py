@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from innerloop import Example, LatentModel, Slr
-from innerloop.halting import Hints
-from innerloop.layout import IGNORE, Row
-from innerloop.loop import InnerLoop, LoopResult
+from innerloop.halting.evidence import RowInfo
+from innerloop.loop.loop import InnerLoop, LoopResult
+from innerloop.loop.trace import Trace
 from innerloop.methods import Method
-from innerloop.thought import Thought
-from innerloop.trace import Trace
+from innerloop.passes.thought import Thought
+from innerloop.text.row import IGNORE, Row
 from tests.close import ROUNDED, assert_close
 from tests.methods.reference import Reference
 from tests.models import tiny_model
@@ -81,7 +81,7 @@ class FunctionPass:
 
     def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
         self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
-        self.hints: Hints | None = None
+        self.row_info: RowInfo | None = None
         self.kept: list[list[int]] = []
         self.actives: list[Tensor | None] = []
 
@@ -91,7 +91,7 @@ class FunctionPass:
 
     def keep_rows(self, rows: list[int]) -> None:
         self.kept.append(rows)
-        self.hints = None if self.hints is None else self.hints.keep_rows(torch.tensor(rows))
+        self.row_info = None if self.row_info is None else self.row_info.keep_rows(torch.tensor(rows))
 
     def count(self, flops_B: Tensor) -> None:
         pass

@@ -8,9 +8,9 @@ import pytest
 from scipy.stats import chi2_contingency
 
 from innerloop.errors import InputError
-from innerloop.examples import Example, write_examples
 from innerloop.tasks import ProsQA
 from innerloop.tasks.prosqa import CONCEPTS, PEOPLE, generate
+from innerloop.text.examples import Example, write_examples
 
 WORDS = {"Every", "is", "a", "Is", "or", *PEOPLE, *CONCEPTS}
 

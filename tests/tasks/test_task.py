@@ -3,9 +3,9 @@ from dataclasses import fields
 import pytest
 
 from innerloop.errors import InputError
-from innerloop.examples import Example, write_examples
 from innerloop.tasks import TASKS, FileTask, Gsm8k, ProntoQA, Task, task_named
 from innerloop.tasks.task import after_mark, split_of
+from innerloop.text.examples import Example, write_examples
 
 REAL_FILES = [
     ("gsm8k", "gsm8k_eq", {"train": 6973, "valid": 500, "test": 659}),

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from innerloop.errors import InputError
-from innerloop.layout import IGNORE
 from innerloop.methods import NoCot
-from innerloop.speller import Speller
 from innerloop.tasks import Text
-from innerloop.tokenizer import train_tokenizer
+from innerloop.text.encoder import Speller
+from innerloop.text.row import IGNORE
+from innerloop.text.tokenizer import train_tokenizer
 
 LINES = ["one two three", "four  five six seven", "eight nine ten"]
 

@@ -3,74 +3,10 @@
 Every score grows as the loop converges, and a row stops once its score has reached the threshold for long enough; so an
 infinite threshold never stops. A row is a block of latents, or a single token of a pass: the rules do not know.
 
-    states.py    what the states say          words.py     what the words say that they show
-    learned.py   gates and probes             judge.py     a classifier fitted to statistics
-    control.py   fixed and random depths      oracles.py   the best there could be, for evaluation alone
-    rule.py      `StopRule`, which is all of them             settings.py  its options, which every loop has
-    ending.py    which rows of a running loop end
+    states.py    what the states say          words.py       what the words say that they show
+    learned.py   gates and probes             classifier.py  fitted to statistics
+    rule.py      `StopRule`, all of them      baselines.py   fixed and random depths
+    evidence.py  what a rule may look at      controller.py  which rows of a running loop end
 
 Shapes: `B` rows, `N` positions, `D` width, `V` vocabulary, `T` iterations; scores are (B,) in fp32.
 """
-
-from innerloop.halting.control import drawn_depths, uniform
-from innerloop.halting.ending import Ending
-from innerloop.halting.judge import FEATURES, Feature, Judge, JudgeKind
-from innerloop.halting.learned import (
-    ActShares,
-    Pull,
-    act_weights,
-    exit_distribution,
-    expected_loss,
-    gain_targets,
-    pull,
-)
-from innerloop.halting.moment import TINY, Agg, Hints, Moment, aggregate, masked_mean, neglog
-from innerloop.halting.oracles import first_agreeing, first_correct, oracle_agree, oracle_correct
-from innerloop.halting.rule import (
-    COMPARES,
-    DEFAULT_THRESHOLDS,
-    LEARNED,
-    PROBABILITIES,
-    READS_OUT,
-    StopKind,
-    StopRule,
-    decayed,
-)
-from innerloop.halting.settings import StopSettings
-
-__all__ = [
-    "COMPARES",
-    "DEFAULT_THRESHOLDS",
-    "FEATURES",
-    "LEARNED",
-    "PROBABILITIES",
-    "READS_OUT",
-    "TINY",
-    "ActShares",
-    "Agg",
-    "Ending",
-    "Feature",
-    "Hints",
-    "Judge",
-    "JudgeKind",
-    "Moment",
-    "Pull",
-    "StopKind",
-    "StopRule",
-    "StopSettings",
-    "act_weights",
-    "aggregate",
-    "decayed",
-    "drawn_depths",
-    "exit_distribution",
-    "expected_loss",
-    "first_agreeing",
-    "first_correct",
-    "gain_targets",
-    "masked_mean",
-    "neglog",
-    "oracle_agree",
-    "oracle_correct",
-    "pull",
-    "uniform",
-]

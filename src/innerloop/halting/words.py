@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from innerloop.halting.moment import Agg, aggregate, neglog
+from innerloop.config.stopping import Agg
+from innerloop.halting.evidence import aggregate, neglog
 
 FLOOR = 0.1  # of the largest probability; what lies below it is noise to `without_tail`
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from innerloop.engine import Generation
+from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens.grid import Cell, Line, Loop, cells_of, loop_of
-from innerloop.model import LatentModel
-from innerloop.show import visible
-from innerloop.trace import Iteration
+from innerloop.loop.trace import Iteration
+from innerloop.terminal.views import visible
 
 Pass = list[Iteration]
 ASKED, WRITTEN = "reading the question", "mean of written tokens"

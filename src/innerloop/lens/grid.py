@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from innerloop.show import visible
-from innerloop.trace import Iteration, Reading, Trace
+from innerloop.loop.trace import Iteration, TopTokens, Trace
+from innerloop.terminal.views import visible
 
 Spot = tuple[int, int]
 """A pass (0: the one that the answer sees) and a position, counted from the first that loops."""
@@ -82,7 +82,7 @@ def words_of(tokenizer: PreTrainedTokenizerBase, ids_k: Tensor, probs_k: Tensor)
 
 def cells_of(
     tokenizer: PreTrainedTokenizerBase,
-    entry: Iteration | Reading,
+    entry: Iteration | TopTokens,
     gold: Mapping[Spot, tuple[str, int]] | None = None,
     loop: int = 0,
     first: int = 0,

@@ -1,25 +1,25 @@
 """The methods, one file each."""
 
+from innerloop.config.method import LatentMethod, Method
 from innerloop.errors import InputError, nearest
-from innerloop.methods.adainfer import AdaInfer
-from innerloop.methods.coconut import Coconut
-from innerloop.methods.codi import Codi
-from innerloop.methods.cot import Cot, NoCot
-from innerloop.methods.icot import Icot
-from innerloop.methods.loop_regularised import LoopRegularised
-from innerloop.methods.looped import Looped
-from innerloop.methods.lotus import Lotus
-from innerloop.methods.method import LatentMethod, Method
-from innerloop.methods.mod import Mod
-from innerloop.methods.mor import Mor
-from innerloop.methods.pause import Pause
-from innerloop.methods.pccot import Pccot
-from innerloop.methods.recurrent_depth import RecurrentDepth
-from innerloop.methods.relaxed_recursive import RelaxedRecursive
-from innerloop.methods.simcot import SimCot, SimCotCodi
-from innerloop.methods.slr import Slr
-from innerloop.methods.spiralthinker import SpiralThinker
-from innerloop.methods.tah import Tah
+from innerloop.methods.depth.adainfer import AdaInfer
+from innerloop.methods.depth.loop_regularised import LoopRegularised
+from innerloop.methods.depth.looped import Looped
+from innerloop.methods.depth.mod import Mod
+from innerloop.methods.depth.mor import Mor
+from innerloop.methods.depth.recurrent_depth import RecurrentDepth
+from innerloop.methods.depth.relaxed_recursive import RelaxedRecursive
+from innerloop.methods.depth.tah import Tah
+from innerloop.methods.latent.coconut import Coconut
+from innerloop.methods.latent.codi import Codi
+from innerloop.methods.latent.lotus import Lotus
+from innerloop.methods.latent.pccot import Pccot
+from innerloop.methods.latent.simcot import SimCot, SimCotCodi
+from innerloop.methods.latent.slr import Slr
+from innerloop.methods.latent.spiralthinker import SpiralThinker
+from innerloop.methods.text.cot import Cot, NoCot
+from innerloop.methods.text.icot import Icot
+from innerloop.methods.text.pause import Pause
 
 _ALL = (
     NoCot,

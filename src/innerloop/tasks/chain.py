@@ -15,8 +15,8 @@ from itertools import islice, product
 from typing import ClassVar, Literal, get_args
 
 from innerloop.errors import InputError
-from innerloop.examples import Example, check_limit
 from innerloop.tasks.task import Task, check_split, split_of
+from innerloop.text.examples import Example, check_limit
 
 OPERATIONS = "+-*"
 SPLIT_SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}

@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import ClassVar
 
 from innerloop.errors import InputError
-from innerloop.examples import Example, check_limit
 from innerloop.tasks.task import FileTask, check_split, split_of
+from innerloop.text.examples import Example, check_limit
 
 PEOPLE = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()  # noqa: SIM905
 CONCEPTS = (  # noqa: SIM905

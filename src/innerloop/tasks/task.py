@@ -10,7 +10,7 @@ from hashlib import blake2b
 from typing import Any, ClassVar
 
 from innerloop.errors import InputError, nearest
-from innerloop.examples import Example, read_examples
+from innerloop.text.examples import Example, read_examples
 
 SPLITS = ("train", "valid", "test")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from innerloop.errors import InputError, refuse
-from innerloop.examples import Example, check_limit
 from innerloop.tasks.task import FileTask, check_split
+from innerloop.text.examples import Example, check_limit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Time, memory and the share of a machine's floor."""

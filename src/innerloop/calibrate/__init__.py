@@ -1,0 +1,1 @@
+"""How early a loop may stop: thresholds chosen on data."""

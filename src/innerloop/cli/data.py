@@ -1,0 +1,90 @@
+"""Verbs that list what there is and make or show examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from innerloop.cli.arguments import console
+from innerloop.config.typed import field_parser, named, typed
+from innerloop.errors import InputError
+from innerloop.methods import METHODS, method_named
+from innerloop.model.loading import load_tokenizer
+from innerloop.tasks import TASKS, task_named
+
+
+def methods() -> None:
+    """List the methods: family, paper, stages, what they need."""
+    table = Table("method", "family", "what it does", "paper", "stages", "needs")
+    for method in METHODS.values():
+        n_stages = method().curriculum.last_stage + 1
+        table.add_row(method.name, method.family, method.summary, method.paper, str(n_stages), method.needs)
+    console.print(table)
+
+
+def data_list() -> None:
+    """List the tasks."""
+    table = Table("task", "what it is")
+    for task in TASKS.values():
+        table.add_row(task.name, task.summary)
+    console.print(table)
+
+
+def data_make(name: str, out: str | None = None, overrides: Sequence[str] = ()) -> None:
+    """Write the splits of a task as JSONL, generated or converted.
+
+    Args:
+        name: the task.
+        out: the folder for train.jsonl, valid.jsonl and test.jsonl; by default data/NAME.
+        overrides: the task's own options, written --field value.
+    """
+    from innerloop.text.examples import write_examples
+    from innerloop.train.recipe import parse_overrides
+
+    task = typed(task_named(name), dict(parse_overrides(overrides)), "task")
+    written = 0
+    for split in ("train", "valid", "test"):
+        if getattr(task, split, "made") is None and any(getattr(task, s, None) for s in ("train", "valid", "test")):
+            continue  # files were given, but none for this split
+        path = Path(out or f"data/{name}") / f"{split}.jsonl"
+        examples = task.examples(split)
+        write_examples(examples, path)
+        console.print(f"{path}: {len(examples)} examples")
+        written += 1
+    if not written:
+        raise InputError(f"task '{name}' has nothing to write: give --train FILE, --valid FILE or --test FILE")
+
+
+def fields_help(name: str, overrides: Sequence[str] = ()) -> str:
+    """Return the options of a task."""
+    return field_parser(task_named(name)).format_help()
+
+
+def data_show(
+    file: str, method: str = "cot", tokenizer: str | None = None, stage: int | None = None, n: int = 2
+) -> None:
+    """Show how a method lays out examples: tokens, slots, labels and positions, in colour.
+
+    Args:
+        file: a JSONL file of examples.
+        method: a method's name, or {name: ..., field: value}.
+        tokenizer: a model folder or Hub name; by default a word tokenizer is trained on the file.
+        stage: the curriculum's stage; by default the last.
+        n: how many examples.
+    """
+    from innerloop.terminal.views import print_rows
+    from innerloop.text.encoder import Speller
+    from innerloop.text.examples import read_examples
+    from innerloop.text.tokenizer import train_tokenizer
+    from innerloop.train.recipe import parse_value
+
+    chosen = named(parse_value(method, "--method"), "method", method_named)
+    last = chosen.curriculum.last_stage
+    if n < 1 or (stage is not None and not 0 <= stage <= last):
+        raise InputError(f"show at least one example, of a stage from 0 to {last}")
+    examples = read_examples(file, limit=None if tokenizer is None else n)
+    words = train_tokenizer(examples) if tokenizer is None else load_tokenizer(tokenizer)
+    words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)
+    print_rows(console, chosen.rows(examples[:n], Speller(words), stage), words)

@@ -1,0 +1,95 @@
+"""The demo: five ways to answer the same questions, trained with one budget on a CPU in minutes, and the table.
+
+All methods continue from one chain-of-thought checkpoint for the same number of steps with the same data and seed, so
+that what differs between the rows is the method.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from innerloop.engine.latent_model import LatentModel
+from innerloop.errors import InputError
+from innerloop.experiments.compare import suite_rows, verdicts
+from innerloop.experiments.jobs import run_suite
+from innerloop.experiments.report import write_report
+from innerloop.experiments.suite import EvalConfig, Suite
+from innerloop.experiments.summary import summary_table
+from innerloop.lens import look, write_page
+from innerloop.lens.page import check_viz
+from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
+from innerloop.tasks import Chain
+from innerloop.train.recipe import BackboneChoice, Recipe
+
+TASK = Chain(n_ops=5, modulus=5)
+BACKBONE = {"type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+WARM_UP_STEPS = 400
+LOOPS = (1, 2, 3, 4, 5, 6, 8, 10)  # numbers of iterations to answer with, besides that of training
+
+
+def demo_methods(steps: int) -> list[Method]:
+    """Return what the demo compares; curricula are fitted into ``steps``."""
+    return [
+        NoCot(),
+        Cot(),
+        Pause(n_pauses=5),
+        Coconut(latents_per_step=1, max_stage=5, first_stage=1, stage_unit="step", stage_length=max(steps // 8, 1)),
+        Slr(n_slots=5, slots_per_step=1, max_loops=5, step_weight=1.0),
+    ]
+
+
+def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int = 2) -> None:
+    """Train and compare methods on the embedded chain task, on a CPU in minutes, and print the table.
+
+    Args:
+        out: where the runs, the table (results.json) and report.html go.
+        steps: training steps of every method, after a common chain-of-thought warm-up.
+        seed: of data order and weights.
+        workers: methods trained side by side, each on one thread.
+    """
+    console = Console()
+    folder = Path(out)
+    if steps < 1 or workers < 1:
+        raise InputError("the demo needs steps >= 1 and workers >= 1")
+    check_viz()
+    if (folder / "results.json").exists():
+        raise InputError(f"{folder} holds a demo already; choose another folder with --out, or remove it")
+    console.print(
+        f"Chain task: {TASK.n_ops} operations modulo {TASK.modulus}. Five methods continue from one chain-of-thought "
+        f"checkpoint for {steps} steps each (seed {seed})."
+    )
+    warm = Recipe(
+        TASK, BackboneChoice(scratch=BACKBONE), Cot(), _training(WARM_UP_STEPS, seed), str(folder / "warm_up")
+    )
+    start, chosen = BackboneChoice(model=warm.out), demo_methods(steps)
+    jobs = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
+    suite = Suite(out, {seed: warm}, jobs, EvalConfig(loops=LOOPS, controls=True))
+    results = run_suite(suite, workers, console)
+    if failed := [f"{r['variant']}: {r['error']}" for r in results if "error" in r]:
+        raise InputError(f"the demo could not finish: {'; '.join(failed)}")
+    examples = TASK.examples("test", 8)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
+    rows = suite_rows(suite, results)
+    write_report(folder / "report.html", title, rows, verdicts(rows, "cot"))
+    record = look(LatentModel.from_pretrained(folder / "slr"), TASK, examples, run=str(folder / "slr"))
+    write_page(record, folder / "lens.html")
+    console.print(summary_table(rows))
+    console.print(
+        f"To open in a browser: {folder / 'report.html'} (the table, what more loops do, and whether the latents carry "
+        f"the answers) and {folder / 'lens.html'} (what SLR's latents show). Or look inside one answer here:",
+        soft_wrap=True,
+    )
+    console.print(f'  innerloop ask {folder / "slr"} "{examples[0].question}"', highlight=False, soft_wrap=True)
+
+
+def _training(steps: int, seed: int) -> dict[str, Any]:
+    shared = {"learning_rate": 1e-3, "batch_size": 64, "save_strategy": "no", "use_cpu": True}
+    return {**shared, "max_steps": steps, "seed": seed}

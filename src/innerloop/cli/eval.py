@@ -1,0 +1,319 @@
+"""Verbs that answer and look: eval, ask, lens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from innerloop.cli.arguments import (
+    ModelArguments,
+    SplitArguments,
+    askable,
+    console,
+    going_on,
+    progress_of,
+    writable,
+)
+from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.test_time import Attempts
+from innerloop.errors import InputError, refuse
+from innerloop.lens import look, page_path, terminal_view, write_page
+from innerloop.lens.latents import names_of_columns
+from innerloop.measure import evaluate, result_of
+from innerloop.measure.accuracy import Prediction, answered
+from innerloop.measure.harness import PARTS as HARNESS_PARTS
+from innerloop.measure.harness import RESULT as HARNESS_RESULT
+from innerloop.measure.harness import evaluate_tasks
+from innerloop.measure.likelihood import likelihood, text_result
+from innerloop.measure.reports import Measurement, check_asked
+from innerloop.measure.result_cache import PARTS, ResultCache, made_of, of_model
+from innerloop.measure.subject import Subject
+from innerloop.model import checkpoint
+from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
+from innerloop.terminal.views import answer_view
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+
+
+@dataclass(frozen=True)
+class EvalArguments(SplitArguments, ModelArguments):
+    """What is measured.
+
+    Args:
+        limit: answer only the first examples.
+        out: the folder for result.json and predictions.jsonl; by default the run's own.
+        batch_size: rows per batch.
+        max_new_tokens: the most tokens to write per example; by default as the task says.
+        stage: answer in the layout of this stage of the method's curriculum; by default the last.
+        loops: another number of loops than the model was trained with.
+        seed: of the draws.
+        controls: also answer with the latents replaced, hidden, or refined more or less often; writes controls.json.
+        stability: also measure how the loop behaves, iteration by iteration; writes stability.json.
+        probes: also read step results off the latents, and swap latents between examples; writes probes.json.
+        fresh: start over; by default what was measured before of the same weights, data and options is taken as it is.
+        compile: compile short passes, as CUDA graphs on a GPU; the first answers wait for it.
+        backend: lm-eval answers tasks of lm-evaluation-harness instead, and writes lm_eval.json.
+        tasks: of lm-eval, names of tasks with commas between them.
+        tasks_dir: of lm-eval, a folder with tasks of your own.
+        shots: of lm-eval, examples put before a question; by default as the task says.
+    """
+
+    limit: int | None = None
+    out: str | None = None
+    batch_size: int = 64
+    max_new_tokens: int | None = None
+    stage: int | None = None
+    loops: int | None = None
+    seed: int = 0
+    controls: bool = False
+    stability: bool = False
+    probes: bool = False
+    fresh: bool = False
+    compile: bool = False
+    backend: Literal["innerloop", "lm-eval"] = "innerloop"
+    tasks: str | None = None
+    tasks_dir: str | None = None
+    shots: int | None = None
+
+    def __post_init__(self) -> None:
+        n_tokens, loops = self.max_new_tokens, self.loops
+        of_harness = (self.tasks, self.tasks_dir, self.shots) != (None, None, None)
+        refuse(
+            (self.batch_size < 1, f"--batch_size {self.batch_size}: give at least one row"),
+            (n_tokens is not None and n_tokens < 1, f"--max_new_tokens {n_tokens}: let at least one be written"),
+            (loops is not None and loops < 0, f"--loops {loops}: give 0 or more"),
+            (self.backend == "lm-eval" and not self.tasks, "--backend lm-eval needs --tasks NAME,NAME"),
+            (
+                self.backend != "lm-eval" and of_harness,
+                "--tasks, --tasks_dir and --shots are of --backend lm-eval; a task of ours is named by --task",
+            ),
+        )
+
+    @property
+    def besides(self) -> tuple[bool, bool, bool]:
+        """What is measured besides accuracy: controls, stability and probes."""
+        return self.controls, self.stability, self.probes
+
+    @property
+    def answering(self) -> dict[str, Any]:
+        """How examples are answered, as `evaluate` takes it."""
+        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "stage": self.stage}
+
+
+def eval_(run: str, options: EvalArguments, attempts: Attempts) -> None:
+    """Measure accuracy with its 95 % interval, and the cost per example; of running text, how well it is predicted.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        options: what is measured, and of which model.
+        attempts: how often a question is tried.
+    """
+    if options.backend == "lm-eval":
+        told = "lm-eval's tasks say themselves how they are answered: leave --samples, --temperature, --beams out"
+        refuse((not attempts.is_plain, told))
+        _eval_harness(options.load_model(run, options.compile), run, options)
+        return
+    if options.method is not None and options.out is None and checkpoint.is_run(run):
+        raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
+    checkpoint.resolve(run)
+    folder = writable(Path(options.out or run))
+    task = options.load_task(run)
+    examples = task.examples(options.split, options.limit)
+    model = options.load_model(run, options.compile)
+    _check_stage(run, model, options)
+    evaluation = Evaluation(run, model, task, examples, options, attempts, folder)
+    if task.running_text:
+        evaluation.read_text()
+    else:
+        evaluation.answer()
+
+
+def _check_stage(run: str, model: LatentModel, options: EvalArguments) -> None:
+    """Refuse a stage that the method does not have; say where a run ended before its last."""
+    stage, last = options.stage, model.method.curriculum.last_stage
+    if stage is not None and not 0 <= stage <= last:
+        raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
+    if stage is None and options.method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
+        console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model and the examples of a task that it is measured on; results are written to a folder and printed."""
+
+    run: str
+    model: LatentModel
+    task: Task
+    examples: list[Example]
+    options: EvalArguments
+    attempts: Attempts
+    folder: Path
+
+    def answer(self) -> None:
+        """Answer the examples, then measure what is asked for besides."""
+        model, task, examples, options = self.model, self.task, self.examples, self.options
+        split = options.split
+        check_asked(
+            model, task, split, examples, options.stage, options.loops, *options.besides, attempts=self.attempts
+        )
+        decides = {**options.answering, "loops": options.loops, **self.attempts.asked(options.seed)}
+        parts = ResultCache(self.folder / PARTS, made_of(model, task, split, examples, decides), options.fresh)
+        with going_on(parts, ", ".join(parts.known)):
+            with progress_of(f"eval {task.name}", len(examples)) as advance:
+                how = {**options.answering, "loops": options.loops, "attempts": self.attempts, "seed": options.seed}
+                predictions = parts.value(
+                    list[Prediction], "accuracy", lambda: evaluate(model, task, examples, **how, progress=advance)
+                )
+            result = result_of(model, task, split, predictions, checkpoint.recorded(self.run, "seed"), self.run)
+            lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
+            checkpoint.write_text(self.folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+            asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
+            self._write(result, asked | self._asked | self.attempts.asked(options.seed))
+            self._print(result)
+            subject = Subject(model, task, *answered(examples, predictions), **options.answering, cache=parts)
+            Measurement(subject, split, self.run, result["seed"], self.folder, console).run(*options.besides)
+
+    def read_text(self) -> None:
+        """Measure how well running text is predicted."""
+        options = self.options
+        of_answers = any(options.besides) or (options.stage, options.max_new_tokens) != (None, None)
+        if of_answers or not self.attempts.is_plain:
+            raise InputError(
+                "of running text nothing is answered: leave controls, stability, probes, stage, samples, temperature, "
+                "beams and max_new_tokens out"
+            )
+        with progress_of(f"eval {self.task.name}", len(self.examples)) as advance:
+            found = likelihood(self.model, self.examples, options.batch_size, options.loops, progress=advance)
+        seed = checkpoint.recorded(self.run, "seed")
+        result = text_result(self.model, self.task, options.split, found, seed, self.run)
+        self._write(result, self._asked)
+        low, high = result["ci95"]
+        console.print(
+            f"{self.model.method.name} on {self.task.name}/{options.split}: nll {result['nll']:.4f} (95 % {low:.4f} "
+            f"to {high:.4f}), perplexity {result['perplexity']:.2f} over {result['n_tokens']} tokens of {result['n']} "
+            f"chunks, of which {result['n_unknown']} are unknown words; {result['n_left_out']} chunks are longer than "
+            f"the model reads\n{self.folder / 'result.json'}",
+            soft_wrap=True,
+        )
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        dtype = str(self.model.backbone.lm.dtype).removeprefix("torch.")
+        return {"loops": self.options.loops, "dtype": None if self.options.dtype == "auto" else dtype}
+
+    def _write(self, result: dict[str, Any], asked: dict[str, Any]) -> None:
+        """Write the result, with what was asked for where answers are not those of the run as it is."""
+        if asked := {name: value for name, value in asked.items() if value is not None}:
+            result["asked"] = asked
+        checkpoint.write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def _print(self, result: dict[str, Any]) -> None:
+        if "failed" in result:
+            console.print(
+                f"note: {result['failed']} examples could not be answered, and count as wrong; "
+                "predictions.jsonl says why"
+            )
+        (low, high), cost = result["ci95"], result["cost"]
+        console.print(
+            f"{self.model.method.name}{self.attempts.told} on {self.task.name}/{self.options.split}: accuracy "
+            f"{result['accuracy']:.1%} (95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable "
+            f"{result['unparsable']}); per example {cost['passes']:.1f} passes, {cost['positions']:.1f} positions, "
+            f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{self.folder / 'result.json'}",
+            soft_wrap=True,
+        )
+
+
+def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
+    """Answer tasks of lm-evaluation-harness."""
+    folder = writable(Path(options.out or run))
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    parts = ResultCache(folder / HARNESS_PARTS, of_model(model) | {"batch_size": options.batch_size}, options.fresh)
+    with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
+        row = progress.add_task("eval lm-eval", total=None, note="")
+        asked = (options.shots, options.limit, options.batch_size, options.tasks_dir, parts)
+        planned, advance = (lambda n: progress.update(row, total=n)), partial(progress.advance, row)
+        report = evaluate_tasks(model, names, run, folder, *asked, planned, advance)
+    table = Table("task", "measure", "value", "standard error")
+    for task, measures in report["results"].items():
+        for name, value in measures.items():
+            kind, _, filtered = name.partition(",")
+            if isinstance(value, float) and not kind.endswith("_stderr"):
+                error = measures.get(f"{kind}_stderr,{filtered}")
+                shown = f"{error:.4f}" if isinstance(error, float) else "-"
+                table.add_row(task, name.removesuffix(",none"), f"{value:.4f}", shown)
+    console.print(table)
+    console.print(f"{folder / HARNESS_RESULT}", soft_wrap=True)
+
+
+def ask(run: str, question: str, model: ModelArguments, max_new_tokens: int = 128, temperature: float = 0.0) -> None:
+    """Answer one question, and show what the latents held at each loop.
+
+    Args:
+        run: a run's folder, or any model; a plain model writes freely.
+        question: the question.
+        model: who answers.
+        max_new_tokens: the most tokens to write.
+        temperature: 0 writes the likeliest tokens.
+    """
+    if not question.strip():
+        raise InputError("the question is empty")
+    if model.method is None and not checkpoint.is_run(run):
+        model = replace(model, method="cot")
+    loaded = model.load_model(run)
+    loaded.spell = Speller(loaded.tokenizer, checkpoint.recorded(run, "running_text", False))
+    answer = loaded.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
+    console.print(answer_view(answer, loaded.tokenizer, *names_of_columns(loaded, question)))
+
+
+def lens(
+    run: str,
+    split: SplitArguments,
+    model: ModelArguments,
+    examples: int = 8,
+    loops: int | None = None,
+    out: str | None = None,
+    max_new_tokens: int | None = None,
+    terminal: bool = False,
+) -> None:
+    """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
+
+    Args:
+        run: a run's folder, or any model with --method.
+        split: what is answered.
+        model: who answers.
+        examples: how many examples the page holds.
+        loops: another number of loops than the model was trained with.
+        out: the file; by default RUN/lens.html for a run, and lens.html here for another model.
+        max_new_tokens: the most tokens to write per example; by default as the task says.
+        terminal: show the first example in the terminal, and write no file.
+    """
+    if examples < 1 or (loops is not None and loops < 0) or (max_new_tokens is not None and max_new_tokens < 1):
+        raise InputError("lens needs examples >= 1, loops >= 0 and max_new_tokens >= 1")
+    task = split.load_task(run)
+    if model.method is None and not checkpoint.is_run(run):
+        raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
+    asked = task.examples(split.split, 1 if terminal else examples)
+    path = None if terminal else page_path(run, out)
+    loaded = model.load_model(run)
+    loaded.spell = Speller(loaded.tokenizer, task.running_text)
+    if path is None:
+        console.print(terminal_view(loaded, task, asked[0], loops, max_new_tokens))
+        return
+    asked = askable([loaded], asked) or asked  # what it says of a question that it cannot be asked tells why
+    decides: dict[str, Any] = {"loops": loops, "max_new_tokens": max_new_tokens}
+    parts = ResultCache(path.with_suffix(".parts.json"), made_of(loaded, task, split.split, [], decides))
+    with (
+        going_on(parts, f"{len(parts.known)} examples", ""),
+        progress_of(f"lens {loaded.method.name}", len(asked)) as advance,
+    ):
+        record = look(loaded, task, asked, split.split, run, loops, max_new_tokens, progress=advance, parts=parts)
+    write_page(record, path)
+    parts.forget()
+    n_right = sum(one.is_right for one in record.looks)
+    console.print(f"{path}: {len(asked)} examples, {n_right} right; open it in a browser", soft_wrap=True)

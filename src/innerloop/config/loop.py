@@ -1,0 +1,152 @@
+"""What a recipe chooses of the inner loop: stabilisers, low-rank updates by iteration, gradients, solvers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from innerloop.config.stopping import StopSettings
+from innerloop.errors import refuse
+
+ResidualKind = Literal["none", "sum", "A", "B", "C"]
+RescaleKind = Literal["none", "rms", "adapter", "project"]
+TimeKind = Literal["none", "lookup", "sinusoidal"]
+TimeInject = Literal["add", "concat", "token"]
+NoiseLevel = Literal["none", "injected", "delta"]
+GateShape = Literal["scalar", "channel"]
+GateKind = Literal["softmax", "sigmoid", "attention"]
+AlphaLearn = Literal["fixed", "shared", "per_iter", "free"]
+Solver = Literal["none", "plain", "damped", "anderson"]
+Gradient = Literal["unroll", "implicit", "phantom"]
+BankKind = Literal["none", "per_iter", "shared"]
+Beyond = Literal["clamp", "cycle", "off"]
+
+
+@dataclass(frozen=True)
+class LoopSettings(StopSettings):
+    """How a state is carried from one iteration to the next; every looping method has these fields.
+
+    Args:
+        residual: how an iteration's output is mixed with the initial and the previous state (slr.md, 3.6).
+        alpha: share of the new state in residuals A, B and C, in [0, 1].
+        alpha_learn: keep alpha fixed, learn one (shared), or one for each iteration (per_iter), in (0, 1); or one for
+            each that may be any number (free).
+        gate_shape: residual C: one gate for a position (scalar) or for each channel.
+        gate_kind: residual C: softmax, sigmoid, or attention over the three candidates.
+        rescale: leave outputs (none), bring them to the RMS of the embeddings (rms), learn an adapter that does, or
+            project them by an MLP with a layer norm (project).
+        adapter_width: inner width of adapter and project; 0: that of the model.
+        adapter_gain: adapter: learn a gain per channel.
+        project_dropout: project: dropout of its input.
+        project_norm: project: end with a layer norm.
+        feedback_scale: factor on the rescaled output before the residual.
+        shift: each latent receives what the position before it made, the first what <bot> made (Jacobi form).
+        time: timestep embedding: none, a table (lookup), or an MLP on sines (sinusoidal).
+        time_inject: add it, concat it and project, or give it a position of its own (token).
+        time_norm: sinusoidal: tell t / T instead of t.
+        noise: standard deviation of the noise on each iteration's input in training, in units of the embeddings' RMS.
+        noise_level: also tell the noise that was injected, or the last relative change of the state (delta).
+        lora: low-rank updates of the weights inside the loop: none, one for each iteration (per_iter), or shared.
+        lora_rank: r.
+        lora_gamma: the update is scaled by gamma / r.
+        lora_targets: patterns of module names within the layers, such as q_proj, *_proj or 1.mlp.*; empty: all
+            attention and MLP linears.
+        lora_beyond: iterations past max_loops use the last update (clamp), start over (cycle) or none (off).
+        bptt: back-propagate through the last so many iterations only, 0 through none; None: all.
+        feedback_site: what an iteration gives back: the state after the final norm, or before it.
+        detach: cut the gradient from each iteration's input, and from what is fed once more in append, to the output
+            that it was.
+        solver: iterate to a fixed point: plain, damped by alpha, or Anderson-accelerated; none: a fixed number.
+        solver_gradient: through all iterations (unroll), by the implicit function theorem, or through one (phantom).
+        solver_tol: relative change at which a fixed point is reached.
+        spectral_weight: weight of the penalty on a loop whose gain exceeds spectral_bound; 0: none.
+        spectral_bound: the largest gain (estimated spectral radius of the loop's Jacobian) that is not penalised.
+    """
+
+    residual: ResidualKind = "none"
+    alpha: float = 0.7
+    alpha_learn: AlphaLearn = "fixed"
+    gate_shape: GateShape = "scalar"
+    gate_kind: GateKind = "softmax"
+    rescale: RescaleKind = "none"
+    adapter_width: int = 0
+    adapter_gain: bool = False
+    project_dropout: float = 0.0
+    project_norm: bool = True
+    feedback_scale: float = 1.0
+    shift: bool = False
+    time: TimeKind = "none"
+    time_inject: TimeInject = "add"
+    time_norm: bool = False
+    noise: float = 0.0
+    noise_level: NoiseLevel = "none"
+    lora: BankKind = "none"
+    lora_rank: int = 8
+    lora_gamma: float = 16.0
+    lora_targets: tuple[str, ...] = ()
+    lora_beyond: Beyond = "clamp"
+    bptt: int | None = None
+    feedback_site: Literal["post_norm", "pre_norm"] = "post_norm"
+    detach: bool = False
+    solver: Solver = "none"
+    solver_gradient: Gradient = "implicit"
+    solver_tol: float = 1e-3
+    spectral_weight: float = 0.0
+    spectral_bound: float = 0.95
+
+    def __post_init__(self) -> None:
+        StopSettings.__post_init__(self)
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        refuse(
+            (not 0 <= self.alpha <= 1, f"alpha is {self.alpha}, but it is a share: choose a value between 0 and 1"),
+            (
+                min(self.noise, self.spectral_weight, self.spectral_bound) < 0,
+                "noise, spectral_weight and spectral_bound cannot be negative",
+            ),
+            (
+                self.rescale not in ("adapter", "project") and self.adapter_width != 0,
+                "adapter_width is for rescale=adapter or project",
+            ),
+            (self.rescale != "adapter" and self.adapter_gain, "adapter_gain is for rescale=adapter"),
+            (
+                self.rescale != "project" and (self.project_dropout > 0 or not self.project_norm),
+                "project_dropout and project_norm are for rescale=project",
+            ),
+            (
+                self.adapter_width < 0 or not 0 <= self.project_dropout < 1,
+                "adapter_width cannot be negative, and project_dropout is a probability below 1",
+            ),
+            (self.lora_rank < 1, "lora_rank must be at least 1; to do without, set lora to none"),
+            (self.bptt is not None and self.bptt < 0, "bptt must be at least 0 iterations, or none for all"),
+            (
+                self.time == "none" and (self.noise_level != "none" or self.time_inject != "add"),
+                "noise_level and time_inject need a timestep embedding: set time to lookup or sinusoidal",
+            ),
+            (
+                self.noise_level == "injected" and self.noise == 0,
+                "noise_level=injected tells the size of the injected noise: set noise above 0",
+            ),
+            (
+                self.alpha_learn != "fixed" and self.residual not in ("A", "B"),
+                "alpha_learn has nothing to learn without residual A or B",
+            ),
+            (self.time_norm and self.time != "sinusoidal", "time_norm is for time=sinusoidal"),
+            (
+                self.solver != "none"
+                and (
+                    self.time != "none"
+                    or self.lora == "per_iter"
+                    or self.noise > 0
+                    or self.stop != "none"
+                    or self.alpha_learn in ("per_iter", "free")
+                ),
+                "a solver looks for one fixed point, so iterations must be alike: set time to none, lora to none or "
+                "shared, noise to 0, stop to none and alpha_learn to fixed or shared",
+            ),
+            (
+                self.solver != "none" and (self.bptt is not None or self.detach),
+                "with a solver, solver_gradient says where gradients flow: leave bptt and detach out",
+            ),
+            (
+                self.gate_kind == "attention" and self.gate_shape == "channel",
+                "gate_kind=attention weighs whole candidates: set gate_shape to scalar",
+            ),
+        )

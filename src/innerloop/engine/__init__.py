@@ -1,0 +1,1 @@
+"""Answering: continuous batching, decoding, shared prefixes, beams, test-time compute."""

@@ -1,0 +1,330 @@
+"""Rows that write together, a token at each step. A writer is told which tokens were chosen, and says what may follow.
+
+Rows leave a writer (`keep_rows`) and are joined by others (`join`), whatever they have read and written; none notices.
+
+Shapes: `R` rows that write, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from innerloop.decoder.ragged_cache import DepthCache
+from innerloop.engine.requests import NOTHING, Seat
+from innerloop.model.answer_decoder import AnswerDecoder
+from innerloop.passes.context import Context, merge
+from innerloop.passes.thought import Masked, RegionPass
+from innerloop.text.row import Block
+
+if TYPE_CHECKING:
+    from innerloop.model.model import LatentCore
+
+
+class Writer:
+    """Writes with the model itself, on what it has read.
+
+    Args:
+        model: what writes.
+        context: what has been read.
+        seats: the rows.
+
+    Attributes:
+        uniforms: numbers in [0, 1) for the tokens that each row may write (R, budget), where tokens are drawn.
+        likely_R: the log-probability of the token that was last chosen, where asked for.
+    """
+
+    per_row: ClassVar[tuple[str, ...]] = ("logits_RV", "chosen_R", "ends_R", "n_written_R")
+    likely_R: Tensor | None = None
+    uniforms: Tensor | None = None
+    forced_id = NOTHING
+
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
+        self.model, self.backbone, self.context, self.seats = model, model.backbone, context, list(seats)
+        self.first_states: Tensor | None = None  # of all that was read in the pass of the first token
+        zeros = torch.zeros(len(self.seats), dtype=torch.long, device=model.device)
+        self.logits_RV = zeros[:, None]  # of the token that follows
+        self.chosen_R, self.n_written_R = zeros, zeros
+        self.ends_R = zeros + model.method.n_ends  # ends of sequence still to be written
+
+    def start(self, pending: Masked) -> None:
+        """Read what comes before the first token."""
+        self.first_states = self.context.read(*pending)
+        self.logits_RV = self.show(self.first_states)
+
+    def choose(self, suppressed: Tensor, temperature: float, with_likelihoods: bool = False) -> None:
+        """Choose the next token of each row; NOTHING where a row waits.
+
+        Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that had to be
+        written it is 0.
+        """
+        drawn_R, allowed_RV = None, self.allowed()
+        if self.uniforms is not None:
+            at_R = self.n_written_R.clamp(max=self.uniforms.shape[1] - 1)
+            drawn_R = self.uniforms.gather(1, at_R[:, None])[:, 0]
+        free_R = choose(allowed_RV, suppressed, temperature, drawn_R)
+        forced_R = self.forced(free_R)
+        ids_R = self.settle(free_R if forced_R is None else torch.where(forced_R, self.forced_id, free_R))
+        is_written = ids_R != NOTHING
+        if with_likelihoods:
+            likely_R = without(allowed_RV, suppressed).float().log_softmax(-1).gather(1, free_R[:, None])[:, 0]
+            is_free = is_written if forced_R is None else is_written & ~forced_R
+            self.likely_R = torch.where(is_free, likely_R, 0.0)
+        if self.context.meter is not None:
+            self.context.meter.count_logits(self.context.rows, (self.ends_R > 0) & is_written)
+        self.n_written_R = self.n_written_R + is_written
+        self.ends_R = self.ends_R - (ids_R == self.model.spell.eos_id).long()
+        self.chosen_R = ids_R
+
+    def write(self) -> None:
+        """Read the tokens that were chosen, so that the next can be."""
+        embeds = self.backbone.embed(self.chosen_R[:, None])
+        self.logits_RV = self.show(self.context.read(embeds, counted_B=self.ends_R > 0))
+
+    def show(self, states: Tensor) -> Tensor:
+        """Return the logits (R, V) of the last column; where the pass has read them out already, nothing is done."""
+        for deep in self.context.depth.passes[-1:] if self.context.depth is not None else ():
+            if deep.logits_BV is not None:
+                logits, deep.logits_BV, deep.shown = deep.logits_BV, None, None  # they are large, and asked for once
+                return logits
+        return self.backbone.head(states[:, -1])
+
+    def allowed(self) -> Tensor:
+        """Return the logits of the tokens that may follow."""
+        return self.logits_RV
+
+    def forced(self, ids_R: Tensor) -> Tensor | None:
+        """Return which rows must write ``forced_id`` in place of the tokens chosen; None: none ever."""
+        return None
+
+    def settle(self, ids_R: Tensor) -> Tensor:
+        """Return what is written; NOTHING where a row waits."""
+        return ids_R
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows may join now."""
+        return not isinstance(self.context.cache, DepthCache) or self.context.cache.joins
+
+    def keep_rows(self, kept: Sequence[int]) -> None:
+        """Go on with some rows; a row may be kept more than once."""
+        self.take_rows(torch.tensor(list(kept), dtype=torch.long, device=self.chosen_R.device))
+        self.context = self.context.trim()
+        self.seats = [self.seats[i] for i in kept]
+
+    def take_rows(self, index: Tensor) -> None:
+        """Let the rows be others of the same rows (R,); seats and padding stay as they are."""
+        for name in self.per_row:
+            setattr(self, name, getattr(self, name)[index])
+        self.uniforms = None if self.uniforms is None else self.uniforms[index]
+        self.context = self.context.keep_rows(index)
+        self.first_states = None
+
+    def split(self, n: int) -> Writer:
+        """Let the first ``n`` rows go, and return them."""
+        head = copy.copy(self)
+        head.keep_rows(range(n))
+        self.keep_rows(range(n, len(self.seats)))
+        return head
+
+    def join(self, other: Writer) -> None:
+        """Take in the rows of another writer of the same kind."""
+        n, m = len(self.seats), len(other.seats)
+        for name in self.per_row:
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+        if self.uniforms is not None and other.uniforms is not None:
+            width = max(self.uniforms.shape[1], other.uniforms.shape[1])
+            self.uniforms = torch.cat([pad(u, (0, width - u.shape[1])) for u in (self.uniforms, other.uniforms)])
+        self.context = merge([(list(range(n)), self.context), (list(range(n, n + m)), other.context)])
+        self.seats = [*self.seats, *other.seats]
+
+
+class WaitingWriter(Writer):
+    """Writes while some rows may wait: they write nothing in the meantime."""
+
+    per_row = (*Writer.per_row, "room_R", "waits_R")
+
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
+        super().__init__(model, context, seats)
+        self.room_R = torch.tensor([seat.budget for seat in seats], device=model.device)  # tokens still to be written
+        self.waits_R = torch.zeros_like(self.room_R, dtype=torch.bool)
+
+    def settle(self, ids_R: Tensor) -> Tensor:
+        """Return what is written; NOTHING by rows that wait or have written all they may."""
+        ids_R = torch.where(self.waits_R | (self.room_R == 0), NOTHING, ids_R)
+        self.room_R = self.room_R - (ids_R != NOTHING).long()
+        return ids_R
+
+
+class BlockWriter(WaitingWriter):
+    """Writes, and refines a block of latents where a row opens one.
+
+    A row that has opened a block waits until every other has too, or has ended; then their blocks are refined together.
+    A block that leaves the context too little room lowers a row's budget.
+    """
+
+    per_row = (*WaitingWriter.per_row, "n_blocks_R", "last_R")
+
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], block: Block):
+        super().__init__(model, context, seats)
+        self.block, self.forced_id = block, block.opened_by
+        self.n_blocks_R = torch.tensor([int(bool(seat.row.region)) for seat in seats], device=model.device)
+        self.last_R = torch.full_like(self.n_blocks_R, NOTHING)
+
+    @property
+    def may_open_R(self) -> Tensor:
+        """Whether a row may open a block: it has had few enough, and there is room for one more."""
+        block, room = self.block, self.backbone.context_length
+        few_R = self.n_blocks_R < block.most
+        return few_R if room is None else few_R & (self.context.next_position_B + 1 + block.n_read <= room)
+
+    def allowed(self) -> Tensor:
+        """Return the logits of the next tokens, none of which opens a block where none may be opened."""
+        opens_V = torch.arange(self.logits_RV.shape[-1], device=self.logits_RV.device) == self.block.opened_by
+        return self.logits_RV.masked_fill(~self.may_open_R[:, None] & opens_V, -torch.inf)
+
+    def forced(self, ids_R: Tensor) -> Tensor | None:
+        """Return where a block must be opened."""
+        block = self.block
+        if block.forced_after is None:
+            return None
+        return (self.last_R == block.forced_after) & (ids_R != block.unless) & self.may_open_R
+
+    def write(self) -> None:
+        """Take the tokens as written; rows that wait read nothing."""
+        ids_R, counted_R = self.chosen_R, (self.ends_R > 0) & (self.room_R > 0)
+        reads_R = counted_R & ~self.waits_R
+        states = self.context.read(self.backbone.embed(ids_R.clamp(min=0)[:, None]), reads_R[:, None].long())
+        self.logits_RV = torch.where(reads_R[:, None], self.backbone.head(states[:, -1]), self.logits_RV)
+        self.last_R = torch.where(reads_R, ids_R, self.last_R)
+        self.waits_R = self.waits_R | (reads_R & (ids_R == self.block.opened_by))
+        if bool(self.waits_R.any()) and bool((self.waits_R | ~counted_R).all()):
+            self._think()
+
+    def _think(self) -> None:
+        """Refine the blocks of the rows that wait, and read what closes them."""
+        model, block, waits_R = self.model, self.block, self.waits_R
+        ids = torch.tensor(block.region.ids, device=waits_R.device).expand(len(waits_R), -1)
+        mask = waits_R[:, None].long().expand_as(ids)
+        normed = model.method.loop.feedback_site == "post_norm"
+        steps = RegionPass(self.context, mask, model.loop.weights, normed, state_mask=mask)
+        n_loops = [block.n_loops if waits else 0 for waits in waits_R.tolist()]
+        record = None if self.seats[0].record is None else model.new_trace()
+        result = model.loop(steps, self.backbone.embed(ids), n_loops, record, model.read_out)
+        closing = self.backbone.embed(torch.tensor(block.closing.ids, device=ids.device)).expand(len(waits_R), -1, -1)
+        read = torch.cat([result.state, closing], dim=1)
+        states = self.context.read(read, waits_R[:, None].long().expand(read.shape[:2]))
+        if record is not None:  # what opened the blocks has been read out already
+            record.last = record.read(torch.cat([self.logits_RV[:, None], self.backbone.head(states)], dim=1))
+        self.logits_RV = torch.where(waits_R[:, None], self.backbone.head(states[:, -1]), self.logits_RV)
+        self.n_blocks_R = self.n_blocks_R + waits_R
+        self.last_R = torch.where(waits_R, block.closing.ids[-1], self.last_R)
+        self.waits_R = torch.zeros_like(waits_R)
+        for r, (seat, waits, ran) in enumerate(zip(self.seats, waits_R.tolist(), result.n_loops)):
+            seat.n_latents += waits * len(block.region.ids)
+            seat.n_loops += ran
+            if record is not None and waits:
+                seat.opened.append((record, r))
+        if (room := self.backbone.context_length) is not None:
+            over_R = (self.room_R + self.context.next_position_B - room).clamp(min=0) * waits_R
+            self.room_R = self.room_R - over_R
+            for seat, over in zip(self.seats, over_R.tolist()):
+                seat.budget -= over
+
+    @property
+    def joins(self) -> bool:
+        """Rows join while none waits, so that none waits for what has not begun."""
+        return super().joins and not bool(self.waits_R.any())
+
+
+class PatientWriter(WaitingWriter):
+    """Writes with a model that may leave a token unfinished: its row waits for one more pass, the others write on.
+
+    So one pass serves rows at every depth, and a token that needs more holds up its own row alone.
+    """
+
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
+        super().__init__(model, context, seats)
+        assert context.depth is not None
+        context.depth.may_wait = True
+
+    def start(self, pending: Masked) -> None:
+        """Read what comes before the first token."""
+        self.first_states = self.context.read(*pending)
+        self._note(self.first_states, ~self.waits_R)
+
+    def write(self) -> None:
+        """Take the tokens as written; rows that wait read nothing new."""
+        ids_R, counted_R = self.chosen_R, self.ends_R > 0
+        reads_R = counted_R & (ids_R != NOTHING) & (self.room_R > 0)
+        embeds = self.backbone.embed(ids_R.clamp(min=0)[:, None])
+        states = self.context.read(embeds, reads_R[:, None].long(), counted_B=counted_R)
+        self._note(states, reads_R | self.waits_R)
+
+    def _note(self, states: Tensor, busy_R: Tensor) -> None:
+        """Take the logits (R, V) of the last pass, and note whose token it has left unfinished."""
+        assert self.context.depth is not None
+        deep = self.context.depth.passes[-1]
+        if deep.done_BL is not None:
+            self.waits_R = busy_R & ~deep.done_BL[:, -1]
+        self.logits_RV = self.show(states)
+
+
+class ApartWriter(Writer):
+    """Writes with a decoder of its own, which reads its few words anew for each; its work is not counted.
+
+    Args:
+        model: what writes.
+        context: what has been read.
+        seats: the rows.
+        memory: what the decoder attends to.
+        ids_RS: the words that come first.
+    """
+
+    per_row = (*Writer.per_row, "ids_RS")
+    joins = False  # its words have no padding
+
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], memory: Masked, ids_RS: Tensor):
+        super().__init__(model, context, seats)
+        assert isinstance(model.decoder, AnswerDecoder)
+        self.decoder, self.memory, self.ids_RS = model.decoder, memory, ids_RS
+
+    def start(self, pending: Masked) -> None:
+        """Say what follows <eot>."""
+        self.logits_RV = self.decoder(self.ids_RS, self.memory, self.backbone)[:, -1]
+
+    def write(self) -> None:
+        """Say what follows the words so far."""
+        self.ids_RS = torch.cat([self.ids_RS, self.chosen_R[:, None]], dim=1)
+        self.start(self.memory)
+
+    def take_rows(self, index: Tensor) -> None:
+        """Let the rows be others of the same rows."""
+        super().take_rows(index)
+        states, mask = self.memory
+        self.memory = states[index], None if mask is None else mask[index]
+
+
+def without(logits_RV: Tensor, suppressed: Tensor) -> Tensor:
+    """Return logits in which some tokens are impossible."""
+    return logits_RV.index_fill(1, suppressed, -torch.inf) if len(suppressed) else logits_RV
+
+
+def choose(logits_RV: Tensor, suppressed: Tensor, temperature: float, drawn_R: Tensor | None) -> Tensor:
+    """Return the next token of each row (R,): the likeliest, or at a temperature the one that a number points at.
+
+    ``drawn_R`` are numbers in [0, 1); a row's token is where its cumulative probability passes them, so that it depends
+    on nothing but the row.
+    """
+    logits_RV = without(logits_RV, suppressed)
+    if temperature == 0:
+        return logits_RV.argmax(-1)
+    assert drawn_R is not None
+    sums_RV = (logits_RV.double() / temperature).softmax(-1).cumsum(-1)
+    ids_R = torch.searchsorted(sums_RV, drawn_R[:, None] * sums_RV[:, -1:], right=True)[:, 0]
+    return ids_R.clamp(max=logits_RV.shape[1] - 1)

@@ -1,0 +1,330 @@
+"""The engine: requests come in, think together, write together, and leave as soon as they are answered.
+
+    waiting   requests, those of like length together
+    thought   some of them: prefill, then the inner loop; rows that halt leave it between two iterations
+    writing   one batch, a token at each step; rows that have ended leave it, rows that have thought join it
+
+Requests think when there is room in the batch that writes; what does not fit yet is kept ready. So both phases run on
+full batches, whatever lengths answers have. Duplicates think together, unless they are more than a batch holds.
+Where memory runs out, rows go back to those that wait and fewer run together from then on; see `Engine._give_way`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from innerloop.decoder.memory import is_out_of_memory
+from innerloop.decoder.packed import PackedWeights
+from innerloop.engine.decoding import Writer
+from innerloop.engine.generation import Generation, failed, finish
+from innerloop.engine.options import EngineOptions
+from innerloop.engine.prefill import Prefill
+from innerloop.engine.requests import Seat, lay_out
+from innerloop.errors import InputError, refuse
+from innerloop.model.answer_decoder import Classifier
+from innerloop.text.row import Row
+
+if TYPE_CHECKING:
+    from innerloop.model.model import LatentCore
+
+CHECK_EVERY: int | None = None
+"""Tokens between two looks at which rows have ended; a look waits for the device. None: 1 on a CPU, 8 elsewhere."""
+
+Answered = list[tuple[int, Generation]]
+
+
+@dataclass
+class Unseen:
+    """What has been chosen since the host looked last: tokens, log-probabilities where asked for, seconds of each."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    likely: list[Tensor] = field(default_factory=list)
+    ticks: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """Answers questions with continuous batching: `admit` takes one in, each `step` writes a token of those that write.
+
+    for index, generation in Engine(model).run(questions): ...     # as they are answered
+    """
+
+    def __init__(self, model: LatentCore, options: EngineOptions | None = None):
+        options = options or EngineOptions()
+        by_class = isinstance(model.decoder, Classifier)
+        several = options.samples > 1 or options.beams > 1
+        refuse((several and by_class, "this model answers by a class, and writes no text: take one sample, one beam"))
+        self.model, self.options, self.batch_size = model, options, options.batch_size
+        self.suppressed = model.suppressed_ids()
+        self.is_busy = False
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget all requests."""
+        self.waiting: list[Seat] = []  # a heap
+        self.prompts: dict[tuple[int, ...], int] = {}  # number those that wait
+        self.prefill = Prefill(self.model, self.options, 2 * self.batch_size)
+        self.thinking: list[Seat] = []
+        self.ready: Writer | None = None  # has thought, and written nothing yet
+        self.joining: list[Seat] = []  # rows on their way to those that write
+        self.writer: Writer | None = None
+        self.most: int | None = None  # rows that may be in the engine together, once memory has run out
+        self.unseen = Unseen()
+        self.spent, self.mark = 0.0, 0.0
+        self.answered: Answered = []  # and not told yet
+
+    def run(
+        self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None = None, strict: bool = True
+    ) -> Iterator[tuple[int, Generation]]:
+        """Yield each answer's index (question * samples + sample) and generation as soon as it is there.
+
+        Between two of them the model is in the mode that it was in, and others may use it.
+        """
+        for found in self.groups(questions, steps, strict):
+            yield from found
+
+    def groups(
+        self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None = None, strict: bool = True
+    ) -> Iterator[Answered]:
+        """Yield what `run` yields, those together that were answered at once."""
+        if steps is not None and len(steps) != len(questions):
+            raise InputError(f"steps are of {len(steps)} questions, but {len(questions)} are asked")
+        if self.is_busy:
+            raise InputError("this engine is still answering other questions; close that run first, or make another")
+        self.is_busy, parts = True, list(self.model.modules())
+        try:
+            self._reset()
+            refused: Answered = []
+            for i, question in enumerate(questions):
+                try:
+                    self.admit(i, question, () if steps is None else steps[i])
+                except Exception as error:  # a tokenizer names no errors of its own
+                    if strict:
+                        raise
+                    n = self.options.samples
+                    refused += [(i * n + s, failed(self.model, " ".join(str(error).split()))) for s in range(n)]
+            yield refused
+            packed = PackedWeights(parts if self.waiting and self.model.backbone.compiled is None else [])
+            while self.waiting or self.ready is not None or self.writer is not None:
+                with _evaluating(parts), packed.used():
+                    found = self.step(strict)
+                yield found
+        finally:  # whatever ended the run, the next one begins afresh
+            self._reset()
+            self.is_busy = False
+
+    def admit(self, index: int, question: str, steps: Sequence[str] = ()) -> None:
+        """Take in a question, whose samples wait from now on; ``steps`` are the gold ones, where known.
+
+        Raises:
+            InputError: it cannot be answered. A tokenizer may raise errors of its own.
+        """
+        options = self.options
+        row, blocks = lay_out(self.model, question, options.stage, options.loops, steps if options.trace else None)
+        budget = self._budget(row)
+        most, limit = self.most_positions(row, budget), options.max_positions
+        if limit is not None and most > limit:
+            raise InputError(
+                f"the question '{question[:40]}...' may come to take {most} positions, which is more than the "
+                f"{limit} of max_positions; raise it, lower max_new_tokens or shorten the question"
+            )
+        prompt = self.prompts.setdefault(tuple(row.ids()), len(self.prompts))
+        for s in range(options.samples):
+            heappush(self.waiting, Seat(index * options.samples + s, row, budget, blocks, (index, s), prompt))
+
+    def _budget(self, row: Row) -> int:
+        """Return how many tokens may be written for a row."""
+        room, most = self.model.backbone.context_length, self.options.max_new_tokens
+        return most if room is None else min(most, room - len(row))
+
+    def most_positions(self, row: Row, budget: int) -> int:
+        """Return how many positions a row may come to occupy."""
+        n, room, block = len(row) + budget, self.model.backbone.context_length, self.prefill.block
+        if block is not None:  # the latents that it may open while it writes
+            n += min(block.most - bool(row.region), budget) * block.n_read
+        return n if room is None else min(n, room)
+
+    def step(self, strict: bool = True) -> Answered:
+        """Let requests in if there is room, and write one token; return the answers that this has completed.
+
+        As many rows run as memory takes. One that does not fit by itself raises, or without ``strict`` has failed.
+        """
+        while True:
+            try:
+                self._advance()
+                break
+            except Exception as error:
+                n_rows = len(self._in_flight())
+                if not is_out_of_memory(error) or n_rows == 0 or (n_rows == 1 and strict):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+            self._give_way(reason)  # out here, where nothing holds on to what the failed pass has made
+        found, self.answered = self.answered, []
+        return found
+
+    # Memory
+
+    def _read(self) -> list[Seat]:
+        """Return the rows that write, or are ready to."""
+        return [seat for writer in (self.ready, self.writer) if writer is not None for seat in writer.seats]
+
+    def _in_flight(self) -> list[Seat]:
+        """Return the rows that think, have thought or write."""
+        return [*self.thinking, *self.joining, *self._read()]
+
+    def _give_way(self, reason: str) -> None:
+        """After memory has run out, let half as many rows run together; a row that was alone has failed, for a reason.
+
+        Rows that were being read wait again, and others write on; where memory ran out in writing, all begin anew.
+        Costs are those of the attempt that succeeds.
+        """
+        seats = self._in_flight()
+        if len(seats) > 1:
+            self.most = len(seats) // 2
+        fell = self.thinking or seats
+        if not self.thinking:
+            self.ready = self.writer = None
+            self.unseen = Unseen()
+        self.thinking, self.joining = [], []
+        self.prefill.slots.release(fell)
+        if len(seats) == 1:
+            index, n = seats[0].index, len(seats[0].row)
+            told = f"the question takes {n} positions and does not fit into memory by itself ({reason}); shorten it"
+            self.answered.append((index, failed(self.model, told)))
+        else:
+            self.waiting += [seat.anew(self._budget(seat.row)) for seat in fell]
+            heapify(self.waiting)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Steps
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """Let rows in if there is room, then write one token."""
+        self.mark = time.perf_counter()
+        if not self.unseen.tokens:
+            self._fill()
+        writer, unseen = self.writer, self.unseen
+        if writer is None:
+            return
+        writer.choose(self.suppressed, self.options.temperature, self.options.likelihoods)
+        unseen.tokens.append(writer.chosen_R)
+        if writer.likely_R is not None:
+            unseen.likely.append(writer.likely_R)
+        now = time.perf_counter()
+        unseen.ticks.append(self.spent + now - self.mark)
+        self.spent, self.mark = 0.0, now
+        n = len(unseen.tokens)
+        if n >= check_every(self.model.device) or n >= min(seat.budget - len(seat.written) for seat in writer.seats):
+            self._look(writer)
+        if writer.seats:
+            writer.write()
+        else:
+            self.writer = None
+        self.spent = time.perf_counter() - self.mark
+
+    def _fill(self) -> None:
+        """Let rows that have thought join those that write, if there is room."""
+        while self.waiting or self.ready is not None:
+            writer, ready = self.writer, self.ready
+            free = self.batch_size - (0 if writer is None else len(writer.seats))
+            if writer is not None and (free < max(1, self.batch_size // 8) or self.options.trace or not writer.joins):
+                break
+            if ready is None:
+                if not self._think():
+                    break
+                continue
+            if writer is not None and not ready.joins:
+                break
+            n, self.ready, part = min(free, len(ready.seats)), None, ready
+            self.joining = ready.seats
+            if n < len(ready.seats):
+                part, self.ready = ready.split(n), ready
+                self.joining = part.seats
+            if writer is None:
+                self.writer = part
+            else:
+                writer.join(part)
+            self.joining = []
+
+    def _think(self) -> bool:
+        """Let some of those that wait think; False where there is no room for any."""
+        seats = self._next()
+        if seats:
+            self.spent += time.perf_counter() - self.mark
+            self.thinking = seats
+            found = self.prefill(seats)
+            if isinstance(found, Writer):
+                self.ready = found
+            else:
+                self._answer(seats, found)
+            self.thinking = []
+            self.mark = time.perf_counter()
+        return bool(seats)
+
+    def _next(self) -> list[Seat]:
+        """Take from those that wait as many as there is room for."""
+        busy, limit = self._read(), self.options.max_positions
+        taken = sum(self.most_positions(seat.row, seat.budget) for seat in busy)
+        seats: list[Seat] = []
+        most = self.batch_size if self.most is None else min(self.batch_size, self.most - len(busy))
+        while self.waiting and len(seats) < most:
+            longest = self.waiting[0]  # rows are padded to the longest, which is the last
+            n = self.most_positions(longest.row, longest.budget) * (len(seats) + 1)
+            if limit is not None and n > limit - taken:
+                break
+            seats.append(heappop(self.waiting))
+        if self.waiting and seats and self.waiting[0].prompt == seats[-1].prompt != seats[0].prompt:
+            while seats[-1].prompt == self.waiting[0].prompt:  # duplicates come together, and are read once
+                heappush(self.waiting, seats.pop())
+        return seats
+
+    def _look(self, writer: Writer) -> None:
+        """Move chosen tokens to the host; rows that have ended leave."""
+        unseen, self.unseen = self.unseen, Unseen()
+        tokens = torch.stack(unseen.tokens, dim=1).tolist()
+        ticks = [seconds / len(writer.seats) for seconds in unseen.ticks]
+        likely = torch.stack(unseen.likely, dim=1).tolist() if unseen.likely else [None] * len(tokens)
+        eos, n_ends = self.model.spell.eos_id, self.model.method.n_ends
+        for seat, ids, log_probs in zip(writer.seats, tokens, likely):
+            seat.take(ids, ticks, eos, n_ends, log_probs)
+        done = [seat for seat in writer.seats if seat.is_done(n_ends)]
+        if not done:
+            return
+        found = finish(self.model, done, self.prefill.slots.meter)
+        if len(done) < len(writer.seats):
+            writer.keep_rows([i for i, seat in enumerate(writer.seats) if not seat.is_done(n_ends)])
+        else:
+            writer.seats = []
+        self._answer(done, found)
+
+    def _answer(self, seats: Sequence[Seat], found: Sequence[Generation]) -> None:
+        """Let requests go with what was written for them."""
+        self.prefill.slots.release(seats)
+        self.answered += [(seat.index, generation) for seat, generation in zip(seats, found)]
+
+
+def check_every(device: torch.device) -> int:
+    """Return how many tokens there are between two looks."""
+    return CHECK_EVERY or (1 if device.type == "cpu" else 8)
+
+
+@contextmanager
+def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Have modules in evaluation mode in the block; each goes back to the mode it was in."""
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

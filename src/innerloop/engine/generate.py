@@ -1,0 +1,49 @@
+"""Questions in, generations out, in the order of the questions.
+
+gens = generate(model, ["3 ; + 4 ; * 2"], max_new_tokens=8)
+gens[0].text, gens[0].answer, gens[0].cost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from innerloop.engine.beams import BeamEngine
+from innerloop.engine.engine import Engine
+from innerloop.engine.generation import Generation
+from innerloop.engine.options import EngineOptions
+
+if TYPE_CHECKING:
+    from innerloop.model.model import LatentCore
+
+
+def generate(
+    model: LatentCore,
+    questions: Sequence[str],
+    *,
+    steps: Sequence[Sequence[str]] | None = None,
+    progress: Callable[[int], None] | None = None,
+    strict: bool = True,
+    **options: Any,
+) -> list[Generation]:
+    """Answer questions, in the order given; the samples of each come after each other.
+
+    Args:
+        model: the model; it is put into evaluation mode for the time being.
+        questions: the questions.
+        steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
+        progress: called with the number of questions answered since the last call.
+        strict: refuse them all if one cannot be answered (it is too long, empty, no text, or does not fit into memory
+            or ``max_positions`` by itself); otherwise that one alone fails, with its reason in ``error``.
+        options: the fields of `EngineOptions`.
+    """
+    chosen = EngineOptions.of(options)
+    engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
+    results: list[Generation | None] = [None] * (chosen.samples * len(questions))
+    for found in engine.groups(questions, steps, strict):
+        for index, generation in found:
+            results[index] = generation
+        if progress is not None and found:
+            progress(len(found))
+    return [generation for generation in results if generation is not None]

@@ -1,0 +1,132 @@
+"""What was written for a question, what it cost, and what a trace shows of its latents: `Generation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from innerloop.decoder.cost import Cost, Meter
+from innerloop.engine.requests import Seat
+from innerloop.loop.trace import ShownStep, Trace
+from innerloop.passes.thought import Thought
+from innerloop.text.batch import Batch
+from innerloop.text.encoder import ANSWER_PREFIX
+from innerloop.text.row import IGNORE, Row, ShownBlock
+
+if TYPE_CHECKING:
+    from innerloop.model.model import LatentCore
+
+
+@dataclass
+class Generation:
+    """What was written for one question.
+
+    Attributes:
+        text: all written text, without the end-of-sequence token.
+        answer: the text after the last ``###``, or None.
+        cost: what it cost.
+        trace: the loop's record of the batch row (statistics (1,), read-outs (1, N, k)), where asked for; that of each
+            block which the row opened while it answered is in ``trace.opened``.
+        ended: whether the end-of-sequence token was reached.
+        blocks: the steps that blocks of latents show, where asked for and the method has such blocks.
+        depths: each token of the question, and each written one that was read, with the number of its iterations
+            inside the model; empty for methods without.
+        ids: the tokens written, the ends of sequence among them.
+        log_likelihood: the sum of their log-probabilities, where asked for; see `Writer.choose`.
+        error: why nothing was written, where the question could not be answered.
+    """
+
+    text: str
+    answer: str | None
+    cost: Cost
+    trace: Trace | None = None
+    ended: bool = True
+    blocks: tuple[ShownStep, ...] = ()
+    depths: tuple[tuple[str, int], ...] = ()
+    ids: list[int] = field(default_factory=list)
+    log_likelihood: float | None = None
+    error: str | None = None
+
+
+def finish(model: LatentCore, seats: Sequence[Seat], meter: Meter) -> list[Generation]:
+    """Turn what seats have written into generations; split the time of writing into thought and answer."""
+    depths = meter.token_depths()
+    results = []
+    for seat, cost in zip(seats, meter.costs(model.backbone, [seat.slot for seat in seats])):
+        ids, n_ends = seat.written, model.method.n_ends
+        ended = seat.n_ends >= n_ends
+        text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        n_steps, n_marked = n_step_tokens(model, ids, text)
+        if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
+            n_steps -= ids[:n_steps].count(model.spell.eos_id)
+        cost.thought_tokens = seat.billed * model.n_thought_positions(seat.row) + seat.n_latents + n_steps
+        cost.loops = seat.n_loops
+        cost.seconds["thought"] += sum(seat.ticks[:n_marked])
+        cost.seconds["answer"] += sum(seat.ticks[n_marked:])
+        marker = ANSWER_PREFIX.strip()
+        answer = text.rsplit(marker, 1)[1].strip() if marker in text else None
+        own = depths[seat.slot][: len(seat.row) + len(ids) - 1]  # a row that has ended may ride along for a while
+        tokens = model.tokenizer.convert_ids_to_tokens([*seat.row.ids(), *ids]) if own else []
+        one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
+        one.log_likelihood = seat.log_likelihood
+        results.append(traced(model, seat, one))
+    return results
+
+
+def traced(model: LatentCore, seat: Seat, generation: Generation) -> Generation:
+    """Put the trace of its row into a generation, where there is one."""
+    if seat.record is not None:
+        record, row = seat.record
+        trace = generation.trace = record.row(row)
+        trace.opened = [opened.row(at) for opened, at in seat.opened]
+        generation.blocks = tuple(trace.shown(block, model.tokenizer) for block in seat.blocks)
+    return generation
+
+
+def n_step_tokens(model: LatentCore, ids: list[int], text: str) -> tuple[int, int]:
+    """Return how many tokens were written before the answer's marker and up to its end; all, if it never came."""
+    marker = ANSWER_PREFIX.strip()
+    if marker not in text:
+        return len(ids), len(ids)
+    low, high = 0, len(ids)
+    while low < high:  # the shortest beginning that spells the marker
+        middle = (low + high) // 2
+        if marker in model.tokenizer.decode(ids[: middle + 1], skip_special_tokens=True):
+            high = middle
+        else:
+            low = middle + 1
+    return max(low + 1 - len(model.tokenizer.encode(marker, add_special_tokens=False)), 0), low + 1
+
+
+def failed(model: LatentCore, reason: str) -> Generation:
+    """Return what stands for a question that could not be answered."""
+    return Generation("", None, Meter(1, torch.device("cpu")).costs(model.backbone)[0], ended=False, error=reason)
+
+
+def read_last(model: LatentCore, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
+    """Record what the latents show in the pass that the answer sees, if that pass has read them."""
+    first, end = batch.bounds
+    n_latents = end - first
+    if n_latents == 0 or thought.first_column > first:
+        return
+    start = first - thought.first_column
+    latents = states[:, max(start - 1, 0) : start + n_latents]
+    if start == 0 and thought.prompt is not None:
+        before = thought.prompt[0][:, -1:]
+        latents = torch.cat([model.head_input(before), latents], dim=1)
+    record.last = record.read(model.backbone.head(latents), record.gold)
+
+
+def gold_of(blocks: Sequence[Sequence[ShownBlock]], rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Return what the position before the latents and the latents should show (B, 1 + N), IGNORE where unknown."""
+    n = max(sum(len(piece.ids) for piece in row.region) for row in rows)
+    gold = torch.full((len(rows), 1 + n), IGNORE)
+    for r, found in enumerate(blocks):
+        for block in found:
+            start = 1 + block.first
+            gold[r, start : start + len(block.gold)] = torch.tensor(block.gold, dtype=torch.long)
+    return gold.to(device)

@@ -1,0 +1,135 @@
+"""A question while it is answered: `Seat`; and what is refused where it is laid out, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from innerloop.errors import InputError
+from innerloop.loop.trace import Trace
+from innerloop.text.row import Row, ShownBlock
+
+if TYPE_CHECKING:
+    from innerloop.model.model import LatentCore
+
+NOTHING = -1  # in place of a token, where a row waits
+
+
+@dataclass
+class Seat:
+    """A question, or one of its samples, while it is answered.
+
+    Attributes:
+        index: which of the answers it will be.
+        row: its layout.
+        budget: how many tokens may be written.
+        blocks: the steps that its latents should show.
+        draw: what its draws depend on besides the seed: which question it is, and which of its samples.
+        prompt: a number that it has in common with its duplicates, whose rows are the same.
+        slot: its row of the meter.
+        billed: whether its question's loops and latents are billed to it, not to another sample of the question.
+        written: the tokens so far.
+        ticks: the seconds of each, its share of the batch's.
+        waited: the seconds since the last token in which the row waited.
+        n_ends: ends of sequence among them.
+        n_loops: iterations of its latents.
+        n_latents: latents read while writing.
+        log_likelihood: of what is written, where asked for.
+        record: the trace of its batch, and its row there.
+        opened: the same of each block that it has opened while writing.
+    """
+
+    index: int
+    row: Row
+    budget: int
+    blocks: Sequence[ShownBlock] = ()
+    draw: tuple[int, ...] = ()
+    prompt: int = 0
+    slot: int = 0
+    billed: bool = True
+    written: list[int] = field(default_factory=list)
+    ticks: list[float] = field(default_factory=list)
+    waited: float = 0.0
+    n_ends: int = 0
+    n_loops: int = 0
+    n_latents: int = 0
+    log_likelihood: float | None = None
+    record: tuple[Trace, int] | None = None
+    opened: list[tuple[Trace, int]] = field(default_factory=list)
+
+    def __lt__(self, other: Seat) -> bool:
+        """Whether it is read before another: the shortest first, and duplicates after each other."""
+        return (len(self.row), self.prompt, self.index) < (len(other.row), other.prompt, other.index)
+
+    def anew(self, budget: int) -> Seat:
+        """Return it as it was before it was read."""
+        return Seat(self.index, self.row, budget, self.blocks, self.draw, self.prompt)
+
+    def is_done(self, n_ends: int) -> bool:
+        """Return whether it may write no more."""
+        return self.n_ends >= n_ends or len(self.written) >= self.budget
+
+    def take(
+        self,
+        ids: Sequence[int],
+        ticks: Sequence[float],
+        eos: int,
+        n_ends: int,
+        log_probs: Sequence[float] | None = None,
+    ) -> None:
+        """Take over tokens that were chosen for it, up to where it ends."""
+        for i, (token, seconds) in enumerate(zip(ids, ticks)):
+            if self.is_done(n_ends):
+                break
+            if token == NOTHING:
+                self.waited += seconds
+                continue
+            self.ticks.append(seconds + self.waited)
+            self.written.append(token)
+            if log_probs is not None:
+                self.log_likelihood = (self.log_likelihood or 0.0) + log_probs[i]
+            self.waited = 0.0
+            self.n_ends += token == eos
+
+
+def lay_out(
+    model: LatentCore, question: str, stage: int | None, loops: int | None, steps: Sequence[str] | None
+) -> tuple[Row, Sequence[ShownBlock]]:
+    """Lay out a question, and the blocks of latents that show its steps; ``steps`` are None where nobody looks.
+
+    Raises:
+        InputError: it is no text, is empty, or leaves no room for an answer.
+    """
+    if not isinstance(question, str):
+        raise InputError(f"a question is text, but this one is a {type(question).__name__}: {str(question)[:40]}")
+    if not question.strip():
+        raise InputError("the question is empty; write what is asked")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the question holds characters that no encoding has ({error.reason}); take them out"
+        ) from None
+    (row,) = model.prompts([question], stage, loops)
+    check_length(model, question, row)
+    return row, () if steps is None else model.shown_blocks([row], [steps], loops)[0]
+
+
+def fits(model: LatentCore, question: str, stage: int | None = None) -> bool:
+    """Tell whether a question can be asked: it is text that leaves room for an answer."""
+    try:
+        lay_out(model, question, stage, None, None)
+    except Exception:  # a tokenizer names no errors of its own
+        return False
+    return True
+
+
+def check_length(model: LatentCore, question: str, row: Row) -> None:
+    """Refuse a question that leaves no room for an answer."""
+    room, n = model.backbone.context_length, max(len(row), row.n_positions)
+    if room is not None and (len(row) >= room or n > room):
+        raise InputError(
+            f"the question '{question[:40]}...' takes {n} positions, but the model reads at most {room} "
+            "and needs room for the answer; shorten the question"
+        )

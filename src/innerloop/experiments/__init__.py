@@ -1,0 +1,1 @@
+"""Suites, sweeps and comparisons of many runs, and the pages that show them."""

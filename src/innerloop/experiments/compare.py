@@ -1,0 +1,340 @@
+"""Comparing runs: the same test data for all, what is missing is evaluated, and each is set against a baseline."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from innerloop.bench.latency import time_runs
+from innerloop.config.typed import named
+from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.test_time import Attempts
+from innerloop.errors import InputError, nearest
+from innerloop.experiments.jobs import check_tasks, run_suite
+from innerloop.experiments.report import write_report
+from innerloop.experiments.suite import Suite, load_suite, suite_report
+from innerloop.experiments.summary import (
+    PREDICTIONS,
+    RESULT,
+    MethodResult,
+    by_variant,
+    failure_lines,
+    failure_sentence,
+    failures,
+    read_json,
+    read_questions,
+    summary_table,
+    write_answers,
+)
+from innerloop.lens.page import check_viz
+from innerloop.measure.accuracy import evaluate, result_of
+from innerloop.measure.stability import diverged_rate
+from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
+from innerloop.methods import method_named
+from innerloop.model import checkpoint
+from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
+from innerloop.text.examples import Example
+from innerloop.train.recipe import load_recipe, read_recipe
+from innerloop.train.run import CONFIG
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """What all runs answer."""
+
+    task: Task
+    split: str
+    examples: Sequence[Example]
+
+
+def compare_runs(
+    runs: Sequence[str], out: Path, console: Console, asked: EvalSet | None = None, n_timed: int = 64
+) -> list[MethodResult]:
+    """Return how runs compare on the same test data. Results that cover it are taken as they are, others are made.
+
+    Args:
+        runs: folders of runs.
+        out: where results go that are made here; a run's own are never touched.
+        console: where progress is shown.
+        asked: what is answered; None: all test examples of what the runs were trained on, which must then be the same.
+        n_timed: examples that all answer in turns for times and memory; 0: times are those of each evaluation.
+    """
+    folders = [Path(run) for run in runs]
+    asked = asked or eval_set(folders)
+    names = run_names(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    places = [out / name.replace("/", "_") for name in names]
+    known = [
+        next((found for found in (folder, place) if covers(found, folder, asked)), None)
+        for folder, place in zip(folders, places)
+    ]
+    with bar(console) as progress:
+        for name, folder, place, found in zip(names, folders, places, known):
+            if found is None:
+                row = progress.add_task(f"eval {name}", total=len(asked.examples), note="")
+                _evaluate(folder, place, asked, partial(progress.advance, row))
+    rows = [
+        MethodResult(name, [read_json(place / RESULT)], [folder], [place])
+        for name, folder, place in zip(names, folders, (found or place for found, place in zip(known, places)))
+    ]
+    questions = [example.question for example in asked.examples[:n_timed]]
+    return timed(rows, asked.task, questions, out) if questions else rows
+
+
+def check_runs(folders: Sequence[Path], out: Path) -> None:
+    """Refuse folders that are no runs, are named twice, or would be overwritten."""
+    for folder in folders:
+        if not checkpoint.is_run(folder):
+            raise InputError(f"{folder} is no run: compare takes folders that `innerloop train` wrote, or one suite")
+        if out.resolve() == folder.resolve():
+            raise InputError(f"{out} is one of the runs, whose own results would be overwritten: choose another --out")
+    if twice := [str(folder) for folder, n in Counter(folder.resolve() for folder in folders).items() if n > 1]:
+        raise InputError(f"{twice[0]} is named twice")
+
+
+def _evaluate(run: Path, place: Path, asked: EvalSet, advance: Callable[[int], Any]) -> None:
+    """Answer what is asked and write result.json and predictions.jsonl to a place."""
+    model = LatentModel.from_pretrained(run)
+    predictions = evaluate(model, asked.task, asked.examples, progress=advance)
+    result = result_of(model, asked.task, asked.split, predictions, checkpoint.recorded(run, "seed"), str(run))
+    place.mkdir(exist_ok=True)
+    write_answers(place, result, predictions)
+
+
+def eval_set(
+    folders: Sequence[Path], task: Task | None = None, split: str = "test", limit: int | None = None
+) -> EvalSet:
+    """Return what all runs answer; tasks that differ must at least ask the same."""
+    tasks = [task] if task is not None else [_task(folder) for folder in folders]
+    asked = [chosen.examples(split, limit) for chosen in tasks]
+    for folder, examples in zip(folders[1:], asked[1:]):
+        if _key(examples) != _key(asked[0]):
+            raise InputError(
+                f"{folders[0]} and {folder} were trained on tasks with other {split} examples: say which to answer "
+                "with --task '{name: ..., field: value}'"
+            )
+    return EvalSet(tasks[0], split, asked[0])
+
+
+def _task(folder: Path) -> Task:
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{folder} has no {CONFIG}, so say what to answer: --task NAME")
+    return load_recipe(folder / CONFIG).task
+
+
+def _key(examples: Sequence[Example]) -> list[tuple[str, str, str]]:
+    return [(example.id, example.question, example.answer) for example in examples]
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each run: its method where that tells them apart, otherwise the end of its path."""
+    methods = [str((checkpoint.recorded(folder, "method") or {}).get("name")) for folder in folders]
+    tails = [folder.resolve().parts[::-1] for folder in folders]
+    names = []
+    for i, (method, tail) in enumerate(zip(methods, tails)):
+        if methods.count(method) == 1:
+            names.append(method)
+            continue
+        others = [t for j, t in enumerate(tails) if j != i]
+        depth = next(d for d in range(1, len(tail) + 1) if all(other[:d] != tail[:d] for other in others))
+        names.append("/".join(reversed(tail[:depth])))
+    return names
+
+
+def covers(place: Path, run: Path, asked: EvalSet) -> bool:
+    """Tell whether a folder holds the answers of a run, as it is now, to exactly what is asked."""
+    if not (place / RESULT).exists() or not (place / PREDICTIONS).exists():
+        return False
+    result, trained = read_json(place / RESULT), (Path(checkpoint.resolve(run)) / checkpoint.SETTINGS).stat().st_mtime
+    task = result.get("task", {})
+    found = (task.get("name"), task.get("version"), result.get("split"), "asked" in result or "error" in result)
+    if found != (asked.task.name, asked.task.version, asked.split, False) or (place / RESULT).stat().st_mtime < trained:
+        return False
+    now, then = (named(m, "method", method_named) for m in (checkpoint.recorded(run, "method"), result["method"]))
+    # Unless it reasons in another way since, such as by another stop rule.
+    return bool(now == then) and read_questions(place) == _key(asked.examples)
+
+
+def suite_rows(suite: Suite, results: Sequence[Mapping[str, Any]]) -> list[MethodResult]:
+    """Return how the variants of a suite compare, those that have a result for any seed."""
+    rows = []
+    for row in by_variant(results):
+        folders = [Path(suite.jobs[row.name, result["seed"]].out) for result in row.results]
+        rows.append(replace(row, folders=folders, answers=folders))
+    return rows
+
+
+def chosen_baseline(names: Sequence[str], baseline: str | None) -> str:
+    """Return the name of the row that the others are set against: the first, or the one asked for."""
+    if baseline is None:
+        return names[0]
+    if baseline not in names:
+        raise InputError(
+            f"--baseline {baseline}: no such row{nearest(baseline, names)}; choose one of {', '.join(names)}"
+        )
+    return baseline
+
+
+def compare_folders(
+    runs: Sequence[str],
+    out: Path,
+    baseline: str | None,
+    console: Console,
+    task: Task | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    n_timed: int = 64,
+) -> None:
+    """Compare runs, print the table and write OUT/report.html and OUT/results.json."""
+    check_viz()
+    folders = [Path(run) for run in runs]
+    check_runs(folders, out)
+    chosen, asked = chosen_baseline(run_names(folders), baseline), eval_set(folders, task, split, limit)
+    rows = compare_runs(runs, out, console, asked, n_timed)
+    report = {"baseline": chosen, "points": [{"variant": row.name, **row.results[0]} for row in rows]}
+    checkpoint.write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
+    sentences = verdicts(rows, chosen)
+    write_report(out / REPORT, f"Comparison of {len(rows)} runs", rows, sentences)
+    _show(rows, {}, sentences, out, console)
+
+
+def compare_suite(
+    path: str,
+    out: str | None,
+    baseline: str | None,
+    seeds: Sequence[int] | None,
+    workers: int,
+    results: str | None,
+    overrides: Sequence[str],
+    console: Console,
+    n_timed: int = 64,
+) -> None:
+    """Run what is missing of a suite, print the table and write OUT/report.html and OUT/results.json.
+
+    Raises:
+        InputError: before anything is trained, where it can be told that jobs would fail; otherwise after all else
+            was written.
+    """
+    check_viz()
+    suite = load_suite(path, out, seeds, overrides)
+    chosen = chosen_baseline(suite.variants, baseline)
+    check_tasks(suite)
+    found = run_suite(suite, workers, console)
+    raw, folder = read_recipe(path, overrides), Path(suite.out)
+    report = json.dumps(suite_report(raw, found), indent=1) + "\n"
+    for file in [folder / "results.json", *([Path(results)] if results else [])]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(file, report)
+    failed, rows = failures(found), suite_rows(suite, found)
+    if rows and n_timed:
+        task = next(iter(suite.jobs.values())).task
+        examples = task.examples(suite.test.split, min(n_timed, suite.test.limit or n_timed))
+        runs = {row.name: Path(suite.run_of(row.name, row.results[0]["seed"])) for row in rows}
+        tried = {row.name: suite.test_of(row.name).attempts for row in rows}
+        rows = timed(rows, task, [example.question for example in examples], folder, runs, tried)
+    sentences = [*verdicts(rows, chosen), *diverged_sentences(found)]
+    shown = {name: value for name, value in raw.items() if name != "out"}
+    write_report(folder / REPORT, f"Suite {Path(path).stem}", rows, sentences, failed, shown)
+    _show(rows, failed, sentences, folder, console)
+    if failed:
+        raise InputError(failure_sentence(failed, len(found)))
+
+
+def _show(
+    rows: Sequence[MethodResult],
+    failed: Mapping[str, Sequence[str]],
+    sentences: Sequence[str],
+    folder: Path,
+    console: Console,
+) -> None:
+    if rows:
+        console.print(summary_table(rows))
+    for line in [*failure_lines(failed), *sentences]:
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"the report is in {folder / REPORT}, every job in {folder / 'results.json'}", soft_wrap=True)
+
+
+def diverged_sentences(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say of each variant of which a run has diverged, in training or in its loop, how many of its runs have."""
+    sentences = []
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        rate = diverged_rate([result for result in results if result["variant"] == variant])
+        if rate["diverged"]:
+            low, high = (100 * end for end in rate["ci95"])
+            runs = f"{rate['diverged']} of {rate['n']} runs"
+            sentences.append(f"{variant}: {runs} diverged (95 % interval {low:.0f} to {high:.0f} %)")
+    return sentences
+
+
+def timed(
+    rows: Sequence[MethodResult],
+    task: Task,
+    questions: Sequence[str],
+    folder: Path,
+    runs: Mapping[str, Path] | None = None,
+    attempts: Mapping[str, Attempts] | None = None,
+) -> list[MethodResult]:
+    """Return rows with the times and the memory of the run of their first seed, measured in turns.
+
+    Where no question can be answered by all, they are returned as they are.
+    ``runs`` are by name the folders of these runs, where they are not the rows' own; ``attempts`` say how they answer.
+    """
+    runs = {row.name: row.folders[0] for row in rows} if runs is None else runs
+    if not (measured := time_runs(runs, task, questions, folder, attempts)["runs"]):
+        return list(rows)
+    return [
+        replace(row, turns=tuple(measured[row.name]["seconds"]), memory=measured[row.name]["memory"]) for row in rows
+    ]
+
+
+def verdicts(rows: Sequence[MethodResult], baseline: str) -> list[str]:
+    """Say of each row whether it is better than the baseline, and how sure that is.
+
+    With one seed the same rows are compared (McNemar's test, a paired bootstrap): that is about these two runs. With
+    several the differences of the seeds are, by their interval over seeds: that is about the methods.
+    """
+    base = next((row for row in rows if row.name == baseline), None)
+    if base is None:
+        return [f"{baseline} has no result, so nothing is set against it."] if rows else []
+    places = {result.get("seed"): place for result, place in zip(base.results, base.answers)}
+    sentences = []
+    for row in (row for row in rows if row is not base):
+        pairs = [
+            (place, places[result.get("seed")])
+            for result, place in zip(row.results, row.answers)
+            if result.get("seed") in places
+        ]
+        if len(row.results) == len(base.results) == 1:
+            pairs = [(row.answers[0], base.answers[0])]
+        names = (row.name, base.name)
+        found = [verdict_of_files(ours / PREDICTIONS, theirs / PREDICTIONS, names) for ours, theirs in pairs]
+        if len(found) > 1:
+            sentences.append(seeds_sentence(*names, [v.difference for v in found], difference_noise(found)))
+        else:
+            sentences += [v.sentence for v in found]
+    return sentences
+
+
+def seeds_sentence(name: str, other: str, differences: Sequence[float], noise: float = 0.0) -> str:
+    """Say how two rows compare over seeds, by the interval (`over_seeds`) of the differences of their accuracies."""
+    mean, half = over_seeds(differences, noise)
+    low, high = max(mean - half, -1.0), min(mean + half, 1.0)
+    if not any(differences):
+        return f"{name} and {other} are equally accurate in each of {len(differences)} seeds"
+    tail = f"({len(differences)} seeds)"
+    if low <= 0 <= high:
+        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        return f"{name} and {other} cannot be told apart: {100 * mean:+.1f} points, {interval} {tail}"
+    side, ends = ("above", (low, high)) if mean > 0 else ("below", (-high, -low))
+    interval = f"95 % interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+    return f"{name} is {100 * abs(mean):.1f} points {side} {other}, {interval} {tail}"

@@ -1,0 +1,363 @@
+"""Jobs: the variants of a suite with their seeds, trained and tested side by side; what is done is not run again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import fits
+from innerloop.errors import InputError
+from innerloop.experiments.suite import EvalConfig, Key, Suite
+from innerloop.experiments.summary import CONTROLS, RESULT, STABILITY, write_answers
+from innerloop.experiments.workers import Workers, is_ending, local_workers
+from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of
+from innerloop.measure.controls import controls
+from innerloop.measure.result_cache import ResultCache, digest_of, made_of
+from innerloop.measure.stability import Stability, has_loop, stability
+from innerloop.measure.statistics import wilson
+from innerloop.measure.subject import Subject
+from innerloop.model.checkpoint import SETTINGS, resolve, write_text
+from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
+from innerloop.text.codec import to_json
+from innerloop.text.examples import Example
+from innerloop.train.recipe import Recipe, load_recipe
+from innerloop.train.run import CONFIG, FINISHED, run_recipe
+from innerloop.train.training_arguments import training_arguments
+
+N_TRACED = 64
+TEST_CACHE = "exam.parts.json"  # beside a job until it has been tested
+MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
+INTERRUPTED = "interrupted; run the suite again to go on"
+
+
+def run_suite(
+    suite: Suite,
+    workers: int = 2,
+    console: Console | None = None,
+    on: Callable[[], AbstractContextManager[Workers]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train and test what is missing, side by side; return the result of every job, in order.
+
+    Args:
+        suite: what to run.
+        workers: jobs trained at a time on this machine, each on one thread.
+        console: where progress is shown.
+        on: other workers, such as those of a cluster.
+
+    Returns:
+        For each job its result.json, with ``variant`` and where asked for ``loops``, accuracy and interval by number
+        of iterations, and ``change``, the relative change of the state in each; or ``error`` in place of all but
+        variant and seed.
+
+    Raises:
+        InputError: before anything is trained, where a folder holds a job of another recipe.
+    """
+    check_jobs(suite)
+    missing = [key for key in suite.jobs if known_result(suite, key) is None]
+    failed: dict[Key, str] = {}
+    if missing:
+        with (on or (lambda: local_workers(workers)))() as chosen, bar(console or Console()) as progress:
+            failed = _shown(suite, missing, chosen, progress)
+    return [
+        {"variant": key[0], "seed": key[1], "error": failed[key]} if key in failed else known_result(suite, key) or {}
+        for key in suite.jobs
+    ]
+
+
+def check_jobs(suite: Suite) -> None:
+    """Refuse tasks and training arguments that cannot be, and folders that hold what another recipe trained."""
+    for (variant, _), recipe in suite.jobs.items():
+        if recipe.task.running_text:
+            raise InputError(
+                f"variant '{variant}' ends with task '{recipe.task.name}', which has no right answers to compare by: "
+                "add a stage with another task"
+            )
+    for recipe in [*suite.warm_ups.values(), *suite.jobs.values()]:
+        for stage in recipe.stages or (recipe,):
+            training_arguments(recipe.out, stage.train)
+        config = Path(recipe.out) / CONFIG
+        if not config.exists():
+            continue
+        differ = [name for name, was in _sections(load_recipe(config)).items() if was != _sections(recipe).get(name)]
+        if differ:
+            raise InputError(
+                f"{recipe.out} was trained with another recipe ({', '.join(differ)} differ): choose another folder "
+                "with --out, or remove it"
+            )
+
+
+def check_tasks(suite: Suite) -> None:
+    """Refuse tasks that cannot give the examples that missing jobs ask for, before anything is trained.
+
+    Of each split the first example is made or read.
+    """
+    asked: dict[str, tuple[Task, str, list[str]]] = {}
+    for variant, task, split in _splits(suite):
+        asked.setdefault(repr((task, split)), (task, split, []))[2].append(variant)
+    reasons: dict[str, list[str]] = {}
+    for task, split, variants in asked.values():
+        try:
+            task.examples(split, 1)
+        except InputError as error:
+            reasons.setdefault(str(error), []).extend(variants)
+    if reasons:
+        told = [f"{reason} ({', '.join(dict.fromkeys(variants))})" for reason, variants in reasons.items()]
+        raise InputError("nothing was trained: " + "; ".join(told))
+
+
+def _splits(suite: Suite) -> Iterator[tuple[str, Task, str]]:
+    """Yield for each missing job, and the warm-ups they need, the name of the variant, a task and a split of it."""
+    missing = {key: recipe for key, recipe in suite.jobs.items() if known_result(suite, key) is None}
+    for (variant, seed), recipe in {**_warm_ups(suite, list(missing)), **missing}.items():
+        if not (Path(recipe.out) / FINISHED).exists() and variant not in suite.runs:
+            for stage in recipe.stages or (recipe,):
+                yield variant, stage.task, "train"
+                if str(stage.train.get("eval_strategy", "no")) != "no":
+                    yield variant, stage.task, "valid"
+        if (variant, seed) in missing:
+            for fields in ({}, *suite.test.also.values()):
+                yield variant, replace(recipe.task, **fields), suite.test.split  # type: ignore[type-var]
+
+
+def _warm_ups(suite: Suite, missing: Sequence[Key]) -> dict[Key, Recipe]:
+    """Return the warm-ups that missing jobs start from."""
+    seeds = dict.fromkeys(seed for _, seed in missing)
+    return {("warm-up", seed): suite.warm_ups[seed] for seed in seeds if seed in suite.warm_ups}
+
+
+def _sections(recipe: Recipe) -> dict[str, str]:
+    """Return the sections of a job's recipe as text in which the suite's folder is left out: it may be moved."""
+    folder = str(Path(recipe.out).parent.parent)
+    written = recipe.as_dict()
+    for part in (written, *written.get("stages", ())):
+        part["train"] = {k: v for k, v in part["train"].items() if not k.startswith(MAY_DIFFER)}
+    return {k: json.dumps(v).replace(folder, "{suite}") for k, v in written.items() if k != "out"}
+
+
+def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any) -> dict[Key, str]:
+    """Run what is missing with a bar for each job; return why those that failed did."""
+    rows = _warm_ups(suite, missing) | {key: suite.jobs[key] for key in missing}
+    bars = {
+        key: progress.add_task(f"{key[0]} {key[1]}", total=None if key[0] in suite.runs else _n_steps(r), note="")
+        for key, r in rows.items()
+    }
+
+    def listen() -> None:
+        while (message := workers.messages.get()) is not None:
+            key, done, note = message
+            progress.update(bars[key], completed=done, **({"note": note} if note else {}))
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        return _run_pool(suite, missing, workers)
+    finally:
+        workers.messages.put(None)
+        listener.join()
+
+
+def _n_steps(recipe: Recipe) -> int | None:
+    """Return the steps of training of all stages, None where they are not told in steps."""
+    return sum(stage.train.get("max_steps", 0) for stage in recipe.stages or (recipe,)) or None
+
+
+def known_result(suite: Suite, key: Key) -> dict[str, Any] | None:
+    """Return the result of a job that has been tested as the suite says, with the run as it is."""
+    path, run = Path(suite.jobs[key].out) / RESULT, Path(suite.run_of(*key))
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if "variant" not in result or not is_same_test(result, suite.test_of(key[0])):
+        return None
+    if Path(result["model"]).parts[-2:] != run.parts[-2:]:  # the suite's folder may be moved
+        return None
+    if key[0] not in suite.runs:
+        return result
+    is_newer = (run / FINISHED).exists() and path.stat().st_mtime >= (Path(resolve(run)) / SETTINGS).stat().st_mtime
+    return result if is_newer else None
+
+
+def is_same_test(result: Mapping[str, Any], test: EvalConfig) -> bool:
+    """Tell whether a result is of a test; what it does not say of its own was as it is by default."""
+    return {**to_json(EvalConfig()), **result.get("exam", {})} == to_json(test)
+
+
+def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Key, str]:
+    """Train the warm-ups that are needed, then the jobs, and test them; return why those that failed did.
+
+    Jobs that answer with the runs of others come last.
+    """
+    failed: dict[Key, str] = {}
+    messages = workers.messages
+    warm_ups = {
+        key[1]: workers.submit(train_job, key, recipe, messages) for key, recipe in _warm_ups(suite, missing).items()
+    }
+    jobs: dict[Future[Any], Key] = {}
+    for seed in dict.fromkeys(seed for _, seed in missing):
+        reason = _reason(warm_ups[seed]) if seed in warm_ups else None
+        for key in (key for key in missing if key[1] == seed):
+            if reason is not None:
+                failed[key] = f"the warm-up failed: {reason}"
+            elif key[0] not in suite.runs:
+                jobs[workers.submit(run_job, key, suite.jobs[key], suite.test_of(key[0]), messages)] = key
+    failed |= _finished(jobs, messages)
+    jobs = {}
+    for key in (key for key in missing if key[0] in suite.runs and key not in failed):
+        if reason := failed.get((suite.runs[key[0]], key[1])):
+            failed[key] = f"'{suite.runs[key[0]]}' failed, whose run it answers with: {reason}"
+        else:
+            rest = (suite.test_of(key[0]), messages, suite.run_of(*key))
+            jobs[workers.submit(run_job, key, suite.jobs[key], *rest)] = key
+    return failed | _finished(jobs, messages)
+
+
+def _finished(jobs: Mapping[Future[Any], Key], messages: Any) -> dict[Key, str]:
+    """Wait for jobs; return why those that failed did."""
+    failed = {}
+    for done in as_completed(jobs):
+        if (reason := _reason(done)) is not None:
+            failed[jobs[done]] = reason
+            messages.put((jobs[done], 0, f"failed: {reason}"))
+    return failed
+
+
+def _reason(job: Future[Any]) -> str | None:
+    """Wait for a job; return why it failed."""
+    error = job.exception()
+    error = getattr(error, "cause", None) or error  # Ray hands over its own report of it
+    name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return None if error is None else " ".join(f"{name}{error}".split())
+
+
+def train_job(key: Key, recipe: Recipe, messages: Any) -> None:
+    """Train a recipe, unless it has been."""
+    out = Path(recipe.out)
+    if is_ending():
+        raise InputError(INTERRUPTED)
+    if (out / FINISHED).exists():
+        return
+    finished = [s.train.get("max_steps", 0) for s in recipe.stages]
+    run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
+    if (out / FINISHED).exists():
+        for checkpoint in out.rglob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
+
+
+def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str | None = None) -> None:
+    """Train and test a job; or test another's ``run`` in its way."""
+    out = Path(recipe.out)
+    if run is None:
+        train_job(key, recipe, messages)
+        if not (out / FINISHED).exists():
+            raise InputError(INTERRUPTED)
+    out.mkdir(parents=True, exist_ok=True)
+    model, task, seed = LatentModel.from_pretrained(run or recipe.out), recipe.task, key[1]
+    asked, examples = test.attempts.asked(seed), task.examples(test.split, test.limit)
+    facts = made_of(model, task, test.split, examples, {"limit": test.limit, **asked}, seed)
+    cache = ResultCache(out / TEST_CACHE, facts)
+    steps = 0 if run is not None else _n_steps(recipe) or 0
+    cache.begins = lambda name: messages.put((key, steps, f"test: {name}"))
+    asking = _Asking(model, test, seed, cache)
+    predictions = cache.value(list[Prediction], "accuracy", lambda: asking.answers(task, examples))
+    result = {"variant": key[0], "exam": to_json(test)}
+    result |= result_of(model, task, test.split, predictions, seed, run or recipe.out)
+    result |= {"asked": asked} if asked else {}
+    if test.also:
+        result["also"] = {name: asking.also(name, task, fields) for name, fields in test.also.items()}
+    if asking.iterates:
+        result["loops"], refused = asking.by_loops("accuracy", task, examples)
+        result |= {"loops_refused": refused} if refused else {}
+        if result["loops"]:
+            result["change"] = change_by_loop(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
+    what = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": test.split, "seed": seed}
+    if test.controls:
+        found = controls(Subject(model, task, examples, predictions, seed=seed, cache=cache))
+        told = {**what, "n": len(found.unedited), **found.as_dict()}
+        write_text(out / CONTROLS, json.dumps(told, indent=2) + "\n")
+    if test.stability and has_loop(model):
+        read = [example for example in examples if fits(model, example.question)]
+        behaves = cache.value(Stability, "stability", lambda: stability(model, read))
+        result["diverged"] = behaves.diverged
+        write_text(out / STABILITY, json.dumps({**what, "n": len(read), **behaves.as_dict()}, indent=2) + "\n")
+    write_answers(out, result, predictions)
+    (out / TEST_CACHE).unlink(missing_ok=True)
+
+
+class _Asking:
+    """A trained job that answers as its test says; accuracies are kept as soon as they are known."""
+
+    def __init__(self, model: LatentModel, test: EvalConfig, seed: int, cache: ResultCache):
+        self.model, self.test, self.cache = model, test, cache
+        self.answers = partial(evaluate, model, attempts=test.attempts, seed=seed)
+        self.iterates = bool(test.loops) and hasattr(model.method, "max_loops")
+
+    def score(self, name: str, task: Task, examples: list[Example], loops: int | None = None) -> dict[str, Any]:
+        """Return accuracy and interval with a number of iterations."""
+
+        def measure() -> dict[str, Any]:
+            answered = self.answers(task, examples, loops=loops)
+            n_correct = sum(p.correct for p in answered)
+            return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
+
+        return self.cache(name, measure)  # type: ignore[no-any-return]
+
+    def by_loops(
+        self, about: str, task: Task, examples: list[Example]
+    ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
+        scores: dict[int, dict[str, Any]] = {}
+        refused: dict[int, str] = {}
+        for n in self.test.loops:
+            try:
+                scores[n] = self.score(f"{about} of {n} loops", task, examples, n)
+            except InputError as error:
+                refused[n] = str(error)
+        return scores, refused
+
+    def also(self, name: str, task: Task, fields: Mapping[str, Any]) -> dict[Any, Any]:
+        """Return accuracy on other examples, as trained and by number of iterations."""
+        other = replace(task, **fields)  # type: ignore[type-var]
+        examples = other.examples(self.test.split, self.test.limit)
+        about = f"{name} {fields} {digest_of(examples)[:8]}"
+        found: dict[Any, Any] = {"trained": self.score(f"{about} as trained", other, examples)}
+        return found | (self.by_loops(about, other, examples)[0] if self.iterates else {})
+
+
+def change_by_loop(model: LatentModel, questions: Sequence[str], loops: int) -> list[float | None]:
+    """Return the relative change of the state in each iteration, a mean over questions; None where it has diverged.
+
+    Questions that cannot be answered are left out.
+    """
+    answers = model.generate(questions, loops=loops, trace=True, max_new_tokens=1, strict=False)
+    changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
+    return to_json([sum(column) / len(column) for column in zip(*changes)])  # type: ignore[no-any-return]
+
+
+class _Report(TrainerCallback):
+    """Sends progress to the process that shows it; steps are counted over all stages."""
+
+    def __init__(self, key: Key, messages: Any, stages: Sequence[int], title: str):
+        number = title.partition("/")[0]
+        done = int(number) - 1 if stages and number.isdigit() else 0
+        self.key, self.messages, self.before = key, messages, sum(stages[:done])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Send the step, now and then."""
+        if state.global_step % 5 == 0 or state.global_step == state.max_steps:
+            self.messages.put((self.key, self.before + state.global_step, ""))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Send the newest loss."""
+        if logs and "loss" in logs:
+            self.messages.put((self.key, self.before + state.global_step, f"loss {logs['loss']:.3f}"))

@@ -1,0 +1,256 @@
+"""The decider: whether a token is hard and shall be read once more, and what it is then read as (tah.md, 3 and 5).
+
+    x = W_1 [h_1; ..; h_m; W_0 top] ;  x = W_2 x ;  6 times: x = x + MLP(LN(x)) ;  c = w LN(x)
+    the token goes on if sigmoid(c) > tau, as the mixture sum_v p_v E[v], p = softmax over its K largest logits
+
+h_i are the token's states at some layers, ``top`` its largest logits, sorted.
+
+Shapes: `A` tokens, `R` and `N` rows and columns of a part of a pass, `D` width, `K` logits, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from innerloop.decoder.backbone import Backbone
+from innerloop.errors import check_choices, refuse
+from innerloop.loop.stabilize import at_least_fp32
+from innerloop.passes.tokens import Spending, Tokens
+
+EXPANSION = 4
+AT_ONCE = 4096  # tokens that are read out together: their logits are large
+N_SITES = 5  # layers that are looked at, unless they are named
+FREE, ONCE = -1, 0
+"""What is known of a token: nothing, so ``iterate`` decides; that it is none of those asked, so it is read once."""
+
+
+@dataclass(frozen=True)
+class DeciderSettings:
+    """Which tokens go on, and as what.
+
+    Args:
+        iterate: who says which tokens go on: the decider; the oracle, in training (when answering then none does);
+            always or never.
+        tau: a token goes on if the decider is surer than this.
+        input_mix_topk: K, words mixed into the input of the next reading.
+        decider_layers: after which layers it looks at the states, 0 being the embeddings; empty: five, evenly spaced.
+        decider_topk: how many of the largest logits it looks at.
+        decider_width: its inner width.
+        decider_blocks: its residual blocks.
+        decider_dropout: inside them.
+    """
+
+    iterate: Literal["decider", "oracle", "always", "never"] = "decider"
+    tau: float = 0.9
+    input_mix_topk: int = 100
+    decider_layers: tuple[int, ...] = ()
+    decider_topk: int = 100
+    decider_width: int = 256
+    decider_blocks: int = 6
+    decider_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        object.__setattr__(self, "decider_layers", tuple(self.decider_layers))
+        refuse(
+            (
+                min(self.input_mix_topk, self.decider_topk, self.decider_width) < 1,
+                "input_mix_topk, decider_topk and decider_width must be at least 1",
+            ),
+            (self.decider_blocks < 0, "decider_blocks cannot be negative"),
+            (self.tau < 0, "tau is a probability: choose a value from 0 on; from 1 on no token iterates"),
+            (not 0 <= self.decider_dropout < 1, "decider_dropout is a probability below 1"),
+        )
+
+
+def usual_layers(n_layers: int) -> tuple[int, ...]:
+    """Return layers evenly spaced from the embeddings (0) to the last but one: 0, 7, 13, 20, 26 of 28."""
+    last = max(n_layers - 2, min(n_layers - 1, 1))
+    return tuple(sorted({int(last * i / (N_SITES - 1) + 0.5) for i in range(N_SITES)}))
+
+
+class Decider(nn.Module):
+    """An MLP on what a pass made of a token.
+
+    Args:
+        width: D.
+        n_states: how many layers it looks at.
+        n_logits: K.
+        hidden: its inner width.
+        n_blocks: its residual blocks.
+        dropout: inside the blocks.
+    """
+
+    def __init__(self, width: int, n_states: int, n_logits: int, hidden: int, n_blocks: int, dropout: float):
+        super().__init__()
+        self.of_logits = nn.Linear(n_logits, width)
+        self.enter, self.mix = nn.Linear((n_states + 1) * width, hidden), nn.Linear(hidden, hidden)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(hidden),
+                nn.Linear(hidden, EXPANSION * hidden),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Linear(EXPANSION * hidden, hidden),
+                nn.Dropout(dropout),
+            )
+            for _ in range(n_blocks)
+        )
+        self.norm, self.leave = nn.LayerNorm(hidden), nn.Linear(hidden, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+                if module is not self.leave:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    @property
+    def flops(self) -> float:
+        """What one decision costs."""
+        return 2.0 * sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+
+    def forward(self, states: Sequence[Tensor], top_AK: Tensor) -> Tensor:
+        """Return c (A,), in fp32 or better, from states (A, D) of each layer and the largest logits."""
+        dtype = self.enter.weight.dtype
+        parts = [*states, self.of_logits(top_AK.to(dtype))]
+        x = self.mix(self.enter(torch.cat([part.to(dtype) for part in parts], dim=-1)))
+        for block in self.blocks:
+            x = x + block(x)
+        return at_least_fp32(self.leave(self.norm(x))[:, 0])
+
+
+@dataclass
+class Choice:
+    """Which tokens go on.
+
+    Attributes:
+        goes_RN: the tokens.
+        inputs_RND: their next inputs; zero elsewhere.
+        asked_RN: those that ``iterate`` decided on.
+        scores_RN: what the decider said of them; zero elsewhere.
+        ends_A: places, row by row, of the tokens that were read out; -1 for those that go on.
+        logits_AV: what they show; None where they are too many to keep.
+    """
+
+    goes_RN: Tensor
+    inputs_RND: Tensor
+    asked_RN: Tensor
+    scores_RN: Tensor
+    ends_A: Tensor
+    logits_AV: Tensor | None
+
+
+class Chooser(nn.Module):
+    """Says which tokens go on from a depth, and makes their next inputs.
+
+    Args:
+        settings: how.
+        backbone: whose words and layers; it is looked at, not owned.
+        learns: the decider is trained.
+    """
+
+    def __init__(self, settings: DeciderSettings, backbone: Backbone, learns: bool):
+        super().__init__()
+        self.settings, self.learns = settings, learns
+        object.__setattr__(self, "backbone", backbone)
+        n, n_words = backbone.n_layers, backbone.lm.get_output_embeddings().weight.shape[0]
+        self.layers = settings.decider_layers or usual_layers(n)
+        refuse(
+            (
+                not all(0 <= layer < n for layer in self.layers),
+                f"decider_layers are states after layers 0 (the embeddings) to {n - 1} of this model",
+            )
+        )
+        self.n_mixed, self.n_shown = min(settings.input_mix_topk, n_words), min(settings.decider_topk, n_words)
+        self.read_out_flops, self.mix_flops = 2.0 * backbone.width * n_words, 2.0 * backbone.width * self.n_mixed
+        self.decider, self.decider_flops = None, 0.0
+        if settings.iterate == "decider":
+            hidden, n_blocks, dropout = settings.decider_width, settings.decider_blocks, settings.decider_dropout
+            decider = Decider(backbone.width, len(self.layers), self.n_shown, hidden, n_blocks, dropout)
+            self.decider, self.decider_flops = decider.requires_grad_(learns), decider.flops
+
+    backbone: Backbone
+
+    def forward(
+        self,
+        tokens: Tokens,
+        states_RND: Tensor,
+        layers: Sequence[Tensor],
+        known_RN: Tensor,
+        depth: int | Tensor,
+        limit: int,
+        logits_RNV: Tensor | None = None,
+        spending: Spending | None = None,
+    ) -> Choice | None:
+        """Choose among tokens.
+
+        Args:
+            tokens: the tokens.
+            states_RND: what they have come to, after the final norm.
+            layers: their states after each layer (R, N, D), the embeddings first.
+            known_RN: how many iterations they shall have; FREE where ``iterate`` is to say.
+            depth: the depth, or that of each row (R, 1).
+            limit: D, from which none goes on.
+            logits_RNV: what the states show, if that is known.
+            spending: where the work is counted. Logits that are known are so for tokens that go on alone: those of the
+                others are what is written from.
+
+        Returns:
+            The choice, or None where there is nothing to choose.
+        """
+        real = tokens.real & (depth < limit)
+        knows = real & (known_RN > depth)
+        may_ask = self.decider is not None or self.settings.iterate == "always"
+        asked = real & (known_RN == FREE) if may_ask else torch.zeros_like(real)
+        at_A = torch.nonzero((asked | knows).flatten())[:, 0]
+        if len(at_A) == 0:
+            return None
+        flat = states_RND.flatten(0, 1)
+        shown_AV = None if logits_RNV is None else logits_RNV.flatten(0, 1)[at_A]
+        if shown_AV is None and len(at_A) <= AT_ONCE:
+            shown_AV = self.backbone.head(flat[at_A])
+        values, words = self.largest(flat, at_A, shown_AV)
+        goes, scores = knows | asked, torch.zeros_like(known_RN, dtype=values.dtype)
+        if self.decider is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns):
+                seen = [layers[i].flatten(0, 1)[at_A].detach() for i in self.layers]
+                scores_A = self.decider(seen, values[:, : self.n_shown].detach())
+                scores = scores.flatten().index_copy(0, at_A, scores_A.to(scores.dtype)).view(scores.shape)
+            goes = knows | (asked & (scores.sigmoid() > self.settings.tau))
+        goes_A = goes.flatten()[at_A]
+        mixed = self.mix(values[goes_A], words[goes_A]).to(flat.dtype)
+        inputs = torch.zeros_like(flat).index_copy(0, at_A[goes_A], mixed).view(states_RND.shape)
+        if spending is not None:
+            looks, mixes = self.decider_flops, self.mix_flops
+            if logits_RNV is None:
+                looks += self.read_out_flops
+            else:
+                mixes += self.read_out_flops
+            charge(spending, tokens, (asked | knows).double() * looks + goes.double() * mixes)
+        return Choice(goes, inputs, asked, scores, at_A.masked_fill(goes_A, -1), shown_AV)
+
+    def largest(self, flat: Tensor, at_A: Tensor, shown_AV: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the largest logits of places of ``flat`` states and their words (A, K); not too many at once."""
+        n = max(self.n_mixed, self.n_shown)
+        parts = [shown_AV] if shown_AV is not None else (self.backbone.head(flat[some]) for some in at_A.split(AT_ONCE))
+        values, words = zip(*(at_least_fp32(logits).topk(n) for logits in parts))
+        return torch.cat(values), torch.cat(words)
+
+    def mix(self, values_AK: Tensor, words_AK: Tensor) -> Tensor:
+        """Return the mixtures (A, D) of the embeddings of the words with the largest logits."""
+        shares = values_AK[:, : self.n_mixed].softmax(-1)
+        return self.backbone.embed_mix(words_AK[:, : self.n_mixed], shares)
+
+
+def charge(spending: Spending, tokens: Tokens, flops_RN: Tensor) -> None:
+    """Count FLOPs of each of some tokens."""
+    flops_R, rows = flops_RN.sum(1), tokens.rows_R
+    if spending.counted_B is not None:
+        flops_R = flops_R * (spending.counted_B if rows is None else spending.counted_B[rows])
+    if rows is not None and spending.rows is not None:
+        rows = spending.rows[rows]
+    spending.meter.add(spending.rows if rows is None else rows, flops_R)

@@ -1,0 +1,200 @@
+"""Relaxed recursive transformers (arXiv 2410.20672): a pretrained decoder's layers are tied, then told apart again.
+
+    depth l = b K + j (iteration b of block layer j):   W_l = W'_j + B_l A_l            (relaxed_recursive.md, 2 and 3)
+
+B_l A_l is the best rank-r approximation of what tying took away, so at full rank the model is the original one. It
+loops as `looped` does; the block's layers are on disk once, what tells depths apart is with the method's own parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from innerloop.config.losses import KdSettings
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.token_losses import divergence
+from innerloop.errors import refuse
+from innerloop.loop.loop import InnerLoop
+from innerloop.methods.depth.looped import BlockLoop, LoopedDepth
+from innerloop.methods.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
+from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.ragged import DepthForward
+
+
+@dataclass(frozen=True)
+class RelaxedRecursive(BlockLoop, KdSettings):
+    """A decoder of n layers, all but prelude and coda tied to a block of n / ``max_loops``, with low-rank corrections.
+
+    Args:
+        n_prelude: first layers that are not tied.
+        n_coda: last layers that are not tied.
+        max_loops: B, how many depths share a layer.
+        init: the tied layers: spread evenly (stepwise), means over their depths (average), the first (lower), the last
+            (upper), or drawn afresh (random).
+        rank: r of the attention's matrices, cut to their smaller side; 0: none.
+        mlp_rank: r of the others; None: as ``rank``.
+        lora_init: B_l = U S and A_l = V^T (svd), B_l = U sqrt(S) and A_l = sqrt(S) V^T (split_sqrt), or no correction
+            at first (zero).
+        tie_1d: share gains and biases too, their means over depths; off: each depth keeps its own.
+        teacher: folder of the original model, whose predictions are learned (kd_weight).
+    """
+
+    name: ClassVar[str] = "relaxed_recursive"
+    paper: ClassVar[str] = "arXiv 2410.20672"
+    summary: ClassVar[str] = "a pretrained model's layers are tied and looped, each depth with a low-rank correction"
+
+    init: Literal["stepwise", "average", "lower", "upper", "random"] = "average"
+    rank: int = 64
+    mlp_rank: int | None = None
+    lora_init: Literal["svd", "split_sqrt", "zero"] = "svd"
+    tie_1d: bool = False
+    teacher: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        KdSettings.__post_init__(self)
+        ranks = (self.rank, self.other_rank)
+        refuse(
+            (min(ranks) < 0, "rank and mlp_rank cannot be negative"),
+            (self.lora != "none", "relaxed_recursive has LoRA of its own for each depth: leave lora out and set rank"),
+            (
+                max(ranks) == 0 and self.lora_init != "svd",
+                "lora_init says how corrections begin, of which rank 0 has none: set rank, or leave lora_init out",
+            ),
+            (
+                (self.teacher is None) != (self.kd_weight == 0),
+                "kd_weight is for what a teacher predicts: give both teacher and kd_weight, or neither",
+            ),
+            (
+                self.kd_weight > 0 and self.gate == "improvement",
+                "gate=improvement trains the gate alone: leave teacher and kd_weight out",
+            ),
+        )
+
+    @property
+    def other_rank(self) -> int:
+        """The rank of the MLP's matrices."""
+        return self.rank if self.mlp_rank is None else self.mlp_rank
+
+    @property
+    def reference_source(self) -> str | None:
+        """The original model predicts every row along."""
+        return self.teacher
+
+    def with_loops(self, loops: int) -> RelaxedRecursive:
+        """Return the method for answering with fewer iterations."""
+        refuse((loops > self.max_loops, f"there are corrections for {self.max_loops} loops: ask for no more"))
+        return replace(super().with_loops(loops), teacher=None, kd_weight=0.0)  # type: ignore[return-value, call-arg]
+
+    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        """Tie the layers between prelude and coda; return what tells their depths apart."""
+        p, between = self.n_prelude, backbone.n_layers - self.n_prelude - self.n_coda
+        refuse(
+            (
+                between < 1 or between % self.max_loops > 0,
+                f"{between} layers cannot be run as a block of {self.max_loops} loops: choose a max_loops that divides "
+                "them, or leave some layers untied with n_prelude and n_coda",
+            )
+        )
+        k = between // self.max_loops
+        depths = depths_of(between, k)
+        check_kinds(backbone, [[p + depth for depth in group] for group in depths])
+        match self.init:
+            case "stepwise":
+                block = [[j] for j in stepwise(between, k)]
+            case "lower" | "random":
+                block = [[j] for j in range(k)]
+            case "upper":
+                block = [[j] for j in range(between - k, between)]
+            case _:
+                block = depths
+        matrices = [backbone.matrices(p + depth) for depth in range(between)]
+        vectors = [_vectors(backbone.layers[p + depth]) for depth in range(between)]
+        kinds = with_ends([[j] for j in range(k)], p, backbone.n_layers, self.n_coda)
+        rebuild(backbone, with_ends(block, p, backbone.n_layers, self.n_coda), [kind for (kind,) in kinds])
+        tied = range(p, p + k)
+        if self.init == "random":
+            _draw(backbone, tied)
+        start: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for j, layer in enumerate(tied):
+                for name, own in _vectors(backbone.layers[layer]).items():
+                    each = torch.stack([vectors[depth][name] for depth in depths[j]])
+                    if self.tie_1d:
+                        own.copy_(each.mean(0))
+                    else:
+                        start[f"depth.vectors.copies.{key_of(j, name)}"] = each
+                for name, matrix in backbone.matrices(layer).items():
+                    rank = rank_of(name, self.rank, self.other_rank)
+                    if rank == 0 or self.lora_init == "zero":
+                        continue
+                    lost = [matrices[depth][name].weight - matrix.weight for depth in depths[j]]
+                    pairs = [truncated(residual, rank, self.lora_init) for residual in lost]
+                    start[f"depth.lora.up.{key_of(j, name)}"] = torch.stack([up for up, _ in pairs])
+                    start[f"depth.lora.down.{key_of(j, name)}"] = torch.stack([down for _, down in pairs])
+        return start
+
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
+        """Make the looping decoder."""
+        return RelaxedDepth(self, backbone, loop)
+
+
+class RelaxedDepth(LoopedDepth):
+    """The looping decoder, whose iterations have corrections, gains and biases of their own."""
+
+    method: RelaxedRecursive
+
+    def __init__(self, method: RelaxedRecursive, backbone: Backbone, loop: InnerLoop):
+        super().__init__(method, backbone, loop)
+        ranks = method.rank, method.other_rank
+        self.lora = ResidualLora(backbone, self.block, method.max_loops, *ranks) if max(ranks) else None
+        self.vectors = None if method.tie_1d else GainsAndBiases(backbone, self.block, method.max_loops)
+        if method.gate == "improvement":
+            self.requires_grad_(False)
+
+    @contextmanager
+    def weights(self, loop: int) -> Iterator[None]:
+        """Run iteration ``loop`` in the block."""
+        with ExitStack() as stack:
+            for part in (self.lora, self.vectors):
+                if part is not None:
+                    stack.enter_context(part.at(loop))
+            yield
+
+    def extra_flops(self, loop: int) -> float:
+        """Return what an iteration costs per token besides its layers."""
+        return super().extra_flops(loop) + (0.0 if self.lora is None else self.lora.flops)
+
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return what is learned at the exits, and from the original model."""
+        terms, batch, thought = super().loss_terms(inputs), inputs.batch, inputs.thought
+        if inputs.reference is not None:
+            rows, at = batch.predict_at_U // batch.ids_BS.shape[1], batch.predict_at_U % batch.ids_BS.shape[1]
+            own_UV = self.backbone.head(thought.answer[-1][rows, at - thought.first_column])
+            wanted_UV = inputs.reference.logits(batch)
+            terms["kd"] = divergence(wanted_UV, own_UV, self.method.kd_temperature).sum(), "answer"
+        return terms
+
+
+def _vectors(layer: nn.Module) -> dict[str, Tensor]:
+    """Return a layer's one-dimensional parameters: gains and biases."""
+    return {name: parameter for name, parameter in layer.named_parameters() if parameter.ndim == 1}
+
+
+def _draw(backbone: Backbone, layers: range) -> None:
+    """Draw the matrices of some layers afresh, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    std = getattr(backbone.config, "initializer_range", 0.02)
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in backbone.layers[layer].parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,1 @@
+"""Methods that think in latents between two markers."""

@@ -1,0 +1,235 @@
+"""Folders on disk: an ordinary Hugging Face checkpoint plus what the method trained.
+
+    config.json, model.safetensors, tokenizer.json ...   plain `transformers` loads these
+    innerloop.json                                        method, settings, versions
+    innerloop.safetensors                                 the method's parts, and LoRA weights if any
+
+LoRA weights are merged into model.safetensors, so that the folder is complete in itself. Folders are written aside and
+renamed: a write that fails leaves the old folder as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from innerloop.decoder.adapters import ADAPTER, adapted, merged_state
+from innerloop.decoder.backbone import Backbone
+from innerloop.errors import InputError, nearest
+from innerloop.methods import Method
+from innerloop.text.encoder import Speller
+
+SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
+RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
+
+
+class Stored(Protocol):
+    """A model that can be written to a folder and read back."""
+
+    backbone: Backbone
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    spell: Speller
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return what the method trains besides the backbone, by name."""
+
+
+def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
+    """Write a complete folder aside, then put it in place of the model that was there.
+
+    Other files in a folder that is no saved model of ours stay. ``record`` goes into innerloop.json.
+    """
+    path = Path(path).resolve()
+    aside, replaced = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write(model, aside, record)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists() and not (path / SETTINGS).exists() and any(path.iterdir()):
+            for file in aside.iterdir():
+                file.replace(path / file.name)
+            aside.rmdir()
+            return
+        if path.exists():
+            path.rename(replaced)
+        aside.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"could not save to {path}: {error}; what was there before is untouched") from error
+
+
+def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) -> None:
+    """Write the files of a checkpoint into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lm = model.backbone.lm
+    with without_bars():
+        lm.save_pretrained(folder, state_dict=merged_state(lm))
+    model.tokenizer.save_pretrained(folder)
+    save_file(_apart(trained_parts(model)), folder / PARTS)
+    settings = {"innerloop": version("innerloop"), "method": method_settings(model.method), **(record or {})}
+    if model.spell.running_text:
+        settings["running_text"] = True
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors wants them; a tied head is written twice."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return apart
+
+
+def method_settings(method: Method) -> dict[str, Any]:
+    """Return a method as a recipe writes it: its name and fields."""
+    return {"name": method.name, **asdict(method)}
+
+
+def trained_parts(model: Stored) -> dict[str, Tensor]:
+    """Return what belongs to innerloop alone: the weights of the method's parts and of LoRA before merging."""
+    parts = {name: tensor.detach() for name, (tensor, first) in _tensors(model).items() if name == first}
+    if adapted(model.backbone.lm):
+        parameters = model.backbone.lm.named_parameters()  # a tied table's once, where the state dict has them twice
+        parts |= {f"lm.{name}": p.detach() for name, p in parameters if f".{ADAPTER}" in name}
+    return parts
+
+
+def _tensors(model: Stored) -> dict[str, tuple[Tensor, str]]:
+    """Return the tensors of the method's parts by name, each with the first of its names: a tied head has two."""
+    first: dict[int, str] = {}
+    state = torch.nn.ModuleDict(model.parts()).state_dict(keep_vars=True)
+    return {name: (tensor, first.setdefault(id(tensor), name)) for name, tensor in state.items()}
+
+
+def load_parts(model: Stored, folder: Path, strict: bool = True) -> None:
+    """Load the method's parts, and LoRA weights where the model has LoRA, from a checkpoint folder.
+
+    With ``strict`` off, for another setting of the same method, what fits is taken: of a table indexed by iteration or
+    slot, the rows that both have.
+    """
+    try:
+        stored = load_file(folder / PARTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {folder / PARTS}: {first_line(error)}") from None
+    if adapted(model.backbone.lm):
+        weights = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.")}
+        model.backbone.lm.load_state_dict(weights, strict=False)
+    own = {name: tensor for name, tensor in stored.items() if not name.startswith("lm.")}
+    own |= {name: own[first] for name, (_, first) in _tensors(model).items() if first in own}
+    parts = torch.nn.ModuleDict(model.parts())
+    if not strict:
+        own = {name: _fitted(tensor, own.get(name)) for name, tensor in parts.state_dict().items()}
+    try:
+        parts.load_state_dict(own)
+    except RuntimeError as error:  # missing, unexpected or of another shape
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{folder / PARTS} does not fit the method '{model.method.name}' with these settings: {reason}"
+        ) from None
+
+
+def _fitted(own: Tensor, stored: Tensor | None) -> Tensor:
+    """Return ``own`` with as much of ``stored`` as has its place there."""
+    if stored is not None and own.numel() == 0:  # as large as what it was fitted to
+        return stored
+    if stored is None or stored.shape[1:] != own.shape[1:]:
+        return own
+    if own.ndim == 0:
+        return stored
+    n = min(len(own), len(stored))
+    return torch.cat([stored[:n].to(own), own[n:]])
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read innerloop.json."""
+    if not (folder / SETTINGS).exists():
+        raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run")
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+    except ValueError as error:
+        raise InputError(f"{folder / SETTINGS} is not valid JSON ({error}); restore it or save the run again") from None
+    if not isinstance(settings, dict) or "name" not in (settings.get("method") or ()):
+        raise InputError(f"{folder / SETTINGS} names no method; restore it or save the run again")
+    return settings
+
+
+def resolve(path: str | Path) -> str | Path:
+    """Return the checkpoint folder of a run, a model folder as it is, or a Hub name.
+
+    Raises:
+        InputError: it can only be a folder, and that does not exist or holds no model.
+    """
+    folder = Path(path)
+    if (folder / RUN_CHECKPOINT / SETTINGS).exists():
+        return folder / RUN_CHECKPOINT
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(
+                f"{folder} holds no model and no finished run: it has neither config.json nor {RUN_CHECKPOINT}/"
+            )
+        return folder
+    names = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    hint = nearest(folder.name, names)
+    is_path = folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith((".", "runs/", "models/"))
+    if is_path or (hint and folder.parts[1:]):
+        raise InputError(f"there is no folder {folder}{hint}")
+    return str(path)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide transformers' bars for writing and reading shards: they would tear a live display."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_run(path: str | Path) -> bool:
+    """Tell whether a folder was saved by innerloop, itself or as a run."""
+    return (Path(resolve(path)) / SETTINGS).exists()
+
+
+def recorded(path: str | Path, name: str, default: Any = None) -> Any:
+    """Return what a run's innerloop.json says of its training, such as ``seed`` and ``stage``."""
+    folder = Path(resolve(path))
+    return read_settings(folder).get(name, default) if (folder / SETTINGS).exists() else default
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that a full disk leaves the old one as it was."""
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"could not write {path}: {error}; what was there before is untouched") from error

@@ -1,0 +1,431 @@
+"""`LatentCore`: a backbone, a method and the parts the method trains; thinking, loss, logits, saving.
+
+What users have is `innerloop.LatentModel`, which also answers and is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from innerloop.decoder.adapters import add_markers
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.cost import Meter
+from innerloop.decoder.token_losses import ALL, AtOnce, Show, Shown, summed_loss
+from innerloop.errors import InputError
+from innerloop.loop.loop import InnerLoop
+from innerloop.loop.trace import Trace
+from innerloop.methods import Method
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.methods.text.cot import Cot
+from innerloop.model import checkpoint, loading
+from innerloop.model.answer_decoder import AnswerDecoder, Classifier, decoder_for
+from innerloop.model.distillation import check_teacher, latent_teacher_terms
+from innerloop.model.frozen import FrozenReference
+from innerloop.model.losses import (
+    Terms,
+    answer_losses,
+    deep_loss,
+    every_pass_loss,
+    follow_loss,
+    halting_loss,
+    read_teacher,
+    step_loss,
+)
+from innerloop.model.step_decoder import StepDecoder, told_loss
+from innerloop.passes.context import Context
+from innerloop.passes.depth_run import DepthRun
+from innerloop.passes.loss_inputs import LossInputs
+from innerloop.passes.thought import Masked, Thought, join, think
+from innerloop.text.batch import Batch, collate
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import ANSWER_PASS, LAT, Block, Row, ShownBlock
+
+
+@dataclass
+class Output:
+    """A loss and what it is made of.
+
+    Attributes:
+        loss: the weighted sum of the terms.
+        terms: each term's mean over its own supervised items, before weighting.
+        trace: the loop's record, where asked for.
+        measured: what depth methods report of a pass, such as the shares of tokens that routers chose.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    trace: Trace | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LatentCore(nn.Module):
+    """Any decoder that reasons by any method.
+
+    Args:
+        backbone: the decoder.
+        tokenizer: its tokenizer; the method's markers are added to it and to the embeddings.
+        method: how to reason.
+    """
+
+    def __init__(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, method: Method):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.method = method
+        self.spell = Speller(tokenizer)
+        if method.loop.shift and (method.scope != "slots" or method.prefix_kv == "per_iter"):
+            raise InputError(
+                f"shift is for latents side by side, which '{method.name}' has not here: set shift to false"
+            )
+        if method.loop.time_inject == "token" and method.scope == "append":
+            raise InputError(
+                f"time_inject=token is for latents side by side, which '{method.name}' has not here: set it to add"
+            )
+        if method.loop.stop_decay > 0 and method.family != "depth":
+            raise InputError(f"stop_decay is for loops inside tokens, which '{method.name}' has not: set it to 0")
+        if (method.loop.stop, method.loop.act_output, method.answer_context) == ("act", "weighted", "kv_last"):
+            raise InputError("the answer sees the last iteration's cache, not ACT's mean: set act_output to last")
+        add_markers(backbone, tokenizer, method.markers)
+        aux = method.auxiliary
+        self.step_decoder = None
+        if aux.aux_weight > 0:
+            dtype = backbone.lm.dtype
+            other = None if aux.aux_source is None else loading.load_decoder(aux.aux_source, tokenizer, dtype)
+            self.step_decoder = StepDecoder(aux, backbone, other).to(backbone.device)
+        max_loops = method.n_iterations
+        tau, n_slots, soft = backbone.embed_rms(), method.n_distinct_slots, method.soft_thinking
+        loop = InnerLoop(method.loop, backbone.width, max_loops, tau, backbone, n_slots, soft)
+        self.loop = loop.to(backbone.device)
+        depth = method.make_depth(backbone, self.loop) if isinstance(method, DepthMethod) else None
+        self.depth = None if depth is None else depth.to(backbone.device)
+        width = method.losses.hid_width
+        self.follower = nn.Linear(backbone.width, width, bias=False).to(backbone.device) if width else None
+        decoder = decoder_for(method.answering, backbone)
+        self.decoder = None if decoder is None else decoder.to(backbone.device)
+        for part in self.children():
+            if aux.aux_trains == ("base" if part is self.step_decoder else "decoder"):
+                part.requires_grad_(False)
+        self._frozen: dict[str, LatentCore] = {}  # in a dictionary, so that they are no part of this model
+        self.reference = None if method.reference_source is None else FrozenReference(self._load_reference)
+        self.checkpoint_passes = False
+        self.loss_chunk: AtOnce = None  # rows of logits that a loss may have in memory
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return what the method trains besides the backbone, by name."""
+        return {name: module for name, module in self.named_children() if name != "backbone"}
+
+    # Layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.backbone.device
+
+    def rows(self, examples: Sequence[Example], stage: int | None = None, seed: str = "") -> list[Row]:
+        """Lay out training examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing."""
+        return self.method.rows(examples, self.spell, stage, seed)
+
+    def prompts(self, questions: Sequence[str], stage: int | None = None, loops: int | None = None) -> list[Row]:
+        """Lay out questions to be answered at a stage (None: the last), with another number of loops than trained."""
+        method = self._looping(loops)
+        stage = method.curriculum.last_stage if stage is None else stage
+        return [method.prompt(question, self.spell, stage) for question in questions]
+
+    def block(self, loops: int | None = None) -> Block | None:
+        """Return the latents that a written token opens, with another number of loops than trained."""
+        return self._looping(loops).block(self.spell)
+
+    def shown_blocks(
+        self, rows: Sequence[Row], steps: Sequence[Sequence[str]] | None = None, loops: int | None = None
+    ) -> list[list[ShownBlock]]:
+        """Return where the latents of rows to be answered show steps; ``steps`` are the gold ones, where known."""
+        method, known = self._looping(loops), steps or [()] * len(rows)
+        pieces = [[self.spell.step(text, i) for i, text in enumerate(texts)] for texts in known]
+        return [method.shown_blocks(row, gold) for row, gold in zip(rows, pieces, strict=True)]
+
+    def _looping(self, loops: int | None) -> Method:
+        return self.method if loops is None else self.method.with_loops(loops)
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """Pad rows into one batch on the model's device; rows longer than the context are refused."""
+        limit = self.backbone.context_length
+        longest = max(self.method.n_positions(row) for row in rows)
+        if limit is not None and longest > limit:
+            raise InputError(
+                f"a row has {longest} positions but the model reads at most {limit}; "
+                "shorten the question, or set train.max_length to leave long examples out"
+            )
+        if self.step_decoder is not None:
+            self.step_decoder.check_room(rows, self.backbone)
+        return collate(rows, self.spell.pad_id).to(self.device)
+
+    # Loss
+
+    def forward(self, batch: Batch, n_items: dict[str, Any] | None = None, trace: Trace | None = None) -> Output:
+        """Compute the whole loss of a batch.
+
+        Args:
+            batch: laid-out examples.
+            n_items: what each term's sum is divided by: the counts of the global batch. None: this batch's own.
+            trace: filled with the loop's iterations.
+        """
+        terms = Terms(n_items or batch.counts())
+        context, measured, taught = None, dict[str, Tensor](), tuple[Tensor, ...]()
+        for link in batch.links():
+            thought = self.think(link, trace, context)
+            inputs = self.loss_inputs(link, thought)
+            if isinstance(self.decoder, Classifier):
+                assert batch.class_B is not None
+                logits_BC = self.decoder(thought).float()
+                terms.add("answer", cross_entropy(logits_BC, batch.class_B, reduction="sum"), "rows")
+                show = None
+            else:
+                show = self.writing(link, thought)
+                total = summed_loss(show, link.targets_U, self.loss_chunk)
+                terms.add("answer", every_pass_loss(inputs, total) if self.method.learns_every_pass else total)
+            taught = self._teacher_states(link, terms) or taught
+            self._add_loop_terms(terms, inputs, taught)
+            if self.method.thinks_along:
+                terms.add_all(latent_teacher_terms(inputs, self, self.load_teacher(), show))
+            if self.depth is not None:
+                terms.add_all(self.depth.loss_terms(inputs))
+                measured |= thought.deep[-1].measured
+            context = thought.after
+        loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
+        return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace, measured)
+
+    def loss_inputs(self, link: Batch, thought: Thought) -> LossInputs:
+        """Return what the terms of a segment's loss are made of."""
+        write = partial(self.writing, link, thought)
+        return LossInputs(link, thought, self.backbone, self.head_input, self.loss_chunk, write, self.reference)
+
+    def _teacher_states(self, batch: Batch, terms: Terms) -> tuple[Tensor, ...]:
+        """Return the teacher's states after every layer (B, S, D), and add what it lost if it is this model."""
+        losses, weights = self.method.losses, self.method.term_weights
+        if batch.taught is not None:
+            return tuple(batch.taught[:, None])
+        if batch.teacher is None or not (terms.counts["hid"] or weights.get("teacher")):
+            return ()
+        is_own = losses.teacher == "self"
+        learns = is_own and losses.teacher_weight > 0
+        backbone = self.backbone if is_own else self.teacher
+        read = read_teacher(backbone, batch.teacher, learns, losses.teacher_passes, self.loss_chunk)
+        if read.loss is not None:
+            terms.add("teacher", read.loss)
+        return read.layers
+
+    def _add_loop_terms(self, terms: Terms, inputs: LossInputs, states: tuple[Tensor, ...]) -> None:
+        """Add the terms that look inside the loop and that the method gives a weight."""
+        link, loop, losses, weights = inputs.batch, inputs.thought.loop, self.method.losses, self.method.term_weights
+        if link.readouts:
+            terms.add("step", step_loss(inputs))
+        if link.follows:
+            terms.add("hid", follow_loss(inputs, states, losses, self.follower))
+        if link.told and self.step_decoder is not None:
+            told = told_loss(inputs, self.step_decoder, self.loop, counts_K3=terms.counts.get("told"))
+            terms.add_mean("aux", told)
+        if loop is None:
+            return
+        if self.training and (weights.get("deep") or weights.get("halt")):
+            losses_TB = answer_losses(inputs)
+            if weights.get("deep"):
+                terms.add("deep", deep_loss(losses_TB, losses.deep_schedule, link.n_loops), "answer")
+            if weights.get("halt") and self.loop.stop is not None:
+                terms.add("halt", halting_loss(inputs, losses_TB, losses, self.loop.stop), "rows")
+        if loop.ponder_B is not None and self.training and weights.get("ponder"):
+            terms.add("ponder", loop.ponder_B.sum(), "rows")
+        if loop.gain is not None:
+            bound = self.method.loop.spectral_bound
+            terms.add("gain", len(link) * (loop.gain - bound).clamp(min=0).square(), "rows")
+
+    def loss(self, examples: Sequence[Example], stage: int | None = None, trace: bool = False) -> Output:
+        """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
+        return self(self.batch(self.rows(examples, stage)), trace=self.new_trace() if trace else None)
+
+    def answer_logits(self, examples: Sequence[Example], stage: int | None = None) -> list[Tensor]:
+        """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens, no dropout.
+
+        A classifier writes none; its logits are (1, C).
+        """
+        return self.row_logits(self.rows(examples, stage))
+
+    @torch.no_grad()
+    def row_logits(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Return for each laid-out row what `answer_logits` returns."""
+        was_training = self.training
+        self.eval()
+        batch = self.batch(rows)
+        logits: list[list[Tensor]] = [[] for _ in rows]
+        context = None
+        for link in batch.links():
+            thought = self.think(link, context=context)
+            if isinstance(self.decoder, Classifier):
+                parts = self.decoder(thought).split(1)
+            else:
+                parts = self.written_logits(link, thought).split(link.n_targets)
+            for row, part in zip(logits, parts):
+                row.append(part)
+            context = thought.after
+        self.train(was_training)
+        return [torch.cat(row) for row in logits]
+
+    def think(self, batch: Batch, trace: Trace | None = None, context: Context | None = None) -> Thought:
+        """Read the prefix of a batch and run its loop, up to where writing begins; ``context`` is what came before."""
+        if context is None:
+            context = self.new_context(batch, checkpoint_passes=self.checkpoint_passes and self.training)
+        if context.depth is not None:
+            context.depth.trace = trace
+        follows = any(sites.loop != ANSWER_PASS for sites in batch.follows)
+        stem = self.spell.stem()
+        return think(self.method, self.loop, batch, context, trace, self.read_out, all_states=follows, stem=stem)
+
+    def new_context(self, batch: Batch, meter: Meter | None = None, checkpoint_passes: bool = False) -> Context:
+        """Return the context of a batch that has read nothing."""
+        depth = None
+        if self.depth is not None:
+            depth = DepthRun(self.depth, batch.depth, wanted_BS=self.depth.wanted(batch, self.reference))
+            depth.asked_B = batch.mask_BS[:, : batch.bounds[1]].sum(1) - 1
+        return Context(self.backbone, len(batch), meter, checkpoint_passes, depth)
+
+    def written_logits(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Tensor:
+        """Return the logits (U, V) of the supervised tokens, written on a final state (None: the thought's own)."""
+        return self.writing(batch, thought, state)(ALL)
+
+    def writing(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Show:
+        """Read the supervised tokens on a final state (None: the thought's own); return what shows their logits."""
+        columns, mask = batch.columns(2)
+        n_columns = batch.ids_BS.shape[1]
+        rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns
+        if isinstance(self.decoder, AnswerDecoder):
+            read = self.decoder.read(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
+            return Shown(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
+        if state is not None and thought.pinned is not None:
+            state = torch.where(*thought.pinned, state)
+        pending = thought.pending if state is None else [(state, thought.region_mask)]
+        context, start = thought.context.fork(), thought.first_column
+        if batch.skipped_B is not None:  # only what comes before the suffix keeps its positions
+            context.read(*join(pending))
+            context.next_position_B = context.next_position_B + batch.skipped_B
+            pending, start = [], columns.start
+        embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
+        follows = any(sites.loop == ANSWER_PASS for sites in batch.follows)
+        states = context.read(embeds, mask, all_states=follows)
+        layers = states if follows else (states,)
+        if state is None:
+            thought.answer, thought.after = layers, context
+        written = layers[-1]
+        if batch.first_predicting < start:  # the prefix, which was read before, predicts some
+            assert thought.prompt is not None
+            prompt, region_start = self.head_input(thought.prompt[0]), batch.bounds[0]
+            written = torch.cat([prompt, written], dim=1)
+            at = torch.where(at < region_start, at, at - (start - region_start))  # what the loop read is left out
+            start = 0
+        return context.shown(written, rows, at - start)
+
+    def memory(self, thought: Thought, state: Tensor | None = None) -> Masked:
+        """Return what a decoder of its own attends to."""
+        assert isinstance(self.decoder, AnswerDecoder) and thought.loop is not None and thought.prompt is not None
+        state = thought.loop.state if state is None else state
+        return self.decoder.memory(state, thought.state_mask, thought.prompt)
+
+    def head_input(self, outputs: Tensor) -> Tensor:
+        """Return the input of the head (..., D) that loop outputs are: the state after the final norm."""
+        return outputs if self.method.loop.feedback_site == "post_norm" else self.backbone.norm(outputs)
+
+    def read_out(self, outputs: Tensor) -> Tensor:
+        """Return the logits (..., V) that loop outputs show through the final norm and the head."""
+        return self.backbone.head(self.head_input(outputs))
+
+    def new_trace(self) -> Trace:
+        """Return an empty trace that records read-outs."""
+        return Trace(self.read_out)
+
+    # Models that are looked at: loaded once, frozen, and no part of this one
+
+    @property
+    def teacher(self) -> Backbone:
+        """The frozen backbone whose states the loop follows; loaded when first asked for."""
+        return self.load_teacher().backbone
+
+    def load_teacher(self) -> LatentCore:
+        """Return the frozen run that the method learns from, in evaluation mode; it is loaded once.
+
+        Raises:
+            InputError: it is not there, or does not fit this model.
+        """
+        folder = self.method.losses.teacher
+        assert folder is not None
+        if "teacher" not in self._frozen:
+            teacher = self._load_frozen(folder)
+            teacher.spell = Speller(teacher.tokenizer, self.spell.running_text)  # it reads this model's rows
+            if self.method.thinks_along:
+                check_teacher(self, teacher, folder)
+            else:
+                self._check_states_of(teacher, folder)
+            self._frozen["teacher"] = teacher
+        return self._frozen["teacher"]
+
+    def _check_states_of(self, teacher: LatentCore, folder: str) -> None:
+        """Refuse a teacher whose states are of another shape than this model's."""
+        theirs, ours, losses = teacher.backbone, self.backbone, self.method.losses
+        width = losses.hid_width or ours.width
+        if theirs.width != width or (theirs.n_layers != ours.n_layers and losses.hid_layers != "last"):
+            raise InputError(
+                f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
+                f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
+                "another width hid_width to it, of another depth hid_layers to last"
+            )
+
+    def _load_frozen(self, folder: str, dtype: torch.dtype | str = "auto") -> LatentCore:
+        """Load a run, or any decoder as a plain one, to be looked at."""
+        with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
+            method = None if checkpoint.is_run(folder) else Cot()
+            model = loading.load(LatentCore, folder, method, device=self.device, dtype=dtype)
+        return model.requires_grad_(False).eval()
+
+    def _load_reference(self) -> LatentCore:
+        """Load the frozen model that reads every training row along."""
+        source = self.method.reference_source
+        assert source is not None
+        model = self._load_frozen(source, self.backbone.lm.dtype)
+        loading.check_tokens(model.tokenizer, self.tokenizer, source)
+        return model
+
+    def prepared(self, examples: Sequence[Example]) -> list[Example]:
+        """Return training examples with what the method must know of them; called once, before training begins."""
+        source = self.method.labeller_source
+        return self.method.prepared(examples, None if source is None else self._load_frozen(source))
+
+    # Saving and loading
+
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        """Keep no activations inside a pass, recompute them in the backward pass. The Trainer calls this if asked."""
+        self.checkpoint_passes = True
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save an ordinary Hugging Face folder plus innerloop.json and innerloop.safetensors."""
+        checkpoint.save(self, path)
+
+    def marker_ids(self) -> list[int]:
+        """Return the ids of the method's markers."""
+        return self.tokenizer.convert_tokens_to_ids([*self.method.markers])
+
+    def suppressed_ids(self) -> Tensor:
+        """Return the ids that must never be written: markers that are only read."""
+        never = [marker for marker in self.method.markers if marker not in self.method.written_markers]
+        return torch.tensor(self.tokenizer.convert_tokens_to_ids(never), device=self.device).long()
+
+    def n_thought_positions(self, row: Row) -> int:
+        """Return how many latent positions a row holds."""
+        lat = self.tokenizer.convert_tokens_to_ids(LAT)
+        return row.ids().count(lat) if LAT in self.method.markers else 0

@@ -1,0 +1,1 @@
+"""Examples, tokens, rows and batches: everything before a tensor of states."""

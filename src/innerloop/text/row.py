@@ -1,0 +1,194 @@
+"""From examples to token rows: markers, latent slots, labels, padding and positions (cot.md, section 0).
+
+A row has three parts: the *prefix* is read once, the inner loop refines the *region*, the *suffix* is written.
+
+    [Q][<bot>] | [<lat> x N] | [<eot>][T_s+1]..[T_m][### A][eos]
+
+`Speller` makes the pieces, `Batch` holds rows as tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+IGNORE = -100
+BOT, LAT, EOT = "<bot>", "<lat>", "<eot>"
+BOL, EOL = "<bol>", "<eol>"
+ANSWER_PASS = 0
+"""The number of the pass that reads what the loop left pending, and the suffix; iterations count from 1."""
+FED = -1
+"""In place of a pass: what was fed as the latents' inputs."""
+
+
+class Kind(StrEnum):
+    """What a position holds."""
+
+    QUESTION = "question"
+    MARKER = "marker"
+    LATENT = "latent"
+    STEP = "step"
+    ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive positions of one kind. ``step`` is the 0-based reasoning step they spell, or -1."""
+
+    ids: tuple[int, ...]
+    kind: Kind
+    supervised: bool = False
+    step: int = -1
+
+
+@dataclass(frozen=True)
+class Readout:
+    """In pass ``loop`` the state at the row's position ``at`` must show ``token`` through the head."""
+
+    loop: int
+    at: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Follow:
+    """In pass ``loop`` the state at the row's position ``at`` (None: the mean of the latents) follows the teacher's.
+
+    ``teacher_at`` is a position of the teacher's row.
+    """
+
+    loop: int
+    at: int | None
+    teacher_at: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """From ``n_latents`` latents of pass ``loop`` (or FED), beginning with the 0-based ``first``, ``ids`` must be told.
+
+    ``group`` numbers the groups of a row, over which the loss is averaged; one that tells nothing counts, too.
+    """
+
+    group: int
+    loop: int
+    first: int
+    n_latents: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShownBlock:
+    """The step that some latents show: in pass ``loop`` at ``n`` positions, the first of them ``first``.
+
+    Positions count from the region's first. ``gold`` are the step's tokens, as far as they are known.
+    """
+
+    loop: int
+    first: int
+    n: int
+    gold: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """What happens when a row writes a certain token while it answers: latents are read after it and refined.
+
+    Attributes:
+        opened_by: the token.
+        region: the latents.
+        closing: what is read after them.
+        n_loops: how often they are refined.
+        most: the most blocks of an answer, the one of its prompt included; then the token is not written any more.
+        forced_after: after this token the next is ``opened_by``, unless it would be ``unless``.
+    """
+
+    opened_by: int
+    region: Piece
+    closing: Piece
+    n_loops: int
+    most: int
+    forced_after: int | None = None
+    unless: int | None = None
+
+    @property
+    def n_read(self) -> int:
+        """The positions that are read for it, besides the token that opens it."""
+        return len(self.region.ids) + len(self.closing.ids)
+
+
+@dataclass
+class Row:
+    """One example laid out.
+
+    The region is refined ``n_loops`` times; text between its latents is read in every pass as it is.
+    The position ids of the suffix go on ``skipped`` further.
+    A row may go on with a ``next`` one, which is read after it: without a prefix, its own region refined by itself.
+    ``teacher`` is the row that a teacher reads, whose states ``follows`` speak of. ``answer_class`` is the class that a
+    classifier must answer.
+    """
+
+    prefix: list[Piece]
+    region: list[Piece] = field(default_factory=list)
+    suffix: list[Piece] = field(default_factory=list)
+    n_loops: int = 0
+    depth: int | None = None
+    skipped: int = 0
+    readouts: list[Readout] = field(default_factory=list)
+    teacher: Row | None = None
+    follows: list[Follow] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+    answer_class: int = -1
+    next: Row | None = None
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All pieces from left to right."""
+        return [*self.prefix, *self.region, *self.suffix]
+
+    @property
+    def region_start(self) -> int:
+        """The position at which the region begins."""
+        return sum(len(piece.ids) for piece in self.prefix)
+
+    def step_ends(self) -> list[int]:
+        """Return the position of the last token of each step."""
+        ends, position = [], 0
+        for piece in self.pieces:
+            position += len(piece.ids)
+            if piece.kind is Kind.STEP:
+                ends.append(position - 1)
+        return ends
+
+    def answer_boundary(self, n_before: int) -> int:
+        """Return the last position before the answer's own tokens, given how many of its piece come before them."""
+        return len(self) - len(self.pieces[-1].ids) + n_before - 1
+
+    def pinned(self) -> list[bool]:
+        """Tell of each position of the region whether it is text between latents."""
+        has_latents = any(piece.kind is Kind.LATENT for piece in self.region)
+        return [has_latents and piece.kind is not Kind.LATENT for piece in self.region for _ in piece.ids]
+
+    def ids(self) -> list[int]:
+        """All token ids."""
+        return [i for piece in self.pieces for i in piece.ids]
+
+    def labels(self) -> list[int]:
+        """The unshifted labels, IGNORE where nothing is supervised: nothing predicts the first token of a question."""
+        labels = [i if piece.supervised else IGNORE for piece in self.pieces for i in piece.ids]
+        return [IGNORE, *labels[1:]] if labels and self.pieces[0].kind is Kind.QUESTION else labels
+
+    def __len__(self) -> int:
+        return sum(len(piece.ids) for piece in self.pieces)
+
+    @property
+    def n_positions(self) -> int:
+        """The most positions that are read at once, by the model or its teacher."""
+        return max(sum(map(len, self.links())) + self.skipped, 0 if self.teacher is None else len(self.teacher))
+
+    def links(self) -> Iterator[Row]:
+        """Return this row and those it goes on with."""
+        yield self
+        if self.next is not None:
+            yield from self.next.links()

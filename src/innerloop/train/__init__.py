@@ -1,0 +1,1 @@
+"""Training: recipes, runs, the trainer and its arguments."""

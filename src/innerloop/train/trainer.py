@@ -1,0 +1,484 @@
+"""Training on `transformers.Trainer`: curricula, losses over the global batch, validation by generation.
+
+accelerate, mixed precision, gradient accumulation, checkpoints, resuming and `report_to` come with it. What is our
+own: examples are laid out when their optimizer step begins, so the curriculum's stage and the draws of stage mixing
+depend on nothing but the step and the seed, and a resumed run sees what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from innerloop.decoder.adapters import adapted
+from innerloop.decoder.fused_loss import check_fused
+from innerloop.decoder.token_losses import AtOnce
+from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.requests import check_length
+from innerloop.errors import InputError, refuse
+from innerloop.measure.accuracy import accuracy_of, evaluate
+from innerloop.model import checkpoint
+from innerloop.model.model import LatentCore
+from innerloop.model.teacher_cache import TeacherCache
+from innerloop.tasks import Task
+from innerloop.text.batch import Batch, added, collate
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example, from_rows
+from innerloop.text.row import Row
+from innerloop.train.callbacks import MetricsFile, StopOnInterrupt
+from innerloop.train.training_arguments import LatentTrainingArguments
+
+DIVERGED = 3.0  # a loss this many times that of guessing uniformly means training has gone wrong
+
+
+class DivergedError(InputError):
+    """The loss is not finite, or far above that of guessing."""
+
+
+class ByLength(Sampler):
+    """An order of examples in which those of like length share a batch; it depends on the seed and the epoch alone."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw another order in another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.epoch + self.seed)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class LatentTrainer(Trainer):
+    """Trains a `LatentModel` on examples.
+
+    Args:
+        model: the model.
+        args: how to train; ``output_dir`` receives metrics.jsonl, checkpoint-<step>/ and the best model, checkpoint/.
+        train_dataset: examples, or a data set with the columns question, steps and answer.
+        eval_dataset: examples to validate on by generation.
+        task: extracts and checks answers, and says whether examples are running text; needed for validation.
+        callbacks: transformers' TrainerCallbacks.
+    """
+
+    model: LatentModel
+    args: LatentTrainingArguments
+
+    def __init__(
+        self,
+        model: LatentModel,
+        args: LatentTrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        task: Task | None = None,
+        callbacks: Sequence[Any] = (),
+    ):
+        self.task = task
+        self.curriculum = model.method.curriculum
+        self.n_left_out = 0
+        if task is not None and task.running_text != model.spell.running_text:
+            model.spell = Speller(model.tokenizer, task.running_text)
+        if model.spell.running_text:
+            _check_text(model, eval_dataset)
+        train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
+        train = model.prepared(train)
+        if model.step_decoder is not None:
+            stages = model.method.stages()
+            rows = (model.method.lay_out(example, model.spell, stage) for example in train for stage in stages)
+            model.step_decoder.check_room(rows, model.backbone)
+        valid = None if eval_dataset is None else _examples(eval_dataset, "eval_dataset")[: args.eval_limit]
+        if valid is not None and args.eval_limit < 1:
+            raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")
+        for example in valid or ():
+            check_length(
+                model, example.question, model.method.prompt(example.question, model.spell, self.curriculum.last_stage)
+            )
+        if valid and task is None:
+            raise InputError("validation by generation needs a task that checks answers: pass task=...")
+        if valid is None and args.eval_strategy != "no":
+            raise InputError(f"eval_strategy={args.eval_strategy} needs validation examples: pass eval_dataset=...")
+        if args.loss_chunk == "fused":
+            check_fused(args.device)
+        model.loss_chunk = cast(AtOnce, args.loss_chunk)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_as_they_are,
+            train_dataset=train,  # type: ignore[arg-type]
+            eval_dataset=valid,  # type: ignore[arg-type]
+            callbacks=[MetricsFile(), StopOnInterrupt(), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, Tensor] = {}
+        self._measured: dict[str, tuple[Tensor, int]] = {}  # the sums of what is only reported, and of how many
+        self._n_logged_steps: int | None = None  # set when the first step begins
+        self._taught = self._cache_teacher()
+        self._finite = torch.ones((), dtype=torch.bool, device=args.device)
+
+    # Data: examples become rows when their step begins.
+
+    def _fitting(self, model: LatentModel, examples: list[Example], max_length: int | None) -> list[Example]:
+        method = model.method
+        if method.needs_steps and not any(example.steps for example in examples):
+            raise InputError(
+                f"no training example has steps, but '{method.name}' learns from them; "
+                "give data with steps, or choose a method that needs only answers (no_cot, pause)"
+            )
+        limit = max_length or model.backbone.context_length
+        if limit is None:
+            return examples
+        lengths = [method.longest(example, model.spell) for example in examples]
+        if max_length is None and max(lengths) > limit:
+            worst = examples[lengths.index(max(lengths))]
+            raise InputError(
+                f"example '{worst.id}' takes {max(lengths)} positions but the model reads at most {limit}; "
+                f"set train.max_length={limit} to leave longer examples out"
+            )
+        kept = [example for example, length in zip(examples, lengths) if length <= limit]
+        self.n_left_out = len(examples) - len(kept)
+        if not kept:
+            raise InputError(f"every training example is longer than max_length={limit}; raise it")
+        return kept
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Return the order of the examples; with train_sampling_strategy=group_by_length like lengths go together."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [self.model.method.longest(example, self.model.spell) for example in self.train_dataset]
+        n = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength(lengths, n, self.args.data_seed or self.args.seed)
+
+    def steps_per_epoch(self) -> int:
+        """Return the number of optimizer steps in an epoch."""
+        n_batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        return max(math.ceil(n_batches / self.args.gradient_accumulation_steps), 1)
+
+    def stage_at(self, step: int) -> int:
+        """Return the curriculum's stage at an optimizer step."""
+        return self.curriculum.stage_at(step, self.steps_per_epoch())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights that decay: as transformers says, but for modules with ``decays = False``."""
+        kept = {id(p) for m in model.modules() if not getattr(m, "decays", True) for p in m.parameters()}
+        spared = {name for name, p in model.named_parameters() if id(p) in kept}
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer; the method's own parts may have a learning rate of their own."""
+        if self.args.parts_learning_rate is None and self.args.unfreeze_after is None:
+            return super().create_optimizer(model)
+        decays = set(self.get_decay_parameter_names(self.model))
+        own_rate, rate = self.args.parts_learning_rate, self.args.learning_rate
+        rates = {True: rate if own_rate is None else own_rate, False: rate}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or self.args.unfreeze_after is not None:
+                groups.setdefault((not name.startswith("backbone."), name in decays), []).append(parameter)
+        cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = cls(
+            [
+                {"params": found, "lr": rates[is_part], "weight_decay": self.args.weight_decay if decay else 0.0}
+                for (is_part, decay), found in groups.items()
+            ],
+            **settings,
+        )
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Lay out the next step's micro-batches, and count the supervised items of the global batch."""
+        step = self.state.global_step
+        if self._n_logged_steps is None:
+            self._n_logged_steps = step
+        stage = self.stage_at(step)
+        if self.model.depth is not None:
+            self.model.depth.step = step
+        self._maybe_reset_optimizer(step, stage)
+        if self.args.unfreeze_after is not None and step >= self.args.unfreeze_after:
+            self.model.backbone.requires_grad_(True)
+        micro_batches = []
+        for i, examples in zip(range(num_batches), epoch_iterator):
+            seed = f"{self.args.seed}/{step}/{self.args.process_index}/{i}"
+            micro_batches.append(self._collate(self.model.rows(examples, stage, seed)))
+        if not micro_batches or self.args.loss_norm == "micro":
+            return [{"batch": batch, "n_items": None} for batch in micro_batches], None
+        counts: dict[str, list[Any]] = {}
+        if self.model.step_decoder is not None:  # all processes count the same things
+            counts["told"] = [torch.zeros(1, 3, device=self.args.device)]
+        for batch in micro_batches:
+            for name, n in batch.counts().items():
+                counts.setdefault(name, []).append(n)
+        totals = {name: added(ns) if name == "told" else sum(ns) for name, ns in counts.items()}
+        n_items = {name: self._over_processes(n, device) for name, n in totals.items()}
+        return [{"batch": batch, "n_items": n_items} for batch in micro_batches], None
+
+    def _collate(self, rows: list[Row]) -> Batch:
+        states_of = None if self._taught is None else self._taught.states_of
+        return collate(rows, self.model.spell.pad_id, states_of).to(self.args.device)
+
+    def _check_room_of(self, teacher: LatentCore) -> None:
+        """Refuse a teacher that cannot read the longest of the examples."""
+        method, limit = self.model.method, teacher.backbone.context_length
+        own = self.args.max_length or self.model.backbone.context_length
+        if limit is None or (own is not None and own <= limit):
+            return
+        longest = max(method.longest(example, self.model.spell) for example in self.train_dataset)
+        if longest > limit:
+            raise InputError(
+                f"an example takes {longest} positions, but the teacher in {method.losses.teacher} reads at most "
+                f"{limit}: set train.max_length={limit} to leave longer examples out"
+            )
+
+    def _cache_teacher(self) -> TeacherCache | None:
+        """Return the teacher's states on disk, if they are wanted there."""
+        path, method, model = self.args.teacher_cache, self.model.method, self.model
+        if path is not None and method.thinks_along:
+            raise InputError(
+                "train.teacher_cache keeps states at the ends of written steps, and teacher_thinks=latents has none: "
+                "leave teacher_cache out; the teacher is run in every step"
+            )
+        if method.thinks_along:
+            self._check_room_of(model.load_teacher())  # one that does not fit is refused before training
+        if path is None:
+            return None
+        if method.losses.hid_weight == 0 or method.losses.teacher in (None, "self"):
+            raise InputError(
+                "train.teacher_cache keeps a frozen teacher's states: set hid_weight above 0 and teacher to a folder"
+            )
+        stages = method.stages()
+        rows = [method.lay_out(example, model.spell, stage) for stage in stages for example in self.train_dataset]
+        return TeacherCache(path, rows, model.teacher, model.spell.pad_id)
+
+    def _over_processes(self, n: Any, device: torch.device) -> Any:
+        if self.args.world_size == 1:
+            return n
+        own = torch.as_tensor(n, device=device)
+        if own.ndim:  # processes may know unlike numbers of groups
+            own = self.accelerator.pad_across_processes(own)
+        return self.accelerator.gather(own[None]).sum(0)
+
+    def _maybe_reset_optimizer(self, step: int, stage: int) -> None:
+        if step == 0:
+            return
+        policy = self.curriculum.reset_optimizer
+        changes = policy == "stage" and self._changes(self.stage_at(step - 1), stage)
+        if changes or (policy == "epoch" and step % self.steps_per_epoch() == 0):
+            self.optimizer.state.clear()  # type: ignore[union-attr]
+
+    def _changes(self, before: int, stage: int) -> bool:
+        """Tell whether any example is laid out differently at two stages."""
+        method, spell = self.model.method, self.model.spell
+        return before != stage and any(
+            method.lay_out(example, spell, before) != method.lay_out(example, spell, stage)
+            for example in self.train_dataset
+        )
+
+    # Loss: its terms are summed on the device and looked at only when logged.
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one micro-batch, normalised over the global batch."""
+        out = model(inputs["batch"], n_items=inputs["n_items"])
+        self._finite &= torch.isfinite(out.loss.detach())
+        n_means = 1 if inputs["n_items"] else self.current_gradient_accumulation_steps
+        for name, mean in out.terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=mean.device)) + mean / n_means
+        for name, value in out.measured.items():
+            total, n = self._measured.get(name, (torch.zeros_like(value), 0))
+            self._measured[name] = total + value, n + 1
+        # Data-parallel gradients are averaged over processes, but the mean is over the global batch.
+        loss = out.loss * self.accelerator.num_processes if inputs["n_items"] else out.loss
+        return (loss, out) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch."""
+        self.loss_is_scaled_for_ga = self.args.loss_norm == "global"
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with each term of the loss, what the method measured and the stage; stop if training has gone wrong.
+
+        The mean loss of all steps, which is logged last, is known only where all steps were run in one go.
+        """
+        if "train_loss" in logs:
+            if self.interrupted:
+                return
+            if self._initial_global_step > 0:
+                logs = {name: value for name, value in logs.items() if name != "train_loss"}
+        if "loss" in logs:
+            n_steps = max(self.state.global_step - (self._n_logged_steps or 0), 1)
+            logs |= {f"loss_{name}": total.item() / n_steps for name, total in self._sums.items()}
+            for name, (total, n) in self._measured.items():
+                means = (total / n).flatten().tolist()  # where there are several routers, they are numbered from 1
+                logs |= {f"{name}_{i}" if len(means) > 1 else name: mean for i, mean in enumerate(means, 1)}
+            self._sums, self._measured, self._n_logged_steps = {}, {}, self.state.global_step
+            if self.curriculum.last_stage:
+                logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
+            self._check_health(logs["loss_answer"])
+        super().log(logs, start_time)
+
+    def _check_health(self, loss: float | None = None) -> None:
+        finite = bool(self._finite) and (loss is None or math.isfinite(loss))
+        guess = math.log(self.model.backbone.config.vocab_size)  # other terms have other scales
+        if finite and (loss is None or loss <= DIVERGED * guess):
+            return
+        saved = self._saved_checkpoints()
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        what = "is not a finite number" if not finite else f"of text is {loss:.3g}, far above guessing ({guess:.3g})"
+        raise DivergedError(
+            f"training stopped at step {self.state.global_step}: the loss {what}; {kept}; "
+            "lower train.learning_rate or train.max_grad_norm, or steady the loop (residual, alpha, rescale)"
+        )
+
+    # Validation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer the validation examples at the current stage's layout; keep the best model of the last stage."""
+        examples = self.eval_dataset if eval_dataset is None else _examples(eval_dataset, "eval_dataset")
+        if not examples or self.task is None:
+            raise InputError("there is nothing to validate on: pass eval_dataset=... and task=...")
+        stage = self.stage_at(max(self.state.global_step - 1, 0))
+        predictions = evaluate(
+            self.model, self.task, examples, self.args.max_new_tokens, self.args.eval_batch_size, stage
+        )
+        accuracy = accuracy_of(predictions)
+        metrics = {
+            f"{metric_key_prefix}_accuracy": accuracy,
+            f"{metric_key_prefix}_unparsable": sum(p.predicted is None for p in predictions),
+        }
+        self.log(dict(metrics))
+        if stage == self.curriculum.last_stage:
+            self._keep_if_best(accuracy, stage)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def best_folder(self) -> Path:
+        """Where the best model is kept."""
+        return Path(self.args.output_dir) / checkpoint.RUN_CHECKPOINT
+
+    def _kept_validation(self) -> dict[str, Any] | None:
+        """Return what validation chose the kept model by; None where it was not chosen, or there is none."""
+        return checkpoint.read_settings(self.best_folder).get("validation") if self.best_folder.exists() else None
+
+    def _keep_if_best(self, accuracy: float, stage: int) -> None:
+        best = self._kept_validation()
+        if self.args.should_save and (best is None or accuracy >= best["accuracy"]):
+            self._check_weights()
+            record = {"accuracy": accuracy, "n": len(self.eval_dataset), "step": self.state.global_step}
+            checkpoint.save(
+                self.model, self.best_folder, {"validation": record, "seed": self.args.seed, "stage": stage}
+            )
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, and leave the best model (without validation: the last) in ``output_dir/checkpoint``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint-<step> folder, or True for the newest complete one.
+            kwargs: see transformers.
+        """
+        if resume_from_checkpoint is True:
+            saved = self._saved_checkpoints()
+            if not saved:
+                raise InputError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
+            resume_from_checkpoint = str(saved[-1])
+        elif not resume_from_checkpoint:
+            shutil.rmtree(self.best_folder, ignore_errors=True)
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+        except BaseException:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and signals are put away
+            raise
+        if self.args.should_save and not self.interrupted and self._kept_validation() is None:
+            checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed, "stage": self.reached_stage})
+        return output
+
+    @property
+    def reached_stage(self) -> int:
+        """The stage of the curriculum that the last step was in."""
+        return self.stage_at(max(self.state.global_step - 1, 0))
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended training early."""
+        return self.state.global_step < self.state.max_steps
+
+    def _saved_checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first; the trainer's state is what is written last."""
+        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+        return sorted((p.parent for p in folders), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+    def _check_weights(self) -> None:
+        self._finite &= torch.stack([torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad]).all()
+        self._check_health()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights()
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            saved = self._saved_checkpoints()
+            kept = f"; {saved[-1]} is untouched: make room and resume from it" if saved else ""
+            reason = " ".join(str(error).split())
+            raise InputError(f"could not save {folder} (is the disk full?): {reason}{kept}") from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        checkpoint.write(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        checkpoint.read_settings(folder)
+        lm = self.model.backbone.lm
+        if not adapted(lm):
+            lm.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype).state_dict())
+        checkpoint.load_parts(self.model, folder)
+
+
+def _check_text(model: LatentModel, eval_dataset: Any) -> None:
+    """Refuse what cannot learn every token of a running text, or be validated on it."""
+    method = model.method
+    refuse(
+        (eval_dataset is not None, "running text has no answers to validate on: set train.eval_strategy to no"),
+        (
+            method.answering.decoder != "lm_head",
+            "a decoder of its own does not predict the text before the thought: set decoder to lm_head",
+        ),
+        (
+            method.scope == "all" and method.answer_context == "kv_last",
+            "loop_scope=all with answer_from=kv_last leaves no pass that could predict the text: set answer_from to "
+            "refeed",
+        ),
+    )
+
+
+def _as_they_are(examples: list[Example]) -> list[Example]:
+    """Collate nothing: rows are laid out when their step begins."""
+    return examples
+
+
+def _examples(source: Any, name: str) -> list[Example]:
+    examples = list(source)
+    if not examples:
+        raise InputError(f"{name} is empty; give at least one example")
+    return examples if isinstance(examples[0], Example) else from_rows(examples, name)

@@ -1,1 +1,0 @@
-"""The verbs of the command line; `innerloop.cli` makes a parser of their signatures."""
