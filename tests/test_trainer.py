@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,22 +56,28 @@ class StopAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def assert_goes_on_as_if_uninterrupted(
+    folder: Path, made: Callable[[int], LatentModel], examples=None, terms=("loss",), **settings
+) -> LatentTrainer:
+    """A run stopped after step 3 and gone on with by other weights == one that was not: every term, every weight."""
+    whole, resumed = made(0), made(1)  # other weights: all must come from the checkpoint
+    make_trainer(folder / "whole", whole, examples, **settings).train()
+    interrupted = make_trainer(folder / "cut", made(0), examples, callbacks=[StopAt(3)], **settings)
+    interrupted.train()
+    assert not (folder / "cut" / "checkpoint").exists()  # a half-trained model is not passed off as the result
+    make_trainer(folder / "cut", resumed, examples, **settings).train(resume_from_checkpoint=True)
+    for term in terms:
+        assert logged(folder / "cut", term) == logged(folder / "whole", term) != []
+    assert torch.equal(weights(resumed), weights(whole))
+    return interrupted
+
+
 @pytest.mark.parametrize("method", [STAGED, Slr(n_slots=3, max_loops=2, step_weight=0.5)], ids=["coconut", "slr"])
 def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path, method: Method):
-    whole = tiny_model(method)
-    make_trainer(tmp_path / "whole", whole).train()
-
-    interrupted = make_trainer(tmp_path / "cut", tiny_model(method), callbacks=[StopAt(3)])
-    interrupted.train()
+    terms = ("loss", "loss_answer") if method is STAGED else ("loss", "loss_answer", "loss_step")
+    interrupted = assert_goes_on_as_if_uninterrupted(tmp_path, partial(tiny_model, method, "llama"), terms=terms)
     assert interrupted.interrupted and interrupted.state.global_step == 4
-    assert not (tmp_path / "cut" / "checkpoint").exists()  # a half-trained model is not passed off as the result
-    resumed = tiny_model(method, seed=1)  # other weights: all must come from the checkpoint
-    make_trainer(tmp_path / "cut", resumed).train(resume_from_checkpoint=True)
-
     assert len(logged(tmp_path / "whole")) == 8
-    for term in ("loss", "loss_answer", "loss_step"):
-        assert logged(tmp_path / "cut", term) == logged(tmp_path / "whole", term)
-    assert torch.equal(weights(resumed), weights(whole))
 
 
 GROUPED = {"train_sampling_strategy": "group_by_length", "max_steps": 30}
@@ -98,16 +106,13 @@ def test_examples_of_like_length_share_a_batch_and_a_resumed_run_sees_the_same(t
 
 
 def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path):
-    def adapted() -> LatentModel:
-        torch.manual_seed(0)
-        model = tiny_model(Pause(n_pauses=2))
+    def adapted(seed: int) -> LatentModel:
+        torch.manual_seed(seed)
+        model = tiny_model(Pause(n_pauses=2))  # what LoRA leaves as it is is no part of a checkpoint
         adapters.add_lora(model.backbone, model.marker_ids(), {"r": 2})
         return model
 
-    make_trainer(tmp_path / "whole", adapted()).train()
-    make_trainer(tmp_path / "cut", adapted(), callbacks=[StopAt(3)]).train()
-    make_trainer(tmp_path / "cut", adapted()).train(resume_from_checkpoint=True)
-    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert_goes_on_as_if_uninterrupted(tmp_path, adapted, max_steps=6)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """A model against its slow reference: the terms of its loss, and what it writes."""
 
+from collections.abc import Collection, Sequence
+
 import torch
 
 from innerloop import LatentModel
-from innerloop.text.row import Kind, Piece
+from innerloop.text.row import Kind, Piece, Row
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -30,6 +32,17 @@ def assert_terms_of_the_reference(model: LatentModel, slow: Reference, *stages: 
         assert_close(out.terms[name], term.detach())
     expected = sum(model.method.term_weights[name] * term for name, term in terms.items())
     assert_same_gradients(gradients(model, out.loss), gradients(model, expected))
+
+
+def assert_batch_is_its_rows(model: LatentModel, rows: Sequence[Row], apart: Collection[str] = ()) -> None:
+    """The logits of a batch are its rows' alone, and every term but those ``apart`` is the mean of theirs."""
+    whole, alone = model(model.batch(rows)).terms, [model.batch([row]) for row in rows]
+    for row, logits in zip(rows, logits_of(model, rows)):
+        assert_close(logits, logits_of(model, [row])[0], ROUNDED)
+    found = [(batch.counts(), model(batch).terms) for batch in alone]
+    for name in whole.keys() - set(apart):
+        known = [(counts[name], terms[name]) for counts, terms in found if name in terms]
+        assert_close(whole[name], sum(n * term for n, term in known) / sum(n for n, _ in known), ROUNDED)
 
 
 def assert_decodes_as_forced(model: LatentModel, slow: Reference, passes_before: int, n_tokens: int = 10) -> None:

@@ -1,7 +1,7 @@
 """Explicit CoT and No-CoT: both equal the slow reference, and the invariants of their card (cot.md, section 9).
 
 I1 No-CoT == CoT without steps. I2 CoT with all steps removed == No-CoT. I3 ids == embeddings. I4 padding and batch
-companions change nothing. I5 cached == uncached decoding. I6 causality. I7 unsupervised positions. I8 overfit.
+companions change nothing. I5 cached == uncached decoding. I7 unsupervised positions. I6, I8: test_every_method.py.
 I9 uniform logits give log V.
 """
 
@@ -19,9 +19,7 @@ from tests.methods.tools import (
     MIXED,
     QUESTIONS,
     ROUNDED,
-    assert_causal,
     assert_close,
-    assert_learns_by_heart,
     assert_same_gradients,
     assert_writes_like_the_reference,
     exact,
@@ -134,10 +132,6 @@ def test_training_is_one_pass(method):
     assert len(seen) == 1
 
 
-def test_i6_a_token_changes_no_logits_before_it(method):
-    assert_causal(sharp_model(method), MIXED[0])
-
-
 def test_i7_only_the_positions_that_predict_written_tokens_receive_a_gradient(method):
     model = sharp_model(method)
     batch = model.batch(model.rows(MIXED))
@@ -148,12 +142,6 @@ def test_i7_only_the_positions_that_predict_written_tokens_receive_a_gradient(me
     expected[batch.predict_at_U] = True
     assert torch.equal(touched, expected)
     assert len(batch.targets_U) == sum(label != IGNORE for row in model.rows(MIXED) for label in row.labels())
-
-
-@pytest.mark.parametrize("learned", [NoCot(), Cot()], ids=["no_cot", "cot"])
-@pytest.mark.slow
-def test_i8_eight_examples_are_learnt_by_heart(learned, examples):
-    assert_learns_by_heart(learned, examples)
 
 
 def test_i9_a_model_without_an_opinion_has_loss_log_v(method, arch):

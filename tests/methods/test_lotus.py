@@ -4,33 +4,23 @@ The invariants of section 9: test_lotus_invariants.py. Settings and curriculum: 
 test_lotus_aux.py. Read-outs: test_lotus_readout.py.
 """
 
-from collections import Counter
-
 import pytest
-import torch
 
-from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus
 from tests.fields import make
 from tests.methods.reference_lotus import LotusReference
-from tests.methods.slowly import assert_decodes_as_forced, assert_terms_of_the_reference
+from tests.methods.slowly import assert_batch_is_its_rows, assert_decodes_as_forced, assert_terms_of_the_reference
 from tests.methods.tools import (
     MIXED,
-    ROUNDED,
-    assert_causal,
-    assert_close,
-    assert_learns_by_heart,
     assert_rows_do_as_alone,
     by_arch,
     change,
     choices,
     halting,
-    logits_of,
     on,
     rows_at,
     sharp_model,
 )
-from tests.models import answers_of, moved, saved, tiny_model
 
 BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)  # MIXED has 3, 0, 1, 4, 2, 0 steps of 3 to 8 tokens
 STAGES = [3, 0, 1, 2, 3, 1]
@@ -88,15 +78,7 @@ def test_other_loops_equal_the_reference(arch, fields):
 def test_fewer_steps_than_blocks_more_and_none_in_one_batch_do_as_alone(arch, fields):
     model = on(arch, change(BASE, **fields))
     rows = rows_at(model, MIXED, [3, 0, 3, 3, 2, 3])
-    whole, sums, n = model(model.batch(rows)).terms, Counter(), Counter()
-    for row, logits in zip(rows, logits_of(model, rows)):
-        assert_close(logits, logits_of(model, [row])[0], ROUNDED)
-        alone = model.batch([row])
-        for name, mean in model(alone).terms.items():
-            sums[name] += mean * alone.counts()[name]
-            n[name] += alone.counts()[name]
-    for name in whole.keys() - {"hid"}:  # whose unit is the spread in the batch
-        assert_close(whole[name], sums[name] / n[name], ROUNDED)
+    assert_batch_is_its_rows(model, rows, apart={"hid"})  # whose unit is the spread in the batch
 
 
 @pytest.mark.parametrize("stop", ["kl", "delta"])
@@ -105,10 +87,6 @@ def test_stabilisers_of_slr_work_in_batches_whose_rows_stop_at_different_times(a
     assert_rows_do_as_alone(
         halting(arch, make(Lotus, n_blocks=3, latents_per_block=2, loops_per_block=2, **{"stop.rule": stop}, **STABLE))
     )
-
-
-def test_a_token_changes_no_logits_before_it():
-    assert_causal(sharp_model(BASE), MIXED[0])
 
 
 # Answering
@@ -121,18 +99,3 @@ def test_answering_takes_the_passes_of_the_card_and_equals_teacher_forcing(arch,
     model = sharp_model(change(BASE, **fields), arch)
     n_before = 0 if model.method.n_loops(3) == 0 else 1 + model.method.n_loops(3)
     assert_decodes_as_forced(model, LotusReference(model), n_before)
-
-
-@pytest.mark.parametrize("fields", [{}, {**STABLE, "last_pass": "refeed", "loop.shift": True}], ids=str)
-@by_arch
-def test_a_saved_model_gives_the_same_answers(tmp_path, arch, fields):
-    model = moved(tiny_model(change(BASE, **fields), arch))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), device="cpu")
-    assert loaded.method == model.method
-    assert torch.equal(answers_of(loaded), answers_of(model))
-    assert loaded.loss(MIXED).terms == model.loss(MIXED).terms
-
-
-@pytest.mark.slow
-def test_eight_examples_are_learnt_by_heart(examples):
-    assert_learns_by_heart(Lotus(n_blocks=2, latents_per_block=1), examples)

@@ -6,8 +6,8 @@
 4.  h^(t) is a function of h^(t-1) alone.
 5.  <bot> and the question are the same in every pass, and a latent does not depend on later ones.
 6.  Replaced and shifted, latent q is exact from pass q + 1 on; R >= N == Coconut: tests/test_one_loop.py.
-7.  == SLR with residual sum (the logits: tests/test_one_loop.py), and h^(R) = z_T - E.
-8.  Replaced == SpiralThinker's single block.
+7.  == SLR with residual sum, and h^(R) = z_T - E: test_slr_equalities.py.
+8.  Replaced == SpiralThinker's single block: test_spiralthinker_invariants.py.
 9.  Empty blocks get no gradient from L_step, and step_weight has no effect on the states.
 10. The number of passes: here in training, in test_lotus.py when answering.
 11. On a chain task accuracy rises with R, and falls where R is smaller than in training.
@@ -18,9 +18,9 @@ import dataclasses
 import pytest
 import torch
 
-from innerloop import Chain, Coconut, Slr
+from innerloop import Chain, Coconut
 from innerloop.engine.latent_model import LatentModel
-from innerloop.methods import Lotus, SpiralThinker
+from innerloop.methods import Lotus
 from innerloop.passes.context import Context
 from innerloop.passes.region import RegionPass
 from innerloop.text.row import ANSWER_PASS
@@ -38,10 +38,8 @@ from tests.methods.tools import (
     on,
     passes,
     same_weights,
-    sharp_model,
     states,
     thought_of,
-    under,
 )
 
 BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)  # MIXED has 3, 0, 1, 4, 2, 0 steps of 3 to 8 tokens
@@ -153,7 +151,7 @@ def test_4_a_solver_finds_the_state_and_the_gradient_of_many_iterations(last_pas
     assert_same_gradients(gradients(solved, other.loss), gradients(unrolled, one.loss), 1e-5)
 
 
-# 6, 7, 8: other methods
+# 6: another method
 
 
 @by_arch
@@ -171,42 +169,6 @@ def test_6_replaced_and_shifted_latent_q_is_coconuts_from_pass_q_plus_one_on(arc
     ours = thought_of(model, MIXED[:1]).loop.states
     for (_, z), x_ND in zip(ours, run.inputs[1:]):
         assert_close(z[0], x_ND, ROUNDED)
-
-
-@pytest.mark.parametrize("n_loops", [1, 3])
-@by_arch
-@torch.no_grad()
-def test_7_the_last_state_of_slr_with_residual_sum_less_the_embeddings_is_h(arch, n_loops):
-    """T = R + 1 with kv_last: h^(R) = z_T - E. The logits: tests/test_one_loop.py."""
-    lotus = on(arch, Lotus(n_blocks=3, latents_per_block=2, max_loops=n_loops))
-    slr = Slr(
-        n_slots=6,
-        max_loops=n_loops + 1,
-        loop={"residual": "sum", "rescale": "none", "time": "none"},
-        answer_from="kv_last",
-    )
-    loop = thought_of(on(arch, slr), MIXED).loop
-    for i, question in enumerate(QUESTIONS):
-        h = LotusReference(lotus).run(question, 3).states[-1][1:]
-        assert_close(loop.state[i] - loop.first[i], h, ROUNDED)
-
-
-@pytest.mark.parametrize("n_loops", [0, 1, 4])
-@by_arch
-def test_8_replaced_it_is_a_single_block_of_spiralthinker(arch, n_loops):
-    """K = R, no adapter: the same, if <bol> and <eol> are embedded as <bot> and <eot> are."""
-    lotus = Lotus(n_blocks=1, latents_per_block=5, max_loops=n_loops, loop={"residual": "none"}, step_weight=0.0)
-    spiral = SpiralThinker(
-        pattern="all", latents_per_block=5, max_loops=n_loops, loop={"rescale": "none"}, hid={"weight": 0.0}
-    )
-    model = sharp_model(spiral, arch)
-    table = model.backbone.lm.get_input_embeddings().weight
-    ids = {marker: model.tokenizer.convert_tokens_to_ids(marker) for marker in spiral.markers}
-    with torch.no_grad():
-        table[ids["<bol>"]], table[ids["<eol>"]] = table[ids["<bot>"]], table[ids["<eot>"]]
-    examples = [example for example in MIXED if len(example.steps) <= 1]
-    for one, other in zip(model.answer_logits(examples), under(model, lotus).answer_logits(examples)):
-        assert_close(one, other, 1e-10 if arch == "gpt2" else ROUNDED)
 
 
 # 9

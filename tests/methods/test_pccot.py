@@ -7,32 +7,27 @@ import pytest
 import torch
 
 from innerloop import InputError
-from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Codi, Pccot
 from tests.fields import make
 from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.reference_codi import CodiReference
-from tests.methods.slowly import assert_decodes_as_forced, assert_terms_of_the_reference
+from tests.methods.slowly import assert_batch_is_its_rows, assert_decodes_as_forced, assert_terms_of_the_reference
 from tests.methods.tools import (
     MIXED,
     ROUNDED,
-    assert_causal,
     assert_close,
-    assert_learns_by_heart,
     assert_rows_do_as_alone,
     assert_same_gradients,
     by_arch,
     change,
     gradients,
     halting,
-    logits_of,
     on,
     passes,
     same_weights,
     sharp_model,
     thought_of,
 )
-from tests.models import answers_of, moved, saved, tiny_model
 
 K = 5
 BASE = Pccot(n_slots=K, max_loops=2)
@@ -86,14 +81,8 @@ def test_more_iterations_than_latents_change_nothing(arch, max_loops):
 
 @by_arch
 def test_rows_of_a_batch_do_as_alone(arch):
-    model = on(arch, change(BASE, hid={"distance": "cosine"}))
-    rows = model.rows(MIXED)
-    whole, alone = model(model.batch(rows)).terms, [model.batch([row]) for row in rows]
-    for row, logits in zip(rows, logits_of(model, rows)):
-        assert_close(logits, logits_of(model, [row])[0], ROUNDED)
-    for name in whole:
-        total = sum(batch.counts()[name] * model(batch).terms[name] for batch in alone)
-        assert_close(whole[name], total / sum(batch.counts()[name] for batch in alone), ROUNDED)
+    model = on(arch, change(BASE, hid_distance="cosine"))
+    assert_batch_is_its_rows(model, model.rows(MIXED))
 
 
 @pytest.mark.parametrize("fields", [{"stop.rule": "delta"}, {"stop.rule": "kl", "loop.time": "lookup"}], ids=str)
@@ -123,24 +112,6 @@ def test_the_number_of_iterations_may_be_changed_when_answering():
         (generation,) = model.generate(["2"], loops=loops, max_new_tokens=2)
         other = same_weights(model, change(BASE, max_loops=loops)).generate(["2"], max_new_tokens=2)[0]
         assert (generation.text, generation.cost.loops) == (other.text, loops)
-
-
-def test_a_token_changes_no_logits_before_it():
-    assert_causal(sharp_model(BASE), MIXED[0])
-
-
-@by_arch
-def test_a_saved_model_gives_the_same_answers(tmp_path, arch):
-    model = moved(tiny_model(BASE, arch))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), device="cpu")
-    assert loaded.method == model.method
-    assert torch.equal(answers_of(loaded), answers_of(model))
-    assert loaded.loss(MIXED).terms == model.loss(MIXED).terms
-
-
-@pytest.mark.slow
-def test_eight_examples_are_learnt_by_heart(examples):
-    assert_learns_by_heart(Pccot(n_slots=3, max_loops=2, hid={"weight": 0.0}, teacher_weight=0.0), examples)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """SIM-CoT's decoder: what is trained, the shuffled control, telling, saving, resuming, settings (simcot.md, 4 to 8)."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from tests.methods.tools import (
     stir,
 )
 from tests.models import chain_examples, moved, tiny_model
-from tests.test_trainer import StopAt, logged, make_trainer, weights
+from tests.test_trainer import assert_goes_on_as_if_uninterrupted, logged, make_trainer
 
 ON_COCONUT = SimCot(curriculum={"max_stage": 2}, latents_per_step=1)
 ON_CODI = SimCotCodi(n_latents_total=3, teacher_weight=0.0)
@@ -314,16 +315,9 @@ def test_a_decoder_begins_as_a_copy_of_the_host_that_it_joins(tmp_path: Path):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(arch, tmp_path: Path):
     """The decoder and its optimizer state are in the checkpoints."""
-    method = SimCot(
-        curriculum={"max_stage": 1, "unit": "step", "length": 2}, latents_per_step=1, aux={"norm": "token_mean"}
-    )
-    whole = tiny_model(method, arch)
-    make_trainer(tmp_path / "whole", whole, max_steps=6).train()
-    make_trainer(tmp_path / "cut", tiny_model(method, arch), max_steps=6, callbacks=[StopAt(3)]).train()
-    resumed = tiny_model(method, arch, seed=1)
-    make_trainer(tmp_path / "cut", resumed, max_steps=6).train(resume_from_checkpoint=True)
-    assert logged(tmp_path / "cut", "loss_aux") == logged(tmp_path / "whole", "loss_aux")
-    assert torch.equal(weights(resumed), weights(whole))
+    method = SimCot(max_stage=1, latents_per_step=1, stage_unit="step", stage_length=2, aux_norm="token_mean")
+    made = partial(tiny_model, method, arch)
+    assert_goes_on_as_if_uninterrupted(tmp_path, made, terms=("loss", "loss_aux"), max_steps=6)
 
 
 def test_sums_over_a_step_are_not_taken_for_divergence(tmp_path: Path):

@@ -272,14 +272,15 @@ def by_hand(model: LatentModel):
     return rho
 
 
+@pytest.mark.parametrize("r", [1, 3])
 @by_arch
-def test_7_sum_is_a_hand_written_lotus_loop(arch):
-    refeed = on(arch, change(PLAIN, loop={"residual": "sum"}))
-    kv_last = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=4, answer_from="kv_last"))
+def test_7_sum_is_a_hand_written_lotus_loop(arch, r):
+    refeed = on(arch, change(PLAIN, residual="sum", max_loops=r))
+    kv_last = on(arch, change(PLAIN, residual="sum", max_loops=r + 1, answer_from="kv_last"))
     slow = Reference(refeed)
     with torch.no_grad():
         for example, left, right in zip(MIXED, refeed.answer_logits(MIXED), kv_last.answer_logits(MIXED)):
-            x_LD = slow.lotus(example.question, 3, 3)
+            x_LD = slow.lotus(example.question, 3, r)
             expected = slow.logits_after(x_LD, slow.written(example, 0))
             assert_close(left, expected)
             assert_close(right, expected)
@@ -307,7 +308,7 @@ def test_8_an_adapter_without_residual_is_spiralthinkers_single_block(arch):
 # 9
 
 
-@pytest.mark.parametrize("eigenvalue", [0.9, -0.9, -1.2])
+@pytest.mark.parametrize("eigenvalue", [0.9, -0.9, -1.2, 0.3])
 def test_9_residuals_have_the_fixed_points_of_theory(eigenvalue):
     j = torch.tensor([[eigenvalue, 0.2], [0.0, 0.5]], dtype=torch.float64)
     b, h0, one = torch.tensor([1.0, -2.0]).double(), torch.tensor([3.0, 1.0]).double(), torch.eye(2).double()
@@ -319,5 +320,6 @@ def test_9_residuals_have_the_fixed_points_of_theory(eigenvalue):
     fixed = torch.linalg.solve(one - j, b)
     assert_close(settle("B", 0.5), fixed, 1e-8)
     assert_close(settle("A", 0.7), torch.linalg.solve(one - 0.7 * j, 0.7 * b + 0.3 * h0), 1e-8)
-    undamped = (settle("B", 1.0) - fixed).norm()
-    assert undamped > 1e3 if eigenvalue < -1 else undamped < 1e-8
+    for residual in ("B", "none"):
+        undamped = (settle(residual, 1.0) - fixed).norm()
+        assert undamped > 1e3 if eigenvalue < -1 else undamped < 1e-8

@@ -174,17 +174,19 @@ def test_11_reading_the_answers_first_word_is_one_more_pass_in_every_iteration_b
 def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scope, arch, prefix_kv):
     if prefix_kv == "per_iter" and scope in ("all", "append"):
         return  # refused
-    model = on(arch, change(FULL, loop_scope=scope, prefix_kv=prefix_kv))
-    lean_towards_end(model, -100.0)
-    with passes(model) as seen:
-        (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=4)
-    n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
-    width = 1 if scope == "append" else until - n_prefix
-    has_prefill, per_iter = int(scope != "all"), prefix_kv == "per_iter"
-    n_passes = has_prefill + 3 * (1 + per_iter) + 4
-    n_positions = n_prefix * (1 + 3 * per_iter) + 3 * width + (width + 1) + 3
-    assert generation.cost.passes == len(seen) == n_passes
-    assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen) == n_positions
+    for answer_from in ("refeed", "kv_last"):
+        model = on(arch, change(FULL, loop_scope=scope, prefix_kv=prefix_kv, answer_from=answer_from))
+        lean_towards_end(model, -100.0)
+        with passes(model) as seen:
+            (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=4)
+        n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
+        width = 1 if scope == "append" else until - n_prefix
+        has_prefill, per_iter = int(scope != "all"), prefix_kv == "per_iter"
+        fed = width if answer_from == "refeed" else 0
+        n_passes = has_prefill + 3 * (1 + per_iter) + 4
+        n_positions = n_prefix * (1 + 3 * per_iter) + 3 * width + (fed + 1) + 3
+        assert generation.cost.passes == len(seen) == n_passes
+        assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen) == n_positions
 
 
 @by_arch
