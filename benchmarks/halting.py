@@ -50,9 +50,7 @@ def measure(options, name: str, shares: Sequence[float], repeats: int) -> dict:
     """Return how long rows take whose stop times are drawn from a histogram."""
     shape, n = subjects.SHAPES[options.shape], options.latents
     make = partial(subjects.random_model, shape, seed=options.seed, device=options.device, dtype=options.dtype)
-    stopping = Slr(
-        n_slots=n, max_loops=MOST, stop={"rule": "random", "histogram": tuple(shares)}
-    )
+    stopping = Slr(n_slots=n, max_loops=MOST, stop={"rule": "random", "histogram": tuple(shares)})
     drawn, fixed = make(method=stopping), make(method=Slr(n_slots=n, max_loops=MOST))
     asked = subjects.questions(fixed, options.questions, options.length, options.seed)
     ask = partial(subjects.answer, asked=asked, n_tokens=options.n_tokens, batch_size=options.batch_size)

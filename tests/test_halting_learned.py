@@ -19,9 +19,7 @@ from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from tests.close import assert_close
-from tests.fields import make
-from tests.fields import FullLoop
-from tests.fields import FullStop
+from tests.fields import FullLoop, FullStop, make
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of
 
 B, N, D, V, T = 4, 2, 6, 9, 7

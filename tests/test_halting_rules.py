@@ -19,8 +19,7 @@ from innerloop.halting.rule import StopRule, decayed
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from tests.close import assert_close
-from tests.fields import FullLoop
-from tests.fields import FullStop
+from tests.fields import FullLoop, FullStop
 from tests.methods.tools import FunctionPass, iterate
 
 B, N, D, V, T = 5, 3, 6, 9, 12

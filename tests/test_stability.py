@@ -16,9 +16,9 @@ from innerloop.measure.stability import LoopStability, Spread, Stability, diverg
 from innerloop.methods import Coconut, Cot, Pause, Slr
 from tests.built import LATENTS, built
 from tests.close import assert_close
+from tests.fields import FullLoop
 from tests.methods.tools import iterate
 from tests.models import chain_examples, tiny_model
-from tests.fields import FullLoop
 from tests.test_controls import METHODS
 
 D = 4
@@ -171,9 +171,7 @@ def test_every_method_can_be_measured(name: str):
     method, examples = model.method, list(chain_examples(5))
     found = stability(model, examples, batch_size=3, n_jacobians=1)
     report = json.loads(json.dumps(found.as_dict(), allow_nan=False))
-    assert [entry["loop"] for entry in report["loops"]] == list(
-        range(1, method.n_loops(method.last_stage) + 1)
-    )
+    assert [entry["loop"] for entry in report["loops"]] == list(range(1, method.n_loops(method.last_stage) + 1))
     for entry in report["loops"]:
         assert entry["n"] == 5 and entry["finite"] == 1.0
         for measure in ("change", "cosine", "drift", "size", "radius", "growth"):

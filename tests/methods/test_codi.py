@@ -290,7 +290,7 @@ def test_7_what_the_last_latent_makes_is_used_by_no_term(k):
 @pytest.mark.parametrize("k", [0, 1, 3])
 @by_arch
 def test_8_a_batch_is_the_mean_of_its_rows(arch, k):
-    model = on(arch, change(BASE, n_latents_total=k, hid_distance="cosine"))  # which has no unit
+    model = on(arch, change(BASE, n_latents_total=k, hid={"distance": "cosine"}))  # which has no unit
     assert model.loss(MIXED).terms.keys() == TERMS
     assert_batch_is_its_rows(model, model.rows(MIXED))
 

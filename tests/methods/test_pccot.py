@@ -81,7 +81,7 @@ def test_more_iterations_than_latents_change_nothing(arch, max_loops):
 
 @by_arch
 def test_rows_of_a_batch_do_as_alone(arch):
-    model = on(arch, change(BASE, hid_distance="cosine"))
+    model = on(arch, change(BASE, hid={"distance": "cosine"}))
     assert_batch_is_its_rows(model, model.rows(MIXED))
 
 

@@ -315,7 +315,9 @@ def test_a_decoder_begins_as_a_copy_of_the_host_that_it_joins(tmp_path: Path):
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(arch, tmp_path: Path):
     """The decoder and its optimizer state are in the checkpoints."""
-    method = SimCot(max_stage=1, latents_per_step=1, stage_unit="step", stage_length=2, aux_norm="token_mean")
+    method = SimCot(
+        curriculum={"max_stage": 1, "unit": "step", "length": 2}, latents_per_step=1, aux={"norm": "token_mean"}
+    )
     made = partial(tiny_model, method, arch)
     assert_goes_on_as_if_uninterrupted(tmp_path, made, terms=("loss", "loss_aux"), max_steps=6)
 

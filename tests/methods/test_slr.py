@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from innerloop import Slr
 from innerloop.loop.loop import InnerLoop
 from innerloop.text.row import IGNORE
-from tests.fields import make
+from tests.fields import FullLoop
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -40,7 +40,6 @@ from tests.methods.tools import (
     states,
     under,
 )
-from tests.fields import FullLoop
 from tests.models import tiny_model
 
 BARE = change(SMALL, loop={"residual": "none", "rescale": "none", "time": "none"})

@@ -21,8 +21,8 @@ from torch.nn.functional import silu
 
 from innerloop import Codi, LatentModel, Slr
 from innerloop.loop.loop import InnerLoop
-from tests.methods.reference import Reference
 from tests.fields import FullLoop
+from tests.methods.reference import Reference
 from tests.methods.tools import (
     FULL,
     MIXED,
@@ -275,8 +275,8 @@ def by_hand(model: LatentModel):
 @pytest.mark.parametrize("r", [1, 3])
 @by_arch
 def test_7_sum_is_a_hand_written_lotus_loop(arch, r):
-    refeed = on(arch, change(PLAIN, residual="sum", max_loops=r))
-    kv_last = on(arch, change(PLAIN, residual="sum", max_loops=r + 1, answer_from="kv_last"))
+    refeed = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=r))
+    kv_last = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=r + 1, answer_from="kv_last"))
     slow = Reference(refeed)
     with torch.no_grad():
         for example, left, right in zip(MIXED, refeed.answer_logits(MIXED), kv_last.answer_logits(MIXED)):

@@ -9,7 +9,7 @@ from innerloop.loop.loop import InnerLoop
 from innerloop.loop.stabilize import TIME_WIDTH, sines
 from innerloop.model.losses import distance
 from innerloop.text.row import Kind
-from tests.fields import make
+from tests.fields import FullLoop, make
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
@@ -29,7 +29,6 @@ from tests.methods.tools import (
     states,
     under,
 )
-from tests.fields import FullLoop
 from tests.models import tiny_model
 
 

@@ -70,7 +70,7 @@ def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(schedule, teache
     method = change(BLOCKS, pattern="random_parity", block_schedule=schedule)
 
     def made(seed: int) -> LatentModel:
-        model = LatentModel.from_pretrained(teacher, change(method, teacher=teacher))
+        model = LatentModel.from_pretrained(teacher, change(method, hid={"teacher": teacher}))
         return moved(model) if seed else model
 
     assert_goes_on_as_if_uninterrupted(tmp_path, made, UNEVEN, max_steps=6)

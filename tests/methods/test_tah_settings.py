@@ -132,9 +132,7 @@ def test_the_decider_has_the_sizes_that_were_asked_for():
 
 @pytest.mark.parametrize(("lora", "n_banks"), [("shared", 1), ("per_iter", 2)])
 def test_lora_is_shared_or_one_for_each_reading_after_the_first(lora, n_banks):
-    model = tiny_model(
-        Tah(iterate="always", max_loops=3, lora={"kind": lora, "rank": 3, "gamma": 6.0})
-    )
+    model = tiny_model(Tah(iterate="always", max_loops=3, lora={"kind": lora, "rank": 3, "gamma": 6.0}))
     bank = model.loop.lora
     assert len(bank.modules_by_name) == 3 and bank.scale == 2.0
     assert {tuple(down.shape) for down in bank.down.values()} == {(n_banks, 3, 32)}
