@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.calibrate.fit import fit_judge, fitted_thresholds
-from innerloop.calibrate.loop_scan import Survey, ruled_by, survey, use_method, use_rule
+from innerloop.calibrate.fit import fit_classifier, fitted_thresholds
+from innerloop.calibrate.loop_scan import LoopScan, scan_loop
 from innerloop.calibrate.threshold_search import TARGETS
 from innerloop.config.stopping import FEATURES
 from innerloop.decoder.cost import Meter
-from innerloop.halting.classifier import Judge
+from innerloop.engine.latent_model import LatentModel
+from innerloop.halting.classifier import ExitClassifier
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.statistics import clopper_pearson
 from innerloop.methods import AdaInfer
-from innerloop.model.model import LatentModel
+from innerloop.model.stopping import ruled_by, use_method, use_rule
 from innerloop.passes.thought import think
 from innerloop.tasks import Gsm8k
 from innerloop.text.examples import Example
@@ -66,8 +67,8 @@ def main() -> None:
         "exits": options.exits,
         "examples": options.examples,
         "tokens": {split: one.scores_TM.shape[1] for split, one in seen.items()},
-        "perplexity": perplexity(test, torch.full_like(test.example_M, len(ends))),
-        "fixed": [told(test, torch.full_like(test.example_M, t), ends) for t in range(1, len(ends) + 1)],
+        "perplexity": perplexity(test, torch.full_like(test.written_M, len(ends))),
+        "fixed": [told(test, torch.full_like(test.written_M, t), ends) for t in range(1, len(ends) + 1)],
         "oracle": told(test, 1 + test.agrees_TM.int().argmax(0), ends),
         "points": list(points(seen, ends)),
         "policies": [],
@@ -86,21 +87,21 @@ def main() -> None:
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def look(model: LatentModel, examples: list[Example], batch_size: int) -> Survey:
-    """Survey every exit."""
+def look(model: LatentModel, examples: list[Example], batch_size: int) -> LoopScan:
+    """Scan every exit."""
     use_rule(model, stop="classifier", stop_features=FEATURES)
-    assert model.loop.stop is not None and model.loop.stop.judge is not None
-    model.loop.stop.judge.clear()
-    return survey(model, examples, batch_size)
+    assert model.loop.stop is not None and model.loop.stop.classifier is not None
+    model.loop.stop.classifier.clear()
+    return scan_loop(model, examples, batch_size)
 
 
-def points(seen: dict[str, Survey], ends: Tensor) -> Iterator[dict]:
+def points(seen: dict[str, LoopScan], ends: Tensor) -> Iterator[dict]:
     """Yield every rule with the loosest thresholds that lose no more than was said on the validation problems."""
     for label in ("agree", "harmless"):
         good = {split: labels(one, label) for split, one in seen.items()}
         for rule, scores in rules(seen, good["train"]):
             tried = [fitted_thresholds(scores["valid"], good["valid"], target) for target in TARGETS]
-            whole = perplexity(seen["valid"], torch.full_like(seen["valid"].example_M, len(ends)))
+            whole = perplexity(seen["valid"], torch.full_like(seen["valid"].written_M, len(ends)))
             lost = [perplexity(seen["valid"], stops_of(scores["valid"], tau_T)) / whole - 1 for tau_T in tried]
             for loss in LOSSES:
                 i = max((i for i, one in enumerate(lost) if one <= loss), default=0)
@@ -108,23 +109,24 @@ def points(seen: dict[str, Survey], ends: Tensor) -> Iterator[dict]:
                 yield about | told(seen["test"], stops_of(scores["test"], tried[i]), ends)
 
 
-def labels(seen: Survey, label: str) -> Tensor:
+def labels(seen: LoopScan, label: str) -> Tensor:
     """Return where a token may leave (T, M)."""
     assert seen.losses_TM is not None
     return seen.agrees_TM if label == "agree" else seen.losses_TM <= seen.losses_TM[-1] + HARMLESS
 
 
-def rules(seen: dict[str, Survey], good_TM: Tensor) -> Iterator[tuple[dict, dict[str, Tensor]]]:
+def rules(seen: dict[str, LoopScan], good_TM: Tensor) -> Iterator[tuple[dict, dict[str, Tensor]]]:
     """Yield every rule with its scores (T, M) on the validation and the test problems."""
     for features in (("gap", "top", "depth"), FEATURES):
         at = [FEATURES.index(feature) for feature in features]
         x = {split: one.features_TMF[..., at] for split, one in seen.items() if one.features_TMF is not None}
         for kind in ("logistic", "svm_linear", "svm_rbf"):
             for per_step in (False, True):
-                judge = Judge(features)
-                judge.fill(fit_judge(x["train"], good_TM, kind, per_step))
+                classifier = ExitClassifier(features)
+                classifier.fill(fit_classifier(x["train"], good_TM, kind, per_step))
                 scores = {
-                    split: torch.stack([judge(z, t) for t, z in enumerate(x[split], 1)]) for split in ("valid", "test")
+                    split: torch.stack([classifier(z, t) for t, z in enumerate(x[split], 1)])
+                    for split in ("valid", "test")
                 }
                 yield {"rule": kind, "features": list(features), "per_layer": per_step}, scores
     for feature in ("gap", "top"):
@@ -139,13 +141,13 @@ def stops_of(scores_TM: Tensor, tau_T: Tensor) -> Tensor:
     return 1 + fires_TM.int().argmax(0)
 
 
-def perplexity(seen: Survey, stops_M: Tensor) -> float:
+def perplexity(seen: LoopScan, stops_M: Tensor) -> float:
     """Return that of the right words where tokens leave after some sections."""
     assert seen.losses_TM is not None
     return math.exp(seen.losses_TM.gather(0, stops_M[None] - 1).double().mean().item())
 
 
-def told(seen: Survey, stops_M: Tensor, ends: Tensor) -> dict:
+def told(seen: LoopScan, stops_M: Tensor, ends: Tensor) -> dict:
     """Return layers spared, perplexity and agreement, and what leaving at random with the same histogram would lose."""
     n, n_T = len(stops_M), len(ends)
     n_same = int(seen.agrees_TM.gather(0, stops_M[None] - 1).sum())
@@ -164,17 +166,17 @@ def told(seen: Survey, stops_M: Tensor, ends: Tensor) -> dict:
     }
 
 
-def fit(model: LatentModel, seen: dict[str, Survey]) -> None:
+def fit(model: LatentModel, seen: dict[str, LoopScan]) -> None:
     """Give the model the logistic classifier on the words, with thresholds for `AGREEMENT`."""
     features = ("gap", "top", "depth")
     use_rule(model, stop="classifier", stop_features=features)
-    assert model.loop.stop is not None and model.loop.stop.judge is not None
-    judge, at = model.loop.stop.judge, [FEATURES.index(feature) for feature in features]
+    assert model.loop.stop is not None and model.loop.stop.classifier is not None
+    classifier, at = model.loop.stop.classifier, [FEATURES.index(feature) for feature in features]
     x = {split: one.features_TMF[..., at] for split, one in seen.items() if one.features_TMF is not None}
-    numbers = fit_judge(x["train"], seen["train"].agrees_TM)
-    judge.fill(numbers)
-    scores_TM = torch.stack([judge(z, t) for t, z in enumerate(x["valid"], 1)])
-    judge.fill(numbers | {"tau_T": fitted_thresholds(scores_TM, seen["valid"].agrees_TM, AGREEMENT)})
+    numbers = fit_classifier(x["train"], seen["train"].agrees_TM)
+    classifier.fill(numbers)
+    scores_TM = torch.stack([classifier(z, t) for t, z in enumerate(x["valid"], 1)])
+    classifier.fill(numbers | {"tau_T": fitted_thresholds(scores_TM, seen["valid"].agrees_TM, AGREEMENT)})
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from innerloop.calibrate.calibrate import calibrate
-from innerloop.calibrate.loop_scan import ruled_by
 from innerloop.decoder.cost import mean_cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.measure import evaluate
 from innerloop.measure.accuracy import Prediction, accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds, verdict
-from innerloop.model.model import LatentModel
+from innerloop.model.stopping import ruled_by
 from innerloop.text.examples import Example
 from innerloop.train.recipe import load_recipe
 from innerloop.train.run import run_recipe
@@ -59,7 +59,7 @@ def measure(seed: int, overrides: list[str]) -> dict:
         recipe = load_recipe(RECIPE, [*settings, "--train.eval_strategy", "no", *overrides])
         run_recipe(recipe)
         model, task = LatentModel.from_pretrained(folder), recipe.task
-    found = calibrate(model, task, task.examples("valid"), "kl", 0.01)
+    found = calibrate(model, task, task.examples("valid"), "kl")
     examples = task.examples("test")
     stopped = evaluate(model, task, examples)
     with ruled_by(model, stop="none"):

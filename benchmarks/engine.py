@@ -23,8 +23,8 @@ from reference import Reference
 from transformers import DynamicCache
 
 from innerloop.bench.timing import Turn, clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Lotus, Method, Slr
-from innerloop.model.model import LatentModel
 
 METHODS: dict[str, Method] = {
     "cot": Cot(),

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.methods import Slr
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 

@@ -17,8 +17,8 @@ from training import gap, gradients, step, switch_off_dropout
 
 from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
 from innerloop.decoder.memory import MIB, peak_memory
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Cot
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 
 CHUNKS = (None, 256, 64, 16)

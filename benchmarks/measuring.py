@@ -20,16 +20,16 @@ import torch
 
 from innerloop.bench.timing import clock_of, spread
 from innerloop.cli.demo import BACKBONE
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens import look
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.measure.controls import controls
-from innerloop.measure.latents import record as recorded
-from innerloop.measure.parts import Parts
 from innerloop.measure.probes import probes
 from innerloop.measure.readout import shown_steps
+from innerloop.measure.result_cache import ResultCache
 from innerloop.measure.stability import stability
+from innerloop.measure.subject import Subject
 from innerloop.measure.swap import swaps
-from innerloop.model.model import LatentModel
 from innerloop.train.recipe import parse_recipe
 from innerloop.train.run import run_recipe
 
@@ -74,9 +74,9 @@ class Work:
         run()
         self._write(name, start, self.now())
 
-    def of_parts(self, title: str, run: Callable[[Parts], object], first: str = "") -> None:
+    def of_parts(self, title: str, run: Callable[[ResultCache], object], first: str = "") -> None:
         """Run something that has parts, and write down what each took, and ``first`` what comes before them."""
-        parts, marks = Parts(), [(f"{title}: {first}", self.now())]
+        parts, marks = ResultCache(), [(f"{title}: {first}", self.now())]
         parts.begins = lambda name: marks.append((f"{title}: {name.partition(',')[0]}", self.now()))
         run(parts)
         marks.append(("", self.now()))
@@ -103,13 +103,13 @@ def main() -> None:
     work = Work(model, options.device)
     answer = partial(evaluate, model, task, batch_size=options.batch_size)
     with_size = {"batch_size": options.batch_size}
-    probe = partial(probes, model, task, learn, examples, **with_size, planned=lambda n: None)
+    subject = partial(Subject, model, task, examples, unedited, **with_size)
     for _ in range(repeats):
         work.of(BASE, lambda: answer(examples))
-        work.of_parts("control", lambda parts: controls(model, task, examples, unedited, **with_size, parts=parts))
-        work.of_parts("swap", lambda parts: swaps(model, task, examples, unedited, **with_size, parts=parts))
-        work.of("recording", lambda: recorded(model, task, examples, **with_size, everything=True))
-        work.of_parts("probes", lambda parts: probe(parts=parts), first="states")
+        work.of_parts("control", lambda parts: controls(subject(cache=parts)))
+        work.of_parts("swap", lambda parts: swaps(subject(cache=parts)))
+        work.of("recording", lambda: subject().record(examples))
+        work.of_parts("probes", lambda parts: probes(subject(cache=parts), learn), first="states")
         work.of("stability, no Jacobians", lambda: stability(model, examples, n_jacobians=0, **with_size))
         work.of("stability", lambda: stability(model, examples, **with_size))
         work.of("read-outs of gold steps", lambda: shown_steps(model, examples, **with_size))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.model.model import LatentModel
+from innerloop.engine.latent_model import LatentModel
 from innerloop.text.examples import Example
 from innerloop.text.row import Piece
 
@@ -20,7 +20,7 @@ class FullPass:
     """f over the latents: reads what comes before them once more."""
 
     compacts = False
-    state_mask = before = hints = None
+    state_mask = before = row_info = None
 
     def __init__(self, model: LatentModel, before_BLD: Tensor, grows: bool):
         self.decoder, self.before_BLD, self.grows = model.backbone.decoder, before_BLD, grows

@@ -19,8 +19,8 @@ import subjects
 
 from innerloop.bench.timing import clock_of, seconds_of, spread, take_turns
 from innerloop.decoder.memory import MIB, peak_memory
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Slr
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 
 

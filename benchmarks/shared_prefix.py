@@ -15,8 +15,8 @@ import subjects
 from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
 from innerloop.engine import shared_prefix as prefix
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Cot, Method, Slr
-from innerloop.model.model import LatentModel
 
 METHODS: dict[str, Method] = {"cot": Cot(), "slr": Slr(n_slots=6, max_loops=3)}
 WAVES = ((16, 4), (64, 2), (64, 5), (128, 8), (256, 16))  # shared tokens, rows

@@ -22,8 +22,8 @@ import subjects
 import torch
 
 from innerloop.decoder.memory import MIB
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Method, Slr
-from innerloop.model.model import LatentModel
 from innerloop.text import encoder as speller
 
 METHODS: dict[str, Method] = {

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from innerloop.decoder.cost import mean_cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure import evaluate
 from innerloop.measure.accuracy import accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds
 from innerloop.methods.latent.step_labels import LATENT, chosen_steps, label_steps
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 from innerloop.train.recipe import load_recipe
 from innerloop.train.run import CONFIG, FINISHED

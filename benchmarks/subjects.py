@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Method
-from innerloop.model.model import LatentModel
 from innerloop.text.encoder import ANSWER_PREFIX
 
 SPECIAL = ("<pad>", "<unk>", "<eos>", "\n", "###")

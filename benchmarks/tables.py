@@ -15,7 +15,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from innerloop.experiments.suite import seed_means
+from innerloop.experiments.summary import MethodResult, by_variant
+from innerloop.measure.statistics import over_seeds, share_noise
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,34 +67,35 @@ def table(name: str, part: str, root: str) -> str:
 
 def suite_lines(results: dict, by_loops: bool) -> tuple[Lines, str]:
     """Return the lines of a suite: a variant each."""
-    means = seed_means(results["points"], results["n"])
+    rows = by_variant([{**point, "n": results["n"]} for point in results["points"]])
     seeds = sorted({point["seed"] for point in results["points"]})
     if by_loops:
-        loops = list(next(row["loops"] for row in means if row["loops"]))
-        head = ["variant", *(f"{n} loops" for n in loops)]
-        rows = [[row["variant"], *(f"{100 * row['loops'][n]:.1f}" for n in loops)] for row in means if row["loops"]]
+        looped = [row for row in rows if any(result.get("loops") for result in row.results)]
+        head = ["variant", *(f"{mark.name} loops" for mark in looped[0].loops)]
+        lines = [[row.name, *(f"{100 * mark.share:.1f}" for mark in row.loops)] for row in looped]
     else:
         head = ["variant", "accuracy", "95 % interval", "by seed", "passes", "positions", "thought", "MFLOPs"]
-        rows = [
-            [
-                row["variant"],
-                f"{100 * row['accuracy']:.1f} %",
-                "-" if math.isinf(row["half"]) else f"± {100 * row['half']:.1f}",
-                ", ".join(f"{100 * value:.1f}" for value in row["accuracies"]),
-                f"{row['passes']:.1f}",
-                f"{row['positions']:.1f}",
-                f"{row['thought_tokens']:.1f}",
-                f"{row['flops'] / 1e6:.2f}",
-            ]
-            for row in means
-        ]
+        lines = [suite_line(row) for row in rows]
     failed = [f"{p['variant']} seed {p['seed']}" for p in results["points"] if "error" in p]
     note = (
         f"n = {results['n']} {results['split']} questions, seeds {', '.join(map(str, seeds))}, {results['device']}, "
         f"torch {results['versions']['torch']}, transformers {results['versions']['transformers']}; "
         + (f"failed: {', '.join(failed)}; " if failed else "")
     )
-    return [head, *rows], note
+    return [head, *lines], note
+
+
+def suite_line(row: MethodResult) -> list[str]:
+    """Return the line of a variant."""
+    accuracy, half = over_seeds(row.accuracies, share_noise(row.accuracies, row.results[0]["n"]))
+    return [
+        row.name,
+        f"{100 * accuracy:.1f} %",
+        "-" if math.isinf(half) else f"± {100 * half:.1f}",
+        ", ".join(f"{100 * value:.1f}" for value in row.accuracies),
+        *(f"{row.cost(name):.1f}" for name in ("passes", "positions", "thought_tokens")),
+        f"{row.cost('flops') / 1e6:.2f}",
+    ]
 
 
 def longer_lines(results: dict) -> tuple[Lines, str]:

@@ -27,10 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cost import Meter
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.methods import Cot, Tah
 from innerloop.methods.depth.decider import FREE, ONCE
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.text.tokenizer import train_tokenizer
 
@@ -135,9 +135,9 @@ def measure_prefill() -> dict:
     def read(model: LatentModel, wanted: Tensor | None, meter: Meter | None = None) -> Tensor:
         draws.generator.manual_seed(0)
         context = model.new_context(model.batch(model.prompts(["2"] * n_rows)), meter)
-        context.wanted_BS = wanted
+        context.depth.wanted_BS = wanted
         context.read_out(context.read(model.backbone.embed(ids)), *everywhere)
-        return context.deep[0].depths_BL if context.deep else torch.ones_like(ids)
+        return context.depth.passes[0].depths_BL if context.depth.passes else torch.ones_like(ids)
 
     runs = {"plain": (plain, None), "pattern": (tah, pattern), "decider": (tah, free)}
     flops, shares = {}, {}

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from innerloop.bench.timing import clock_of, ratio, seconds_of, spread, take_turns
 from innerloop.decoder.memory import MIB, peak_memory
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Lotus, Method, Slr
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 
 METHODS: dict[str, Method] = {

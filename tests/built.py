@@ -14,13 +14,13 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Method
-from innerloop.model.checkpoint import from_scratch
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 from innerloop.text.row import EOL, EOT, LAT
 from innerloop.text.tokenizer import train_tokenizer
+from tests.models import from_scratch
 
 TASK = Chain()  # for its check of answers alone
 WORDS = ("a", "b", "c", "d", "e")

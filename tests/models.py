@@ -21,12 +21,20 @@ from transformers import (
 )
 
 from innerloop.decoder.backbone import Backbone
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Method
-from innerloop.model.checkpoint import from_scratch
-from innerloop.model.model import LatentModel
+from innerloop.model import loading
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
+
+
+def from_scratch(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, method: Method, seed: int = 0
+) -> LatentModel:
+    """Return a model with fresh weights and a tokenizer that is there already."""
+    return loading.from_scratch(LatentModel, settings, tokenizer, method, seed)
+
 
 WIDTH = 32
 VOCAB = 64

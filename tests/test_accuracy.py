@@ -1,7 +1,6 @@
-"""Accuracy: the interval against scipy, the verdict against the task, the cost against the rows."""
+"""Accuracy: the verdict against the task, the cost against the rows."""
 
 import pytest
-from scipy.stats import binomtest
 
 from innerloop.decoder.cost import Cost, mean_cost
 from innerloop.engine.generation import Generation
@@ -11,16 +10,6 @@ from innerloop.methods import Cot, NoCot
 from innerloop.tasks import Chain, Gsm8k
 from innerloop.text.examples import Example
 from tests.models import chain_examples, tiny_model
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 10), (50, 100), (999, 1000), (7, 7)])
-def test_the_interval_is_wilsons(k: int, n: int):
-    reference = binomtest(k, n).proportion_ci(method="wilson")
-    assert wilson(k, n) == pytest.approx((reference.low, reference.high), abs=1e-12)
-
-
-def test_nothing_measured_says_nothing():
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def scripted(model, texts: list[str]):

@@ -10,6 +10,7 @@ from innerloop.decoder import adapters
 from innerloop.decoder.adapters import add_lora, add_markers, merged_state
 from innerloop.decoder.backbone import Backbone
 from innerloop.model import checkpoint
+from tests.close import assert_close
 from tests.models import (
     SPELLED,
     answers_of,
@@ -107,7 +108,7 @@ def with_lora(method=None, arch: str = "llama", **changes) -> tuple[LatentModel,
     """Return a model with trained LoRA, and the base weights it was put on."""
     model = tiny_model(method or Coconut(), arch, **changes)
     base = {name: tensor.clone() for name, tensor in model.backbone.lm.state_dict().items()}
-    add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 4, "lora_alpha": 8})
+    add_lora(model.backbone, model.marker_ids(), {"r": 4, "lora_alpha": 8})
     return trained(model).eval(), base
 
 
@@ -122,7 +123,7 @@ def base_weights(model: LatentModel) -> dict[str, torch.Tensor]:
 def test_new_lora_changes_no_logit(arch):
     model = tiny_model(Coconut(), arch)
     before = answers_of(model)
-    add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 4})
+    add_lora(model.backbone, model.marker_ids(), {"r": 4})
     assert torch.equal(answers_of(model), before)
 
 
@@ -140,7 +141,7 @@ def test_only_the_rows_of_the_markers_train(arch):
     model = tiny_model(Pause(), arch)  # reads all its markers
     ids = torch.arange(len(model.tokenizer))[None]
     before = model.backbone.embed(ids)[0].detach()
-    add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 4})
+    add_lora(model.backbone, model.marker_ids(), {"r": 4})
     trained(model)
     after = model.backbone.embed(ids)[0].detach()
     has_moved = (before != after).any(dim=1)
@@ -177,7 +178,7 @@ def test_merging_leaves_the_model_bit_for_bit_as_it_was(arch, method):
 def test_a_saved_lora_run_gives_the_same_logits(method, tmp_path):
     model, _ = with_lora(method)
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
-    torch.testing.assert_close(answers_of(loaded), answers_of(model), atol=1e-5, rtol=1e-5)
+    assert_close(answers_of(loaded), answers_of(model))
     assert not adapters.adapted(loaded.backbone.lm)
 
 
@@ -190,12 +191,12 @@ def test_plain_transformers_reads_a_lora_folder_with_the_updates_merged(arch, tm
     lm = AutoModelForCausalLM.from_pretrained(folder)
     assert type(lm) is type(tiny_lm(arch))
     ours = text_logits(model.backbone.lm, model.tokenizer)
-    torch.testing.assert_close(text_logits(lm, model.tokenizer), ours, atol=1e-5, rtol=1e-5)
+    assert_close(text_logits(lm, model.tokenizer), ours)
 
 
 def test_lora_on_a_bfloat16_model_is_saved_as_bfloat16(tmp_path):
     model = tiny_model(Coconut()).to(torch.bfloat16)
-    add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 4})
+    add_lora(model.backbone, model.marker_ids(), {"r": 4})
     folder = saved(model, tmp_path / "run")
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
 
@@ -204,7 +205,7 @@ def test_lora_weights_are_kept_before_merging_too(tmp_path):
     model, _ = with_lora()
     stored = load_file(saved(model, tmp_path / "run") / "innerloop.safetensors")
     twin = tiny_model(Coconut())
-    add_lora(twin.backbone, twin.tokenizer, twin.method.markers, {"r": 4, "lora_alpha": 8})
+    add_lora(twin.backbone, twin.marker_ids(), {"r": 4, "lora_alpha": 8})
     checkpoint.load_parts(twin, tmp_path / "run")
     assert sum(".lora_A." in name for name in stored) == 3 * 7
     assert torch.equal(answers_of(twin), answers_of(model))
@@ -221,4 +222,4 @@ def test_lora_can_be_put_on_a_loaded_model(tmp_path):
 def test_lora_settings_that_cannot_be_are_refused(settings):
     model = tiny_model(Coconut())
     with pytest.raises(InputError, match="lora"):
-        add_lora(model.backbone, model.tokenizer, model.method.markers, settings)
+        add_lora(model.backbone, model.marker_ids(), settings)

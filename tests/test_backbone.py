@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, view
 from innerloop.errors import InputError
+from tests.close import assert_close
 from tests.models import ARCHS, SLIDING, VOCAB, WINDOW, left_pad, random_ids, tiny_backbone, tiny_lm
 
 LENGTH = 2 * WINDOW + 3  # longer than two windows
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}  # fp32, states of order 1 to 10
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
 
 
@@ -23,7 +23,7 @@ def test_gpt2s_activation_becomes_one_operator_with_the_same_values():
     with torch.no_grad():
         own = lm(input_ids=ids).logits
         Backbone(lm)
-        torch.testing.assert_close(lm(input_ids=ids).logits, own, **CLOSE)
+        assert_close(lm(input_ids=ids).logits, own)
     left = {type(module).__name__ for module in lm.modules()}
     assert (named - left, left - named) == ({"NewGELUActivation"}, {"GELU"})
 
@@ -77,7 +77,7 @@ def test_states_from_embeddings_show_the_models_own_logits(arch, attention):
     with torch.no_grad():
         own = lm(input_ids=ids).logits
     assert own.std() > 0.1  # logits that are all alike would make the comparison empty
-    torch.testing.assert_close(backbone.head(states_of(backbone, ids)), own, **CLOSE)
+    assert_close(backbone.head(states_of(backbone, ids)), own)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_other_architectures_show_their_own_logits(model_type, settings):
     with torch.no_grad():
         own = lm(input_ids=ids).logits
     assert own.std() > 0.1
-    torch.testing.assert_close(backbone.head(states_of(backbone, ids)), own, **CLOSE)
+    assert_close(backbone.head(states_of(backbone, ids)), own)
 
 
 def test_softcapping_is_part_of_the_head():
@@ -105,7 +105,7 @@ def test_a_cached_pass_equals_an_uncached_one(arch, chunks):
     backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
     cache = backbone.empty_cache()
     parts = [states_of(backbone, chunk, cache=cache) for chunk in ids.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), states_of(backbone, ids), **CLOSE)
+    assert_close(torch.cat(parts, dim=1), states_of(backbone, ids))
 
 
 @pytest.mark.parametrize("attention", [{}, {"attn_implementation": "eager"}], ids=["usual", "eager"])
@@ -116,7 +116,7 @@ def test_left_padded_rows_equal_rows_by_themselves(arch, attention):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     batched = states_of(backbone, ids, mask=mask, positions_BL=positions)
     for row, states in zip(rows, batched):
-        torch.testing.assert_close(states[-len(row) :], states_of(backbone, row[None])[0], **CLOSE)
+        assert_close(states[-len(row) :], states_of(backbone, row[None])[0])
 
 
 def test_left_padded_rows_decoded_token_by_token_equal_rows_by_themselves(arch):
@@ -136,7 +136,7 @@ def test_left_padded_rows_decoded_token_by_token_equal_rows_by_themselves(arch):
             )
         )
     for row, states in zip(rows, torch.cat(parts, dim=1)):
-        torch.testing.assert_close(states[-len(row) :], states_of(backbone, row[None])[0], **CLOSE)
+        assert_close(states[-len(row) :], states_of(backbone, row[None])[0])
 
 
 def test_a_later_token_changes_no_earlier_state(arch):
@@ -152,7 +152,7 @@ def test_a_later_token_changes_no_earlier_state(arch):
 def test_a_four_dimensional_mask_goes_to_the_attention_as_it_is(arch):
     backbone, ids = tiny_backbone(arch), random_ids(2, 6)
     causal = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6)
-    torch.testing.assert_close(states_of(backbone, ids, mask=causal), states_of(backbone, ids), **CLOSE)
+    assert_close(states_of(backbone, ids, mask=causal), states_of(backbone, ids))
     everywhere = states_of(backbone, ids, mask=torch.ones_like(causal))
     other = ids.clone()
     other[:, 5] = (ids[:, 5] + 1) % VOCAB
@@ -168,10 +168,10 @@ def test_all_states_are_the_embeddings_and_the_output_of_each_layer(arch):
     states = states_of(backbone, ids, all_states=True)
     assert len(states) == backbone.n_layers + 1
     for n in range(1, backbone.n_layers):
-        torch.testing.assert_close(states[n], states_of(backbone, ids, layers=range(n)), **CLOSE)
-    torch.testing.assert_close(states[-1], states_of(backbone, ids), **CLOSE)
+        assert_close(states[n], states_of(backbone, ids, layers=range(n)))
+    assert_close(states[-1], states_of(backbone, ids))
     if arch != "gpt2":  # GPT-2's first state has its learned positions in it
-        torch.testing.assert_close(states[0], backbone.embed(ids), **CLOSE)
+        assert_close(states[0], backbone.embed(ids))
 
 
 @pytest.mark.parametrize("chunks", [[LENGTH], [4, 1, 6, 2]])
@@ -182,7 +182,7 @@ def test_the_final_norm_may_be_left_out(arch, chunks):
     before, after = torch.cat(parts, dim=1), states_of(backbone, ids)
     assert not torch.allclose(before, after, atol=1e-2)
     with torch.no_grad():
-        torch.testing.assert_close(backbone.norm(before), after, **CLOSE)
+        assert_close(backbone.norm(before), after)
 
 
 def test_all_states_of_a_section_are_counted_once_however_often_they_are_asked_for(arch):
@@ -199,14 +199,14 @@ def test_layer_ranges_compose_to_the_whole(arch, ranges):
     backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
     with torch.no_grad():
         ours = composed(backbone, backbone.embed(ids), ranges)
-    torch.testing.assert_close(ours, states_of(backbone, ids), **CLOSE)
+    assert_close(ours, states_of(backbone, ids))
 
 
 def test_layer_ranges_compose_where_the_model_multiplies_its_embeddings():
     backbone, ids = Backbone(odd_lm("granite", **GRANITE)), random_ids(2, 6)
     with torch.no_grad():
         ours = composed(backbone, backbone.embed(ids), [range(1), range(1, 3)])
-    torch.testing.assert_close(ours, states_of(backbone, ids), **CLOSE)
+    assert_close(ours, states_of(backbone, ids))
 
 
 def test_layer_ranges_compose_in_bfloat16(arch):
@@ -237,7 +237,7 @@ def test_layer_ranges_of_left_padded_rows_equal_rows_by_themselves(arch):
         batched = looped(backbone, backbone.embed(ids), ranges, mask=mask, positions_BL=positions)
         for row, states in zip(rows, batched):
             single = looped(backbone, backbone.embed(row[None]), ranges)[0]
-            torch.testing.assert_close(states[-len(row) :], single, **CLOSE)
+            assert_close(states[-len(row) :], single)
 
 
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [4, 1, 6, 2]])
@@ -266,7 +266,7 @@ def test_two_loops_of_a_layer_range_decoded_with_a_cache_equal_full_recomputatio
                     slot.extend(positions, None, None)
             parts.append(states)
             read += chunk.shape[1]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+    assert_close(torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("middle", [range(1, 2), range(1, 3)])
@@ -279,7 +279,7 @@ def test_a_cached_layer_range_counts_its_own_positions(arch, middle):
         for chunk, columns in zip(states.split([4, 1, 6, 2], dim=1), ids.split([4, 1, 6, 2], dim=1)):
             parts.append(backbone(chunk, layers=middle, cache=view(slot)))
             slot.extend(columns, None, None)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+    assert_close(torch.cat(parts, dim=1), whole)
 
 
 def test_a_section_edits_nothing_of_the_model(arch):

@@ -34,7 +34,7 @@ def test_the_texts_and_scores_are_those_of_transformers(arch):
                 output_scores=True,
             )
             assert theirs.sequences[0, ids.shape[1] :].tolist()[: len(one.ids)] == one.ids
-            assert one.log_likelihood / len(one.ids) == pytest.approx(float(theirs.sequences_scores[0]), abs=1e-5)
+            assert one.log_likelihood / len(one.ids) == pytest.approx(float(theirs.sequences_scores[0]), rel=1e-5)
 
 
 @torch.no_grad()

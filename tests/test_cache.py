@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from innerloop.decoder.cache import fork, select_rows
+from tests.close import ROUNDED, assert_close
 from tests.models import ARCHS, WINDOW, random_ids, tiny_backbone
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 PAST = WINDOW + 3  # past the sliding window
 
 
@@ -60,7 +60,7 @@ def test_a_fork_and_its_original_read_on_independently(arch):
     for ids, view in ((left, cache), (right, twin)):
         first, rest = read(backbone, ids[:, :2], view), read(backbone, ids[:, 2:], view)
         whole = read(backbone, torch.cat([past, ids], dim=1), None)[:, PAST:]
-        torch.testing.assert_close(torch.cat([first, rest], dim=1), whole, **CLOSE)
+        assert_close(torch.cat([first, rest], dim=1), whole)
 
 
 def test_forking_an_empty_cache_leaves_it_empty(arch):
@@ -81,7 +81,7 @@ def test_selected_rows_read_on_as_if_they_had_been_alone(arch, rows):
     states = read(backbone, ids, part)
 
     whole = read(backbone, torch.cat([past[chosen], ids], dim=1), None)[:, PAST:]
-    torch.testing.assert_close(states, whole, **CLOSE)
+    assert_close(states, whole)
     assert_same_contents(contents(cache), before)
 
 
@@ -124,7 +124,7 @@ def test_gradients_through_a_forked_cache_equal_those_of_one_uncached_pass(arch)
 
     (ours, our_weights), (plain, plain_weights) = gradients(forked), gradients(uncached)
     assert plain[:, :PAST].abs().max() > 1e-3  # the past matters
-    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)  # norms compute in fp32 whatever the weights
+    assert_close(ours, plain, ROUNDED)
     assert our_weights.keys() == plain_weights.keys()
     for name, gradient in plain_weights.items():
-        torch.testing.assert_close(our_weights[name], gradient, atol=1e-5, rtol=1e-5)
+        assert_close(our_weights[name], gradient, ROUNDED)

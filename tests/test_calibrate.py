@@ -2,19 +2,22 @@
 
 import json
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
 from innerloop.calibrate.calibrate import REPORT, adopt_rule, calibrate
-from innerloop.calibrate.loop_scan import ruled_by, survey, use_rule
-from innerloop.calibrate.oracles import first_agreeing, first_correct
-from innerloop.calibrate.threshold_search import Answers, Goal, Tryout, thresholds_between
-from innerloop.measure.statistics import clopper_pearson
+from innerloop.calibrate.loop_scan import scan_loop
+from innerloop.calibrate.oracles import first_showing
+from innerloop.calibrate.settings import CalibrationSettings
+from innerloop.calibrate.threshold_search import ThresholdSearch, thresholds_between
 from innerloop.methods import Method
 from innerloop.model.checkpoint import PARTS, SETTINGS
+from innerloop.model.stopping import ruled_by, use_rule
 from innerloop.tasks import Chain
+from tests.close import assert_close
 from tests.methods.tools import MIXED, change
 from tests.models import saved, tiny_model
 
@@ -42,7 +45,14 @@ def model_of(method: Method, **changes) -> LatentModel:
 
 
 def quick(model: LatentModel, rule: str, **options):
-    return calibrate(model, EVEN, VALID, rule, max_new_tokens=3, min_rows=3, **options)
+    names = {field.name for field in fields(CalibrationSettings)}
+    how = {name: options.pop(name) for name in names & set(options)}
+    settings = CalibrationSettings(**{"max_new_tokens": 3, "min_rows": 3, **how})
+    return calibrate(model, EVEN, VALID, rule, settings, **options)
+
+
+def searching(model: LatentModel, **how) -> ThresholdSearch:
+    return ThresholdSearch(model, EVEN, CalibrationSettings(max_new_tokens=3, min_rows=3, **how))
 
 
 # Searching
@@ -53,12 +63,6 @@ def test_thresholds_tell_scores_apart_from_strict_to_loose():
     assert thresholds_between(torch.tensor([3.0, 1.0, 2.0])) == [4.0, 3.0, 2.0, 1.0]
     many = thresholds_between(torch.rand(1000, generator=torch.Generator().manual_seed(0)), most=10)
     assert len(many) == 11 and many == sorted(many, reverse=True)
-
-
-def test_clopper_pearson_at_known_values():
-    assert clopper_pearson(0, 10) == (0.0, pytest.approx(0.30850, abs=1e-4))
-    assert clopper_pearson(10, 10) == (pytest.approx(0.69150, abs=1e-4), 1.0)
-    assert clopper_pearson(8, 10) == (pytest.approx(0.44390, abs=1e-4), pytest.approx(0.97479, abs=1e-4))
 
 
 @pytest.mark.parametrize("kind", ["delta", "gap", "classifier"])
@@ -116,6 +120,8 @@ def test_what_was_trained_to_stop_is_calibrated_too(method, rule):
     model = model_of(method, layers=T)
     report = quick(model, rule, mean_loops=3.0).report
     assert report["full"]["mean_loops"] == T and model.method.stop == rule
+    assert ("frontier" in report) == (method.family != "depth" and rule != "act")
+    assert report["goal"]["is_met"] and report["chosen"]["mean_loops"] <= 3.0
     kept = ("gate", "halt_weight", "ponder_weight") if rule == method.stop else ()
     assert all(getattr(model.method, name, None) == getattr(method, name, None) for name in kept)
 
@@ -123,10 +129,9 @@ def test_what_was_trained_to_stop_is_calibrated_too(method, rule):
 @pytest.mark.parametrize("method", [SLR, Looped(max_loops=T), AdaInfer(exits=(1, 2, 3))], ids=lambda m: m.name)
 def test_full_depth_costs_what_the_model_without_a_rule_does(method):
     model = model_of(method, layers=T)
-    plain = Tryout(model, EVEN, 8, 3, 0, print).ask(VALID)
+    plain = searching(model).answers(VALID)
     use_rule(model, stop="delta")
-    full = Tryout(model, EVEN, 8, 3, 0, print).ask_at_full_depth(VALID)
-    assert full.texts == plain.texts and torch.equal(full.flops_M, plain.flops_M)
+    assert searching(model).answers(VALID, math.inf) == plain
 
 
 @pytest.mark.parametrize("method", [Looped(max_loops=T), AdaInfer(exits=(1, 2, 3))], ids=lambda m: m.name)
@@ -137,7 +142,7 @@ def test_a_classifier_leaves_where_it_may(fields, method):
     n_1, n_2, n_3, _ = (one["n"] for one in report["tokens"]["iterations"])
     assert n_1 == 0 and n_2 > 0 and (n_3 == 0 or "check_every" not in fields)
     assert report["tokens"]["agreement"] >= 0.5
-    mean_depth = model.loop.stop.judge.mean_KF[0, 2].item()
+    mean_depth = model.loop.stop.classifier.mean_KF[0, 2].item()
     assert mean_depth == pytest.approx((1 + 2 + 3) / 3 / T)  # it was fitted to every iteration but the last
 
 
@@ -146,7 +151,7 @@ def test_a_sure_model_is_surveyed_to_its_end_though_thresholds_fall():
     with torch.no_grad():
         model.backbone.lm.get_output_embeddings().weight.mul_(100)
     use_rule(model, stop="top_prob", stop_decay=8)
-    seen = survey(model, VALID)
+    seen = scan_loop(model, VALID)
     assert (seen.scores_TM == 1).any() and seen.scores_TM.shape[0] == T
 
 
@@ -163,20 +168,21 @@ def test_a_loop_too_short_to_be_stopped_is_refused(method, rule, message):
         quick(model_of(method), rule)
 
 
-@pytest.mark.parametrize("fields", [{"patience": 2}, {"min_loops": 2}, {"check_every": 2}], ids=str)
-def test_other_settings_of_stopping_go_along(fields):
-    model = model_of(change(SLR, max_loops=5))
-    report = quick(model, "delta", mean_loops=3.5, **fields).report
+@pytest.mark.parametrize(
+    ("method", "rule", "fields"),
+    [
+        *((change(SLR, max_loops=5), "delta", {name: 2}) for name in ("patience", "min_loops", "check_every")),
+        (SLR, "kl", {"stop_site": "answer"}),
+        (Lotus(n_blocks=2, latents_per_block=2), "cos", {}),
+    ],
+    ids=str,
+)
+def test_other_settings_of_stopping_and_other_methods_go_along(method, rule, fields):
+    model = model_of(method)
+    report = quick(model, rule, agreement=0.6, **fields).report
     (known,) = _near(report)
     assert known["loops"] == pytest.approx(report["chosen"]["mean_loops"])
     assert all(getattr(model.method, name) == value for name, value in fields.items())
-
-
-def test_a_stop_site_and_a_method_with_other_fields_go_along():
-    report = quick(model_of(SLR), "kl", agreement=0.6, stop_site="answer").report
-    assert _near(report)[0]["loops"] == pytest.approx(report["chosen"]["mean_loops"])
-    lotus = quick(model_of(Lotus(n_blocks=2, latents_per_block=2)), "cos", agreement=0.6).report
-    assert _near(lotus)[0]["loops"] == pytest.approx(lotus["chosen"]["mean_loops"])
 
 
 @pytest.mark.parametrize(
@@ -203,7 +209,7 @@ def test_thresholds_of_tokens_are_found_by_trying(kind, method, layers):
 def test_under_teacher_forcing_what_is_foretold_of_leaving_tokens_is_exact():
     model = model_of(AdaInfer(exits=(1, 2, 3)), layers=4)
     use_rule(model, stop="gap", stop_threshold=math.inf)
-    seen = survey(model, MIXED)
+    seen = scan_loop(model, MIXED)
     for kappa in thresholds_between(seen.scores_TM[:-1].flatten(), most=5):
         use_rule(model, stop="gap", stop_threshold=kappa)
         batch = model.batch(model.rows(MIXED))
@@ -217,41 +223,47 @@ def test_under_teacher_forcing_what_is_foretold_of_leaving_tokens_is_exact():
 
 def test_the_best_there_could_be_is_told_beside():
     tops, gold = torch.tensor([[1, 5, 2], [3, 5, 2], [1, 5, 4]]), torch.tensor([1, 6, 2])
-    assert first_agreeing(tops).tolist() == [1, 1, 3] and first_correct(tops, gold).tolist() == [1, 3, 1]
+    assert first_showing(tops, tops[-1]).tolist() == [1, 1, 3] and first_showing(tops, gold).tolist() == [1, 3, 1]
     model = model_of(Looped(max_loops=T))
     use_rule(model, stop="gap", stop_threshold=math.inf)
-    search = Tryout(model, EVEN, 64, 4, 0, lambda done: None).search(VALID, 3)
-    oracle = search.report(0, Goal(0.0))["tokens"]["oracle"]
-    soonest = first_agreeing(search.seen.tops_TM)
+    search = searching(model)
+    search.look(VALID)
+    oracle = search.report(0)["tokens"]["oracle"]
+    soonest = first_showing(search.seen.tops_TM, search.seen.tops_TM[-1])
     assert oracle["agree"] == pytest.approx(soonest.double().mean().item()) and 1 < oracle["agree"] < T
     assert oracle["right_at_last"] < oracle["right"] <= 1 < oracle["correct"] <= T
     model.eval()
     told = torch.cat([logits.log_softmax(-1) for logits in model.answer_logits(VALID)])
-    torch.testing.assert_close(-told.gather(1, search.seen.gold_M[:, None])[:, 0], search.seen.losses_TM[-1])
-    perfect = [choice for choice in search.choices if search.agreement(choice) == 1]
-    assert perfect and all(choice.stops_M.double().mean() >= oracle["agree"] for choice in perfect)
+    assert_close(-told.gather(1, search.seen.gold_M[:, None])[:, 0], search.seen.losses_TM[-1])
+    perfect = search.stops_KM[search.foreseen()["agreement"] == 1]
+    assert len(perfect) and all(stops_M.double().mean() >= oracle["agree"] for stops_M in perfect)
 
 
 def test_the_last_good_and_the_first_good_are_found_by_bisection(monkeypatch):
     """With known effects: the looser, the fewer iterations and the lower the accuracy."""
     model = model_of(Looped(max_loops=T))
     use_rule(model, stop="gap", stop_threshold=math.inf)
-    search = Tryout(model, EVEN, 64, 4, 0, lambda done: None).search(VALID, 3)
-    n = len(search.choices)
+    search = searching(model)
+    search.look(VALID)
+    n = len(search.thresholds)
     asked = []
 
-    def answers(i: int) -> Answers:
+    def effect(i: int) -> dict:
         asked.append(i)
-        right = torch.arange(100) < 100 - 100 * i // n
-        return Answers(right, ["x"] * 100, torch.full((100,), float(n - i)), torch.ones(100))
+        return {"accuracy": (100 - 100 * i // n) / 100, "agreement": 1.0, "mean_loops": n - i}
 
-    monkeypatch.setattr(search, "answers", answers)
-    search.full = answers(0)
+    monkeypatch.setattr(search, "effect", effect)
+    search.full |= {"correct": [True] * len(VALID)}
+
+    def best(**how) -> int:
+        search.settings = replace(search.settings, **how)
+        return search.best()
+
     for drop in (0.0, 0.25, 0.5, 1.0):
-        best = search.best(Goal(drop))
-        assert 100 * best // n <= round(100 * drop) and (best == n - 1 or 100 * (best + 1) // n > round(100 * drop))
+        i = best(max_drop=drop)
+        assert 100 * i // n <= round(100 * drop) and (i == n - 1 or 100 * (i + 1) // n > round(100 * drop))
     for loops in (1, n // 2, n):
-        assert n - search.best(Goal(0.0, mean_loops=loops)) == loops
+        assert n - best(mean_loops=loops) == loops
     assert len(asked) < 7 * 8
 
 
@@ -299,29 +311,14 @@ def test_calibrating_leaves_the_weights_and_keeps_a_gate():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_act_is_calibrated_by_trying():
-    model = model_of(change(SLR, stop="act"))
-    report = quick(model, "act", mean_loops=1.5).report
-    assert report["chosen"]["mean_loops"] <= 1.5 and "frontier" not in report
-
-
 def test_labels_may_be_agreement_or_correctness_of_rows_and_of_tokens():
     for method in (SLR, AdaInfer(exits=(1,))):
         thresholds = []
         for label in ("agree", "correct"):
             model = model_of(method)
             quick(model, "classifier", agreement=0.5, label=label)
-            thresholds.append(model.loop.stop.judge.bias_K.tolist())
+            thresholds.append(model.loop.stop.classifier.bias_K.tolist())
         assert thresholds[0] != thresholds[1]
-
-
-def test_a_fit_is_the_same_again():
-    biases = []
-    for _ in range(2):
-        model = model_of(AdaInfer(exits=(1,)))
-        quick(model, "classifier", agreement=0.5, seed=3)
-        biases.append(model.loop.stop.judge.bias_K.tolist())
-    assert biases[0] == biases[1]
 
 
 def test_a_goal_that_cannot_be_met_is_told():
@@ -362,7 +359,7 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
 def test_what_cannot_be_calibrated_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        calibrate(model_of(SLR), TASK, VALID, **{"rule": "delta", **options})
+        quick(model_of(SLR), **{"rule": "delta", **options})
 
 
 def test_a_method_without_a_loop_and_too_few_examples_are_refused():

@@ -14,9 +14,19 @@ from innerloop import Coconut, Cot, InputError, LatentModel, NoCot, Pause, Slr
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods import METHODS as ALL_METHODS
 from innerloop.model import checkpoint
-from innerloop.model.checkpoint import from_scratch
+from tests.close import assert_close
 from tests.methods.tools import learn
-from tests.models import answers_of, chain_examples, chain_tokenizer, moved, saved, text_logits, tiny_lm, tiny_model
+from tests.models import (
+    answers_of,
+    chain_examples,
+    chain_tokenizer,
+    from_scratch,
+    moved,
+    saved,
+    text_logits,
+    tiny_lm,
+    tiny_model,
+)
 
 DECODERS = [
     Slr(decoder="separate"),
@@ -149,7 +159,7 @@ def test_plain_transformers_reads_the_folder(arch, tmp_path):
     folder = saved(model, tmp_path / "run")
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     own = text_logits(model.backbone.lm, model.tokenizer)
-    torch.testing.assert_close(text_logits(lm, tokenizer), own, atol=2e-6, rtol=1e-6)
+    assert_close(text_logits(lm, tokenizer), own)
     assert torch.equal(text_logits(Backbone(lm).lm, tokenizer), own)  # GPT-2's activation is one operator in both
 
 
@@ -231,9 +241,7 @@ def test_a_cot_run_goes_on_as_coconut_with_its_weights(tmp_path):
         assert torch.equal(same, tensor), name
     assert loaded.backbone.lm.get_input_embeddings().weight.shape[0] == n_old + 3
     plain = text_logits(model.backbone.lm, model.tokenizer)
-    torch.testing.assert_close(
-        text_logits(loaded.backbone.lm, loaded.tokenizer)[..., :n_old], plain, atol=1e-5, rtol=1e-5
-    )
+    assert_close(text_logits(loaded.backbone.lm, loaded.tokenizer)[..., :n_old], plain)
     assert torch.isfinite(loaded.loss(EXAMPLES, stage=1).loss)
 
 

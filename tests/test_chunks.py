@@ -12,6 +12,7 @@ from innerloop.decoder.fused_loss import check_fused, fused_loss
 from innerloop.decoder.token_losses import Shown, by_rows, summed_loss, token_losses
 from innerloop.errors import InputError
 from innerloop.methods import Looped, SpiralThinker
+from tests.close import assert_close
 from tests.methods.tools import MIXED, assert_same_gradients, gradients, sharp_model
 from tests.models import chain_examples, tiny_model
 
@@ -56,7 +57,7 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(name):
     assert most <= CHUNK < largest
     assert found.terms.keys() == whole.terms.keys()
     for term, value in whole.terms.items():
-        torch.testing.assert_close(found.terms[term], value, rtol=1e-6, atol=1e-6)
+        assert_close(found.terms[term], value)
     assert_same_gradients(grads, expected)
 
 
@@ -75,7 +76,7 @@ def test_a_fused_loss_gets_what_the_head_gets(name, monkeypatch):
     found, grads, _ = loss_of(model, "fused")
     assert bool(asked) == (name != "separate")  # a decoder of its own has another head
     for term, value in whole.terms.items():
-        torch.testing.assert_close(found.terms[term], value, rtol=1e-6, atol=1e-6)
+        assert_close(found.terms[term], value)
     assert_same_gradients(grads, expected)
 
 
@@ -88,7 +89,7 @@ def test_a_fused_loss_scales_and_caps_logits_as_the_head_does(arch, fields, monk
         setattr(backbone.config, name, value)
     monkeypatch.setattr("innerloop.decoder.backbone.fused_loss", plain_kernel)
     show, targets = backbone.shown(5 * torch.randn(6, backbone.width)), torch.arange(6)
-    torch.testing.assert_close(summed_loss(show, targets, "fused"), summed_loss(show, targets, None))
+    assert_close(summed_loss(show, targets, "fused"), summed_loss(show, targets, None))
 
 
 def test_ligers_kernel_gives_the_loss_and_the_gradient(monkeypatch):
@@ -104,9 +105,9 @@ def test_ligers_kernel_gives_the_loss_and_the_gradient(monkeypatch):
         states = torch.randn(20, 32, device=device, requires_grad=True)
         targets = torch.randint(300, (20,), device=device)
         sides = [0.7 * kernel(states, targets, head, cap) for kernel in (plain_kernel, fused_loss)]
-        torch.testing.assert_close(*sides)
+        assert_close(*sides)
         expected, found = (torch.autograd.grad(side, (states, head.weight)) for side in sides)
-        torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-5)
+        assert_close(expected, found)
 
 
 def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
@@ -131,12 +132,12 @@ def test_every_token_has_its_own_loss_whatever_the_chunks(at_once):
     show = Shown(lambda x: x @ weight.T, states)
     found = token_losses(show, targets, at_once)
     expected = cross_entropy(states @ weight.T, targets, reduction="none")
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(summed_loss(show, targets, at_once), expected.sum())
+    assert_close(found, expected)
+    assert_close(summed_loss(show, targets, at_once), expected.sum())
     mine, theirs = (torch.autograd.grad(one.sum(), (weight, states)) for one in (found, expected))
-    torch.testing.assert_close(mine, theirs)
+    assert_close(mine, theirs)
     with torch.no_grad():
-        torch.testing.assert_close(token_losses(show, targets, at_once), expected)
+        assert_close(token_losses(show, targets, at_once), expected)
 
 
 def test_no_tokens_have_no_losses():

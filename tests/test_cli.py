@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,16 @@ from safetensors.torch import load_file
 
 from innerloop.cli import demo
 from innerloop.cli import main as cli
+from innerloop.cli.compare import compare, sweep
+from innerloop.cli.verb import Verb
 from innerloop.decoder.backbone import Backbone
 from innerloop.lens import record as lens_record
 from innerloop.lens.record import answer_alone
-from innerloop.methods import Cot, Looped, Lotus
+from innerloop.methods import METHODS, Cot, Looped, Lotus
 from innerloop.tasks import Chain
 from innerloop.text.examples import write_examples
 from tests.models import chain_examples, tiny_model
+from tests.test_typed import Summed
 
 RECIPE = {
     "task": {"name": "chain", "n_ops": 2, "n_train": 64, "n_valid": 8, "n_test": 8},
@@ -320,7 +324,10 @@ def test_data_make_writes_every_split_and_data_show_lays_it_out(tmp_path: Path, 
         (["data", "make", "gsm8k"], "task 'gsm8k' has no train split"),
         (["data", "show", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
         (["data", "show", "nowhere.jsonl", "--method", "coconot"], "did you mean 'coconut'"),
-        (["data", "list", "--x", "1"], "--x"),
+        (["data", "list", "--x", "1"], "innerloop data list does not take --x"),
+        (["eval", "x", "--limit"], "--limit needs a value"),
+        (["eval", "x", "--limit", "--fresh"], "--limit needs a value"),
+        (["compare", "a", "b", "--seeds", "1.5"], "--seeds is ['1.5'], but must be a list of whole numbers"),
         (["demo", "--steps", "0"], "the demo needs steps >= 1"),
     ],
 )
@@ -359,16 +366,64 @@ def test_data_without_steps_is_refused_by_a_method_that_needs_them(tmp_path: Pat
     assert code == 2 and "no training example has steps, but 'cot' learns from them" in err
 
 
+def test_words_are_shared_out_among_options_places_and_overrides():
+    verb = Verb("compare", compare)
+    assert verb.split(["a", "--seeds", "0", "1", "b", "--train.max_steps", "-1", "--seeds=[2,3]", "--method.x=1"]) == (
+        {"seeds": ["0", "1", "2", "3"]}, ["a", "b"], ["--train.max_steps", "-1", "--method.x=1"]
+    )  # fmt: skip
+    grid = ["r.yaml", "--grid", "method.a=1,2", "--grid=method.b=x,y", "--workers", "2"]
+    found = {"grid": ["method.a=1,2", "method.b=x,y"], "workers": "2"}
+    assert Verb("sweep", sweep).split(grid) == (found, ["r.yaml"], [])
+
+
+def test_the_module_is_the_command_with_its_exit_code(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["innerloop", "evla"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("innerloop", run_name="__main__")
+    assert exit_.value.code == 2 and "did you mean 'eval'?" in capsys.readouterr().err
+
+
 def test_debug_shows_where_an_error_arose(capsys):
     assert "Traceback" in innerloop(capsys, "train", "nowhere.yaml", "--debug")[2]
 
 
-def test_help_of_a_recipe_lists_the_fields_of_its_sections(run: Path, capsys):
+def helped(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     with pytest.raises(SystemExit) as exit_:
-        innerloop(capsys, "train", run.parent / "recipe.yaml", "--help")
+        innerloop(capsys, *arguments)
     assert exit_.value.code == 0
-    out = capsys.readouterr().out
-    assert "--method.n_slots" in out and "--task.n_ops" in out
+    return capsys.readouterr().out
+
+
+def test_help_of_a_recipe_shows_the_methods_fields_and_a_line_for_each_group(run: Path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "summed", Summed)
+    recipe = run.parent / "recipe.yaml"
+    summed = ["train", recipe, "--stages.2.method", "summed", "--help"]
+    out = helped(capsys, *summed)
+    lines = out.splitlines()
+    assert "--method.n_blocks" in lines[1] and "--method.loop.FIELD   residual, alpha, layers, inject" in out
+    assert "--task.FIELD          n_ops, min_ops" in out and "--method.loop.residual" not in out
+    assert "--method.loop.residual" in helped(
+        capsys, "train", recipe, "--stages.2.method=summed", "--help", "method.loop"
+    )
+    assert "--task.n_ops" in helped(capsys, "train", recipe, "--help", "task")
+    assert "parts_learning_rate" in helped(capsys, "train", recipe, "--help", "train")
+    assert "--n_ops" in helped(capsys, "data", "make", "chain", "--help")
+    for path, message in (("metod", "did you mean 'method'?"), ("method.lop", "'Slr' has no group 'lop'")):
+        code, _, err = innerloop(capsys, "train", recipe, "--help", path)
+        assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("verb", [v for v in cli.VERBS if v != "train"])
+def test_help_of_every_verb_lists_its_options(verb: str, capsys):
+    out = helped(capsys, *verb.split(), "--help")
+    assert f"usage: innerloop {verb}" in out
+
+
+def test_help_lists_the_verbs(capsys):
+    for asked in (["--help"], [], ["data", "--help"]):
+        out = helped(capsys, *asked)
+        assert all(f"    {verb} " in out for verb in cli.VERBS)
+    assert "0.1" in helped(capsys, "--version")
 
 
 @pytest.mark.slow

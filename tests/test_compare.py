@@ -2,29 +2,28 @@
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from innerloop.bench import latency
-from innerloop.decoder.cost import Cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.experiments import compare
-from innerloop.experiments import jobs as points
+from innerloop.experiments import compare, jobs
 from innerloop.experiments.compare import (
+    check_runs,
     compare_runs,
     compare_suite,
     diverged_sentences,
+    eval_set,
     run_names,
     seeds_sentence,
     verdicts,
 )
-from innerloop.experiments.summary import standing_table
-from innerloop.measure.accuracy import Prediction
+from innerloop.experiments.summary import MethodResult, summary_table
 from innerloop.methods import Cot, NoCot, Pause
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain, Plain
 from innerloop.train.recipe import parse_recipe
 from tests.models import tiny_model
@@ -52,6 +51,13 @@ def runs(tmp_path: Path) -> list[str]:
     return [make_run(tmp_path / "a", Cot()), make_run(tmp_path / "b", Pause(n_pauses=2))]
 
 
+def compared(runs: list[str], out: Path, n_timed: int = 0, **asked) -> list[MethodResult]:
+    """Compare runs as the command does, without its output."""
+    folders = [Path(run) for run in runs]
+    check_runs(folders, out)
+    return compare_runs(runs, out, QUIET, eval_set(folders, **asked), n_timed)
+
+
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that every evaluation is written to."""
     seen: list[str] = []
@@ -67,13 +73,13 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_what_is_missing_is_evaluated_once_and_kept_apart_from_the_runs(runs: list[str], tmp_path: Path, monkeypatch):
     seen = evaluated(monkeypatch)
-    standings = compare_runs(runs, tmp_path / "out", QUIET, limit=5, n_timed=4)
-    assert seen == ["cot", "pause"] and [s.name for s in standings] == ["cot", "pause"]
-    assert all(s.results[0]["n"] == 5 and len(s.turns) == 5 and s.memory > 0 for s in standings)
+    rows = compared(runs, tmp_path / "out", 4, limit=5)
+    assert seen == ["cot", "pause"] and [s.name for s in rows] == ["cot", "pause"]
+    assert all(s.results[0]["n"] == 5 and len(s.turns) == 5 and s.memory > 0 for s in rows)
     assert not (tmp_path / "a" / "result.json").exists()
-    again = compare_runs(runs, tmp_path / "out", QUIET, limit=5, n_timed=4)
-    assert again == standings and seen == ["cot", "pause"]
-    assert standing_table(standings).row_count == 2
+    again = compared(runs, tmp_path / "out", 4, limit=5)
+    assert again == rows and seen == ["cot", "pause"]
+    assert summary_table(rows).row_count == 2
 
 
 def test_a_runs_own_result_is_taken_if_it_covers_the_test(runs: list[str], tmp_path: Path, monkeypatch, capsys):
@@ -81,26 +87,24 @@ def test_a_runs_own_result_is_taken_if_it_covers_the_test(runs: list[str], tmp_p
         assert innerloop(capsys, "eval", run)[0] == 0
     before = (tmp_path / "a" / "result.json").read_bytes()
     seen = evaluated(monkeypatch)
-    whole, _ = compare_runs(runs, tmp_path / "whole", QUIET, n_timed=0)
+    whole, _ = compared(runs, tmp_path / "whole")
     assert not seen and whole.answers == [tmp_path / "a"]
-    part, _ = compare_runs(runs, tmp_path / "part", QUIET, limit=7, n_timed=0)  # the first of the same answers
-    assert not seen and part.results[0]["n"] == 7 and part.answers == [tmp_path / "part" / "cot"]
-    own = [json.loads(line)["correct"] for line in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
-    assert part.results[0]["accuracy"] == sum(own[:7]) / 7
+    part, _ = compared(runs, tmp_path / "part", limit=7)
+    assert seen == ["cot", "pause"] and part.results[0]["n"] == 7 and part.answers == [tmp_path / "part" / "cot"]
     assert (tmp_path / "a" / "result.json").read_bytes() == before
-    compare_runs(runs, tmp_path / "valid", QUIET, split="valid", n_timed=0)
-    assert seen == ["cot", "pause"]
+    compared(runs, tmp_path / "valid", split="valid")
+    assert seen == ["cot", "pause"] * 2
 
 
 def test_a_result_that_is_not_the_runs_as_it_is_is_not_taken(runs: list[str], tmp_path: Path, monkeypatch, capsys):
     innerloop(capsys, "eval", runs[0], "--max_new_tokens", 3)
     innerloop(capsys, "eval", runs[1])
     seen = evaluated(monkeypatch)
-    compare_runs(runs, tmp_path / "one", QUIET, n_timed=0)
+    compared(runs, tmp_path / "one")
     assert seen == ["cot"]
     later = (tmp_path / "b" / "result.json").stat().st_mtime + 10
     os.utime(tmp_path / "b" / "checkpoint" / "innerloop.json", (later, later))  # trained on since
-    compare_runs(runs, tmp_path / "two", QUIET, n_timed=0)
+    compared(runs, tmp_path / "two")
     assert seen == ["cot", "cot", "pause"]
 
 
@@ -112,12 +116,12 @@ def test_runs_that_cannot_be_compared_are_named(runs: list[str], tmp_path: Path)
         ([runs[0], str(tmp_path / "nothing")], "nothing"),
     ):
         with pytest.raises(InputError) as error:
-            compare_runs(arguments, tmp_path / "out", QUIET)
+            compared(arguments, tmp_path / "out")
         assert words in str(error.value)
     with pytest.raises(InputError, match="would be overwritten"):
-        compare_runs(runs, tmp_path / "a", QUIET)
-    standings = compare_runs([runs[0], other], tmp_path / "out", QUIET, task=TASK, limit=2, n_timed=0)
-    assert [s.name for s in standings] == ["a", "c"]
+        compared(runs, tmp_path / "a")
+    rows = compared([runs[0], other], tmp_path / "out", task=TASK, limit=2)
+    assert [s.name for s in rows] == ["a", "c"]
 
 
 def test_runs_of_one_method_are_told_apart_by_their_paths(tmp_path: Path):
@@ -160,22 +164,12 @@ def test_what_one_run_cannot_answer_is_told_costs_nothing_and_is_timed_of_none(t
     named = {"a": chosen[0], "b": chosen[1]}
     assert latency.time_runs(named, TASK, [long, long], tmp_path / "out") == {"n": 0, "runs": {}}
     runs = [str(folder) for folder in chosen]
-    standings = compare_runs(runs, tmp_path / "out", QUIET, Plain(test=str(data)), n_timed=0)
-    assert compare.timed(standings, TASK, [long], tmp_path / "out") == standings
-
-
-def test_of_the_first_answers_what_failed_is_counted_anew():
-    answer = Prediction("a", "?", "", "1", "1", True, Cost(passes=4))
-    failed = replace(answer, predicted=None, correct=False, cost=Cost(), error="too long")
-    whole = {"n": 3, "failed": 1, "seed": 5, "controls": {}}
-    found = compare.shortened_result(whole, [answer, answer])
-    assert "failed" not in found and "controls" not in found and (found["n"], found["seed"]) == (2, 5)
-    found = compare.shortened_result(whole, [answer, failed])
-    assert (found["failed"], found["accuracy"], found["cost"]["passes"]) == (1, 0.5, 4)
+    rows = compared(runs, tmp_path / "out", task=Plain(test=str(data)))
+    assert compare.timed(rows, TASK, [long], tmp_path / "out") == rows
 
 
 def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):
-    def standing(name: str, rights: list[list[bool]]) -> compare.Standing:
+    def row(name: str, rights: list[list[bool]]) -> MethodResult:
         places, results = [], []
         for seed, right in enumerate(rights):
             place = tmp_path / name / str(seed)
@@ -184,13 +178,13 @@ def test_verdicts_are_of_the_same_rows_or_over_seeds(tmp_path: Path):
             (place / "predictions.jsonl").write_text("\n".join(rows))
             places.append(place)
             results.append({"seed": seed, "n": len(right), "accuracy": sum(right) / len(right)})
-        return compare.Standing(name, results, places, places)
+        return MethodResult(name, results, places, places)
 
     good, bad = [True] * 40, [False] * 30 + [True] * 10
-    ours, theirs = standing("ours", [good]), standing("theirs", [bad])
+    ours, theirs = row("ours", [good]), row("theirs", [bad])
     (sentence,) = verdicts([theirs, ours], "theirs")
     assert sentence.startswith("ours is 75.0 points above theirs, 95 % interval") and "p < 0.001" in sentence
-    many, few = standing("many", [good, good, bad]), standing("few", [bad, bad, bad])
+    many, few = row("many", [good, good, bad]), row("few", [bad, bad, bad])
     (sentence,) = verdicts([many, few], "few")
     assert sentence == seeds_sentence("many", "few", [0.75, 0.75, 0.0])
     assert verdicts([many], "gone") == ["gone has no result, so nothing is set against it."]
@@ -231,28 +225,28 @@ def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp
 
 def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):
     from innerloop.experiments.suite import load_suite
-    from tests.test_suite import RAW, in_this_process, written
+    from tests.test_suite import RAW, here, in_this_process, written
 
     raw = {**RAW, "variants": {"plain": {}, "too long": {"train": {"max_length": 1}}}, "test": {"controls": True}}
     path = written(tmp_path, raw)
     in_this_process(load_suite(path, seeds=[0]), skip=["too long"])
-    monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: "it broke" for key in missing})
-    with pytest.raises(InputError, match=r"^1 of 2 points failed: it broke$"):
+    monkeypatch.setattr(jobs, "local_workers", lambda n: here())
+    monkeypatch.setattr(jobs, "_run_pool", lambda suite, missing, *rest: {key: "it broke" for key in missing})
+    with pytest.raises(InputError, match=r"^1 of 2 jobs failed: it broke$"):
         compare_suite(str(path), None, None, [0], 1, None, [], QUIET, n_timed=2)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "too long seed 0: it broke" in page and "plain" in page and "Do the latents carry the answer?" in page
 
 
-def test_a_suite_all_of_whose_points_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
-    from tests.test_suite import RAW, written
+def test_a_suite_all_of_whose_jobs_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
+    from tests.test_suite import RAW, here, written
 
     path = written(tmp_path, {**RAW, "variants": {"a": {}, "b": {"method": "pause"}}})
     why = {"a": "it [broke]", "b": "no room"}
-    monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: why[key[0]] for key in missing})
+    monkeypatch.setattr(jobs, "local_workers", lambda n: here())
+    monkeypatch.setattr(jobs, "_run_pool", lambda suite, missing, *rest: {key: why[key[0]] for key in missing})
     code, out, err = innerloop(capsys, "compare", path, "--seeds", 0, 1)
-    assert code == 2 and err == (
-        "innerloop: all of 4 points failed: it [broke] (and for another reason, listed above)\n"
-    )
+    assert code == 2 and err == ("innerloop: all of 4 jobs failed: it [broke] (and for another reason, listed above)\n")
     assert out.count("it [broke]") == out.count("no room") == out.count("b seed 1") == 1
     assert "a seed 0; a seed 1: it [broke]" in (tmp_path / "out" / "report.html").read_text()
     found = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
@@ -271,10 +265,10 @@ def test_a_task_that_cannot_be_made_is_refused_before_anything_is_trained(tmp_pa
 
 
 def test_runs_that_diverged_are_counted_by_variant():
-    points = [{"variant": "calm", "seed": i, "diverged": 0.1} for i in range(3)]
-    points += [{"variant": "wild", "seed": i, "diverged": i / 2} for i in range(3)]
-    points += [{"variant": "lost", "seed": 0, "error": "DivergedError: the loss is nan"}]
-    assert diverged_sentences(points) == [
+    results = [{"variant": "calm", "seed": i, "diverged": 0.1} for i in range(3)]
+    results += [{"variant": "wild", "seed": i, "diverged": i / 2} for i in range(3)]
+    results += [{"variant": "lost", "seed": 0, "error": "DivergedError: the loss is nan"}]
+    assert diverged_sentences(results) == [
         "wild: 2 of 3 runs diverged (95 % interval 9 to 99 %)",
         "lost: 1 of 1 runs diverged (95 % interval 2 to 100 %)",
     ]

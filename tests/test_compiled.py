@@ -6,8 +6,9 @@ import torch
 from innerloop.decoder import kv_buffer as rooms
 from innerloop.methods import Coconut, Cot, Lotus, Method, Pccot, Slr, SpiralThinker
 from innerloop.passes.context import Context
+from tests.close import assert_close
 from tests.methods.tools import base, by_arch, lean_towards_end, on
-from tests.models import tiny_model
+from tests.models import SLIDING, tiny_model
 
 QUESTIONS = ["3 ; + 4 ; * 2", "1 ; + 1", "2 ; * 3 ; - 1 ; + 2", "4 ; - 1 ; - 1"]
 METHODS = {
@@ -43,15 +44,16 @@ def test_answers_are_those_of_passes_that_are_not_compiled(name):
     assert [g.cost.passes for g in compiled] == [g.cost.passes for g in plain]
 
 
-def own(method: Method, arch: str):
+def own(method: Method, arch: str, n_layers: int = 1):
     """Return a model of its own in double precision."""
-    return tiny_model(method, arch).double().eval()
+    changes = {} if arch in SLIDING else {"num_hidden_layers": n_layers}
+    return tiny_model(method, arch, **changes).double().eval()
 
 
 @by_arch
 def test_states_and_what_is_remembered_are_those_of_other_passes(arch, monkeypatch):
     monkeypatch.setattr(rooms, "COLUMNS", 8)  # rooms fill up
-    backbone = own(Cot(), arch).backbone
+    backbone = own(Cot(), arch, 2).backbone
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     embeds = [torch.randn(2, n, backbone.width, dtype=torch.double) for n in (5, 1, 3, 1, 1, 2, 4)]
     found = []
@@ -66,7 +68,7 @@ def test_states_and_what_is_remembered_are_those_of_other_passes(arch, monkeypat
                 states.append(context.read(new, torch.tensor([[1], [0]]).expand(2, new.shape[1]) if i == 2 else None))
         found.append([*(s[:1] if i == 3 else s[:, -1:] for i, s in enumerate(states)), *columns_read(context)])
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert_close(one, other, 1e-12)
 
 
 def test_forks_that_live_keep_what_they_have_read_and_those_that_are_gone_leave_their_place():
@@ -115,7 +117,7 @@ def test_rows_that_leave_take_their_columns_along():
         again = Context(backbone, 3)
         for new in (embeds, more):
             again.read(new)
-        torch.testing.assert_close(states, again.read(more)[[2, 0]], rtol=0, atol=1e-12)
+        assert_close(states, again.read(more)[[2, 0]], 1e-12)
 
 
 def test_one_program_serves_all_lengths_of_a_room_and_all_iterations():

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from innerloop.decoder.cost import Meter
 from innerloop.passes.context import Context
+from tests.close import assert_close
 from tests.models import ARCHS, WINDOW, left_pad, random_ids, tiny_backbone
 
 LENGTH = 2 * WINDOW + 3
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 CPU = torch.device("cpu")
 
 
@@ -50,7 +50,7 @@ def test_reading_in_pieces_equals_reading_at_once(arch, pieces):
     backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
     context = Context(backbone, 2)
     states = torch.cat([read(context, part) for part in ids.split(pieces, dim=1)], dim=1)
-    torch.testing.assert_close(states, read(Context(backbone, 2), ids), **CLOSE)
+    assert_close(states, read(Context(backbone, 2), ids))
     assert context.length == LENGTH
     assert context.next_position_B.tolist() == [LENGTH, LENGTH]
     assert context.mask_BP is None
@@ -60,13 +60,13 @@ def test_reading_equals_the_models_own_forward(arch):
     backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
     with torch.no_grad():
         own = backbone.lm(input_ids=ids).logits
-    torch.testing.assert_close(backbone.head(read(Context(backbone, 2), ids)), own, **CLOSE)
+    assert_close(backbone.head(read(Context(backbone, 2), ids)), own)
 
 
 def test_a_mask_without_padding_changes_nothing(arch):
     backbone, ids = tiny_backbone(arch), random_ids(2, LENGTH)
     masked = read(Context(backbone, 2), ids, torch.ones_like(ids))
-    torch.testing.assert_close(masked, read(Context(backbone, 2), ids), **CLOSE)
+    assert_close(masked, read(Context(backbone, 2), ids))
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
@@ -84,7 +84,7 @@ def test_left_padded_rows_read_in_pieces_equal_rows_alone(arch):
     cuts = [LENGTH - 5, 3, 1, 1]  # the shortest row has no real position in the first piece
     parts = [read(context, i, m) for i, m in zip(ids.split(cuts, 1), mask.split(cuts, 1))]
     for row, states in zip(rows, torch.cat(parts, dim=1)):
-        torch.testing.assert_close(states[-len(row) :], alone(backbone, row), **CLOSE)
+        assert_close(states[-len(row) :], alone(backbone, row))
     assert context.next_position_B.tolist() == [len(row) for row in rows]
 
 
@@ -92,7 +92,7 @@ def test_learned_positions_count_from_a_rows_own_start():
     backbone = tiny_backbone("gpt2")
     row = random_ids(1, 4)[0]
     ids, mask = left_pad([random_ids(1, 9)[0], row])
-    torch.testing.assert_close(read(Context(backbone, 2), ids, mask)[1, 5:], alone(backbone, row), **CLOSE)
+    assert_close(read(Context(backbone, 2), ids, mask)[1, 5:], alone(backbone, row))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -103,7 +103,7 @@ def test_holes_anywhere_in_a_row_are_as_if_they_were_not_there(arch, cuts):
     context = Context(backbone, 3)
     parts = [read(context, i, m) for i, m in zip(ids.split(cuts, 1), mask.split(cuts, 1))]
     for row_ids, row_mask, states in zip(ids, mask.bool(), torch.cat(parts, dim=1)):
-        torch.testing.assert_close(states[row_mask], alone(backbone, row_ids[row_mask]), **CLOSE)
+        assert_close(states[row_mask], alone(backbone, row_ids[row_mask]))
     assert context.next_position_B.tolist() == [9, 5, 3]
     assert torch.equal(context.mask_BP, mask)
 
@@ -115,8 +115,8 @@ def test_padding_may_come_first_or_last_or_only_in_some_pieces(arch):
     first = read(context, torch.stack([long[:3], short[:3]]))  # no mask yet
     ids = torch.stack([long[3:], torch.cat([short[3:], short[:2]])])
     rest = read(context, ids, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
-    torch.testing.assert_close(torch.cat([first[1], rest[1, :2]]), alone(backbone, short), **CLOSE)
-    torch.testing.assert_close(torch.cat([first[0], rest[0]]), alone(backbone, long), **CLOSE)
+    assert_close(torch.cat([first[1], rest[1, :2]]), alone(backbone, short))
+    assert_close(torch.cat([first[0], rest[0]]), alone(backbone, long))
     assert context.mask_BP.tolist() == [[1] * 7, [1] * 5 + [0] * 2]
 
 
@@ -142,7 +142,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_rows(arch, attention):
 
     ours, plain = gradients(batched), gradients(one_by_one)
     for name, gradient in plain.items():
-        torch.testing.assert_close(ours[name], gradient, atol=1e-3, rtol=1e-3)  # sums of order 100
+        assert_close(ours[name], gradient, 1e-3)  # sums of order 100
 
 
 # Reading ahead
@@ -173,7 +173,7 @@ def test_a_fork_reads_on_by_itself():
     states = read(twin, ids[:, 3:])
     assert_unchanged(context, before)
     assert (twin.length, context.length) == (6, 3)
-    torch.testing.assert_close(states, read(Context(backbone, 2), ids)[:, 3:], **CLOSE)
+    assert_close(states, read(Context(backbone, 2), ids)[:, 3:])
 
 
 def test_all_states_are_those_of_the_backbone(arch):
@@ -185,7 +185,7 @@ def test_all_states_are_those_of_the_backbone(arch):
         expected = backbone(backbone.embed(ids), all_states=True)
     assert len(first) == len(last) == len(expected) == 4
     for ours, whole in zip(zip(first, last), expected):
-        torch.testing.assert_close(torch.cat(ours, dim=1), whole, **CLOSE)
+        assert_close(torch.cat(ours, dim=1), whole)
 
 
 def test_states_before_the_final_norm_are_those_of_the_backbone(arch):
@@ -195,7 +195,7 @@ def test_states_before_the_final_norm_are_those_of_the_backbone(arch):
     with torch.no_grad():
         last = context.peek(backbone.embed(ids[:, 4:]), normed=False)
         expected = backbone(backbone.embed(ids), normed=False)
-    torch.testing.assert_close(torch.cat([first, last], dim=1), expected, **CLOSE)
+    assert_close(torch.cat([first, last], dim=1), expected)
 
 
 # Rows
@@ -213,7 +213,7 @@ def test_kept_rows_read_on_as_if_alone(arch, kept):
     more = random_ids(len(kept), 3, seed=9)
     states = read(part, more)
     for index, new, ours in zip(kept, more, states):
-        torch.testing.assert_close(ours, alone(backbone, torch.cat([rows[index], new]))[-3:], **CLOSE)
+        assert_close(ours, alone(backbone, torch.cat([rows[index], new]))[-3:])
     assert_unchanged(context, before)
 
 
@@ -226,7 +226,7 @@ def test_kept_rows_can_be_kept_again():
     assert part.rows.tolist() == [0, 3]
     more = random_ids(2, 2, seed=1)
     states = read(part, more)
-    torch.testing.assert_close(states[1], alone(backbone, torch.cat([ids[3], more[1]]))[-2:], **CLOSE)
+    assert_close(states[1], alone(backbone, torch.cat([ids[3], more[1]]))[-2:])
     assert meter.positions.tolist() == [5, 3, 3, 5]
 
 

@@ -12,9 +12,11 @@ from innerloop.decoder.cost import Cost
 from innerloop.errors import InputError
 from innerloop.loop.hooks import edited
 from innerloop.measure.accuracy import Prediction, evaluate
-from innerloop.measure.controls import Controls, Effect, _effect, _following, controls
-from innerloop.measure.latents import Recorder, Replacement, record
+from innerloop.measure.control_verdict import Controls, Effect
+from innerloop.measure.controls import _effect, _following, controls
+from innerloop.measure.latents import Recorder, Replacement
 from innerloop.measure.statistics import verdict
+from innerloop.measure.subject import Subject
 from innerloop.measure.swap import swaps
 from innerloop.methods import (
     Coconut,
@@ -31,6 +33,7 @@ from innerloop.methods import (
     SpiralThinker,
 )
 from tests.built import LATENTS, LOUD, QUESTION, ROOM, TASK, THIRD, built
+from tests.close import assert_close
 
 PLAIN = {"residual": "none", "rescale": "none", "time": "none"}
 ALONE = {"hid_weight": 0.0, "teacher": None, "teacher_weight": 0.0}
@@ -67,9 +70,9 @@ def test_a_question_that_is_too_long_is_left_out(method: Method):
     room = max(len(row) for row in model.prompts([example.question for example in examples])) + 24
     model.backbone.config.max_position_embeddings = room
     long = dataclasses.replace(examples[0], id="long", question=" ".join([examples[0].question] * room))
-    found, plain = (controls(model, TASK, asked).as_dict() for asked in ([long, *examples], examples))
+    found, plain = (controls(Subject(model, TASK, asked)).as_dict() for asked in ([long, *examples], examples))
     assert found == plain
-    assert swaps(model, TASK, [long, *examples]) == swaps(model, TASK, examples)
+    assert swaps(Subject(model, TASK, [long, *examples])) == swaps(Subject(model, TASK, examples))
 
 
 def accuracy_of(found: Controls, control: str) -> float:
@@ -79,7 +82,7 @@ def accuracy_of(found: Controls, control: str) -> float:
 @every_method
 def test_a_model_built_to_depend_on_its_latents_is_recognised(method: Method):
     model, examples = built(method, LATENTS, n=24)
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert sum(p.correct for p in found.unedited) == len(examples)
     assert found.kind == "carried" and "The answers come from the latents." in found.sentence, found.sentence
     assert found.effects["shuffled"].donor_answers == 1.0
@@ -93,7 +96,7 @@ def test_a_model_built_to_depend_on_its_latents_is_recognised(method: Method):
 @some_methods
 def test_a_model_built_to_ignore_its_latents_is_called_out(method: Method):
     model, examples = built(method, QUESTION, n=24)
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert found.kind == "unused" and found.sentence.endswith("The latents are not used."), found.sentence
     for control, effect in found.effects.items():
         if control != "question_hidden":
@@ -105,7 +108,7 @@ def test_a_model_built_to_ignore_its_latents_is_called_out(method: Method):
 @pytest.mark.parametrize("method", [Pause(n_pauses=2), METHODS["lotus"]], ids=["pause", "lotus"])
 def test_latents_that_are_but_room_to_compute_in_are_told_from_those_that_carry(method: Method):
     model, examples = built(method, ROOM, n=24)
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert found.kind == "room" and "room to compute in" in found.sentence, found.sentence
     assert accuracy_of(found, "shuffled") == 1.0 and accuracy_of(found, "hidden") <= 0.2
     assert (found.spread == pytest.approx(0, abs=1e-5)) == (method.name == "pause")
@@ -113,7 +116,7 @@ def test_latents_that_are_but_room_to_compute_in_are_told_from_those_that_carry(
 
 def test_where_nothing_is_right_nothing_can_be_taken_away():
     model, examples = built(Pause(n_pauses=2), LATENTS)
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert found.kind == "unused" and "no better than always giving the commonest answer (10.0%)" in found.sentence
     assert {"loops", "frozen"} == set(found.left_out)
     for name, same in (("shuffled", 0.3), ("hidden", 1.0)):
@@ -124,13 +127,13 @@ def test_where_nothing_is_right_nothing_can_be_taken_away():
 def test_answers_that_follow_the_latents_are_seen_to_even_where_they_are_wrong():
     model, examples = built(REFEED, LATENTS)
     wrong = [dataclasses.replace(e, answer=str((int(e.answer) + 1) % 10)) for e in examples]
-    found = controls(model, TASK, wrong)
+    found = controls(Subject(model, TASK, wrong))
     assert found.kind == "carried" and "The answers come from the latents, right or wrong." in found.sentence
 
 
 def test_answers_of_which_some_need_the_latents_are_told_from_those_that_all_do():
     model, examples = built(REFEED, QUESTION, n=40)
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     right = [p.correct for p in found.unedited]
     compared = verdict([i % 4 > 0 for i in range(40)], right)
     found.effects["shuffled"] = Effect(compared, 0.75, 0.1)
@@ -180,13 +183,13 @@ def test_what_chance_alone_makes_of_answers_is_no_verdict(
 
 def test_too_few_examples_decide_nothing():
     model, examples = built(REFEED, QUESTION, n=10)
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert found.kind == "undecided" and "10 examples are too few" in found.sentence
 
 
 def test_accuracy_against_loops_and_latents():
     model, examples = built(REFEED, LATENTS)
-    found = controls(model, TASK, examples).as_dict()
+    found = controls(Subject(model, TASK, examples)).as_dict()
     points = {point["loops"]: point["accuracy"] for point in found["loops"]}
     assert list(points) == [0, 1, 2, 3, 4] and points[0] == 0.1 and points[1] == points[4] == 1.0
     assert [point["loops"] for point in found["loops"] if point["trained"]] == [2]
@@ -196,48 +199,48 @@ def test_accuracy_against_loops_and_latents():
 
 def test_latents_that_hold_nothing_may_go():
     model, examples = built(Slr(n_slots=4, distinct_slots=True, max_loops=1, **PLAIN), THIRD)
-    kept = {n: effect.compared.accuracies[0] for n, effect in controls(model, TASK, examples).kept.items()}
+    kept = {n: effect.compared.accuracies[0] for n, effect in controls(Subject(model, TASK, examples)).kept.items()}
     assert kept == {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 1.0}
 
 
 @pytest.mark.parametrize("method", [Cot(), NoCot(), Pause(placement="prepend"), Slr(loop_scope="all", max_loops=1)])
 def test_methods_without_latents_are_told_so(method: Method):
     model, examples = built(method, QUESTION, n=10)
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert found.kind == "none" and not found.effects and method.name in found.sentence
     assert bool(found.loops) == (method.name == "slr")
 
 
 def test_what_cannot_be_hidden_is_left_out_with_the_reason():
     model, examples = built(Pause(n_pauses=2, with_markers=False), QUESTION, n=10)
-    found = controls(model, TASK, examples).as_dict()
+    found = controls(Subject(model, TASK, examples)).as_dict()
     reasons = {entry["control"]: entry["why"] for entry in found["left_out"]}
     assert "last latent itself" in reasons["hidden"] and "hidden" not in [c["control"] for c in found["controls"]]
     model, examples = built(METHODS["slots, kv_last"].with_loops(3), QUESTION, n=10)
     object.__setattr__(model.method, "stop", "delta")
-    assert "set stop to none" in controls(model, TASK, examples).left_out["latents"]
+    assert "set stop to none" in controls(Subject(model, TASK, examples)).left_out["latents"]
 
 
 def test_no_examples_or_one_question_are_refused():
     model, examples = built(REFEED, LATENTS, n=3)
     with pytest.raises(InputError, match="examples"):
-        controls(model, TASK, [])
+        controls(Subject(model, TASK, []))
     with pytest.raises(InputError, match="two different questions"):
-        controls(model, TASK, examples[:1])
+        controls(Subject(model, TASK, examples[:1]))
 
 
 def test_the_same_seed_gives_the_same_report_whatever_the_batches():
     model, examples = built(REFEED, LATENTS, n=30)
-    first, second = (controls(model, TASK, examples, batch_size=size, seed=5) for size in (30, 11))
+    first, second = (controls(Subject(model, TASK, examples, batch_size=size, seed=5)) for size in (30, 11))
     assert json.dumps(first.as_dict()) == json.dumps(second.as_dict())
-    other = controls(model, TASK, examples, seed=6).as_dict()
+    other = controls(Subject(model, TASK, examples, seed=6)).as_dict()
     assert json.dumps(other) != json.dumps(first.as_dict())
 
 
 def test_progress_counts_every_answer_and_the_unedited_run_is_not_repeated():
     model, examples = built(REFEED, LATENTS, n=10)
     unedited, planned, done = evaluate(model, TASK, examples), [], []
-    found = controls(model, TASK, examples, unedited, planned=planned.append, progress=done.append)
+    found = controls(Subject(model, TASK, examples, unedited, planned=planned.append, progress=done.append))
     assert list(map(id, found.unedited)) == list(map(id, unedited)) and planned == [sum(done)]
     assert planned[0] == (len(found.effects) + len(found.loops) - 1 + len(found.kept) - 2) * 10
 
@@ -249,14 +252,14 @@ def test_progress_counts_every_answer_and_the_unedited_run_is_not_repeated():
 def test_feeding_latents_what_they_were_fed_changes_nothing(method: Method):
     model, examples = built(method, LATENTS, n=12)
     plain = model.generate([e.question for e in examples], max_new_tokens=4)
-    seen = record(model, TASK, examples, batch_size=5)
+    seen = Subject(model, TASK, examples, batch_size=5).seen
     with edited(model.loop, Replacement(seen.blocks)):
         again = model.generate([e.question for e in examples], max_new_tokens=4)
     assert [g.text for g in again] == [g.text for g in plain]
     logits = model.answer_logits(examples)
     with edited(model.loop, Replacement(seen.blocks)):
         for own, other in zip(logits, model.answer_logits(examples)):
-            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+            assert_close(own, other)
     assert model.loop.edit is None
 
 
@@ -266,12 +269,12 @@ def test_hiding_nothing_changes_nothing(name: str):
     logits = model.answer_logits(examples)
     with edited(model.loop, Replacement(kept=99)):
         for own, other in zip(logits, model.answer_logits(examples)):
-            torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+            assert_close(own, other)
 
 
 def test_frozen_latents_are_those_of_no_loops():
     model, examples = built(REFEED, QUESTION, n=6)
-    first = record(model, TASK, examples, everything=True).map(lambda key, i, block: type(block)((), block.fed[0]))
+    first = Subject(model, TASK, examples).recorded.map(lambda key, i, block: type(block)((), block.fed[0]))
     without = [g.text for g in model.generate([e.question for e in examples], max_new_tokens=4, loops=0)]
     with edited(model.loop, Replacement(first)):
         assert [g.text for g in model.generate([e.question for e in examples], max_new_tokens=4)] == without
@@ -284,24 +287,24 @@ def test_every_input_is_recorded_once():
         thought = model.think(model.batch(model.rows(examples)))
     blocks = list(recorder.blocks.values())
     assert [len(own) for own in blocks] == [1] * 4 and [len(own[0].fed) for own in blocks] == [2] * 4
-    torch.testing.assert_close(torch.stack([own[0].left for own in blocks]), thought.loop.state)
-    torch.testing.assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
+    assert_close(torch.stack([own[0].left for own in blocks]), thought.loop.state)
+    assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
 
 
 def test_methods_that_begin_with_text_may_open_their_blocks_later():
     method = SpiralThinker(pattern="even", latents_per_block=2, max_loops=2, rescale="none", **ALONE)
     model, examples = built(method, QUESTION, n=10)  # it opens none
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert found.n_latents == 0 and found.kind == "undecided" and "shuffled" in found.effects
-    assert not any(record(model, TASK, examples).blocks.values())
+    assert not any(Subject(model, TASK, examples).seen.blocks.values())
     model, examples = built(method, LATENTS)
     head = model.backbone.lm.get_output_embeddings().weight.data
     opening, newline = model.block().opened_by, model.spell.question("q").ids[-1]
     head[opening, newline], head[opening, -1] = LOUD, -LOUD  # now each opens one after the question
-    found = controls(model, TASK, examples)
+    found = controls(Subject(model, TASK, examples))
     assert found.kind == "carried" and found.n_latents == 2 and found.effects["shuffled"].donor_answers == 1.0
     assert accuracy_of(found, "zeroed") == 0.1
-    assert swaps(model, TASK, examples)[0].follows == 1.0
+    assert swaps(Subject(model, TASK, examples))[0].follows == 1.0
 
 
 def test_an_effect_that_helps_is_said_to():

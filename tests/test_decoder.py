@@ -203,7 +203,7 @@ def test_deep_supervision_reads_the_decoder_after_every_iteration():
             for row, logits in zip(rows, logits_of(model, rows))
         ]
         expected += weight * sum(losses) / sum(len(row.suffix[-1].ids) for row in rows)
-    assert model.loss(MIXED).terms["deep"].item() == pytest.approx(expected, abs=1e-5)
+    assert model.loss(MIXED).terms["deep"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -257,7 +257,7 @@ def test_the_loss_of_a_classifier_is_the_cross_entropy_of_its_logits():
     gold = torch.tensor([CLASSES.index(example.answer) for example in MIXED])
     out = model.loss(MIXED)
     assert out.terms.keys() >= {"answer"}
-    assert out.loss.item() == pytest.approx(cross_entropy(logits, gold).item(), abs=1e-6)
+    assert out.loss.item() == pytest.approx(cross_entropy(logits, gold).item(), rel=1e-5)
     assert out.terms["answer"].item() == pytest.approx(out.loss.item(), abs=1e-9)
 
 
@@ -266,7 +266,7 @@ def test_the_loss_of_a_classifier_is_divided_by_the_rows_of_the_global_batch():
     parts = [model.batch(model.rows(part)) for part in (MIXED[:2], MIXED[2:])]
     counts = {"rows": len(MIXED), "answer": 0, "step": 0, "hid": 0}
     total = sum(model(part, n_items=counts).loss.item() for part in parts)
-    assert total == pytest.approx(model.loss(MIXED).loss.item(), abs=1e-6)
+    assert total == pytest.approx(model.loss(MIXED).loss.item(), rel=1e-5)
 
 
 @by_scope
@@ -326,7 +326,7 @@ def test_the_backbone_learns_through_the_state_that_a_classifier_reads():
 def test_a_classifier_beside_other_terms_of_the_loss():
     model = sharp_model(change(CHOOSING, step_weight=0.5))
     out = model.loss(MIXED)
-    assert out.loss.item() == pytest.approx((out.terms["answer"] + 0.5 * out.terms["step"]).item(), abs=1e-6)
+    assert out.loss.item() == pytest.approx((out.terms["answer"] + 0.5 * out.terms["step"]).item(), rel=1e-5)
 
 
 def test_a_classifier_learns_eight_examples(examples):

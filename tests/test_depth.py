@@ -9,7 +9,9 @@ from innerloop.decoder.cost import Meter
 from innerloop.decoder.masks import visible
 from innerloop.decoder.ragged_cache import DepthCache, Slot
 from innerloop.methods import Looped
-from innerloop.passes.ragged import BlockPass, Depth, Reading, Spending, TokenPass, Tokens, read_layers
+from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
+from innerloop.passes.tokens import PassInput, Spending, Tokens, read_layers
+from tests.close import assert_close
 from tests.models import WIDTH, tiny_backbone, tiny_model
 
 
@@ -91,7 +93,7 @@ def test_some_tokens_run_alone_as_if_the_others_were_not_there(arch: str):
         own = torch.nonzero(chosen[row])[:, 0].tolist()
         if own:
             expected = slowly(backbone, layers, tokens.states_RND[row, own], own)
-            torch.testing.assert_close(out[row, own], expected, atol=1e-5, rtol=1e-5)
+            assert_close(out[row, own], expected)
     assert torch.equal(out[~chosen], tokens.states_RND[~chosen])
 
 
@@ -108,7 +110,7 @@ def test_reading_on_equals_reading_at_once(arch: str):
         picked = part.pick(chosen[:, start:end])
         if picked is not None:
             got[:, start:end] = picked.put(got[:, start:end], read_layers(backbone, picked, slot))
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert_close(got, expected)
 
 
 def test_all_tokens_run_exactly_as_the_decoder_runs_them(arch: str):
@@ -150,10 +152,10 @@ def test_a_slot_can_be_looked_at_beside_ones_own_or_instead_of_it():
             inner=True,
         )
         h = whole[:, :4]
-    torch.testing.assert_close(both, h, atol=1e-5, rtol=1e-5)
+    assert_close(both, h)
     # nothing shown of it: as if it were not there
     hidden = read_layers(backbone, second, empty_slot(layers, 2), also=[shown.showing(torch.zeros(2, 4).bool())])
-    torch.testing.assert_close(hidden, read_layers(backbone, second, empty_slot(layers, 2)), atol=1e-6, rtol=1e-6)
+    assert_close(hidden, read_layers(backbone, second, empty_slot(layers, 2)))
     # instead: nothing of ours is remembered
     length = shown.length
     read_layers(backbone, second, shown, writes=False)
@@ -208,18 +210,18 @@ def test_tokens_as_rows_of_the_loop_are_the_tokens_side_by_side(is_padded: bool)
     real = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]).bool() if is_padded else None
     whole = some_tokens()
     tokens = Tokens(whole.states_RND, whole.positions_RN, real)
-    depth: Depth = model.depth
-    side, each = (kind(depth, Reading(tokens, depth.empty_cache()), range(3)) for kind in (BlockPass, TokenPass))
+    depth: DepthForward = model.depth
+    side, each = (kind(depth, PassInput(tokens, depth.empty_cache()), range(3)) for kind in (BlockPass, TokenPass))
     state = model.loop(side, tokens.states_RND, [3] * 3).state
     lined = model.loop(each, each.line_up(tokens.states_RND), [3] * int(tokens.real.sum())).state
-    torch.testing.assert_close(each.place(lined[:, 0], tokens.states_RND)[tokens.real], state[tokens.real])
+    assert_close(each.place(lined[:, 0], tokens.states_RND)[tokens.real], state[tokens.real])
 
 
 def test_each_token_goes_its_own_number_of_times_round():
     model = tiny_model(Looped(max_loops=4))
     tokens = some_tokens()
     n_loops = torch.tensor([[1, 4, 2, 1, 1, 3], [1, 1, 1, 1, 1, 1], [4, 2, 2, 1, 3, 1]])
-    each = TokenPass(model.depth, Reading(tokens, cache := DepthCache()), range(3))
+    each = TokenPass(model.depth, PassInput(tokens, cache := DepthCache()), range(3))
     final = model.loop(each, each.line_up(tokens.states_RND), n_loops.flatten().tolist()).state
     final = each.place(final[:, 0], tokens.states_RND)
     for loop in range(1, 5):
@@ -231,4 +233,4 @@ def test_each_token_goes_its_own_number_of_times_round():
             own = torch.nonzero(n_loops[row] >= loop)[:, 0].tolist()
             if own:
                 expected[row, own] = slowly(model.backbone, range(3), expected[row, own], own)
-    torch.testing.assert_close(final, expected, atol=1e-4, rtol=1e-4)
+    assert_close(final, expected)

@@ -8,6 +8,7 @@ from innerloop.config.loop import LoopSettings, Solver
 from innerloop.loop.fixed_point import Map, jacobian_gain, solve
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
+from tests.close import ROUNDED, assert_close
 from tests.methods.tools import FunctionPass, iterate
 
 D = 5
@@ -41,7 +42,7 @@ def test_every_solver_finds_the_fixed_point_of_a_linear_contraction(solver, grad
     tol = 1e-6 if solver == "anderson" else 1e-10  # its least squares are in fp32
     expected = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b).expand(3, 2, D)
     found, n_done = find(lambda z: z @ j.T + b, start(), solver, 200, tol, gradient)
-    torch.testing.assert_close(found, expected, atol=100 * tol, rtol=0)
+    assert_close(found, expected, 100 * tol)
     assert len(n_done) == 3 and all(1 < n < 200 for n in n_done)
 
 
@@ -55,7 +56,7 @@ def test_the_implicit_gradient_is_the_exact_one(solver):
     found, _ = find(lambda z: z @ j.T + b, start(1)[:, :1], solver, 300, 1e-9, "implicit")
     ours = torch.autograd.grad((found[0, 0] * weight).sum(), (j, b))
     for left, right in zip(ours, expected):
-        torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-6)
+        assert_close(left, right, 1e-6)
 
 
 @pytest.mark.parametrize("solver", ["plain", "anderson"])
@@ -68,7 +69,7 @@ def test_a_long_unrolled_loop_has_the_value_and_gradient_of_the_implicit_one(sol
         return found.detach(), torch.autograd.grad(found.sin().sum(), parameter)[0]
 
     for left, right in zip(value_and_gradient("unroll", 100), value_and_gradient("implicit", 100)):
-        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+        assert_close(left, right, 1e-6)
 
 
 def test_the_phantom_gradient_is_that_of_one_iteration_from_the_fixed_point():
@@ -78,7 +79,7 @@ def test_the_phantom_gradient_is_that_of_one_iteration_from_the_fixed_point():
     (ours,) = torch.autograd.grad(found.sin().sum(), b)
     once = (found.detach() @ j.T + b).tanh()
     (expected,) = torch.autograd.grad(once.sin().sum(), b)
-    torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
+    assert_close(ours, expected, 1e-9)
     (full,) = torch.autograd.grad(find(lambda z: (z @ j.T + b).tanh(), start(), "plain", 99, 0.0, "unroll")[0].sum(), b)
     assert (full - expected).abs().max() > 1e-2
 
@@ -93,7 +94,7 @@ def test_damping_finds_a_fixed_point_that_plain_iteration_flees():
     j = torch.diag(torch.tensor([-1.2, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64))
     exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, torch.ones(D, dtype=torch.float64))
     damped, _ = find(lambda z: z @ j + 1, start(), "damped", 300, 1e-10, "phantom", damping=0.5)
-    torch.testing.assert_close(damped, exact.expand(3, 2, D), atol=1e-8, rtol=0)
+    assert_close(damped, exact.expand(3, 2, D), 1e-8)
     plain, n_done = find(lambda z: z @ j + 1, start(), "plain", 100, 1e-10, "phantom")
     assert n_done == [100] * 3 and (plain - exact).norm() > 1e3
 
@@ -154,7 +155,7 @@ def test_rows_with_speeds_and_limits_of_their_own_are_solved_as_if_alone(solver,
         one = slice(row, row + 1)
         alone, n_alone = solve(at_own_speed(one, b), z[one], solver, [limit], 1e-3, gradient)
         assert n_alone == n_done[row : row + 1]
-        torch.testing.assert_close(found[one], alone, atol=tolerance, rtol=0)
+        assert_close(found[one], alone, tolerance)
     assert n_done[2:4] == [0, 3] and len({*n_done}) >= 4
     assert max(n_done) < 60  # the others stand still before
     assert torch.equal(found[2], z[2])
@@ -171,9 +172,9 @@ def test_each_row_has_the_gradient_it_has_alone(solver, gradient):
     together = gradients_of(slice(None))
     alone = [gradients_of(slice(row, row + 1)) for row in range(5)]
     for whole, parts in zip(together, zip(*alone)):
-        torch.testing.assert_close(whole, sum(parts), atol=1e-5, rtol=0)
+        assert_close(whole, sum(parts), ROUNDED)
     of_start, of_b = together
-    torch.testing.assert_close(of_start[2], start(5)[2].cos())  # z_0 itself is the answer
+    assert_close(of_start[2], start(5)[2].cos())  # z_0 itself is the answer
     assert not of_b[2].any()
     assert all(of_b[row].abs().max() > 0.1 for row in (0, 1, 3, 4))
     assert gradient == "unroll" or not of_start[[0, 1, 3, 4]].any()
@@ -190,7 +191,7 @@ def test_the_implicit_gradient_of_each_row_is_the_exact_one():
     (ours,) = torch.autograd.grad(found.sum(), b)
     for row, rate in enumerate(rates):
         inverse = torch.linalg.inv(torch.eye(D, dtype=torch.float64) - rate * j)
-        torch.testing.assert_close(ours[row], 2 * inverse.sum(0), atol=1e-6, rtol=1e-6)  # two positions
+        assert_close(ours[row], 2 * inverse.sum(0), 1e-6)  # two positions
     assert n_done[0] < n_done[1]
 
 
@@ -229,7 +230,7 @@ def test_a_loop_with_a_solver_ends_where_a_long_loop_ends(solver, residual):
     solved = InnerLoop(LoopSettings(solver=solver, solver_tol=1e-7, **settings), D, 200, TAU).double()
     unrolled = InnerLoop(LoopSettings(**settings), D, 200, TAU).double()
     found, long = iterate(solved, f, start(), 200), iterate(unrolled, f, start(), 200)
-    torch.testing.assert_close(found.state, long.state, atol=1e-5, rtol=1e-5)
+    assert_close(found.state, long.state, 1e-6)
     assert max(found.n_loops) < 200
 
 
@@ -244,7 +245,7 @@ def test_the_implicit_gradient_of_a_loop_is_that_of_a_long_loop(solver):
         return list(torch.autograd.grad(state.sin().sum(), (j, b, h)))
 
     for left, right in zip(gradients(solver=solver, solver_tol=1e-9), gradients()):
-        torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
+        assert_close(left, right, 1e-6)
 
 
 @by_solver
@@ -257,7 +258,7 @@ def test_a_loop_with_a_solver_gives_every_row_its_own_number_of_iterations(solve
         one = slice(row, row + 1)
         alone = iterate(loop, lambda x, t, one=one: at_own_speed(one, b)(x), h[one], limit)
         assert alone.n_loops == result.n_loops[one]
-        torch.testing.assert_close(result.state[one], alone.state, atol=1e-5, rtol=0)
+        assert_close(result.state[one], alone.state)
         assert len(trace.row(row).iterations) == result.n_loops[row]
     assert result.n_loops[2:4] == [0, 3]
 
@@ -286,7 +287,7 @@ def test_padding_has_no_say_in_when_a_row_stands_still(solver):
     f = PaddedPass(lambda x, t: x @ j.T + b, torch.tensor([[1, 1, 0]] * 2))
     result = loop(f, padded, [60, 60])
     assert result.n_loops == short.n_loops and max(result.n_loops) < 60
-    torch.testing.assert_close(result.state[:, :2], short.state, atol=1e-5, rtol=0)
+    assert_close(result.state[:, :2], short.state)
 
 
 # The gain

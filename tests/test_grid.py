@@ -1,23 +1,32 @@
-"""Grids: how values are written, what variants they make, and how mistakes are answered."""
+"""Axes: how values are written, what combinations they make, and how mistakes are answered."""
 
 import pytest
 
 from innerloop.errors import InputError
-from innerloop.experiments.grid import Choices, Range, axis_of, grid_variants, parse_axis, short_names, variant_name
+from innerloop.experiments.grid import axis_of, parse_axes, short_names, values_of, variant_name, written
+from innerloop.experiments.search import combinations
 
 
-def test_values_are_read_as_they_are_meant():
-    assert parse_axis("method.max_loops=1,2,4") == Choices("method.max_loops", (1, 2, 4))
-    assert parse_axis("--train.learning_rate=1e-3, 3e-4") == Choices("train.learning_rate", (0.001, 0.0003))
-    assert parse_axis("method.rescale=none,rms") == Choices("method.rescale", ("none", "rms"))
-    assert parse_axis("backbone.freeze=true,false").values == (True, False)
-    assert axis_of("a", [1, "1e-2"]) == Choices("a", (1, 0.01)) and axis_of("a", "1,2").values == (1, 2)
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("method.max_loops=1,2,4", [1, 2, 4]),
+        ("--train.learning_rate=1e-3, 3e-4", [0.001, 0.0003]),
+        ("method.rescale=none,rms", ["none", "rms"]),
+        ("backbone.freeze=true,false", [True, False]),
+        ("a=[1, 2], null", [[1, 2], None]),
+    ],
+)
+def test_values_are_read_as_they_are_meant(text: str, values: list):
+    ((field, axis),) = parse_axes([text]).items()
+    assert text.startswith(("--" if "--" in text else "") + field) and values_of(axis) == written(axis) == values
+    assert values_of(axis_of("a", [1, "1e-2"])) == [1, 0.01]
 
 
-def test_ranges_are_read_as_they_are_meant():
-    assert parse_axis("train.learning_rate=1e-4..1e-2:log") == Range("train.learning_rate", 1e-4, 1e-2, True, False)
-    assert parse_axis("method.n_slots=1..8") == Range("method.n_slots", 1, 8, False, True)
-    assert parse_axis("method.alpha=0.1..0.9") == Range("method.alpha", 0.1, 0.9)
+@pytest.mark.parametrize("text", ["0.0001..0.01:log", "1..8", "0.1..0.9"])
+def test_ranges_are_read_as_they_are_meant(text: str):
+    axis = axis_of("a", text)
+    assert values_of(axis) is None and written(axis) == text and isinstance(axis.low, int) == (text == "1..8")
 
 
 @pytest.mark.parametrize(
@@ -36,21 +45,19 @@ def test_ranges_are_read_as_they_are_meant():
 )
 def test_mistakes_are_named(text: str, words: str):
     with pytest.raises(InputError) as error:
-        parse_axis(text)
+        parse_axes([text])
     assert words in str(error.value)
 
 
 def test_a_grid_is_every_combination_in_order():
-    variants = grid_variants([Choices("method.max_loops", (1, 2)), Choices("train.learning_rate", (1e-3, 3e-4))])
-    assert list(variants) == [
-        "max_loops=1, learning_rate=0.001",
-        "max_loops=1, learning_rate=0.0003",
+    found = combinations(parse_axes(["method.max_loops=2,1", "train.learning_rate=1e-3,3e-4"]))
+    assert [variant_name(trial) for trial in found] == [
         "max_loops=2, learning_rate=0.001",
         "max_loops=2, learning_rate=0.0003",
+        "max_loops=1, learning_rate=0.001",
+        "max_loops=1, learning_rate=0.0003",
     ]
-    assert variants["max_loops=2, learning_rate=0.001"] == {"method.max_loops": 2, "train.learning_rate": 1e-3}
-    with pytest.raises(InputError, match="names a twice"):
-        grid_variants([Choices("a", (1,)), Choices("a", (2,))])
+    assert found[0] == {"method.max_loops": 2, "train.learning_rate": 1e-3}
 
 
 def test_names_are_short_where_they_can_be_and_never_folders_of_folders():
@@ -59,4 +66,4 @@ def test_names_are_short_where_they_can_be_and_never_folders_of_folders():
         "train.alpha": "train.alpha",
         "method.x": "x",
     }
-    assert variant_name({"backbone.model": "a/b"}, ["backbone.model"]) == "model=a_b"
+    assert variant_name({"backbone.model": "a/b"}) == "model=a_b"

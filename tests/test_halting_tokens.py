@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from innerloop import InputError, LatentModel, Looped, Slr
-from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.config.stopping import StopKind
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods import Method
+from innerloop.model.stopping import use_rule
 from innerloop.passes.thought import think
+from tests.close import assert_close
 from tests.methods.tools import MIXED, PLAIN, QUESTIONS, by_arch, change
 from tests.models import tiny_model
 
@@ -36,7 +38,7 @@ def looped(kind: str, arch: str = "llama", **fields) -> LatentModel:
         for parameter in model.loop.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     if kappa is None:
-        scores = survey(model, MIXED).scores_TM[:-1]
+        scores = scan_loop(model, MIXED).scores_TM[:-1]
         known = scores[scores.isfinite()].unique()
         at = torch.nonzero(known.diff() > 1e-4)[:, 0]  # so that rounding decides nothing
         at = at[len(at) // 2]
@@ -65,7 +67,7 @@ def test_every_rule_stops_tokens_one_by_one_batches_as_single_rows(kind):
     depths = depths_of(model)
     assert kind == "fixed" or len({d for row in depths for d in row}) > 1
     for example, row, logits in zip(MIXED, depths, model.answer_logits(MIXED)):
-        torch.testing.assert_close(model.answer_logits([example])[0], logits, atol=1e-4, rtol=0)
+        assert_close(model.answer_logits([example])[0], logits)
         batch = model.batch(model.rows([example]))
         assert sum(row) > 0 and len(row) == int(batch.mask_BS.sum())
 
@@ -83,7 +85,7 @@ def test_no_rule_sees_a_later_token(kind):
     )
     n_same -= len(model.prompts([example.question])[0]) - 1  # the token before a changed one predicts it alike
     assert n_same > 10
-    torch.testing.assert_close(left[:n_same], right[:n_same], atol=1e-5, rtol=0)
+    assert_close(left[:n_same], right[:n_same])
     assert (left[n_same:] - right[n_same:]).abs().max() > 1e-3
 
 

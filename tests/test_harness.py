@@ -10,7 +10,7 @@ import torch
 from innerloop.errors import InputError
 from innerloop.measure import harness
 from innerloop.measure.harness import evaluate_tasks, harness_model, weighed, written
-from innerloop.measure.parts import Parts, of_model
+from innerloop.measure.result_cache import ResultCache, of_model
 from innerloop.methods import Coconut, Cot, Lotus, NoCot, Pause, Slr, SpiralThinker
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example, write_examples
@@ -78,7 +78,7 @@ def test_requests_that_were_answered_before_an_interruption_are_not_answered_aga
     monkeypatch.setattr(harness, name, spy)
 
     def answered(file: str, **facts) -> list:
-        parts = Parts(tmp_path / file, of_model(model) | facts)
+        parts = ResultCache(tmp_path / file, of_model(model) | facts)
         return getattr(harness_model(model, 5, parts, told.append, told.append), kind)(requests)
 
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +135,15 @@ metadata: {{version: 1.0}}
     right = sum(str(a) == e.answer for a, e in zip(best, examples)) / len(examples)
     assert report["results"]["chooses"]["acc,none"] == pytest.approx(right)
     told: list[int] = []
-    kept = (None, None, 32, str(tmp_path), Parts(tmp_path / "parts.json", of_model(model)), lambda n: None, told.append)
+    kept = (
+        None,
+        None,
+        32,
+        str(tmp_path),
+        ResultCache(tmp_path / "parts.json", of_model(model)),
+        lambda n: None,
+        told.append,
+    )
     assert evaluate_tasks(model, ["writes", "chooses"], "run", tmp_path, *kept) == report and sum(told) == 36
     with monkeypatch.context() as patch:
         patch.setattr(harness, "written", lambda *_: pytest.fail("answered again"))

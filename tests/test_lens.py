@@ -12,10 +12,10 @@ from typing import Literal
 import pytest
 from rich.console import Console
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.lens import Look, Record, look, page_of, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
-from innerloop.lens.page import escaped
 from innerloop.lens.record import answer_alone
 from innerloop.measure.readout import shown_steps
 from innerloop.methods import (
@@ -35,7 +35,6 @@ from innerloop.methods import (
     SpiralThinker,
     Tah,
 )
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.terminal.views import answer_view, trace_view
 from innerloop.text.examples import Example
@@ -105,7 +104,7 @@ class Scripts(HTMLParser):
 
 @pytest.fixture
 def no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("innerloop.lens.page._plotly", lambda: "/* plotly */")
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly */")
 
 
 @pytest.mark.parametrize("method", [LOTUS, SLR, SpiralThinker(latents_per_block=2, max_blocks=1)], ids=named)
@@ -289,11 +288,6 @@ def test_the_page_holds_the_record(no_plotly):
         return ours == pytest.approx(theirs, rel=1e-5) if isinstance(ours, float) else ours == theirs
 
     assert same(asdict(record), data)
-    page = page_of(record)
-    for one in record.looks:
-        for line in one.grid:
-            for cell in filter(None, line.cells):
-                assert all(escaped(word) in page for word, _ in cell.top)
 
 
 def test_nothing_of_the_record_becomes_markup(no_plotly):
@@ -316,7 +310,7 @@ def test_the_page_asks_for_nothing_outside_itself(tmp_path: Path):
     assert "default-src 'none'" in text and "Plotly.react(plot" in text and len(text) < 8_000_000
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(src|href)=[\"']?(https?:|//)", own)
-    assert not re.search(r"<!--[A-Z]+-->", text)
+    assert "{{" not in own
 
 
 def test_where_the_page_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -347,26 +341,34 @@ def test_examples_without_steps_or_answer(no_plotly):
         assert all(step.is_right is None for step in one.shown)
 
 
-def test_the_terminal_shows_the_same():
-    model = tiny_model(LOTUS)
+def printed(model: LatentModel, example: Example, most: int = 2) -> str:
+    """Return what a wide terminal shows of an example."""
     out = StringIO()
-    example = chain_examples(1)[0]
-    Console(file=out, width=200).print(terminal_view(model, TASK, example, max_new_tokens=4))
-    text = out.getvalue()
+    Console(file=out, width=200).print(terminal_view(model, TASK, example, max_new_tokens=most))
+    return out.getvalue()
+
+
+def probabilities(text: str) -> list[float]:
+    """Return the numbers of the lines of the answer's pass."""
+    lines = [line for line in text.splitlines() if line.startswith("│ answer")]
+    return [float(p) for line in lines for p in re.findall(r"[01]\.\d\d", line)]
+
+
+def test_the_terminal_shows_the_same():
+    (example,) = chain_examples(1)
+    text = printed(tiny_model(LOTUS), example, 4)
     assert example.question in text and "what the latents held" in text and "gold step 1: " + example.steps[0] in text
     assert "block 1, the answer's pass" in text and "No stop rule is on" in text
     assert re.search(r"predicted .*, gold \d: (correct|wrong)", text)
 
 
 def test_the_terminal_lines_up_the_answer_where_nothing_stands_before_the_latents():
-    model = tiny_model(Slr(loop_scope="all", max_loops=2, residual="sum", rescale="none", time="none"))
-    example, out = Example("3 ; + 4", ("3 + 4 = 2",), "2", "a"), StringIO()
-    answer = answer_alone(model, TASK, example, max_new_tokens=2)
-    Console(file=out, width=200).print(terminal_view(model, TASK, example, max_new_tokens=2))
-    (line,) = (line for line in out.getvalue().splitlines() if line.startswith("│ answer"))
-    shown = [float(p) for p in re.findall(r"[01]\.\d\d", line)]
+    model = tiny_model(THOUGHT[2])
+    example = Example("3 ; + 4", ("3 + 4 = 2",), "2", "a")
+    answer, text = answer_alone(model, TASK, example, max_new_tokens=2), printed(model, example)
+    shown = probabilities(text)
     assert shown == pytest.approx(answer.trace.last.top_probs[0, :, 0].tolist(), abs=0.0051)
-    (headers,) = (line for line in out.getvalue().splitlines() if "change" in line)
+    (headers,) = (line for line in text.splitlines() if "change" in line)
     named = [header.strip() for header in headers.split("┃")[-1 - len(shown) : -1]]
     assert named == ["3", ";", "+", "4", "⏎"]  # the words of the question are what is looped, as on the page
 
@@ -383,8 +385,7 @@ def test_the_terminal_cuts_no_header_and_no_token(width: int):
     assert headers == [f"latent {n}" for n in range(1, 13)] and len(names) > 12
     assert f"latents 1 to 12 of {len(names)}" in " ".join(lines)
     assert "…" not in out.getvalue() and max(map(len, lines)) <= width
-    shown = [float(p) for line in lines if line.startswith("│ answer") for p in re.findall(r"[01]\.\d\d", line)]
-    assert shown == pytest.approx(trace.last.top_probs[0, 1:13, 0].tolist(), abs=0.0051)
+    assert probabilities(out.getvalue()) == pytest.approx(trace.last.top_probs[0, 1:13, 0].tolist(), abs=0.0051)
 
 
 def test_the_terminal_takes_a_token_for_no_markup():
@@ -395,18 +396,12 @@ def test_the_terminal_takes_a_token_for_no_markup():
 
 
 def test_the_terminal_shows_the_pass_of_the_answer_where_there_is_no_loop():
-    model = tiny_model(Pause(n_pauses=2))
-    example, out = chain_examples(1)[0], StringIO()
-    answer = answer_alone(model, TASK, example, max_new_tokens=2)
-    Console(file=out, width=200).print(terminal_view(model, TASK, example, max_new_tokens=2))
-    (line,) = (line for line in out.getvalue().splitlines() if line.startswith("│ answer"))
-    shown = [float(p) for p in re.findall(r"[01]\.\d\d", line)]
-    assert shown == pytest.approx(answer.trace.last.top_probs[0, 1:, 0].tolist(), abs=0.0051)
-    assert "latent 2" in out.getvalue() and "latent 3" not in out.getvalue() and "change" not in out.getvalue()
+    model, (example,) = tiny_model(Pause(n_pauses=2)), chain_examples(1)
+    answer, text = answer_alone(model, TASK, example, max_new_tokens=2), printed(model, example)
+    assert probabilities(text) == pytest.approx(answer.trace.last.top_probs[0, 1:, 0].tolist(), abs=0.0051)
+    assert "latent 2" in text and "latent 3" not in text and "change" not in text
 
 
 def test_the_terminal_names_the_latent_that_each_loop_reads():
-    model = tiny_model(Coconut(latents_per_step=1, max_stage=3))
-    out = StringIO()
-    Console(file=out, width=200).print(terminal_view(model, TASK, chain_examples(1)[0], max_new_tokens=2))
-    assert "latent ┃" in out.getvalue() and "latent 1" not in out.getvalue()
+    text = printed(tiny_model(Coconut(latents_per_step=1, max_stage=3)), chain_examples(1)[0])
+    assert "latent ┃" in text and "latent 1" not in text

@@ -2,40 +2,18 @@
 
 import json
 import re
-import shutil
-import struct
-import subprocess
-import zlib
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, pstdev
 
 import pytest
 
 from innerloop.lens import look, page_of
 from innerloop.methods import Coconut, Cot, Looped, Lotus, Method, Mod, Pause, Slr
 from innerloop.tasks import Chain
+from tests.browser import browse, needs_browser, screenshot
 from tests.models import chain_examples, tiny_model
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is installed"),
-]
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-    "--v=0",
-)
+pytestmark = [pytest.mark.slow, needs_browser]
 DARK = "--blink-settings=preferredColorScheme=0"
 LOTUS = Lotus(n_blocks=2, latents_per_block=3, step_weight=1.0)
 STOPPING = Slr(n_slots=3, max_loops=3, slots_per_step=1, step_weight=1.0, stop="delta", stop_threshold=9.0)
@@ -46,16 +24,6 @@ def made(method: Method, n: int = 3) -> str:
     examples = [*chain_examples(n)]
     examples[-1] = replace(examples[-1], question=examples[-1].question + " </script><b>")
     return page_of(look(tiny_model(method), Chain(n_ops=3), examples, max_new_tokens=6))
-
-
-def browse(page: str, folder: Path, *flags: str) -> tuple[str, list[str]]:
-    """Open a page; return what the browser prints and the lines of its console."""
-    (folder / "page.html").write_text(page, encoding="utf-8")
-    own = f"--user-data-dir={folder / 'profile'}"
-    where = f"file://{folder / 'page.html'}"
-    command = [BROWSER, *FLAGS, own, "--virtual-time-budget=5000", *flags, where]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def asked(page: str, folder: Path, script: str, *flags: str) -> tuple[dict, list[str]]:
@@ -72,30 +40,6 @@ def asked(page: str, folder: Path, script: str, *flags: str) -> tuple[dict, list
     found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
     assert found is not None and found[1], console
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")), console
-
-
-def pixels(path: Path) -> bytes:
-    """Return the colours of a PNG of 8 bits per channel that is not interlaced."""
-    data, at, packed = path.read_bytes(), 8, b""
-    width, height, bits, colour, *_, interlace = struct.unpack(">IIBBBBB", data[16:29])
-    assert (bits, interlace) == (8, 0)
-    while at < len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        packed += data[at + 8 : at + 8 + size] if data[at + 4 : at + 8] == b"IDAT" else b""
-        at += 12 + size
-    n = {2: 3, 6: 4}[colour]
-    raw, last, whole = zlib.decompress(packed), bytearray(width * n), bytearray()
-    for row in range(height):
-        start = row * (width * n + 1)
-        kind, line = raw[start], bytearray(raw[start + 1 : start + 1 + width * n])
-        for i in range(len(line)):
-            left, up, corner = (line[i - n] if i >= n else 0), last[i], (last[i - n] if i >= n else 0)
-            guess = left + up - corner
-            nearest = min((abs(guess - left), 0, left), (abs(guess - up), 1, up), (abs(guess - corner), 2, corner))[2]
-            line[i] = (line[i] + (0, left, up, (left + up) // 2, nearest)[kind]) & 255
-        whole += line
-        last = line
-    return bytes(whole)
 
 
 @pytest.mark.parametrize("method", PAGES, ids=lambda m: m.name)
@@ -208,11 +152,10 @@ def test_tokens_of_depth_methods_are_picked(tmp_path: Path):
 
 
 def test_screenshots_are_not_blank_and_follow_the_theme(tmp_path: Path):
-    page, brightness = made(LOTUS, 1), {}
-    for name, flags in {"light": (), "dark": (DARK,)}.items():
-        picture = tmp_path / f"{name}.png"
-        browse(page, tmp_path, f"--screenshot={picture}", "--window-size=640,700", *flags)
-        values = pixels(picture)
-        assert pstdev(values) > 10 and len(set(values)) > 64
-        brightness[name] = fmean(values)
-    assert brightness["dark"] < 90 and brightness["light"] > 190
+    page, empty = made(LOTUS, 1), screenshot("<!doctype html>", tmp_path)[0]
+    brightness = []
+    for flags in ((), (DARK,)):
+        assert screenshot(page, tmp_path, *flags)[0] > 4 * empty
+        ground = asked(page, tmp_path, "return { ground: getComputedStyle(document.body).backgroundColor }", *flags)[0]
+        brightness.append(sum(map(int, re.findall(r"\d+", ground["ground"]))))
+    assert brightness[0] > 600 and brightness[1] < 150

@@ -9,6 +9,7 @@ from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
+from tests.close import assert_close
 from tests.methods.tools import FunctionPass, iterate
 
 WIDTH = 4
@@ -107,16 +108,16 @@ def test_the_time_embedding_enters_the_input_but_not_the_residual():
     h = states()
     result = iterate(loop, zero, h, 3)
     for x, expected in zip(inputs, (h + 1, h / 2 + 10, h / 4 + 10)):  # past the table: its last row
-        torch.testing.assert_close(x, expected)
-    torch.testing.assert_close(result.state, h / 8)
+        assert_close(x, expected)
+    assert_close(result.state, h / 8)
 
 
 def test_states_are_rescaled_before_the_residual_and_outputs_are_not():
     result = run(lambda x, _: 7 * x, states(), 1, rescale="rms", residual="sum")
     rms = (result.state - states()).pow(2).mean(-1).sqrt()
-    torch.testing.assert_close(rms, torch.full_like(rms, 0.5), atol=1e-6, rtol=0)
-    torch.testing.assert_close(result.outputs[0][1], 7 * states())
-    torch.testing.assert_close(result.states[0][1], result.state)
+    assert_close(rms, torch.full_like(rms, 0.5))
+    assert_close(result.outputs[0][1], 7 * states())
+    assert_close(result.states[0][1], result.state)
 
 
 # Fixed points of the linear toy (slr.md, section 9)
@@ -128,7 +129,7 @@ def test_residual_a_converges_to_its_shifted_fixed_point(alpha):
     h = states(n_positions=1)
     expected = torch.linalg.solve(torch.eye(WIDTH) - alpha * J, (alpha * b + (1 - alpha) * h).transpose(1, 2))
     result = run(f, h, 300, residual="A", alpha=alpha)
-    torch.testing.assert_close(result.state, expected.transpose(1, 2), atol=1e-9, rtol=1e-9)
+    assert_close(result.state, expected.transpose(1, 2), 1e-9)
 
 
 def test_residual_b_keeps_the_functions_own_fixed_point():
@@ -136,7 +137,7 @@ def test_residual_b_keeps_the_functions_own_fixed_point():
     expected = torch.linalg.solve(torch.eye(WIDTH, dtype=torch.float64) - J, b)
     for kind, n_loops in (("B", 600), ("none", 600)):
         result = run(f, states(), n_loops, residual=kind, alpha=0.5)
-        torch.testing.assert_close(result.state, expected.expand(2, 3, -1), atol=1e-9, rtol=1e-9)
+        assert_close(result.state, expected.expand(2, 3, -1), 1e-9)
 
 
 def test_an_eigenvalue_of_minus_1_2_diverges_alone_and_converges_with_b():
@@ -166,7 +167,7 @@ def test_a_row_stands_still_after_its_own_number_of_iterations(compacts):
     h = states(n_rows=4)
     result = iterate(loop, f, h, [0, 1, 3, 4], compacts)
     for row, n_loops in enumerate([0, 1, 3, 4]):
-        torch.testing.assert_close(result.state[row], iterate(loop, f, h[row : row + 1], n_loops).state[0])
+        assert_close(result.state[row], iterate(loop, f, h[row : row + 1], n_loops).state[0])
     assert torch.equal(result.state[0], h[0])
     assert result.n_loops == [0, 1, 3, 4]
     ran = [[1, 2, 3], [2, 3], [2, 3], [3]] if compacts else [[0, 1, 2, 3]] * 4
@@ -227,7 +228,7 @@ def test_the_trace_holds_the_statistics_of_every_iteration():
         cosine = (new * old).sum(1) / (new.norm(dim=1) * old.norm(dim=1))
         for ours, expected in ((entry.delta, delta), (entry.cosine, cosine), (entry.rms, new.pow(2).mean(1).sqrt())):
             assert ours.shape == (2,) and ours.dtype == torch.float32
-            torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+            assert_close(ours, expected)
         assert entry.top_ids is None and entry.top_probs is None and entry.score is None
         assert entry.rows == [0, 1]
 
@@ -251,7 +252,7 @@ def test_read_outs_are_the_likeliest_tokens_of_the_outputs():
         probabilities = (output @ head).softmax(-1)
         assert entry.top_ids.shape == entry.top_probs.shape == (2, 3, 3)
         assert torch.equal(entry.top_ids, probabilities.argsort(-1, descending=True)[..., :3])
-        torch.testing.assert_close(entry.top_probs.double(), probabilities.gather(-1, entry.top_ids), atol=1e-6, rtol=0)
+        assert_close(entry.top_probs, probabilities.gather(-1, entry.top_ids))
 
 
 def test_a_row_of_a_trace_is_the_trace_of_that_row():

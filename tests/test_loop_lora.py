@@ -12,6 +12,7 @@ from innerloop import InputError, Slr
 from innerloop.decoder.backbone import Backbone
 from innerloop.loop.lora import LoopLora
 from innerloop.passes.context import Context
+from tests.close import assert_close
 from tests.methods.tools import MIXED, assert_same_gradients, gradients
 from tests.models import random_ids, tiny_backbone, tiny_lm, tiny_model
 
@@ -111,8 +112,8 @@ def test_a_hooked_linear_is_w_plus_gamma_over_r_times_b_a(arch):
         x = torch.randn(3, bank.down[key].shape[2], generator=torch.Generator().manual_seed(2))
         expected = module(x) + 3.0 * (x @ bank.down[key][1].T @ bank.up[key][1].T)
         with bank.at(2):
-            torch.testing.assert_close(module(x), expected)
-        torch.testing.assert_close(bank.delta(name, 2), 3.0 * bank.up[key][1] @ bank.down[key][1])
+            assert_close(module(x), expected)
+        assert_close(bank.delta(name, 2), 3.0 * bank.up[key][1] @ bank.down[key][1])
 
 
 def test_blocks_may_be_nested_and_are_left_after_an_error():
@@ -154,7 +155,7 @@ def test_merged_weights_come_back_bit_for_bit(arch):
     bank = bank_on(backbone)
     expected = logits(backbone, bank, 2)
     with bank.merged(2):
-        torch.testing.assert_close(logits(backbone), expected, atol=1e-5, rtol=1e-4)
+        assert_close(logits(backbone), expected)
     with pytest.raises(ZeroDivisionError), bank.merged(1):
         raise ZeroDivisionError
     after = backbone.state_dict()
@@ -176,7 +177,7 @@ def test_peft_loads_an_exported_iteration_and_gives_the_same_logits(arch, target
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "loop2").eval()
     with torch.no_grad():
         theirs = loaded(input_ids=IDS).logits
-    torch.testing.assert_close(theirs, logits(backbone, bank, 2), atol=1e-5, rtol=1e-4)
+    assert_close(theirs, logits(backbone, bank, 2))
     assert (theirs - logits(backbone)).abs().max() > 1e-3
     assert json.loads((tmp_path / "loop2" / "adapter_config.json").read_text())["r"] == 2
 
@@ -246,6 +247,6 @@ def test_a_compiled_pass_follows_the_loop_index_and_is_compiled_once_for_all_ite
         for loop in (*range(1, 13), 1):  # more than torch compiles a function for
             with bank.at(loop):
                 expected = backbone.decoder(**fed).last_hidden_state
-                torch.testing.assert_close(compiled(**fed).last_hidden_state, expected)
+                assert_close(compiled(**fed).last_hidden_state, expected)
         assert len(graphs) == 1
-        torch.testing.assert_close(compiled(**fed).last_hidden_state, backbone.decoder(**fed).last_hidden_state)
+        assert_close(compiled(**fed).last_hidden_state, backbone.decoder(**fed).last_hidden_state)

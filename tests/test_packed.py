@@ -14,6 +14,7 @@ from innerloop.decoder.packed import PackedWeights
 from innerloop.engine.engine import Engine
 from innerloop.engine.options import EngineOptions
 from innerloop.methods import Cot, Lotus, Method, RelaxedRecursive, Slr
+from tests.close import assert_close
 from tests.methods.tools import lean_towards_end
 from tests.models import moved, tiny_model
 
@@ -50,7 +51,7 @@ def test_products_are_those_of_the_plain_weights(make, shape):
             plain = module(given)
             with PackedWeights([module]).used():
                 assert "forward" in module.__dict__
-                torch.testing.assert_close(module(given), plain, atol=1e-5, rtol=1e-5)
+                assert_close(module(given), plain)
     assert "forward" not in module.__dict__
 
 
@@ -61,7 +62,7 @@ def test_hooks_run_as_they_do_otherwise():
     with torch.no_grad():
         plain = module(states)
         with PackedWeights([module]).used():
-            torch.testing.assert_close(module(states), plain, atol=1e-5, rtol=1e-5)
+            assert_close(module(states), plain)
     assert len(seen) == 2
 
 
@@ -112,7 +113,7 @@ def test_half_precision_is_packed_where_the_cpu_multiplies_in_it():
     with torch.no_grad():
         plain = module(states)
         with PackedWeights([module]).used():
-            torch.testing.assert_close(module(states), plain, atol=0.02, rtol=0.02)
+            assert_close(module(states), plain, 0.02)
             with pytest.raises(RuntimeError):
                 module(states.float())  # refused as ever
 
@@ -212,7 +213,7 @@ def test_under_autocast_the_plain_weights_are_cast():
 def test_modules_may_be_called_by_keyword():
     module, states = nn.Linear(20, 12), torch.randn(3, 20)
     with torch.no_grad(), PackedWeights([module]).used():
-        torch.testing.assert_close(module(input=states), module(states), atol=1e-5, rtol=1e-5)
+        assert_close(module(input=states), module(states))
 
 
 def test_where_memory_runs_out_in_packing_the_plain_weights_are_used(monkeypatch):
@@ -232,13 +233,13 @@ def test_blocks_may_end_in_any_order_and_what_is_left_behind_is_replaced():
             step()
         for block in (first, second):  # as engines of two threads may end their steps
             block.__exit__(None, None, None)
-            torch.testing.assert_close(module(states), plain, atol=1e-5, rtol=1e-5)
+            assert_close(module(states), plain)
         assert "forward" not in module.__dict__
         PackedWeights([module]).used().__enter__()  # interrupted before it could end
         module.weight.mul_(2.0)
-        torch.testing.assert_close(module(states) - module.bias, 2 * (plain - module.bias), atol=1e-5, rtol=1e-5)
+        assert_close(module(states) - module.bias, 2 * (plain - module.bias))
         with PackedWeights([module]).used():
-            torch.testing.assert_close(module(states) - module.bias, 2 * (plain - module.bias), atol=1e-5, rtol=1e-5)
+            assert_close(module(states) - module.bias, 2 * (plain - module.bias))
         assert "forward" not in module.__dict__
 
 

@@ -10,6 +10,7 @@ from innerloop.engine import shared_prefix as prefix
 from innerloop.engine.decoding import Writer
 from innerloop.loop.hooks import edited
 from innerloop.measure.latents import Recorder
+from tests.close import assert_close
 from tests.methods.tools import ROUNDED, lean_towards_end, passes, sharp_model, stir
 from tests.models import tiny_model
 from tests.test_engine_continuous import made, quiet, told
@@ -39,7 +40,7 @@ def answers(model, asked, spared_from, **options):
 def assert_shared_alike(model, asked, batch_size=8):
     (found, logits), (plain, expected) = (answers(model, asked, n, batch_size=batch_size) for n in (1, 10**9))
     assert [(one.ids, one.ended, one.cost.loops) for one in found] == [(p.ids, p.ended, p.cost.loops) for p in plain]
-    torch.testing.assert_close(logits, expected, atol=ROUNDED, rtol=0)
+    assert_close(logits, expected, ROUNDED)
     return found, plain
 
 

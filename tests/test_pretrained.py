@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Method, Slr
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
+from tests.close import assert_close
 
 FOLDER = Path(__file__).parents[1] / "models" / "smollm2-135m"
 EXAMPLES = [
@@ -32,7 +33,7 @@ def test_a_real_model_learns_answers_and_does_not_mind_its_neighbours(method: Me
     model = LatentModel.from_pretrained(FOLDER, method, dtype=torch.float32)
     together = model.answer_logits(EXAMPLES)
     for example, logits in zip(EXAMPLES, together):
-        torch.testing.assert_close(logits, model.answer_logits([example])[0], atol=2e-3, rtol=1e-3)
+        assert_close(logits, model.answer_logits([example])[0], 2e-3)
     texts = [g.text for g in model.generate([e.question for e in EXAMPLES], max_new_tokens=6)]
     assert texts == [model.generate([e.question], max_new_tokens=6)[0].text for e in EXAMPLES]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -10,9 +10,11 @@ from innerloop.decoder.cost import Cost
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.probes import best, probes, result_of_step, sentences
+from innerloop.measure.subject import Subject
 from innerloop.measure.swap import by_chance, evenly, swaps
 from innerloop.measure.swap import sentences as swap_sentences
 from innerloop.methods import Codi, Cot, Lotus, Method, Pause, Slr
+from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
 from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built, digit_examples
 from tests.test_controls import ALONE, METHODS, PLAIN
@@ -22,7 +24,7 @@ FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, residual="sum", rescale=
 
 def test_the_answer_is_found_in_latent_3_by_a_probe():
     model, examples = built(FOUR, THIRD, n=90)
-    found = probes(model, TASK, examples[:50], examples[50:])
+    found = probes(Subject(model, TASK, examples[50:]), examples[:50])
     assert {probe.step for probe in found} == {0, "answer"} and len(found) == 2 * 3 * 4
     assert {probe.loop for probe in found if probe.answer_pass} == {3}
     for probe in found:
@@ -37,7 +39,7 @@ def test_the_answer_is_found_in_latent_3_by_a_probe():
 
 def test_the_answer_follows_latent_3_alone():
     model, examples = built(FOUR, THIRD)
-    found = {(swap.latents, swap.loop): swap for swap in swaps(model, TASK, examples)}
+    found = {(swap.latents, swap.loop): swap for swap in swaps(Subject(model, TASK, examples))}
     assert set(found) == {("all", None), (0, None), (1, None), (2, None), (3, None), ("all", 1)}
     for key in (("all", None), (3, None)):
         assert found[key].follows == 1.0 and found[key].keeps == 0.0 and found[key].ci95[0] > 0.85
@@ -64,30 +66,30 @@ def test_what_would_be_followed_by_chance_is_told():
 
 def test_a_swap_in_the_middle_of_the_loop_is_undone_where_the_question_is_read_again():
     again, examples = built(Slr(n_slots=2, max_loops=3, residual="sum", rescale="none", time="none"), LATENTS)
-    by_loop = {swap.loop: swap.follows for swap in swaps(again, TASK, examples) if swap.latents == "all"}
+    by_loop = {swap.loop: swap.follows for swap in swaps(Subject(again, TASK, examples)) if swap.latents == "all"}
     assert set(by_loop) == {None, 1, 2} and by_loop[None] == 1.0 and by_loop[1] < 1.0
 
 
 @pytest.mark.parametrize("name", ["slots, kv_last", "append", "codi", "lotus", "pccot", "spiralthinker"])
 def test_latents_that_are_followed_are_found_whatever_the_method(name: str):
     model, examples = built(METHODS[name], LATENTS, n=30)
-    found = swaps(model, TASK, examples)
+    found = swaps(Subject(model, TASK, examples))
     assert found[0].latents == "all" and found[0].follows == 1.0
-    json.dumps([swap.as_dict() for swap in found], allow_nan=False)
+    json.dumps(to_json(found), allow_nan=False)
     model, examples = built(METHODS[name], QUESTION, n=30)
-    assert all(swap.keeps == 1.0 for swap in swaps(model, TASK, examples))
+    assert all(swap.keeps == 1.0 for swap in swaps(Subject(model, TASK, examples)))
 
 
 def test_append_methods_are_probed_latent_by_latent():
     model, examples = built(Codi(n_latents_total=3, rescale="none", **ALONE), LATENTS, n=60)
-    found = probes(model, TASK, examples[:40], examples[40:])
+    found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     assert {(probe.loop, probe.latent) for probe in found} == {(0, 0), (1, 1), (2, 2), (3, 3)}
     assert best(found)[0].accuracy == 1.0
 
 
 def test_pauses_are_probed_in_the_pass_that_the_answer_sees():
     model, examples = built(Pause(n_pauses=2), ROOM, n=60)
-    found = probes(model, TASK, examples[:40], examples[40:])
+    found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     by_loop = {probe.loop: probe for probe in found if probe.step == "answer"}
     assert by_loop[0].accuracy <= 0.2 and by_loop[1].accuracy == 1.0 and by_loop[1].answer_pass
     assert "in the answer's pass: 100%" in sentences(found)[1]
@@ -97,24 +99,26 @@ def test_nothing_can_be_read_off_latents_that_hold_nothing():
     model, examples = built(Lotus(n_blocks=1, latents_per_block=2), QUESTION, n=60)
     for part in model.backbone.layers:  # not even what the question says
         part.attn.c_proj.weight.data.zero_()
-    found = probes(model, TASK, examples[:40], examples[40:])
+    found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     assert max(probe.accuracy for probe in found) <= 0.3
     assert all("cannot be read off any latent" in sentence for sentence in sentences(found))
 
 
 def test_the_same_seed_gives_the_same_report():
     model, examples = built(FOUR, THIRD, n=50)
-    first, second = (probes(model, TASK, examples[:30], examples[30:], batch_size=size, seed=2) for size in (30, 11))
+    first, second = (
+        probes(Subject(model, TASK, examples[30:], batch_size=size, seed=2), examples[:30]) for size in (30, 11)
+    )
     assert [dataclasses.astuple(p) for p in first] == [dataclasses.astuple(p) for p in second]
-    assert swaps(model, TASK, examples, seed=2) == swaps(model, TASK, examples, seed=2, batch_size=7)
+    assert swaps(Subject(model, TASK, examples, seed=2)) == swaps(Subject(model, TASK, examples, seed=2, batch_size=7))
 
 
 def test_progress_is_told():
     model, examples = built(Slr(n_slots=2, max_loops=1, **PLAIN), LATENTS, n=24)
     planned, done = [], []
-    probes(model, TASK, examples[:12], examples[12:], planned=planned.append, progress=done.append)
+    probes(Subject(model, TASK, examples[12:], planned=planned.append, progress=done.append), examples[:12])
     assert planned == [sum(done)] == [8]
-    swaps(model, TASK, examples, planned=planned.append, progress=done.append)
+    swaps(Subject(model, TASK, examples, planned=planned.append, progress=done.append))
     assert sum(planned) == sum(done)
 
 
@@ -122,15 +126,15 @@ def test_progress_is_told():
 def test_what_has_no_latents_is_refused(method: Method):
     model, examples = built(method, QUESTION, n=24)
     with pytest.raises(InputError, match="no latents to swap"):
-        swaps(model, TASK, examples)
+        swaps(Subject(model, TASK, examples))
     with pytest.raises(InputError, match="no latents to probe"):
-        probes(model, TASK, examples[:12], examples[12:])
+        probes(Subject(model, TASK, examples[12:]), examples[:12])
 
 
 def test_too_few_examples_are_refused():
     model, examples = built(FOUR, THIRD, n=12)
     with pytest.raises(InputError, match="10 examples with steps to learn from"):
-        probes(model, TASK, examples[:5], examples[5:])
+        probes(Subject(model, TASK, examples[5:]), examples[:5])
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -144,7 +148,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
     model, examples = built(FOUR, THIRD, n=12)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"pip install 'innerloop\[fit\]'"):
-        probes(model, TASK, examples, examples)
+        probes(Subject(model, TASK, examples), examples)
 
 
 def test_results_of_steps():
@@ -156,7 +160,7 @@ def test_examples_without_a_step_are_left_out_of_its_probe():
     model, _ = built(FOUR, THIRD)
     examples = digit_examples(90)
     mixed = [Example(e.question, e.steps if i % 2 else (), e.answer, e.id) for i, e in enumerate(examples)]
-    n = {probe.step: probe.n for probe in probes(model, TASK, mixed[:50], mixed[50:])}
+    n = {probe.step: probe.n for probe in probes(Subject(model, TASK, mixed[50:]), mixed[:50])}
     assert n == {0: 20, "answer": 40}
 
 

@@ -2,23 +2,19 @@
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from plotly.offline import get_plotlyjs
 
-from innerloop.experiments.html import document, table
-from innerloop.experiments.report import write_report
-from innerloop.experiments.report_parts import KINDS
-from innerloop.experiments.summary import Standing, against_cot, caption, columns, failures
-from innerloop.experiments.svg import Cell, Curve, Mark, Scale, bars, curves, heat_map, pareto, scatter
-from innerloop.measure.controls import Kind
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from innerloop.experiments.charts import Cell, Curve, bars, curves, heat_map, pareto, scatter
+from innerloop.experiments.report import KINDS, document, table, write_report
+from innerloop.experiments.summary import Mark, MethodResult, against_cot, caption, columns, failures
+from innerloop.measure.control_verdict import Kind
+from tests.browser import needs_browser, screenshot
 
 
 def test_every_verdict_on_latents_has_its_words():
@@ -75,7 +71,7 @@ STABILITY = {
 
 
 @pytest.fixture
-def standings(tmp_path: Path) -> list[Standing]:
+def rows(tmp_path: Path) -> list[MethodResult]:
     folder = tmp_path / "slr"
     folder.mkdir()
     (folder / "controls.json").write_text(json.dumps(CONTROLS))
@@ -83,13 +79,13 @@ def standings(tmp_path: Path) -> list[Standing]:
     (folder / "config.yaml").write_text("method: {name: slr}\n")
     turns = {"turns": (0.011, 0.010, 0.012)}
     return [
-        Standing("cot", [result("cot", 0.8, 15.0)], turns=(0.022, 0.020, 0.024), memory=2**21),
-        Standing("slr <b>", [result("slr", 0.9, 6.0)], [folder], [folder], memory=2**20, **turns),
+        MethodResult("cot", [result("cot", 0.8, 15.0)], turns=(0.022, 0.020, 0.024), memory=2**21),
+        MethodResult("slr <b>", [result("slr", 0.9, 6.0)], [folder], [folder], memory=2**20, **turns),
     ]
 
 
 class Reader(HTMLParser):
-    """Checks that elements close in order, and collects what is shown."""
+    """Checks that elements close in order and ask for nothing; collects what is shown, and the figures."""
 
     VOID = ("meta",)
 
@@ -97,49 +93,53 @@ class Reader(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.text = ""
+        self.figures: list[dict] = []
+        self.is_figure = False
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        assert tag not in ("script", "link", "iframe", "img"), tag
-        assert not any(name.startswith("on") or "http" in (value or "") for name, value in attrs)
-        self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        pass
+        assert tag not in ("link", "iframe", "img"), tag
+        assert not any(name in ("src", "href") or name.startswith("on") for name, _ in attrs)
+        self.is_figure = ("class", "figure") in attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        while self.open[-1] in self.VOID:
-            self.open.pop()
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open and self.open[-1] == "script":
+            self.figures += [json.loads(data)] if self.is_figure else []
+        else:
+            self.text += data
+
+
+def parsed(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.open and "default-src 'none'" in page
+    return reader
 
 
 def read(page: str) -> str:
-    reader = Reader()
-    reader.feed(page)
-    assert not reader.open
-    return re.sub(r"\s+", " ", reader.text)
+    return re.sub(r"\s+", " ", parsed(page).text)
 
 
 def test_a_caption_says_who_could_not_answer_everything():
-    whole, part = Standing("cot", [result("cot", 0.8)]), Standing("slr", [result("slr", 0.4, seed=0, failed=9)])
+    whole, part = MethodResult("cot", [result("cot", 0.8)]), MethodResult("slr", [result("slr", 0.4, seed=0, failed=9)])
     assert "Costs are means of an example." in caption([whole]) and "answered" not in caption([whole])
     told = caption([whole, part])
     assert told.startswith("Could not be answered, and count as wrong: slr 9 of 50. Intervals")
     assert "Costs are means over what each could answer." in told
-    seeds = Standing("slr", [result("slr", 0.4, seed=0, failed=9), result("slr", 0.4, seed=1)])
+    seeds = MethodResult("slr", [result("slr", 0.4, seed=0, failed=9), result("slr", 0.4, seed=1)])
     assert "count as wrong: slr 9 of 100 in 2 seeds, slr 9 of 50." in caption([seeds, part])
     timed = [replace(s, turns=(0.1, 0.2)) for s in (whole, part)]
     assert "on one machine, answering what all can answer, with the middle" in caption(timed)
     assert "what all can answer" not in caption(timed[:1])
 
 
-def test_the_report_says_what_was_measured_and_is_the_same_twice(tmp_path: Path, standings: list[Standing]):
+def test_the_report_says_what_was_measured_and_is_the_same_twice(tmp_path: Path, rows: list[MethodResult]):
     for name in ("a.html", "b.html"):
-        write_report(
-            tmp_path / name, "Two methods", standings, ["slr is better"], {"OOM": ["x seed 1"]}, {"seeds": [0]}
-        )
+        write_report(tmp_path / name, "Two methods", rows, ["slr is better"], {"OOM": ["x seed 1"]}, {"seeds": [0]})
     page = (tmp_path / "a.html").read_text()
     assert page == (tmp_path / "b.html").read_text()
     text = read(page)
@@ -158,7 +158,8 @@ def test_the_report_says_what_was_measured_and_is_the_same_twice(tmp_path: Path,
         "0.50",  # the time against written steps
     ):
         assert words in text, words
-    assert "slr <b>" in text and "<b>" not in page.replace("&lt;b&gt;", "")
+    own = page.replace(get_plotlyjs(), "")
+    assert "slr <b>" in text and "<b>" not in own and "slr &lt;b&gt;" in str(parsed(page).figures)
 
 
 def test_a_report_without_any_result_lists_what_failed(tmp_path: Path):
@@ -166,21 +167,21 @@ def test_a_report_without_any_result_lists_what_failed(tmp_path: Path):
     assert "a seed 0: why" in read((tmp_path / "r.html").read_text())
 
 
-def test_times_against_written_steps_are_of_turns_or_of_the_same_machine(standings: list[Standing]):
-    cot, slr = against_cot(standings)
+def test_times_against_written_steps_are_of_turns_or_of_the_same_machine(rows: list[MethodResult]):
+    cot, slr = against_cot(rows)
     assert cot["median"] == 1.0 and slr["median"] == pytest.approx(0.5)
-    alone = [Standing(s.name, s.results) for s in standings]
+    alone = [MethodResult(s.name, s.results) for s in rows]
     assert against_cot(alone)[1]["median"] == 1.0
-    elsewhere = Standing("pause", [result("pause", 0.1, device="another")])
+    elsewhere = MethodResult("pause", [result("pause", 0.1, device="another")])
     assert against_cot([alone[0], elsewhere])[1] is None
     assert against_cot([elsewhere]) == [None] and "time / CoT" not in columns([elsewhere])[0]
 
 
 def test_means_over_seeds_have_t_intervals_and_one_seed_has_wilsons():
-    several = Standing("a", [result("a", x, seed=i) for i, x in enumerate((0.5, 0.6, 0.7))])
+    several = MethodResult("a", [result("a", x, seed=i) for i, x in enumerate((0.5, 0.6, 0.7))])
     assert several.mark.share == pytest.approx(0.6)
     assert several.mark.high - several.mark.share == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
-    one = Standing("a", [result("a", 0.5)])
+    one = MethodResult("a", [result("a", 0.5)])
     assert (one.mark.low, one.mark.high) == (0.4, 0.6)
     head, rows = columns([several])
     assert rows[0][head.index("by seed")] == "50 60 70"
@@ -191,59 +192,38 @@ def test_the_front_is_what_nothing_beats():
     assert [m.name for m in pareto(marks)] == ["a", "c"]
 
 
-def test_axes_have_round_ticks():
-    assert Scale(0, 1, 0, 100).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert Scale(0.7, 30, 0, 100, log=True).ticks() == [1, 2, 5, 10, 20]
-    assert Scale(0.7, 1.5, 0, 100, log=True).ticks() == pytest.approx([0.7, 0.8, 0.9, 1])
-    assert Scale(1e-4, 1e-1, 0, 100, log=True).ticks() == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
-    assert Scale(1, 100, 0, 100, log=True)(10) == pytest.approx(50)
-    assert Scale(3, 3, 0, 100)(3) == 0
-
-
-def test_pictures_have_a_mark_for_every_number_and_titles_that_tell_it():
-    marks = [Mark(f"m{i}", i / 10, i / 20, i / 10, 5.0) for i in range(12)]  # all in one place on the other axis
+def test_pictures_have_a_mark_for_every_number_and_words_that_tell_it():
+    marks = [Mark(f"m{i}", i / 10, i / 20, i / 10, 5.0) for i in range(12)]
     drawn = scatter(marks, "passes")
-    assert drawn.count("<circle") == 12 and "m3: 30.0% (15.0% to 30.0%), passes 5" in drawn
-    assert bars(marks).count("<rect") == 12
-    lines = curves([Curve("a", marks[:3]), Curve("b", marks[:3])], "loops", [5.0, None])
-    assert lines.count("<polyline") == 2 and lines.count("trained here") == 3
-    assert "nan" not in drawn + lines
+    front, *shown = drawn["data"]
+    assert front["x"] == [5.0] and front["y"] == [1.1] and [trace["y"] for trace in shown] == [[m.share] for m in marks]
+    assert shown[3]["name"] == "m3" and "m3 30.0% at 5" in drawn["label"]
+    assert shown[3]["error_y"]["array"] == [0.0] and shown[3]["error_y"]["arrayminus"] == [pytest.approx(0.15)]
+    assert scatter([Mark("", 0.5, 0.4, 0.6, 0.0)], "ms", log=True)["layout"]["xaxis"]["type"] == "linear"
+    (bar,) = bars(marks)["data"]
+    assert bar["x"] == [mark.share for mark in marks]
+    lines = curves([Curve("a", marks[:3], 5.0), Curve("b", marks[:3])], "loops")["data"]
+    assert lines[1]["y"] == lines[4]["y"] == [0.0, 0.1, 0.2] and [len(lines[i]["x"]) for i in (2, 5)] == [3, 0]
+    assert lines[0]["y"] == [0.0, 0.1, 0.2, 0.1, 0.05, 0.0]  # the band: up along the upper ends, back along the lower
 
 
 def test_a_heat_map_frames_the_best_and_says_what_failed():
     cells = [[Cell(0.5, "40 to 60"), Cell(None, "failed")], [Cell(0.9, "80 to 95", True), Cell(0.5, "40 to 60")]]
     drawn = heat_map(["1", "2"], ["x", "y"], cells, "rows", "columns")
-    assert drawn.count("class=best") == 1 and drawn.count("class=gap") == 1
-    assert "rows 2, columns x: 90.0% 80 to 95" in drawn and "rows 1, columns y: failed" in drawn
-
-
-def screenshot(page: Path, folder: Path) -> tuple[bytes, str]:
-    """Open a page in a browser of its own; return the picture and what the console said."""
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    flags += (
-        "--disable-component-update --disable-sync --hide-scrollbars --window-size=1000,1400 --enable-logging=stderr"
-    )
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={folder / 'profile'}"]
-    done = subprocess.run(
-        [*command, f"--screenshot={folder / 'shot.png'}", page.resolve().as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return (folder / "shot.png").read_bytes(), said
+    (frame,), (gap,) = drawn["layout"]["shapes"], drawn["layout"]["annotations"]
+    assert (frame["x0"], frame["y0"]) == (-0.5, 0.5) and (gap["x"], gap["y"], gap["text"]) == (1, 0, "failed")
+    assert drawn["data"][0]["z"] == [[0.5, None], [0.9, 0.5]]
+    assert "rows 2, columns x: 90.0% 80 to 95" in drawn["label"] and "rows 1, columns y: failed" in drawn["label"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open pages with")
-def test_a_browser_shows_the_report_without_complaint(tmp_path: Path, standings: list[Standing]):
-    write_report(tmp_path / "report.html", "Two methods", standings, ["slr is better"], suite={"seeds": [0]})
-    (tmp_path / "empty.html").write_text(document("", []))
-    shown, said = screenshot(tmp_path / "report.html", tmp_path)
-    empty, _ = screenshot(tmp_path / "empty.html", tmp_path)
-    assert not said and len(shown) > 4 * len(empty)
+@needs_browser
+def test_a_browser_shows_the_report_without_complaint(tmp_path: Path, rows: list[MethodResult]):
+    write_report(tmp_path / "report.html", "Two methods", rows, ["slr is better"], suite={"seeds": [0]})
+    shown, said = screenshot((tmp_path / "report.html").read_text(), tmp_path)
+    assert not said and shown > 4 * screenshot(document("", []), tmp_path)[0]
 
 
 def test_cells_are_text():
-    assert "&lt;i&gt;" in table(["a"], [["<i>"]]) and read(document("t", [table(["a"], [["<i>"]])])).count("<i>") == 1
+    page = document("t", [table(["a"], [["<i>"]])])
+    assert "<i>" not in page and read(page).count("<i>") == 1 and "Plotly" not in page

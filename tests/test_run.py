@@ -13,6 +13,7 @@ from innerloop.tasks import Chain
 from innerloop.train.callbacks import StopOnInterrupt
 from innerloop.train.recipe import BackboneChoice, Recipe
 from innerloop.train.run import build, prepare_stage, run_recipe
+from tests.close import assert_close
 from tests.models import chain_examples, saved, tiny_model
 
 SCRATCH = {"type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -52,7 +53,7 @@ def test_the_kernels_of_attention_may_be_chosen(source, tmp_path: Path):
     assert usual.backbone.config._attn_implementation == "sdpa"
     assert eager.backbone.config._attn_implementation == "eager"
     for one, other in zip(usual.answer_logits(examples), eager.answer_logits(examples)):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+        assert_close(one, other)
     if find_spec("flash_attn") is None:
         with pytest.raises(InputError, match=r"attention=flash_attention_2 cannot be used here.*choose sdpa or eager"):
             build(BackboneChoice(**start, attention="flash_attention_2"), method, examples)

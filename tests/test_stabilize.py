@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from innerloop.loop.stabilize import Rescale, Residual, TimeEmbedding, rms
+from tests.close import assert_close
 
 KINDS = ("none", "sum", "A", "B")
 
@@ -38,8 +39,8 @@ def time_embedding(max_loops: int, kind: str = "lookup", inject: str = "add", **
 def test_residuals_are_their_formulas():
     assert residual(NEW, FIRST, PREVIOUS, "none", 0.7) is NEW
     assert torch.equal(residual(NEW, FIRST, PREVIOUS, "sum", 0.7), NEW + FIRST)
-    torch.testing.assert_close(residual(NEW, FIRST, PREVIOUS, "A", 0.7), 0.7 * NEW + 0.3 * FIRST)
-    torch.testing.assert_close(residual(NEW, FIRST, PREVIOUS, "B", 0.7), 0.7 * NEW + 0.3 * PREVIOUS)
+    assert_close(residual(NEW, FIRST, PREVIOUS, "A", 0.7), 0.7 * NEW + 0.3 * FIRST)
+    assert_close(residual(NEW, FIRST, PREVIOUS, "B", 0.7), 0.7 * NEW + 0.3 * PREVIOUS)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
@@ -61,7 +62,7 @@ def test_alpha_zero_keeps_the_state_it_mixes_with():
 
 def test_half_the_sum_is_a_with_alpha_one_half():
     half = residual(NEW, FIRST, PREVIOUS, "sum", 0.5) / 2
-    torch.testing.assert_close(half, residual(NEW, FIRST, PREVIOUS, "A", 0.5), atol=1e-7, rtol=0)
+    assert_close(half, residual(NEW, FIRST, PREVIOUS, "A", 0.5))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,8 +89,8 @@ def test_rms_of_half_precision_states_does_not_overflow():
 def test_rescale_gives_every_position_the_rms_tau(scale):
     tau = torch.tensor(0.25)
     rescaled = rescale(NEW * scale, "rms", tau)
-    torch.testing.assert_close(rms(rescaled), torch.full((2, 3, 1), 0.25), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(rescaled / rescaled.norm(dim=-1, keepdim=True), NEW / NEW.norm(dim=-1, keepdim=True))
+    assert_close(rms(rescaled), torch.full((2, 3, 1), 0.25))
+    assert_close(rescaled / rescaled.norm(dim=-1, keepdim=True), NEW / NEW.norm(dim=-1, keepdim=True))
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
@@ -97,7 +98,7 @@ def test_rescale_computes_in_fp32_and_keeps_the_type(dtype, error):
     large = (NEW * 1e4).to(dtype)  # squares beyond float16
     rescaled = rescale(large, "rms", torch.tensor(0.25))
     assert rescaled.dtype == dtype
-    torch.testing.assert_close(rescaled.float(), rescale(large.float(), "rms", torch.tensor(0.25)), atol=0, rtol=error)
+    assert_close(rescaled.float(), rescale(large.float(), "rms", torch.tensor(0.25)), error)
 
 
 def test_rescale_none_is_the_identity():
@@ -121,7 +122,7 @@ def test_the_gradient_of_rescale_is_right():
     weight = states(4, 2, 5, dtype=torch.float64)
     (ours,) = torch.autograd.grad((rescale(x, "rms", torch.tensor(0.25)) * weight).sum(), x)
     (expected,) = torch.autograd.grad((exact(x) * weight).sum(), x)
-    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+    assert_close(ours, expected)
     assert (ours * x).sum(-1).abs().max() < 1e-6  # the scale of the input does not matter
 
 
@@ -139,7 +140,7 @@ def test_the_time_embedding_of_an_iteration_is_its_row_and_past_the_table_the_la
     with torch.no_grad():
         time.table.copy_(torch.arange(3.0)[:, None].expand(3, 8) + 1)
     added = [(time(NEW, loop) - NEW).mean().item() for loop in range(1, 6)]
-    assert added == pytest.approx([1, 2, 3, 3, 3], abs=1e-6)
+    assert added == pytest.approx([1, 2, 3, 3, 3], rel=1e-5)
 
 
 def test_only_the_row_of_the_iteration_is_trained():

@@ -22,6 +22,7 @@ from innerloop.measure.statistics import (
     verdict_of_files,
     wilson,
 )
+from innerloop.text.codec import from_json, to_json
 
 RUNS = 2000
 
@@ -38,6 +39,20 @@ def test_mcnemar_by_hand():
     assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
     assert mcnemar(5, 0) == pytest.approx(2 / 2**5)
     assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10) == mcnemar(9, 1)
+
+
+def test_intervals_of_shares_at_known_values():
+    for interval, hits, n, low, high in (
+        (wilson, 0, 5, 0.0, 0.43448),
+        (wilson, 3, 10, 0.10779, 0.60322),
+        (wilson, 7, 7, 0.64567, 1.0),
+        (wilson, 0, 0, 0.0, 1.0),
+        (clopper_pearson, 0, 10, 0.0, 0.30850),
+        (clopper_pearson, 10, 10, 0.69150, 1.0),
+        (clopper_pearson, 8, 10, 0.44390, 0.97479),
+        (clopper_pearson, 0, 0, 0.0, 1.0),
+    ):
+        assert interval(hits, n) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_the_bootstrap_agrees_with_the_normal_interval_where_there_are_many_rows():
@@ -64,7 +79,7 @@ def test_the_verdict_is_a_sentence():
     assert found.sentence == f"{start}, p = {found.p:.2g} (n = 500)"
     other = verdict(second, first, ("CoT", "LOTUS"))
     assert other.sentence.startswith("CoT is 4.0 points below LOTUS, 95 % interval 0.")
-    assert json.loads(json.dumps(found.as_dict()))["sentence"] == found.sentence
+    assert from_json(Verdict, json.loads(json.dumps(to_json(found)))) == found
 
 
 def test_what_cannot_be_told_apart_is_said_to_be_so():

@@ -14,15 +14,14 @@ import yaml
 
 from innerloop.bench import latency
 from innerloop.errors import InputError
-from innerloop.experiments import jobs as points
-from innerloop.experiments import suite as suites
-from innerloop.experiments.compare import suite_standings, timed
+from innerloop.experiments import jobs
+from innerloop.experiments.compare import suite_rows, timed
 from innerloop.experiments.jobs import run_suite
-from innerloop.experiments.suite import Exam, load_suite, parse_suite, seed_means, suite_report
-from innerloop.experiments.summary import standing_table
+from innerloop.experiments.suite import EvalConfig, load_suite, parse_suite, suite_report
+from innerloop.experiments.summary import by_variant, summary_table
 from innerloop.experiments.workers import Workers, local_workers
-from innerloop.measure.statistics import over_seeds
 from innerloop.methods import METHODS, Slr
+from innerloop.text.codec import to_json
 from innerloop.train.recipe import Recipe
 from tests.models import tiny_model
 
@@ -51,7 +50,7 @@ RAW = {
 
 
 def written(folder: Path, raw: dict) -> Path:
-    """Write a suite whose points go beside it."""
+    """Write a suite whose jobs go beside it."""
     (folder / "suite.yaml").write_text(yaml.safe_dump({**raw, "out": str(folder / "out")}, sort_keys=False))
     return folder / "suite.yaml"
 
@@ -64,14 +63,14 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("file", SUITES, ids=lambda p: p.stem)
 def test_every_suite_loads(file: Path):
     suite = load_suite(file, seeds=[0])
-    assert len(suite.points) == len(suite.variants) > 1
+    assert len(suite.jobs) == len(suite.variants) > 1
     if "smollm2" not in file.stem:  # there the loss is looked at, not the accuracy
         assert len(set(yaml.safe_load(file.read_text())["seeds"])) >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [p for p in SUITES if p.stem.startswith("slr_")], ids=lambda p: p.stem)
-def test_the_first_point_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
+def test_the_first_job_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
     (tmp_path / "text.txt").write_text("any text will do for pre-training, here and there. " * 40)
     is_text = file.stem == "slr_pretraining"
     overrides = ["--task.train", str(tmp_path / "text.txt")] if is_text else []
@@ -83,45 +82,39 @@ def test_the_first_point_of_a_suite_of_slr_runs(file: Path, tmp_path: Path):
         return replace(recipe, train=recipe.train | few, stages=stages)
 
     for warm_up in suite.warm_ups.values():
-        points._train(("warm-up", 0), shortened(warm_up), queue.Queue())
-    key, recipe = next(iter(suite.points.items()))
-    exam = replace(suite.exam, limit=4)
-    points._point(key, shortened(recipe), exam, queue.Queue())
-    assert points._result(recipe, exam)["n"] == 4
+        jobs.train_job(("warm-up", 0), shortened(warm_up), queue.Queue())
+    key, recipe = next(iter(suite.jobs.items()))
+    exam = replace(suite.test, limit=4)
+    jobs.run_job(key, shortened(recipe), exam, queue.Queue())
+    assert json.loads((Path(recipe.out) / "result.json").read_text())["n"] == 4
 
 
 def test_a_variant_changes_what_it_names_and_nothing_else(path: Path):
     suite = load_suite(path)
-    plain, wide, other = (suite.points[name, 1] for name in ("plain", "wide", "other"))
+    plain, wide, other = (suite.jobs[name, 1] for name in ("plain", "wide", "other"))
     assert (plain.method.n_slots, wide.method.n_slots, wide.method.max_loops) == (2, 3, 2)
     assert other.method.name == "pause" and plain.method.name == "slr"
     assert (plain.train["max_steps"], other.train["max_steps"], other.train["batch_size"]) == (3, 1, 4)
-    assert plain.train["seed"] == 1 and suite.points["plain", 0].train["seed"] == 0
-    assert len({recipe.out for recipe in suite.points.values()}) == 6
+    assert plain.train["seed"] == 1 and suite.jobs["plain", 0].train["seed"] == 0
+    assert len({recipe.out for recipe in suite.jobs.values()}) == 6
 
 
-def test_all_points_of_a_seed_start_from_its_warm_up(path: Path):
+def test_jobs_of_a_seed_start_from_its_warm_up_but_for_those_with_a_decoder_of_their_own(path: Path):
     suite = load_suite(path)
-    for (_, seed), recipe in suite.points.items():
+    for (_, seed), recipe in suite.jobs.items():
         assert recipe.backbone.model == suite.warm_ups[seed].out and recipe.backbone.scratch is None
     assert suite.warm_ups[0].backbone.scratch == SCRATCH and suite.warm_ups[1].train["seed"] == 1
     assert suite.warm_ups[0].train["max_steps"] == 2
-
-
-def test_the_warm_up_can_be_a_teacher(path: Path):
     raw = yaml.safe_load(path.read_text())
-    raw["variants"] = {"taught": {"method": {"hid_weight": 1.0, "teacher": "{warm_up}"}}}
-    path.write_text(yaml.safe_dump(raw))
-    suite = load_suite(path)
-    assert suite.points["taught", 1].method.teacher == suite.warm_ups[1].out
-
-
-def test_without_a_warm_up_points_start_from_scratch(path: Path):
-    raw = yaml.safe_load(path.read_text())
-    del raw["warm_up"]
-    path.write_text(yaml.safe_dump(raw))
-    suite = load_suite(path)
-    assert not suite.warm_ups and suite.points["plain", 0].backbone.scratch == SCRATCH
+    taught = {
+        "taught": {"method": {"hid_weight": 1.0, "teacher": "{warm_up}"}},
+        "own": {"backbone": {"scratch": SCRATCH}},
+    }
+    suite = parse_suite({**raw, "variants": taught})
+    assert suite.jobs["taught", 1].method.teacher == suite.warm_ups[1].out
+    assert suite.jobs["own", 0].backbone.scratch == SCRATCH and suite.jobs["own", 0].backbone.model is None
+    suite = parse_suite({**raw, "warm_up": None})
+    assert not suite.warm_ups and suite.jobs["plain", 0].backbone.scratch == SCRATCH
 
 
 @pytest.mark.parametrize(
@@ -143,6 +136,12 @@ def test_without_a_warm_up_points_start_from_scratch(path: Path):
         ({"variants": {"a": {"test": {"samples": 2, "temperature": 0}}}}, "variant 'a': 2 samples at temperature 0"),
         ({"test": {"samples": 2, "controls": True}}, "controls and stability are of one answer"),
         ({"test": {"beams": 2, "stability": True}}, "controls and stability are of one answer"),
+        ({"grid": {"method.max_loops": [1]}}, "lists variants or has a grid, not both"),
+        ({"variants": None, "grid": []}, "grid lists the values of fields"),
+        ({"variants": None, "grid": {"train.seed": [1, 2]}}, "cannot go over train.seed; list seeds"),
+        ({"variants": None, "grid": {"method.alpha": "0..1"}}, "has a range"),
+        ({"variants": None, "grid": {"method.max_lops": [1]}}, "variant 'max_lops=1': method.max_lops"),
+        ({"variants": {"warm_up": {}}}, "no variant may be called warm_up"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(path: Path, changes: dict, words: str):
@@ -154,13 +153,13 @@ def test_mistakes_are_named_before_anything_is_trained(path: Path, changes: dict
 
 
 def in_this_process(suite, skip=()) -> list[dict]:
-    """Train and test the points of a suite here, all but those of some variants; return what `run_suite` then finds."""
+    """Train and test the jobs of a suite here, all but those of some variants; return what `run_suite` then finds."""
     messages: queue.Queue = queue.Queue()
     for seed, recipe in suite.warm_ups.items():
-        points._train(("warm-up", seed), recipe, messages)
-    chosen = {key: recipe for key, recipe in suite.points.items() if key[0] not in skip}
+        jobs.train_job(("warm-up", seed), recipe, messages)
+    chosen = {key: recipe for key, recipe in suite.jobs.items() if key[0] not in skip}
     for key, recipe in chosen.items():
-        points._point(key, recipe, suite.exam, messages)
+        jobs.run_job(key, recipe, suite.test, messages)
     seen = list(messages.queue)
     assert {key for key, _, _ in seen} == {*chosen, *(("warm-up", seed) for seed in suite.warm_ups)}
     return [] if skip else run_suite(suite)
@@ -169,13 +168,13 @@ def in_this_process(suite, skip=()) -> list[dict]:
 def test_the_change_of_a_state_leaves_out_what_is_too_long_and_is_json_where_it_diverges():
     model = tiny_model(Slr(n_slots=2, max_loops=2))
     asked = ["1 ; + 1", " ".join(["1"] * 1000)]
-    assert all(0 < change < 9 for change in points._change(model, asked, 3))
+    assert all(0 < change < 9 for change in jobs.change_by_loop(model, asked, 3))
     with torch.no_grad():
         model.backbone.lm.get_input_embeddings().weight.fill_(math.nan)
-    assert points._change(model, asked, 3) == [None, None, None]
+    assert jobs.change_by_loop(model, asked, 3) == [None, None, None]
 
 
-def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
+def test_jobs_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     suite = load_suite(path, seeds=[3])
     results = in_this_process(suite)
     assert [(r["variant"], r["seed"], r["n"]) for r in results] == [("plain", 3, 5), ("wide", 3, 5), ("other", 3, 5)]
@@ -183,47 +182,46 @@ def test_points_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     assert [int(n) for n in results[0]["loops"]] == [1, 3] and "loops" not in results[2]
     assert len(results[0]["change"]) == 3
     assert [r.get("diverged") for r in results] == [0.0, 0.0, None]
-    kept = json.loads((Path(suite.points["wide", 3].out) / "stability.json").read_text())
+    kept = json.loads((Path(suite.jobs["wide", 3].out) / "stability.json").read_text())
     assert kept["n"] == 5 and [entry["loop"] for entry in kept["loops"]] == [1, 2]
     assert list(results[0]["also"]["longer"]) == ["trained", "1", "3"]
     assert list(results[2]["also"]["longer"]) == ["trained"]
     assert not list((path.parent / "out").rglob("checkpoint-*"))
-    monkeypatch.setattr(points, "_run_pool", lambda suite, missing, *rest: {key: "ran" for key in missing})
+    monkeypatch.setattr(jobs, "_run_pool", lambda suite, missing, *rest: {key: "ran" for key in missing})
     assert run_suite(suite) == results
     report = suite_report(yaml.safe_load(path.read_text()), results)
     assert len(report["points"]) == 3 and "versions" in report and "model" not in json.dumps(report["points"])
     assert report["suite"]["variants"] == RAW["variants"] and "out" not in report["suite"]
-    assert [row["variant"] for row in seed_means(results, 4)] == ["plain", "wide", "other"]
-    assert standing_table(suite_standings(suite, results)).row_count == 3
+    assert summary_table(suite_rows(suite, results)).row_count == 3
 
 
-def test_a_result_of_another_command_is_not_taken_for_a_points(path: Path):
+def test_a_result_of_another_command_is_not_taken_for_a_jobs(path: Path):
     suite = load_suite(path)
-    out = Path(suite.points["plain", 0].out)
+    out = Path(suite.jobs["plain", 0].out)
     out.mkdir(parents=True)
     (out / "result.json").write_text(json.dumps({"accuracy": 1.0}))
-    assert points._result(suite.points["plain", 0], suite.exam) is None
+    assert jobs.known_result(suite, ("plain", 0)) is None
 
 
 @pytest.mark.slow
-def test_a_point_that_fails_stops_no_other(path: Path):
+def test_a_job_that_fails_stops_no_other(path: Path):
     raw = yaml.safe_load(path.read_text())
     raw["variants"] = {"plain": {}, "too long": {"train": {"max_length": 1}}}
     path.write_text(yaml.safe_dump(raw))
     plain, failed = run_suite(load_suite(path, seeds=[0]))
     assert plain["n"] == 5 and "longer than max_length" in failed["error"] and "accuracy" not in failed
-    assert [row["variant"] for row in seed_means([plain, failed], 4)] == ["plain"]
+    assert [row.name for row in by_variant([plain, failed])] == ["plain"]
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_fails_its_own_job_alone():
     with local_workers(1) as workers:
-        jobs = [
+        handed = [
             workers.submit(function, *given) for function, given in ((os.getpid, ()), (os._exit, (1,)), (abs, (-2,)))
         ]
-        assert jobs[0].result() != os.getpid() and jobs[2].result() == 2
+        assert handed[0].result() != os.getpid() and handed[2].result() == 2
         with pytest.raises(InputError, match="killed, as happens where memory runs out"):
-            jobs[1].result()
+            handed[1].result()
 
 
 @contextmanager
@@ -252,11 +250,9 @@ def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeyp
         "search": {"of": "plain", "test": {"beams": 2}},
     }
     suite = parse_suite(raw)
-    assert suite.exam_of("plain") == suite.exam and suite.exam_of("search").attempts.beams == 2
+    assert suite.test_of("plain") == suite.test and suite.test_of("search").attempts.beams == 2
     trained = []
-    monkeypatch.setattr(
-        points, "run_recipe", lambda r, before=points.run_recipe, **o: (trained.append(r), before(r, **o))
-    )
+    monkeypatch.setattr(jobs, "run_recipe", lambda r, before=jobs.run_recipe, **o: (trained.append(r), before(r, **o)))
     results = {r["variant"]: r for r in run_suite(suite, on=here)}
     out = Path(raw["out"])
     assert list(results) == list(raw["variants"]) and [r.out for r in trained] == [str(out / "plain" / "0")]
@@ -272,14 +268,14 @@ def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeyp
     ]
     assert drawn[0] == drawn[1] and all(len(samples) == 3 for samples in drawn[0])
 
-    standings = suite_standings(suite, list(results.values()))
-    runs = {s.name: Path(suite.run_of(s.name, 0)) for s in standings}
-    tried = {s.name: suite.exam_of(s.name).attempts for s in standings}
-    task = suite.points["plain", 0].task
+    found = suite_rows(suite, list(results.values()))
+    runs = {s.name: Path(suite.run_of(s.name, 0)) for s in found}
+    tried = {s.name: suite.test_of(s.name).attempts for s in found}
+    task = suite.jobs["plain", 0].task
     monkeypatch.setattr(latency, "REPEATS", 1)
     monkeypatch.setattr(latency, "peak_memory", lambda job, device: 0)
-    rows = timed(standings, task, [e.question for e in task.examples("test", 1)], out, runs, tried)
-    assert standing_table(rows).row_count == 4 and all(row.seconds > 0 for row in rows)
+    rows = timed(found, task, [e.question for e in task.examples("test", 1)], out, runs, tried)
+    assert summary_table(rows).row_count == 4 and all(row.seconds > 0 for row in rows)
     assert set(json.loads((out / "times.json").read_text())["attempts"]) == {"vote", "best", "search"}
 
     timed(rows, task, [e.question for e in task.examples("test", 1)], out, runs)
@@ -288,10 +284,12 @@ def test_other_ways_of_answering_are_rows_that_train_nothing(path: Path, monkeyp
     run_suite(suite, on=here)
     assert len(trained) == 1  # nothing is answered again either, until the run is another
     for changes in ({"plain": {}, "more": {}, "vote": {"of": "more", "test": vote}}, {"vote": {"test": vote}}):
-        assert points._known(parse_suite({**raw, "variants": changes}), ("vote", 0)) is None  # it is of another run now
+        assert (
+            jobs.known_result(parse_suite({**raw, "variants": changes}), ("vote", 0)) is None
+        )  # it is of another run now
     later = (out / "search" / "0" / "result.json").stat().st_mtime + 5
     os.utime(out / "plain" / "0" / "checkpoint" / "innerloop.json", (later, later))
-    assert [points._known(suite, (name, 0)) is None for name in raw["variants"]] == [True, False, True, True]
+    assert [jobs.known_result(suite, (name, 0)) is None for name in raw["variants"]] == [True, False, True, True]
 
 
 def test_what_answers_with_a_run_that_failed_fails_for_its_reason(path: Path):
@@ -302,26 +300,15 @@ def test_what_answers_with_a_run_that_failed_fails_for_its_reason(path: Path):
     assert vote["error"] == f"'plain' failed, whose run it answers with: {plain['error']}"
 
 
-def test_a_suite_whose_points_end_with_running_text_is_refused_before_anything_is_trained(path: Path):
+def test_a_suite_whose_jobs_end_with_running_text_is_refused_before_anything_is_trained(path: Path):
     raw = {**yaml.safe_load(path.read_text()), "task": {"name": "text", "train": "any.txt"}}
     with pytest.raises(InputError, match="variant 'plain' ends with task 'text', which has no right answers"):
         run_suite(parse_suite(raw), on=here)
 
 
-def test_points_tested_before_there_were_attempts_are_not_tested_again():
+def test_jobs_tested_before_there_were_attempts_are_not_tested_again():
     old = {"variant": "a", "exam": {"split": "test", "limit": None, "loops": [], "also": {}, "controls": False}}
-    assert points._is_same(old, Exam()) and not points._is_same(old, Exam(samples=2))
-
-
-def test_means_over_seeds_by_hand():
-    mean, half = over_seeds([0.5, 0.6, 0.7])
-    assert mean == pytest.approx(0.6) and half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
-    assert over_seeds([0.4]) == (0.4, math.inf)
-    point = {"variant": "a", "cost": {**dict.fromkeys(suites.COSTS, 2.0), "seconds": {"answer": 0.5, "thought": 0.25}}}
-    points = [{**point, "accuracy": a, "loops": {"1": {"accuracy": a}, "2": {"accuracy": 1.0}}} for a in (0.2, 0.4)]
-    (row,) = seed_means(points, 100)
-    assert row["accuracy"] == pytest.approx(0.3) and row["passes"] == 2.0 and row["seconds"] == 0.75
-    assert row["loops"] == {1: pytest.approx(0.3), 2: 1.0}
+    assert jobs.is_same_test(old, EvalConfig()) and not jobs.is_same_test(old, EvalConfig(samples=2))
 
 
 def test_a_grid_stands_in_place_of_variants(path: Path):
@@ -329,75 +316,49 @@ def test_a_grid_stands_in_place_of_variants(path: Path):
     del raw["variants"]
     raw["grid"] = {"method.max_loops": [1, 2], "train.learning_rate": "1e-3,1e-2"}
     suite = parse_suite(raw)
-    assert len(suite.points) == 8 and [axis.field for axis in suite.axes] == list(raw["grid"])
-    point = suite.points["max_loops=2, learning_rate=0.01", 1]
-    assert (point.method.max_loops, point.train["learning_rate"], point.train["seed"]) == (2, 0.01, 1)
-    assert point.backbone.model == suite.warm_ups[1].out
+    assert len(suite.jobs) == 8
+    job = suite.jobs["max_loops=2, learning_rate=0.01", 1]
+    assert (job.method.max_loops, job.train["learning_rate"], job.train["seed"]) == (2, 0.01, 1)
+    assert job.backbone.model == suite.warm_ups[1].out
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"grid": {"method.max_loops": [1]}}, "lists variants or has a grid, not both"),
-        ({"variants": None, "grid": []}, "grid lists the values of fields"),
-        ({"variants": None, "grid": {"train.seed": [1, 2]}}, "cannot go over train.seed; list seeds"),
-        ({"variants": None, "grid": {"method.alpha": "0..1"}}, "has a range"),
-        ({"variants": None, "grid": {"method.max_lops": [1]}}, "variant 'max_lops=1': method.max_lops"),
-        ({"variants": {"warm_up": {}}}, "no variant may be called warm_up"),
-    ],
-)
-def test_mistakes_in_grids_are_named(path: Path, changes: dict, words: str):
-    raw = {k: v for k, v in {**yaml.safe_load(path.read_text()), **changes}.items() if v is not None}
-    with pytest.raises(InputError) as error:
-        parse_suite(raw)
-    assert words in str(error.value)
-
-
-def test_a_variant_with_a_decoder_of_its_own_does_not_start_from_the_warm_up(path: Path):
-    raw = yaml.safe_load(path.read_text())
-    raw["variants"] = {"own": {"backbone": {"scratch": SCRATCH}}, "plain": {}}
-    suite = parse_suite(raw)
-    assert suite.points["own", 0].backbone.scratch == SCRATCH and suite.points["own", 0].backbone.model is None
-    assert suite.points["plain", 0].backbone.model == suite.warm_ups[0].out
-
-
-def test_a_folder_with_points_of_another_recipe_is_refused_and_one_that_was_moved_is_not(path: Path):
+def test_a_folder_with_jobs_of_another_recipe_is_refused_and_one_that_was_moved_is_not(path: Path):
     raw = {**yaml.safe_load(path.read_text()), "seeds": [0]}
     suite = parse_suite(raw)
-    for recipe in [*suite.warm_ups.values(), *suite.points.values()]:
+    for recipe in [*suite.warm_ups.values(), *suite.jobs.values()]:
         recipe.save(Path(recipe.out) / "config.yaml")
-    points.check_points(suite)
+    jobs.check_jobs(suite)
     with pytest.raises(InputError, match=r"wide.0 was trained with another recipe \(method differ\)"):
-        points.check_points(parse_suite({**raw, "variants": {"wide": {"method": {"n_slots": 4}}}}))
-    points.check_points(parse_suite({**raw, "train": {**raw["train"], "logging_steps": 7}}))
+        jobs.check_jobs(parse_suite({**raw, "variants": {"wide": {"method": {"n_slots": 4}}}}))
+    jobs.check_jobs(parse_suite({**raw, "train": {**raw["train"], "logging_steps": 7}}))
     Path(raw["out"]).rename(path.parent / "moved")
-    points.check_points(parse_suite({**raw, "out": str(path.parent / "moved")}))
+    jobs.check_jobs(parse_suite({**raw, "out": str(path.parent / "moved")}))
     with pytest.raises(InputError, match=r"train.max_stepz is not a training argument"):
-        points.check_points(parse_suite({**raw, "train": {"max_stepz": 1}}))
+        jobs.check_jobs(parse_suite({**raw, "train": {"max_stepz": 1}}))
 
 
-def test_a_point_is_tested_again_where_the_exam_is_another(path: Path):
+def test_a_job_is_tested_again_where_the_test_is_another(path: Path):
     suite = load_suite(path)
-    recipe = suite.points["plain", 0]
+    recipe = suite.jobs["plain", 0]
     Path(recipe.out).mkdir(parents=True)
-    result = {"variant": "plain", "exam": points._written(suite.exam)}
+    result = {"variant": "plain", "exam": to_json(suite.test), "model": recipe.out}
     (Path(recipe.out) / "result.json").write_text(json.dumps(result))
-    assert points._result(recipe, suite.exam) == result
-    assert points._result(recipe, suites.Exam(limit=4)) is None
+    assert jobs.known_result(suite, ("plain", 0)) == result
+    assert jobs.known_result(replace(suite, test=EvalConfig(limit=4)), ("plain", 0)) is None
 
 
 def test_one_suite_has_all_methods():
     suite = load_suite("recipes/suites/chain-all.yaml", seeds=[0])
-    assert {recipe.method.name for recipe in suite.points.values()} == set(METHODS)
-    assert suite.exam.controls
+    assert {recipe.method.name for recipe in suite.jobs.values()} == set(METHODS)
+    assert suite.test.controls
 
 
-def test_a_point_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, monkeypatch):
+def test_a_job_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, monkeypatch):
     suite = load_suite(path, seeds=[0])
     messages: queue.Queue = queue.Queue()
-    points._train(("warm-up", 0), suite.warm_ups[0], messages)
-    recipe = suite.points["plain", 0]
-    ended, log = points._Report.on_step_end, []
+    jobs.train_job(("warm-up", 0), suite.warm_ups[0], messages)
+    recipe = suite.jobs["plain", 0]
+    ended, log = jobs._Report.on_step_end, []
 
     def interrupt(self, args, state, control, **_):
         log.append(state.global_step)
@@ -405,9 +366,9 @@ def test_a_point_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, mo
             os.kill(os.getpid(), signal.SIGINT)
         ended(self, args, state, control)
 
-    monkeypatch.setattr(points._Report, "on_step_end", interrupt)
+    monkeypatch.setattr(jobs._Report, "on_step_end", interrupt)
     with pytest.raises(InputError, match="interrupted; run the suite again"):
-        points._point(("plain", 0), recipe, suite.exam, messages)
-    points._point(("plain", 0), recipe, suite.exam, messages)
-    assert log == [1, 2, 3] and points._result(recipe, suite.exam)["n"] == 5
+        jobs.run_job(("plain", 0), recipe, suite.test, messages)
+    jobs.run_job(("plain", 0), recipe, suite.test, messages)
+    assert log == [1, 2, 3] and jobs.known_result(suite, ("plain", 0))["n"] == 5
     assert not list(Path(recipe.out).rglob("checkpoint-*"))

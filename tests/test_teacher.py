@@ -11,6 +11,7 @@ from innerloop.errors import InputError
 from innerloop.methods import SpiralThinker
 from innerloop.model.teacher_cache import TeacherCache, positions
 from innerloop.text.row import Row
+from tests.close import assert_close
 from tests.methods.tools import MIXED, change
 from tests.models import tiny_model
 
@@ -40,7 +41,7 @@ def assert_holds_the_states(found: TeacherCache, rows: list[Row]) -> None:
         states = found.states_of(row)
         assert sorted(states) == positions(row)
         for at, state in states.items():
-            torch.testing.assert_close(state, torch.stack([layer[0, at] for layer in layers]), atol=1e-5, rtol=0)
+            assert_close(state, torch.stack([layer[0, at] for layer in layers]))
 
 
 def test_states_are_the_teachers_also_when_the_data_come_in_another_order(model, tmp_path: Path):

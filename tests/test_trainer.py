@@ -13,14 +13,15 @@ import torch
 from transformers import TrainerCallback
 
 from innerloop.decoder import adapters
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, SimCot, Slr
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 from innerloop.train.trainer import DivergedError, LatentTrainer
 from innerloop.train.training_arguments import training_arguments
+from tests.close import assert_close
 from tests.models import chain_examples, tiny_model
 
 TASK = Chain(n_ops=3)
@@ -100,7 +101,7 @@ def test_a_resumed_lora_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: P
     def adapted() -> LatentModel:
         torch.manual_seed(0)
         model = tiny_model(Pause(n_pauses=2))
-        adapters.add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 2})
+        adapters.add_lora(model.backbone, model.marker_ids(), {"r": 2})
         return model
 
     make_trainer(tmp_path / "whole", adapted()).train()
@@ -118,15 +119,15 @@ def test_gradient_accumulation_takes_the_mean_over_the_global_batch(tmp_path: Pa
     make_trainer(tmp_path / "one", one, uneven, batch_size=8, max_steps=2).train()
     make_trainer(tmp_path / "parts", parts, uneven, batch_size=2, max_steps=2, gradient_accumulation_steps=4).train()
     if method is not STAGED:  # stage mixing draws by place in the micro-batch
-        torch.testing.assert_close(logged(tmp_path / "parts"), logged(tmp_path / "one"), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(weights(parts), weights(one), rtol=1e-4, atol=1e-5)
+        assert_close(logged(tmp_path / "parts"), logged(tmp_path / "one"))
+        assert_close(weights(parts), weights(one))
     assert len(logged(tmp_path / "parts")) == 2
 
 
 def test_the_terms_of_the_loss_and_the_stage_are_logged(tmp_path: Path):
     make_trainer(tmp_path / "slr", tiny_model(Slr(n_slots=3, max_loops=2, step_weight=0.5)), max_steps=2).train()
     answer, step, loss = (logged(tmp_path / "slr", key) for key in ("loss_answer", "loss_step", "loss"))
-    torch.testing.assert_close(torch.tensor(loss), torch.tensor(answer) + 0.5 * torch.tensor(step))
+    assert_close(torch.tensor(loss), torch.tensor(answer) + 0.5 * torch.tensor(step))
     make_trainer(tmp_path / "coconut", tiny_model(STAGED)).train()
     assert logged(tmp_path / "coconut", "stage") == [0, 0, 0, 1, 1, 1, 2, 2]
 
@@ -199,14 +200,14 @@ def test_what_a_depth_method_measures_is_logged(tmp_path: Path, method: Method, 
     wanted = torch.cat([measured[name].flatten() for name in dict.fromkeys(n.rstrip("_12") for n in names)]).float()
     make_trainer(tmp_path / "one", copy.deepcopy(model), examples, batch_size=8, max_steps=2).train()
     first, second = (torch.tensor([logged(tmp_path / "one", name)[step] for name in names]) for step in (0, 1))
-    torch.testing.assert_close(first, wanted)
+    assert_close(first, wanted)
     if names[-1] != "load_2":
         return
     make_trainer(
         tmp_path / "parts", model, examples, gradient_accumulation_steps=2, max_steps=2, logging_steps=2
     ).train()
     ((one, two),) = zip(*(logged(tmp_path / "parts", name) for name in names[2:]))
-    torch.testing.assert_close(2 * torch.tensor([one, two]), ((first + second) / 2)[2:])  # means over micro-batches
+    assert_close(2 * torch.tensor([one, two]), ((first + second) / 2)[2:])  # means over micro-batches
 
 
 def test_a_loss_far_above_guessing_stops_the_run(tmp_path: Path):
@@ -264,7 +265,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_untouched(tmp_path: Path, m
 
 def test_lora_trains_low_rank_updates_and_marker_rows_alone(tmp_path: Path):
     model = tiny_model(Pause(n_pauses=2))
-    adapters.add_lora(model.backbone, model.tokenizer, model.method.markers, {"r": 2})
+    adapters.add_lora(model.backbone, model.marker_ids(), {"r": 2})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -373,7 +374,7 @@ def copies(model: LatentModel) -> dict:
 
 def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
+    adapters.freeze(model.backbone, model.marker_ids())
     before = copies(model)
     make_trainer(tmp_path, model, max_steps=3).train()
     changed = trained_names(before, model)
@@ -381,7 +382,7 @@ def test_a_frozen_backbone_stays_as_it_is_but_for_the_rows_of_markers(tmp_path: 
     assert all(name.startswith("loop.") or "trainable_tokens" in name for name in changed)
     loaded = LatentModel.from_pretrained(tmp_path / "checkpoint")
     example = list(chain_examples(2, 3))
-    torch.testing.assert_close(loaded.answer_logits(example)[0], model.answer_logits(example)[0], rtol=1e-4, atol=1e-5)
+    assert_close(loaded.answer_logits(example)[0], model.answer_logits(example)[0])
 
 
 CHOOSING = Slr(n_slots=2, max_loops=2, decoder="linear", classes=("0", "1", "2", "3", "4"))
@@ -406,7 +407,7 @@ def test_a_decoder_is_trained_validated_and_saved(method, tmp_path: Path):
 def test_a_decoder_is_trained_on_a_frozen_backbone_with_the_rate_of_the_parts(method, tmp_path: Path):
     for rate, moves in ((1e-2, True), (0.0, False)):
         model = tiny_model(method)
-        adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
+        adapters.freeze(model.backbone, model.marker_ids())
         before = copies(model)
         make_trainer(tmp_path / str(rate), model, max_steps=2, parts_learning_rate=rate, learning_rate=1e-2).train()
         changed = trained_names(before, model)
@@ -426,7 +427,7 @@ def test_accumulated_micro_batches_of_a_decoder_have_the_loss_of_the_whole(metho
 
 def test_a_frozen_backbone_may_train_from_a_step_on(tmp_path: Path):
     model = tiny_model(ADAPTED)
-    adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
+    adapters.freeze(model.backbone, model.marker_ids())
     before, seen = copies(model), {}
 
     class Look(TrainerCallback):

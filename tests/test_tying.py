@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from innerloop.decoder.backbone import Backbone
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Cot, Looped, Method, RelaxedRecursive
 from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
-from innerloop.model.checkpoint import from_scratch
-from innerloop.model.model import LatentModel
-from tests.models import answers_of, chain_tokenizer, random_ids, tiny_backbone
+from tests.close import assert_close
+from tests.models import answers_of, chain_tokenizer, from_scratch, random_ids, tiny_backbone
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.2}
 OTHERS = {
@@ -35,7 +35,7 @@ def test_a_stack_may_be_put_together_anew(arch: str):
         for layer in order:
             states = backbone(states, layers=range(layer, layer + 1), positions_BL=at, inner=True)
         rebuild(backbone, [[layer] for layer in order])
-        torch.testing.assert_close(backbone(backbone.embed(ids)), backbone.norm(states), atol=1e-5, rtol=1e-5)
+        assert_close(backbone(backbone.embed(ids)), backbone.norm(states))
     assert backbone.n_layers == backbone.config.num_hidden_layers == 4
     assert (getattr(backbone.config, "layer_types", None) or ["any"] * 4) == [kinds[layer] for layer in order]
     weights = [next(iter(backbone.layers[place].parameters())) for place in (1, 2)]
@@ -57,7 +57,7 @@ def test_the_mean_is_taken_of_weights_and_the_shape_of_a_kind():
     full = backbone.layers[1].self_attn.is_sliding
     rebuild(backbone, [[0, 2], [0]], kinds=[0, 1])
     for name, tensor in backbone.layers[0].state_dict().items():
-        torch.testing.assert_close(tensor, (first[name] + last[name]) / 2)
+        assert_close(tensor, (first[name] + last[name]) / 2)
     assert all(torch.equal(tensor, first[name]) for name, tensor in backbone.layers[1].state_dict().items())
     assert backbone.config.layer_types == ["sliding_attention", "full_attention"]
     assert backbone.layers[1].self_attn.is_sliding == full != backbone.layers[0].self_attn.is_sliding
@@ -104,7 +104,7 @@ def test_other_decoders_loop_and_are_relaxed(arch):
     plain = answers_of(model)
     assert torch.equal(answers_of(LatentModel(model.backbone, model.tokenizer, Looped(max_loops=1)).eval()), plain)
     backbone, method = Backbone(copy.deepcopy(model.backbone.lm)), RelaxedRecursive(rank=1000)
-    start = method.convert(backbone)
+    start = method.convert(backbone, None)
     relaxed = LatentModel(backbone, model.tokenizer, method).eval()
     torch.nn.ModuleDict(relaxed.parts()).load_state_dict(start, strict=False)
-    torch.testing.assert_close(answers_of(relaxed), plain, atol=1e-4, rtol=1e-4)
+    assert_close(answers_of(relaxed), plain, 1e-4)

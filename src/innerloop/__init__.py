@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError
 from innerloop.methods import (
@@ -26,7 +27,6 @@ from innerloop.methods import (
     SpiralThinker,
     Tah,
 )
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain, Gsm8k, ProsQA
 from innerloop.text.examples import Example, read_examples, write_examples
 from innerloop.train.trainer import LatentTrainer

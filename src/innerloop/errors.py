@@ -1,7 +1,9 @@
 """The one exception for what a user can mend: the command line prints it as one sentence, without a traceback."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,12 +24,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def check_choices(settings: Any) -> None:
     """Refuse a dataclass with a field that is none of its Literal type's choices."""
-    for name, hint in get_type_hints(type(settings)).items():
+    for name, known in _choices(settings.__class__).items():
         value = getattr(settings, name, None)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            choices = [str(choice) for choice in get_args(hint)]
+        if value not in known:
+            choices = [str(choice) for choice in known]
             near = nearest(str(value), choices)
             raise InputError(f"{name} is '{value}'{near}; choose one of {', '.join(choices)}")
+
+
+@functools.cache
+def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
+    """Return the choices of each field of a dataclass that has a Literal type."""
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
 
 
 def refuse(*problems: tuple[bool, str]) -> None:
@@ -74,7 +82,7 @@ def told_type(kind: Any) -> str:
         origin, inner = get_origin(part) or part, get_args(part)
         if origin is Literal:
             told.append(f"one of {', '.join(map(str, inner))}")
-        elif isinstance(origin, type) and issubclass(origin, Mapping):
+        elif is_dataclass(origin) or (isinstance(origin, type) and issubclass(origin, Mapping)):
             told.append("fields, as {name: value}")
         elif isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str:
             item = inner[0] if inner else str

@@ -41,7 +41,7 @@ def results(method: Method) -> dict[str, Any]:
     """Run a method on the shared backbone, nothing of it at zero, and return its results."""
     torch.manual_seed(0)
     model = LatentModel(still().backbone, still().tokenizer, method).double()
-    model._teacher.append(still(seed=1))
+    model._frozen["teacher"] = still(seed=1)
     stir(model)
     plan, rows, trace = method.curriculum, model.rows(MIXED), Trace()
     n_loops = thought_of(model.eval(), MIXED, trace).loop.n_loops

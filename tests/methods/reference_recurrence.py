@@ -14,7 +14,8 @@ from innerloop import LatentModel, RecurrentDepth
 from innerloop.decoder.cost import Meter
 from innerloop.methods.depth.initial_state import noise_at
 from innerloop.passes.context import Context
-from innerloop.passes.ragged import Deep
+from innerloop.passes.depth_run import DepthRun
+from innerloop.passes.tokens import PassOutput
 from tests.models import WIDTH, random_ids, tiny_model
 
 LENGTH = 9
@@ -53,15 +54,15 @@ def read(
     wanted: Tensor | None = None,
     pieces: Sequence[int] | None = None,
     meter: Meter | None = None,
-) -> tuple[Tensor, Context, list[Deep]]:
+) -> tuple[Tensor, Context, list[PassOutput]]:
     """Read ids (B, L) in pieces; return the logits (B, L, V), the context and what each pass gave."""
-    context, logits = Context(model.backbone, len(ids), meter, depth=model.depth), []
-    context.wanted_BS = wanted
+    context, logits = Context(model.backbone, len(ids), meter, depth=DepthRun(model.depth)), []
+    context.depth.wanted_BS = wanted
     pieces = [ids.shape[1]] if pieces is None else list(pieces)
     masks = [None] * len(pieces) if mask is None else mask.split(pieces, dim=1)
     for part, part_mask in zip(ids.split(pieces, dim=1), masks, strict=True):
         logits.append(model.backbone.head(context.read(model.backbone.embed(part), part_mask)))
-    return torch.cat(logits, dim=1), context, list(context.deep)
+    return torch.cat(logits, dim=1), context, list(context.depth.passes)
 
 
 def assert_sees_no_later_token(model: LatentModel, **options) -> None:
@@ -74,7 +75,7 @@ def assert_sees_no_later_token(model: LatentModel, **options) -> None:
         assert (changed[:at] <= 1e-5).all() and changed[at] > 1e-4 and (changed[at + 1 :] > 1e-4).any()
 
 
-def depths_of(deep: Sequence[Deep]) -> list[int]:
+def depths_of(deep: Sequence[PassOutput]) -> list[int]:
     """Return the iterations of the tokens of one row."""
     return torch.cat([one.depths_BL for one in deep], dim=1)[0].tolist()
 

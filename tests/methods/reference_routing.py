@@ -10,6 +10,7 @@ from innerloop import LatentModel
 from innerloop.decoder.cost import Meter
 from innerloop.decoder.masks import visible
 from innerloop.passes.context import Context
+from innerloop.passes.depth_run import DepthRun
 from tests.methods.tools import ROUNDED
 from tests.models import random_ids
 
@@ -27,7 +28,7 @@ IDS = some_ids(1, LENGTH, seed=3)
 
 def opened(model: LatentModel, n_rows: int = 1, meter: Meter | None = None) -> Context:
     """Return a context that has read nothing."""
-    return Context(model.backbone, n_rows, meter, depth=model.depth)
+    return Context(model.backbone, n_rows, meter, depth=DepthRun(model.depth))
 
 
 def read(model: LatentModel, ids: Tensor, mask: Tensor | None = None, meter: Meter | None = None):
@@ -40,7 +41,7 @@ def read_embeds(model: LatentModel, embeds: Tensor, mask: Tensor | None = None, 
     """Read embeddings (B, L, D) in one pass."""
     context = opened(model, len(embeds), meter)
     states = context.read(embeds, mask)
-    return model.backbone.head(states), context, context.deep[-1]
+    return model.backbone.head(states), context, context.depth.passes[-1]
 
 
 def leak(model: LatentModel, ids: Tensor) -> tuple[float, float]:

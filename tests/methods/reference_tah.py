@@ -13,6 +13,7 @@ from torch import Tensor
 from innerloop import LatentModel
 from innerloop.methods.depth.duo_attention import DuoCache
 from innerloop.passes.context import Context
+from innerloop.passes.depth_run import DepthRun
 
 Pair = tuple[int, int]  # token, depth
 
@@ -88,8 +89,8 @@ def read(
     mask_BL: Tensor | None = None,
 ) -> tuple[Tensor, Context]:
     """Read rows in passes of so many tokens (None: one pass); return the logits (B, L, V) and the context."""
-    context = Context(model.backbone, len(ids_BL), depth=model.depth)
-    context.wanted_BS = depths_BL
+    context = Context(model.backbone, len(ids_BL), depth=DepthRun(model.depth))
+    context.depth.wanted_BS = depths_BL
     states, start = [], 0
     for n in parts or [ids_BL.shape[1]]:
         mask = None if mask_BL is None else mask_BL[:, start : start + n]

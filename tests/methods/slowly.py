@@ -27,7 +27,7 @@ def assert_terms_of_the_reference(model: LatentModel, slow: Reference, *stages: 
     out, terms = model(model.batch(rows)), slow.terms(list(MIXED), *stages)
     assert out.terms.keys() == terms.keys()
     for name, term in terms.items():
-        assert_close(out.terms[name], term.detach(), 5e-6)
+        assert_close(out.terms[name], term.detach())
     expected = sum(model.method.term_weights[name] * term for name, term in terms.items())
     assert_same_gradients(gradients(model, out.loss), gradients(model, expected))
 

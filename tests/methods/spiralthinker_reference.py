@@ -40,7 +40,7 @@ def student(arch: str = "gpt2", method: SpiralThinker = SPIRAL, stirred: bool = 
     if stirred:
         stir(model)
     if method.hid_weight > 0:
-        model._teacher.append(known(arch, 5))
+        model._frozen["teacher"] = known(arch, 5)
     return model.eval()
 
 
@@ -83,7 +83,7 @@ class Spiral(Reference):
     def __init__(self, model: LatentModel):
         super().__init__(model)
         self.rescale = model.loop.rescale
-        self.teacher = model._teacher[0].backbone.lm if model._teacher else None
+        self.teacher = model._frozen["teacher"].backbone.lm if model._frozen else None
         self.read_blocks: list[tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]] = []
 
     @property

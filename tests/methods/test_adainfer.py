@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
-from innerloop.calibrate.loop_scan import survey, use_rule
+from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods.depth.exit_pass import ExitCache
+from innerloop.model.stopping import use_rule
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
+from tests.close import assert_close
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change
 from tests.models import random_ids, tiny_model
 
@@ -59,7 +61,7 @@ def read(
     """Read whole rows; ``wanted_BS`` says how many sections each token shall run."""
     batch = model.batch(model.rows(examples))
     context = model.new_context(batch, meter)
-    context.wanted_BS = wanted_BS
+    context.depth.wanted_BS = wanted_BS
     with torch.no_grad():
         thought = model.think(batch, context=context)
         model.written_logits(batch, thought)
@@ -70,7 +72,7 @@ def logits_with(model: LatentModel, examples, wanted_BS: Tensor) -> list[Tensor]
     """Return the logits of what is written when tokens leave after known numbers of sections."""
     batch = model.batch(model.rows(examples))
     context = model.new_context(batch)
-    context.wanted_BS = wanted_BS
+    context.depth.wanted_BS = wanted_BS
     with torch.no_grad():
         return list(model.written_logits(batch, model.think(batch, context=context)).split(batch.n_targets))
 
@@ -134,7 +136,7 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
     model = on(base(arch), change(LEAVES, stop_threshold=math.inf))
     ids = random_ids(1, 9) % model.backbone.config.vocab_size
     context = model.new_context(model.batch(model.rows(MIXED[:1])))
-    context.asked_B = None
+    context.depth.asked_B = None
     with torch.no_grad():
         states = context.read(model.backbone.embed(ids))
         theirs = model.backbone.lm(input_ids=ids).logits
@@ -147,8 +149,8 @@ def test_the_lens_at_the_last_layer_is_hugging_faces_logits(arch):
 def features_of(model: LatentModel, examples=MIXED) -> Tensor:
     """Return what a classifier would look at (T, M, F)."""
     use_rule(model, stop="classifier", stop_features=("gap", "top", "attention", "mlp", "block", "depth"))
-    model.loop.stop.judge.clear()
-    found = survey(model, examples).features_TMF
+    model.loop.stop.classifier.clear()
+    found = scan_loop(model, examples).features_TMF
     assert found is not None
     return found
 
@@ -182,11 +184,11 @@ def test_features_are_what_the_layers_give(arch):
             now, before = (outputs[name, i][0, batch.predict_at_U].float() for i in (d, d - 1))
             expected = torch.nn.functional.cosine_similarity(now, before, dim=-1)
             at = ("gap", "top", "attention", "mlp", "block", "depth").index(name)
-            torch.testing.assert_close(features[t, :, at], expected, atol=1e-5, rtol=0)
+            assert_close(features[t, :, at], expected)
         best = backbone.head(backbone.norm(outputs["block", d][0, batch.predict_at_U])).softmax(-1).topk(2).values
-        torch.testing.assert_close(features[t, :, 0], best[:, 0] - best[:, 1], atol=1e-5, rtol=0)
-        torch.testing.assert_close(features[t, :, 1], best[:, 0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(features[:, 0, 5], torch.tensor([*EXITS, L]) / L)
+        assert_close(features[t, :, 0], best[:, 0] - best[:, 1])
+        assert_close(features[t, :, 1], best[:, 0])
+    assert_close(features[:, 0, 5], torch.tensor([*EXITS, L]) / L)
 
 
 @by_arch
@@ -197,7 +199,7 @@ def test_features_stay_in_their_bounds_and_do_not_see_the_padding(arch):
     assert ((gap >= 0) & (gap <= top) & (top <= 1) & (top >= 1 / model.backbone.config.vocab_size)).all()
     assert (cosines.abs() <= 1 + 1e-6).all() and cosines.std() > 0.05
     alone = torch.cat([features_of(model, [example]) for example in MIXED], dim=1)
-    torch.testing.assert_close(features, alone, atol=1e-5, rtol=0)
+    assert_close(features, alone)
 
 
 def test_features_do_not_depend_on_the_order_of_the_words():
@@ -207,7 +209,7 @@ def test_features_do_not_depend_on_the_order_of_the_words():
     head = model.backbone.lm.get_output_embeddings()
     with torch.no_grad():
         head.weight.copy_(head.weight[order])
-    torch.testing.assert_close(features_of(on(model, AdaInfer(exits=EXITS))), features, atol=1e-6, rtol=0)
+    assert_close(features_of(on(model, AdaInfer(exits=EXITS))), features)
 
 
 @by_arch
@@ -225,7 +227,7 @@ def test_layers_that_do_nothing_are_noticed_after_the_first_of_them(arch):
     assert set(thought.deep[-1].depths_BL.flatten()[batch.predict_at_U].tolist()) == {m + 1}
     features = features_of(on(model, AdaInfer(exits=every[1:])))
     assert features[m - 1 :, :, 4].min() > 1 - 1e-5 and features[0, :, 4].max() < 1 - 1e-3
-    agrees = survey(on(model, AdaInfer(exits=every, stop="gap")), MIXED).agrees_TM
+    agrees = scan_loop(on(model, AdaInfer(exits=every, stop="gap")), MIXED).agrees_TM
     assert agrees[m - 1 :].all() and not agrees[0].all()
 
 
@@ -235,7 +237,7 @@ def test_a_head_that_says_nothing_has_no_gap():
         model.backbone.lm.get_output_embeddings().weight.zero_()
     features = features_of(on(model, AdaInfer(exits=EXITS)))
     assert features[..., 0].abs().max() == 0
-    torch.testing.assert_close(features[..., 1], torch.full(features.shape[:2], 1 / model.backbone.config.vocab_size))
+    assert_close(features[..., 1], torch.full(features.shape[:2], 1 / model.backbone.config.vocab_size))
 
 
 # Keys and values after leaving
@@ -251,7 +253,7 @@ def test_exact_policies_give_every_token_the_base_models_state_at_its_layer(poli
         wanted, of_U = pattern(exiting, MIXED, seed)
         found = torch.cat(logits_with(exiting, MIXED, wanted))
         expected = torch.stack([at_layer[t][u] for u, t in enumerate(of_U.tolist())])
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        assert_close(found, expected)
 
 
 @by_arch
@@ -271,8 +273,8 @@ def token_by_token(model: LatentModel, example, wanted_S: Tensor) -> tuple[Tenso
     """Return the states (S, D) of a row that is read in pieces, and the cache."""
     batch = model.batch(model.rows([example]))
     context = model.new_context(batch)
-    context.wanted_BS = wanted_S[None]
-    embeds, n_asked = model.backbone.embed(batch.ids_BS), int(context.asked_B) + 1
+    context.depth.wanted_BS = wanted_S[None]
+    embeds, n_asked = model.backbone.embed(batch.ids_BS), int(context.depth.asked_B) + 1
     with torch.no_grad():
         parts = [context.read(embeds[:, :n_asked])]
         parts += [context.read(embeds[:, i : i + 1]) for i in range(n_asked, embeds.shape[1])]
@@ -287,7 +289,7 @@ def test_writing_token_by_token_equals_reading_at_once(policy, arch):
     batch, thought = read(model, [SHORT], wanted)
     states, _ = token_by_token(model, SHORT, wanted[0])
     at = batch.predict_at_U
-    torch.testing.assert_close(states[at], thought.deep[-1].states_BLD[0, at], atol=2e-5, rtol=0)
+    assert_close(states[at], thought.deep[-1].states_BLD[0, at])
 
 
 @by_shape
@@ -304,7 +306,7 @@ def test_after_a_token_of_full_depth_the_cache_is_that_of_the_base_model(arch):
         assert torch.equal(slot.positions_BP[0, order], whole.slots[key].positions_BP[0])
         for ours, theirs in ((slot.keys, whole.slots[key].keys), (slot.values, whole.slots[key].values)):
             for a, b in zip(ours, theirs):
-                torch.testing.assert_close(a[:, :, order], b, atol=1e-5, rtol=0)
+                assert_close(a[:, :, order], b)
 
 
 @by_arch
@@ -329,7 +331,7 @@ def test_a_batch_of_mixed_exits_equals_single_rows_in_reading_and_writing(arch, 
     batch, thought = read(model, MIXED)
     assert len(set(thought.deep[-1].depths_BL.flatten()[batch.predict_at_U].tolist())) > 2
     for example, logits in zip(MIXED, together):
-        torch.testing.assert_close(model.answer_logits([example])[0], logits, atol=2e-5, rtol=0)
+        assert_close(model.answer_logits([example])[0], logits)
     for question, one in zip(QUESTIONS[:3], model.generate(QUESTIONS[:3], max_new_tokens=6)):
         (alone,) = model.generate([question], max_new_tokens=6)
         assert (one.text, one.depths) == (alone.text, alone.depths)
@@ -344,7 +346,7 @@ def test_no_token_sees_a_later_one(policy):
     left, right = (model.answer_logits([one])[0] for one in (example, other))
     ids = [row.ids() for row in model.rows([example, other])]
     n_same = next(i for i, (a, b) in enumerate(zip(*ids)) if a != b) - len(model.prompts([example.question])[0]) + 1
-    torch.testing.assert_close(left[:n_same], right[:n_same], atol=1e-5, rtol=0)
+    assert_close(left[:n_same], right[:n_same])
     assert n_same > 10 and (left[n_same:] - right[n_same:]).abs().max() > 1e-3
 
 
@@ -358,7 +360,7 @@ def test_flops_of_a_row_are_those_of_what_was_run(policy, arch):
     backbone, meter = model.backbone, Meter(1, model.device)
     _, thought = read(model, MIXED[3:4], meter=meter)
     depths = thought.deep[-1].depths_BL[0]
-    n_asked = int(thought.context.asked_B)
+    n_asked = int(thought.context.depth.asked_B)
     assert len(set(depths[n_asked:].tolist())) > 1
     ends = torch.tensor([0, *EXITS, L])
     sections = torch.bucketize(depths, ends)
@@ -407,8 +409,8 @@ def test_propagation_makes_the_keys_and_values_of_the_layers_own_maps(arch):
     for i, layer in enumerate(slot.layers):
         alone = DynamicCache()
         model.backbone(states, layers=range(layer, layer + 1), cache=alone, positions_BL=slot.positions_BP)
-        torch.testing.assert_close(slot.keys[i], alone.layers[layer].keys, atol=1e-5, rtol=0)
-        torch.testing.assert_close(slot.values[i], alone.layers[layer].values, atol=1e-5, rtol=0)
+        assert_close(slot.keys[i], alone.layers[layer].keys)
+        assert_close(slot.values[i], alone.layers[layer].values)
     maps = ("c_attn",) if arch == "gpt2" else ("k_proj", "v_proj")
     weights = model.backbone.layers[3].named_parameters()
     n_made = sum(p.numel() for name, p in weights if name.split(".")[-2] in maps)

@@ -9,11 +9,14 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import AdaInfer, Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments
 from innerloop.calibrate.calibrate import calibrate
-from innerloop.calibrate.loop_scan import survey, use_rule
-from innerloop.config.stopping import JudgeKind
+from innerloop.calibrate.loop_scan import scan_loop
+from innerloop.calibrate.settings import CalibrationSettings
+from innerloop.config.stopping import ExitClassifierKind
 from innerloop.methods import METHODS
 from innerloop.methods.depth.exits import exit_losses
+from innerloop.model.stopping import use_rule
 from innerloop.tasks import Chain
+from tests.close import assert_close
 from tests.methods.tools import MIXED, QUESTIONS, assert_same_gradients, by_arch, change, gradients
 from tests.models import saved, tiny_model
 
@@ -69,7 +72,7 @@ def test_the_policy_changes_no_exit_but_what_later_tokens_see():
     )
     assert layers_of(lazy) == layers_of(full)
     for a, b, c in zip(*(m.answer_logits(MIXED) for m in (lazy, full, passed))):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        assert_close(a, b)
         error = (a - c).abs().max().item()
         assert error < 20  # approximate: its error is measured by what the words become
     assert max((a - c).abs().max() for a, c in zip(lazy.answer_logits(MIXED), passed.answer_logits(MIXED))) > 1e-2
@@ -125,7 +128,7 @@ def test_candidates_spare_the_head_and_say_the_same_where_they_are_all_words():
 def test_candidates_are_the_likeliest_words_of_the_first_exit():
     few = model_of(change(LEAVES, stop_threshold=math.inf, n_candidates=4))
     use_rule(few, stop="top_prob", stop_threshold=math.inf)
-    seen, backbone = survey(few, MIXED[:1]), few.backbone
+    seen, backbone = scan_loop(few, MIXED[:1]), few.backbone
     batch = few.batch(few.rows(MIXED[:1]))
     first, state = None, backbone.embed(batch.ids_BS)
     for t, layers in enumerate(few.depth.sections):
@@ -134,7 +137,7 @@ def test_candidates_are_the_likeliest_words_of_the_first_exit():
             logits = backbone.head(backbone.norm(state))[0, batch.predict_at_U]
         first = logits.topk(4, dim=-1).indices if first is None else first
         expected = logits.gather(1, first).softmax(-1).amax(1)
-        torch.testing.assert_close(seen.scores_TM[t], expected, atol=1e-5, rtol=0)
+        assert_close(seen.scores_TM[t], expected)
         assert torch.equal(seen.tops_TM[t], logits.argmax(1))
 
 
@@ -166,9 +169,9 @@ def test_earlier_exits_learn_to_speak(schedule, kd, arch):
     expected = sum(w * exit_losses(one, batch.targets_U, last, kd).sum() for w, one in zip(shares, logits)) / len(
         batch.targets_U
     )
-    assert out.terms["exits"].item() == pytest.approx(expected.item(), abs=1e-4)
-    assert out.terms["answer"].item() == pytest.approx(cross_entropy(logits[-1], batch.targets_U).item(), abs=1e-4)
-    assert out.loss.item() == pytest.approx(out.terms["answer"].item() + 0.7 * out.terms["exits"].item(), abs=1e-4)
+    assert out.terms["exits"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert out.terms["answer"].item() == pytest.approx(cross_entropy(logits[-1], batch.targets_U).item(), rel=1e-5)
+    assert out.loss.item() == pytest.approx(out.terms["answer"].item() + 0.7 * out.terms["exits"].item(), rel=1e-5)
     kept = copy.deepcopy(model)
     kept.activation_checkpointing_enable()
     left, right = (gradients(m, m.loss(MIXED).loss) for m in (model, kept))
@@ -198,7 +201,7 @@ def test_exits_that_have_learned_to_speak_spare_layers_without_a_loss(tmp_path):
         seed=0,
     )
     LatentTrainer(model, args, task.examples("train"), None, task).train()
-    found = calibrate(model, task, task.examples("valid"), "classifier", max_drop=0.01, check=task.examples("test"))
+    found = calibrate(model, task, task.examples("valid"), "classifier", check=task.examples("test"))
     chosen = found.report["check"]["chosen"]
     assert chosen["accuracy"] > 0.8 and chosen["drop"] <= 0.05 and chosen["loops_saved"] > 0.1
 
@@ -207,11 +210,12 @@ def test_exits_that_have_learned_to_speak_spare_layers_without_a_loss(tmp_path):
 
 
 @pytest.mark.parametrize("per_step", [False, True])
-@pytest.mark.parametrize("kind", JudgeKind.__args__)
+@pytest.mark.parametrize("kind", ExitClassifierKind.__args__)
 def test_a_fitted_classifier_is_saved_and_loaded_and_decides_alike(kind, per_step, tmp_path):
     options = {"stop_classifier": kind, "stop_per_step": per_step, "stop_features": ("gap", "top", "mlp", "block")}
     model = model_of(AdaInfer(exits=EXITS))
-    calibrate(model, TASK, TASK.examples("valid"), "classifier", agreement=0.6, min_rows=5, max_new_tokens=3, **options)
+    settings = CalibrationSettings(agreement=0.6, min_rows=5, max_new_tokens=3)
+    calibrate(model, TASK, TASK.examples("valid"), "classifier", settings, **options)
     left = layers_of(model)
     assert len(set(left)) > 1
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), device="cpu")
@@ -224,7 +228,8 @@ def test_a_fitted_classifier_is_saved_and_loaded_and_decides_alike(kind, per_ste
 
 def test_a_classifier_of_other_features_must_be_fitted_anew(tmp_path):
     model = model_of(AdaInfer(exits=EXITS))
-    calibrate(model, TASK, TASK.examples("valid"), "classifier", agreement=0.5, min_rows=5, max_new_tokens=2)
+    settings = CalibrationSettings(agreement=0.5, min_rows=5, max_new_tokens=2)
+    calibrate(model, TASK, TASK.examples("valid"), "classifier", settings)
     saved(model, tmp_path / "run")
     other = LatentModel.from_pretrained(tmp_path / "run", change(model.method, stop_features=("gap",)), device="cpu")
     with pytest.raises(InputError, match="calibrate the model first"):
@@ -235,11 +240,12 @@ def test_agreement_on_the_tokens_that_chose_the_thresholds_is_as_asked():
     model = model_of(AdaInfer(exits=EXITS))
     for target in (0.5, 0.8):
         examples = TASK.examples("valid")
-        found = calibrate(model, TASK, examples, "classifier", agreement=target, min_rows=5, max_new_tokens=2)
+        settings = CalibrationSettings(agreement=target, min_rows=5, max_new_tokens=2)
+        found = calibrate(model, TASK, examples, "classifier", settings)
         tokens = found.report["tokens"]
         assert tokens["agreement"] >= target and tokens["agreement_ci95"][0] <= tokens["agreement"]
         assert tokens["mean_iterations"] < len(EXITS) + 1
-        seen = survey(model, examples[len(examples) // 2 :])
+        seen = scan_loop(model, examples[len(examples) // 2 :])
         stops = seen.stops_at(model.method, 0.0)
         same = seen.agrees_TM.gather(0, stops[None] - 1).double().mean().item()
         assert same == pytest.approx(tokens["agreement"]) and len(stops) == tokens["n"]
@@ -251,4 +257,4 @@ def test_a_few_words_are_read_as_the_head_reads_them(arch):
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(5, backbone.width, generator=generator)
     ids = torch.randint(0, backbone.config.vocab_size, (5, 3), generator=generator)
-    torch.testing.assert_close(backbone.head_rows(states, ids), backbone.head(states).gather(1, ids), atol=1e-5, rtol=0)
+    assert_close(backbone.head_rows(states, ids), backbone.head(states).gather(1, ids))

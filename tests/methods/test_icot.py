@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_plain_rows_one_by_one(s, arch):
     for one, other in zip(model.answer_logits(MIXED, s), logits):
         assert_close(one, other, ROUNDED)
     loss, expected = model.loss(MIXED, s).loss, torch.cat(losses).mean()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(gradients(model, loss), gradients(model, expected), 1e-5)
 
 
@@ -149,7 +149,7 @@ def test_5_kept_positions_are_shown():
     model = on("gpt2", change(PLAIN, keep_position=True))
     (row,) = model.rows(MIXED[2:3], 3)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(row_view(row, model.tokenizer, 190))
+    console.print(row_view(row, model.tokenizer))
     positions = [int(word) for word in console.export_text().splitlines()[2].split()]
     n_asked = len(row.prefix[0].ids)
     assert positions == [*range(n_asked), *range(n_asked + 3, len(row) + 3)]

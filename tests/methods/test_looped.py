@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from innerloop import Cot, LatentModel, Looped
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods.depth.tying import rebuild
+from tests.close import assert_close
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, lean_towards_end, learn, logits_of, with_token
 from tests.models import chain_examples, tiny_model
 
@@ -81,7 +82,7 @@ def assert_same(left: LatentModel, right: LatentModel, exactly: bool = False, to
         if exactly:
             assert torch.equal(a, b)
         else:
-            torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+            assert_close(a, b, tolerance)
 
 
 def gap(left: LatentModel, right: LatentModel) -> float:
@@ -141,8 +142,8 @@ def test_keys_and_values_are_those_of_the_unrolled_decoder(arch, n_prelude, n_co
     values = [value for slot in order for value in slot.values]
     assert len(keys) == len(plain.cache.layers) == copies.backbone.n_layers
     for key, value, layer in zip(keys, values, plain.cache.layers):
-        torch.testing.assert_close(key, layer.keys, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(value, layer.values, atol=1e-5, rtol=1e-5)
+        assert_close(key, layer.keys)
+        assert_close(value, layer.values)
 
 
 @by_arch
@@ -156,7 +157,7 @@ def test_the_gradient_of_a_shared_layer_is_the_sum_over_its_copies(arch):
         for name, _ in model.backbone.layers[layer].named_parameters():
             expected = sum(theirs[f"backbone.lm.{prefix}.{place}.{name}"] for place in places)
             got = ours[f"backbone.lm.{prefix}.{layer}.{name}"]
-            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+            assert_close(got, expected)
 
 
 def test_parameters_do_not_grow_with_loops_and_flops_do_so_evenly():
@@ -214,7 +215,7 @@ def test_every_setting_is_what_the_card_writes(arch, settings):
         (row,) = model.rows([example])
         with torch.no_grad():
             expected = slowly(model, row.ids()[:-1])[-len(logits) :]
-        torch.testing.assert_close(logits, expected, atol=3e-5, rtol=3e-5)
+        assert_close(logits, expected)
 
 
 @by_arch
@@ -299,7 +300,7 @@ def test_what_each_loop_shows_is_recorded_row_by_row():
         ours, theirs = generation.trace.iterations[:n], alone.trace.iterations[:n]
         assert [entry.loop for entry in ours] == [1, 2, 3] * alone.cost.passes
         for one, other in zip(ours[3:], theirs[3:]):  # padding has no say in the statistics of the first pass
-            torch.testing.assert_close(one.delta, other.delta, atol=1e-4, rtol=1e-4)
+            assert_close(one.delta, other.delta)
             assert torch.equal(one.top_ids, other.top_ids)
         shown = [int(entry.top_ids[0, -1, 0]) for entry in theirs[2::3]]
         assert alone.text == model.tokenizer.decode(shown[: alone.cost.passes], skip_special_tokens=True)
@@ -316,7 +317,7 @@ def test_the_loops_of_a_training_batch_are_drawn(sampling):
     model.train()
     (row,), fixed = model.rows(MIXED[:1], seed="0/5/0/0"), looped(max_loops=1)
     row.depth = 1
-    torch.testing.assert_close(model(model.batch([row])).loss, fixed.train().loss(MIXED[:1]).loss)
+    assert_close(model(model.batch([row])).loss, fixed.train().loss(MIXED[:1]).loss)
 
 
 @by_arch
@@ -337,7 +338,7 @@ def test_back_propagation_may_be_cut_before_the_last_loops(arch, bptt):
     loss = nn.functional.cross_entropy(logits[-n_written - 1 : -1], ids[0, -n_written:])
     expected = gradients(model, loss)
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4)
+        assert_close(grad, expected[name])
     prelude = [grad.abs().max() for name, grad in grads.items() if ".0." in name]
     assert (max(prelude) > 0) == (bptt == 3)
 
@@ -368,7 +369,7 @@ def test_activation_checkpointing_changes_no_gradient(arch):
     torch.manual_seed(0)
     kept = gradients(model, model.loss(MIXED).loss)
     for name in plain:
-        torch.testing.assert_close(kept[name], plain[name], atol=1e-6, rtol=1e-5)
+        assert_close(kept[name], plain[name])
 
 
 def test_a_loop_that_stretches_is_penalised():

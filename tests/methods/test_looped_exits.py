@@ -11,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, kl_div
 from innerloop import LatentModel
 from innerloop.halting.learned import exit_distribution
 from innerloop.methods.depth.exits import distribution_loss, improvement_loss
+from tests.close import assert_close
 from tests.methods.test_looped import assert_same, gap, looped, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, logits_of, with_token
 
@@ -59,11 +60,11 @@ def test_every_exit_learns_as_the_model_that_ends_there(arch, ends, schedule):
     shares = [1.0, 1.0] if schedule == "equal" else [1 / 3, 2 / 3]
     expected = sum(share * loss for share, loss in zip(shares, losses))
     out = model.train().loss(MIXED)
-    torch.testing.assert_close(out.terms["exits"], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.loss, losses[-1] + 0.5 * expected, atol=1e-5, rtol=1e-5)
+    assert_close(out.terms["exits"], expected)
+    assert_close(out.loss, losses[-1] + 0.5 * expected)
     ours, theirs = gradients(model, out.loss), gradients(model, losses[-1] + 0.5 * expected)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+        assert_close(ours[name], theirs[name])
     assert model.eval().loss(MIXED).terms.keys() == {"answer"}
 
 
@@ -75,7 +76,7 @@ def test_exits_follow_the_last_whose_own_distribution_is_left_alone():
     ours = gradients(model, model.train().loss(MIXED).loss)
     theirs = gradients(model, expected)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+        assert_close(ours[name], theirs[name])
     # The divergence alone moves the shared weights, though only through the first exit.
     first = at_each_exit(model)[0][0].log_softmax(-1)
     divergence = gradients(model, kl_div(first, last.detach().log_softmax(-1), reduction="sum", log_target=True))
@@ -89,29 +90,29 @@ def test_the_distribution_over_exits_is_one():
     logits = 5 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     p = exit_distribution(logits)
     assert (p >= 0).all()
-    torch.testing.assert_close(p.sum(0), torch.ones(50), atol=1e-6, rtol=0)
+    assert_close(p.sum(0), torch.ones(50))
     never, first = torch.full((4, 1), -1e4), torch.tensor([[1e4], [0.0], [0.0], [0.0]])
-    torch.testing.assert_close(exit_distribution(never)[:, 0], torch.tensor([0.0, 0, 0, 1]), atol=1e-6, rtol=0)
-    torch.testing.assert_close(exit_distribution(first)[:, 0], torch.tensor([1.0, 0, 0, 0]), atol=1e-6, rtol=0)
+    assert_close(exit_distribution(never)[:, 0], torch.tensor([0.0, 0, 0, 1]))
+    assert_close(exit_distribution(first)[:, 0], torch.tensor([1.0, 0, 0, 0]))
 
 
 def test_the_expected_loss_is_that_of_all_outcomes_and_entropy_is_largest_where_exits_are_alike():
     losses, logits = torch.tensor([[1.0], [2.0], [4.0]]), torch.logit(torch.tensor([[1 / 3], [1 / 2], [0.9]]))
-    torch.testing.assert_close(distribution_loss(losses, logits, 0.0), torch.tensor(7 / 3))  # all alike
+    assert_close(distribution_loss(losses, logits, 0.0), torch.tensor(7 / 3))  # all alike
     even = distribution_loss(torch.zeros(3, 1), logits, 1.0)
     assert even == pytest.approx(0.0, abs=1e-6)  # log 3 - H = 0
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         assert distribution_loss(torch.zeros(3, 1), torch.randn(3, 1, generator=generator), 1.0) > even - 1e-6
     one = distribution_loss(torch.zeros(3, 1), torch.tensor([[1e4], [0.0], [0.0]]), 1.0)
-    assert one == pytest.approx(math.log(3), abs=1e-4)
+    assert one == pytest.approx(math.log(3), rel=1e-5)
 
 
 def test_an_iteration_is_worth_what_it_gains():
     losses, logits = torch.tensor([[2.0], [1.9], [2.5]]), torch.tensor([[0.3], [-0.4], [0.8]])
     wanted = torch.sigmoid(50 * (torch.tensor([0.1, 0.0]) - 0.005))
     expected = binary_cross_entropy(1 - logits[1:, 0].sigmoid(), wanted)
-    torch.testing.assert_close(improvement_loss(losses, logits), expected)
+    assert_close(improvement_loss(losses, logits), expected)
 
 
 # Training the gate
@@ -130,10 +131,10 @@ def test_the_gate_and_the_model_learn_the_loss_expected_over_exits(arch):
     expected = ((p * losses).sum(0) + 0.2 * (math.log(3) + (p * p.log()).sum(0))).mean()
     model.train()
     loss = model.loss(MIXED).loss
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert_close(loss, expected)
     ours, theirs = gradients(model, loss), gradients(model, expected)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-3)
+        assert_close(ours[name], theirs[name])
     assert ours["loop.stop.gate.weight"].abs().max() > 0
 
 
@@ -216,7 +217,7 @@ def test_tokens_stop_one_by_one_as_the_card_says(arch, kv_missing):
     for example, logits in zip(MIXED, model.answer_logits(MIXED)):
         (row,) = model.rows([example])
         expected, depths = slowly(model, row.ids()[:-1])
-        torch.testing.assert_close(logits, expected[-len(logits) :], atol=2e-5, rtol=2e-5)
+        assert_close(logits, expected[-len(logits) :])
         batch = model.batch([row])
         model.written_logits(batch, thought := model.think(batch))
         assert thought.deep[-1].depths_BL[0, :-1].tolist() == depths
@@ -286,7 +287,7 @@ def test_a_later_token_changes_no_earlier_depth():
     (row,) = model.rows(MIXED[:1])
     logits, n = logits_of(model, [row])[0], len(row)
     changed = logits_of(model, [with_token(row, n - 4, row.ids()[n - 4] - 1)])[0]
-    torch.testing.assert_close(changed[:-3], logits[:-3], atol=1e-5, rtol=1e-5)
+    assert_close(changed[:-3], logits[:-3])
     assert (changed - logits).abs().amax(1)[-3:].min() > 1e-6
 
 
@@ -341,7 +342,7 @@ def test_a_written_token_sees_what_stands_for_all_loops_and_its_own_current_stat
     model = looped(arch, max_loops=3, kv_share=kv_share)
     ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:12])
     logits, kept = decode(model, ids, 6)
-    torch.testing.assert_close(logits, decode_slowly(model, ids, 6), atol=2e-5, rtol=2e-5)
+    assert_close(logits, decode_slowly(model, ids, 6))
     exact, kept_by_all = decode(other(model, kv_share="none"), ids, 6)
     assert kept_by_all == 3 * kept == 9 * len(ids)
     assert torch.equal(logits[:6], exact[:6])
@@ -353,7 +354,7 @@ def test_the_error_of_sharing_is_measured_and_none_is_exact():
     ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:16])
     exact = decode(model, ids, 6)[0].log_softmax(-1)
     at_once = decode(model, ids, len(ids))[0].log_softmax(-1)
-    torch.testing.assert_close(exact, at_once, atol=1e-5, rtol=1e-5)
+    assert_close(exact, at_once)
     errors = {}
     for kv_share in ("last_loop", "first_loop", "mean"):
         shared = decode(other(model, kv_share=kv_share), ids, 6)[0].log_softmax(-1)

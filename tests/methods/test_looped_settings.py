@@ -11,6 +11,7 @@ from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainin
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods import Method
 from innerloop.methods.depth.tying import rebuild
+from tests.close import assert_close
 from tests.methods.test_looped import assert_same, gap, looped, stirred, texts
 from tests.methods.tools import MIXED, by_arch
 from tests.models import chain_examples, saved, tiny_model
@@ -19,7 +20,7 @@ from tests.models import chain_examples, saved, tiny_model
 def converted(original: LatentModel, method: Method) -> LatentModel:
     """Convert a copy of a model."""
     backbone = Backbone(copy.deepcopy(original.backbone.lm))
-    assert method.convert(backbone) is None
+    assert method.convert(backbone, None) is None
     return LatentModel(backbone, original.tokenizer, method).eval()
 
 
@@ -45,7 +46,7 @@ def test_the_block_is_made_of_the_layers_between_the_ends(arch, init, n_block, l
     model = converted(original, Looped(n_prelude=1, n_coda=1, max_loops=2, init=init, n_block=n_block))
     assert model.backbone.n_layers == model.backbone.config.num_hidden_layers == n_block + 2
     for got, group in zip(stack(model), layers, strict=True):
-        torch.testing.assert_close(got, torch.stack([stack(original)[i] for i in group]).mean(0))
+        assert_close(got, torch.stack([stack(original)[i] for i in group]).mean(0))
         assert len(group) > 1 or torch.equal(got, stack(original)[group[0]])
     assert [
         layer.self_attn.layer_idx if arch == "llama" else layer.attn.layer_idx for layer in model.backbone.layers
@@ -115,8 +116,8 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path):
 def test_fresh_gpt2_weights_are_drawn_for_the_depth_that_they_will_have():
     plain, deep = tiny_model(Cot(), "gpt2"), tiny_model(Looped(n_prelude=1, max_loops=4), "gpt2")
     for theirs, ours in zip(plain.backbone.layers, deep.backbone.layers):  # 1 + 4 * 2 = 9 layers instead of 3
-        torch.testing.assert_close(ours.attn.c_proj.weight, theirs.attn.c_proj.weight / 3**0.5)
-        torch.testing.assert_close(ours.mlp.c_proj.weight, theirs.mlp.c_proj.weight / 3**0.5)
+        assert_close(ours.attn.c_proj.weight, theirs.attn.c_proj.weight / 3**0.5)
+        assert_close(ours.mlp.c_proj.weight, theirs.mlp.c_proj.weight / 3**0.5)
         assert torch.equal(ours.mlp.c_fc.weight, theirs.mlp.c_fc.weight)
     llama = tiny_model(Looped(max_loops=4)).state_dict()
     assert all(torch.equal(tensor, llama[name]) for name, tensor in tiny_model(Cot()).state_dict().items())

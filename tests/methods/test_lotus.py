@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus
-from innerloop.model.model import LatentModel
 from tests.methods.reference_lotus import LotusReference
 from tests.methods.slowly import assert_decodes_as_forced, assert_terms_of_the_reference
 from tests.methods.tools import (

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from innerloop import Chain, Coconut, Slr
+from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus, SpiralThinker
-from innerloop.model.model import LatentModel
 from innerloop.passes.context import Context
 from innerloop.passes.thought import RegionPass
 from innerloop.text.row import ANSWER_PASS
@@ -113,7 +113,7 @@ def test_4_a_state_that_stands_still_does_so_for_ever(arch):
     states_T = [state for _, state in thought_of(model, MIXED).loop.states]
     assert (states_T[1] - states_T[0]).abs().max() > 1e-4
     for state in states_T[30:]:
-        assert_close(state, states_T[-1], 1e-12 if arch == "gpt2" else 1e-7)
+        assert_close(state, states_T[-1], 1e-12 if arch == "gpt2" else ROUNDED)
 
 
 @by_arch
@@ -149,7 +149,7 @@ def test_4_a_solver_finds_the_state_and_the_gradient_of_many_iterations(last_pas
     one, other = unrolled.loss(MIXED), solved.loss(MIXED)
     assert one.terms.keys() == other.terms.keys() == {"answer", "step", "aux"}
     for name, term in one.terms.items():
-        assert_close(other.terms[name], term, 5e-6)
+        assert_close(other.terms[name], term)
     assert_same_gradients(gradients(solved, other.loss), gradients(unrolled, one.loss), 1e-5)
 
 

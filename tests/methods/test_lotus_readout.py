@@ -10,6 +10,7 @@ from innerloop import InputError, Slr
 from innerloop.measure.readout import Shown, shown_steps, summary
 from innerloop.methods import Lotus
 from innerloop.text.row import ANSWER_PASS
+from tests.close import assert_close
 from tests.methods.reference_lotus import LotusReference
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, change, choices, halting, learn, on
 from tests.models import chain_examples, tiny_model
@@ -44,8 +45,8 @@ def test_a_traced_answer_tells_what_bot_and_the_latents_show_in_the_pass_it_sees
         generations = model.generate(QUESTIONS, max_new_tokens=2, trace=True, batch_size=batch_size)
         for question, generation in zip(QUESTIONS, generations):
             expected = last_logits(slow, question).softmax(-1).topk(5)
-            torch.testing.assert_close(generation.trace.last.top_ids[0], expected.indices)
-            torch.testing.assert_close(generation.trace.last.top_probs[0], expected.values.float(), atol=1e-5, rtol=0)
+            assert_close(generation.trace.last.top_ids[0], expected.indices)
+            assert_close(generation.trace.last.top_probs[0], expected.values.float())
 
 
 @by_arch
@@ -85,7 +86,7 @@ def test_a_traced_answer_tells_each_blocks_step_its_alternatives_and_the_ranks_o
                 )
                 for words, ids, p in zip(block.alternatives, best, logits.softmax(-1), strict=True):
                     assert [word for word, _ in words] == name(ids.tolist())
-                    assert [q for _, q in words] == pytest.approx(p[ids].tolist(), abs=1e-6)
+                    assert [q for _, q in words] == pytest.approx(p[ids].tolist(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -153,9 +154,9 @@ def test_shown_steps_are_those_of_brute_force(settings, offset):
                 dataclasses.replace(one, nll=0, alternatives=()) for one in expected
             ]
             for one, other in zip(sorted(row, key=key), expected):
-                assert one.nll == pytest.approx(other.nll, abs=1e-5)
+                assert one.nll == pytest.approx(other.nll, rel=1e-5)
                 for (word, p), (right, q) in zip(one.alternatives, other.alternatives, strict=True):
-                    assert word == right and p == pytest.approx(q, abs=1e-6)
+                    assert word == right and p == pytest.approx(q, rel=1e-5)
 
 
 def test_the_summary_counts_ranks_and_its_loss_is_l_step():
@@ -164,7 +165,7 @@ def test_the_summary_counts_ranks_and_its_loss_is_l_step():
     ranks = [one.rank for row in rows for one in row]
     told = summary(rows)
     assert told["n"] == len(ranks) > 10
-    assert told["nll"] == pytest.approx(model.loss(MIXED).terms["step"].item(), abs=1e-5)
+    assert told["nll"] == pytest.approx(model.loss(MIXED).terms["step"].item(), rel=1e-5)
     assert told["top1"] == ranks.count(0) / len(ranks)
     assert told["top5"] == sum(rank < 5 for rank in ranks) / len(ranks)
     assert summary([[], []]) == {"n": 0, "nll": 0.0, "top1": 0.0, "top5": 0.0}

@@ -10,7 +10,7 @@ from innerloop.decoder.cost import Meter
 from innerloop.methods.depth.mod import ModDepth
 from innerloop.methods.depth.router import mixed
 from innerloop.passes.context import Context
-from innerloop.passes.ragged import Reading, Tokens
+from innerloop.passes.tokens import PassInput, Tokens
 from tests.methods.reference_routing import IDS, LENGTH, dense_mod, displaces, leak, read, some_ids, stepwise
 from tests.methods.tools import MIXED, QUESTIONS, ROUNDED, assert_close, by_arch
 from tests.models import answers_of, left_pad, tiny_model
@@ -156,7 +156,7 @@ def test_a_token_that_is_not_chosen_has_no_say_in_those_that_are(arch):
 
     def after(changed: torch.Tensor) -> torch.Tensor:
         tokens = Tokens(changed, torch.arange(LENGTH)[None])
-        reading = Reading(tokens, depth.empty_cache())
+        reading = PassInput(tokens, depth.empty_cache())
         with torch.no_grad():
             return depth._run_routed(reading, tokens, 1, chosen, scores)
 

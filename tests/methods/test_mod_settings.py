@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from innerloop import Cot, InputError, LatentModel, Mod
+from innerloop.calibrate.router_thresholds import calibrate_routers
 from innerloop.decoder.cost import Meter
-from innerloop.methods.depth.mod import calibrate
+from tests.close import assert_close
 from tests.methods.reference_routing import IDS, LENGTH, read, some_ids
 from tests.methods.tools import learn
 from tests.models import answers_of, chain_examples, tiny_model
@@ -68,9 +69,9 @@ def test_thresholds_follow_the_quantiles_of_the_training_batches():
     quantiles = [thought.deep[0].measured["quantile"] for thought in seen]
     assert model.depth.thresholds.tolist() == [0.0, 0.0]
     model.loss(EXAMPLES[:4])
-    torch.testing.assert_close(model.depth.thresholds, quantiles[0])
+    assert_close(model.depth.thresholds, quantiles[0])
     model.loss(EXAMPLES[4:])
-    torch.testing.assert_close(model.depth.thresholds, sum(quantiles) / 2)
+    assert_close(model.depth.thresholds, sum(quantiles) / 2)
     before = model.depth.thresholds.clone()
     model.eval().loss(EXAMPLES)
     assert torch.equal(model.depth.thresholds, before)
@@ -78,7 +79,7 @@ def test_thresholds_follow_the_quantiles_of_the_training_batches():
 
 def test_calibrated_thresholds_let_the_share_through_that_was_asked_for():
     model = scattered(CALIBRATED).train()
-    calibrate(model, EXAMPLES, batch_size=3)
+    calibrate_routers(model, EXAMPLES, batch_size=3)
     assert model.training
     model.eval()
     thought = model.think(model.batch(model.rows(EXAMPLES)))
@@ -86,7 +87,7 @@ def test_calibrated_thresholds_let_the_share_through_that_was_asked_for():
     assert thought.deep[0].measured["selected"][0].item() == pytest.approx(0.3, abs=0.05)
     assert "quantile" not in thought.deep[0].measured
     with pytest.raises(InputError, match="calibrated for mod with causality=calibrated"):
-        calibrate(tiny_model(Mod()), EXAMPLES)
+        calibrate_routers(tiny_model(Mod()), EXAMPLES)
 
 
 def test_a_retrofit_starts_at_the_base_model_while_the_capacity_is_one():

@@ -10,13 +10,13 @@ from innerloop import Cot, InputError, LatentModel, Mor
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods.depth.recursion import TokenChoicePass
 from innerloop.methods.depth.router import Notes
-from innerloop.model.checkpoint import from_scratch
 from innerloop.passes.context import Context
-from innerloop.passes.ragged import Reading, Tokens
+from innerloop.passes.depth_run import DepthRun
+from innerloop.passes.tokens import PassInput, Tokens
 from tests.methods.reference_routing import IDS, dense_mor, read, some_ids
 from tests.methods.test_mor import TOKENS, recursive
 from tests.methods.tools import ROUNDED, assert_close, learn
-from tests.models import answers_of, chain_examples, chain_tokenizer, saved, tiny_backbone, tiny_model
+from tests.models import answers_of, chain_examples, chain_tokenizer, from_scratch, saved, tiny_backbone, tiny_model
 
 EXAMPLES = list(chain_examples(8))
 
@@ -24,9 +24,9 @@ EXAMPLES = list(chain_examples(8))
 def training_pass(model: LatentModel, ids: torch.Tensor = IDS):
     """Read ids in training mode; return what the pass gave."""
     model.train()
-    context = Context(model.backbone, len(ids), depth=model.depth)
+    context = Context(model.backbone, len(ids), depth=DepthRun(model.depth))
     context.read(model.backbone.embed(ids))
-    return context.deep[0]
+    return context.depth.passes[0]
 
 
 def scored(model: LatentModel, scores: torch.Tensor) -> LatentModel:
@@ -51,14 +51,14 @@ def test_balance_multiplies_loads_with_mean_probabilities_of_real_tokens():
     mask, seen = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]), []
     router = model.depth.routers[0].forward
     model.depth.routers[0].forward = lambda states: seen.append(router(states)) or seen[-1]
-    context = Context(model.backbone, 2, depth=model.depth)
+    context = Context(model.backbone, 2, depth=DepthRun(model.depth))
     context.read(model.backbone.embed(some_ids(2, 7)), mask)
     shares = seen[0][mask.bool()].softmax(-1)
     chosen = torch.nn.functional.one_hot(shares.argmax(-1), 3).float()
     expected = (3 * chosen.mean(0) * shares.mean(0)).sum()
-    assert context.deep[0].sums["balance"].item() == pytest.approx(2 * expected.item(), rel=1e-5)  # of two rows
+    assert context.depth.passes[0].sums["balance"].item() == pytest.approx(2 * expected.item(), rel=1e-5)  # of two rows
     squares = [seen[0][row][mask[row].bool()].logsumexp(-1).square().mean() for row in (0, 1)]
-    assert context.deep[0].sums["router_z"].item() == pytest.approx(sum(squares).item(), rel=1e-5)
+    assert context.depth.passes[0].sums["router_z"].item() == pytest.approx(sum(squares).item(), rel=1e-5)
 
 
 def test_loss_free_balancing_moves_the_bias_against_the_load_and_has_no_term():
@@ -90,7 +90,7 @@ def choice_of(model: LatentModel, bias: torch.Tensor) -> tuple[torch.Tensor, tor
     """Return the depth that each token chooses and its weight P_i, both (1, L)."""
     model.depth.bias.copy_(bias)
     tokens = Tokens(model.backbone.embed(IDS), torch.arange(IDS.shape[1])[None])
-    one = TokenChoicePass(model.depth, Reading(tokens, model.depth.empty_cache()), Notes())
+    one = TokenChoicePass(model.depth, PassInput(tokens, model.depth.empty_cache()), Notes())
     one.choose(tokens.states_RND, 1)
     return one.wanted_BL, one.shares_BL
 
@@ -170,7 +170,7 @@ def test_the_recursions_are_seen_in_a_trace_through_norm_and_head():
 def rebuilt(init: str, n: int = 2, sharing: str = "middle_cycle", arch: str = "llama") -> tuple[Backbone, list]:
     backbone = tiny_backbone(arch, num_hidden_layers=8)
     old = list(backbone.layers)
-    Mor(n_recursions=n, sharing=sharing, init=init).convert(backbone)
+    Mor(n_recursions=n, sharing=sharing, init=init).convert(backbone, None)
     return backbone, old
 
 
@@ -230,7 +230,7 @@ def test_a_model_that_cannot_be_shared_evenly_is_refused_with_what_would_fit():
     with pytest.raises(InputError, match=r"6 layers cannot be shared by 4 recursions.* 1, 2, 3, 6"):
         rebuilt("upper", 4)
     with pytest.raises(InputError, match="differ in layer_types"):
-        Mor(n_recursions=3, sharing="cycle").convert(tiny_backbone("gemma3"))
+        Mor(n_recursions=3, sharing="cycle").convert(tiny_backbone("gemma3"), None)
 
 
 @pytest.mark.slow

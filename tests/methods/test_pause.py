@@ -17,12 +17,14 @@ from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
+    ROUNDED,
     assert_causal,
     assert_close,
     assert_learns_by_heart,
     assert_same_gradients,
     assert_writes_like_the_reference,
     change_embedding,
+    exact,
     gradients,
     lean_towards_end,
     logits_of,
@@ -50,14 +52,14 @@ def method(request):
 
 @pytest.mark.parametrize("default", [Pause(), Pause(with_markers=False)], ids=["markers", "no markers"])
 def test_loss_logits_and_gradients_equal_the_reference(default, arch):
-    model = under(tiny_model(Slr(), arch), default)
+    model = under(exact(tiny_model(Slr(), arch)), default)
     slow = Reference(model)
     with torch.no_grad():
         for fast, example in zip(model.answer_logits(MIXED), MIXED):
-            assert_close(fast, slow.answer_logits(example), 2e-5)
+            assert_close(fast, slow.answer_logits(example), ROUNDED)
     loss, expected = model.loss(MIXED).loss, slow.loss(list(MIXED))
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected), 2e-5)
+    assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(model, expected))
 
 
 def test_every_layout_equals_the_reference_at_every_stage_and_in_mixed_batches(method):

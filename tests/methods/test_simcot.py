@@ -120,7 +120,7 @@ def aux_of(model, rows):
     batch = model.batch(rows)
     thought = model.think(batch)
     model.written_logits(batch, thought)
-    return told_loss(model, batch, thought)
+    return told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop)
 
 
 # The loss against brute force
@@ -210,7 +210,7 @@ def test_the_latent_after_codis_last_is_made_as_the_others_are(fields):
         sites = dataclasses.replace(
             batch.told[0], rows_G=torch.tensor([0, 0, 0]), first_G=torch.tensor([0, 1, 2]), n_latents=1
         )
-        groups.append(step_decoder.group_latents(twin, batch, thought, sites))
+        groups.append(step_decoder.group_latents(twin.loss_inputs(batch, thought), twin.loop, sites))
     assert_close(*groups)
 
 
@@ -357,7 +357,7 @@ def test_9_lotus_aux_is_the_same_function(monkeypatch):
     """On the same vectors and tokens, with one group, so that all tokens count alike."""
     examples = [example for example in MIXED if example.steps]
     vectors = torch.randn(len(examples), 2, 32, dtype=torch.double)
-    monkeypatch.setattr(step_decoder, "group_latents", lambda model, batch, thought, sites: vectors[sites.rows_G])
+    monkeypatch.setattr(step_decoder, "group_latents", lambda inputs, loop, sites: vectors[sites.rows_G])
     mine = on("gpt2", SimCot(max_stage=1, latents_per_step=2, aux_norm="token_mean"))
     lotus = same_weights(mine, Lotus(n_blocks=1, latents_per_block=2, step_weight=0.0, aux_weight=1.0))
     rows = mine.rows(examples)

@@ -55,7 +55,7 @@ def tell(model, examples):
         batch, thought = thinking(model, examples)
         told = [[] for _ in examples]
         for sites in batch.told:
-            latents = group_latents(model, batch, thought, sites)
+            latents = group_latents(model.loss_inputs(batch, thought), model.loop, sites)
             ids = model.step_decoder.tell(latents, model.backbone, model.spell.eos_id)
             for row, one in zip(sites.rows_G.tolist(), ids):
                 told[row].append(model.tokenizer.decode(one).strip())
@@ -130,14 +130,18 @@ def test_a_decoder_may_be_another_model_of_another_width(method, arch, another, 
     batch, thought = thinking(model, MIXED[:1])
     totals = []
     for sites in batch.told:
-        for z_cD, ids, targets in zip(group_latents(model, batch, thought, sites), sites.ids_GL, sites.targets_GL):
+        for z_cD, ids, targets in zip(
+            group_latents(model.loss_inputs(batch, thought), model.loop, sites), sites.ids_GL, sites.targets_GL
+        ):
             ids = ids[: (targets >= 0).sum()]
             read = z_cD @ decoder.widen.weight.T + decoder.widen.bias
             x_LD = torch.cat([read, lm.get_input_embeddings()(ids[:-1])])
             logits = lm(inputs_embeds=x_LD[None], use_cache=False).logits[0, len(z_cD) - 1 :]
             totals.append(torch.nn.functional.cross_entropy(logits, ids).item())
-    assert told_loss(model, batch, thought).item() == pytest.approx(sum(totals) / len(totals), rel=1e-6)
-    grads = gradients(model, told_loss(model, batch, thought))
+    assert told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop).item() == pytest.approx(
+        sum(totals) / len(totals), rel=1e-6
+    )
+    grads = gradients(model, told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop))
     assert grads["step_decoder.widen.weight"].any() and any(g.any() for n, g in grads.items() if n[:8] == "backbone")
     model.float().save_pretrained(tmp_path / "run")
     loaded = LatentModel.from_pretrained(tmp_path / "run")
@@ -201,14 +205,16 @@ def test_the_shuffled_control_takes_the_latents_of_another_row(arch):
     place = {(r, k): i for i, (r, k) in enumerate(zip(sites.rows_G.tolist(), sites.first_G.tolist()))}
 
     def loss_when_shifted(by):
-        latents = group_latents(model, batch, thought, sites)[[place[(r + by) % len(examples), k] for r, k in place]]
+        latents = group_latents(model.loss_inputs(batch, thought), model.loop, sites)[
+            [place[(r + by) % len(examples), k] for r, k in place]
+        ]
         logits = model.step_decoder(latents, sites.ids_GL, model.backbone).log_softmax(-1)
         losses = -logits.gather(-1, sites.ids_GL[..., None])[..., 0] * is_target
         groups = [sites.first_G == first for first in (0, 2)]
         return sum((losses[g].sum() / is_target[g].sum()).item() for g in groups) / 2
 
     with torch.no_grad():
-        shuffled = told_loss(model, batch, thought, shuffled=True).item()
+        shuffled = told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop, shuffled=True).item()
         assert shuffled in (
             pytest.approx(loss_when_shifted(1), rel=1e-5),
             pytest.approx(loss_when_shifted(-1), rel=1e-5),
@@ -219,7 +225,9 @@ def test_the_shuffled_control_takes_the_latents_of_another_row(arch):
 def test_rows_that_stand_alone_keep_their_latents_in_the_control():
     model = on("gpt2", ON_COCONUT)
     batch, thought = thinking(model, MIXED[:1])
-    assert told_loss(model, batch, thought, shuffled=True) == told_loss(model, batch, thought)
+    assert told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop, shuffled=True) == told_loss(
+        model.loss_inputs(batch, thought), model.step_decoder, model.loop
+    )
 
 
 # Telling
@@ -243,7 +251,10 @@ def test_a_taught_decoder_reads_the_latents(taught):
     model, examples = taught
     with torch.no_grad():
         batch, thought = thinking(model, examples)
-        true, shuffled = (told_loss(model, batch, thought, shuffled=s).item() for s in (False, True))
+        true, shuffled = (
+            told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop, shuffled=s).item()
+            for s in (False, True)
+        )
     assert shuffled > 3 * true
 
 

@@ -11,7 +11,7 @@ import torch
 
 from innerloop import LatentModel, Slr
 from innerloop.decoder import adapters
-from innerloop.model.losses import Terms, follow_loss, teacher_states
+from innerloop.model.losses import follow_loss, read_teacher
 from tests.methods.tools import (
     FULL,
     MIXED,
@@ -100,7 +100,7 @@ def checksum(tensors) -> str:
 def test_13_training_the_adapters_alone_leaves_the_base_weights(arch):
     method = change(FULL, residual="C", rescale="adapter", time_inject="concat", distinct_slots=True)
     model = LatentModel(tiny_model(Slr(), arch).backbone, base(arch).tokenizer, method)
-    adapters.freeze(model.backbone, model.tokenizer, model.method.markers)
+    adapters.freeze(model.backbone, model.marker_ids())
     frozen = [p for p in model.backbone.parameters() if not p.requires_grad]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("loop.") or "trainable_tokens" in name for name in trained)
@@ -121,14 +121,14 @@ def test_13_training_the_adapters_alone_leaves_the_base_weights(arch):
 def test_13_the_teachers_own_states_have_no_distance_to_it(arch, hid_layers, hid_distance):
     method = change(FULL, hid_weight=1.0, teacher="-", hid_layers=hid_layers, hid_distance=hid_distance)
     model = on(arch, method)
-    model._teacher.append(base(arch))
+    model._frozen["teacher"] = base(arch)
     batch = model.batch(model.rows(MIXED))
     with torch.no_grad():
         thought = model.think(batch)
-        targets = teacher_states(model, batch, Terms(model, batch, batch.counts()))
-        assert follow_loss(model, batch, thought, targets) > 0.1
+        targets = read_teacher(model.teacher, batch.teacher, False, 1, None).layers
+        assert follow_loss(model.loss_inputs(batch, thought), targets, model.method.losses) > 0.1
         for sites in batch.follows:
             for layer, state in enumerate(thought.layer_states[sites.loop - 1]):
                 for row, at in zip(sites.rows_F.tolist(), sites.targets_F.tolist()):
                     state[row] = targets[layer].flatten(0, 1)[at]
-        assert follow_loss(model, batch, thought, targets).abs() < 1e-5
+        assert follow_loss(model.loss_inputs(batch, thought), targets, model.method.losses).abs() < 1e-5

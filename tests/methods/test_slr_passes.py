@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop import Example, LatentModel
-from innerloop.halting.evidence import Moment
+from innerloop.halting.evidence import StopInputs
 from innerloop.passes.context import Context
 from tests.methods.reference import Reference
 from tests.methods.tools import (
@@ -87,7 +87,7 @@ def words_read(model: LatentModel, examples: Sequence[Example]) -> list[Tensor]:
     seen, rule = [], model.loop.stop
     score = rule.score
 
-    def note(now: Moment) -> Tensor:
+    def note(now: StopInputs) -> Tensor:
         assert now.logits.shape[1] == 1
         seen.append(now.logits[:, 0])
         return score(now)

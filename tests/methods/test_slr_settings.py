@@ -361,7 +361,7 @@ def test_noise_is_added_to_what_is_fed_and_not_to_what_the_timestep_makes_of_it(
     noisy = loop.inject(state, 1)
     torch.manual_seed(0)
     expected, error = loop.time(state, 1), 1.5 * torch.randn_like(state)
-    torch.testing.assert_close(noisy[:, -3:], expected[:, -3:] + error)
+    assert_close(noisy[:, -3:], expected[:, -3:] + error)
     assert torch.equal(noisy[:, :-3], expected[:, :-3])  # the timestep's own position
 
 
@@ -371,7 +371,7 @@ def test_the_sines_see_t_or_t_over_max_loops(time_norm, times):
     time = InnerLoop(settings, width=4, max_loops=4, tau=torch.ones(())).time
     torch.nn.init.normal_(time.mlp[-1].weight)
     for loop, told in zip((1, 3, 6), times):
-        torch.testing.assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
+        assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_the_optimizer_is_kept_over_stages_unless_told_otherwise():
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])
 def test_the_teacher_is_followed_by_the_mean_of_the_latents_or_by_the_last(site, scope):
     model = sharp_model(change(SMALL, loop_scope=scope, hid_weight=1.0, teacher="-", hid_site=site))
-    model._teacher.append(base("gpt2"))
+    model._frozen["teacher"] = base("gpt2")
     example, total = MIXED[0], []
     with states(model) as seen, torch.no_grad():
         term = model.loss([example]).terms["hid"]

@@ -62,8 +62,8 @@ def test_the_loss_and_its_gradient_are_the_cards(pattern, schedule, arch):
     slow, parities = Spiral(model), DRAWN.get(pattern)
     output = loss_of(model, rows_of(model))
     expected = slow.loss(MIXED, parities)
-    assert output.terms["hid"].item() == pytest.approx(slow.progressive(MIXED, parities).item(), abs=1e-5)
-    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert output.terms["hid"].item() == pytest.approx(slow.progressive(MIXED, parities).item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(gradients(model, output.loss), gradients(model, expected), 1e-5)
 
 
@@ -74,7 +74,7 @@ def test_text_may_be_learned_in_every_pass(pattern, schedule, arch):
     method = change(SPIRAL, pattern=pattern, block_schedule=schedule, ce_passes="all", max_loops=3)
     model = student(arch, method)
     loss, expected = model.loss(MIXED).loss, Spiral(model).loss(MIXED)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(gradients(model, loss), gradients(model, expected), 1e-5)
 
 
@@ -96,7 +96,7 @@ def test_each_pass_is_aligned_as_the_card_says(k, schedule, arch):
     model = student(arch, method)
     with torch.no_grad():
         align = Spiral(model).align(MIXED)[k]
-        assert model.loss(MIXED).terms["hid"].item() == pytest.approx(align.item(), abs=1e-5)
+        assert model.loss(MIXED).terms["hid"].item() == pytest.approx(align.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("hid_layers", ["last", "all", "all+emb"])
@@ -112,7 +112,7 @@ def test_alignment_by_any_distance_and_layers(hid_distance, hid_layers):
 def test_states_before_the_norm_may_be_written_back(arch):
     model = student(arch, change(ALIGNED, feedback_site="pre_norm"))
     slow = Spiral(model)
-    assert model.loss(MIXED).loss.item() == pytest.approx(slow.loss(MIXED).item(), abs=1e-5)
+    assert model.loss(MIXED).loss.item() == pytest.approx(slow.loss(MIXED).item(), rel=1e-5)
 
 
 @by_schedule
@@ -144,7 +144,7 @@ def test_rows_of_a_batch_do_as_alone(pattern, schedule, arch):
         n = sum(len(link.targets_U) for link in model.batch([row]).links())
         totals["answer"] += loss_of(model, [row]).terms["answer"].item() * n
         totals["n"] += n
-    assert loss_of(model, rows).terms["answer"].item() == pytest.approx(totals["answer"] / totals["n"], abs=1e-6)
+    assert loss_of(model, rows).terms["answer"].item() == pytest.approx(totals["answer"] / totals["n"], rel=1e-5)
 
 
 @by_schedule
@@ -157,7 +157,7 @@ def test_every_block_counts_the_same_in_the_alignment(schedule):
         n = round(batch.counts()["hid"])
         total, n_blocks = total + (model(batch).terms["hid"].item() * n if n else 0.0), n_blocks + n
     assert n_blocks == 2 + 1 + 2 + 1  # of 3, 1, 4 and 2 steps
-    assert model.loss(MIXED).terms["hid"].item() == pytest.approx(total / n_blocks, abs=1e-6)
+    assert model.loss(MIXED).terms["hid"].item() == pytest.approx(total / n_blocks, rel=1e-5)
 
 
 def test_parallel_and_sequential_differ_from_the_second_block_on():

@@ -8,6 +8,7 @@ import torch
 from innerloop import Example, LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import SpiralThinker
+from tests.close import assert_close
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, student
 from tests.methods.tools import MIXED, change
 from tests.models import chain_examples, moved, tiny_model
@@ -41,7 +42,7 @@ def test_a_student_learns_from_text_and_from_its_teacher(pattern, schedule, teac
     assert all(torch.equal(*pair) for pair in zip(model.teacher.parameters(), frozen.backbone.parameters()))
     assert not torch.equal(model.loop.rescale.outer.weight, torch.zeros(()))
     answer, hid, loss = (torch.tensor(logged(tmp_path, f"loss{n}")) for n in ("_answer", "_hid", ""))
-    torch.testing.assert_close(loss, answer + hid)
+    assert_close(loss, answer + hid)
 
 
 @by_schedule
@@ -55,7 +56,7 @@ def test_states_on_disk_give_the_same_losses(pattern, schedule, teacher, tmp_pat
         torch.manual_seed(0)
         followed(tmp_path / name, method, teacher, batch_size=2, max_steps=8, **settings)
         found.append(logged(tmp_path / name))
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_distances_of_any_scale_are_not_taken_for_divergence(teacher, tmp_path: Path):
@@ -82,7 +83,7 @@ def test_gradient_accumulation_takes_the_mean_over_the_global_batch(schedule, tm
         model = tiny_model(method)
         make_trainer(tmp_path / name, model, UNEVEN, max_steps=2, **settings).train()
         found.append((logged(tmp_path / name), weights(model)))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert_close(found[0], found[1], 1e-4)
 
 
 @by_schedule

@@ -153,20 +153,20 @@ def test_a_token_goes_on_if_the_decider_is_surer_than_tau():
     scores = scores_of(model)
     ids = torch.randint(0, 18, (2, 7))
     context = model.new_context(model.batch(model.prompts(["2"])))
-    context.wanted_BS = torch.full_like(ids, FREE)
-    _, context = read(model, ids, context.wanted_BS)
-    went = context.deep[0].depths_BL == 2
+    context.depth.wanted_BS = torch.full_like(ids, FREE)
+    _, context = read(model, ids, context.depth.wanted_BS)
+    went = context.depth.passes[0].depths_BL == 2
     assert torch.equal(went, (scores[0].sigmoid() > 0.3).view(2, 7))
     surest = scores[0].sigmoid().max().item()
     for tau, n_went in ((surest, 0), (surest - 1e-9, 1)):  # strictly surer
         model.depth.chooser.settings = change(SMALL, tau=tau)
         _, context = read(model, ids, torch.full_like(ids, FREE))
-        assert (context.deep[0].depths_BL == 2).sum() == n_went
+        assert (context.depth.passes[0].depths_BL == 2).sum() == n_went
     with torch.no_grad():
         model.depth.chooser.decider.leave.bias.fill_(1e3)
     model.depth.chooser.settings = change(SMALL, tau=1.0)
     _, context = read(model, ids, torch.full_like(ids, FREE))
-    assert (scores[-1].sigmoid() == 1).all() and (context.deep[0].depths_BL == 1).all()
+    assert (scores[-1].sigmoid() == 1).all() and (context.depth.passes[0].depths_BL == 1).all()
 
 
 def test_what_the_decider_sees():
@@ -188,7 +188,7 @@ def test_known_depths_go_before_the_decider():
     model = deciding("llama")
     ids = torch.randint(0, V, (1, 6))
     _, context = read(model, ids, torch.tensor([[1, 2, 1, 2, 2, 1]]))
-    assert context.deep[0].depths_BL.tolist() == [[1, 2, 1, 2, 2, 1]]
+    assert context.depth.passes[0].depths_BL.tolist() == [[1, 2, 1, 2, 2, 1]]
 
 
 # Counting
@@ -229,7 +229,7 @@ def test_six_of_a_hundred_tokens_read_twice_cost_less_than_a_tenth_more():
     for one in (model, plain):
         meter = Meter(4, ids.device)
         context = one.new_context(one.batch(one.prompts(["2"] * 4)), meter)
-        context.wanted_BS = wanted
+        context.depth.wanted_BS = wanted
         context.read(one.backbone.embed(ids))
         flops.append(sum(cost.flops for cost in meter.costs(one.backbone)))
     assert 1.06 < flops[0] / flops[1] < 1.10

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from innerloop import Example, LatentModel, Slr
-from innerloop.halting.evidence import Hints
+from innerloop.halting.evidence import RowInfo
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method
 from innerloop.passes.thought import Thought
 from innerloop.text.row import IGNORE, Row
+from tests.close import ROUNDED, assert_close
 from tests.methods.reference import Reference
 from tests.models import tiny_model
 
@@ -32,7 +34,6 @@ MIXED = (
     Example("1 ; + 0 ; * 1", (), "1"),
 )
 QUESTIONS = [example.question for example in MIXED]
-ROUNDED = 1e-5  # a norm of Llama computes in fp32, even in a model of double precision
 
 # Settings of SLR: nothing but the loop, and everything at once.
 SCOPES = ("slots", "all", "last", "append")
@@ -80,7 +81,7 @@ class FunctionPass:
 
     def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
         self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
-        self.hints: Hints | None = None
+        self.row_info: RowInfo | None = None
         self.kept: list[list[int]] = []
         self.actives: list[Tensor | None] = []
 
@@ -90,7 +91,7 @@ class FunctionPass:
 
     def keep_rows(self, rows: list[int]) -> None:
         self.kept.append(rows)
-        self.hints = None if self.hints is None else self.hints.keep_rows(torch.tensor(rows))
+        self.row_info = None if self.row_info is None else self.row_info.keep_rows(torch.tensor(rows))
 
     def count(self, flops_B: Tensor) -> None:
         pass
@@ -115,6 +116,20 @@ def iterate(
 def sharp_model(method: Method, arch: str = "gpt2", seed: int = 0, **changes) -> LatentModel:
     """Make a model in double precision that knows every marker, with a timestep table that is not zero."""
     return under(tiny_model(Slr(), arch, seed, **changes).double(), method)
+
+
+def exact(model: LatentModel) -> LatentModel:
+    """Let a model compute in double precision alone; most norms take their squares in fp32, whatever the weights."""
+
+    def normed(norm: nn.Module, states: Tensor) -> Tensor:
+        gemma = "Gemma" in type(norm).__name__
+        weight, eps = (1 + norm.weight, norm.eps) if gemma else (norm.weight, norm.variance_epsilon)
+        return nn.functional.rms_norm(states, states.shape[-1:], weight, eps)
+
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(normed, module)
+    return model
 
 
 def under(model: LatentModel, method: Method) -> LatentModel:
@@ -194,7 +209,7 @@ def gradients(model: LatentModel, loss: Tensor) -> dict[str, Tensor]:
     return grads
 
 
-def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 2e-6) -> None:
+def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = ROUNDED) -> None:
     """Compare gradients by all weights; losses are taken in fp32, hence the tolerance."""
     assert left.keys() == right.keys()
     for name in left:
@@ -202,13 +217,7 @@ def assert_same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tol
         assert (left[name] - right[name]).abs().max().item() <= tolerance * scale, name
 
 
-def assert_close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
-    assert left.shape == right.shape
-    gap = (left - right).abs().max().item()
-    assert gap <= tolerance
-
-
-def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float = 1e-10) -> None:
+def assert_same_answers(left: LatentModel, right: LatentModel, tolerance: float | None = None) -> None:
     for a, b in zip(left.answer_logits(MIXED), right.answer_logits(MIXED)):
         assert_close(a, b, tolerance)
 
@@ -252,8 +261,8 @@ def assert_rows_do_as_alone(model: LatentModel) -> None:
         ours, single = trace.row(row).iterations, alone_trace.iterations
         assert [entry.loop for entry in ours] == [entry.loop for entry in single]
         for one, other in zip(ours, single):
-            torch.testing.assert_close(one.delta, other.delta, atol=1e-4, rtol=0)
-            torch.testing.assert_close(one.score, other.score, atol=1e-4, rtol=0)  # None where there is no score
+            assert_close(one.delta, other.delta)
+            assert_close(one.score, other.score)  # None where there is no score
 
 
 @contextmanager

@@ -9,7 +9,7 @@ ceilings (`innerloop.bench.roofline`). Memory is taken in a run of its own, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +22,10 @@ from innerloop.bench.timing import Clock, Turn, clock_of, ratio, seconds_of, spr
 from innerloop.decoder.cost import PHASES, mean_cost
 from innerloop.decoder.memory import MIB, peak_memory
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import device_name, versions
-from innerloop.model.model import LatentModel
 
 RUN, BASELINE = "run", "baseline"
 
@@ -132,19 +132,15 @@ def _point(
 ) -> dict[str, Any]:
     """Return what was measured at one batch size. Latencies are those of a whole batch, in milliseconds."""
     costs = [generation.cost for generation in turns[0].result]
-    n, n_batches = len(costs), math.ceil(len(costs) / size)
-    seconds = seconds_of(turns)
+    n, n_batches, seconds = len(costs), math.ceil(len(costs) / size), seconds_of(turns)
     phases = {phase: [sum(g.cost.seconds[phase] for g in turn.result) for turn in turns] for phase in PHASES}
-    floor = floor_of(model.backbone, costs, size, rates)
-    mean = mean_cost(costs)
-    mean.pop("seconds")  # they are the latencies below
+    latencies = {"total": seconds, **phases}
+    floor, mean = floor_of(model.backbone, costs, size, rates), mean_cost(costs)
+    mean.pop("seconds")  # they are the latencies
     return {
         "batch_size": size,
         "n": n,
-        "latency_ms": {
-            name: spread([1000 * found / n_batches for found in values])
-            for name, values in {"total": seconds, **phases}.items()
-        },
+        "latency_ms": {name: spread([1000 * one / n_batches for one in of]) for name, of in latencies.items()},
         "examples_per_second": spread([n / found for found in seconds]),
         "seconds": seconds,
         "peak_mib": peak / MIB,
@@ -158,13 +154,9 @@ def _compared(
 ) -> dict[str, float | dict[str, float]]:
     """Return how many times what the run takes the baseline takes, at one batch size."""
     mine, other = (report["models"][name]["points"][index] for name in (RUN, BASELINE))
+    speedup, peak = ratio(turns[BASELINE, size], turns[RUN, size]), other["peak_mib"] / mine["peak_mib"]
     counts = {name: other["cost"][name] / mine["cost"][name] for name in ("passes", "positions", "flops")}
-    return {
-        "batch_size": size,
-        "speedup": ratio(turns[BASELINE, size], turns[RUN, size]),
-        "peak": other["peak_mib"] / mine["peak_mib"],
-        **counts,
-    }
+    return {"batch_size": size, "speedup": speedup, "peak": peak, **counts}
 
 
 def bench_table(report: Mapping[str, Any]) -> Table:
@@ -175,29 +167,28 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     table.add_column("median (p10-p90)", no_wrap=True)
     for name, model in models.items():
         table.add_column(f"{name}: {model['method']['name']}", justify="right", no_wrap=True)
-    lines: dict[str, Callable[[dict[str, Any]], str]] = {
-        "ms per batch": lambda p: _spread(p["latency_ms"]["total"]),
-        **{f"  {phase}": partial(_latency, phase) for phase in PHASES},
-        "examples per second": lambda p: _spread(p["examples_per_second"]),
-        "peak memory, MiB": lambda p: f"{p['peak_mib']:.2f}",
-        "floor / time": lambda p: f"{p['floor']['share']['median']:.1%} ({p['floor']['bound']})",
-        "passes per example": partial(_count, "passes"),
-        "positions per example": partial(_count, "positions"),
-        "MFLOPs per example": lambda p: f"{p['cost']['flops'] / 1e6:.1f}",
-    }
     for points in zip(*(model["points"] for model in models.values())):
-        for i, (name, cell) in enumerate(lines.items()):
+        for i, (name, *cells) in enumerate(zip(LINES, *map(_cells, points), strict=True)):
             size = str(points[0]["batch_size"]) if i == 0 else ""
-            table.add_row(size, name, *map(cell, points), end_section=i == len(lines) - 1)
+            table.add_row(size, name, *cells, end_section=i == len(LINES) - 1)
     return table
 
 
-def _latency(phase: str, point: Mapping[str, Any]) -> str:
-    return _spread(point["latency_ms"][phase])
+LINES = (
+    "ms per batch",
+    *(f"  {phase}" for phase in PHASES),
+    *("examples per second", "peak memory, MiB", "floor / time"),
+    *("passes per example", "positions per example", "MFLOPs per example"),
+)
 
 
-def _count(name: str, point: Mapping[str, Any]) -> str:
-    return f"{point['cost'][name]:.1f}"
+def _cells(point: Mapping[str, Any]) -> list[str]:
+    """Return a point as the table has it, line by line as in `LINES`."""
+    latency, cost, floor = point["latency_ms"], point["cost"], point["floor"]
+    cells = [_spread(latency[name]) for name in ("total", *PHASES)]
+    cells += [_spread(point["examples_per_second"]), f"{point['peak_mib']:.2f}"]
+    cells += [f"{floor['share']['median']:.1%} ({floor['bound']})"]
+    return [*cells, f"{cost['passes']:.1f}", f"{cost['positions']:.1f}", f"{cost['flops'] / 1e6:.1f}"]
 
 
 def bench_lines(report: Mapping[str, Any]) -> list[str]:

@@ -15,13 +15,12 @@ from typing import Any
 
 from innerloop.bench.timing import clock_of, seconds_of, take_turns
 from innerloop.decoder.memory import peak_memory
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, Attempts
-from innerloop.experiments.summary import read_json
 from innerloop.measure.accuracy import device_name, versions
-from innerloop.measure.parts import digest
+from innerloop.measure.result_cache import digest
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 
 TIMES = "times.json"
@@ -60,7 +59,7 @@ def time_runs(
     asked |= {"questions": digest(list(questions)), "max_new_tokens": task.max_new_tokens}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
     asked["attempts"] = {name: asdict(one) for name, one in tried.items()} or None
-    if (known := _known(folder / TIMES, asked, list(runs.values()))) is not None:
+    if (known := _known(folder / TIMES, asked, list(loaded))) is not None:
         return known
     options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": len(questions)}
     options["strict"] = False  # what does not fit into memory was told when it was evaluated
@@ -75,11 +74,11 @@ def time_runs(
 
 
 def _known(path: Path, asked: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any] | None:
-    """Return what was measured before, if it was the same."""
-    if not path.exists():
+    """Return what was measured before, if it was the same; what cannot be read is measured again."""
+    try:
+        written, found = path.stat().st_mtime, json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    written = path.stat().st_mtime
-    if any((Path(checkpoint.resolve(folder)) / checkpoint.SETTINGS).stat().st_mtime > written for folder in folders):
-        return None
-    found = read_json(path)
-    return found if all(found.get(name) == value for name, value in asked.items()) else None
+    changed = [(Path(checkpoint.resolve(folder)) / checkpoint.SETTINGS).stat().st_mtime for folder in folders]
+    is_same = isinstance(found, dict) and all(found.get(name) == value for name, value in asked.items())
+    return found if is_same and max(changed) <= written else None

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -56,10 +56,7 @@ class Ceilings:
 
     def jobs(self) -> dict[str, Callable[[], object]]:
         """Return the jobs, to take turns with what is measured."""
-        return {
-            MATMUL: self.product,
-            COPY: lambda: self.target.copy_(self.source),
-        }
+        return {MATMUL: self.product, COPY: lambda: self.target.copy_(self.source)}
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -79,10 +76,8 @@ class Ceilings:
 
     def rates(self, matmul: Sequence[Turn], copy: Sequence[Turn]) -> Rates:
         """Return the rates that turns of the two jobs show."""
-        return Rates(
-            [self.flops / seconds for seconds in seconds_of(matmul)],
-            [self.n_bytes / seconds for seconds in seconds_of(copy)],
-        )
+        times = ((self.flops, seconds_of(matmul)), (self.n_bytes, seconds_of(copy)))
+        return Rates(*([work / seconds for seconds in turns] for work, turns in times))
 
 
 @dataclass(frozen=True)
@@ -94,10 +89,8 @@ class Rates:
 
     def report(self) -> dict[str, dict[str, float]]:
         """Return the ceilings and how far the turns spread, in GFLOP/s and GB/s."""
-        return {
-            "matmul_gflops": {"best": max(self.flops) / 1e9, **spread([rate / 1e9 for rate in self.flops])},
-            "copy_gb_s": {"best": max(self.n_bytes) / 1e9, **spread([rate / 1e9 for rate in self.n_bytes])},
-        }
+        rates = {"matmul_gflops": self.flops, "copy_gb_s": self.n_bytes}
+        return {name: {"best": max(of) / 1e9, **spread([rate / 1e9 for rate in of])} for name, of in rates.items()}
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class Floor:
     """The least work of some answers: FLOPs, bytes, and the seconds that each takes at the ceilings."""
 
     flops: float
-    n_bytes: float
+    bytes: float
     compute_seconds: float
     memory_seconds: float
 
@@ -116,14 +109,8 @@ class Floor:
 
     def report(self) -> dict[str, float | str]:
         """Return the floor's numbers, and which of the two rates sets it."""
-        return {
-            "flops": self.flops,
-            "bytes": self.n_bytes,
-            "compute_seconds": self.compute_seconds,
-            "memory_seconds": self.memory_seconds,
-            "seconds": self.seconds,
-            "bound": "compute" if self.compute_seconds >= self.memory_seconds else "memory",
-        }
+        bound = "compute" if self.compute_seconds >= self.memory_seconds else "memory"
+        return {**asdict(self), "seconds": self.seconds, "bound": bound}
 
 
 def floor_of(backbone: Backbone, costs: Sequence[Cost], batch_size: int, rates: Rates) -> Floor:

@@ -1,11 +1,10 @@
 """How early may a loop stop? Picks the threshold of a stop rule for a stated loss on validation data (halting.md, 5).
 
     model = LatentModel.from_pretrained("runs/chain-slr_anytime")
-    found = calibrate(model, task, task.examples("valid"), rule="kl", max_drop=0.01)
+    found = calibrate(model, task, task.examples("valid"), "kl", CalibrationSettings(max_drop=0.01))
     found.save("runs/chain-slr_anytime", adopt=True)         # calibration.json; from now on the run stops by this rule
 
-A rule that is learned offline (classifier, mlp_probe) is first fitted, to examples of its own. Where whole rows stop,
-all thresholds follow from an answer at every depth; where tokens stop one by one, thresholds are tried by bisection.
+A rule that is learned offline (classifier, mlp_probe) is first fitted, to examples of its own.
 """
 
 from __future__ import annotations
@@ -20,15 +19,16 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from innerloop.calibrate.loop_scan import use_rule
-from innerloop.calibrate.threshold_search import Goal, Label, Tryout, told_of
+from innerloop.calibrate.settings import CalibrationSettings
+from innerloop.calibrate.threshold_search import ThresholdSearch, summary
 from innerloop.config.stopping import StopKind
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, refuse
 from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
-from innerloop.measure.parts import Parts
+from innerloop.measure.result_cache import ResultCache
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
+from innerloop.model.stopping import use_rule
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 
@@ -64,19 +64,10 @@ def calibrate(
     task: Task,
     examples: Sequence[Example],
     rule: StopKind = "kl",
-    max_drop: float = 0.01,
-    *,
-    agreement: float | None = None,
-    mean_loops: float | None = None,
+    settings: CalibrationSettings | None = None,
     check: Sequence[Example] = (),
-    fit_share: float = 0.5,
-    label: Label = "agree",
-    min_rows: int = 50,
-    batch_size: int = 64,
-    max_new_tokens: int | None = None,
-    seed: int = 0,
     progress: Callable[[str], None] = lambda done: None,
-    parts: Parts | None = None,
+    cache: ResultCache | None = None,
     **options: Any,
 ) -> Calibration:
     """Choose the loosest threshold that loses no more than was said, and leave the model with it.
@@ -86,45 +77,33 @@ def calibrate(
         task: checks answers.
         examples: validation data.
         rule: the stop score.
-        max_drop: the most that accuracy may fall, as a share of all examples.
-        agreement: instead, the least share of answers (of tokens, where the loop runs inside them) as at full depth.
-        mean_loops: instead, the most iterations on average; layers, where tokens leave between them.
+        settings: what may be lost, and how the threshold is found.
         check: further examples, on which what was chosen is measured once more.
-        fit_share: the share of examples that a learned rule is fitted to; the others choose its thresholds.
-        label: a classifier or probe learns whether an iteration agrees with the last, or whether it is correct.
-        min_rows: fewer rows than that open no exit to a classifier.
-        batch_size: rows per batch.
-        max_new_tokens: the most tokens to write per example; None: as the task says.
-        seed: of draws in fitting.
         progress: told what has been done.
-        parts: where answers are kept as soon as they are known, and taken from if they are there.
+        cache: where answers are kept as soon as they are known, and taken from if they are there.
         options: further settings of stopping, such as patience, min_loops, check_every or stop_features.
     """
-    goal, start = Goal(max_drop, agreement, mean_loops), time.perf_counter()
+    settings, start = settings or CalibrationSettings(), time.perf_counter()
     gate = None if model.loop.stop is None else model.loop.stop.gate
     refuse(
         (rule in ("none", "random"), f"stop={rule} has no threshold to choose: calibrate another score"),
         (rule in GATES and gate is None, f"stop={rule} is learned with the model: train it with stop={rule} first"),
         (len(examples) < FEWEST, f"calibrating needs at least {FEWEST} examples"),
-        (not 0 < fit_share < 1, "fit_share is a share between 0 and 1"),
     )
     use_rule(model, stop=rule, stop_threshold=math.inf, **options)
-    n_fit = 0
+    search, n_fit = ThresholdSearch(model, task, settings, progress, ResultCache() if cache is None else cache), 0
     if rule in ("classifier", "mlp_probe"):
-        n_fit = min(max(round(fit_share * len(examples)), 1), len(examples) - 1)
-    tryout = Tryout(model, task, batch_size, max_new_tokens, seed, progress, Parts() if parts is None else parts)
-    if n_fit:
-        tryout.fit(examples[:n_fit], label)
-    search = tryout.search(examples[n_fit:], min_rows)
-    best = search.best(goal)
-    chosen = search.use(best)
-    report = {"rule": rule, **told_of(chosen), "method": checkpoint.method_settings(model.method)}
-    report["n"] = {"fit": n_fit, "choose": len(search.examples), "check": len(check)}
-    report |= search.report(best, goal)
+        n_fit = min(max(round(settings.fit_share * len(examples)), 1), len(examples) - 1)
+        search.fit(examples[:n_fit])
+    search.look(examples[n_fit:])
+    best = search.best()
+    search.use(best)
+    report = {"rule": rule, **search.told(best), "method": checkpoint.method_settings(model.method)}
+    report["n"] = {"fit": n_fit, "choose": len(examples) - n_fit, "check": len(check)}
+    report |= search.report(best)
     if check:
-        found = tryout.ask(check)
-        full = tryout.ask_at_full_depth(check)
-        report["check"] = {"full": full.told(), "chosen": found.compared(full)}
+        found, full = search.answers(check), search.answers(check, math.inf)
+        report["check"] = {"full": summary(full), "chosen": summary(found, full)}
     report |= {"seconds": round(time.perf_counter() - start, 1), "versions": versions()}
     return Calibration(model, report | {"device": device_name(model.device)})
 

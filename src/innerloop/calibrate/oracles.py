@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from innerloop.loop.trace import Trace
+from innerloop.loop.trace import Trace
 
 
-def first_agreeing(tops_TB: Tensor) -> Tensor:
-    """Return the first t, from 1, whose likeliest token is that of the last iteration (B,)."""
-    return 1 + (tops_TB == tops_TB[-1]).int().argmax(0)
-
-
-def first_correct(tops_TB: Tensor, gold_B: Tensor) -> Tensor:
-    """Return the first t, from 1, whose likeliest token is the right one (B,); T where none is."""
-    hit_TB = tops_TB == gold_B
+def first_showing(tops_TB: Tensor, wanted_B: Tensor) -> Tensor:
+    """Return the first t, from 1, whose likeliest token is the wanted one (B,); T where none is."""
+    hit_TB = tops_TB == wanted_B
     return torch.where(hit_TB.any(0), 1 + hit_TB.int().argmax(0), len(tops_TB))
 
 
@@ -32,24 +23,20 @@ def oracle_correct(trace: Trace) -> list[int]:
     """Return for each row of a trace the first iteration that shows all tokens known; its last where none does."""
     if trace.gold is None:
         raise ValueError("the trace knows no right tokens")
-    rows = []
-    for tops_TN, gold_N in zip(_tops(trace), trace.gold[:, 1:]):
-        known = gold_N >= 0
-        rows.append(_first(tops_TN[:, known], gold_N[known]))
-    return rows
+    rows = zip(_tops(trace), trace.gold[:, 1:])
+    return [_first(tops_TN[:, gold_N >= 0], gold_N[gold_N >= 0]) for tops_TN, gold_N in rows]
 
 
 def _first(tops_TN: Tensor, wanted_N: Tensor) -> int:
-    hit_T = (tops_TN == wanted_N).all(1)
-    return 1 + int(hit_T.int().argmax()) if bool(hit_T.any()) else len(tops_TN)
+    return int(first_showing((tops_TN == wanted_N).all(1), torch.tensor(True)))
 
 
-def _tops(trace: Trace) -> Sequence[Tensor]:
+def _tops(trace: Trace) -> list[Tensor]:
     """Return the likeliest tokens (T, N) of every row, as far as it went."""
     found: dict[int, list[Tensor]] = {}
     for entry in trace.iterations:
         if entry.top_ids is None:
             raise ValueError("the trace has no read-outs")
-        for i, row in enumerate(entry.rows):
-            found.setdefault(row, []).append(entry.top_ids[i, :, 0])
+        for row, ids_Nk in zip(entry.rows, entry.top_ids):
+            found.setdefault(row, []).append(ids_Nk[:, 0])
     return [torch.stack(found[row]) for row in sorted(found)]

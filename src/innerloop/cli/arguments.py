@@ -1,80 +1,137 @@
-"""What the command line was given, as objects: where to print, a task, what can be asked, a method, a device."""
+"""What verbs have in common: a task and a model as arguments, examples left out, folders, progress."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from rich.console import Console
 
-from innerloop.engine.requests import fits
+from innerloop.config.typed import named
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.measure.parts import Parts
+from innerloop.measure.result_cache import ResultCache
 from innerloop.methods import Method, method_named
-from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task, task_named
 from innerloop.text.examples import Example
-from innerloop.train.recipe import named, parse_value, read_recipe
-from innerloop.train.run import CONFIG
+
+if TYPE_CHECKING:  # slow to import
+    import torch
+
+    from innerloop.engine.latent_model import LatentModel
+    from innerloop.measure.result_cache import ResultCache
 
 console = Console()
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
 MOST_NAMED = 8  # examples that are left out
 
 
-def model_given(
-    run: str, method: Method | None, device: str | None, dtype: Dtype, compile: bool = False
-) -> LatentModel:
-    """Load the model of every verb that answers: a run or any model, where and in the type that was asked for."""
-    model = LatentModel.from_pretrained(run, method, device=device_given(device), dtype=dtype)
-    if compile:
-        model.backbone.compile_passes()
-    return model
+@dataclass(frozen=True)
+class TaskArguments:
+    """What is answered.
+
+    Args:
+        task: a task's name, or {name: ..., field: value}; by default the one the run was trained on.
+        data: a file or Hub data set to read the split from.
+    """
+
+    task: str | None = None
+    data: str | None = None
+
+    def task_of(self, run: str, split: str) -> Task:
+        """Return the task asked for, or the one a run was trained on, with ``data`` as the source of a split."""
+        from innerloop.model import checkpoint
+        from innerloop.train.recipe import parse_value, read_recipe
+        from innerloop.train.run import CONFIG
+
+        checkpoint.resolve(run)
+        config = Path(run) / CONFIG
+        if self.task is not None:
+            section = parse_value(self.task, "--task")
+        elif config.exists():
+            section = read_recipe(config).get("task")
+        else:
+            raise InputError(f"{run} is no folder with a {CONFIG}, so say what to answer: --task NAME")
+        if not isinstance(section, str | dict):
+            if self.task is None:
+                raise InputError(f"{config} does not say which task it is for: restore it, or give --task NAME")
+            raise InputError(f"--task {self.task}: write a task's name, or {{name: ..., field: value}}")
+        section = {"name": section} if isinstance(section, str) else dict(section)
+        if self.data is not None:
+            if split not in getattr(task_named(str(section.get("name", ""))), "__dataclass_fields__", {}):
+                raise InputError(f"task '{section['name']}' makes its own examples and reads no --data")
+            section[split] = self.data
+        return named(section, "task", task_named)
 
 
-def device_given(text: str | None) -> torch.device | None:
-    """Return the device of a name, if it is there."""
-    if text is None:
-        return None
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise InputError(f"--device {text} is no device: write cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise InputError(f"--device {text}: there are the CPU and {torch.cuda.device_count()} CUDA devices")
-    return device
+@dataclass(frozen=True)
+class SplitArguments(TaskArguments):
+    """What is answered.
+
+    Args:
+        split: train, valid or test.
+    """
+
+    split: str = "test"
+
+    def load_task(self, run: str) -> Task:
+        """Return the task asked for, or the one a run was trained on."""
+        return self.task_of(run, self.split)
 
 
-def task_given(run: str, task: str | None, data: str | None, split: str) -> Task:
-    """Return the task asked for, or the one a run was trained on, with ``data`` as the source of the split."""
-    checkpoint.resolve(run)
-    config = Path(run) / CONFIG
-    if task is not None:
-        section = parse_value(task, "--task")
-    elif config.exists():
-        section = read_recipe(config).get("task")
-    else:
-        raise InputError(f"{run} is no folder with a {CONFIG}, so say what to answer: --task NAME")
-    if not isinstance(section, str | dict):
-        if task is None:
-            raise InputError(f"{config} does not say which task it is for: restore it, or give --task NAME")
-        raise InputError(f"--task {task}: write a task's name, or {{name: ..., field: value}}")
-    section = {"name": section} if isinstance(section, str) else dict(section)
-    if data is not None:
-        if split not in getattr(task_named(str(section.get("name", ""))), "__dataclass_fields__", {}):
-            raise InputError(f"task '{section['name']}' makes its own examples and reads no --data")
-        section[split] = data
-    return named(section, "task", task_named)
+@dataclass(frozen=True)
+class ModelArguments:
+    """Who answers, and where.
+
+    Args:
+        method: reason by another method than the run was trained with: its name, or {name: ..., field: value}.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+        dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
+    """
+
+    method: str | None = None
+    device: str | None = None
+    dtype: Dtype = "auto"
+
+    def read_method(self) -> Method | None:
+        """Return the method that was written."""
+        from innerloop.train.recipe import parse_value
+
+        return None if self.method is None else named(parse_value(self.method, "--method"), "method", method_named)
+
+    def find_device(self) -> torch.device | None:
+        """Return the device, if it is there."""
+        import torch
+
+        if self.device is None:
+            return None
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise InputError(f"--device {self.device} is no device: write cpu, cuda or cuda:N") from None
+        n_cuda = torch.cuda.device_count()
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n_cuda):
+            raise InputError(f"--device {self.device}: there are the CPU and {n_cuda} CUDA devices")
+        return device
+
+    def load_model(self, run: str, compile: bool = False) -> LatentModel:
+        """Load a run, or any model with the method asked for."""
+        from innerloop.engine.latent_model import LatentModel
+
+        model = LatentModel.from_pretrained(run, self.read_method(), device=self.find_device(), dtype=self.dtype)
+        if compile:
+            model.backbone.compile_passes()
+        return model
 
 
 def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: int | None = None) -> list[Example]:
     """Return the examples that all models can be asked, at most so many; say which were left out, and how many."""
+    from innerloop.engine.requests import fits
+
     kept, left = list[Example](), list[str]()
     for example in examples:
         if len(kept) == most:
@@ -86,13 +143,15 @@ def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: in
     if left:
         more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
         counted = f"({len(left)} of {len(kept) + len(left)})"
-        named = ", ".join(left[:MOST_NAMED]) + more
-        console.print(f"left out, as they cannot be answered: {named} {counted}", soft_wrap=True, markup=False)
+        told = ", ".join(left[:MOST_NAMED]) + more
+        console.print(f"left out, as they cannot be answered: {told} {counted}", soft_wrap=True, markup=False)
     return kept
 
 
-def folder_given(folder: Path, hint: str = "give another folder by --out DIR") -> Path:
+def writable(folder: Path, hint: str = "give another folder by --out DIR") -> Path:
     """Make a folder for results, and see that it can be written to, before anything is measured."""
+    from innerloop.model import checkpoint
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,7 +162,7 @@ def folder_given(folder: Path, hint: str = "give another folder by --out DIR") -
 
 
 @contextmanager
-def going_on(parts: Parts, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
+def going_on(parts: ResultCache, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
     """Say what is known from before (``names``), if anything is; after Ctrl-C, what is kept and where."""
     if parts.known:
         console.print(f"measured before: {names}{hint}", soft_wrap=True)
@@ -114,6 +173,12 @@ def going_on(parts: Parts, names: str, hint: str = " (--fresh true starts over)"
         raise
 
 
-def method_given(text: str | None) -> Method | None:
-    """Return the method written as a name or as {name: ..., field: value}."""
-    return None if text is None else named(parse_value(text, "--method"), "method", method_named)
+@contextmanager
+def progress_of(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar; what is yielded is told how much has been done since the last call."""
+    from innerloop.terminal.progress import bar
+
+    with bar(console) as progress:
+        row = progress.add_task(title, total=total, note="")
+        yield partial(progress.advance, row)
+        progress.update(row, completed=total)

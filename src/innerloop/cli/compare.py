@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from innerloop.cli.arguments import console, task_given
+from innerloop.cli.arguments import TaskArguments, console
 from innerloop.errors import InputError
 from innerloop.experiments.compare import compare_folders, compare_suite
 from innerloop.experiments.ray import ray_workers
 from innerloop.experiments.suite import is_suite
-from innerloop.experiments.summary import failure_sentence, failure_table, failures
-from innerloop.experiments.sweep import best_line, read_sweep, run_grid, run_search, sweep_table, write_sweep
+from innerloop.experiments.summary import failure_lines, failure_sentence, failures
+from innerloop.experiments.sweep import best_line, read_sweep, run_sweep, sweep_table, write_sweep
+from innerloop.lens.page import check_viz
 
 
 def compare(
@@ -36,8 +37,8 @@ def compare(
             default runs/compare.
         baseline: the row that the others are set against; by default the first.
         seeds: of a suite, other seeds than its own.
-        workers: of a suite, points trained at a time, each on one thread.
-        results: of a suite, also write the points to this file; by default OUT/results.json alone.
+        workers: of a suite, jobs trained at a time, each on one thread.
+        results: of a suite, also write the jobs to this file; by default OUT/results.json alone.
         task: of runs, what to answer: a task's name, or {name: ..., field: value}; by default what they learned.
         split: of runs, train, valid or test; by default test. A suite says so itself, under test.
         limit: of runs, answer only the first examples.
@@ -61,7 +62,7 @@ def compare(
         )
     if len(subjects) < 2:
         raise InputError("compare takes a suite, or two runs or more")
-    chosen = None if task is None else task_given(subjects[0], task, None, split or "test")
+    chosen = None if task is None else TaskArguments(task).task_of(subjects[0], split or "test")
     compare_folders(subjects, Path(out or "runs/compare"), baseline, console, chosen, split or "test", limit, timed)
 
 
@@ -78,37 +79,33 @@ def sweep(
     limit: int | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Train a recipe over a grid of values, or over points that a search draws; writes sweep.html and results.json.
+    """Train a recipe over a grid of values, or over trials that a search draws; writes sweep.html and results.json.
 
     Args:
         recipe: a YAML recipe, or a suite that has a grid.
         grid: FIELD=VALUE,VALUE,.. or, for a search, FIELD=LOW..HIGH or FIELD=LOW..HIGH:log; one --grid for each field.
-        search: none trains every combination of values; optuna draws points, told by the accuracy of those before.
-        trials: points that a search draws.
-        seeds: seeds of every point; by default the recipe's.
-        out: the folder of the points; by default the recipe's with -sweep behind it. What is there is not run again.
-        workers: points trained at a time, each on one thread; on Ray, points that a search draws at a time.
+        search: none trains every combination of values; optuna draws trials, told by the accuracy of those before.
+        trials: how many a search draws.
+        seeds: seeds of every trial; by default the recipe's.
+        out: the folder of the runs; by default the recipe's with -sweep behind it. What is there is not run again.
+        workers: jobs trained at a time, each on one thread; on Ray, trials that a search draws at a time.
         on: this machine, or the Ray cluster that is there.
-        split: the examples that points are chosen by; by default valid.
+        split: the examples that trials are chosen by; by default valid.
         limit: how many of them.
         overrides: other fields of the recipe, written --section.field value.
     """
-    raw, axes = read_sweep(recipe, grid, out, seeds, split, limit, overrides)
+    check_viz()
+    raw, axes = read_sweep(recipe, grid, {"out": out, "seeds": seeds, "split": split, "limit": limit}, overrides)
     place = ray_workers if on == "ray" else None
-    if search == "optuna":
-        swept = run_search(raw, axes, trials, workers, console, place)
-    else:
-        swept = run_grid(raw, axes, workers, console, place)
+    swept = run_sweep(raw, axes, None if search == "none" else trials, workers, console, place)
     folder = Path(raw["out"])
     write_sweep(swept, f"Sweep of {Path(recipe).stem}", folder)
     failed = failures(swept.results)
     if swept.best is not None:
         console.print(sweep_table(swept))
         console.print(best_line(swept), soft_wrap=True)
-    if failed:
-        console.print(failure_table(failed))
-    console.print(
-        f"the picture is in {folder / 'sweep.html'}, every point in {folder / 'results.json'}", soft_wrap=True
-    )
+    for line in failure_lines(failed):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"the picture is in {folder / 'sweep.html'}, every job in {folder / 'results.json'}", soft_wrap=True)
     if failed:
         raise InputError(failure_sentence(failed, len(swept.results)))

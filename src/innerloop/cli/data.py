@@ -8,15 +8,11 @@ from pathlib import Path
 from rich.table import Table
 
 from innerloop.cli.arguments import console
+from innerloop.config.typed import field_parser, named, typed
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, method_named
-from innerloop.model import checkpoint
+from innerloop.model.loading import load_tokenizer
 from innerloop.tasks import TASKS, task_named
-from innerloop.terminal.views import print_rows
-from innerloop.text.encoder import Speller
-from innerloop.text.examples import read_examples, write_examples
-from innerloop.text.tokenizer import train_tokenizer
-from innerloop.train.recipe import named, parse_overrides, parse_value, typed
 
 
 def methods() -> None:
@@ -36,15 +32,18 @@ def data_list() -> None:
     console.print(table)
 
 
-def data_make(name: str, out: str | None = None, fields: Sequence[str] = ()) -> None:
+def data_make(name: str, out: str | None = None, overrides: Sequence[str] = ()) -> None:
     """Write the splits of a task as JSONL, generated or converted.
 
     Args:
         name: the task.
         out: the folder for train.jsonl, valid.jsonl and test.jsonl; by default data/NAME.
-        fields: the task's own options, written --field value.
+        overrides: the task's own options, written --field value.
     """
-    task = typed(task_named(name), dict(parse_overrides(fields)), "task")
+    from innerloop.text.examples import write_examples
+    from innerloop.train.recipe import parse_overrides
+
+    task = typed(task_named(name), dict(parse_overrides(overrides)), "task")
     written = 0
     for split in ("train", "valid", "test"):
         if getattr(task, split, "made") is None and any(getattr(task, s, None) for s in ("train", "valid", "test")):
@@ -56,6 +55,11 @@ def data_make(name: str, out: str | None = None, fields: Sequence[str] = ()) -> 
         written += 1
     if not written:
         raise InputError(f"task '{name}' has nothing to write: give --train FILE, --valid FILE or --test FILE")
+
+
+def fields_help(name: str, overrides: Sequence[str] = ()) -> str:
+    """Return the options of a task."""
+    return field_parser(task_named(name)).format_help()
 
 
 def data_show(
@@ -70,11 +74,17 @@ def data_show(
         stage: the curriculum's stage; by default the last.
         n: how many examples.
     """
+    from innerloop.terminal.views import print_rows
+    from innerloop.text.encoder import Speller
+    from innerloop.text.examples import read_examples
+    from innerloop.text.tokenizer import train_tokenizer
+    from innerloop.train.recipe import parse_value
+
     chosen = named(parse_value(method, "--method"), "method", method_named)
     last = chosen.curriculum.last_stage
     if n < 1 or (stage is not None and not 0 <= stage <= last):
         raise InputError(f"show at least one example, of a stage from 0 to {last}")
     examples = read_examples(file, limit=None if tokenizer is None else n)
-    words = train_tokenizer(examples) if tokenizer is None else checkpoint.load_tokenizer(tokenizer)
+    words = train_tokenizer(examples) if tokenizer is None else load_tokenizer(tokenizer)
     words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)
     print_rows(console, chosen.rows(examples[:n], Speller(words), stage), words)

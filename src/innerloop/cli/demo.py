@@ -11,25 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.experiments.compare import suite_standings, verdicts
+from innerloop.experiments.compare import suite_rows, verdicts
 from innerloop.experiments.jobs import run_suite
 from innerloop.experiments.report import write_report
-from innerloop.experiments.suite import Exam, Suite
+from innerloop.experiments.suite import EvalConfig, Suite
+from innerloop.experiments.summary import summary_table
 from innerloop.lens import look, write_page
+from innerloop.lens.page import check_viz
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Chain
 from innerloop.train.recipe import BackboneChoice, Recipe
 
 TASK = Chain(n_ops=5, modulus=5)
-BACKBONE = {
-    "type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
+BACKBONE = {"type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2} | {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
@@ -61,6 +58,7 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     folder = Path(out)
     if steps < 1 or workers < 1:
         raise InputError("the demo needs steps >= 1 and workers >= 1")
+    check_viz()
     if (folder / "results.json").exists():
         raise InputError(f"{folder} holds a demo already; choose another folder with --out, or remove it")
     console.print(
@@ -71,19 +69,19 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
         TASK, BackboneChoice(scratch=BACKBONE), Cot(), _training(WARM_UP_STEPS, seed), str(folder / "warm_up")
     )
     start, chosen = BackboneChoice(model=warm.out), demo_methods(steps)
-    points = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
-    suite = Suite(out, {seed: warm}, points, Exam(loops=LOOPS, controls=True))
+    jobs = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
+    suite = Suite(out, {seed: warm}, jobs, EvalConfig(loops=LOOPS, controls=True))
     results = run_suite(suite, workers, console)
     if failed := [f"{r['variant']}: {r['error']}" for r in results if "error" in r]:
         raise InputError(f"the demo could not finish: {'; '.join(failed)}")
     examples = TASK.examples("test", 8)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
-    standings = suite_standings(suite, results)
-    write_report(folder / "report.html", title, standings, verdicts(standings, "cot"))
+    rows = suite_rows(suite, results)
+    write_report(folder / "report.html", title, rows, verdicts(rows, "cot"))
     record = look(LatentModel.from_pretrained(folder / "slr"), TASK, examples, run=str(folder / "slr"))
     write_page(record, folder / "lens.html")
-    console.print(result_table(results))
+    console.print(summary_table(rows))
     console.print(
         f"To open in a browser: {folder / 'report.html'} (the table, what more loops do, and whether the latents carry "
         f"the answers) and {folder / 'lens.html'} (what SLR's latents show). Or look inside one answer here:",
@@ -92,31 +90,6 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     console.print(f'  innerloop ask {folder / "slr"} "{examples[0].question}"', highlight=False, soft_wrap=True)
 
 
-def result_table(results: list[dict[str, Any]]) -> Table:
-    """Return results as the table of methods."""
-    table = Table("method", title="per example", title_justify="left")
-    for column in ("accuracy", "95 % interval", "passes", "positions", "thought", "ms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        cost, (low, high) = result["cost"], result["ci95"]
-        table.add_row(
-            result["method"]["name"],
-            f"{result['accuracy']:.1%}",
-            f"{low:.1%} - {high:.1%}",
-            f"{cost['passes']:.1f}",
-            f"{cost['positions']:.1f}",
-            f"{cost['thought_tokens']:.1f}",
-            f"{1000 * sum(cost['seconds'].values()):.2f}",
-        )
-    return table
-
-
 def _training(steps: int, seed: int) -> dict[str, Any]:
-    return {
-        "learning_rate": 1e-3,
-        "max_steps": steps,
-        "batch_size": 64,
-        "seed": seed,
-        "save_strategy": "no",
-        "use_cpu": True,
-    }
+    shared = {"learning_rate": 1e-3, "batch_size": 64, "save_strategy": "no", "use_cpu": True}
+    return {**shared, "max_steps": steps, "seed": seed}

@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from inspect import get_annotations, getdoc
+from typing import Any
 
 from innerloop.cli.arguments import console
-from innerloop.errors import InputError
-from innerloop.train.callbacks import LiveProgress
+from innerloop.config.typed import field_parser, field_types, groups
+from innerloop.errors import InputError, nearest
 from innerloop.train.recipe import load_recipe
-from innerloop.train.run import FINISHED, run_recipe
 
 
 def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> None:
-    """Train a recipe; every field can be overridden: --section.field value.
+    """Train a recipe; every field can be overridden: --section.field value. RECIPE --help lists them.
 
     Args:
         recipe: a YAML recipe.
         resume: go on where an earlier run of the same folder was interrupted.
         overrides: fields of the recipe, written --section.field value.
     """
+    from innerloop.train.callbacks import LiveProgress
+    from innerloop.train.run import FINISHED, run_recipe
+
     loaded = load_recipe(recipe, overrides)
     folder = run_recipe(loaded, resume, lambda stage, title: [LiveProgress(title, console)])
     if not (folder / FINISHED).exists():
         raise InputError(f"interrupted; go on with: {' '.join(['innerloop train', recipe, *overrides, '--resume'])}")
     console.print(f"the trained model is in {folder}; next: innerloop eval {folder}", soft_wrap=True)
+
+
+def fields_help(recipe: str, path: str = "", overrides: Sequence[str] = ()) -> str:
+    """Return the fields that a recipe takes: those of its method, or of the section or group at a dotted path."""
+    from innerloop.train.training_arguments import LatentTrainingArguments
+
+    loaded = load_recipe(recipe, overrides)
+    sections: dict[str, Any] = {"task": loaded.task, "backbone": loaded.backbone, "method": loaded.method}
+    sections["train"] = LatentTrainingArguments
+    name, *inner = (path or "method").split(".")
+    if name not in sections:
+        raise InputError(f"--help {path}: a recipe has no section '{name}'{nearest(name, sections)}")
+    at = _class_of(sections[name])
+    for group in inner:
+        if group not in groups(at):
+            raise InputError(f"--help {path}: '{at.__name__}' has no group '{group}'{nearest(group, groups(at))}")
+        at = groups(at)[group]
+    if at is LatentTrainingArguments:
+        return f"train: {getdoc(at)}"
+    lines = [field_parser(at, f"{path or 'method'}.").format_help().rstrip()]
+    lines += [_line(f"{path or 'method'}.{group}", cls) for group, cls in groups(at).items()]
+    if not path:
+        lines += ["", *(_line(other, _class_of(value)) for other, value in sections.items() if other != "method")]
+        lines += ["", f"innerloop train {recipe} --help method.GROUP, or --help task, says what these are."]
+    return "\n".join(lines)
+
+
+def _class_of(section: Any) -> type:
+    return section if isinstance(section, type) else type(section)
+
+
+def _line(path: str, cls: type) -> str:
+    """Return a section or group as one line."""
+    names = get_annotations(cls) if path == "train" else field_types(cls)
+    return f"  --{path}.FIELD".ljust(24) + textwrap.shorten(", ".join(names), 90, placeholder=" ..")

@@ -7,9 +7,9 @@ sequence and how often they are refined. The weights it trains live in the model
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from innerloop.config.curriculum import Schedule
 from innerloop.config.loop import LoopSettings
@@ -19,18 +19,21 @@ from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, LAT, Block, Piece, Row, ShownBlock
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from innerloop.decoder.backbone import Backbone
-    from innerloop.loop.loop import InnerLoop
-    from innerloop.passes.ragged import Depth
-
 Scope = Literal["slots", "append", "all", "last"]
 FirstState = Literal["embed", "forward"]
 PrefixKV = Literal["base", "per_iter"]
 AnswerContext = Literal["refeed", "kv_last"]
+
+
+class Labeller(Protocol):
+    """A model that can label examples: it lays out rows by its method and tells the logits of what they write."""
+
+    method: Method
+    spell: Speller
+    tokenizer: Any
+
+    def row_logits(self, rows: Sequence[Row]) -> list[Any]:
+        """Return for each row the logits (n_supervised, V) of its written tokens, without dropout."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,21 @@ class Method:
             rows.append(method.lay_out(example, spell, drawn))
         return rows
 
-    def prepared(self, examples: Sequence[Example], device: torch.device) -> list[Example]:
-        """Return training examples with what the method must know of them; called once, before training begins."""
+    @property
+    def labeller_source(self) -> str | None:
+        """Folder of the run that labels training examples before training begins; it is handed to `prepared`."""
+        return None
+
+    @property
+    def reference_source(self) -> str | None:
+        """Folder of the frozen model that reads every training row along; it is handed to the passes that ask it."""
+        return None
+
+    def prepared(self, examples: Sequence[Example], labeller: Labeller | None = None) -> list[Example]:
+        """Return training examples with what the method must know of them; called once, before training begins.
+
+        ``labeller`` is the model of `labeller_source`, frozen.
+        """
         return list(examples)
 
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
@@ -189,20 +205,6 @@ class Method:
         """How many slots have an embedding of their own."""
         return 0
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth | None:
-        """Make what makes the passes in the decoder's stead, for methods whose tokens have unlike depth."""
-        return None
-
-    def begin(self, backbone: Backbone) -> None:
-        """Fit the fresh weights of a decoder made from scratch to the method."""
-
-    def convert(self, backbone: Backbone) -> Mapping[str, Tensor] | None:
-        """Rebuild a pretrained decoder into the shape that the method needs; saved runs have it already.
-
-        What is returned is what the method's parts (`LatentModel.parts`) start from, by name.
-        """
-        return None
-
     @property
     def n_iterations(self) -> int:
         """How many iterations have parts of their own, such as timestep embeddings, in the inner loop."""
@@ -264,36 +266,3 @@ class LatentMethod(Method):
         region = [spell.marker(LAT, k)] if k else []
         prefix, suffix = [spell.question(question), spell.marker(BOT)], [spell.marker(EOT)]
         return Row(prefix, region, suffix, n_loops=self.n_loops(stage))
-
-
-@dataclass(frozen=True)
-class DepthMethod(Method):
-    """A method that writes every step, then the answer, by a model whose tokens have unlike depth.
-
-    Args:
-        write_steps: off: the answer alone is written, so that all thinking happens inside the tokens.
-    """
-
-    family: ClassVar[str] = "depth"
-    needs: ClassVar[str] = "question, steps, answer"
-
-    write_steps: bool = True
-
-    @property
-    def needs_steps(self) -> bool:
-        """Examples without steps are written as they are."""
-        return False
-
-    def depth(self) -> int | None:
-        """Return how often a pass iterates; None where the method has no such number."""
-        return None
-
-    def lay_out(self, example: Example, spell: Speller, stage: int = 0) -> Row:
-        """Return ``[Q] | | [T_1]..[T_m][### A][eos]``."""
-        row = self.prompt(example.question, spell, stage)
-        row.suffix += [*(spell.steps(example) if self.write_steps else ()), spell.answer(example.answer)]
-        return row
-
-    def prompt(self, question: str, spell: Speller, stage: int = 0) -> Row:
-        """Return ``[Q]``."""
-        return Row([spell.question(question)], depth=self.depth())

@@ -62,7 +62,7 @@ FEATURES: tuple[Feature, ...] = ("gap", "top", "attention", "mlp", "block", "dep
 """Lead and probability of the likeliest token; cosines of successive outputs (attention, MLP, whole block); t / T."""
 WORDS: tuple[Feature, ...] = ("gap", "top")
 TAPPED: tuple[Feature, ...] = ("attention", "mlp")
-JudgeKind = Literal["logistic", "svm_linear", "svm_rbf"]
+ExitClassifierKind = Literal["logistic", "svm_linear", "svm_rbf"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class StopSettings:
     stop_seed: int = 0
     stop_decay: int = 0
     stop_features: tuple[Feature, ...] = ("gap", "top", "depth")
-    stop_classifier: JudgeKind = "logistic"
+    stop_classifier: ExitClassifierKind = "logistic"
     stop_per_step: bool = False
     probe_width: int = 64
     act_output: Literal["weighted", "last"] = "weighted"

@@ -55,17 +55,17 @@ def add_markers(
                 weight[ids] = (old.mean(0) + old.std(0) * noise.to(old.device)).to(weight.dtype)
 
 
-def add_lora(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], settings: Mapping[str, Any]
-) -> None:
+def add_lora(backbone: Backbone, marker_ids: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Freeze the backbone and train low-rank updates of its linear layers instead, plus the rows of the markers.
 
-    ``settings`` are fields of peft's LoraConfig, such as r, lora_alpha, lora_dropout, target_modules.
+    Args:
+        backbone: the decoder.
+        marker_ids: the ids of the method's markers.
+        settings: fields of peft's LoraConfig, such as r, lora_alpha, lora_dropout, target_modules.
     """
-    marker_ids = tokenizer.convert_tokens_to_ids([*markers])
     try:
         config = LoraConfig(
-            **{"target_modules": LORA_TARGETS, "trainable_token_indices": marker_ids or None, **settings},
+            **{"target_modules": LORA_TARGETS, "trainable_token_indices": [*marker_ids] or None, **settings},
             task_type="CAUSAL_LM",
         )
         inject_adapter_in_model(config, backbone.lm, adapter_name=ADAPTER)
@@ -73,13 +73,13 @@ def add_lora(
         raise InputError(f"backbone.lora: {error}; its fields are those of peft.LoraConfig") from None
 
 
-def freeze(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
-    """Train nothing of the backbone but the embeddings of markers."""
+def freeze(backbone: Backbone, marker_ids: Sequence[int]) -> None:
+    """Train nothing of the backbone but the embeddings of the method's markers, whose ids these are."""
     backbone.requires_grad_(False)
-    if marker_ids := tokenizer.convert_tokens_to_ids([*markers]):
+    if marker_ids:
         table = backbone.lm.get_input_embeddings()
         name = next(name for name, module in backbone.lm.named_modules() if module is table)
-        config = TrainableTokensConfig(token_indices=marker_ids, target_modules=[name.rsplit(".", 1)[-1]])
+        config = TrainableTokensConfig(token_indices=[*marker_ids], target_modules=[name.rsplit(".", 1)[-1]])
         inject_adapter_in_model(config, backbone.lm, adapter_name=ADAPTER)
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 Show = Callable[[slice], Tensor]
@@ -67,3 +67,13 @@ def by_rows(losses_of: Callable[[slice], Tensor], n: int, at_once: AtOnce) -> Te
     if not torch.is_grad_enabled():
         return torch.cat([losses_of(part) for part in parts])
     return torch.cat([checkpoint(losses_of, part, use_reentrant=False) for part in parts])
+
+
+def divergence(wanted_UV: Tensor, own_UV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return tau^2 KL(p || q) of the logits of tokens (U,), p the wanted ones, in fp32.
+
+    Columns that only one of the two models has, which are padding of its vocabulary, are left out.
+    """
+    n = min(wanted_UV.shape[1], own_UV.shape[1])
+    p, q = ((logits[:, :n].float() / temperature).log_softmax(-1) for logits in (wanted_UV, own_UV))
+    return temperature**2 * kl_div(q, p, reduction="none", log_target=True).sum(-1)

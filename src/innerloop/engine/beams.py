@@ -33,13 +33,13 @@ from innerloop.errors import refuse
 from innerloop.text.row import Row
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 
 class BeamEngine(Engine):
     """Answers questions, some at a time, by the best of ``options.beams`` texts."""
 
-    def __init__(self, model: LatentModel, options: EngineOptions):
+    def __init__(self, model: LatentCore, options: EngineOptions):
         super().__init__(model, options)
         waits = self.prefill.block is not None or (model.depth is not None and model.depth.waits)
         refuse((waits, f"in '{model.method.name}' rows wait for others while they write: take one beam"))

@@ -23,7 +23,7 @@ from innerloop.passes.thought import Masked, RegionPass
 from innerloop.text.row import Block
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 
 class Writer:
@@ -44,7 +44,7 @@ class Writer:
     uniforms: Tensor | None = None
     forced_id = NOTHING
 
-    def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat]):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
         self.model, self.backbone, self.context, self.seats = model, model.backbone, context, list(seats)
         self.first_states: Tensor | None = None  # of all that was read in the pass of the first token
         zeros = torch.zeros(len(self.seats), dtype=torch.long, device=model.device)
@@ -88,7 +88,7 @@ class Writer:
 
     def show(self, states: Tensor) -> Tensor:
         """Return the logits (R, V) of the last column; where the pass has read them out already, nothing is done."""
-        for deep in self.context.deep[-1:]:
+        for deep in self.context.depth.passes[-1:] if self.context.depth is not None else ():
             if deep.logits_BV is not None:
                 logits, deep.logits_BV, deep.shown = deep.logits_BV, None, None  # they are large, and asked for once
                 return logits
@@ -149,7 +149,7 @@ class WaitingWriter(Writer):
 
     per_row = (*Writer.per_row, "room_R", "waits_R")
 
-    def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat]):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
         super().__init__(model, context, seats)
         self.room_R = torch.tensor([seat.budget for seat in seats], device=model.device)  # tokens still to be written
         self.waits_R = torch.zeros_like(self.room_R, dtype=torch.bool)
@@ -170,7 +170,7 @@ class BlockWriter(WaitingWriter):
 
     per_row = (*WaitingWriter.per_row, "n_blocks_R", "last_R")
 
-    def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat], block: Block):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], block: Block):
         super().__init__(model, context, seats)
         self.block, self.forced_id = block, block.opened_by
         self.n_blocks_R = torch.tensor([int(bool(seat.row.region)) for seat in seats], device=model.device)
@@ -248,9 +248,10 @@ class PatientWriter(WaitingWriter):
     So one pass serves rows at every depth, and a token that needs more holds up its own row alone.
     """
 
-    def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat]):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
         super().__init__(model, context, seats)
-        context.may_wait = True
+        assert context.depth is not None
+        context.depth.may_wait = True
 
     def start(self, pending: Masked) -> None:
         """Read what comes before the first token."""
@@ -267,7 +268,8 @@ class PatientWriter(WaitingWriter):
 
     def _note(self, states: Tensor, busy_R: Tensor) -> None:
         """Take the logits (R, V) of the last pass, and note whose token it has left unfinished."""
-        deep = self.context.deep[-1]
+        assert self.context.depth is not None
+        deep = self.context.depth.passes[-1]
         if deep.done_BL is not None:
             self.waits_R = busy_R & ~deep.done_BL[:, -1]
         self.logits_RV = self.show(states)
@@ -287,7 +289,7 @@ class ApartWriter(Writer):
     per_row = (*Writer.per_row, "ids_RS")
     joins = False  # its words have no padding
 
-    def __init__(self, model: LatentModel, context: Context, seats: Sequence[Seat], memory: Masked, ids_RS: Tensor):
+    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], memory: Masked, ids_RS: Tensor):
         super().__init__(model, context, seats)
         assert isinstance(model.decoder, AnswerDecoder)
         self.decoder, self.memory, self.ids_RS = model.decoder, memory, ids_RS

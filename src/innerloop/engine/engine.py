@@ -33,7 +33,7 @@ from innerloop.model.answer_decoder import Classifier
 from innerloop.text.row import Row
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 CHECK_EVERY: int | None = None
 """Tokens between two looks at which rows have ended; a look waits for the device. None: 1 on a CPU, 8 elsewhere."""
@@ -56,7 +56,7 @@ class Engine:
     for index, generation in Engine(model).run(questions): ...     # as they are answered
     """
 
-    def __init__(self, model: LatentModel, options: EngineOptions | None = None):
+    def __init__(self, model: LatentCore, options: EngineOptions | None = None):
         options = options or EngineOptions()
         by_class = isinstance(model.decoder, Classifier)
         several = options.samples > 1 or options.beams > 1

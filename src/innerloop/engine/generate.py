@@ -15,11 +15,11 @@ from innerloop.engine.generation import Generation
 from innerloop.engine.options import EngineOptions
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 
 def generate(
-    model: LatentModel,
+    model: LatentCore,
     questions: Sequence[str],
     *,
     steps: Sequence[Sequence[str]] | None = None,

@@ -18,7 +18,7 @@ from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.row import IGNORE, Row, ShownBlock
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Generation:
     error: str | None = None
 
 
-def finish(model: LatentModel, seats: Sequence[Seat], meter: Meter) -> list[Generation]:
+def finish(model: LatentCore, seats: Sequence[Seat], meter: Meter) -> list[Generation]:
     """Turn what seats have written into generations; split the time of writing into thought and answer."""
     depths = meter.token_depths()
     results = []
@@ -77,7 +77,7 @@ def finish(model: LatentModel, seats: Sequence[Seat], meter: Meter) -> list[Gene
     return results
 
 
-def traced(model: LatentModel, seat: Seat, generation: Generation) -> Generation:
+def traced(model: LatentCore, seat: Seat, generation: Generation) -> Generation:
     """Put the trace of its row into a generation, where there is one."""
     if seat.record is not None:
         record, row = seat.record
@@ -87,7 +87,7 @@ def traced(model: LatentModel, seat: Seat, generation: Generation) -> Generation
     return generation
 
 
-def n_step_tokens(model: LatentModel, ids: list[int], text: str) -> tuple[int, int]:
+def n_step_tokens(model: LatentCore, ids: list[int], text: str) -> tuple[int, int]:
     """Return how many tokens were written before the answer's marker and up to its end; all, if it never came."""
     marker = ANSWER_PREFIX.strip()
     if marker not in text:
@@ -102,12 +102,12 @@ def n_step_tokens(model: LatentModel, ids: list[int], text: str) -> tuple[int, i
     return max(low + 1 - len(model.tokenizer.encode(marker, add_special_tokens=False)), 0), low + 1
 
 
-def failed(model: LatentModel, reason: str) -> Generation:
+def failed(model: LatentCore, reason: str) -> Generation:
     """Return what stands for a question that could not be answered."""
     return Generation("", None, Meter(1, torch.device("cpu")).costs(model.backbone)[0], ended=False, error=reason)
 
 
-def read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
+def read_last(model: LatentCore, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
     """Record what the latents show in the pass that the answer sees, if that pass has read them."""
     first, end = batch.bounds
     n_latents = end - first
@@ -117,8 +117,7 @@ def read_last(model: LatentModel, record: Trace, batch: Batch, thought: Thought,
     latents = states[:, max(start - 1, 0) : start + n_latents]
     if start == 0 and thought.prompt is not None:
         before = thought.prompt[0][:, -1:]
-        normed = model.method.loop.feedback_site == "post_norm"
-        latents = torch.cat([before if normed else model.backbone.norm(before), latents], dim=1)
+        latents = torch.cat([model.head_input(before), latents], dim=1)
     record.last = record.read(model.backbone.head(latents), record.gold)
 
 

@@ -27,7 +27,7 @@ from innerloop.passes.thought import Thought, join
 from innerloop.text.encoder import ANSWER_PREFIX
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 
 class Slots:
@@ -62,7 +62,7 @@ class Prefill:
         n_slots: how many requests may be read and not answered at a time.
     """
 
-    def __init__(self, model: LatentModel, options: EngineOptions, n_slots: int):
+    def __init__(self, model: LatentCore, options: EngineOptions, n_slots: int):
         self.model, self.options = model, options
         self.block = model.block(options.loops)
         self.slots = Slots(n_slots, model.device)

@@ -11,7 +11,7 @@ from innerloop.loop.trace import Trace
 from innerloop.text.row import Row, ShownBlock
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 NOTHING = -1  # in place of a token, where a row waits
 
@@ -94,7 +94,7 @@ class Seat:
 
 
 def lay_out(
-    model: LatentModel, question: str, stage: int | None, loops: int | None, steps: Sequence[str] | None
+    model: LatentCore, question: str, stage: int | None, loops: int | None, steps: Sequence[str] | None
 ) -> tuple[Row, Sequence[ShownBlock]]:
     """Lay out a question, and the blocks of latents that show its steps; ``steps`` are None where nobody looks.
 
@@ -116,7 +116,7 @@ def lay_out(
     return row, () if steps is None else model.shown_blocks([row], [steps], loops)[0]
 
 
-def fits(model: LatentModel, question: str, stage: int | None = None) -> bool:
+def fits(model: LatentCore, question: str, stage: int | None = None) -> bool:
     """Tell whether a question can be asked: it is text that leaves room for an answer."""
     try:
         lay_out(model, question, stage, None, None)
@@ -125,7 +125,7 @@ def fits(model: LatentModel, question: str, stage: int | None = None) -> bool:
     return True
 
 
-def check_length(model: LatentModel, question: str, row: Row) -> None:
+def check_length(model: LatentCore, question: str, row: Row) -> None:
     """Refuse a question that leaves no room for an answer."""
     room, n = model.backbone.context_length, max(len(row), row.n_positions)
     if room is not None and (len(row) >= room or n > room):

@@ -31,14 +31,14 @@ from innerloop.text.batch import Batch
 from innerloop.text.row import Kind, Piece, Row
 
 if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+    from innerloop.model.model import LatentCore
 
 SPARED_FROM = 256
 """Positions that sharing must spare for the pass that it costs. On one thread of a CPU it pays from about 50 on
 (benchmarks/shared_prefix.py); the wider a machine, the more positions take the time of one."""
 
 
-def n_shared(model: LatentModel, rows: Sequence[Row]) -> int:
+def n_shared(model: LatentCore, rows: Sequence[Row]) -> int:
     """Return how many tokens of their prefixes rows are to share; each keeps one of its own, to go on from."""
     method = model.method
     reads_once = method.prefix_kv == "base" and method.answering.decoder == "lm_head"
@@ -52,7 +52,7 @@ def n_shared(model: LatentModel, rows: Sequence[Row]) -> int:
     return n if n * (len(rows) - 1) >= SPARED_FROM else 0
 
 
-def begin(model: LatentModel, rows: Sequence[Row], n: int, meter: Meter, slots: Tensor) -> tuple[Batch, Context]:
+def begin(model: LatentCore, rows: Sequence[Row], n: int, meter: Meter, slots: Tensor) -> tuple[Batch, Context]:
     """Return the batch of what rows have each to themselves, and the context in which it is to be read.
 
     Args:
@@ -70,8 +70,7 @@ def begin(model: LatentModel, rows: Sequence[Row], n: int, meter: Meter, slots: 
         one.rows = slots[:1]
         with one.phase("prefill"):
             one.read(model.backbone.embed(shared.ids_BS))
-        asked_B, context = context.asked_B, one.keep_rows(torch.zeros(len(rows), dtype=torch.long, device=model.device))
-        context.asked_B = None if asked_B is None else asked_B + n
+        context = one.keep_rows(torch.zeros(len(rows), dtype=torch.long, device=model.device))
     context.rows = slots
     return batch, context
 

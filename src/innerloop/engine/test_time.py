@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.options import EngineOptions
 from innerloop.errors import check_choices, refuse
 
 if TYPE_CHECKING:
     from innerloop.engine.generation import Generation
-    from innerloop.model.model import LatentModel
     from innerloop.tasks import Task
 
 Pick = Literal["vote", "likelihood"]

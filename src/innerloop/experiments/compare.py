@@ -4,73 +4,95 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from innerloop.bench.latency import time_runs
-from innerloop.decoder.cost import Cost
+from innerloop.config.typed import named
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError, nearest
 from innerloop.experiments.jobs import check_tasks, run_suite
 from innerloop.experiments.report import write_report
 from innerloop.experiments.suite import Suite, load_suite, suite_report
-from innerloop.experiments.summary import Standing, failure_sentence, failure_table, failures, read_json, standing_table
-from innerloop.measure.accuracy import Prediction, evaluate, result_of, scores_of
+from innerloop.experiments.summary import (
+    PREDICTIONS,
+    RESULT,
+    MethodResult,
+    by_variant,
+    failure_lines,
+    failure_sentence,
+    failures,
+    read_json,
+    read_questions,
+    summary_table,
+    write_answers,
+)
+from innerloop.lens.page import check_viz
+from innerloop.measure.accuracy import evaluate, result_of
 from innerloop.measure.stability import diverged_rate
 from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
-from innerloop.methods import Method, method_named
+from innerloop.methods import method_named
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
-from innerloop.train.recipe import load_recipe, named, read_recipe
+from innerloop.train.recipe import load_recipe, read_recipe
 from innerloop.train.run import CONFIG
 
-OF_THE_WHOLE = ("loops", "change", "also", "accuracy_by_match", "controls", "stability", "probes", "failed")
-"""What result.json says of all answers, and not of the first of them."""
-RESULT, PREDICTIONS, REPORT = "result.json", "predictions.jsonl", "report.html"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSet:
     """What all runs answer."""
 
     task: Task
     split: str
-    limit: int | None
     examples: Sequence[Example]
 
 
 def compare_runs(
-    runs: Sequence[str],
-    out: Path,
-    console: Console,
-    task: Task | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    batch_size: int = 64,
-    n_timed: int = 64,
-    baseline: str | None = None,
-) -> list[Standing]:
-    """Return how runs stand on the same test data. Results that cover it are taken as they are, others are made.
+    runs: Sequence[str], out: Path, console: Console, asked: EvalSet | None = None, n_timed: int = 64
+) -> list[MethodResult]:
+    """Return how runs compare on the same test data. Results that cover it are taken as they are, others are made.
 
     Args:
         runs: folders of runs.
         out: where results go that are made here; a run's own are never touched.
         console: where progress is shown.
-        task: what is answered; None: what the runs were trained on, which must then be the same.
-        split: which examples.
-        limit: how many; None: all.
-        batch_size: rows per batch.
+        asked: what is answered; None: all test examples of what the runs were trained on, which must then be the same.
         n_timed: examples that all answer in turns for times and memory; 0: times are those of each evaluation.
-        baseline: a row that must be among them.
     """
     folders = [Path(run) for run in runs]
+    asked = asked or eval_set(folders)
+    names = run_names(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    places = [out / name.replace("/", "_") for name in names]
+    known = [
+        next((found for found in (folder, place) if covers(found, folder, asked)), None)
+        for folder, place in zip(folders, places)
+    ]
+    with bar(console) as progress:
+        for name, folder, place, found in zip(names, folders, places, known):
+            if found is None:
+                row = progress.add_task(f"eval {name}", total=len(asked.examples), note="")
+                _evaluate(folder, place, asked, partial(progress.advance, row))
+    rows = [
+        MethodResult(name, [read_json(place / RESULT)], [folder], [place])
+        for name, folder, place in zip(names, folders, (found or place for found, place in zip(known, places)))
+    ]
+    questions = [example.question for example in asked.examples[:n_timed]]
+    return timed(rows, asked.task, questions, out) if questions else rows
+
+
+def check_runs(folders: Sequence[Path], out: Path) -> None:
+    """Refuse folders that are no runs, are named twice, or would be overwritten."""
     for folder in folders:
         if not checkpoint.is_run(folder):
             raise InputError(f"{folder} is no run: compare takes folders that `innerloop train` wrote, or one suite")
@@ -78,51 +100,20 @@ def compare_runs(
             raise InputError(f"{out} is one of the runs, whose own results would be overwritten: choose another --out")
     if twice := [str(folder) for folder, n in Counter(folder.resolve() for folder in folders).items() if n > 1]:
         raise InputError(f"{twice[0]} is named twice")
-    test = _test(folders, task, split, limit)
-    names = run_names(folders)
-    chosen_baseline(names, baseline)
-    out.mkdir(parents=True, exist_ok=True)
-    places = [out / name.replace("/", "_") for name in names]
-    known = [
-        next((p for p in (folder, place) if covers(p, folder, test)), None) for folder, place in zip(folders, places)
-    ]
-    with bar(console) as progress:
-        bars = {
-            name: progress.add_task(f"eval {name}", total=len(test.examples), note="")
-            for name, found in zip(names, known)
-            if found is None
-        }
-        for i, (name, folder, place) in enumerate(zip(names, folders, places)):
-            if known[i] is not None:
-                continue
-            predictions = _shortened(folder, test)
-            if predictions is not None:
-                result = shortened_result(read_json(folder / RESULT), predictions)
-                progress.update(bars[name], completed=len(predictions))
-            else:
-                model = LatentModel.from_pretrained(folder)
-                predictions = evaluate(
-                    model,
-                    test.task,
-                    test.examples,
-                    batch_size=batch_size,
-                    progress=lambda n, name=name: progress.advance(bars[name], n),  # type: ignore[misc]
-                )
-                seed = checkpoint.recorded(folder, "seed")
-                result = result_of(model, test.task, split, predictions, seed, str(folder))
-            place.mkdir(exist_ok=True)
-            write_answers(place, result, predictions)
-            known[i] = place
-    standings = [
-        Standing(name, [read_json(place / RESULT)], [folder], [place])
-        for name, folder, place in zip(names, folders, known)
-        if place is not None
-    ]
-    questions = [example.question for example in test.examples[:n_timed]]
-    return timed(standings, test.task, questions, out) if questions else standings
 
 
-def _test(folders: Sequence[Path], task: Task | None, split: str, limit: int | None) -> Asked:
+def _evaluate(run: Path, place: Path, asked: EvalSet, advance: Callable[[int], Any]) -> None:
+    """Answer what is asked and write result.json and predictions.jsonl to a place."""
+    model = LatentModel.from_pretrained(run)
+    predictions = evaluate(model, asked.task, asked.examples, progress=advance)
+    result = result_of(model, asked.task, asked.split, predictions, checkpoint.recorded(run, "seed"), str(run))
+    place.mkdir(exist_ok=True)
+    write_answers(place, result, predictions)
+
+
+def eval_set(
+    folders: Sequence[Path], task: Task | None = None, split: str = "test", limit: int | None = None
+) -> EvalSet:
     """Return what all runs answer; tasks that differ must at least ask the same."""
     tasks = [task] if task is not None else [_task(folder) for folder in folders]
     asked = [chosen.examples(split, limit) for chosen in tasks]
@@ -132,7 +123,7 @@ def _test(folders: Sequence[Path], task: Task | None, split: str, limit: int | N
                 f"{folders[0]} and {folder} were trained on tasks with other {split} examples: say which to answer "
                 "with --task '{name: ..., field: value}'"
             )
-    return Asked(tasks[0], split, limit, asked[0])
+    return EvalSet(tasks[0], split, asked[0])
 
 
 def _task(folder: Path) -> Task:
@@ -160,75 +151,27 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def covers(place: Path, run: Path, test: Asked) -> bool:
-    """Tell whether a folder holds the answers of a run to exactly the test, made since it was trained."""
-    predictions = _answers(place, run, test)
-    return predictions is not None and len(predictions) == len(test.examples)
-
-
-def _shortened(run: Path, test: Asked) -> list[Prediction] | None:
-    """Return the answers to the test where a run has answered more than it asks for, and something of it."""
-    predictions = (_answers(run, run, test) or [])[: len(test.examples)]
-    return predictions if any(p.error is None for p in predictions) else None
-
-
-def _answers(place: Path, run: Path, test: Asked) -> list[Prediction] | None:
-    """Return the answers that a folder holds, if the first of them are to the test and they are the run's as it is."""
+def covers(place: Path, run: Path, asked: EvalSet) -> bool:
+    """Tell whether a folder holds the answers of a run, as it is now, to exactly what is asked."""
     if not (place / RESULT).exists() or not (place / PREDICTIONS).exists():
-        return None
-    weights = Path(checkpoint.resolve(run)) / "innerloop.json"
-    if (place / RESULT).stat().st_mtime < weights.stat().st_mtime:
-        return None  # trained on since
-    result = read_json(place / RESULT)
-    task = {"name": test.task.name, "version": test.task.version}
-    same_task = all(result.get("task", {}).get(name) == value for name, value in task.items())
-    if not same_task or result.get("split") != test.split or "asked" in result or "error" in result:
-        return None
-    if _method(result["method"]) != _method(checkpoint.recorded(run, "method")):
-        return None  # it reasons in another way since, such as by another stop rule
-    predictions = read_answers(place)
-    wanted = _key(test.examples)
-    return predictions if [(p.id, p.question, p.gold) for p in predictions[: len(wanted)]] == wanted else None
+        return False
+    result, trained = read_json(place / RESULT), (Path(checkpoint.resolve(run)) / checkpoint.SETTINGS).stat().st_mtime
+    task = result.get("task", {})
+    found = (task.get("name"), task.get("version"), result.get("split"), "asked" in result or "error" in result)
+    if found != (asked.task.name, asked.task.version, asked.split, False) or (place / RESULT).stat().st_mtime < trained:
+        return False
+    now, then = (named(m, "method", method_named) for m in (checkpoint.recorded(run, "method"), result["method"]))
+    # Unless it reasons in another way since, such as by another stop rule.
+    return bool(now == then) and read_questions(place) == _key(asked.examples)
 
 
-def _method(written: Any) -> Method:
-    return named(written, "method", method_named)  # type: ignore[no-any-return]
-
-
-def read_answers(folder: Path) -> list[Prediction]:
-    """Read predictions.jsonl."""
-    path = folder / PREDICTIONS
-    predictions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            raw = json.loads(line)
-            predictions.append(Prediction(**{**raw, "cost": Cost(**raw["cost"])}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}, line {number}, is no prediction ({error}); remove the file") from None
-    return predictions
-
-
-def write_answers(folder: Path, result: Mapping[str, Any], predictions: Sequence[Prediction]) -> None:
-    """Write result.json and predictions.jsonl."""
-    lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
-    checkpoint.write_text(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
-    checkpoint.write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
-
-
-def shortened_result(result: Mapping[str, Any], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return the result of the first of a run's answers: shares and costs anew, what else was recorded as it was."""
-    return {k: v for k, v in result.items() if k not in OF_THE_WHOLE} | scores_of(predictions)
-
-
-def suite_standings(suite: Suite, results: Sequence[Mapping[str, Any]]) -> list[Standing]:
-    """Return how the variants of a suite stand, those that have a result for any seed."""
-    standings = []
-    for variant in suite.variants:
-        found = [r for r in results if r["variant"] == variant and "error" not in r]
-        folders = [Path(suite.points[variant, r["seed"]].out) for r in found]
-        if found:
-            standings.append(Standing(variant, [dict(r) for r in found], folders, folders))
-    return standings
+def suite_rows(suite: Suite, results: Sequence[Mapping[str, Any]]) -> list[MethodResult]:
+    """Return how the variants of a suite compare, those that have a result for any seed."""
+    rows = []
+    for row in by_variant(results):
+        folders = [Path(suite.jobs[row.name, result["seed"]].out) for result in row.results]
+        rows.append(replace(row, folders=folders, answers=folders))
+    return rows
 
 
 def chosen_baseline(names: Sequence[str], baseline: str | None) -> str:
@@ -253,11 +196,16 @@ def compare_folders(
     n_timed: int = 64,
 ) -> None:
     """Compare runs, print the table and write OUT/report.html and OUT/results.json."""
-    standings = compare_runs(runs, out, console, task, split, limit, n_timed=n_timed, baseline=baseline)
-    chosen = chosen_baseline([s.name for s in standings], baseline)
-    report = {"baseline": chosen, "points": [{"variant": s.name, **s.results[0]} for s in standings]}
+    check_viz()
+    folders = [Path(run) for run in runs]
+    check_runs(folders, out)
+    chosen, asked = chosen_baseline(run_names(folders), baseline), eval_set(folders, task, split, limit)
+    rows = compare_runs(runs, out, console, asked, n_timed)
+    report = {"baseline": chosen, "points": [{"variant": row.name, **row.results[0]} for row in rows]}
     checkpoint.write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
-    _show(standings, chosen, out, f"Comparison of {len(standings)} runs", console)
+    sentences = verdicts(rows, chosen)
+    write_report(out / REPORT, f"Comparison of {len(rows)} runs", rows, sentences)
+    _show(rows, {}, sentences, out, console)
 
 
 def compare_suite(
@@ -274,59 +222,53 @@ def compare_suite(
     """Run what is missing of a suite, print the table and write OUT/report.html and OUT/results.json.
 
     Raises:
-        InputError: before anything is trained, where it can be told that points would fail; otherwise after all else
+        InputError: before anything is trained, where it can be told that jobs would fail; otherwise after all else
             was written.
     """
+    check_viz()
     suite = load_suite(path, out, seeds, overrides)
     chosen = chosen_baseline(suite.variants, baseline)
     check_tasks(suite)
-    points = run_suite(suite, workers, console)
-    raw = read_recipe(path, overrides)
-    report = json.dumps(suite_report(raw, points), indent=1) + "\n"
-    folder = Path(suite.out)
+    found = run_suite(suite, workers, console)
+    raw, folder = read_recipe(path, overrides), Path(suite.out)
+    report = json.dumps(suite_report(raw, found), indent=1) + "\n"
     for file in [folder / "results.json", *([Path(results)] if results else [])]:
         file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(file, report)
-    failed = failures(points)
+    failed, rows = failures(found), suite_rows(suite, found)
+    if rows and n_timed:
+        task = next(iter(suite.jobs.values())).task
+        examples = task.examples(suite.test.split, min(n_timed, suite.test.limit or n_timed))
+        runs = {row.name: Path(suite.run_of(row.name, row.results[0]["seed"])) for row in rows}
+        tried = {row.name: suite.test_of(row.name).attempts for row in rows}
+        rows = timed(rows, task, [example.question for example in examples], folder, runs, tried)
+    sentences = [*verdicts(rows, chosen), *diverged_sentences(found)]
     shown = {name: value for name, value in raw.items() if name != "out"}
-    standings = suite_standings(suite, points)
-    if standings and n_timed:
-        task, exam = next(iter(suite.points.values())).task, suite.exam
-        questions = [example.question for example in task.examples(exam.split, min(n_timed, exam.limit or n_timed))]
-        runs = {s.name: Path(suite.run_of(s.name, s.results[0]["seed"])) for s in standings}
-        tried = {s.name: suite.exam_of(s.name).attempts for s in standings}
-        standings = timed(standings, task, questions, folder, runs, tried)
-    _show(standings, chosen, folder, f"Suite {Path(path).stem}", console, failed, shown, diverged_sentences(points))
+    write_report(folder / REPORT, f"Suite {Path(path).stem}", rows, sentences, failed, shown)
+    _show(rows, failed, sentences, folder, console)
     if failed:
-        raise InputError(failure_sentence(failed, len(points)))
+        raise InputError(failure_sentence(failed, len(found)))
 
 
 def _show(
-    standings: Sequence[Standing],
-    baseline: str,
+    rows: Sequence[MethodResult],
+    failed: Mapping[str, Sequence[str]],
+    sentences: Sequence[str],
     folder: Path,
-    title: str,
     console: Console,
-    failed: Mapping[str, Sequence[str]] | None = None,
-    suite: Mapping[str, Any] | None = None,
-    more: Sequence[str] = (),
 ) -> None:
-    sentences = [*verdicts(standings, baseline), *more]
-    write_report(folder / REPORT, title, standings, sentences, failed, suite)
-    if standings:
-        console.print(standing_table(standings))
-    if failed:
-        console.print(failure_table(failed))
-    for sentence in sentences:
-        console.print(sentence, soft_wrap=True)
-    console.print(f"the report is in {folder / REPORT}, every point in {folder / 'results.json'}", soft_wrap=True)
+    if rows:
+        console.print(summary_table(rows))
+    for line in [*failure_lines(failed), *sentences]:
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"the report is in {folder / REPORT}, every job in {folder / 'results.json'}", soft_wrap=True)
 
 
-def diverged_sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
+def diverged_sentences(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say of each variant of which a run has diverged, in training or in its loop, how many of its runs have."""
     sentences = []
-    for variant in dict.fromkeys(point["variant"] for point in points):
-        rate = diverged_rate([point for point in points if point["variant"] == variant])
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        rate = diverged_rate([result for result in results if result["variant"] == variant])
         if rate["diverged"]:
             low, high = (100 * end for end in rate["ci95"])
             runs = f"{rate['diverged']} of {rate['n']} runs"
@@ -335,53 +277,49 @@ def diverged_sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def timed(
-    standings: Sequence[Standing],
+    rows: Sequence[MethodResult],
     task: Task,
     questions: Sequence[str],
     folder: Path,
     runs: Mapping[str, Path] | None = None,
     attempts: Mapping[str, Attempts] | None = None,
-) -> list[Standing]:
+) -> list[MethodResult]:
     """Return rows with the times and the memory of the run of their first seed, measured in turns.
 
     Where no question can be answered by all, they are returned as they are.
     ``runs`` are by name the folders of these runs, where they are not the rows' own; ``attempts`` say how they answer.
     """
-    runs = {s.name: s.folders[0] for s in standings} if runs is None else runs
+    runs = {row.name: row.folders[0] for row in rows} if runs is None else runs
     if not (measured := time_runs(runs, task, questions, folder, attempts)["runs"]):
-        return list(standings)
-    return [replace(s, turns=tuple(measured[s.name]["seconds"]), memory=measured[s.name]["memory"]) for s in standings]
+        return list(rows)
+    return [
+        replace(row, turns=tuple(measured[row.name]["seconds"]), memory=measured[row.name]["memory"]) for row in rows
+    ]
 
 
-def verdicts(standings: Sequence[Standing], baseline: str) -> list[str]:
+def verdicts(rows: Sequence[MethodResult], baseline: str) -> list[str]:
     """Say of each row whether it is better than the baseline, and how sure that is.
 
     With one seed the same rows are compared (McNemar's test, a paired bootstrap): that is about these two runs. With
     several the differences of the seeds are, by their interval over seeds: that is about the methods.
     """
-    base = next((s for s in standings if s.name == baseline), None)
+    base = next((row for row in rows if row.name == baseline), None)
     if base is None:
-        return [f"{baseline} has no result, so nothing is set against it."] if standings else []
+        return [f"{baseline} has no result, so nothing is set against it."] if rows else []
+    places = {result.get("seed"): place for result, place in zip(base.results, base.answers)}
     sentences = []
-    for standing in standings:
-        if standing is base:
-            continue
-        seeds = [r.get("seed") for r in base.results]
+    for row in (row for row in rows if row is not base):
         pairs = [
-            (place, base.answers[seeds.index(r.get("seed"))])
-            for r, place in zip(standing.results, standing.answers)
-            if r.get("seed") in seeds
+            (place, places[result.get("seed")])
+            for result, place in zip(row.results, row.answers)
+            if result.get("seed") in places
         ]
-        if len(standing.results) == len(base.results) == 1:
-            pairs = [(standing.answers[0], base.answers[0])]
-        found = [
-            verdict_of_files(ours / PREDICTIONS, theirs / PREDICTIONS, (standing.name, base.name))
-            for ours, theirs in pairs
-        ]
+        if len(row.results) == len(base.results) == 1:
+            pairs = [(row.answers[0], base.answers[0])]
+        names = (row.name, base.name)
+        found = [verdict_of_files(ours / PREDICTIONS, theirs / PREDICTIONS, names) for ours, theirs in pairs]
         if len(found) > 1:
-            sentences.append(
-                seeds_sentence(standing.name, base.name, [v.difference for v in found], difference_noise(found))
-            )
+            sentences.append(seeds_sentence(*names, [v.difference for v in found], difference_noise(found)))
         else:
             sentences += [v.sentence for v in found]
     return sentences

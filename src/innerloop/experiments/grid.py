@@ -1,4 +1,4 @@
-"""Grids: which values a field takes, and the variants of a recipe that this makes.
+"""Axes: the values or the range of a field that a grid or a search goes over, as Optuna's distributions.
 
 method.max_loops=1,2,4               every value, in every combination with those of other fields
 train.learning_rate=1e-4..1e-2:log   a range that a search draws from; without :log evenly, whole numbers if both are
@@ -6,50 +6,50 @@ train.learning_rate=1e-4..1e-2:log   a range that a search draws from; without :
 
 from __future__ import annotations
 
-import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from innerloop.errors import InputError
 
+if TYPE_CHECKING:  # an extra, and slow to import
+    from optuna.distributions import BaseDistribution
 
-@dataclass(frozen=True)
-class Choices:
-    """A field and the values it takes, in order."""
-
-    field: str
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Range:
-    """A field and the range that a search draws from."""
-
-    field: str
-    low: float
-    high: float
-    log: bool = False
-    is_whole: bool = False
+DIGITS = 4  # of a number drawn from a range, so that it can be read and typed again
+Axes = Mapping[str, "BaseDistribution"]
+Settings = dict[str, Any]
+"""The value of each field of one trial."""
 
 
-Axis = Choices | Range
+def parse_axes(listed: Sequence[str]) -> dict[str, BaseDistribution]:
+    """Read each ``FIELD=VALUES`` of the command line."""
+    axes: dict[str, BaseDistribution] = {}
+    for text in listed:
+        field, is_given, values = (part.strip() for part in text.partition("="))
+        field = field.removeprefix("--")
+        if not is_given or not field or not values:
+            raise InputError(f"cannot read --grid {text}: write --grid FIELD=VALUE,VALUE,.. or --grid FIELD=LOW..HIGH")
+        if field in axes:
+            raise InputError(f"--grid names {field} twice: list all its values once")
+        axes[field] = axis_of(field, values)
+    return axes
 
 
-def parse_axis(text: str) -> Axis:
-    """Read one ``FIELD=VALUES`` of the command line."""
-    field, is_given, values = text.partition("=")
-    if not is_given or not field.strip() or not values.strip():
-        raise InputError(f"cannot read --grid {text}: write --grid FIELD=VALUE,VALUE,.. or --grid FIELD=LOW..HIGH")
-    return axis_of(field.strip().removeprefix("--"), values.strip())
+def axes_of(written: Any) -> dict[str, BaseDistribution]:
+    """Return the axes that a suite lists under ``grid``."""
+    if not isinstance(written, dict) or not written:
+        raise InputError("grid lists the values of fields, for example grid: {method.max_loops: [1, 2, 4]}")
+    return {str(field): axis_of(str(field), values) for field, values in written.items()}
 
 
-def axis_of(field: str, written: Any) -> Axis:
+def axis_of(field: str, written: Any) -> BaseDistribution:
     """Return the axis that is written for a field: a list, or text as on the command line."""
+    if field in ("out", "train.seed"):
+        raise InputError(f"the grid cannot go over {field}" + ("; list seeds" if field != "out" else ""))
     if isinstance(written, str) and ".." in written:
         return _range(field, written)
     if isinstance(written, str):
@@ -59,32 +59,71 @@ def axis_of(field: str, written: Any) -> Axis:
             raise InputError(f"cannot read the values of {field}: '{written}' is no list such as 1,2,4") from None
     else:
         values = written if isinstance(written, list) else [written]
-    values = [number(value) for value in values]
-    shown = [value_name(value) for value in values]
-    if twice := [name for name, n in Counter(shown).items() if n > 1]:
+    values = [_number(value) for value in values]
+    if twice := [name for name, n in Counter(map(value_name, values)).items() if n > 1]:
         raise InputError(f"the values of {field} name {twice[0]} twice")
     if not values:
         raise InputError(f"{field} has no values: write {field}=VALUE,VALUE,..")
-    return Choices(field, tuple(values))
+    return optuna().distributions.CategoricalDistribution(list(map(json.dumps, values)))  # lists are values, too
 
 
-def _range(field: str, written: str) -> Range:
+def _range(field: str, written: str) -> BaseDistribution:
     body, _, kind = written.partition(":")
-    low, _, high = body.partition("..")
-    ends = [number(yaml.safe_load(end.strip() or "null")) for end in (low, high)]
-    if kind not in ("", "log") or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends):
+    low, high = (_number(yaml.safe_load(end.strip() or "null")) for end in body.split("..", 1))
+    if kind not in ("", "log") or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in (low, high)):
         raise InputError(f"cannot read the range {field}={written}: write LOW..HIGH or LOW..HIGH:log")
-    if not ends[0] < ends[1] or (kind == "log" and ends[0] <= 0):
+    if not low < high or (kind == "log" and low <= 0):
         raise InputError(f"the range {field}={written} needs LOW < HIGH" + (", both above 0" if kind == "log" else ""))
-    return Range(field, ends[0], ends[1], kind == "log", all(type(end) is int for end in ends))
+    made, is_whole = optuna().distributions, type(low) is int and type(high) is int
+    return (made.IntDistribution if is_whole else made.FloatDistribution)(low, high, log=kind == "log")
 
 
-def number(value: Any) -> Any:
-    """Read ``1e-3``, which YAML takes for text, as the number it is."""
-    if not isinstance(value, str):
-        return value
+def optuna() -> Any:
+    """Return Optuna, quiet."""
     try:
-        return float(value)
+        import optuna
+    except ImportError:
+        raise InputError("grids and searches need Optuna: pip install 'innerloop[sweep]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def values_of(axis: BaseDistribution) -> list[Any] | None:
+    """Return the values of an axis in order, None of a range."""
+    choices = getattr(axis, "choices", None)
+    return None if choices is None else list(map(json.loads, choices))
+
+
+def first_trial(axes: Axes) -> Settings:
+    """Return the first value of each field, or the low end of its range."""
+    return {field: (values_of(axis) or [getattr(axis, "low", None)])[0] for field, axis in axes.items()}
+
+
+def written(axis: BaseDistribution) -> Any:
+    """Return an axis as a suite would list it."""
+    if (values := values_of(axis)) is not None:
+        return values
+    return f"{axis.low:g}..{axis.high:g}" + (":log" if axis.log else "")  # type: ignore[attr-defined]
+
+
+def settings_of(axes: Axes, drawn: Mapping[str, Any]) -> Settings:
+    """Return what Optuna has drawn as the values of fields; of a range, numbers of few digits."""
+    settings: Settings = {}
+    for field, axis in axes.items():
+        value = drawn[field]
+        if values_of(axis) is not None:
+            settings[field] = json.loads(value)
+        elif isinstance(value, int):
+            settings[field] = value
+        else:
+            settings[field] = min(max(float(f"{value:.{DIGITS}g}"), axis.low), axis.high)  # type: ignore[attr-defined]
+    return settings
+
+
+def _number(value: Any) -> Any:
+    """Read ``1e-3``, which YAML takes for text, as the number it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
@@ -94,20 +133,10 @@ def value_name(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def grid_variants(axes: Sequence[Choices]) -> dict[str, dict[str, Any]]:
-    """Return the variants of a grid: by name, the value of each field."""
-    if twice := [field for field, n in Counter(axis.field for axis in axes).items() if n > 1]:
-        raise InputError(f"the grid names {twice[0]} twice: list all its values once")
-    points = [
-        dict(zip((axis.field for axis in axes), values)) for values in itertools.product(*(a.values for a in axes))
-    ]
-    return {variant_name(point, [axis.field for axis in axes]): point for point in points}
-
-
-def variant_name(point: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """Return the name of a point, also that of its folder, such as ``max_loops=4, learning_rate=0.001``."""
-    short = short_names(fields)
-    return ", ".join(f"{short[field]}={value_name(value)}" for field, value in point.items()).replace("/", "_")
+def variant_name(settings: Settings) -> str:
+    """Return the name of a trial, also that of its folder, such as ``max_loops=4, learning_rate=0.001``."""
+    short = short_names(list(settings))
+    return ", ".join(f"{short[field]}={value_name(value)}" for field, value in settings.items()).replace("/", "_")
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:

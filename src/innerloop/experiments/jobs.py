@@ -1,15 +1,14 @@
-"""Points: the variants of a suite with their seeds, trained and tested side by side; what is there is not run again."""
+"""Jobs: the variants of a suite with their seeds, trained and tested side by side; what is done is not run again."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,31 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.errors import InputError
-from innerloop.experiments.suite import Exam, Suite
-from innerloop.experiments.summary import CONTROLS, STABILITY
+from innerloop.experiments.suite import EvalConfig, Key, Suite
+from innerloop.experiments.summary import CONTROLS, RESULT, STABILITY, write_answers
 from innerloop.experiments.workers import Workers, is_ending, local_workers
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of
 from innerloop.measure.controls import controls
-from innerloop.measure.parts import Parts, digest_of, kept_predictions, made_of
+from innerloop.measure.result_cache import ResultCache, digest_of, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
+from innerloop.measure.subject import Subject
 from innerloop.model.checkpoint import SETTINGS, resolve, write_text
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
+from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 from innerloop.train.recipe import Recipe, load_recipe
 from innerloop.train.run import CONFIG, FINISHED, run_recipe
 from innerloop.train.training_arguments import training_arguments
 
 N_TRACED = 64
-EXAM_PARTS = "exam.parts.json"  # beside a point until it has been tested
+TEST_CACHE = "exam.parts.json"  # beside a job until it has been tested
 MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
 INTERRUPTED = "interrupted; run the suite again to go on"
-Key = tuple[str, int]  # a variant and a seed
 
 
 def run_suite(
@@ -49,46 +49,43 @@ def run_suite(
     console: Console | None = None,
     on: Callable[[], AbstractContextManager[Workers]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train and test what is missing, side by side; return the result of every point, in order.
+    """Train and test what is missing, side by side; return the result of every job, in order.
 
     Args:
         suite: what to run.
-        workers: points trained at a time on this machine, each on one thread.
+        workers: jobs trained at a time on this machine, each on one thread.
         console: where progress is shown.
         on: other workers, such as those of a cluster.
 
     Returns:
-        For each point its result.json, with ``variant`` and where asked for ``loops``, accuracy and interval by number
+        For each job its result.json, with ``variant`` and where asked for ``loops``, accuracy and interval by number
         of iterations, and ``change``, the relative change of the state in each; or ``error`` in place of all but
         variant and seed.
 
     Raises:
-        InputError: before anything is trained, where a folder holds a point of another recipe.
+        InputError: before anything is trained, where a folder holds a job of another recipe.
     """
-    check_points(suite)
-    missing = [key for key in suite.points if _known(suite, key) is None]
+    check_jobs(suite)
+    missing = [key for key in suite.jobs if known_result(suite, key) is None]
     failed: dict[Key, str] = {}
     if missing:
         with (on or (lambda: local_workers(workers)))() as chosen, bar(console or Console()) as progress:
             failed = _shown(suite, missing, chosen, progress)
-    results: list[dict[str, Any]] = []
-    for variant, seed in suite.points:
-        if (variant, seed) in failed:
-            results.append({"variant": variant, "seed": seed, "error": failed[variant, seed]})
-        else:
-            results.append(_known(suite, (variant, seed)) or {})
-    return results
+    return [
+        {"variant": key[0], "seed": key[1], "error": failed[key]} if key in failed else known_result(suite, key) or {}
+        for key in suite.jobs
+    ]
 
 
-def check_points(suite: Suite) -> None:
+def check_jobs(suite: Suite) -> None:
     """Refuse tasks and training arguments that cannot be, and folders that hold what another recipe trained."""
-    for (variant, _), recipe in suite.points.items():
+    for (variant, _), recipe in suite.jobs.items():
         if recipe.task.running_text:
             raise InputError(
                 f"variant '{variant}' ends with task '{recipe.task.name}', which has no right answers to compare by: "
                 "add a stage with another task"
             )
-    for recipe in [*suite.warm_ups.values(), *suite.points.values()]:
+    for recipe in [*suite.warm_ups.values(), *suite.jobs.values()]:
         for stage in recipe.stages or (recipe,):
             training_arguments(recipe.out, stage.train)
         config = Path(recipe.out) / CONFIG
@@ -103,7 +100,7 @@ def check_points(suite: Suite) -> None:
 
 
 def check_tasks(suite: Suite) -> None:
-    """Refuse tasks that cannot give the examples that missing points ask for, before anything is trained.
+    """Refuse tasks that cannot give the examples that missing jobs ask for, before anything is trained.
 
     Of each split the first example is made or read.
     """
@@ -122,23 +119,27 @@ def check_tasks(suite: Suite) -> None:
 
 
 def _splits(suite: Suite) -> Iterator[tuple[str, Task, str]]:
-    """Yield for each missing point, and the warm-ups they need, the name of the variant, a task and a split of it."""
-    missing = {key: recipe for key, recipe in suite.points.items() if _known(suite, key) is None}
-    seeds = {seed for _, seed in missing}
-    needed = {**{("warm-up", seed): r for seed, r in suite.warm_ups.items() if seed in seeds}, **missing}
-    for (variant, seed), recipe in needed.items():
+    """Yield for each missing job, and the warm-ups they need, the name of the variant, a task and a split of it."""
+    missing = {key: recipe for key, recipe in suite.jobs.items() if known_result(suite, key) is None}
+    for (variant, seed), recipe in {**_warm_ups(suite, list(missing)), **missing}.items():
         if not (Path(recipe.out) / FINISHED).exists() and variant not in suite.runs:
             for stage in recipe.stages or (recipe,):
                 yield variant, stage.task, "train"
                 if str(stage.train.get("eval_strategy", "no")) != "no":
                     yield variant, stage.task, "valid"
         if (variant, seed) in missing:
-            for fields in ({}, *suite.exam.also.values()):
-                yield variant, replace(recipe.task, **fields), suite.exam.split  # type: ignore[type-var]
+            for fields in ({}, *suite.test.also.values()):
+                yield variant, replace(recipe.task, **fields), suite.test.split  # type: ignore[type-var]
+
+
+def _warm_ups(suite: Suite, missing: Sequence[Key]) -> dict[Key, Recipe]:
+    """Return the warm-ups that missing jobs start from."""
+    seeds = dict.fromkeys(seed for _, seed in missing)
+    return {("warm-up", seed): suite.warm_ups[seed] for seed in seeds if seed in suite.warm_ups}
 
 
 def _sections(recipe: Recipe) -> dict[str, str]:
-    """Return the sections of a point's recipe as text in which the suite's folder is left out: it may be moved."""
+    """Return the sections of a job's recipe as text in which the suite's folder is left out: it may be moved."""
     folder = str(Path(recipe.out).parent.parent)
     written = recipe.as_dict()
     for part in (written, *written.get("stages", ())):
@@ -147,13 +148,8 @@ def _sections(recipe: Recipe) -> dict[str, str]:
 
 
 def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any) -> dict[Key, str]:
-    """Run what is missing with a bar for each point; return why those that failed did."""
-    rows: dict[Key, Recipe] = {
-        ("warm-up", seed): suite.warm_ups[seed]
-        for seed in dict.fromkeys(seed for _, seed in missing)
-        if seed in suite.warm_ups
-    }
-    rows |= {key: suite.points[key] for key in missing}
+    """Run what is missing with a bar for each job; return why those that failed did."""
+    rows = _warm_ups(suite, missing) | {key: suite.jobs[key] for key in missing}
     bars = {
         key: progress.add_task(f"{key[0]} {key[1]}", total=None if key[0] in suite.runs else _n_steps(r), note="")
         for key, r in rows.items()
@@ -178,80 +174,73 @@ def _n_steps(recipe: Recipe) -> int | None:
     return sum(stage.train.get("max_steps", 0) for stage in recipe.stages or (recipe,)) or None
 
 
-def _known(suite: Suite, key: Key) -> dict[str, Any] | None:
-    """Return the result of a point that has been tested as the suite says, with the run as it is."""
-    recipe, result = suite.points[key], _result(suite.points[key], suite.exam_of(key[0]))
-    run = Path(suite.run_of(*key))
-    if result is None or Path(result["model"]).parts[-2:] != run.parts[-2:]:  # the suite's folder may be moved
+def known_result(suite: Suite, key: Key) -> dict[str, Any] | None:
+    """Return the result of a job that has been tested as the suite says, with the run as it is."""
+    path, run = Path(suite.jobs[key].out) / RESULT, Path(suite.run_of(*key))
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if "variant" not in result or not is_same_test(result, suite.test_of(key[0])):
+        return None
+    if Path(result["model"]).parts[-2:] != run.parts[-2:]:  # the suite's folder may be moved
         return None
     if key[0] not in suite.runs:
         return result
-    if not (run / FINISHED).exists():
-        return None
-    trained = (Path(resolve(run)) / SETTINGS).stat().st_mtime
-    return result if (Path(recipe.out) / "result.json").stat().st_mtime >= trained else None
+    is_newer = (run / FINISHED).exists() and path.stat().st_mtime >= (Path(resolve(run)) / SETTINGS).stat().st_mtime
+    return result if is_newer else None
 
 
-def _result(recipe: Recipe, exam: Exam) -> dict[str, Any] | None:
-    """Return the result of a point that has been tested by this exam."""
-    path = Path(recipe.out) / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    return result if "variant" in result and _is_same(result, exam) else None
-
-
-def _is_same(result: Mapping[str, Any], exam: Exam) -> bool:
-    """Tell whether a result is of an exam; what it does not say of its own was as it is by default."""
-    return {**_written(Exam()), **result.get("exam", {})} == _written(exam)
-
-
-def _written(exam: Exam) -> dict[str, Any]:
-    return {**asdict(exam), "loops": list(exam.loops)}
+def is_same_test(result: Mapping[str, Any], test: EvalConfig) -> bool:
+    """Tell whether a result is of a test; what it does not say of its own was as it is by default."""
+    return {**to_json(EvalConfig()), **result.get("exam", {})} == to_json(test)
 
 
 def _run_pool(suite: Suite, missing: Sequence[Key], workers: Workers) -> dict[Key, str]:
-    """Train the warm-ups that are needed, then the points, and test them; return why those that failed did.
+    """Train the warm-ups that are needed, then the jobs, and test them; return why those that failed did.
 
-    Points that answer with the runs of others come last.
+    Jobs that answer with the runs of others come last.
     """
     failed: dict[Key, str] = {}
     messages = workers.messages
-    first: dict[int, Future[Any]] = {
-        seed: workers.submit(_train, ("warm-up", seed), suite.warm_ups[seed], messages)
-        for seed in dict.fromkeys(seed for _, seed in missing)
-        if seed in suite.warm_ups
+    warm_ups = {
+        key[1]: workers.submit(train_job, key, recipe, messages) for key, recipe in _warm_ups(suite, missing).items()
     }
     jobs: dict[Future[Any], Key] = {}
-    for seed, job in [*first.items(), *((s, None) for s in sorted({s for _, s in missing} - set(first)))]:
-        error = None if job is None else job.exception()
-        for key in (k for k in missing if k[1] == seed):
-            if error is not None:
-                failed[key] = f"the warm-up failed: {error}"
+    for seed in dict.fromkeys(seed for _, seed in missing):
+        reason = _reason(warm_ups[seed]) if seed in warm_ups else None
+        for key in (key for key in missing if key[1] == seed):
+            if reason is not None:
+                failed[key] = f"the warm-up failed: {reason}"
             elif key[0] not in suite.runs:
-                jobs[workers.submit(_point, key, suite.points[key], suite.exam_of(key[0]), messages)] = key
+                jobs[workers.submit(run_job, key, suite.jobs[key], suite.test_of(key[0]), messages)] = key
     failed |= _finished(jobs, messages)
     jobs = {}
-    for key in (k for k in missing if k[0] in suite.runs and k not in failed):
+    for key in (key for key in missing if key[0] in suite.runs and key not in failed):
         if reason := failed.get((suite.runs[key[0]], key[1])):
             failed[key] = f"'{suite.runs[key[0]]}' failed, whose run it answers with: {reason}"
         else:
-            rest = (suite.exam_of(key[0]), messages, suite.run_of(*key))
-            jobs[workers.submit(_point, key, suite.points[key], *rest)] = key
+            rest = (suite.test_of(key[0]), messages, suite.run_of(*key))
+            jobs[workers.submit(run_job, key, suite.jobs[key], *rest)] = key
     return failed | _finished(jobs, messages)
 
 
 def _finished(jobs: Mapping[Future[Any], Key], messages: Any) -> dict[Key, str]:
-    """Wait for points; return why those that failed did."""
+    """Wait for jobs; return why those that failed did."""
     failed = {}
     for done in as_completed(jobs):
-        if (error := done.exception()) is not None:
-            name = "" if type(error) is InputError else f"{type(error).__name__}: "
-            reason = " ".join(f"{name}{error}".split())
+        if (reason := _reason(done)) is not None:
             failed[jobs[done]] = reason
             messages.put((jobs[done], 0, f"failed: {reason}"))
     return failed
 
 
-def _train(key: Key, recipe: Recipe, messages: Any) -> None:
+def _reason(job: Future[Any]) -> str | None:
+    """Wait for a job; return why it failed."""
+    error = job.exception()
+    error = getattr(error, "cause", None) or error  # Ray hands over its own report of it
+    name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return None if error is None else " ".join(f"{name}{error}".split())
+
+
+def train_job(key: Key, recipe: Recipe, messages: Any) -> None:
     """Train a recipe, unless it has been."""
     out = Path(recipe.out)
     if is_ending():
@@ -265,95 +254,94 @@ def _train(key: Key, recipe: Recipe, messages: Any) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
 
 
-def _point(key: Key, recipe: Recipe, exam: Exam, messages: Any, run: str | None = None) -> None:
-    """Train and test a point; or test another's ``run`` in its way."""
+def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str | None = None) -> None:
+    """Train and test a job; or test another's ``run`` in its way."""
     out = Path(recipe.out)
     if run is None:
-        _train(key, recipe, messages)
+        train_job(key, recipe, messages)
         if not (out / FINISHED).exists():
             raise InputError(INTERRUPTED)
     out.mkdir(parents=True, exist_ok=True)
-    model, task = LatentModel.from_pretrained(run or recipe.out), recipe.task
-    attempts, asked = exam.attempts, exam.attempts.asked(key[1])
-    answer = partial(evaluate, attempts=attempts, seed=key[1])
-    examples = task.examples(exam.split, exam.limit)
-    facts = made_of(model, task, exam.split, examples, {"limit": exam.limit, **asked}, key[1])
-    parts = Parts(out / EXAM_PARTS, facts)
+    model, task, seed = LatentModel.from_pretrained(run or recipe.out), recipe.task, key[1]
+    asked, examples = test.attempts.asked(seed), task.examples(test.split, test.limit)
+    facts = made_of(model, task, test.split, examples, {"limit": test.limit, **asked}, seed)
+    cache = ResultCache(out / TEST_CACHE, facts)
     steps = 0 if run is not None else _n_steps(recipe) or 0
-    parts.begins = lambda name: messages.put((key, steps, f"test: {name}"))
-    predictions = kept_predictions(parts, "accuracy", lambda: answer(model, task, examples))
-    result = {"variant": key[0], "exam": _written(exam)} | result_of(
-        model, task, exam.split, predictions, key[1], run or recipe.out
-    )
-    if asked:
-        result["asked"] = asked
-    iterates = bool(exam.loops) and hasattr(model.method, "max_loops")
-    for name, fields in exam.also.items():
-        other = replace(task, **fields)  # type: ignore[type-var]
-        others = other.examples(exam.split, exam.limit)
-        at, about = result.setdefault("also", {}).setdefault(name, {}), f"{name} {fields} {digest_of(others)[:8]}"
-        at["trained"] = parts(f"{about} as trained", partial(_score, answer, model, other, others, None))
-        at.update(_curve(answer, model, other, others, exam.loops, parts, about)[0] if iterates else {})
-    if iterates:
-        result["loops"], refused = _curve(answer, model, task, examples, exam.loops, parts, "accuracy")
-        if refused:
-            result["loops_refused"] = refused
+    cache.begins = lambda name: messages.put((key, steps, f"test: {name}"))
+    asking = _Asking(model, test, seed, cache)
+    predictions = cache.value(list[Prediction], "accuracy", lambda: asking.answers(task, examples))
+    result = {"variant": key[0], "exam": to_json(test)}
+    result |= result_of(model, task, test.split, predictions, seed, run or recipe.out)
+    result |= {"asked": asked} if asked else {}
+    if test.also:
+        result["also"] = {name: asking.also(name, task, fields) for name, fields in test.also.items()}
+    if asking.iterates:
+        result["loops"], refused = asking.by_loops("accuracy", task, examples)
+        result |= {"loops_refused": refused} if refused else {}
         if result["loops"]:
-            result["change"] = _change(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
-    what = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": exam.split, "seed": key[1]}
-    if exam.controls:
-        found = controls(model, task, examples, predictions, seed=key[1], parts=parts)
+            result["change"] = change_by_loop(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
+    what = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": test.split, "seed": seed}
+    if test.controls:
+        found = controls(Subject(model, task, examples, predictions, seed=seed, cache=cache))
         told = {**what, "n": len(found.unedited), **found.as_dict()}
         write_text(out / CONTROLS, json.dumps(told, indent=2) + "\n")
-    if exam.stability and has_loop(model):
+    if test.stability and has_loop(model):
         read = [example for example in examples if fits(model, example.question)]
-        behaves = Stability.read(parts("stability", lambda: asdict(stability(model, read))))
+        behaves = cache.value(Stability, "stability", lambda: stability(model, read))
         result["diverged"] = behaves.diverged
         write_text(out / STABILITY, json.dumps({**what, "n": len(read), **behaves.as_dict()}, indent=2) + "\n")
-    lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
-    write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
-    (out / EXAM_PARTS).unlink(missing_ok=True)
+    write_answers(out, result, predictions)
+    (out / TEST_CACHE).unlink(missing_ok=True)
 
 
-def _curve(
-    answer: Callable[..., list[Prediction]],
-    model: LatentModel,
-    task: Task,
-    examples: list[Example],
-    loops: Sequence[int],
-    parts: Parts,
-    about: str,
-) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-    """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
-    scores: dict[int, dict[str, Any]] = {}
-    refused: dict[int, str] = {}
-    for n in loops:
-        try:
-            scores[n] = parts(f"{about} of {n} loops", partial(_score, answer, model, task, examples, n))
-        except InputError as error:
-            refused[n] = str(error)
-    return scores, refused
+class _Asking:
+    """A trained job that answers as its test says; accuracies are kept as soon as they are known."""
+
+    def __init__(self, model: LatentModel, test: EvalConfig, seed: int, cache: ResultCache):
+        self.model, self.test, self.cache = model, test, cache
+        self.answers = partial(evaluate, model, attempts=test.attempts, seed=seed)
+        self.iterates = bool(test.loops) and hasattr(model.method, "max_loops")
+
+    def score(self, name: str, task: Task, examples: list[Example], loops: int | None = None) -> dict[str, Any]:
+        """Return accuracy and interval with a number of iterations."""
+
+        def measure() -> dict[str, Any]:
+            answered = self.answers(task, examples, loops=loops)
+            n_correct = sum(p.correct for p in answered)
+            return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
+
+        return self.cache(name, measure)  # type: ignore[no-any-return]
+
+    def by_loops(
+        self, about: str, task: Task, examples: list[Example]
+    ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        """Return accuracy by number of iterations, and of numbers that the method cannot run with why not."""
+        scores: dict[int, dict[str, Any]] = {}
+        refused: dict[int, str] = {}
+        for n in self.test.loops:
+            try:
+                scores[n] = self.score(f"{about} of {n} loops", task, examples, n)
+            except InputError as error:
+                refused[n] = str(error)
+        return scores, refused
+
+    def also(self, name: str, task: Task, fields: Mapping[str, Any]) -> dict[Any, Any]:
+        """Return accuracy on other examples, as trained and by number of iterations."""
+        other = replace(task, **fields)  # type: ignore[type-var]
+        examples = other.examples(self.test.split, self.test.limit)
+        about = f"{name} {fields} {digest_of(examples)[:8]}"
+        found: dict[Any, Any] = {"trained": self.score(f"{about} as trained", other, examples)}
+        return found | (self.by_loops(about, other, examples)[0] if self.iterates else {})
 
 
-def _score(
-    answer: Callable[..., list[Prediction]], model: LatentModel, task: Task, examples: list[Example], loops: int | None
-) -> dict[str, Any]:
-    """Return accuracy and interval with a number of iterations."""
-    answered = answer(model, task, examples, loops=loops)
-    n_correct = sum(p.correct for p in answered)
-    return {"accuracy": accuracy_of(answered), "ci95": list(wilson(n_correct, len(answered)))}
-
-
-def _change(model: LatentModel, questions: Sequence[str], loops: int) -> list[float | None]:
+def change_by_loop(model: LatentModel, questions: Sequence[str], loops: int) -> list[float | None]:
     """Return the relative change of the state in each iteration, a mean over questions; None where it has diverged.
 
     Questions that cannot be answered are left out.
     """
     answers = model.generate(questions, loops=loops, trace=True, max_new_tokens=1, strict=False)
     changes = [[entry.delta[0].item() for entry in a.trace.iterations] for a in answers if a.trace is not None]
-    means = [sum(column) / len(column) for column in zip(*changes)]
-    return [mean if math.isfinite(mean) else None for mean in means]
+    return to_json([sum(column) / len(column) for column in zip(*changes)])  # type: ignore[no-any-return]
 
 
 class _Report(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Points on a Ray cluster that is there: one task for each point, on one CPU and, where there are some, one GPU.
+"""Jobs on a Ray cluster that is there: one task for each, on one CPU and, where there are some, one GPU.
 
     ray start --head                                  # or any cluster; RAY_ADDRESS says which
     innerloop sweep RECIPE --grid ... --on ray
@@ -44,7 +44,7 @@ def ray_workers() -> Iterator[Workers]:
         n_gpus = 1 if has_gpus and not recipe.train.get("use_cpu", False) else 0
         task = ray.remote(num_cpus=1, num_gpus=n_gpus, max_retries=0)(_there)
         handed.append(task.remote(os.getcwd(), function, key, recipe, *more))
-        return _plain(handed[-1].future())
+        return handed[-1].future()  # type: ignore[no-any-return]
 
     messages = Queue(actor_options={"num_cpus": 0})
     try:
@@ -67,18 +67,3 @@ def _there(folder: str, function: Callable[..., None], *arguments: Any) -> None:
     os.chdir(folder)
     one_thread()
     function(*arguments)
-
-
-def _plain(future: Future[None]) -> Future[None]:
-    """Return a future whose error is the task's own, not Ray's report of it."""
-    plain: Future[None] = Future()
-
-    def finish(done: Future[None]) -> None:
-        error = done.exception()
-        if error is None:
-            plain.set_result(None)
-        else:
-            plain.set_exception(getattr(error, "cause", None) or error)
-
-    future.add_done_callback(finish)
-    return plain

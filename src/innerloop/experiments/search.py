@@ -1,118 +1,107 @@
-"""Search: points drawn from ranges by Optuna's TPE sampler, each told from the accuracies of those before.
+"""Trials: the combinations of a grid, or what a search draws from ranges, by Optuna's samplers.
 
-What was drawn is written down (OUT/trials.json) and what was measured lies in the runs, so a search that was
-interrupted goes on where it was: every draw depends on the points before it alone.
+Optuna keeps what was drawn in OUT/study.log, and what was measured lies in the runs, so that what was interrupted goes
+on where it was. A trial that failed stays open, and is tried again by the next command.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from innerloop.errors import InputError
-from innerloop.experiments.grid import Axis, Choices
-from innerloop.experiments.summary import read_json
-from innerloop.model.checkpoint import write_text
+from innerloop.experiments.grid import Axes, Settings, optuna, settings_of, value_name, values_of, variant_name
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+if TYPE_CHECKING:  # an extra, and slow to import
+    from optuna import Study
 
-TRIALS = "trials.json"
-DIGITS = 4  # of a number drawn from a range, so that it can be read and typed again
-MOST_DRAWS = 50  # in vain, before all points are taken to be tried
-Settings = dict[str, Any]
+STUDY = "study.log"
+MOST_DRAWS = 50  # in vain, before all trials are taken to be tried
+
+
+def check_grid(axes: Axes) -> None:
+    """Refuse ranges, which have no combinations."""
+    if ranges := [field for field, axis in axes.items() if values_of(axis) is None]:
+        raise InputError(f"{ranges[0]} has a range, which only a search draws from: list values, or --search optuna")
+
+
+def combinations(axes: Axes) -> list[Settings]:
+    """Return the trials of a grid, the values of the last field changing first."""
+    check_grid(axes)
+    study = optuna().create_study()
+    return _in_order(axes, _draw(study, axes, [], _size(axes), _size(axes), is_grid=True))
 
 
 def search(
-    axes: Sequence[Axis],
-    n_trials: int,
+    axes: Axes,
+    n_trials: int | None,
     at_once: int,
     folder: Path,
     scores_of: Callable[[Sequence[Settings]], Sequence[float | None]],
 ) -> list[Settings]:
-    """Draw points, ``at_once`` at a time, until there are ``n_trials``; return all in order.
+    """Draw trials, ``at_once`` at a time, until there are ``n_trials``; return all in order.
 
     Args:
         axes: what is drawn: values or ranges.
-        n_trials: how many points.
+        n_trials: how many trials; None: every combination of values.
         at_once: how many are drawn before the next are told of their scores.
-        folder: where trials.json lies.
-        scores_of: measures points, all that are known each time; None for one that failed.
-
-    Raises:
-        InputError: Optuna is missing, or the folder holds a search over other values.
+        folder: where Optuna keeps them; each set of axes is a study of its own.
+        scores_of: measures trials, all that are known each time; None for one that failed.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise InputError("--search optuna needs Optuna: pip install 'innerloop[sweep]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if n_trials < 1:
-        raise InputError(f"--trials is {n_trials}, but must be at least 1")
-    trials = _known(folder / TRIALS, axes)
-    distributions = {axis.field: _distribution(axis) for axis in axes}
+    made, is_grid = optuna(), n_trials is None
+    n = _size(axes) if n_trials is None else n_trials
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = made.storages.JournalStorage(made.storages.journal.JournalFileBackend(str(folder / STUDY)))
+    name = json.dumps({field: json.loads(made.distributions.distribution_to_json(a)) for field, a in axes.items()})
+    study = made.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     while True:
-        scores = scores_of(trials) if trials else []
-        if len(trials) >= n_trials:
-            return trials
-        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=len(trials)))
-        for settings, score in zip(trials, scores):
-            state = optuna.trial.TrialState.COMPLETE if score is not None else optuna.trial.TrialState.FAIL
-            indexed = {axis.field: _index(axis, settings[axis.field]) for axis in axes}
-            study.add_trial(
-                optuna.trial.create_trial(state=state, params=indexed, distributions=distributions, value=score)
-            )
-        drawn: list[Settings] = []
-        for _ in range(MOST_DRAWS):
-            params = study.ask(distributions).params
-            settings = {axis.field: _value(axis, params[axis.field]) for axis in axes}
-            if settings not in trials and settings not in drawn:
-                drawn.append(settings)
-            if len(drawn) == min(at_once, n_trials - len(trials)):
-                break
-        if not drawn:
-            return trials
-        trials += drawn
-        write_text(folder / TRIALS, json.dumps({"axes": _written(axes), "trials": trials}, indent=1) + "\n")
+        trials = [trial for trial in study.get_trials() if trial.state is not made.trial.TrialState.FAIL]
+        known = [settings_of(axes, trial.params) for trial in trials]
+        shown = _in_order(axes, known) if is_grid else known
+        scores = dict(zip(map(variant_name, shown), scores_of(shown))) if known else {}
+        for trial, name_of in zip(trials, map(variant_name, known)):
+            if not trial.state.is_finished() and scores[name_of] is not None:
+                study.tell(trial.number, scores[name_of])
+        drawing = made.load_study(study_name=name, storage=storage)
+        if len(known) >= n or not _draw(drawing, axes, known, n - len(known), n if is_grid else at_once, is_grid):
+            return shown
 
 
-def _known(path: Path, axes: Sequence[Axis]) -> list[Settings]:
-    """Return the points that were drawn before."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return []
-    found = read_json(path)
-    if found.get("axes") != _written(axes):
-        raise InputError(f"{path} is of a search over other values: choose another folder with --out")
-    return list(found["trials"])
+def _draw(study: Study, axes: Axes, known: Sequence[Settings], n: int, at_once: int, is_grid: bool) -> list[Settings]:
+    """Draw at most ``n`` trials that are not known, ``at_once`` at most; the same ones after the same trials."""
+    samplers = optuna().samplers
+    study.sampler = (
+        samplers.GridSampler({field: axis.choices for field, axis in axes.items()})  # type: ignore[attr-defined]
+        if is_grid
+        else samplers.TPESampler(seed=len(study.get_trials()))
+    )
+    names, drawn, in_vain = set(map(variant_name, known)), list[Settings](), 0
+    while len(drawn) < min(n, at_once) and in_vain < MOST_DRAWS:
+        trial = study.ask(dict(axes))
+        settings = settings_of(axes, trial.params)
+        if variant_name(settings) in names:
+            study.tell(trial, state=optuna().trial.TrialState.FAIL)
+            in_vain += 1
+        else:
+            names.add(variant_name(settings))
+            drawn.append(settings)
+    return drawn
 
 
-def _written(axes: Sequence[Axis]) -> Mapping[str, Any]:
-    return {
-        a.field: list(a.values) if isinstance(a, Choices) else [a.low, a.high, "log" if a.log else "even"] for a in axes
-    }
+def _size(axes: Axes) -> int:
+    return math.prod(len(values_of(axis) or ()) for axis in axes.values())
 
 
-def _distribution(axis: Axis) -> BaseDistribution:
-    """Return what Optuna draws from: values are drawn by their index."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+def _in_order(axes: Axes, trials: Sequence[Settings]) -> list[Settings]:
+    """Return trials of a grid in the order of its values."""
 
-    if isinstance(axis, Choices):
-        return CategoricalDistribution(range(len(axis.values)))
-    if axis.is_whole:
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
-    return FloatDistribution(axis.low, axis.high, log=axis.log)
+    def place(settings: Settings) -> list[int]:
+        return [
+            [value_name(value) for value in values_of(axis) or ()].index(value_name(settings[field]))
+            for field, axis in axes.items()
+        ]
 
-
-def _index(axis: Axis, value: Any) -> Any:
-    return axis.values.index(value) if isinstance(axis, Choices) else value
-
-
-def _value(axis: Axis, drawn: Any) -> Any:
-    if isinstance(axis, Choices):
-        return axis.values[drawn]
-    if axis.is_whole:
-        return int(drawn)
-    return min(max(float(f"{drawn:.{DIGITS}g}"), axis.low), axis.high)
+    return sorted(trials, key=place)

@@ -12,7 +12,7 @@
     test: {split: test, loops: [1, 2, 4, 8], controls: true}    # also with other numbers of iterations, latents edited
     out: runs/suites/NAME
 
-In place of variants, a grid gives every combination of the values of fields:
+In place of variants, a grid gives every combination of the values of fields (`innerloop.experiments.search`):
 
     grid: {method.max_loops: [1, 2, 4], train.learning_rate: [1.0e-3, 3.0e-4]}
 
@@ -21,9 +21,9 @@ as well:
 
       cot, vote of 4: {of: cot, test: {samples: 4, temperature: 0.7}}
 
-A point is one variant with one seed, in OUT/VARIANT/SEED: a run of its own, but for those. Points that are there are
-not trained again; a point that fails is listed and stops no other. In fields of a method, ``{warm_up}`` is the folder
-of the warm-up.
+A job is one variant with one seed, in OUT/VARIANT/SEED: a run of its own, but for those. Jobs that are done are not
+run again; one that fails is listed and stops no other. In fields of a method, ``{warm_up}`` is the folder of the
+warm-up.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from innerloop.config.typed import typed
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError, nearest
-from innerloop.experiments.grid import Choices, Range, axis_of, grid_variants
-from innerloop.measure.statistics import over_seeds, share_noise
-from innerloop.train.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field, typed
+from innerloop.experiments.grid import axes_of, variant_name
+from innerloop.experiments.search import combinations
+from innerloop.train.recipe import SECTIONS, Recipe, parse_recipe, read_recipe, set_field
 
 SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
 TRIED = tuple(f.name for f in fields(Attempts))  # the fields of a test that a variant may set
-COSTS = ("passes", "positions", "flops", "thought_tokens", "loops")
+Key = tuple[str, int]
+"""A job: a variant and a seed."""
 
 
 @dataclass(frozen=True)
-class Exam(Attempts):
-    """How every point is tested.
+class EvalConfig(Attempts):
+    """How every job is tested.
 
     Args:
-        samples: answers that are drawn for each example, by the seed of the point.
+        samples: answers that are drawn for each example, by the seed of the job.
         pick: which of several counts: the answer with most votes, or the likeliest text.
         temperature: at which they are drawn; by default 0.7 for several, and 0 for one.
         beams: texts that a beam search follows.
@@ -92,35 +94,31 @@ class Suite:
     Attributes:
         out: the folder of all runs.
         warm_ups: for each seed, what is trained first; empty: nothing is.
-        points: the recipe of each (variant, seed), in the order of training.
-        exam: how they are tested, but for those of ``exams``.
-        exams: how variants are tested that say so themselves.
+        jobs: the recipe of each (variant, seed), in the order of training.
+        test: how they are tested, but for those of ``tests``.
+        tests: how variants are tested that say so themselves.
         runs: by variant, the other variant whose runs it answers with.
-        axes: of a grid, its fields with their values; empty: variants were listed.
-        settings: of a grid, the value of each field by variant.
     """
 
     out: str
     warm_ups: Mapping[int, Recipe]
-    points: Mapping[tuple[str, int], Recipe]
-    exam: Exam = field(default_factory=Exam)
-    axes: tuple[Choices, ...] = ()
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    exams: Mapping[str, Exam] = field(default_factory=dict)
+    jobs: Mapping[Key, Recipe]
+    test: EvalConfig = field(default_factory=EvalConfig)
+    tests: Mapping[str, EvalConfig] = field(default_factory=dict)
     runs: Mapping[str, str] = field(default_factory=dict)
 
-    def exam_of(self, variant: str) -> Exam:
+    def test_of(self, variant: str) -> EvalConfig:
         """Return how a variant is tested."""
-        return self.exams.get(variant, self.exam)
+        return self.tests.get(variant, self.test)
 
     def run_of(self, variant: str, seed: int) -> str:
-        """Return the folder of the run that a point answers with."""
-        return self.points[self.runs.get(variant, variant), seed].out
+        """Return the folder of the run that a job answers with."""
+        return self.jobs[self.runs.get(variant, variant), seed].out
 
     @property
     def variants(self) -> list[str]:
         """The names of the variants, in order."""
-        return list(dict.fromkeys(name for name, _ in self.points))
+        return list(dict.fromkeys(name for name, _ in self.jobs))
 
 
 def is_suite(path: str | Path) -> bool:
@@ -136,66 +134,59 @@ def load_suite(
     ``overrides``, such as ``["--train.max_steps", "9"]``, are of what variants share; what one sets itself stays.
     """
     raw = read_recipe(path, overrides)
-    if out is not None:
-        raw["out"] = out
-    if seeds is not None:
-        raw["seeds"] = list(seeds)
-    return parse_suite(raw)
+    given = {"out": out, "seeds": None if seeds is None else list(seeds)}
+    return parse_suite({**raw, **{name: value for name, value in given.items() if value is not None}})
 
 
-def parse_suite(raw: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]] | None = None) -> Suite:
-    """Type a suite as it is written in a file.
-
-    ``settings`` are variants by the values of fields, such as ``{"max_loops=4": {"method.max_loops": 4}}``, in place
-    of those that the file lists.
-    """
+def parse_suite(raw: Mapping[str, Any], trials: Sequence[Mapping[str, Any]] | None = None) -> Suite:
+    """Type a suite as it is written in a file; ``trials``, values by field, stand in place of its variants."""
     for name in raw:
         if name not in SUITE_SECTIONS:
             raise InputError(f"a suite has no section '{name}'{nearest(str(name), SUITE_SECTIONS)}")
-    axes, changes = _axes(raw.get("grid")), raw.get("variants")
-    if axes and changes is not None:
-        raise InputError("a suite lists variants or has a grid, not both")
-    settings = settings or (grid_variants(axes) if axes else {})
-    variants = {name: {} for name in settings} if settings else changes
-    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()) or not variants:
-        raise InputError("a suite needs variants, for example variants: {pause: {method: {name: pause}}}")
-    if "warm_up" in variants:
-        raise InputError("no variant may be called warm_up: that is the folder of the warm-up")
-    chosen = raw.get("seeds", [0])
-    are_whole = isinstance(chosen, list) and all(isinstance(s, int) for s in chosen) and chosen
-    if not are_whole or len(set(chosen)) != len(chosen):
-        raise InputError(f"seeds is {chosen!r}, but must be a list of different whole numbers")
+    if raw.get("grid") is not None and trials is None:
+        if raw.get("variants") is not None:
+            raise InputError("a suite lists variants or has a grid, not both")
+        trials = combinations(axes_of(raw["grid"]))
+    settings = {variant_name(dict(trial)): trial for trial in trials or ()}
+    variants = _variants({name: {} for name in settings} if settings else raw.get("variants"))
+    seeds = _seeds(raw.get("seeds", [0]))
     if not isinstance(raw.get("out"), str):
         raise InputError("the suite has no 'out' folder")
-    exam = typed(Exam, raw.get("test") or {}, "test")
+    test = typed(EvalConfig, raw.get("test") or {}, "test")
     runs = _runs(variants)
-    exams = {name: _exam(exam, changed, name) for name, changed in variants.items() if "test" in changed}
-    variants = {
-        name: {k: v for k, v in variants[runs.get(name, name)].items() if k not in ("of", "test")} for name in variants
-    }
-    common = {name: value for name, value in raw.items() if name in SECTIONS}
-    warm_ups, points = {}, {}
-    for seed in chosen:
-        start = None
-        if raw.get("warm_up") is not None:
-            start = f"{raw['out']}/warm_up/{seed}"
-            warm_ups[seed] = parse_recipe(_variant(common, raw["warm_up"], "warm_up", seed, start))
-        for name, changed in variants.items():
-            point = _variant(common, changed, name, seed, f"{raw['out']}/{name}/{seed}", start)
-            try:
-                for field_name, value in settings.get(name, {}).items():
-                    set_field(point, field_name, value)
-                points[name, seed] = parse_recipe(point)
-            except InputError as error:
-                raise InputError(f"variant '{name}': {error}") from None
-    return Suite(raw["out"], warm_ups, points, exam, axes, settings, exams, runs)
+    tests = {name: _test(test, changed, name) for name, changed in variants.items() if "test" in changed}
+    warm_ups = (
+        {} if raw.get("warm_up") is None else {seed: _recipe(raw, "warm_up", raw["warm_up"], seed) for seed in seeds}
+    )
+    jobs = {}
+    for seed in seeds:
+        for name in variants:
+            changes = {k: v for k, v in variants[runs.get(name, name)].items() if k not in ("of", "test")}
+            start = warm_ups[seed].out if seed in warm_ups else None
+            jobs[name, seed] = _recipe(raw, name, changes, seed, start, settings.get(name, {}))
+    return Suite(raw["out"], warm_ups, jobs, test, tests, runs)
+
+
+def _variants(listed: Any) -> Mapping[str, dict[str, Any]]:
+    if not isinstance(listed, dict) or not all(isinstance(changed, dict) for changed in listed.values()) or not listed:
+        raise InputError("a suite needs variants, for example variants: {pause: {method: {name: pause}}}")
+    if "warm_up" in listed:
+        raise InputError("no variant may be called warm_up: that is the folder of the warm-up")
+    return listed
+
+
+def _seeds(listed: Any) -> list[int]:
+    are_whole = isinstance(listed, list) and all(isinstance(seed, int) for seed in listed) and listed
+    if not are_whole or len(set(listed)) != len(listed):
+        raise InputError(f"seeds is {listed!r}, but must be a list of different whole numbers")
+    return listed  # type: ignore[no-any-return]
 
 
 def _runs(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the variants that answer with another's runs."""
     runs = {name: changed["of"] for name, changed in variants.items() if "of" in changed}
+    trained = [name for name in variants if name not in runs]
     for name, other in runs.items():
-        trained = [known for known in variants if known not in runs]
         if other not in trained:
             raise InputError(
                 f"variant '{name}' is of '{other}', no variant that is trained{nearest(str(other), trained)}"
@@ -207,7 +198,7 @@ def _runs(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return runs
 
 
-def _exam(common: Exam, changed: Mapping[str, Any], name: str) -> Exam:
+def _test(common: EvalConfig, changed: Mapping[str, Any], name: str) -> EvalConfig:
     """Return how a variant is tested: on the same examples, with attempts of its own."""
     own = changed["test"]
     if not isinstance(own, dict) or (more := [field for field in own if field not in TRIED]):
@@ -224,42 +215,36 @@ def _exam(common: Exam, changed: Mapping[str, Any], name: str) -> Exam:
         raise InputError(f"variant '{name}': {error}") from None
 
 
-def _axes(grid: Any) -> tuple[Choices, ...]:
-    """Return the axes of a grid as it is written: field by field a list, or text such as ``1,2,4``."""
-    if grid is None:
-        return ()
-    if not isinstance(grid, dict) or not grid:
-        raise InputError("grid lists the values of fields, for example grid: {method.max_loops: [1, 2, 4]}")
-    axes = [axis_of(str(name), written) for name, written in grid.items()]
-    for axis in axes:
-        if axis.field in ("out", "train.seed"):
-            raise InputError(f"the grid cannot go over {axis.field}" + ("; list seeds" if axis.field != "out" else ""))
-    if drawn := [axis.field for axis in axes if isinstance(axis, Range)]:
-        raise InputError(f"{drawn[0]} has a range, which only a search draws from: list values, or --search optuna")
-    return tuple(axis for axis in axes if isinstance(axis, Choices))
-
-
-def _variant(
-    common: Mapping[str, Any], changes: Mapping[str, Any], name: str, seed: int, out: str, start: str | None = None
-) -> dict[str, Any]:
-    """Return the recipe of a point: what all share, what the variant changes, its seed and folder."""
-    raw = copy.deepcopy(dict(common))
+def _recipe(
+    suite: Mapping[str, Any],
+    name: str,
+    changes: Mapping[str, Any],
+    seed: int,
+    start: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of a job: what all share, what the variant changes, its seed, its folder and its settings."""
+    raw = copy.deepcopy({section: value for section, value in suite.items() if section in SECTIONS})
     for section, value in changes.items():
         if section not in SECTIONS or section == "out":
             raise InputError(f"variant '{name}' overrides '{section}'{nearest(str(section), SECTIONS)}, no section")
         value = {"name": value} if section in ("task", "method") and isinstance(value, str) else copy.deepcopy(value)
-        before = raw.get(section)
-        same = isinstance(before, dict) and isinstance(value, dict)
-        same = same and value.get("name", before.get("name")) == before.get("name")  # type: ignore[union-attr]
-        raw[section] = {**before, **value} if same else value  # type: ignore[dict-item]
+        before, raw[section] = raw.get(section), value
+        if isinstance(before, dict) and isinstance(value, dict):
+            same = value.get("name", before.get("name")) == before.get("name")
+            raw[section] = {**before, **value} if same else value
     if start is not None:
         if "scratch" not in (changes.get("backbone") or {}):  # one that makes its own decoder starts with that
             kept = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}
             raw["backbone"] = {**kept, "model": start}
         raw = _filled(raw, start)
-    raw["train"] = {**(raw.get("train") or {}), "seed": seed}
-    raw["out"] = out
-    return raw
+    raw |= {"train": {**(raw.get("train") or {}), "seed": seed}, "out": f"{suite['out']}/{name}/{seed}"}
+    try:
+        for field_name, value in (settings or {}).items():
+            set_field(raw, field_name, value)
+        return parse_recipe(raw)
+    except InputError as error:
+        raise InputError(f"variant '{name}': {error}") from None
 
 
 def _filled(value: Any, warm_up: str) -> Any:
@@ -272,43 +257,12 @@ def _filled(value: Any, warm_up: str) -> Any:
 
 
 def suite_report(raw: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is written of a suite: what defines it, and every point without what they share."""
+    """Return what is written of a suite: what defines it, and every job without what they share."""
     first = next((r for r in results if "error" not in r), {})
     shared = ("task", "split", "n", "versions", "device")
+    left_out = (*shared, "model", "method", "accuracy_by_match", "exam")
     return {
         "suite": {name: value for name, value in raw.items() if name != "out"},
         **{name: first[name] for name in shared if name in first},
-        "points": [
-            {k: v for k, v in r.items() if k not in (*shared, "model", "method", "accuracy_by_match", "exam")}
-            for r in results
-        ],
+        "points": [{name: value for name, value in r.items() if name not in left_out} for r in results],
     }
-
-
-def seed_means(results: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """Return for each variant that has results their means over seeds.
-
-    ``accuracy`` over ``n`` rows with ``half``, the half width of its 95 % interval (`over_seeds`); ``accuracies`` by
-    seed; the costs of an example; ``loops``, the mean accuracy by number of iterations, where it was measured.
-    """
-    means = []
-    for variant in dict.fromkeys(r["variant"] for r in results if "error" not in r):
-        points = [r for r in results if r["variant"] == variant and "error" not in r]
-        accuracies = [r["accuracy"] for r in points]
-        accuracy, half = over_seeds(accuracies, share_noise(accuracies, n))
-        costs = {name: sum(r["cost"][name] for r in points) / len(points) for name in COSTS}
-        seconds = sum(sum(r["cost"]["seconds"].values()) for r in points) / len(points)
-        curves = [{int(n): at["accuracy"] for n, at in r["loops"].items()} for r in points if "loops" in r]
-        loops = {n: sum(curve[n] for curve in curves) / len(curves) for n in curves[0]} if curves else {}
-        means.append(
-            {
-                "variant": variant,
-                "accuracy": accuracy,
-                "half": half,
-                "accuracies": accuracies,
-                **costs,
-                "seconds": seconds,
-                "loops": loops,
-            }
-        )
-    return means

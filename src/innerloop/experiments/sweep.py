@@ -1,4 +1,4 @@
-"""Sweeps: a recipe over a grid of values, or over points that a search draws; each point a run, all in one picture."""
+"""Sweeps: a recipe over a grid of values, or over trials that a search draws, each with all seeds, in one picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,30 @@ from rich.console import Console
 from rich.table import Table
 
 from innerloop.errors import InputError
-from innerloop.experiments.compare import suite_standings
+from innerloop.experiments.charts import Cell, bars, heat_map, scatter
+from innerloop.experiments.compare import suite_rows
 from innerloop.experiments.grid import (
-    Axis,
-    Choices,
-    Range,
-    axis_of,
-    number,
-    parse_axis,
+    Axes,
+    Settings,
+    axes_of,
+    first_trial,
+    parse_axes,
     short_names,
     value_name,
+    values_of,
     variant_name,
+    written,
 )
-from innerloop.experiments.html import document, escape, figure, settings, table
 from innerloop.experiments.jobs import check_tasks, run_suite
-from innerloop.experiments.report import failed_part, summary
-from innerloop.experiments.search import search
-from innerloop.experiments.suite import Suite, parse_suite, suite_report
-from innerloop.experiments.summary import Standing, failures
-from innerloop.experiments.svg import Cell, Mark, bars, heat_map, scatter
+from innerloop.experiments.report import Section, details, document, picture, summary, table
+from innerloop.experiments.search import combinations, search
+from innerloop.experiments.suite import parse_suite, suite_report
+from innerloop.experiments.summary import MethodResult, failure_lines, failures, terminal_table
 from innerloop.experiments.workers import Workers
 from innerloop.model.checkpoint import write_text
 from innerloop.train.recipe import read_recipe
 
-N_NAMED = 8  # points of a picture that are named
+N_NAMED = 8  # trials of a picture that are named
 
 
 @dataclass(frozen=True)
@@ -47,220 +47,163 @@ class Sweep:
     Attributes:
         raw: the suite as it would be written.
         axes: the fields.
-        settings: the value of each field by variant, in order.
-        results: the result, or error, of every point.
-        standings: the variants that have results.
+        settings: the value of each field by trial, in order.
+        results: the result, or error, of every job.
+        rows: the trials that have results.
     """
 
     raw: Mapping[str, Any]
-    axes: Sequence[Axis]
-    settings: Mapping[str, Mapping[str, Any]]
+    axes: Axes
+    settings: Mapping[str, Settings]
     results: Sequence[Mapping[str, Any]]
-    standings: Sequence[Standing]
+    rows: Sequence[MethodResult]
 
     @property
-    def best(self) -> Standing | None:
-        """The variant of the highest mean accuracy, the first of equals."""
-        return max(self.standings, key=lambda s: s.mark.share, default=None)
+    def best(self) -> MethodResult | None:
+        """The trial of the highest mean accuracy, the first of equals."""
+        return max(self.rows, key=lambda row: row.mark.share, default=None)
 
 
 def read_sweep(
-    path: str | Path,
-    grid: Sequence[str] = (),
-    out: str | None = None,
-    seeds: Sequence[int] | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    overrides: Sequence[str] = (),
-) -> tuple[dict[str, Any], list[Axis]]:
-    """Return a recipe, or a suite with a grid, as the suite of a sweep without its grid, and the axes.
+    path: str | Path, grid: Sequence[str] = (), given: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], Axes]:
+    """Return a recipe, or a suite with a grid, as the suite of a sweep, and its axes; ``grid`` overrides those.
 
-    Points are chosen by their accuracy on validation examples, unless the file or ``split`` says otherwise.
+    Trials are chosen by their accuracy on validation examples, unless the file says otherwise or ``given`` does, where
+    ``out``, ``seeds``, ``split`` and ``limit`` that are not None stand in place of the file's.
     """
     raw = read_recipe(path, overrides)
     if "variants" in raw:
         raise InputError(f"{path} lists variants: run it with innerloop compare {path}")
-    written = raw.pop("grid", None) or {}
-    if not isinstance(written, dict):
-        raise InputError("grid lists the values of fields, for example grid: {method.max_loops: [1, 2, 4]}")
-    axes = {field: axis_of(field, values) for field, values in written.items()}
-    given = [parse_axis(text) for text in grid]
-    if twice := [a.field for i, a in enumerate(given) if a.field in [b.field for b in given[:i]]]:
-        raise InputError(f"--grid names {twice[0]} twice: list all its values once")
-    axes |= {axis.field: axis for axis in given}
+    listed = raw.pop("grid", None)
+    axes = {**(axes_of(listed) if listed else {}), **parse_axes(grid)}
     if not axes:
         raise InputError("a sweep needs values: --grid FIELD=VALUE,VALUE,..")
-    raw["out"] = out or (raw.get("out") if written else f"{raw.get('out')}-sweep")
-    raw["seeds"] = list(seeds) if seeds is not None else raw.get("seeds", [(raw.get("train") or {}).get("seed", 0)])
-    exam = {"split": "valid", **(raw.get("test") or {})}
-    exam |= {name: value for name, value in (("split", split), ("limit", limit)) if value is not None}
-    return {**raw, "test": exam}, list(axes.values())
+    chosen = {name: value for name, value in (given or {}).items() if value is not None}
+    raw["test"] = {"split": "valid", **(raw.get("test") or {})}
+    raw["test"] |= {name: chosen.pop(name) for name in ("split", "limit") if name in chosen}
+    raw.setdefault("seeds", [(raw.get("train") or {}).get("seed", 0)])
+    out = raw.get("out") if listed else f"{raw.get('out')}-sweep"
+    return {**raw, "grid": {field: written(axis) for field, axis in axes.items()}, "out": out, **chosen}, axes
 
 
-def run_grid(
+def run_sweep(
     raw: Mapping[str, Any],
-    axes: Sequence[Axis],
+    axes: Axes,
+    n_trials: int | None,
     workers: int,
     console: Console,
     on: Callable[[], AbstractContextManager[Workers]] | None = None,
 ) -> Sweep:
-    """Train and test every combination of values that is missing."""
-    if drawn := [axis.field for axis in axes if isinstance(axis, Range)]:
-        raise InputError(f"{drawn[0]} has a range, which only a search draws from: list values, or add --search optuna")
-    listed = {**raw, "grid": {a.field: list(a.values) for a in axes if isinstance(a, Choices)}}
-    suite = parse_suite(listed)
-    check_tasks(suite)
-    results = run_suite(suite, workers, console, on)
-    return Sweep(listed, axes, suite.settings, results, suite_standings(suite, results))
+    """Train and test what is missing of ``n_trials`` that a search draws, or of every combination of values."""
+    if n_trials is None:
+        check_tasks(parse_suite(raw, combinations(axes)))
+    elif n_trials < 1:
+        raise InputError(f"--trials is {n_trials}, but must be at least 1")
+    else:  # a field that does not exist is found before anything is drawn
+        parse_suite(raw, [first_trial(axes)])
+    found: list[Sweep] = []
 
-
-def run_search(
-    raw: Mapping[str, Any],
-    axes: Sequence[Axis],
-    n_trials: int,
-    workers: int,
-    console: Console,
-    on: Callable[[], AbstractContextManager[Workers]] | None = None,
-) -> Sweep:
-    """Train and test the points that a search draws, until there are ``n_trials``."""
-    last: dict[str, Any] = {}
-
-    def scores_of(trials: Sequence[Mapping[str, Any]]) -> list[float | None]:
-        suite = suite_of(raw, trials)
+    def scores_of(trials: Sequence[Settings]) -> list[float | None]:
+        suite = parse_suite(raw, trials)
         results = run_suite(suite, workers, console, on)
-        standings = suite_standings(suite, results)
-        last.update(suite=suite, results=results, standings=standings)
-        by_name = {s.name: s for s in standings}
-        n_seeds = len(raw["seeds"])
-        found = [by_name.get(name) for name in suite.settings]
-        return [s.mark.share if s is not None and len(s.results) == n_seeds else None for s in found]
+        rows = {row.name: row for row in suite_rows(suite, results)}
+        settings = {variant_name(trial): trial for trial in trials}
+        found[:] = [Sweep(raw, axes, settings, results, list(rows.values()))]
+        whole = {name for name, row in rows.items() if len(row.results) == len(raw["seeds"])}
+        return [rows[name].mark.share if name in whole else None for name in settings]
 
-    middle = {axis.field: axis.values[0] if isinstance(axis, Choices) else axis.low for axis in axes}
-    suite_of(raw, [middle])  # a field that does not exist is found before anything is drawn
     search(axes, n_trials, workers, Path(raw["out"]), scores_of)
-    return Sweep(raw, axes, last["suite"].settings, last["results"], last["standings"])
-
-
-def suite_of(raw: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Suite:
-    """Return the suite of points that were drawn."""
-    return parse_suite(raw, {variant_name(trial, list(trial)): trial for trial in trials})
+    return found[0]
 
 
 def write_sweep(sweep: Sweep, title: str, folder: Path) -> None:
     """Write results.json and sweep.html."""
     report = suite_report(sweep.raw, sweep.results)
-    for point in report["points"]:
-        point["settings"] = dict(sweep.settings[point["variant"]])
-    folder.mkdir(parents=True, exist_ok=True)  # points that fail at once leave none
+    for job in report["points"]:
+        job["settings"] = dict(sweep.settings[job["variant"]])
+    folder.mkdir(parents=True, exist_ok=True)  # jobs that fail at once leave none
     write_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
     write_text(folder / "sweep.html", sweep_page(sweep, title))
 
 
 def sweep_page(sweep: Sweep, title: str) -> str:
-    """Return the page of a sweep: pictures, the best point, the table, what was swept."""
-    parts = [summary(sweep.standings) if sweep.standings else "", failed_part(failures(sweep.results))]
+    """Return the page of a sweep: pictures, the best trial, the table, what was swept."""
+    is_grid = all(values_of(axis) is not None for axis in sweep.axes.values())
+    sections = [*summary(sweep.rows), {"failed": failure_lines(failures(sweep.results))}]
     if sweep.best is not None:
-        parts.append(f"<p>{escape(best_line(sweep))}</p>")
-    parts.append("<h2>Accuracy</h2>")
-    parts += _maps(sweep) if all(isinstance(a, Choices) for a in sweep.axes) else _draws(sweep)
-    if sweep.standings:
-        parts += ["<h2>Points</h2>", table(*columns(sweep), "The points in order; intervals as in the pictures.")]
-    parts += ["<h2>Configuration</h2>", settings("what was swept", dict(sweep.raw))]
-    return document(title, parts)
+        sections += [{"note": best_line(sweep)}]
+    sections += [{"heading": "Accuracy"}, *(_maps(sweep) if is_grid else _draws(sweep))]
+    if sweep.rows:
+        note = "The trials in order; intervals as in the pictures."
+        sections += [{"heading": "Trials"}, table(*columns(sweep), note)]
+    return document(title, [*sections, {"heading": "Configuration"}, details("what was swept", dict(sweep.raw))])
 
 
 def best_line(sweep: Sweep) -> str:
-    """Say which point was best, and what that is worth."""
+    """Say which trial was best, and what that is worth."""
     best = sweep.best
     assert best is not None
     split = (sweep.raw.get("test") or {}).get("split", "test")
-    n = len(sweep.standings)
     return (
-        f"Best of {n} on {split}: {best.name}, {best.mark.share:.1%}"
-        + (f" ({best.interval})" if best.interval != "-" else "")
-        + ". The best of many looks better than it is: test it on examples that did not choose it."
+        f"Best of {len(sweep.rows)} on {split}: {best.name}, {best.mark.share:.1%} ({best.interval}). "
+        "The best of many looks better than it is: test it on examples that did not choose it."
     )
 
 
-def _interval_note(standing: Standing) -> str:
-    """Return the interval of a cell in a few letters."""
-    low, high = 100 * standing.mark.low, 100 * standing.mark.high
-    return f"{low:.0f} to {high:.0f}"
-
-
-def _maps(sweep: Sweep) -> list[str]:
+def _maps(sweep: Sweep) -> list[Section]:
     """Draw a grid: a heat map over the first two fields, one for each combination of the others."""
-    axes = [axis for axis in sweep.axes if isinstance(axis, Choices)]
-    short = short_names([axis.field for axis in axes])
-    found = {tuple(map(value_name, sweep.settings[s.name].values())): s for s in sweep.standings}
-    kind = "that over seeds" if any(len(s.results) > 1 for s in sweep.standings) else "Wilson's over examples"
-    note = f"Accuracy in percent, and its 95 % interval ({kind}); the best point is framed."
-    rows, columns_axis, rest = (axes[0], axes[1], axes[2:]) if len(axes) > 1 else (None, axes[0], [])
-    parts = []
-    for others in itertools.product(*(axis.values for axis in rest)):
-        cells = []
-        for row in rows.values if rows is not None else ("",):
-            keys = [(*((row,) if rows is not None else ()), column, *others) for column in columns_axis.values]
-            cells.append([_cell(found.get(tuple(map(value_name, key))), sweep.best) for key in keys])
-        where = ", ".join(f"{short[axis.field]} {value_name(value)}" for axis, value in zip(rest, others))
-        parts.append(f"<h3>{escape(where)}</h3>" if where else "")
-        drawn = heat_map(
-            [value_name(v) for v in rows.values] if rows is not None else [""],
-            [value_name(v) for v in columns_axis.values],
-            cells,
-            short[rows.field] if rows is not None else "",
-            short[columns_axis.field],
-        )
-        parts.append(figure(drawn, note))
-    if rows is None and sweep.standings:
-        marks = [Mark(s.name, s.mark.share, s.mark.low, s.mark.high) for s in sweep.standings]
-        parts.append(figure(bars(marks), "The same as bars."))
-    return parts
+    names = [[value_name(value) for value in values_of(axis) or ()] for axis in sweep.axes.values()]
+    titles, found = list(short_names(list(sweep.axes)).values()), {row.name: row for row in sweep.rows}
+    cells = {tuple(map(value_name, trial.values())): found.get(name) for name, trial in sweep.settings.items()}
+    if len(names) == 1:  # a map of one row
+        names, titles, cells = [[""], *names], ["", *titles], {("", *key): row for key, row in cells.items()}
+    kind = "that over seeds" if any(len(row.results) > 1 for row in sweep.rows) else "Wilson's over examples"
+    note = f"Accuracy in percent, and its 95 % interval ({kind}); the best trial is framed."
+    sections: list[Section] = []
+    for others in itertools.product(*names[2:]):
+        if others:
+            sections.append({"heading3": ", ".join(f"{title} {value}" for title, value in zip(titles[2:], others))})
+        shown = [[_cell(cells.get((row, column, *others)), sweep.best) for column in names[1]] for row in names[0]]
+        sections.append(picture(heat_map(names[0], names[1], shown, titles[0], titles[1]), note))
+    if titles[0] == "" and sweep.rows:
+        sections.append(picture(bars([row.mark for row in sweep.rows]), "The same as bars."))
+    return sections
 
 
-def _cell(standing: Standing | None, best: Standing | None) -> Cell:
-    if standing is None:
+def _cell(row: MethodResult | None, best: MethodResult | None) -> Cell:
+    if row is None:
         return Cell(None, "failed")
-    return Cell(standing.mark.share, _interval_note(standing), standing is best)
+    return Cell(row.mark.share, f"{100 * row.mark.low:.0f} to {100 * row.mark.high:.0f}", row is best)
 
 
-def _draws(sweep: Sweep) -> list[str]:
+def _draws(sweep: Sweep) -> list[Section]:
     """Draw a search: accuracy against each field that is a number."""
-    parts = []
-    for axis in sweep.axes:
-        values = {s.name: number(sweep.settings[s.name][axis.field]) for s in sweep.standings}
-        if not values or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values.values()):
+    pictures = []
+    for field, axis in sweep.axes.items():
+        values = {name: trial[field] for name, trial in sweep.settings.items()}
+        if not sweep.rows or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values.values()):
             continue
-        shown = sweep.standings if len(sweep.standings) <= N_NAMED else [sweep.best]
-        names = {s.name for s in shown if s is not None}
-        marks = [
-            Mark(s.name if s.name in names else "", s.mark.share, s.mark.low, s.mark.high, float(values[s.name]))
-            for s in sweep.standings
-        ]
-        drawn = scatter(marks, axis.field, log=isinstance(axis, Range) and axis.log, best_is_low=False)
-        parts.append(figure(drawn, f"Accuracy by {axis.field}, with its interval."))
-    return [f"<div class=pair>{''.join(parts)}</div>"]
+        is_named = {row.name for row in (sweep.rows if len(sweep.rows) <= N_NAMED else [sweep.best]) if row is not None}
+        marks = [replace(row.at(values[row.name]), name=row.name if row.name in is_named else "") for row in sweep.rows]
+        drawn = scatter(marks, field, log=getattr(axis, "log", False), best_is_low=False)
+        pictures.append(picture(drawn, f"Accuracy by {field}, with its interval."))
+    return [{"pair": pictures}] if pictures else []
 
 
 def columns(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Return the table of a sweep: its head, and the cells of each row."""
-    several = any(len(s.results) > 1 for s in sweep.standings)
-    head = [*short_names([axis.field for axis in sweep.axes]).values(), "accuracy", "95 % interval"]
+    several = any(len(row.results) > 1 for row in sweep.rows)
+    head = [*short_names(list(sweep.axes)).values(), "accuracy", "95 % interval"]
     head += [*(["by seed"] if several else []), "passes", "ms"]
-    rows = []
-    for s in sweep.standings:
-        row = [*map(value_name, sweep.settings[s.name].values()), f"{s.mark.share:.1%}", s.interval]
-        row += [" ".join(f"{100 * a:.0f}" for a in s.accuracies)] if several else []
-        rows.append([*row, f"{s.cost('passes'):.1f}", f"{1000 * s.seconds:.2f}"])
-    return head, rows
+    cells = []
+    for row in sweep.rows:
+        shown = [*map(value_name, sweep.settings[row.name].values()), f"{row.mark.share:.1%}", row.interval]
+        shown += [" ".join(f"{100 * a:.0f}" for a in row.accuracies)] if several else []
+        cells.append([*shown, f"{row.cost('passes'):.1f}", f"{1000 * row.seconds:.2f}"])
+    return head, cells
 
 
 def sweep_table(sweep: Sweep) -> Table:
     """Return the table of a sweep for a terminal."""
-    head, rows = columns(sweep)
-    shown = Table()
-    for column in head:
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    return terminal_table(*columns(sweep))

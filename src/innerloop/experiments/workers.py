@@ -1,10 +1,9 @@
-"""Workers: processes that train and test points; told to end they save what they train, killed they stop no other."""
+"""Workers: processes that run jobs; told to end they save what they train, killed they stop no other."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,20 +12,21 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.managers import SyncManager
 from multiprocessing.synchronize import Event
+from queue import LifoQueue
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from innerloop.errors import InputError
-from innerloop.train.callbacks import end_with_parent
+from innerloop.terminal.signals import end_with_parent
 
 _ends: Event | None = None  # of a worker: whether its suite ends
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Where points are trained.
+    """Where jobs run.
 
     Attributes:
         submit: hands over a function with its arguments, of which the second is a recipe.
@@ -39,7 +39,7 @@ class Workers:
 
 @contextmanager
 def local_workers(n: int) -> Iterator[Workers]:
-    """Train ``n`` points at a time on this machine, each on one thread."""
+    """Run ``n`` jobs at a time on this machine, each in a process of one thread."""
     if n < 1:
         raise InputError("a suite needs workers >= 1")
     context = multiprocessing.get_context("spawn")
@@ -69,38 +69,38 @@ class Processes:
 
     def __init__(self, n: int, made: Callable[[], ProcessPoolExecutor]):
         self.threads, self.made = ThreadPoolExecutor(n), made
-        self.own = threading.local()
-        self.pools: list[ProcessPoolExecutor] = []
+        self.idle: LifoQueue[ProcessPoolExecutor] = LifoQueue()
+        for _ in range(n):
+            self.idle.put(made())  # which starts at its first job
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.threads.shutdown()
-        for pool in self.pools:
-            pool.shutdown()
+        while not self.idle.empty():
+            self.idle.get().shutdown()
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Future[Any]:
         """Hand over a job."""
         return self.threads.submit(self._do, function, *args)
 
     def _do(self, function: Callable[..., Any], *args: Any) -> Any:
-        pool = getattr(self.own, "pool", None)
-        if pool is None:
-            pool = self.own.pool = self.made()
-            self.pools.append(pool)
+        pool = self.idle.get()
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:
-            self.own.pool = None
+            pool = self.made()
             raise InputError(
                 "its process was killed, as happens where memory runs out: the same command tries again, with "
                 "--workers 1 it has the memory for itself"
             ) from None
+        finally:
+            self.idle.put(pool)
 
 
 def one_thread(ends: Event | None = None) -> None:
-    """Prepare a process that trains one point at a time, and begins none once ``ends`` is set."""
+    """Prepare a process that runs one job at a time, and begins none once ``ends`` is set."""
     global _ends
     _ends = ends
     end_with_parent()

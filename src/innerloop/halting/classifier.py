@@ -15,7 +15,7 @@ from innerloop.config.stopping import Feature
 from innerloop.errors import InputError
 
 
-class Judge(nn.Module):
+class ExitClassifier(nn.Module):
     """q_t = sigmoid(margin of the standardised features) (B,); all it knows are buffers, empty until fitted.
 
     Args:

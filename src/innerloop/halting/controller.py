@@ -1,4 +1,4 @@
-"""`Ending`: which rows of a running loop end, iteration by iteration."""
+"""`StopController`: which rows of a running loop end, iteration by iteration."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from innerloop.config.stopping import StopSettings
-from innerloop.halting.evidence import Hints, Moment
+from innerloop.halting.evidence import RowInfo, StopInputs
 from innerloop.halting.learned import ActShares
 from innerloop.halting.rule import StopRule, decayed
 
 
-class Ending:
+class StopController:
     """Watches a loop with a rule; also mixes the states of its iterations where the rule is ACT.
 
     Args:
@@ -21,14 +21,14 @@ class Ending:
         settings: when a score is enough.
         state: z_0 (B, N, D).
         n_loops: the most iterations of each row.
-        hints: what the pass knows of its rows.
+        row_info: what the pass knows of its rows.
     """
 
     def __init__(
-        self, rule: StopRule, settings: StopSettings, state: Tensor, n_loops: Sequence[int], hints: Hints | None
+        self, rule: StopRule, settings: StopSettings, state: Tensor, n_loops: Sequence[int], row_info: RowInfo | None
     ):
         self.rule, self.settings, self.n_loops = rule, settings, n_loops
-        rule.reset(len(state), hints)
+        rule.reset(len(state), row_info)
         self.streak_B = torch.zeros(len(state), dtype=torch.long, device=state.device)
         self.shares = self.mixed = self.ponder_B = None
         if settings.stop == "act":
@@ -55,14 +55,14 @@ class Ending:
         """Whether iteration ``loop`` must be read out."""
         return self.rule.reads_words and self.is_due(loop)
 
-    def look(self, now: Moment, hints: Hints | None) -> Tensor | None:
+    def look(self, now: StopInputs, row_info: RowInfo | None) -> Tensor | None:
         """Score the rows (B,); None where the iteration is not looked at."""
         if self.rule.reads_words and not self.is_due(now.loop):
             return None
-        now.features = {} if hints is None else hints.features
+        now.features = {} if row_info is None else row_info.features
         score_B = self.rule.score(now)
         if self.is_due(now.loop):
-            written_B = None if hints is None else hints.written_B
+            written_B = None if row_info is None else row_info.written_B
             threshold = decayed(self.settings.threshold, written_B, self.settings.stop_decay)
             self.streak_B = torch.where(score_B >= threshold, self.streak_B + 1, 0)
         return score_B
@@ -85,7 +85,7 @@ class Ending:
         self.mixed = self.mixed.index_add(0, index, weight_B.to(new.dtype)[:, None, None] * new)
         self.ponder_B = self.ponder_B.index_copy(0, index, self.shares.ponder_B)
 
-    def flops(self, now: Moment, active_B: Tensor | None) -> Tensor:
+    def flops(self, now: StopInputs, active_B: Tensor | None) -> Tensor:
         """Return the FLOPs of looking at each row (B,)."""
         flops_B = self.rule.flops * _n_real(now.state, now.mask_BN)
         if now.logits is not None:

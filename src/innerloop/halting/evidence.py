@@ -13,7 +13,7 @@ TINY = 1e-30
 
 
 @dataclass
-class Moment:
+class StopInputs:
     """What a score may look at after an iteration.
 
     Attributes:
@@ -40,7 +40,7 @@ class Moment:
 
 
 @dataclass
-class Hints:
+class RowInfo:
     """What a pass knows of its rows besides their states.
 
     Attributes:
@@ -53,10 +53,10 @@ class Hints:
     written_B: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
 
-    def keep_rows(self, rows: Tensor) -> Hints:
-        """Return the hints of some rows."""
+    def keep_rows(self, rows: Tensor) -> RowInfo:
+        """Return what is known of some rows."""
         places, written = (None if t is None else t[rows] for t in (self.places_B, self.written_B))
-        return Hints(places, written, {name: value[rows] for name, value in self.features.items()})
+        return RowInfo(places, written, {name: value[rows] for name, value in self.features.items()})
 
 
 def neglog(distance: Tensor) -> Tensor:

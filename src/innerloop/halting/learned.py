@@ -94,14 +94,3 @@ class ActShares:
         self.ponder_B = torch.where(ends_B, loop + rest_B, self.ponder_B)
         self.is_over_B = self.is_over_B | ends_B
         return share_B, ends_B
-
-
-def act_weights(rates_TB: Tensor, eps: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ACT's shares a_t (T, B), the iterations N (B,) and the ponder cost N + R (B,) of rates u_t."""
-    shares, n_B = ActShares.empty(rates_TB.shape[1], rates_TB.device), torch.zeros_like(rates_TB[0])
-    parts = []
-    for t, rate_B in enumerate(rates_TB.float(), 1):
-        share_B, ends_B = shares.take(rate_B, t, 1 - eps, torch.full_like(shares.is_over_B, t == len(rates_TB)))
-        n_B = torch.where(ends_B, float(t), n_B)
-        parts.append(share_B)
-    return torch.stack(parts), n_B.long(), shares.ponder_B

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from innerloop.config.stopping import COMPARES, DRAWS, READS_OUT, WORDS, Agg, Feature, StopKind, StopSettings
 from innerloop.halting import states, words
 from innerloop.halting.baselines import drawn_depths, uniform
-from innerloop.halting.classifier import Judge
-from innerloop.halting.evidence import Hints, Moment, aggregate, masked_mean, neglog
+from innerloop.halting.classifier import ExitClassifier
+from innerloop.halting.evidence import RowInfo, StopInputs, aggregate, masked_mean, neglog
 
 GATES = {"halt": -1.0, "halt_sample": -1.0, "act": 1.0}  # and the bias that each begins with
 UNSURE = -4.0  # bias of a probe that knows nothing: it does not stop
@@ -71,13 +71,13 @@ class StopRule(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.constant_(last.bias, UNSURE)
             self.probe = nn.Sequential(nn.Linear(width, probe_width), nn.GELU(), last)
-        self.judge = Judge(features) if kind == "classifier" else None
+        self.classifier = ExitClassifier(features) if kind == "classifier" else None
         self.reset()
 
     @property
     def reads_words(self) -> bool:
         """Whether the score needs logits."""
-        return self.kind in READS_OUT or (self.judge is not None and bool({*WORDS} & {*self.judge.features}))
+        return self.kind in READS_OUT or (self.classifier is not None and bool({*WORDS} & {*self.classifier.features}))
 
     @property
     def flops(self) -> float:
@@ -86,16 +86,16 @@ class StopRule(nn.Module):
             return 2.0 * self.width
         if self.probe is not None:
             return 2.0 * sum(p.numel() for p in self.probe.parameters() if p.ndim == 2)
-        if self.judge is not None:
-            return float(STATE_FLOPS * self.width * len({*self.judge.features} - {*WORDS, "depth"}))
+        if self.classifier is not None:
+            return float(STATE_FLOPS * self.width * len({*self.classifier.features} - {*WORDS, "depth"}))
         return float(STATE_FLOPS * self.width if self.kind in COMPARES else 0)
 
-    def reset(self, n_rows: int = 0, hints: Hints | None = None) -> None:
+    def reset(self, n_rows: int = 0, row_info: RowInfo | None = None) -> None:
         """Forget: a new loop of ``n_rows`` rows begins."""
         self.kept: dict[str, Tensor] = {}
         if self.kind not in DRAWS or n_rows == 0:
             return
-        places_B = None if hints is None else hints.places_B
+        places_B = None if row_info is None else row_info.places_B
         if places_B is None:  # rows without a place of their own are numbered as they come
             places_B = torch.arange(self.n_drawn, self.n_drawn + n_rows)
             self.n_drawn += n_rows
@@ -120,7 +120,7 @@ class StopRule(nn.Module):
         mean = masked_mean(state, mask_BN)
         return self.probe(mean.to(next(self.probe.parameters()).dtype))[:, 0].float()
 
-    def score(self, now: Moment) -> Tensor:
+    def score(self, now: StopInputs) -> Tensor:
         """Return s(h_t) (B,); minus infinity where there is nothing to compare with yet."""
         match self.kind:
             case "fixed":
@@ -134,19 +134,19 @@ class StopRule(nn.Module):
             case "mlp_probe":
                 return self.probe_logit(now.state, now.mask_BN).sigmoid()
             case "classifier":
-                assert self.judge is not None
-                return self.judge.score(self.features(now), now.loop)
+                assert self.classifier is not None
+                return self.classifier.score(self.features(now), now.loop)
         if self.kind in COMPARES:
             return self._never(now.state) if now.loop == 1 and not self.compare_init else self._state_score(now)
         assert now.logits is not None
         return self._word_score(now.logits.float().log_softmax(-1), now.logits_mask)
 
-    def features(self, now: Moment) -> Tensor:
+    def features(self, now: StopInputs) -> Tensor:
         """Return what the classifier looks at (B, F): what the pass has told, else from its states and words."""
-        assert self.judge is not None
-        return torch.stack([self._feature(name, now) for name in self.judge.features], dim=1)
+        assert self.classifier is not None
+        return torch.stack([self._feature(name, now) for name in self.classifier.features], dim=1)
 
-    def _feature(self, name: Feature, now: Moment) -> Tensor:
+    def _feature(self, name: Feature, now: StopInputs) -> Tensor:
         if name in now.features:
             return now.features[name]
         if name in WORDS:
@@ -167,20 +167,20 @@ class StopRule(nn.Module):
         before, self.kept[name] = self.kept.get(name), value
         return before
 
-    def _cumulative(self, now: Moment) -> Tensor:
+    def _cumulative(self, now: StopInputs) -> Tensor:
         """Return 1 - prod (1 - lambda_j): the chance of having stopped, less the draw where one was made."""
         rate = self.halting_logit(now.state, now.mask_BN).sigmoid()
         survival = self.kept.get("survival", torch.ones_like(rate)) * (1 - rate)
         self.kept["survival"] = survival
         return 1 - survival - (self.kept["drawn"].to(rate.device) if self.kind == "halt_sample" else 0)
 
-    def _sum(self, now: Moment) -> Tensor:
+    def _sum(self, now: StopInputs) -> Tensor:
         """Return sum u_j; u_t is kept for `ActShares`."""
         self.kept["rate"] = rate = self.halting_logit(now.state, now.mask_BN).sigmoid()
         self.kept["sum"] = self.kept.get("sum", torch.zeros_like(rate)) + rate
         return self.kept["sum"]
 
-    def _state_score(self, now: Moment) -> Tensor:
+    def _state_score(self, now: StopInputs) -> Tensor:
         match self.kind:
             case "delta":
                 return states.change(now.state, now, self.agg)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from statistics import mean
 
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens.grid import Cell, Line, Loop, cells_of, loop_of
 from innerloop.loop.trace import Iteration
-from innerloop.model.model import LatentModel
 from innerloop.terminal.views import visible
 
 Pass = list[Iteration]

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from innerloop.loop.trace import Iteration, Reading, Trace
+from innerloop.loop.trace import Iteration, TopTokens, Trace
 from innerloop.terminal.views import visible
 
 Spot = tuple[int, int]
@@ -82,7 +82,7 @@ def words_of(tokenizer: PreTrainedTokenizerBase, ids_k: Tensor, probs_k: Tensor)
 
 def cells_of(
     tokenizer: PreTrainedTokenizerBase,
-    entry: Iteration | Reading,
+    entry: Iteration | TopTokens,
     gold: Mapping[Spot, tuple[str, int]] | None = None,
     loop: int = 0,
     first: int = 0,

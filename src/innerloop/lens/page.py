@@ -1,16 +1,11 @@
-"""A `Record` as one HTML file: no network, no second file, opens from disk.
+"""Pages that open from disk: one HTML file each, no network, no second file; and the lens's, a `Record` as a page.
 
-The page is `page.html` with `page.css` and `page.js` from this folder, plotly.js for the curves, and the record as JSON
-in a script element. Nothing of the record becomes markup: what could end the element is escaped, and the script writes
-text nodes only. A content security policy forbids every request.
+A page is a Jinja2 template with plotly.js for its curves. Nothing of the data becomes markup: text is escaped, data lie
+as JSON in a script element that they cannot end. A content security policy forbids every request.
 """
 
 from __future__ import annotations
 
-import html
-import json
-import math
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,9 +13,34 @@ from typing import Any
 from innerloop.errors import InputError
 from innerloop.lens.record import Record
 from innerloop.model.checkpoint import is_run, write_text
+from innerloop.text.codec import to_json
 
 NAME = "lens.html"
 DIGITS = 6  # significant digits of a number on the page
+
+
+def check_viz() -> None:
+    """Refuse to go on without what pages are made with."""
+    try:
+        import jinja2  # noqa: F401
+        import plotly.offline  # noqa: F401
+    except ImportError:
+        raise InputError("pages are made with plotly and Jinja2: pip install 'innerloop[viz]'") from None
+
+
+def page(package: str, template: str, **values: Any) -> str:
+    """Return the page of a template in a package's folder, whose other files and plotly.js it may include."""
+    check_viz()
+    from jinja2 import Environment, FunctionLoader
+    from plotly.offline import get_plotlyjs
+
+    def load(name: str) -> str:
+        return get_plotlyjs() if name == "plotly.js" else (files(package) / name).read_text(encoding="utf-8")
+
+    pages = Environment(loader=FunctionLoader(load), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.globals["source"] = load
+    pages.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": True}
+    return pages.get_template(template).render(values)
 
 
 def page_path(run: str, out: str | None = None) -> Path:
@@ -32,7 +52,7 @@ def page_path(run: str, out: str | None = None) -> Path:
     path = Path(out) if out is not None else Path(run if is_run(run) and Path(run).is_dir() else ".") / NAME
     if path.is_dir():
         raise InputError(f"{path} is a folder: give --out a file, such as {path / NAME}")
-    _plotly()
+    check_viz()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,46 +70,13 @@ def write_page(record: Record, path: Path) -> None:
 def page_of(record: Record) -> str:
     """Return the page of a record."""
     title = f"{record.method} on {record.task}: inside {len(record.looks)} answers"
-    page = _resource("page.html")
-    for name, text in {
-        "TITLE": html.escape(title),
-        "STYLE": _resource("page.css"),
-        "RECORD": escaped(data_of(record)),
-        "PLOTLY": _plotly(),
-        "SCRIPT": _resource("page.js"),
-    }.items():
-        page = page.replace(f"<!--{name}-->", text, 1)
-    return page
+    return page("innerloop.lens", "page.html", title=title, record=_rounded(to_json(record)))
 
 
-def data_of(record: Record) -> dict[str, Any]:
-    """Return a record as JSON values, its numbers rounded to `DIGITS` significant digits."""
-    return _plain(asdict(record))
-
-
-def escaped(data: Any) -> str:
-    """Return JSON that no HTML parser takes for the end of the script element that it stands in."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _plain(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
+    """Return JSON values with numbers of `DIGITS` significant digits."""
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
-
-
-def _resource(name: str) -> str:
-    return (files("innerloop.lens") / name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InputError("the page draws its curves with plotly: pip install 'innerloop[viz]'") from error
-    return get_plotlyjs()
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -11,18 +11,18 @@ cost is that of a question asked alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from innerloop.decoder.cost import Cost
 from innerloop.engine.generation import Generation
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
 from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of
 from innerloop.lens.latents import (
+    Part,
     Step,
     Stop,
     block_steps,
@@ -30,14 +30,15 @@ from innerloop.lens.latents import (
     gold_tokens,
     how_it_ended,
     latent_columns,
+    opened_curves,
+    opened_parts,
+    side_by_side,
     single_steps,
     times,
 )
-from innerloop.lens.opened import Part, opened_curves, opened_parts, side_by_side
 from innerloop.measure.accuracy import versions
-from innerloop.measure.parts import Parts, digest_of
 from innerloop.measure.readout import Shown, shown_steps
-from innerloop.model.model import LatentModel
+from innerloop.measure.result_cache import ResultCache, digest_of
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
@@ -119,8 +120,8 @@ def look(
     run: str = "",
     loops: int | None = None,
     max_new_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+    parts: ResultCache | None = None,
 ) -> Record:
     """Answer examples one at a time and write down what there is to see inside.
 
@@ -137,45 +138,26 @@ def look(
     """
     if not examples:
         raise InputError("there is no example to look at: give at least one")
-    parts = Parts() if parts is None else parts
+    parts = ResultCache() if parts is None else parts
     names = [f"look {digest_of([example])}" for example in examples]
     missing = [i for i, name in enumerate(names) if name not in parts]
     shown = dict(zip(missing, steps_shown(model, [examples[i] for i in missing], loops)))
 
-    def seen(i: int) -> dict[str, Any]:
+    def seen(i: int) -> tuple[Look, Family]:
         answer = answer_alone(model, task, examples[i], loops, max_new_tokens)
-        one, family = look_at(model, task, examples[i], answer, loops, shown[i])
-        return {"look": asdict(one), "family": family}
+        return look_at(model, task, examples[i], answer, loops, shown[i])
 
     if missing:  # what is made ready at the first answer shall not count as its time
         model.generate([examples[missing[0]].question], max_new_tokens=1, trace=True, loops=loops)
-    looks, families = [], set[Family]()
+    kept = []
     for i, name in enumerate(names):
-        kept = parts(name, partial(seen, i))
-        looks.append(_rebuilt(Look, kept["look"]))
-        families.add(kept["family"])
-        if progress is not None:
-            progress(1)
-    family = next(name for name in ("depth", "latents", "text") if name in families)
+        kept.append(parts.value(tuple[Look, Family], name, partial(seen, i)))  # type: ignore[arg-type]
+        progress(1)
+    looks, families = zip(*kept)
+    family: Family = next(name for name in ("depth", "latents", "text") if name in families)
     method = model.method
     what = (run, method.name, method.summary, method.paper, task.name, split)
-    return Record(*what, family, versions(), tuple(looks))
-
-
-def _rebuilt(kind: Any, value: Any) -> Any:
-    """Return a value of a type from what JSON has of it."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if value is None:
-        return None
-    if is_dataclass(kind):
-        types = get_type_hints(kind)
-        return kind(**{name: _rebuilt(types[name], part) for name, part in value.items()})  # type: ignore[operator]
-    if origin is tuple:
-        return tuple(map(_rebuilt, repeat(inner[0]) if inner[-1] is ... else inner, value))
-    if origin in (Union, UnionType):
-        (only,) = (part for part in inner if part is not NoneType)
-        return _rebuilt(only, value)
-    return value
+    return Record(*what, family, versions(), looks)
 
 
 def answer_alone(
@@ -183,10 +165,8 @@ def answer_alone(
 ) -> Generation:
     """Answer one example with a trace, by itself (see `look` for the arguments)."""
     most = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    steps = [example.steps]
-    return model.generate([example.question], max_new_tokens=most, batch_size=1, trace=True, loops=loops, steps=steps)[
-        0
-    ]
+    options = {"max_new_tokens": most, "batch_size": 1, "loops": loops, "steps": [example.steps]}
+    return model.generate([example.question], trace=True, **options)[0]
 
 
 def steps_shown(model: LatentModel, examples: Sequence[Example], loops: int | None = None) -> list[list[Shown]]:
@@ -213,17 +193,8 @@ def look_at(
     """
     predicted = task.extract(answer.text)
     is_right = predicted is not None and task.is_correct(predicted, example.answer)
-    base = Look(
-        example.id,
-        example.question,
-        tuple(example.steps),
-        example.answer,
-        answer.text,
-        predicted,
-        is_right,
-        answer.ended,
-        answer.cost,
-    )
+    asked = (example.id, example.question, tuple(example.steps), example.answer)
+    base = Look(*asked, answer.text, predicted, is_right, answer.ended, answer.cost)
     if answer.depths:
         tokens = read_tokens(model, answer)
         grid, notes = depth_grid(model, answer, tokens)
@@ -236,23 +207,16 @@ def look_at(
         name = model.method.name
         return replace(base, notes=(f"'{name}' thinks in what it writes: there are no latents to look into.",)), "text"
     shown = steps_shown(model, [example], loops)[0] if shown is None else shown
-    return _latents(model, base, example, row, answer, shown, loops), "latents"
+    return _latents(model, base, row, answer, shown, loops), "latents"
 
 
 def _latents(
-    model: LatentModel,
-    base: Look,
-    example: Example,
-    row: Row,
-    answer: Generation,
-    shown: Sequence[Shown],
-    loops: int | None,
+    model: LatentModel, base: Look, row: Row, answer: Generation, shown: Sequence[Shown], loops: int | None
 ) -> Look:
     """Fill in the map of latents and loops."""
-    gold = gold_tokens(model, row, example, answer, shown, loops)
-    trace = answer.trace
+    trace, blocks = answer.trace, model.shown_blocks([row], [base.steps], loops)[0]
     assert trace is not None
-    columns, notes = latent_columns(model, row, loops), list[str]()
+    gold, columns, notes = gold_tokens(model, blocks, answer, shown), latent_columns(model, row, blocks), list[str]()
     lines: list[Line] = []
     if model.method.scope == "append":
         read = [cells_of(model.tokenizer, entry)[0] for entry in trace.iterations]
@@ -266,7 +230,7 @@ def _latents(
     else:
         has_before = trace.last is not None and trace.last.top_ids.shape[1] == len(columns) + 1
         if has_before:
-            columns = (column_before(model, row, loops), *columns)
+            columns = (column_before(model, row, blocks), *columns)
         shift = int(has_before)
         for entry in trace.iterations:
             own = cells_of(model.tokenizer, entry, gold, entry.loop, 0)
@@ -277,8 +241,7 @@ def _latents(
     curves, stop = loops_of(trace), how_it_ended(model, trace, row.n_loops)
     if trace.opened:
         parts = opened_parts(model, trace, loops)
-        blocks = [Part(columns, tuple(lines)), *parts] if columns else parts
-        columns, lines = side_by_side(blocks)
+        columns, lines = side_by_side([Part(columns, tuple(lines)), *parts] if columns else parts)
         curves, stop = opened_curves(model, trace, loops, row.n_loops)
         n = len(parts)
         notes.append(f"{times(n, 'block')} {'was' if n == 1 else 'were'} opened by what was written.")
@@ -287,7 +250,7 @@ def _latents(
         columns=columns,
         grid=tuple(lines),
         loops=curves,
-        shown=(*block_steps(model, row, example, answer, loops), *single_steps(model, answer, shown)),
+        shown=(*block_steps(blocks, base.steps, answer), *single_steps(model, answer, shown)),
         stop=stop,
         notes=tuple(notes),
     )

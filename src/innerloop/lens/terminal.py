@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.lens.latents import names_of_columns
 from innerloop.lens.record import answer_alone, look_at
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
 from innerloop.terminal.views import answer_view
 from innerloop.text.examples import Example

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from innerloop.config.loop import LoopSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
-from innerloop.halting.controller import Ending
-from innerloop.halting.evidence import Hints, Moment
+from innerloop.halting.controller import StopController
+from innerloop.halting.evidence import RowInfo, StopInputs
 from innerloop.halting.rule import rule_for
 from innerloop.loop.fixed_point import jacobian_gain, solve
 from innerloop.loop.hooks import Edit
@@ -51,7 +51,7 @@ class Pass(Protocol):
     before: Tensor | None
     """The state (A, 1, D) of the position before the region, for loops that shift; None where there is none."""
 
-    hints: Hints | None
+    row_info: RowInfo | None
     """What else stop rules may know of the rows; None: nothing."""
 
     def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
@@ -70,7 +70,7 @@ class Pass(Protocol):
         """Count FLOPs of the rows that ran last, for what looks at their states."""
 
 
-Watch = Callable[[Pass, Moment, "Tensor | None", Callable[[], Tensor]], None]
+Watch = Callable[[Pass, StopInputs, "Tensor | None", Callable[[], Tensor]], None]
 """Told of each iteration: the pass, the moment, the score, and what reads out the outputs (B, N, V)."""
 
 
@@ -259,7 +259,7 @@ class InnerLoop(nn.Module):
         stops = self.stop is not None and not self.training
         ending = None
         if self.stop is not None and (stops or s.stop == "act"):
-            ending = Ending(self.stop, s, state, n_loops, f.hints)
+            ending = StopController(self.stop, s, state, n_loops, f.row_info)
         going, halted, ran = list(range(len(state))), set[int](), [0] * len(state)
         whole, first, change_B = state, state, None
         result = LoopResult(state, state, [], [], ran)
@@ -303,13 +303,13 @@ class InnerLoop(nn.Module):
                 result.outputs.append((going, output))
                 result.states.append((going, new))
             score = None
-            moment = Moment(new, previous, rescaled, None, f.state_mask, loop=loop, limit=limit)
+            moment = StopInputs(new, previous, rescaled, None, f.state_mask, loop=loop, limit=limit)
             if ending is not None and (loop < limit or trace is not None or self.watch is not None or s.stop == "act"):
                 if ending.reads_words(loop) and read_answer is not None:
                     moment.logits, moment.logits_mask = read_answer(new, active_B), None
                 elif ending.reads_words(loop) and read_out is not None:
                     moment.logits, moment.logits_mask = read_out(output), f.state_mask
-                score = ending.look(moment, f.hints)
+                score = ending.look(moment, f.row_info)
                 ending.mix(new, loop, going)
                 if loop < limit and score is not None:
                     f.count(ending.flops(moment, active_B))

@@ -47,7 +47,7 @@ class Iteration:
 
 
 @dataclass
-class Reading:
+class TopTokens:
     """What positions show through the head: their likeliest tokens (A, N, k) and these tokens' probabilities.
 
     ``ranks`` (A, N) tell how many tokens are likelier than the gold one; -1 where none is known.
@@ -91,18 +91,18 @@ class Trace:
     read_out: Callable[[Tensor], Tensor] | None = None
     top_k: int = 5
     iterations: list[Iteration] = field(default_factory=list)
-    last: Reading | None = None
+    last: TopTokens | None = None
     gold: Tensor | None = None
     opened: list[Trace] = field(default_factory=list)
 
-    def read(self, logits: Tensor, gold_AN: Tensor | None = None) -> Reading:
+    def read(self, logits: Tensor, gold_AN: Tensor | None = None) -> TopTokens:
         """Return the likeliest tokens of logits (A, N, V), and the ranks of the gold ones."""
         top = logits.float().softmax(-1).topk(min(self.top_k, logits.shape[-1]), dim=-1)
         if gold_AN is None:
-            return Reading(top.indices, top.values)
+            return TopTokens(top.indices, top.values)
         own = logits.gather(-1, gold_AN.clamp(min=0)[..., None])
         ranks = (logits > own).sum(-1)
-        return Reading(top.indices, top.values, torch.where(gold_AN < 0, -1, ranks))
+        return TopTokens(top.indices, top.values, torch.where(gold_AN < 0, -1, ranks))
 
     @torch.no_grad()
     def record(
@@ -150,13 +150,13 @@ class Trace:
                 part.iterations.append(Iteration(entry.loop, [row], **fields))
         if self.last is not None:
             kept = {name: value[row : row + 1] for name, value in vars(self.last).items() if value is not None}
-            part.last = Reading(**kept)
+            part.last = TopTokens(**kept)
         return part
 
     def shown(self, block: ShownBlock, tokenizer: PreTrainedTokenizerBase) -> ShownStep:
         """Return the step that a block shows, in the trace of one row; a row that has stopped shows its last pass."""
         ran = [entry for entry in self.iterations if entry.loop <= block.loop]
-        found: list[tuple[Reading | Iteration, int]] = []
+        found: list[tuple[TopTokens | Iteration, int]] = []
         for at in range(block.first, block.first + block.n):
             if (block.loop == ANSWER_PASS or at < 0 or not ran) and self.last is not None:
                 found.append((self.last, at + 1))  # what comes before the latents is the same in every pass

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from innerloop.decoder.cost import Cost, mean_cost, total_cost
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.errors import InputError
 from innerloop.measure.statistics import wilson
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
 
 
 @dataclass(frozen=True)
@@ -150,14 +148,20 @@ def result_of(
         seed: the seed it was trained with, where known.
         name: the model's name or folder.
     """
-    result: dict[str, Any] = {
+    found = scores_of(predictions)
+    if hasattr(task, "match"):
+        found["accuracy_by_match"] = {match: _rematch(task, match, predictions) for match in ("number", "string")}
+    return told_of(model, task, split, found, seed, name)
+
+
+def told_of(
+    model: LatentModel, task: Task, split: str, found: Mapping[str, Any], seed: int | None, name: str
+) -> dict[str, Any]:
+    """Return what was found of a split, between what was measured and what produced it."""
+    return {
         "task": {"name": task.name, "version": task.version, **asdict(task)},
         "split": split,
-        **scores_of(predictions),
-    }
-    if hasattr(task, "match"):
-        result["accuracy_by_match"] = {match: _rematch(task, match, predictions) for match in ("number", "string")}
-    return result | {
+        **found,
         "method": {"name": model.method.name, **asdict(model.method)},
         "model": name,
         "seed": seed,

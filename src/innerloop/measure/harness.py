@@ -4,7 +4,8 @@
 
 A request's context is the question, word for word: what a task puts around its questions is part of it, and a run
 that has never seen that may do worse than on its own task. Tasks that write need nothing else; tasks that weigh given
-answers need a method that answers right after its latents. Some requests at a time are answered and kept (`parts.py`).
+answers need a method that answers right after its latents. Some requests at a time are answered and kept in a
+`ResultCache`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import device_name, versions
-from innerloop.measure.parts import Parts, digest
+from innerloop.measure.result_cache import ResultCache, digest
 from innerloop.model.checkpoint import write_text
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 from innerloop.text.row import Kind
 
@@ -46,7 +47,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 32,
     tasks_dir: str | None = None,
-    parts: Parts | None = None,
+    cache: ResultCache | None = None,
     planned: Callable[[int], None] = lambda n: None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def evaluate_tasks(
         limit: only the first examples of each task.
         batch_size: rows per batch.
         tasks_dir: a folder with tasks of your own, in the harness's YAML form.
-        parts: where answers are kept as soon as some are known, and taken from if they are there.
+        cache: where answers are kept as soon as some are known, and taken from if they are there.
         planned: told how many requests there are, as far as that is known.
         progress: told how many requests have been answered since the last call.
     """
@@ -75,7 +76,7 @@ def evaluate_tasks(
         if task not in manager.all_tasks:
             raise InputError(f"lm-evaluation-harness has no task '{task}': `lm-eval ls tasks` lists them")
     found = simple_evaluate(
-        model=harness_model(model, batch_size, parts, planned, progress),
+        model=harness_model(model, batch_size, cache, planned, progress),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,
@@ -99,12 +100,12 @@ def evaluate_tasks(
 def harness_model(
     model: LatentModel,
     batch_size: int = 32,
-    parts: Parts | None = None,
+    cache: ResultCache | None = None,
     planned: Callable[[int], None] = lambda n: None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Any:
     """Return a model as lm-evaluation-harness wants one, an ``lm_eval.api.model.LM``; see `evaluate_tasks`."""
-    kept, asked = Parts() if parts is None else parts, 0
+    kept, asked = ResultCache() if cache is None else cache, 0
 
     def answered(kind: str, requests: list[Any], answer: Callable[[Sequence[Any], int], Any]) -> list[Any]:
         """Answer requests some at a time, each of them with its number in all; what was kept is taken."""

@@ -20,25 +20,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.loop.hooks import edited
-from innerloop.measure.accuracy import Prediction, evaluate
-from innerloop.passes.thought import join
-from innerloop.tasks import Task
+from innerloop.loop.loop import Pass
+from innerloop.measure.accuracy import Prediction
+from innerloop.methods import Method
+from innerloop.passes.thought import Thought, join
 from innerloop.text.batch import Batch
-from innerloop.text.examples import Example
 from innerloop.text.row import Row
-
-if TYPE_CHECKING:
-    from innerloop.loop.loop import Pass
-    from innerloop.methods import Method
-    from innerloop.model.model import LatentModel
-    from innerloop.passes.thought import Thought
 
 Key = tuple[int, ...]
 """The tokens of a prompt, up to its first written one."""
@@ -83,10 +76,6 @@ class Record:
         """Return a table of replacements, made from each prompt, block number and what was seen."""
         return {key: [change(key, i, block) for i, block in enumerate(blocks)] for key, blocks in self.blocks.items()}
 
-    def donors(self, seed: int) -> dict[Key, Key]:
-        """Draw for each prompt another one that lends its latents; no prompt lends to two."""
-        return donors_of(self.keys, seed)
-
     def seen(self, method: Method, stage: int) -> Record:
         """Return of everything that was fed what the answer sees."""
         return Record(self.map(lambda key, i, block: only_seen(method, stage, block)), self.keys)
@@ -94,15 +83,15 @@ class Record:
     def spread(self) -> float:
         """Return how far latents are from their mean over examples (RMS), in units of their RMS; 0: all are alike."""
         mean = self.mean()
-        deviations, sizes = [], []
-        for key in dict.fromkeys(self.keys):
-            for i, block in enumerate(self.blocks[key]):
-                for own, middle in zip(states_of(block), states_of(mean[i]), strict=False):
-                    deviations.append((own - middle).square().mean())
-                    sizes.append(own.square().mean())
-        if not sizes:
+        blocks = [(own, mean[i]) for key in dict.fromkeys(self.keys) for i, own in enumerate(self.blocks[key])]
+        states = [pair for own, middle in blocks for pair in zip(states_of(own), states_of(middle), strict=False)]
+        if not states:
             return 0.0
-        return (torch.stack(deviations).mean() / torch.stack(sizes).mean().clamp(min=1e-30)).sqrt().item()
+        deviation, size = (
+            torch.stack([of.square().mean() for of in some]).mean()
+            for some in ([own - middle for own, middle in states], [own for own, _ in states])
+        )
+        return (deviation / size.clamp(min=1e-30)).sqrt().item()
 
     def mean(self) -> list[Fed]:
         """Return the mean over examples of each block, latent and iteration."""
@@ -191,30 +180,20 @@ class _Rows:
         """Learn the prompts of a batch."""
         end = batch.bounds[1]
         ids, mask = batch.ids_BS[:, :end].tolist(), batch.mask_BS[:, :end].tolist()
-        new = [tuple(i for i, m in zip(row, real) if m) for row, real in zip(ids, mask)]
-        self.keys |= dict(zip(places, new))
+        self.keys |= {at: tuple(i for i, m in zip(*row) if m) for at, *row in zip(places, ids, mask)}
         self.text_BN, self.order = batch.pinned_BN, list(places)
-        self.begun()
-
-    def begun(self) -> None:
-        """Make ready for a batch."""
 
     def enter(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
         """Learn which rows of the batch loop; a row none of whose positions is a latent does not."""
         context = getattr(f, "prefix", None) or getattr(f, "context", None)
-        if context is None:
-            self.rows = self.order
-        else:
+        self.rows = self.order
+        if context is not None:
             self.rows = list(range(len(state))) if context.rows is None else context.rows.tolist()
         mask, n = None if f is None else f.state_mask, state.shape[1]
         if f is None and self.text_BN is not None:
             mask = 1 - self.text_BN
         real = [[1] * n] * len(state) if mask is None else mask.tolist()
         self.places = [[column for column in range(n) if row[column]] for row in real]
-        self.entered()
-
-    def entered(self) -> None:
-        """Make ready for a loop."""
 
     def show(self, thought: Thought, batch: Batch) -> Thought:
         """Leave what the answer is written on as it is."""
@@ -225,7 +204,7 @@ class Recorder(_Rows):
     """Takes down what latents are fed.
 
     Attributes:
-        blocks: by prompt, block after block.
+        blocks: by prompt, block after block; of prompts that occur twice those of the last.
     """
 
     def __init__(self) -> None:
@@ -233,27 +212,28 @@ class Recorder(_Rows):
         self.blocks: dict[Key, list[Fed]] = {}
         self.lists: dict[int, list[Fed]] = {}
 
-    def begun(self) -> None:
-        """Make room for each row; of prompts that occur twice the last is kept."""
-        for place in self.order:
+    def begin(self, batch: Batch, places: Sequence[int]) -> None:
+        """Make room for each row of a batch."""
+        super().begin(batch, places)
+        for place in places:
             self.lists[place] = self.blocks[self.keys[place]] = []
 
-    def entered(self) -> None:
+    def enter(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
         """Make room for what iterations are fed."""
+        super().enter(f, state, n_loops)
         self.fed: list[list[Tensor]] = [[] for _ in self.rows]
 
     def feed(self, state: Tensor, loop: int, going: Sequence[int]) -> Tensor:
         """Take down an iteration's input."""
-        kept = state.detach().cpu()
-        for row, own in zip(going, kept):
+        for row, own in zip(going, state.detach().cpu()):
             self.fed[row].append(own[self.places[row]])
         return state
 
     def leave(self, state: Tensor, ran: Sequence[int]) -> Tensor:
         """Take down the final state; what a row was fed after it had ended does not count."""
-        for i, (row, own, n) in enumerate(zip(self.rows, state.detach().cpu(), ran)):
-            if self.places[i]:
-                self.lists[row].append(Fed(tuple(self.fed[i][:n]), own[self.places[i]]))
+        for row, places, fed, own, n in zip(self.rows, self.places, self.fed, state.detach().cpu(), ran):
+            if places:
+                self.lists[row].append(Fed(tuple(fed[:n]), own[places]))
         return state
 
 
@@ -278,12 +258,14 @@ class Replacement(_Rows):
         self.table, self.kept, self.hides_question = table or {}, kept, hides_question
         self.n_blocks: dict[int, int] = {}
 
-    def begun(self) -> None:
-        """No row has had a block."""
-        self.n_blocks |= dict.fromkeys(self.order, 0)
+    def begin(self, batch: Batch, places: Sequence[int]) -> None:
+        """Learn the prompts of a batch; no row of it has had a block."""
+        super().begin(batch, places)
+        self.n_blocks |= dict.fromkeys(places, 0)
 
-    def entered(self) -> None:
+    def enter(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
         """Choose the block that each row is fed."""
+        super().enter(f, state, n_loops)
         self.blocks: list[Fed | None] = []
         for row, places in zip(self.rows, self.places):
             blocks = self.table.get(self.keys[row], ())
@@ -330,57 +312,6 @@ class Replacement(_Rows):
                 mask[:, first:] = 0
         context.mask_BP = mask
         return thought
-
-
-@torch.no_grad()
-def record(
-    model: LatentModel,
-    task: Task,
-    examples: Sequence[Example],
-    batch_size: int = 64,
-    max_new_tokens: int | None = None,
-    stage: int | None = None,
-    everything: bool = False,
-    then: Callable[[Thought], None] | None = None,
-) -> Record:
-    """Record what the answer sees of the latents of examples, or ``everything`` that they are fed.
-
-    The answers are written only for methods that open blocks of latents while they answer; of others ``then`` is told
-    every batch's thought, in order.
-    """
-    recorder, method, was_training = Recorder(), model.method, model.training
-    rows = model.prompts([example.question for example in examples], stage)
-    model.eval()
-    with edited(model.loop, recorder):
-        if model.block() is not None:
-            evaluate(model, task, examples, max_new_tokens, batch_size, stage)
-        else:
-            for begin in range(0, len(rows), batch_size):
-                thought = model.think(model.batch(rows[begin : begin + batch_size]))
-                if then is not None:
-                    then(thought)
-    model.train(was_training)
-    whole = Record(recorder.blocks, keys_of(rows))
-    return whole if everything else whole.seen(method, method.curriculum.last_stage if stage is None else stage)
-
-
-def answer(
-    model: LatentModel,
-    task: Task,
-    examples: Sequence[Example],
-    edit: Replacement | None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
-    stage: int | None = None,
-    loops: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[Prediction]:
-    """Answer examples by the ordinary engine, with an edit if there is one."""
-    options = (max_new_tokens, batch_size, stage, loops, progress)
-    if edit is None:
-        return evaluate(model, task, examples, *options)
-    with edited(model.loop, edit):
-        return evaluate(model, task, examples, *options)
 
 
 def answer_of(prediction: Prediction) -> str:

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, refuse
-from innerloop.measure.accuracy import device_name, versions
+from innerloop.measure.accuracy import told_of
 from innerloop.measure.statistics import Z95
 from innerloop.tasks import Task
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
-from innerloop.text.row import Kind, Piece, Row
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+from innerloop.text.row import Kind, Row
 
 MOST_NLL = 700.0  # exp of more is no float
 
@@ -61,7 +59,7 @@ def likelihood(
     examples: Sequence[Example],
     batch_size: int = 64,
     loops: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> Likelihood:
     """Read chunks of text and return how likely what they go on with is.
 
@@ -96,8 +94,7 @@ def likelihood(
             losses.append(cross_entropy(logits_UV.double(), wanted, reduction="sum").item())
             counts.append(len(targets))
             n_unknown += 0 if unknown is None else targets.count(unknown)
-        if progress is not None:
-            progress(len(found))
+        progress(len(found))
     if not losses:
         raise InputError(f"every chunk has more than the {limit} positions that the model reads: lower task.n_words")
     measured = Likelihood(tuple(losses), tuple(counts), n_unknown, n_left_out)
@@ -111,20 +108,18 @@ def likelihood(
 
 def _continued(row: Row) -> Row:
     """Return a row of which only what it goes on with counts."""
-
-    def plain(piece: Piece) -> Piece:
-        return replace(piece, supervised=False) if piece.kind is Kind.QUESTION else piece
-
-    return replace(row, prefix=[plain(piece) for piece in row.prefix], region=[plain(piece) for piece in row.region])
+    prefix, region = (
+        [replace(piece, supervised=False) if piece.kind is Kind.QUESTION else piece for piece in part]
+        for part in (row.prefix, row.region)
+    )
+    return replace(row, prefix=prefix, region=region)
 
 
 def text_result(
     model: LatentModel, task: Task, split: str, found: Likelihood, seed: int | None, name: str
 ) -> dict[str, Any]:
     """Return result.json of running text: how well it is predicted, and what predicted it."""
-    return {
-        "task": {"name": task.name, "version": task.version, **asdict(task)},
-        "split": split,
+    numbers = {
         "n": len(found.losses),
         "n_tokens": sum(found.n_tokens),
         "n_unknown": found.n_unknown,
@@ -132,9 +127,5 @@ def text_result(
         "nll": found.nll,
         "ci95": list(found.interval),
         "perplexity": math.exp(found.nll),
-        "method": {"name": model.method.name, **asdict(model.method)},
-        "model": name,
-        "seed": seed,
-        "versions": versions(),
-        "device": device_name(model.device),
     }
+    return told_of(model, task, split, numbers, seed, name)

@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.measure.latents import Record, record, unseen
-from innerloop.measure.parts import Parts, digest_of
+from innerloop.measure.latents import unseen
+from innerloop.measure.result_cache import digest_of
 from innerloop.measure.statistics import wilson
+from innerloop.measure.subject import Subject
 from innerloop.measure.swap import evenly
-from innerloop.model.model import LatentModel
 from innerloop.passes.thought import Thought, join
-from innerloop.tasks import Task
+from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
 
 Target = int | Literal["answer"]
@@ -71,14 +72,8 @@ class Probe:
         return self.accuracy - self.control
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        return asdict(self) | {"ci95": list(self.ci95), "selectivity": self.selectivity}
-
-    @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> Probe:
-        """Return the probe whose fields JSON has kept."""
-        own = {name: value for name, value in fields.items() if name != "selectivity"}
-        return cls(**{**own, "ci95": tuple(own["ci95"])})
+        """Return the fields as probes.json has them."""
+        return to_json(self) | {"selectivity": self.selectivity}  # type: ignore[no-any-return]
 
 
 def result_of_step(step: str) -> str:
@@ -90,84 +85,43 @@ def result_of_step(step: str) -> str:
     return words[-1] if words else ""
 
 
-def probes(
-    model: LatentModel,
-    task: Task,
-    train: Sequence[Example],
-    test: Sequence[Example],
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
-    stage: int | None = None,
-    seed: int = 0,
-    planned: Callable[[int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
-) -> list[Probe]:
-    """Fit and test the probes of every step result and of the answer.
+def probes(subject: Subject, train: Sequence[Example]) -> list[Probe]:
+    """Fit the probes of every step result and of the answer to ``train``, and test them on a subject's examples.
 
-    Args:
-        model: a model that thinks in latents; of methods that open blocks while answering the first block is probed.
-        task: the task of the examples.
-        train: what probes learn from.
-        test: what they are tested on.
-        max_new_tokens: the most tokens to write, for methods that must answer to have latents.
-        batch_size: rows per batch.
-        stage: the curriculum's stage whose layout is used; None: the last.
-        seed: of the shuffled labels.
-        planned: told how many probes there will be.
-        progress: called with the number of probes since the last call.
-        parts: keeps the probes of each target as soon as they are known; those that it knows already are not fitted.
+    Of methods that open blocks while answering, the first block is probed.
     """
-    check(model, stage)
-    parts = Parts() if parts is None else parts
-
-    row = model.prompts(["?"], stage)[0]
-    n_loops, n_last = row.n_loops, 1 if model.method.scope == "append" else sum(len(p.ids) for p in row.region)
-
-    @cache
-    def states() -> Cells:
-        sides, read = list[Record](), list[list[NDArray[Any]]]()
-        for side in (train, test):
-            last: list[NDArray[Any]] = []
-            then = (lambda thought, last=last: last.append(_read(thought, n_last))) if _answer_pass(model) else None
-            sides.append(record(model, task, side, batch_size, max_new_tokens, stage, everything=True, then=then))
-            read.append(last)
-        cells = _cells(model, sides)
-        return cells | _answer_cells(model, n_last, n_loops, read) if _answer_pass(model) else cells
-
+    check(subject.model, subject.stage)
+    both = (train, subject.examples)
+    states = cache(partial(_cells, subject, both))
     wanted = []
     for target in (*range(max((len(e.steps) for e in train), default=0)), "answer"):
-        labels = [[_label(example, target) for example in side] for side in (train, test)]
+        labels = [[_label(example, target) for example in side] for side in both]
         known = [[i for i, label in enumerate(side) if label] for side in labels]
         if min(map(len, known)) >= FEWEST and len({labels[0][i] for i in known[0]}) > 1:
             wanted.append((target, labels, known))
     if not wanted:
         raise InputError(TOO_FEW)
-    learned_from = digest_of(train)[:8]
-    names = [f"probe {target}, learned from {learned_from}" for target, _, _ in wanted]
-    if planned is not None and (missing := parts.missing(names)):
-        planned(len(states()) * len(missing))
+    names = [f"probe {target}, learned from {digest_of(train)[:8]}" for target, _, _ in wanted]
+    if missing := subject.cache.missing(names):
+        subject.planned(len(states()) * len(missing))
+    n_loops = subject.model.prompts(["?"], subject.stage)[0].n_loops
 
-    def fitted(target: Target, labels: Sequence[Sequence[str]], fit: list[int], held: list[int]) -> list[Probe]:
+    def fitted(target: Target, labels: Sequence[Sequence[str]], known: Sequence[Sequence[int]]) -> list[Probe]:
         found = []
-        given = np.array([labels[0][i] for i in fit])
-        gold = np.array([labels[1][i] for i in held])
-        shuffled = np.random.default_rng(seed).permutation(given)
-        for (loop, latent), (known_train, known_test) in states().items():
-            seen, unseen_states = known_train[fit], known_test[held]
-            told, by_chance = (float((_fit(seen, y, unseen_states) == gold).mean()) for y in (given, shuffled))
-            n, share = len(gold), max(Counter(gold.tolist()).values()) / len(gold)
+        given, gold = (np.array([side[i] for i in at]) for side, at in zip(labels, known))
+        shuffled = np.random.default_rng(subject.seed).permutation(given)
+        n, share = len(gold), max(Counter(gold.tolist()).values()) / len(gold)
+        for (loop, latent), (learn, test) in states().items():
+            told, by_chance = (
+                float((_fit(learn[known[0]], y, test[known[1]]) == gold).mean()) for y in (given, shuffled)
+            )
             interval = wilson(round(told * n), n)
             found.append(Probe(loop, latent, target, told, interval, by_chance, share, n, loop > n_loops))
-            if progress is not None:
-                progress(1)
+            subject.progress(1)
         return found
 
-    kept = [
-        parts(name, lambda of=of: [probe.as_dict() for probe in fitted(of[0], of[1], *of[2])])  # type: ignore[misc]
-        for name, of in zip(names, wanted)
-    ]
-    return [Probe.read(fields) for probed in kept for fields in probed]
+    kept = [subject.cache.value(list[Probe], name, partial(fitted, *of)) for name, of in zip(names, wanted)]
+    return [probe for probed in kept for probe in probed]
 
 
 def best(found: Sequence[Probe]) -> list[Probe]:
@@ -222,39 +176,51 @@ def check_enough(train: Sequence[Example], test: Sequence[Example]) -> None:
 def _fit(states: NDArray[Any], labels: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
     """Return what a logistic regression that has learned the labels of some states says of others."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     if len(set(labels.tolist())) == 1:
         return np.repeat(labels[:1], len(others))
-    scale = StandardScaler().fit(states)
-    learned = LogisticRegression(max_iter=ROUNDS).fit(scale.transform(states), labels)
-    return learned.predict(scale.transform(others))
+    machine = make_pipeline(StandardScaler(), LogisticRegression(max_iter=ROUNDS))
+    return machine.fit(states, labels).predict(others)
 
 
-def _cells(model: LatentModel, sides: Sequence[Record]) -> Cells:
+def _cells(subject: Subject, both: Sequence[Sequence[Example]]) -> Cells:
     """Return for each (loop, latent) the states (n, D) of the examples to learn from and to test on.
 
-    In append latent t is z_t, so that there is one latent for each loop.
+    In append latent t is z_t, so that there is one latent for each loop. Where the final latents are read once more, in
+    the pass that the answer sees, what they become there stands beside them as loop T + 1.
     """
-    method = model.method
-    if n := sum(not side.blocks[key] for side in sides for key in side.keys):
-        raise InputError(f"{n} examples open no block of latents while they are answered, so there is none to probe")
-    path = [[[*side.blocks[key][0].fed, side.blocks[key][0].left] for key in side.keys] for side in sides]
-    n_loops = min(len(states) for side in path for states in side) - 1
+    method, row = subject.model.method, subject.model.prompts(["?"], subject.stage)[0]
     appends = method.scope == "append"
-    first = 0 if method.first_state == "forward" or n_loops == 0 else 1
+    n_last = 1 if appends else sum(len(piece.ids) for piece in row.region)
+    reads_again = subject.model.block() is None and method.answer_context == "refeed"
+    reads_again = reads_again and method.answering.decoder == "lm_head"
+    path, last = [], list[NDArray[Any]]()
+    for side in both:
+        read = list[NDArray[Any]]()
+
+        def keep(thought: Thought, read: list[NDArray[Any]] = read) -> None:
+            if reads_again:
+                read.append(_read(thought, n_last))
+
+        found = subject.record(side, keep)
+        if n := sum(not found.blocks[key] for key in found.keys):
+            raise InputError(
+                f"{n} examples open no block of latents while they are answered, so there is none to probe"
+            )
+        path.append([[*found.blocks[key][0].fed, found.blocks[key][0].left] for key in found.keys])
+        last += [np.concatenate(read)] if reads_again else []
+    n_loops = min(len(states) for side in path for states in side) - 1
     cells: Cells = {}
-    for t in range(first, n_loops + 1):
+    for t in range(0 if method.first_state == "forward" or n_loops == 0 else 1, n_loops + 1):
         stacked = [np.stack([states[t].float().numpy() for states in side]) for side in path]  # type: ignore[union-attr]
         for j in evenly(stacked[0].shape[1]):
             cells[t, t if appends else j] = (stacked[0][:, j], stacked[1][:, j])
+    if reads_again:
+        t = row.n_loops + 1
+        cells |= {(t, t if appends else j): (last[0][:, j], last[1][:, j]) for j in evenly(n_last)}
     return cells
-
-
-def _answer_pass(model: LatentModel) -> bool:
-    """Tell whether the final latents are read once more, in the pass that the answer sees."""
-    method = model.method
-    return model.block() is None and method.answer_context == "refeed" and method.answering.decoder == "lm_head"
 
 
 @torch.no_grad()
@@ -262,11 +228,3 @@ def _read(thought: Thought, n: int) -> NDArray[Any]:
     """Return what the last ``n`` latents of each row (B, n, D) become in the pass that the answer sees."""
     states: NDArray[Any] = thought.context.fork().read(*join(thought.pending))[:, -n:].float().cpu().numpy()
     return states
-
-
-def _answer_cells(model: LatentModel, n: int, n_loops: int, read: Sequence[Sequence[NDArray[Any]]]) -> Cells:
-    """Return for each latent what it becomes in the answer's pass, from what was read of both sides."""
-    train, test = (np.concatenate(side) for side in read)
-    t = n_loops + 1
-    latents = [(t, 0)] if model.method.scope == "append" else [(j, j) for j in evenly(n)]
-    return {(t, name): (train[:, j], test[:, j]) for name, j in latents}

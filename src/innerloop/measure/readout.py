@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.model.losses import site_logits
-from innerloop.model.model import LatentModel
 from innerloop.text.examples import Example
 
 
@@ -55,7 +55,7 @@ def shown_steps(
         thought = model.think(batch)
         model.written_logits(batch, thought)
         for sites in batch.readouts:
-            log_p = site_logits(model, batch, thought, sites).float().log_softmax(-1)
+            log_p = site_logits(model.loss_inputs(batch, thought), sites).float().log_softmax(-1)
             own = log_p.gather(1, sites.targets_F[:, None])
             ranks = (log_p > own).sum(1).tolist()
             top = log_p.topk(min(top_k, log_p.shape[1]), dim=-1)

@@ -8,32 +8,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, Attempts
-from innerloop.errors import InputError
+from innerloop.errors import InputError, refuse
 from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
-from innerloop.measure.accuracy import Prediction
-from innerloop.measure.controls import Controls, controls
+from innerloop.measure.control_verdict import Controls
+from innerloop.measure.controls import controls
 from innerloop.measure.latents import keys_of, unseen
-from innerloop.measure.parts import Parts
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
+from innerloop.measure.subject import Subject
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
 from innerloop.tasks import Task
+from innerloop.terminal.progress import bar
 from innerloop.terminal.wide_table import Bands
+from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
-from innerloop.train.callbacks import bar
 
 PROBE_EXAMPLES = 1000  # to learn from
 MOST_CELLS = 12  # columns of a table of probes
@@ -44,30 +46,20 @@ class Measurement:
     """What is measured on what, and where it is written.
 
     Attributes:
-        model: the model.
-        task: the task.
+        subject: the model, the examples that could be answered, and their answers; every part is kept at once.
         split: the split of the examples.
-        examples: the examples that could be answered.
-        unedited: their answers.
         name: the run's folder or the model's name.
         seed: the seed that it was trained with, where known.
         folder: where the files go.
         console: where tables go.
-        options: max_new_tokens, batch_size and stage, as `evaluate` takes them.
-        parts: what has been measured; every part is kept as soon as it is known.
     """
 
-    model: LatentModel
-    task: Task
+    subject: Subject
     split: str
-    examples: Sequence[Example]
-    unedited: Sequence[Prediction]
     name: str
     seed: int | None
     folder: Path
     console: Console
-    options: dict[str, Any]
-    parts: Parts
 
     def run(self, with_controls: bool, with_stability: bool, with_probes: bool) -> None:
         """Measure what is asked for, one after the other; each file is written as soon as it is known."""
@@ -81,70 +73,53 @@ class Measurement:
             self._probes()
 
     def _controls(self) -> dict[str, Any]:
-        with bar(self.console) as progress:
-            row = progress.add_task("controls", total=None, note="")
-            found = controls(
-                self.model,
-                self.task,
-                self.examples,
-                self.unedited,
-                **self.options,
-                **self._told(progress, row),
-            )
-        report = self._what() | {"n": len(self.examples)} | found.as_dict()
-        self._show(controls_view(found), "controls.json", report)
-        return report
+        with self._telling("controls"):
+            found = controls(self.subject)
+        return self._show(controls_view(found), "controls.json", {"n": len(self.subject.examples)} | found.as_dict())
 
     def _stability(self) -> None:
-        batch_size, stage = self.options["batch_size"], self.options["stage"]
-        with bar(self.console) as progress:
-            row = progress.add_task("stability", total=len(self.examples), note="")
-
-            def measure() -> dict[str, Any]:
-                done = self._told(progress, row)["progress"]
-                return asdict(stability(self.model, self.examples, batch_size, stage, progress=done))
-
-            found = Stability.read(self.parts("stability", measure))
-        report = self._what() | {"n": len(self.examples)} | found.as_dict()
-        self._show(stability_view(found), "stability.json", report)
+        of, n = self.subject, len(self.subject.examples)
+        with self._telling("stability", n):
+            measure = partial(stability, of.model, of.examples, of.batch_size, of.stage, progress=of.progress)
+            found = of.cache.value(Stability, "stability", measure)
+        self._show(stability_view(found), "stability.json", {"n": n} | found.as_dict())
 
     def _probes(self) -> None:
-        train = _to_learn_from(self.task, self.split)
-        train = _that_fit(self.model, train, self.options["stage"])
-        with bar(self.console) as progress:
-            rows = [progress.add_task(title, total=None, note="") for title in ("probes", "swaps")]
-            told = self.options | self._told(progress, rows[0])
-            found = probing.probes(self.model, self.task, train, self.examples, **told)
-            told = self.options | self._told(progress, rows[1])
-            swapped = swapping.swaps(self.model, self.task, self.examples, self.unedited, **told)
+        subject = self.subject
+        train = _that_fit(subject.model, _to_learn_from(subject.task, self.split), subject.stage)
+        with self._telling("probes"):
+            found = probing.probes(subject, train)
+        with self._telling("swaps"):
+            swapped = swapping.swaps(subject)
         said = [*probing.sentences(found), *swapping.sentences(swapped)]
-        report = self._what() | {
+        report = {
             "n_train": len(train),
-            "n_test": len(self.examples),
+            "n_test": len(subject.examples),
             "probes": [probe.as_dict() for probe in found],
             "best": [probe.as_dict() for probe in probing.best(found)],
-            "swap": [one.as_dict() for one in swapped],
+            "swap": to_json(swapped),
             "sentences": said,
         }
         self._show(Group(probes_view(found), swaps_view(swapped), Text("\n".join(said))), "probes.json", report)
 
-    def _told(self, progress: Progress, row: TaskID) -> dict[str, Any]:
-        """Return what a measurement tells its progress to, and where it keeps its parts."""
-        self.parts.begins = lambda name: progress.update(row, note=name.partition(",")[0])
-        return {
-            "planned": lambda n: progress.update(row, total=n),
-            "progress": lambda n: progress.advance(row, n),
-            "parts": self.parts,
-        }
+    @contextmanager
+    def _telling(self, title: str, total: int | None = None) -> Iterator[None]:
+        """Show in a bar what the subject's measurement does in a block."""
+        with bar(self.console) as progress:
+            row = progress.add_task(title, total=total, note="")
+            self.subject.cache.begins = lambda name: progress.update(row, note=name.partition(",")[0])
+            self.subject.planned = lambda n: progress.update(row, total=n)
+            self.subject.progress = partial(progress.advance, row)
+            yield
 
-    def _what(self) -> dict[str, Any]:
-        method, task = self.model.method.name, self.task.name
-        return {"method": method, "model": self.name, "task": task, "split": self.split, "seed": self.seed}
-
-    def _show(self, view: RenderableType, name: str, report: Mapping[str, Any]) -> None:
+    def _show(self, view: RenderableType, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+        method, task = self.subject.model.method.name, self.subject.task.name
+        what = {"method": method, "model": self.name, "task": task, "split": self.split, "seed": self.seed}
+        report = {**what, **found}
         _write(self.folder / name, report)
         self.console.print(view)
         self.console.print(str(self.folder / name), soft_wrap=True)
+        return report
 
 
 def _write(path: Path, report: Mapping[str, Any]) -> None:
@@ -164,12 +139,11 @@ def check_asked(
     attempts: Attempts = ONCE,
 ) -> None:
     """Refuse before anything starts what could not be measured afterwards."""
-    if loops is not None and (with_controls or with_stability or with_probes):
-        raise InputError("controls, stability and probes are of the loops that were trained: leave --loops out")
-    if not attempts.is_plain and (with_controls or with_stability or with_probes):
-        raise InputError(
-            "controls, stability and probes are of one answer: leave --samples, --temperature, --beams out"
-        )
+    what, is_any = "controls, stability and probes are of", with_controls or with_stability or with_probes
+    refuse(
+        (is_any and loops is not None, f"{what} the loops that were trained: leave --loops out"),
+        (is_any and not attempts.is_plain, f"{what} one answer: leave --samples, --temperature, --beams out"),
+    )
     if with_probes:
         probing.check(model, stage)
         tested_on = _that_fit(model, examples, stage)
@@ -201,46 +175,41 @@ def _to_learn_from(task: Task, split: str) -> list[Example]:
 
 def controls_view(found: Controls) -> RenderableType:
     """Return the controls as tables, and what they mean."""
-    report = found.as_dict()
+    report, numbers = found.as_dict(), ("accuracy", "95 %", "change", "95 %", "p", "same answers")
     parts: list[RenderableType] = []
     if found.effects:
-        table = Table(title="are the latents used?", title_justify="left")
-        for column in ("control", "accuracy", "95 %", "change", "95 %", "p", "same answers"):
-            table.add_column(column, justify="left" if column == "control" else "right")
         whole = report["unedited"]
-        table.add_row("none", f"{whole['accuracy']:.1%}", _interval(whole["ci95"]), "", "", "", "")
-        for entry in report["controls"]:
-            table.add_row(entry["title"], *_cells(entry))
-        parts.append(table)
+        rows: list[Sequence[str]] = [("none", f"{whole['accuracy']:.1%}", _interval(whole["ci95"]), "", "", "", "")]
+        rows += [(entry["title"], *_cells(entry)) for entry in report["controls"]]
+        parts.append(_table("are the latents used?", ("control", *numbers), rows, n_left=1))
     for title, key, name in (("loops", "loops", "loops"), ("latents that the answer sees", "kept_latents", "kept")):
         if report[key]:
-            table = Table(title=f"accuracy against {title}", title_justify="left")
-            for column in (title.split()[0], "accuracy", "95 %", "change", "95 %", "p", "same answers"):
-                table.add_column(column, justify="right")
-            for entry in report[key]:
-                label = f"{entry[name]}" + (" (trained)" if entry.get("trained") else "")
-                table.add_row(label, *_cells(entry))
-            parts.append(table)
+            rows = [
+                (f"{entry[name]}" + (" (trained)" if entry.get("trained") else ""), *_cells(entry))
+                for entry in report[key]
+            ]
+            parts.append(_table(f"accuracy against {title}", (title.split()[0], *numbers), rows))
     lines = [report["verdict"]["sentence"]]
-    lines += [
-        f"left out: {entry['control'].replace('_', ' ')}; {entry['why']}"
-        for entry in report["left_out"]
-        if found.kind != "none"
-    ]
+    if found.kind != "none":
+        lines += [f"left out: {one['control'].replace('_', ' ')}; {one['why']}" for one in report["left_out"]]
     return Group(*parts, Text("\n".join(lines)))
 
 
-def _cells(entry: Mapping[str, Any]) -> list[str]:
-    low, high = entry["difference_ci95"]
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 0) -> Table:
+    """Return a table whose columns stand to the right, but for the first ``n_left``."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < n_left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = (100 * bound for bound in entry["difference_ci95"])
     p = "< 0.001" if entry["p"] < 0.001 else f"{entry['p']:.3f}"
-    return [
-        f"{entry['accuracy']:.1%}",
-        _interval(entry["ci95"]),
-        f"{100 * entry['difference']:+.1f}",
-        f"{100 * low:+.1f} to {100 * high:+.1f}",
-        p,
-        f"{entry['same_answers']:.0%}",
-    ]
+    change = f"{100 * entry['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}"
+    return f"{entry['accuracy']:.1%}", _interval(entry["ci95"]), *change, p, f"{entry['same_answers']:.0%}"
 
 
 def _interval(bounds: Sequence[float]) -> str:
@@ -265,27 +234,22 @@ def _spread(spread: Spread | None) -> str:
 def probes_view(found: Sequence[probing.Probe]) -> RenderableType:
     """Return what is read off which latent after each loop, the best loop of each."""
     latents = sorted({probe.latent for probe in found})
-    shown = [latents[i] for i in swapping.evenly(len(latents), MOST_CELLS)]
-    table = Table(title="accuracy of linear probes (after learning from shuffled labels)", title_justify="left")
-    table.add_column("what")
-    table.add_column("after loop", justify="right")
-    for latent in shown:
-        table.add_column(f"latent {latent}", justify="right")
+    shown, rows = [latents[i] for i in swapping.evenly(len(latents), MOST_CELLS)], []
+    passes = {probe.loop for probe in found if probe.answer_pass}
     for step, loop in dict.fromkeys((probe.step, probe.loop) for probe in found):
-        row = {p.latent: f"{p.accuracy:.0%} ({p.control:.0%})" for p in found if (p.step, p.loop) == (step, loop)}
+        cells = {p.latent: f"{p.accuracy:.0%} ({p.control:.0%})" for p in found if (p.step, p.loop) == (step, loop)}
         what = "answer" if step == "answer" else f"step {int(step) + 1}"
-        passes = {p.loop for p in found if p.answer_pass}
-        table.add_row(what, "answer" if loop in passes else str(loop), *(row.get(latent, "") for latent in shown))
-    return table
+        rows.append((what, "answer" if loop in passes else str(loop), *(cells.get(latent, "") for latent in shown)))
+    title = "accuracy of linear probes (after learning from shuffled labels)"
+    return _table(title, ("what", "after loop", *(f"latent {latent}" for latent in shown)), rows, n_left=1)
 
 
 def swaps_view(found: Sequence[swapping.Swap]) -> RenderableType:
     """Return what swaps do."""
-    table = Table(title="latents swapped between examples", title_justify="left")
-    for column in ("latents", "after loop", "follow the donor", "95 %", "by chance", "stay", "n"):
-        table.add_column(column, justify="right")
+    rows = []
     for swap in found:
         loop = "the last" if swap.loop is None else str(swap.loop)
         share = f"{swap.follows:.0%}", _interval(swap.ci95), f"{swap.by_chance:.0%}", f"{swap.keeps:.0%}"
-        table.add_row(str(swap.latents), loop, *share, str(swap.n))
-    return table
+        rows.append((str(swap.latents), loop, *share, str(swap.n)))
+    columns = ("latents", "after loop", "follow the donor", "95 %", "by chance", "stay", "n")
+    return _table("latents swapped between examples", columns, rows)

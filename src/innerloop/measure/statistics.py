@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import stdev
 
 import numpy as np
 from scipy import stats
@@ -26,11 +26,15 @@ def wilson(n_correct: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share ``n_correct / n``."""
     if n == 0:
         return 0.0, 1.0
-    share, z2 = n_correct / n, Z95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    low = middle - half if n_correct > 0 else 0.0  # where rounding would leave the share itself out
-    return max(low, 0.0), min(middle + half, 1.0) if n_correct < n else 1.0
+    low, high = stats.binomtest(n_correct, n).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def clopper_pearson(n_hits: int, n: int) -> tuple[float, float]:
+    """Return the exact 95 % interval of a share ``n_hits / n`` (Clopper and Pearson)."""
+    low = float(stats.beta.ppf(0.025, n_hits, n - n_hits + 1)) if n_hits > 0 else 0.0
+    high = float(stats.beta.ppf(0.975, n_hits + 1, n - n_hits)) if n_hits < n else 1.0
+    return low, high
 
 
 def over_seeds(values: Sequence[float], noise: float = 0.0) -> tuple[float, float]:
@@ -45,21 +49,13 @@ def over_seeds(values: Sequence[float], noise: float = 0.0) -> tuple[float, floa
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
         return mean, math.inf
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, max(float(stats.t.ppf(0.975, n - 1)) * deviation, Z95 * noise) / math.sqrt(n)
+    return mean, max(float(stats.t.ppf(0.975, n - 1)) * stdev(values), Z95 * noise) / math.sqrt(n)
 
 
 def share_noise(shares: Sequence[float], n: int) -> float:
     """Return the standard deviation of each of some shares of ``n`` rows, with two rows of each kind added to them."""
     share = (sum(shares) * n + 2) / (len(shares) * n + 4)
     return math.sqrt(share * (1 - share) / max(n, 1))
-
-
-def clopper_pearson(n_hits: int, n: int) -> tuple[float, float]:
-    """Return the exact 95 % interval of a share ``n_hits / n`` (Clopper and Pearson)."""
-    low = float(stats.beta.ppf(0.025, n_hits, n - n_hits + 1)) if n_hits > 0 else 0.0
-    high = float(stats.beta.ppf(0.975, n_hits + 1, n - n_hits)) if n_hits < n else 1.0
-    return low, high
 
 
 def mcnemar(n_first_only: int, n_second_only: int) -> float:
@@ -106,12 +102,6 @@ class Verdict:
     p: float
     n_discordant: tuple[int, int]
 
-    @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> Verdict:
-        """Return the verdict whose fields JSON has kept."""
-        pairs: dict[str, Any] = {n: tuple(fields[n]) for n in ("names", "accuracies", "ci95", "n_discordant")}
-        return cls(**{**fields, **pairs})
-
     @property
     def told_apart(self) -> bool:
         """Whether the interval leaves out 0, and the exact test agrees at 5 %."""
@@ -135,11 +125,6 @@ class Verdict:
             f"{first} is {abs(points):.1f} points {side} {second}, "
             f"95 % interval {100 * low:.1f} to {100 * high:.1f}, {p_words(self.p)} (n = {self.n})"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them, with the sentence."""
-        fields = json.loads(json.dumps(asdict(self)))
-        return fields | {"told_apart": self.told_apart, "sentence": self.sentence}
 
 
 def difference_noise(found: Sequence[Verdict]) -> float:

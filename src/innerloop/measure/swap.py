@@ -8,34 +8,18 @@ alone shows what it alone holds; in append the latents after it are made from wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
 from innerloop.errors import InputError
-from innerloop.measure.accuracy import Prediction, answered, evaluate
-from innerloop.measure.controls import latents_of
-from innerloop.measure.latents import (
-    Fed,
-    Key,
-    Record,
-    Replacement,
-    answer,
-    answer_of,
-    donors_of,
-    keys_of,
-    record,
-    same_answer,
-    unseen,
-)
-from innerloop.measure.parts import Parts
+from innerloop.measure.accuracy import Prediction
+from innerloop.measure.latents import Fed, Key, Record, Replacement, answer_of, same_answer
 from innerloop.measure.statistics import wilson
-from innerloop.model.model import LatentModel
-from innerloop.tasks import Task
-from innerloop.text.examples import Example
+from innerloop.measure.subject import Subject
 
 MOST_LATENTS = 16  # swapped one by one; of more, evenly spaced ones
 
@@ -62,74 +46,41 @@ class Swap:
     keeps: float
     n: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        return asdict(self) | {"ci95": list(self.ci95)}
-
 
 def evenly(n: int, most: int = MOST_LATENTS) -> list[int]:
     """Return at most ``most`` of 0 .. n - 1, evenly spaced, the first and the last among them."""
     return list(range(n)) if n <= most else sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
 
 
-def swaps(
-    model: LatentModel,
-    task: Task,
-    examples: Sequence[Example],
-    unedited: Sequence[Prediction] | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
-    stage: int | None = None,
-    seed: int = 0,
-    planned: Callable[[int], None] | None = None,
-    progress: Callable[[int], None] | None = None,
-    parts: Parts | None = None,
-) -> list[Swap]:
-    """Swap all latents, each one, and all after each iteration; the arguments are those of `controls`."""
-    if (why := unseen(model, stage)) is not None:
+def swaps(subject: Subject) -> list[Swap]:
+    """Swap all latents, each one, and all after each iteration."""
+    if (why := subject.why_unseen) is not None:
         raise InputError(f"there are no latents to swap: {why}")
-    method = model.method
-    at = method.curriculum.last_stage if stage is None else stage
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "stage": stage}
-    if unedited is None:
-        unedited = evaluate(model, task, examples, **options)
-    examples, unedited = answered(examples, unedited)
-    parts = Parts() if parts is None else parts
-    keys = keys_of(model.prompts([example.question for example in examples], stage))
-    donors, plain = donors_of(keys, seed), dict(zip(keys, unedited))
-
-    @cache
-    def recorded() -> tuple[Record, Record]:
-        everything = record(model, task, examples, batch_size, max_new_tokens, stage, everything=True)
-        return everything, everything.seen(method, at)
-
-    n_latents, _ = latents_of(lambda: recorded()[1], parts)
+    method, keys, donors = subject.model.method, subject.keys, subject.donors
+    plain = dict(zip(keys, subject.rows[1]))
+    n_latents, _ = subject.latents()
     wanted: dict[str, tuple[int | Literal["all"], int | None]] = {"swap all, and chance": ("all", None)}
     if n_latents > 1:
         wanted |= {f"swap latent {j}, and chance": (j, None) for j in evenly(n_latents)}
     if method.scope != "append":
-        last = method.n_loops(at) - (method.answer_context == "kv_last")
+        last = method.n_loops(subject.at) - (method.answer_context == "kv_last")
         wanted |= {f"swap after loop {t}, and chance": ("all", t) for t in range(1, last)}
-    if planned is not None:
-        planned(len(parts.missing(list(wanted))) * len(examples))
+    subject.plan(list(wanted))
 
-    def measure(latents: int | Literal["all"], loop: int | None) -> dict[str, Any]:
-        everything, seen = recorded()
+    def measure(latents: int | Literal["all"], loop: int | None) -> Swap:
         if loop is not None:
-            table = _after_loop(everything, donors, loop)
+            table = _after_loop(subject.recorded, donors, loop)
         elif latents != "all":
-            table = _with_one(seen, donors, latents)
+            table = _with_one(subject.seen, donors, latents)
         else:
-            table = {key: list(seen.blocks[donor]) for key, donor in donors.items()}
-        swapped = answer(model, task, examples, Replacement(table), progress=progress, **options)
-        pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, swapped)]
+            table = {key: list(subject.seen.blocks[donor]) for key, donor in donors.items()}
+        pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, subject.answer(Replacement(table)))]
         pairs = [(now, own, donor) for now, own, donor in pairs if not same_answer(own, donor)]
         n, n_follow = len(pairs), sum(same_answer(now, donor) for now, _, donor in pairs)
         keeps = sum(same_answer(now, own) for now, own, _ in pairs) / max(n, 1)
-        return Swap(latents, loop, n_follow / max(n, 1), wilson(n_follow, n), by_chance(pairs), keeps, n).as_dict()
+        return Swap(latents, loop, n_follow / max(n, 1), wilson(n_follow, n), by_chance(pairs), keeps, n)
 
-    found = [parts(name, lambda what=what: measure(*what)) for name, what in wanted.items()]  # type: ignore[misc]
-    return [Swap(**{**one, "ci95": tuple(one["ci95"])}) for one in found]
+    return [subject.cache.value(Swap, name, partial(measure, *what)) for name, what in wanted.items()]
 
 
 def sentences(found: Sequence[Swap]) -> list[str]:

@@ -9,19 +9,15 @@ positions, `V` vocabulary, `C` classes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from innerloop.config.losses import DecoderSettings
+from innerloop.decoder.backbone import Backbone
 from innerloop.halting.evidence import masked_mean
 from innerloop.loop.stabilize import sines
-
-if TYPE_CHECKING:
-    from innerloop.decoder.backbone import Backbone
-    from innerloop.passes.thought import Masked, Thought
+from innerloop.passes.thought import Masked, Thought
 
 
 class AnswerDecoder(nn.Module):

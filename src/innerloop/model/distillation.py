@@ -13,49 +13,65 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn.functional import kl_div
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from innerloop.decoder.token_losses import Show, by_rows
+from innerloop.config.method import Method
+from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.token_losses import Show, by_rows, divergence
 from innerloop.errors import refuse
 from innerloop.model.answer_decoder import Classifier
-from innerloop.model.losses import Terms, distance, held
+from innerloop.model.losses import distance, held
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
-    from innerloop.passes.thought import Thought
+from innerloop.text.row import Row
 
 
-def divergence(wanted_UV: Tensor, own_UV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return tau^2 KL(p || q) of the logits of tokens (U,), p the wanted ones, in fp32.
+class Student(Protocol):
+    """What is known of a model that learns, and of one that teaches."""
 
-    Columns that only one of the two models has, which are padding of its vocabulary, are left out.
+    method: Method
+    backbone: Backbone
+    tokenizer: PreTrainedTokenizerBase
+    follower: nn.Linear | None
+
+    @property
+    def decoder(self) -> nn.Module | None:
+        """What answers besides the model, if anything does."""
+
+    def prompts(self, questions: Sequence[str]) -> list[Row]:
+        """Lay out questions to be answered."""
+
+
+class Teacher(Student, Protocol):
+    """A model that thinks in latents itself, frozen."""
+
+    def think(self, batch: Batch) -> Thought:
+        """Read the prefix of a batch and run the loop."""
+
+    def writing(self, batch: Batch, thought: Thought) -> Show:
+        """Return what shows the logits of the supervised tokens."""
+
+
+def latent_teacher_terms(inputs: LossInputs, student: Student, teacher: Teacher, own: Show | None) -> PassTerms:
+    """Return the distance to a thinking teacher's states and the divergence from its predictions.
+
+    ``own`` shows the student's logits of the supervised tokens; None where it writes none.
     """
-    n = min(wanted_UV.shape[1], own_UV.shape[1])
-    p, q = ((logits[:, :n].float() / temperature).log_softmax(-1) for logits in (wanted_UV, own_UV))
-    return temperature**2 * kl_div(q, p, reduction="none", log_target=True).sum(-1)
-
-
-def add_taught_terms(terms: Terms, batch: Batch, thought: Thought, own: Show | None) -> None:
-    """Let the teacher think about a batch; add the distance to its states and the divergence from its predictions.
-
-    ``own`` shows this model's logits of the supervised tokens; None where it writes none.
-    """
-    model, teacher = terms.model, terms.model.load_teacher()
-    settings, weights = model.method.distilling, model.method.term_weights
+    batch, loop = inputs.batch, inputs.thought.loop
+    terms, weights = PassTerms(), student.method.term_weights
     n_loops = teacher.method.n_loops(teacher.method.curriculum.last_stage)
     read = replace(batch, n_loops=[n_loops] * len(batch), readouts=[], told=[], follows=[])
     with torch.no_grad():
         taught = teacher.think(read)
-    if weights["hid"] and thought.loop is not None:
+    if weights["hid"] and loop is not None:
         assert taught.loop is not None
-        loop = taught.loop
-        states = torch.stack([held(loop.states, loop.state, t) for t in range(1, n_loops + 1)])
-        terms.add("hid", state_distance(model, batch, thought, states), "rows")
+        states = torch.stack([held(taught.loop.states, taught.loop.state, t) for t in range(1, n_loops + 1)])
+        terms["hid"] = state_distance(inputs, student.method, states, student.follower), "rows"
     if weights["kd"] and own is not None:
         with torch.no_grad():
             shown = teacher.writing(read, taught)
@@ -63,22 +79,26 @@ def add_taught_terms(terms: Terms, batch: Batch, thought: Thought, own: Show | N
         def losses_of(part: slice) -> Tensor:
             with torch.no_grad():
                 wanted = shown(part)
-            return divergence(wanted, own(part), settings.kd_temperature)
+            return divergence(wanted, own(part), student.method.distilling.kd_temperature)
 
-        terms.add("kd", by_rows(losses_of, len(batch.targets_U), model.loss_chunk).sum(), "answer")
+        terms["kd"] = by_rows(losses_of, len(batch.targets_U), inputs.chunk).sum(), "answer"
+    return terms
 
 
-def state_distance(model: LatentModel, batch: Batch, thought: Thought, taught_TBND: Tensor) -> Tensor:
+def state_distance(
+    inputs: LossInputs, method: Method, taught_TBND: Tensor, projection: nn.Linear | None = None
+) -> Tensor:
     """Return, summed over rows, the mean distance of a row's states to those of the teacher that they follow.
 
     Both are divided by the standard deviation of the teacher's states in the batch first: rescaled to the embeddings'
     RMS they are small, and a smooth L1 distance would hardly see them.
     """
+    batch, thought = inputs.batch, inputs.thought
     assert thought.loop is not None
-    loop, kind = thought.loop, model.method.losses.hid_distance
+    loop, kind = thought.loop, method.losses.hid_distance
     mask_BN = taught_TBND.new_ones(taught_TBND.shape[1:3]) if thought.state_mask is None else thought.state_mask
     spread, one = taught_TBND[:, mask_BN.bool()].float().std().clamp(min=1e-6), taught_TBND.new_ones(())
-    pairs = [model.method.followed(n, len(taught_TBND)) for n in batch.n_loops]
+    pairs = [method.followed(n, len(taught_TBND)) for n in batch.n_loops]
     n_pairs = torch.tensor([sum(at is not None for at in row) for row in pairs], device=mask_BN.device)
     share_BN = mask_BN / (n_pairs * mask_BN.sum(1)).clamp(min=1)[:, None]
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
@@ -87,8 +107,8 @@ def state_distance(model: LatentModel, batch: Batch, thought: Thought, taught_TB
         if not rows:
             continue
         student = held(loop.states, loop.state, t)[rows]
-        if model.follower is not None:
-            student = model.follower(student.to(model.follower.weight.dtype))
+        if projection is not None:
+            student = projection(student.to(projection.weight.dtype))
         target = taught_TBND[at, rows].float() / spread
         total = total + (share_BN[rows] * distance(student.float() / spread, target, kind, one)).sum()
     return total
@@ -100,7 +120,7 @@ def _paired(pairs: Sequence[Sequence[int | None]], t: int) -> tuple[list[int], l
     return [r for r, _ in found], [at for _, at in found]
 
 
-def check_teacher(model: LatentModel, teacher: LatentModel, folder: str) -> None:
+def check_teacher(model: Student, teacher: Teacher, folder: str) -> None:
     """Refuse a teacher that does not read what the model reads, or has no states of the width that is followed.
 
     Raises:
@@ -135,7 +155,7 @@ def check_teacher(model: LatentModel, teacher: LatentModel, folder: str) -> None
     )
 
 
-def _layout(model: LatentModel) -> Any:
+def _layout(model: Student) -> Any:
     """Return how a question is laid out: where the loop works, and the tokens of each segment."""
     (row,) = model.prompts(["?"])
     return model.method.scope, [[piece.ids for piece in part] for part in (row.prefix, row.region, row.suffix)]

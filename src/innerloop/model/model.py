@@ -1,17 +1,15 @@
-"""`LatentModel`: a backbone, a method and the parts the method trains; loss, logits, generation, saving, loading.
+"""`LatentCore`: a backbone, a method and the parts the method trains; thinking, loss, logits, saving.
 
-model = LatentModel.from_pretrained("HuggingFaceTB/SmolLM2-135M", method=Coconut())
-model.loss(examples).loss.backward()
-model.generate(["How many legs have 3 cats?"])[0].text
+What users have is `innerloop.LatentModel`, which also answers and is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +24,31 @@ from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method
-from innerloop.model import checkpoint
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.methods.text.cot import Cot
+from innerloop.model import checkpoint, loading
 from innerloop.model.answer_decoder import AnswerDecoder, Classifier, decoder_for
-from innerloop.model.distillation import add_taught_terms, check_teacher
-from innerloop.model.losses import Terms, add_loop_terms, every_pass_loss
-from innerloop.model.step_decoder import StepDecoder
+from innerloop.model.distillation import check_teacher, latent_teacher_terms
+from innerloop.model.frozen import FrozenReference
+from innerloop.model.losses import (
+    Terms,
+    answer_losses,
+    deep_loss,
+    every_pass_loss,
+    follow_loss,
+    halting_loss,
+    read_teacher,
+    step_loss,
+)
+from innerloop.model.step_decoder import StepDecoder, told_loss
 from innerloop.passes.context import Context
+from innerloop.passes.depth_run import DepthRun
+from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.thought import Masked, Thought, join, think
 from innerloop.text.batch import Batch, collate
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, LAT, Block, Row, ShownBlock
-from innerloop.text.tokenizer import train_tokenizer
-
-if TYPE_CHECKING:
-    from innerloop.engine.generation import Generation
 
 
 @dataclass
@@ -60,7 +68,7 @@ class Output:
     measured: dict[str, Tensor] = field(default_factory=dict)
 
 
-class LatentModel(nn.Module):
+class LatentCore(nn.Module):
     """Any decoder that reasons by any method.
 
     Args:
@@ -92,13 +100,13 @@ class LatentModel(nn.Module):
         self.step_decoder = None
         if aux.aux_weight > 0:
             dtype = backbone.lm.dtype
-            other = None if aux.aux_source is None else checkpoint.load_decoder(aux.aux_source, tokenizer, dtype)
+            other = None if aux.aux_source is None else loading.load_decoder(aux.aux_source, tokenizer, dtype)
             self.step_decoder = StepDecoder(aux, backbone, other).to(backbone.device)
         max_loops = method.n_iterations
         tau, n_slots, soft = backbone.embed_rms(), method.n_distinct_slots, method.soft_thinking
         loop = InnerLoop(method.loop, backbone.width, max_loops, tau, backbone, n_slots, soft)
         self.loop = loop.to(backbone.device)
-        depth = method.make_depth(backbone, self.loop)
+        depth = method.make_depth(backbone, self.loop) if isinstance(method, DepthMethod) else None
         self.depth = None if depth is None else depth.to(backbone.device)
         width = method.losses.hid_width
         self.follower = nn.Linear(backbone.width, width, bias=False).to(backbone.device) if width else None
@@ -107,7 +115,8 @@ class LatentModel(nn.Module):
         for part in self.children():
             if aux.aux_trains == ("base" if part is self.step_decoder else "decoder"):
                 part.requires_grad_(False)
-        self._teacher: list[LatentModel] = []  # in a list, so that it is no part of this model
+        self._frozen: dict[str, LatentCore] = {}  # in a dictionary, so that they are no part of this model
+        self.reference = None if method.reference_source is None else FrozenReference(self._load_reference)
         self.checkpoint_passes = False
         self.loss_chunk: AtOnce = None  # rows of logits that a loss may have in memory
 
@@ -170,27 +179,74 @@ class LatentModel(nn.Module):
             n_items: what each term's sum is divided by: the counts of the global batch. None: this batch's own.
             trace: filled with the loop's iterations.
         """
-        terms = Terms(self, batch, n_items or batch.counts())
-        context, measured = None, dict[str, Tensor]()
+        terms = Terms(n_items or batch.counts())
+        context, measured, taught = None, dict[str, Tensor](), tuple[Tensor, ...]()
         for link in batch.links():
-            thought, show = self.think(link, trace, context), None
+            thought = self.think(link, trace, context)
+            inputs = self.loss_inputs(link, thought)
             if isinstance(self.decoder, Classifier):
-                logits_BC = self.decoder(thought).float()
                 assert batch.class_B is not None
+                logits_BC = self.decoder(thought).float()
                 terms.add("answer", cross_entropy(logits_BC, batch.class_B, reduction="sum"), "rows")
+                show = None
             else:
                 show = self.writing(link, thought)
                 total = summed_loss(show, link.targets_U, self.loss_chunk)
-                terms.add("answer", every_pass_loss(self, link, thought, total))
-            add_loop_terms(terms, link, thought, trains=self.training)
+                terms.add("answer", every_pass_loss(inputs, total) if self.method.learns_every_pass else total)
+            taught = self._teacher_states(link, terms) or taught
+            self._add_loop_terms(terms, inputs, taught)
             if self.method.thinks_along:
-                add_taught_terms(terms, link, thought, show)
+                terms.add_all(latent_teacher_terms(inputs, self, self.load_teacher(), show))
             if self.depth is not None:
-                self.depth.add_terms(terms, link, thought)
+                terms.add_all(self.depth.loss_terms(inputs))
                 measured |= thought.deep[-1].measured
             context = thought.after
         loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
         return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace, measured)
+
+    def loss_inputs(self, link: Batch, thought: Thought) -> LossInputs:
+        """Return what the terms of a segment's loss are made of."""
+        write = partial(self.writing, link, thought)
+        return LossInputs(link, thought, self.backbone, self.head_input, self.loss_chunk, write, self.reference)
+
+    def _teacher_states(self, batch: Batch, terms: Terms) -> tuple[Tensor, ...]:
+        """Return the teacher's states after every layer (B, S, D), and add what it lost if it is this model."""
+        losses, weights = self.method.losses, self.method.term_weights
+        if batch.taught is not None:
+            return tuple(batch.taught[:, None])
+        if batch.teacher is None or not (terms.counts["hid"] or weights.get("teacher")):
+            return ()
+        is_own = losses.teacher == "self"
+        learns = is_own and losses.teacher_weight > 0
+        backbone = self.backbone if is_own else self.teacher
+        read = read_teacher(backbone, batch.teacher, learns, losses.teacher_passes, self.loss_chunk)
+        if read.loss is not None:
+            terms.add("teacher", read.loss)
+        return read.layers
+
+    def _add_loop_terms(self, terms: Terms, inputs: LossInputs, states: tuple[Tensor, ...]) -> None:
+        """Add the terms that look inside the loop and that the method gives a weight."""
+        link, loop, losses, weights = inputs.batch, inputs.thought.loop, self.method.losses, self.method.term_weights
+        if link.readouts:
+            terms.add("step", step_loss(inputs))
+        if link.follows:
+            terms.add("hid", follow_loss(inputs, states, losses, self.follower))
+        if link.told and self.step_decoder is not None:
+            told = told_loss(inputs, self.step_decoder, self.loop, counts_K3=terms.counts.get("told"))
+            terms.add_mean("aux", told)
+        if loop is None:
+            return
+        if self.training and (weights.get("deep") or weights.get("halt")):
+            losses_TB = answer_losses(inputs)
+            if weights.get("deep"):
+                terms.add("deep", deep_loss(losses_TB, losses.deep_schedule, link.n_loops), "answer")
+            if weights.get("halt") and self.loop.stop is not None:
+                terms.add("halt", halting_loss(inputs, losses_TB, losses, self.loop.stop), "rows")
+        if loop.ponder_B is not None and self.training and weights.get("ponder"):
+            terms.add("ponder", loop.ponder_B.sum(), "rows")
+        if loop.gain is not None:
+            bound = self.method.loop.spectral_bound
+            terms.add("gain", len(link) * (loop.gain - bound).clamp(min=0).square(), "rows")
 
     def loss(self, examples: Sequence[Example], stage: int | None = None, trace: bool = False) -> Output:
         """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
@@ -227,17 +283,19 @@ class LatentModel(nn.Module):
         """Read the prefix of a batch and run its loop, up to where writing begins; ``context`` is what came before."""
         if context is None:
             context = self.new_context(batch, checkpoint_passes=self.checkpoint_passes and self.training)
-        context.trace = trace
+        if context.depth is not None:
+            context.depth.trace = trace
         follows = any(sites.loop != ANSWER_PASS for sites in batch.follows)
         stem = self.spell.stem()
         return think(self.method, self.loop, batch, context, trace, self.read_out, all_states=follows, stem=stem)
 
     def new_context(self, batch: Batch, meter: Meter | None = None, checkpoint_passes: bool = False) -> Context:
         """Return the context of a batch that has read nothing."""
-        context = Context(self.backbone, len(batch), meter, checkpoint_passes, self.depth, batch.depth)
-        context.wanted_BS = None if self.depth is None else self.depth.wanted(batch)
-        context.asked_B = batch.mask_BS[:, : batch.bounds[1]].sum(1) - 1
-        return context
+        depth = None
+        if self.depth is not None:
+            depth = DepthRun(self.depth, batch.depth, wanted_BS=self.depth.wanted(batch, self.reference))
+            depth.asked_B = batch.mask_BS[:, : batch.bounds[1]].sum(1) - 1
+        return Context(self.backbone, len(batch), meter, checkpoint_passes, depth)
 
     def written_logits(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Tensor:
         """Return the logits (U, V) of the supervised tokens, written on a final state (None: the thought's own)."""
@@ -268,9 +326,8 @@ class LatentModel(nn.Module):
         written = layers[-1]
         if batch.first_predicting < start:  # the prefix, which was read before, predicts some
             assert thought.prompt is not None
-            prompt, region_start = thought.prompt[0], batch.bounds[0]
-            normed = self.method.loop.feedback_site == "post_norm"
-            written = torch.cat([prompt if normed else self.backbone.norm(prompt), written], dim=1)
+            prompt, region_start = self.head_input(thought.prompt[0]), batch.bounds[0]
+            written = torch.cat([prompt, written], dim=1)
             at = torch.where(at < region_start, at, at - (start - region_start))  # what the loop read is left out
             start = 0
         return context.shown(written, rows, at - start)
@@ -281,53 +338,73 @@ class LatentModel(nn.Module):
         state = thought.loop.state if state is None else state
         return self.decoder.memory(state, thought.state_mask, thought.prompt)
 
+    def head_input(self, outputs: Tensor) -> Tensor:
+        """Return the input of the head (..., D) that loop outputs are: the state after the final norm."""
+        return outputs if self.method.loop.feedback_site == "post_norm" else self.backbone.norm(outputs)
+
     def read_out(self, outputs: Tensor) -> Tensor:
         """Return the logits (..., V) that loop outputs show through the final norm and the head."""
-        normed = self.method.loop.feedback_site == "post_norm"
-        return self.backbone.head(outputs if normed else self.backbone.norm(outputs))
+        return self.backbone.head(self.head_input(outputs))
 
     def new_trace(self) -> Trace:
         """Return an empty trace that records read-outs."""
         return Trace(self.read_out)
+
+    # Models that are looked at: loaded once, frozen, and no part of this one
 
     @property
     def teacher(self) -> Backbone:
         """The frozen backbone whose states the loop follows; loaded when first asked for."""
         return self.load_teacher().backbone
 
-    def load_teacher(self) -> LatentModel:
+    def load_teacher(self) -> LatentCore:
         """Return the frozen run that the method learns from, in evaluation mode; it is loaded once.
 
         Raises:
             InputError: it is not there, or does not fit this model.
         """
-        if not self._teacher:
-            folder = self.method.losses.teacher
-            assert folder is not None
-            with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
-                teacher = checkpoint.load(folder, device=self.device).requires_grad_(False).eval()
-            theirs, ours = teacher.backbone, self.backbone
-            is_last = self.method.losses.hid_layers == "last"
-            width = self.method.losses.hid_width or ours.width
+        folder = self.method.losses.teacher
+        assert folder is not None
+        if "teacher" not in self._frozen:
+            teacher = self._load_frozen(folder)
             teacher.spell = Speller(teacher.tokenizer, self.spell.running_text)  # it reads this model's rows
             if self.method.thinks_along:
                 check_teacher(self, teacher, folder)
-            elif theirs.width != width or (theirs.n_layers != ours.n_layers and not is_last):
-                raise InputError(
-                    f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
-                    f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
-                    "another width hid_width to it, of another depth hid_layers to last"
-                )
-            self._teacher.append(teacher)
-        return self._teacher[0]
+            else:
+                self._check_states_of(teacher, folder)
+            self._frozen["teacher"] = teacher
+        return self._frozen["teacher"]
 
-    # Generation
+    def _check_states_of(self, teacher: LatentCore, folder: str) -> None:
+        """Refuse a teacher whose states are of another shape than this model's."""
+        theirs, ours, losses = teacher.backbone, self.backbone, self.method.losses
+        width = losses.hid_width or ours.width
+        if theirs.width != width or (theirs.n_layers != ours.n_layers and losses.hid_layers != "last"):
+            raise InputError(
+                f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
+                f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
+                "another width hid_width to it, of another depth hid_layers to last"
+            )
 
-    def generate(self, questions: Sequence[str], **options: Any) -> list[Generation]:
-        """Answer questions; see `innerloop.engine.generate` for the options."""
-        from innerloop.engine.generate import generate
+    def _load_frozen(self, folder: str, dtype: torch.dtype | str = "auto") -> LatentCore:
+        """Load a run, or any decoder as a plain one, to be looked at."""
+        with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
+            method = None if checkpoint.is_run(folder) else Cot()
+            model = loading.load(LatentCore, folder, method, device=self.device, dtype=dtype)
+        return model.requires_grad_(False).eval()
 
-        return generate(self, questions, **options)
+    def _load_reference(self) -> LatentCore:
+        """Load the frozen model that reads every training row along."""
+        source = self.method.reference_source
+        assert source is not None
+        model = self._load_frozen(source, self.backbone.lm.dtype)
+        loading.check_tokens(model.tokenizer, self.tokenizer, source)
+        return model
+
+    def prepared(self, examples: Sequence[Example]) -> list[Example]:
+        """Return training examples with what the method must know of them; called once, before training begins."""
+        source = self.method.labeller_source
+        return self.method.prepared(examples, None if source is None else self._load_frozen(source))
 
     # Saving and loading
 
@@ -339,24 +416,9 @@ class LatentModel(nn.Module):
         """Save an ordinary Hugging Face folder plus innerloop.json and innerloop.safetensors."""
         checkpoint.save(self, path)
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path, method: Method | None = None, **options: Any) -> LatentModel:
-        """Load a saved run, or put a method on any Hugging Face model; see `innerloop.model.checkpoint.load`."""
-        return checkpoint.load(path, method, **options)
-
-    @classmethod
-    def from_scratch(
-        cls, settings: Mapping[str, Any], examples: Sequence[Example], method: Method, seed: int = 0
-    ) -> LatentModel:
-        """Make a backbone with fresh weights and a word tokenizer trained on the text of examples.
-
-        Args:
-            settings: ``type`` (a transformers model type such as llama or gpt2) and fields of its configuration.
-            examples: whose words the tokenizer learns.
-            method: how to reason.
-            seed: of the initial weights.
-        """
-        return checkpoint.from_scratch(settings, train_tokenizer(examples), method, seed)
+    def marker_ids(self) -> list[int]:
+        """Return the ids of the method's markers."""
+        return self.tokenizer.convert_tokens_to_ids([*self.method.markers])
 
     def suppressed_ids(self) -> Tensor:
         """Return the ids that must never be written: markers that are only read."""

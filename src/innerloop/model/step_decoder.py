@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,14 @@ from innerloop.config.losses import AuxSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.token_losses import Shown, token_losses
 from innerloop.errors import InputError
+from innerloop.loop.loop import InnerLoop
 from innerloop.loop.lora import LoopLora
 from innerloop.model.losses import held
 from innerloop.passes.context import Context
-from innerloop.text.row import ANSWER_PASS, FED, IGNORE
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
-    from innerloop.passes.thought import Masked, Thought
-    from innerloop.text.batch import Batch, ToldSites
-    from innerloop.text.row import Row
+from innerloop.passes.loss_inputs import LossInputs
+from innerloop.passes.thought import Masked
+from innerloop.text.batch import ToldSites
+from innerloop.text.row import ANSWER_PASS, FED, IGNORE, Row
 
 
 class StepDecoder(nn.Module):
@@ -125,35 +123,34 @@ class StepDecoder(nn.Module):
         return [row[: row.index(eos_id)] if eos_id in row else row for row in told]
 
 
-def group_latents(model: LatentModel, batch: Batch, thought: Thought, sites: ToldSites) -> Tensor:
+def group_latents(inputs: LossInputs, loop: InnerLoop, sites: ToldSites) -> Tensor:
     """Return the latents (G, c, D) that tell: those fed as inputs, or the outputs of a pass."""
+    batch, thought = inputs.batch, inputs.thought
     assert thought.loop is not None or sites.loop == ANSWER_PASS
     if sites.loop == FED:
         assert thought.loop is not None
         parts = thought.loop.states
-        fed = [held(parts, thought.loop.state, loop) for loop in range(1, len(parts) + 1)]
+        fed = [held(parts, thought.loop.state, t) for t in range(1, len(parts) + 1)]
         last = thought.answer[-1][:, :1]  # of the last latent: what would be fed next
         z_0, z_T = thought.loop.first, thought.loop.state
-        after = model.loop.residual(model.loop.feed_back(last, None), z_0, z_T, len(parts) + 1)
+        after = loop.residual(loop.feed_back(last, None), z_0, z_T, len(parts) + 1)
         states, start = torch.cat([z_0, *fed, after], dim=1), 0
     elif sites.loop == ANSWER_PASS:
         states, start = thought.answer[-1], batch.bounds[0] - thought.first_column
     else:
         assert thought.loop is not None
         states, start = held(thought.loop.outputs, thought.loop.state, sites.loop), 0
-        if model.method.loop.feedback_site == "pre_norm":  # what is told is what the head would read
-            states = model.backbone.norm(states)
+        states = inputs.head_input(states)  # what is told is what the head would read
     columns = sites.first_G[:, None] + start + torch.arange(sites.n_latents, device=states.device)
     return states[sites.rows_G[:, None], columns]
 
 
-def group_questions(model: LatentModel, batch: Batch, sites: ToldSites) -> Masked | None:
+def group_questions(inputs: LossInputs, decoder: StepDecoder, sites: ToldSites) -> Masked | None:
     """Return the questions that the decoder of each group reads (G, L, D) and their mask; None if it reads none."""
-    assert model.step_decoder is not None
-    if not model.method.auxiliary.aux_question:
+    if not decoder.settings.aux_question:
         return None
-    columns, mask = batch.columns(0)
-    asked = model.step_decoder.embed(batch.ids_BS[:, columns], model.backbone)
+    columns, mask = inputs.batch.columns(0)
+    asked = decoder.embed(inputs.batch.ids_BS[:, columns], inputs.backbone)
     return asked[sites.rows_G], None if mask is None else mask[sites.rows_G]
 
 
@@ -176,9 +173,9 @@ def told_weights(groups_G: Tensor, counts_K3: Tensor, norm: Literal["per_row", "
 
 
 def told_loss(
-    model: LatentModel,
-    batch: Batch,
-    thought: Thought,
+    inputs: LossInputs,
+    decoder: StepDecoder,
+    loop: InnerLoop,
     shuffled: bool = False,
     counts_K3: Tensor | None = None,
 ) -> Tensor:
@@ -188,20 +185,19 @@ def told_loss(
     ``counts_K3`` are the counts of the groups of the global batch, of which this one gives its share of the mean; None:
     those of this batch.
     """
-    assert model.step_decoder is not None
+    batch, settings = inputs.batch, decoder.settings
     counts_K3 = batch.told_K3 if counts_K3 is None else counts_K3
-    settings = model.method.auxiliary
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
     for sites in batch.told:
-        latents = group_latents(model, batch, thought, sites)
+        latents = group_latents(inputs, loop, sites)
         if settings.aux_detach:
             latents = latents.detach()
         if shuffled:
             latents = latents[_of_another_row(sites)]
-        asked = group_questions(model, batch, sites)
-        states = model.step_decoder.read(latents, sites.ids_GL, model.backbone, asked).flatten(0, 1)
-        show = Shown(model.step_decoder.reader(model.backbone).head, states)
-        losses = token_losses(show, sites.targets_GL.flatten(), model.loss_chunk, IGNORE)
+        asked = group_questions(inputs, decoder, sites)
+        states = decoder.read(latents, sites.ids_GL, inputs.backbone, asked).flatten(0, 1)
+        show = Shown(decoder.reader(inputs.backbone).head, states)
+        losses = token_losses(show, sites.targets_GL.flatten(), inputs.chunk, IGNORE)
         loss_GL = losses.view_as(sites.targets_GL)
         assert counts_K3 is not None
         total = total + (loss_GL.sum(1) * told_weights(sites.groups_G, counts_K3, settings.aux_norm)).sum()

@@ -9,20 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
 from innerloop.passes.context import Context
 from innerloop.text.batch import collate
 from innerloop.text.row import Row
-
-if TYPE_CHECKING:
-    from innerloop.decoder.backbone import Backbone
 
 STATES, MADE_OF = "states", "made_of"
 

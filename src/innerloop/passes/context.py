@@ -10,7 +10,7 @@ Shapes: `B` rows, `L` new positions, `P` earlier columns, `D` width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,8 +24,8 @@ from innerloop.decoder.cache import AnyCache, expect_padding, fork, join_rows, k
 from innerloop.decoder.cost import Meter
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.decoder.token_losses import Show
-from innerloop.loop.trace import Trace
-from innerloop.passes.ragged import Deep, Depth, Reading, Spending, Tokens
+from innerloop.passes.depth_run import DepthRun
+from innerloop.passes.tokens import Spending, Tokens
 
 Weights = Callable[[], AbstractContextManager[None]]
 
@@ -38,8 +38,7 @@ class Context:
         n_rows: the number of rows `B`.
         meter: where passes and positions are counted.
         checkpoint_passes: keep no activations inside a pass; recompute them in the backward pass.
-        depth: makes the passes in the decoder's stead, for methods whose tokens have unlike depth.
-        loops: how often it iterates; None: as its method says.
+        depth: what makes the passes in the decoder's stead, for methods whose tokens have unlike depth.
     """
 
     def __init__(
@@ -48,17 +47,11 @@ class Context:
         n_rows: int,
         meter: Meter | None = None,
         checkpoint_passes: bool = False,
-        depth: Depth | None = None,
-        loops: int | None = None,
+        depth: DepthRun | None = None,
     ):
         self.backbone = backbone
-        self.depth, self.loops = depth, loops
-        self.deep: tuple[Deep, ...] = ()  # what each pass gave, where tokens have unlike depth
-        self.wanted_BS: Tensor | None = None  # how many iterations each column shall have, where that is known
-        self.asked_B: Tensor | None = None  # the position of the last token that was given, where that is known
-        self.may_wait = False  # whether a token may be left unfinished, for the next pass to go on with
-        self.trace: Trace | None = None  # of the iterations inside a pass
-        self.cache: AnyCache = backbone.empty_cache() if depth is None else depth.empty_cache()
+        self.depth = depth
+        self.cache: AnyCache = backbone.empty_cache() if depth is None else depth.forward.empty_cache()
         self.mask_BP: Tensor | None = None  # None: no column read so far is padding
         self.length = 0
         self.next_position_B = torch.zeros(n_rows, dtype=torch.long, device=backbone.device)
@@ -69,9 +62,8 @@ class Context:
 
     def fresh(self) -> Context:
         """Return a context of the same rows that has read nothing."""
-        empty = Context(
-            self.backbone, len(self.next_position_B), self.meter, self.checkpoint_passes, self.depth, self.loops
-        )
+        depth = None if self.depth is None else self.depth.fresh()
+        empty = Context(self.backbone, len(self.next_position_B), self.meter, self.checkpoint_passes, depth)
         empty.rows = self.rows
         return empty
 
@@ -79,6 +71,7 @@ class Context:
         """Return a context with the same past that reads on by itself; nothing is copied."""
         twin = copy.copy(self)
         twin.cache = fork(self.cache)
+        twin.depth = copy.copy(self.depth)
         return twin
 
     def keep_rows(self, rows: Tensor) -> Context:
@@ -88,9 +81,7 @@ class Context:
         part.mask_BP = None if self.mask_BP is None else self.mask_BP[rows]
         part.next_position_B = self.next_position_B[rows]
         part.rows = rows if self.rows is None else self.rows[rows]
-        part.wanted_BS = None if self.wanted_BS is None else self.wanted_BS[rows]
-        part.asked_B = None if self.asked_B is None else self.asked_B[rows]
-        part.deep = ()
+        part.depth = None if self.depth is None else self.depth.keep_rows(rows)
         return part
 
     def read(
@@ -131,7 +122,7 @@ class Context:
         self.next_position_B = self.next_position_B + new_B
         self.length += n_new
         if self.depth is not None:
-            return self._deep_pass(embeds_BLD, mask_BL, positions_BL, weights or self.weights, counted_B)
+            return self._read_deep(embeds_BLD, mask_BL, positions_BL, weights or self.weights, counted_B)
         return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states=all_states, normed=normed)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -154,9 +145,7 @@ class Context:
         if window is not None:
             n_after = mask.flip(1).cumsum(1).flip(1)
             first = int((mask.bool() & (n_after < window)).any(0).long().argmax()) if window > 1 else len(kept)
-        part.deep = ()
-        if self.wanted_BS is not None:
-            part.wanted_BS = self.wanted_BS[:, kept[kept < self.wanted_BS.shape[1]]]
+        part.depth = None if self.depth is None else self.depth.keep_columns(kept)
         if not whole or window is not None or isinstance(self.cache, DepthCache):
             part.cache = keep_columns(self.cache, kept, first, is_padded=part.mask_BP is not None)
             part.length = len(kept)
@@ -164,16 +153,15 @@ class Context:
 
     def shown(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Show:
         """Return what shows places of the last pass."""
-        if self.deep and self.deep[-1].shown is not None:
+        if self.depth is not None and self.depth.has_shown:
             return lambda part: self.read_out(states_BLD, rows_U[part], columns_U[part])
         return self.backbone.shown(states_BLD[rows_U, columns_U])
 
     def read_out(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Tensor:
         """Return the logits (U, V) of places of the last pass; those that it has read out are not read out again."""
-        shown = self.deep[-1].shown if self.deep else None
-        if shown is None:
+        if self.depth is None or self.depth.passes[-1].shown is None:
             return self.backbone.head(states_BLD[rows_U, columns_U])
-        places_A, logits_AV = shown
+        places_A, logits_AV = self.depth.passes[-1].shown
         index = torch.full((states_BLD[..., 0].numel() + 1,), -1, device=places_A.device)
         index[places_A] = torch.arange(len(places_A), device=places_A.device)
         index[-1] = -1
@@ -195,7 +183,7 @@ class Context:
         past = ones.expand(-1, self.length) if self.mask_BP is None else self.mask_BP
         self.mask_BP = torch.cat([past, ones.expand(-1, n_new) if mask_BL is None else mask_BL], dim=1)
 
-    def _deep_pass(
+    def _read_deep(
         self,
         embeds_BLD: Tensor,
         mask_BL: Tensor | None,
@@ -203,45 +191,14 @@ class Context:
         weights: Weights,
         counted_B: Tensor | None,
     ) -> Tensor:
-        """Let the depth method make the pass."""
+        """Let what the depth method owns make the pass."""
         assert self.depth is not None and isinstance(self.cache, DepthCache)
-        depth, real, first, past = self.depth, None if mask_BL is None else mask_BL.bool(), self.length, self.cache
-        first -= embeds_BLD.shape[1]
-        wanted = None if self.wanted_BS is None else self.wanted_BS[:, first : self.length]
-        spending = None if self.meter is None else Spending(self.meter, self.rows, counted_B)
-        choices: dict[Hashable, Tensor] = {}  # the same when a checkpointed pass is run again
-
-        def run(embeds: Tensor, cache: DepthCache, trace: Trace | None) -> Deep:
-            with weights():
-                tokens = Tokens(embeds, positions_BL, real)
-                known = (self.loops, first, spending, trace, wanted, choices, self.may_wait, self.asked_B)
-                return depth(Reading(tokens, cache, *known))
-
-        if self.checkpoint_passes and torch.is_grad_enabled():
-            grown: list[DepthCache] = []
-
-            def run_on_fork(embeds: Tensor) -> Deep:
-                cache = fork(past)
-                if not grown:
-                    grown.append(cache)
-                return run(embeds, cache, None)
-
-            deep = checkpoint(run_on_fork, embeds_BLD, use_reentrant=False)
-            self.cache = grown[0]
-        else:
-            self.cache = fork(past)
-            known = len(self.trace.iterations) if self.trace is not None else 0
-            deep = run(embeds_BLD, self.cache, self.trace)
-            if self.trace is not None and self.rows is not None:  # rows that have ended are here no more
-                places = self.rows.tolist()
-                for entry in self.trace.iterations[known:]:
-                    entry.rows = [places[row] for row in entry.rows]
-        for slot in self.cache.slots.values():  # those in which nobody took part lack the pass's columns
-            slot.is_dense = slot.is_dense and slot.length >= self.length
-        self.deep = (*self.deep, deep)
-        if self.meter is not None:
-            self.meter.depths.append((self.rows, deep.depths_BL, real if deep.done_BL is None else deep.done_BL))
-        return deep.states_BLD
+        tokens = Tokens(embeds_BLD, positions_BL, None if mask_BL is None else mask_BL.bool())
+        scope = None if self.meter is None else Spending(self.meter, self.rows, counted_B)
+        columns = range(self.length - embeds_BLD.shape[1], self.length)
+        keeps_little = self.checkpoint_passes and torch.is_grad_enabled()
+        states, self.cache = self.depth.read(tokens, self.cache, columns, scope, self.rows, weights, keeps_little)
+        return states
 
     def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, all_states: bool, normed: bool):
         mask: Any = self.mask_BP
@@ -283,7 +240,7 @@ def merge(parts: Sequence[tuple[list[int], Context]]) -> Context:
     gaps = [whole.length - context.length for context in contexts]
     whole.cache = join_rows([context.cache for context in contexts], gaps, places)
     whole.next_position_B = torch.cat([context.next_position_B for context in contexts])[places]
-    whole.deep = ()
+    whole.depth = contexts[0].depth and contexts[0].depth.merged([context.depth for context in contexts], places)
     if any(gaps) or any(context.mask_BP is not None for context in contexts):
         masks = [
             context.next_position_B.new_ones(len(context.next_position_B), context.length)
@@ -294,8 +251,4 @@ def merge(parts: Sequence[tuple[list[int], Context]]) -> Context:
         whole.mask_BP = torch.cat([pad(mask, (gap, 0)) for mask, gap in zip(masks, gaps)])[places]
     if whole.rows is not None:
         whole.rows = torch.cat([context.rows for context in contexts if context.rows is not None])[places]
-    if whole.asked_B is not None:
-        whole.asked_B = torch.cat([context.asked_B for context in contexts if context.asked_B is not None])[places]
-    if whole.wanted_BS is not None:  # it speaks of columns that have been read
-        whole.wanted_BS = whole.next_position_B.new_zeros(len(places), 0)
     return whole

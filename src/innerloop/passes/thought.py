@@ -14,20 +14,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from innerloop.halting.evidence import Hints
+from innerloop.config.method import Method
+from innerloop.halting.evidence import RowInfo
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.passes.context import Context, Weights, merge
-from innerloop.passes.ragged import Deep
+from innerloop.passes.tokens import PassOutput
 from innerloop.text.batch import Batch
-
-if TYPE_CHECKING:
-    from innerloop.config.method import Method
 
 LoopWeights = Callable[[int], AbstractContextManager[None]]
 Masked = tuple[Tensor, Tensor | None]
@@ -68,9 +65,10 @@ class Thought:
     after: Context | None = None
 
     @property
-    def deep(self) -> Sequence[Deep]:
+    def deep(self) -> Sequence[PassOutput]:
         """What the passes gave in which tokens had unlike depth, the answer's among them."""
-        return (self.context if self.after is None else self.after).deep
+        run = (self.context if self.after is None else self.after).depth
+        return () if run is None else run.passes
 
 
 def think(
@@ -202,7 +200,7 @@ class RegionPass:
     """
 
     compacts = True
-    hints: Hints | None = None
+    row_info: RowInfo | None = None
 
     def __init__(
         self,
@@ -307,7 +305,7 @@ class AppendPass:
     compacts = False
     state_mask: Tensor | None = None
     before: Tensor | None = None
-    hints: Hints | None = None
+    row_info: RowInfo | None = None
     peeks = False
 
     def __init__(self, context: Context, mask_BN: Tensor | None, weights: LoopWeights, normed: bool):

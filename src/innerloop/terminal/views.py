@@ -8,12 +8,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.engine.generation import Generation
-from innerloop.loop.trace import Iteration, Reading, ShownStep, Trace
+from innerloop.loop.trace import Iteration, ShownStep, TopTokens, Trace
 from innerloop.terminal.wide_table import Bands
 from innerloop.text.row import ANSWER_PASS, Kind, Row
 
@@ -39,20 +40,12 @@ def legend() -> Text:
     return line
 
 
-def row_view(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 100) -> RenderableType:
-    """Return a row as cells of token, label and position, wrapped to a width."""
+def row_view(row: Row, tokenizer: PreTrainedTokenizerBase) -> RenderableType:
+    """Return a row as cells of token, label and position, as many side by side as there is room for."""
     if row.next is not None:
-        views = (row_view(replace(link, next=None), tokenizer, width) for link in row.links())
+        views = (row_view(replace(link, next=None), tokenizer) for link in row.links())
         return Group(*(part for i, view in enumerate(views) for part in ((Text("then"), view) if i else (view,))))
-    lines: list[RenderableType] = []
-    for cells in _wrap(list(_cells(row, tokenizer)), width):
-        tokens, labels, positions = Text(), Text(), Text()
-        for token, label, position, colour in cells:
-            size = max(len(token), len(label), len(position)) + 1
-            tokens.append(token.ljust(size), style=colour)
-            labels.append(label.ljust(size), style="white" if label != NO_LABEL else "dim")
-            positions.append(position.ljust(size), style="dim")
-        lines += [tokens, labels, positions]
+    lines: list[RenderableType] = [Columns(_cells(row, tokenizer))]
     for loop, readouts in groupby(row.readouts, key=lambda readout: readout.loop):
         when = f"loop {loop}" if loop != ANSWER_PASS else "the pass of the answer"
         shown = " ".join(f"{visible(tokenizer, readout.token)}@{readout.at}" for readout in readouts)
@@ -62,35 +55,18 @@ def row_view(row: Row, tokenizer: PreTrainedTokenizerBase, width: int = 100) -> 
     return Group(*lines)
 
 
-def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str, str, str]]:
+def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
     position = slot = 0
     suffix_start = len(row) - sum(len(piece.ids) for piece in row.suffix)
     for piece in row.pieces:
         for token_id in piece.ids:
             token = visible(tokenizer, token_id)
+            label = (token, "white") if piece.supervised else (NO_LABEL, "dim")
             if piece.kind is Kind.LATENT:
                 token, slot = f"{token}{slot}", slot + 1
-            yield (
-                token,
-                visible(tokenizer, token_id) if piece.supervised else NO_LABEL,
-                str(position + (row.skipped if position >= suffix_start else 0)),
-                COLOURS[piece.kind],
-            )
+            counted = str(position + (row.skipped if position >= suffix_start else 0))
+            yield Text.assemble((token, COLOURS[piece.kind]), "\n", label, "\n", (counted, "dim"))
             position += 1
-
-
-def _wrap(cells: list[tuple[str, str, str, str]], width: int) -> Iterator[list[tuple[str, str, str, str]]]:
-    line: list[tuple[str, str, str, str]] = []
-    used = 0
-    for cell in cells:
-        size = max(map(len, cell[:3])) + 1
-        if line and used + size > width:
-            yield line
-            line, used = [], 0
-        line.append(cell)
-        used += size
-    if line:
-        yield line
 
 
 def visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
@@ -145,7 +121,7 @@ def _numbers(entry: Iteration) -> dict[str, str]:
     return told if entry.score is None else told | {"stop score": f"{entry.score[0].item():.2f}"}
 
 
-def _shown(entry: Iteration | Reading, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _shown(entry: Iteration | TopTokens, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the likeliest token of each position of one row, with its probability."""
     if entry.top_ids is None or entry.top_probs is None:
         return []
@@ -193,7 +169,7 @@ def print_rows(console: Console, rows: list[Row], tokenizer: PreTrainedTokenizer
     console.print(legend())
     for row in rows:
         console.print()
-        console.print(row_view(row, tokenizer, max(console.width - 2, 40)))
+        console.print(row_view(row, tokenizer))
 
 
 def depth_view(depths: Sequence[tuple[str, int]]) -> Text:

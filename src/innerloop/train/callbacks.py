@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
 import signal
 import threading
@@ -13,25 +11,14 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from innerloop.terminal.progress import bar
 
 METRICS = "metrics.jsonl"
 INTERRUPTED = "interrupted"  # an empty file in a checkpoint that train.save_strategy would not have made
 SHOWN = {"loss": "loss", "loss_answer": "answer", "loss_step": "step", "stage": "stage", "eval_accuracy": "accuracy"}
-
-
-def bar(console: Console | None = None) -> Progress:
-    """Return a progress bar with counts, time used and time left."""
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
 
 
 class LiveProgress(TrainerCallback):
@@ -130,26 +117,3 @@ def remove_interrupted(folder: Path) -> None:
     """Remove the checkpoints that interruptions left in a folder, once the training there has come to its end."""
     for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{INTERRUPTED}"):
         shutil.rmtree(mark.parent)
-
-
-def end_when_asked() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, so that nothing is lost; call it in the main thread."""
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
-
-
-def end_with_parent() -> None:
-    """Let this worker end when the process that started it is gone, however it went."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        assert parent is not None
-        parent.join()
-        os._exit(1)  # nobody will ever ask it for anything
-
-    if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()

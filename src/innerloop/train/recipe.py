@@ -17,20 +17,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
+from innerloop.config.typed import filled, merged, named, typed
 from innerloop.decoder.adapters import MarkerInit
-from innerloop.errors import InputError, misfit, nearest, takes_none, told_type
+from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named
 from innerloop.tasks import Task, task_named
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
+NAMED = ("task", "method")
 
 
 @dataclass(frozen=True)
@@ -79,31 +79,21 @@ class Recipe:
 
     def with_paths(self) -> Recipe:
         """Return the recipe with ``{out}`` in the method's fields (its teacher, ..) replaced by the run's folder."""
-        written = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
-        found = {name: value for name, value in written.items() if isinstance(value, str) and "{out}" in value}
-        paths = {name: value.replace("{out}", self.out) for name, value in found.items()}
-        return replace(self, method=replace(self.method, **paths)) if paths else self  # type: ignore[arg-type]
+        return replace(self, method=filled(self.method, "{out}", self.out))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it would be written, every field spelled out."""
-        written: dict[str, Any] = {
+        sections: dict[str, Any] = {
             "task": {"name": self.task.name, **asdict(self.task)},
             "backbone": asdict(self.backbone),
             "method": {"name": self.method.name, **asdict(self.method)},
             "train": dict(self.train),
             "out": self.out,
         }
-        if self.stages:
-            written["train"] = {}
-            written["stages"] = [
-                {
-                    name: value
-                    for name, value in stage.as_dict().items()
-                    if name in ("task", "backbone", "method", "train")
-                }
-                for stage in self.stages
-            ]
-        return written
+        if not self.stages:
+            return sections
+        stages = [{name: value for name, value in s.as_dict().items() if name != "out"} for s in self.stages]
+        return {**sections, "train": {}, "stages": stages}
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
@@ -179,15 +169,12 @@ def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
         targets = [raw, *(stage for stage in stages if section == "train" and "train" in stage)]
     for target in targets:
         if not path:
-            target[section] = {"name": value} if section in ("task", "method") and isinstance(value, str) else value
+            target[section] = _with_name(section, value)
             continue
-        if isinstance(target.get(section), str) and section in ("task", "method"):
-            target[section] = {"name": target[section]}
-        place = target[section] = target.get(section) or {}
-        if not isinstance(place, dict):
-            raise InputError(f"--{name}: '{section}' is not a section")
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
+        target[section], place = _with_name(section, target.get(section)), target
+        for key in (section, *path[:-1]):
+            place[key] = place.get(key) or {}
+            place = place[key]
             if not isinstance(place, dict):
                 raise InputError(f"--{name}: '{key}' is not a section")
         place[path[-1]] = value
@@ -219,87 +206,41 @@ def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
     return _parse_stage(raw, {})
 
 
+def overridden(name: str, before: Any, value: Any) -> Any:
+    """Return a section with the fields that a stage or variant gives it; of another task or method none stay."""
+    before, value = (_with_name(name, section) for section in (before or {}, value))
+    if not isinstance(before, dict) or not isinstance(value, dict):
+        return value
+    if value.get("name", before.get("name")) != before.get("name"):
+        return value
+    return merged(before, value) if name in NAMED else {**before, **value}
+
+
+def _with_name(name: str, section: Any) -> Any:
+    """Return a section whose bare name is spelled out."""
+    return {"name": section} if name in NAMED and isinstance(section, str) else section
+
+
 def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
     for name in stage:
         if name not in ("task", "backbone", "method", "train"):
             raise InputError(f"a stage overrides task, backbone, method or train, not '{name}'")
-    merged = copy.deepcopy({name: value for name, value in raw.items() if name != "stages"})
-    for name in ("task", "method"):
-        if isinstance(merged.get(name), str):
-            merged[name] = {"name": merged[name]}
+    sections = copy.deepcopy({name: value for name, value in raw.items() if name != "stages"})
     for name, value in stage.items():
-        value = {"name": value} if name in ("task", "method") and isinstance(value, str) else value
-        if not isinstance(value, dict):
+        sections[name] = overridden(name, sections.get(name), value)
+        if not isinstance(sections[name], dict):
             raise InputError(f"a stage's '{name}' must list fields, not {value!r}")
-        same = name in ("train", "backbone") or value.get("name", merged.get(name, {}).get("name")) == merged.get(
-            name, {}
-        ).get("name")
-        merged[name] = {**(merged.get(name) or {}), **value} if same else value
-    if "method" not in merged:
+    if "method" not in sections:
         raise InputError("a stage has no 'method', and the recipe has none to fall back on")
-    train = merged.get("train") or {}
-    if not isinstance(merged["out"], str):
-        raise InputError(f"out is {merged['out']!r}, but must be a folder's name")
+    train = sections.get("train") or {}
+    if not isinstance(sections["out"], str):
+        raise InputError(f"out is {sections['out']!r}, but must be a folder's name")
     if not isinstance(train, dict):
         raise InputError("the train section must list training arguments, for example train: {max_steps: 1000}")
     return Recipe(
-        task=named(merged["task"], "task", task_named),
-        backbone=typed(BackboneChoice, merged["backbone"], "backbone"),
-        method=named(merged["method"], "method", method_named),
+        task=named(sections["task"], "task", task_named),
+        backbone=typed(BackboneChoice, sections["backbone"], "backbone"),
+        method=named(sections["method"], "method", method_named),
         train=train,
-        out=str(merged["out"]),
+        out=str(sections["out"]),
     )
-
-
-def named(section: Any, key: str, find: Any) -> Any:
-    """Build a task or method from ``{name: ..., field: value}`` or from its bare name."""
-    section = {"name": section} if isinstance(section, str) else section
-    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
-        raise InputError(f"the {key} section needs a name, for example {key}: {{name: ...}}")
-    settings = dict(section)
-    cls = find(settings.pop("name"))
-    if "preset" in settings:
-        presets, chosen = getattr(cls, "presets", {}), settings.pop("preset")
-        if not isinstance(chosen, str) or chosen not in presets:
-            raise InputError(
-                f"{key}.preset: '{cls.name}' has no preset '{chosen}'{nearest(str(chosen), presets)}; "
-                f"it has {', '.join(presets) or 'none'}"
-            )
-        settings = {**asdict(presets[chosen]), **settings}
-    return typed(cls, settings, key)
-
-
-def typed(cls: type, settings: Any, key: str) -> Any:
-    """Build a dataclass from plain values, with types checked and unknown fields answered by the nearest name."""
-    if not isinstance(settings, dict):
-        raise InputError(f"the {key} section must list fields, not {settings!r}")
-    known, types = [f.name for f in fields(cls)], get_type_hints(cls)
-    for name, value in settings.items():
-        if name not in known:
-            title = getattr(cls, "name", key)
-            raise InputError(f"{key}.{name}: '{title}' has no field '{name}'{nearest(name, known)}")
-        if value is None and not takes_none(types[name]):
-            raise InputError(f"{key}.{name} is empty, but must be {told_type(types[name])}")
-    parser = _field_parser(key, cls)
-    try:
-        parsed = parser.parse_object({key: settings})
-    except ArgumentError as error:
-        raise InputError(misfit(error, types, f"{key}.")) from None
-    return cls(**parsed.as_dict().get(key, {}))
-
-
-@cache
-def _field_parser(key: str, cls: type) -> ArgumentParser:
-    """Return the parser of one dataclass, made once: suites type hundreds of recipes."""
-    return field_parser({key: cls})
-
-
-def field_parser(classes: Mapping[str, type], prog: str = "innerloop") -> ArgumentParser:
-    """Return a parser whose arguments are the fields of dataclasses; it types values and prints their help."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False)
-    for key, cls in classes.items():
-        # A dataclass of several bases has names of types from as many modules; jsonargparse looks into some of them,
-        # and takes any value for a type that it does not find.
-        cls.__init__.__annotations__ |= get_type_hints(cls)  # type: ignore[misc]
-        parser.add_class_arguments(cls, key)
-    return parser

@@ -16,10 +16,10 @@ from typing import Any
 from transformers import set_seed
 
 from innerloop.decoder.adapters import add_lora, freeze
+from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Method
-from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
+from innerloop.model import loading
 from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
 from innerloop.train.callbacks import remove_interrupted
@@ -140,13 +140,14 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
         tokenizer = train_tokenizer(train, backbone.vocab_size)
         if backbone.freeze:
             raise InputError("backbone.freeze needs weights worth keeping: give backbone.model, or a stage before")
-        model = checkpoint.from_scratch(backbone.scratch, tokenizer, method, seed)
+        model = loading.from_scratch(LatentModel, backbone.scratch, tokenizer, method, seed)
         _choose_attention(model, backbone.attention)
         if backbone.lora is not None:
-            add_lora(model.backbone, model.tokenizer, model.method.markers, backbone.lora)
+            add_lora(model.backbone, model.marker_ids(), backbone.lora)
         return model
     assert backbone.model is not None
-    model = checkpoint.load(
+    model = loading.load(
+        LatentModel,
         backbone.model,
         method,
         lora=backbone.lora,
@@ -157,7 +158,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
     )
     _choose_attention(model, backbone.attention)
     if backbone.freeze:
-        freeze(model.backbone, model.tokenizer, model.method.markers)
+        freeze(model.backbone, model.marker_ids())
     return model
 
 

@@ -23,11 +23,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from innerloop.decoder.adapters import adapted
 from innerloop.decoder.fused_loss import check_fused
 from innerloop.decoder.token_losses import AtOnce
+from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
+from innerloop.model.model import LatentCore
 from innerloop.model.teacher_cache import TeacherCache
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
@@ -94,7 +95,7 @@ class LatentTrainer(Trainer):
         if model.spell.running_text:
             _check_text(model, eval_dataset)
         train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
-        train = model.method.prepared(train, args.device)
+        train = model.prepared(train)
         if model.step_decoder is not None:
             stages = model.method.stages()
             rows = (model.method.lay_out(example, model.spell, stage) for example in train for stage in stages)
@@ -229,7 +230,7 @@ class LatentTrainer(Trainer):
         states_of = None if self._taught is None else self._taught.states_of
         return collate(rows, self.model.spell.pad_id, states_of).to(self.args.device)
 
-    def _check_room_of(self, teacher: LatentModel) -> None:
+    def _check_room_of(self, teacher: LatentCore) -> None:
         """Refuse a teacher that cannot read the longest of the examples."""
         method, limit = self.model.method, teacher.backbone.context_length
         own = self.args.max_length or self.model.backbone.context_length

@@ -22,18 +22,17 @@ from torch import Tensor
 
 from innerloop.config.loop import LoopSettings
 from innerloop.config.losses import ExitSettings
-from innerloop.config.method import DepthMethod
 from innerloop.config.stopping import TAPPED, StopSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.exit_pass import ExitCache, ExitPass, KvMissing
-from innerloop.methods.depth.exits import add_exit_terms
-from innerloop.model.losses import Terms
-from innerloop.passes.ragged import Deep, Depth, Reading
-from innerloop.passes.thought import Thought
-from innerloop.text.batch import Batch
+from innerloop.methods.depth.exits import exit_terms
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.ragged import DepthForward
+from innerloop.passes.tokens import PassInput, PassOutput
 
 
 class LayerLoop(LoopSettings):
@@ -103,12 +102,12 @@ class AdaInfer(StopSettings, ExitSettings, DepthMethod):
         """The weight of each term of the loss."""
         return {**super().term_weights, **self.exit_term_weights}
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the decoder with exits."""
         return ExitingDecoder(self, backbone, loop)
 
 
-class ExitingDecoder(Depth):
+class ExitingDecoder(DepthForward):
     """A decoder in sections, with an exit after each but the last."""
 
     method: AdaInfer
@@ -129,8 +128,10 @@ class ExitingDecoder(Depth):
 
     def taps(self) -> list[str]:
         """Return of which outputs the classifier compares successive layers'."""
-        judge = None if self.loop.stop is None else self.loop.stop.judge
-        taps: list[str] = [] if judge is None else [name for name in judge.features if name in (*TAPPED, "block")]
+        classifier = None if self.loop.stop is None else self.loop.stop.classifier
+        taps: list[str] = (
+            [] if classifier is None else [name for name in classifier.features if name in (*TAPPED, "block")]
+        )
         is_alone = len(self.sections[0]) < 2
         refuse((bool(taps) and is_alone, "the first layer has none before it to compare with: begin exits at 2"))
         return taps
@@ -139,18 +140,18 @@ class ExitingDecoder(Depth):
         """Return a cache that has read nothing."""
         return ExitCache()
 
-    def forward(self, reading: Reading) -> Deep:
+    def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass; tokens that write leave where their score says, or after a known number of sections."""
         leaves = reading.wanted_BL is not None or self.loop.stop is not None
         return self.leaving(reading) if leaves and not self.training else self.straight(reading)
 
-    def straight(self, reading: Reading) -> Deep:
+    def straight(self, reading: PassInput) -> PassOutput:
         """Run all layers on all tokens."""
         tokens = reading.tokens
         states = [tokens.states_RND]
         for section, layers in enumerate(self.sections):
             states.append(self.run(reading, tokens.with_states(states[-1]), layers, section, inner=section > 0))
-        deep = Deep(self.backbone.norm(states[-1]), tokens.real.long() * self.backbone.n_layers)
+        deep = PassOutput(self.backbone.norm(states[-1]), tokens.real.long() * self.backbone.n_layers)
         if self.training and self.method.wants_exits:
             deep.exits = [*(self.backbone.norm(state) for state in states[1:-1]), deep.states_BLD]
             if self.method.gate != "none":
@@ -163,7 +164,7 @@ class ExitingDecoder(Depth):
         assert stop is not None
         return [stop.halting_logit(state.flatten(0, 1)[:, None]).view(state.shape[:2]) for state in states]
 
-    def leaving(self, reading: Reading) -> Deep:
+    def leaving(self, reading: PassInput) -> PassOutput:
         """Run every token that writes until it leaves."""
         method, n = self.method, len(self.sections)
         each = ExitPass(self, reading, self.sections, method.kv_missing, self.taps(), method.n_candidates)
@@ -180,11 +181,11 @@ class ExitingDecoder(Depth):
         depths = ends[done]
         if not each.is_empty:
             states, depths = each.settle(states_A, states), each.settle(ends[sections_A], depths)
-        deep = Deep(self.backbone.norm(states), depths)
+        deep = PassOutput(self.backbone.norm(states), depths)
         deep.logits_BV = self.last_words(reading, each, deep)
         return deep
 
-    def last_words(self, reading: Reading, each: ExitPass, deep: Deep) -> Tensor | None:
+    def last_words(self, reading: PassInput, each: ExitPass, deep: PassOutput) -> Tensor | None:
         """Return the logits (B, V) of the last column, where some of them have been read out already."""
         words_BV, spending = each.last_BV, reading.spending
         if words_BV is None or spending is None:
@@ -194,8 +195,7 @@ class ExitingDecoder(Depth):
         rows = torch.nonzero(is_new_B)[:, 0]
         return words_BV.index_copy(0, rows, self.backbone.head(deep.states_BLD[rows, -1]).to(words_BV.dtype))
 
-    def add_terms(self, terms: Terms, batch: Batch, thought: Thought) -> None:
-        """Add what is learned at the exits."""
-        super().add_terms(terms, batch, thought)
-        if thought.deep[-1].exits:
-            add_exit_terms(self.method, terms, batch, thought, self.backbone.head)
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return what is learned at the exits, too."""
+        terms = super().loss_terms(inputs)
+        return terms | exit_terms(self.method, inputs) if inputs.thought.deep[-1].exits else terms

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import check_choices, refuse
 from innerloop.loop.stabilize import at_least_fp32
-from innerloop.passes.ragged import Spending, Tokens
+from innerloop.passes.tokens import Spending, Tokens
 
 EXPANSION = 4
 AT_ONCE = 4096  # tokens that are read out together: their logits are large

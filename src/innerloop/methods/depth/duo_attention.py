@@ -22,7 +22,7 @@ from torch import Tensor
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot, view
-from innerloop.passes.ragged import Spending, Tokens
+from innerloop.passes.tokens import Spending, Tokens
 
 DepthAttention = Literal["duo", "depth1_only", "same_depth"]
 

@@ -24,7 +24,8 @@ from transformers import DynamicCache
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot, SlotLayer
-from innerloop.passes.ragged import BlockPass, Depth, Reading, Spending, TokenPass, Tokens
+from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
+from innerloop.passes.tokens import PassInput, Spending, Tokens
 
 KvMissing = Literal["lazy_backfill", "propagate", "full_compute"]
 
@@ -125,8 +126,8 @@ class ExitPass(TokenPass):
 
     def __init__(
         self,
-        depth: Depth,
-        reading: Reading,
+        depth: DepthForward,
+        reading: PassInput,
         sections: Sequence[range],
         kv_missing: KvMissing,
         taps: Sequence[str] = (),
@@ -138,7 +139,7 @@ class ExitPass(TokenPass):
         if reading.asked_B is not None:  # tokens before it write nothing
             self.active_BL = self.active_BL & (tokens.positions_RN >= reading.asked_B[:, None])
         kept = self.active_BL.flatten()[self.flat_A]
-        self.flat_A, self.hints = self.flat_A[kept], None if self.hints is None else self.hints.keep_rows(kept)
+        self.flat_A, self.row_info = self.flat_A[kept], None if self.row_info is None else self.row_info.keep_rows(kept)
         self.start_A = self.flat_A
         self.open, self.done_BW = self._gather(tokens)
         self.n_left = self.open.positions_RN.shape[1] - tokens.positions_RN.shape[1]
@@ -225,8 +226,8 @@ class ExitPass(TokenPass):
 
     def _hint(self, name: str, values_BW: Tensor) -> None:
         """Tell the stop rule something of the tokens that go on."""
-        assert self.hints is not None
-        self.hints.features[name] = self.line_up(values_BW[:, self.n_left :])[:, 0]
+        assert self.row_info is not None
+        self.row_info.features[name] = self.line_up(values_BW[:, self.n_left :])[:, 0]
 
     def _make_keys(self, chosen_BW: Tensor, section: int) -> None:
         """Let some tokens skip a section, with keys and values of their last states."""

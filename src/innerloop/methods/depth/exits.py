@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,25 +19,19 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from innerloop.config.losses import ExitSettings
 from innerloop.decoder.token_losses import ALL, AtOnce, Show, Shown, by_rows, token_losses
 from innerloop.halting.learned import exit_distribution, expected_loss, gain_targets, pull
-
-if TYPE_CHECKING:
-    from innerloop.model.losses import Terms
-    from innerloop.passes.thought import Thought
-    from innerloop.text.batch import Batch
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
 
 
-def add_exit_terms(
-    settings: ExitSettings, terms: Terms, batch: Batch, thought: Thought, head: Callable[[Tensor], Tensor]
-) -> None:
-    """Add the terms of a pass whose exits are known.
+def exit_terms(settings: ExitSettings, inputs: LossInputs) -> PassTerms:
+    """Return the terms of a pass whose exits are known.
 
     The gate's is what turns the loss of the last exit, which is learned anyway, into that of all.
     """
-    deep = thought.deep[-1]
-    n_columns = batch.ids_BS.shape[1]
-    rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - thought.first_column
+    batch, deep, head = inputs.batch, inputs.thought.deep[-1], inputs.backbone.head
+    n_columns, terms = batch.ids_BS.shape[1], PassTerms()
+    rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - inputs.thought.first_column
     states = [exit_BLD[rows, at] for exit_BLD in deep.exits]
-    chunk, targets_U = terms.model.loss_chunk, batch.targets_U
+    chunk, targets_U = inputs.chunk, batch.targets_U
     if settings.exit_weight > 0:
         last = _last_said(head, states[-1].detach(), chunk) if settings.exit_kd > 0 else None
         total = states[-1].new_zeros((), dtype=torch.float32)
@@ -46,7 +39,7 @@ def add_exit_terms(
             share = 1.0 if settings.exit_schedule == "equal" else t / len(states)
             losses_of = partial(_losses_of, Shown(head, state), targets_U, last, settings.exit_kd)
             total = total + share * by_rows(losses_of, len(targets_U), chunk).sum()
-        terms.add("exits", total, "answer")
+        terms["exits"] = total, "answer"
     if settings.gate != "none":
         losses_TU = torch.stack([token_losses(Shown(head, s), batch.targets_U, chunk) for s in states])
         logits_TU = torch.stack([gate_BL[rows, at] for gate_BL in deep.gates])
@@ -54,7 +47,8 @@ def add_exit_terms(
             total = distribution_loss(losses_TU, logits_TU, settings.gate_beta) - losses_TU[-1].sum()
         else:
             total = improvement_loss(losses_TU, logits_TU)
-        terms.add("gate", total, "answer")
+        terms["gate"] = total, "answer"
+    return terms
 
 
 def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: AtOnce) -> Show:

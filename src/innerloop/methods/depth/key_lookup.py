@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from innerloop.decoder.ragged_cache import DepthCache, Slot
-from innerloop.passes.ragged import BlockPass, Depth, Reading, TokenPass, Tokens
+from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
+from innerloop.passes.tokens import PassInput, Tokens
 
 LookupKind = Literal["latest", "always_last", "skip", "compress", "anchor"]
 DEFAULT_SLOTS = {"compress": 4, "anchor": 8}
@@ -50,8 +51,8 @@ class Lookup:
         self,
         kind: LookupKind,
         n_slots: int | None,
-        depth: Depth,
-        reading: Reading,
+        depth: DepthForward,
+        reading: PassInput,
         layers: range,
         n_loops: int,
         n_free: int = 0,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from innerloop.decoder.kv_buffer import RoomLayer
 from innerloop.decoder.ragged_cache import DepthCache, Slot
-from innerloop.passes.ragged import Reading, Tokens
+from innerloop.passes.tokens import PassInput, Tokens
 
 KvShare = Literal["none", "last_loop", "first_loop", "mean"]
 KvMissing = Literal["restrict", "share_step"]
@@ -27,7 +27,7 @@ Sides = list[Tensor]
 SHARED = "shared"
 
 
-def stopped_earlier(reading: Reading, tokens: Tokens, loop: int) -> list[Slot]:
+def stopped_earlier(reading: PassInput, tokens: Tokens, loop: int) -> list[Slot]:
     """Return the slots 1..loop - 1, each with those tokens in view that have stopped at its iteration.
 
     Args:

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from innerloop.config.method import DepthMethod
 from innerloop.decoder.anatomy import Matrix
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
-from innerloop.passes.ragged import Deep, Depth, Reading
-
-if TYPE_CHECKING:
-    from innerloop.model.losses import Terms
-    from innerloop.passes.thought import Thought
-    from innerloop.text.batch import Batch
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.ragged import DepthForward
+from innerloop.passes.tokens import PassInput, PassOutput
 
 EPS = 1e-8
 
@@ -63,12 +60,12 @@ class LoopRegularised(DepthMethod):
         """The weight of each term of the loss."""
         return {**super().term_weights, "cosine": self.cosine_weight}
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the plain decoder with its penalty."""
         return RegularisedDepth(self, backbone, loop)
 
 
-class RegularisedDepth(Depth):
+class RegularisedDepth(DepthForward):
     """All layers, one after the other, once; what they are compared by is a term of the loss."""
 
     method: LoopRegularised
@@ -86,18 +83,19 @@ class RegularisedDepth(Depth):
 
     matrices: list[dict[str, Matrix]]
 
-    def forward(self, reading: Reading) -> Deep:
+    def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass."""
         states = self.run(reading, reading.tokens, range(self.backbone.n_layers), "all", inner=False)
-        return Deep(self.backbone.norm(states), reading.tokens.real.long())
+        return PassOutput(self.backbone.norm(states), reading.tokens.real.long())
 
-    def add_terms(self, terms: Terms, batch: Batch, thought: Thought) -> None:
-        """Add the penalty; every row of the global batch has its share in it."""
-        if self.method.cosine_weight > 0:
-            share = 1.0
-            if self.method.ramp_steps and self.step is not None:
-                share = min(self.step / self.method.ramp_steps, 1.0)
-            terms.add("cosine", share * len(batch) * self.penalty(), "rows")
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return the penalty; every row of the global batch has its share in it."""
+        if self.method.cosine_weight == 0:
+            return {}
+        share = 1.0
+        if self.method.ramp_steps and self.step is not None:
+            share = min(self.step / self.method.ramp_steps, 1.0)
+        return {"cosine": (share * len(inputs.batch) * self.penalty(), "rows")}
 
     def penalty(self) -> Tensor:
         """Return mean_G (1 - R_G)."""

@@ -19,22 +19,22 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from innerloop.config.loop import LoopSettings
 from innerloop.config.losses import ExitSettings
-from innerloop.config.method import DepthMethod
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.sampling import LoopSampling, draw_loops
-from innerloop.methods.depth.exits import add_exit_terms
+from innerloop.methods.depth.exits import exit_terms
 from innerloop.methods.depth.kv_sharing import KvMissing, KvShare, SharedKv, stopped_earlier
+from innerloop.methods.depth.method import DepthMethod
 from innerloop.methods.depth.tying import depths_of, rebuild, stepwise, with_ends
-from innerloop.model.losses import Terms
-from innerloop.passes.ragged import BlockPass, Deep, Depth, Reading, TokenPass, Tokens, read_layers
-from innerloop.passes.thought import Thought
-from innerloop.text.batch import Batch
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
+from innerloop.passes.tokens import PassInput, PassOutput, Tokens, read_layers
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class BlockLoop(LoopSettings, ExitSettings, DepthMethod):
         n_looped = backbone.n_layers - self.n_prelude - self.n_coda
         backbone.expect_depth(backbone.n_layers + (self.max_loops - 1) * n_looped)
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the looping decoder."""
         return LoopedDepth(self, backbone, loop)
 
@@ -165,7 +165,7 @@ class Looped(BlockLoop):
             ),
         )
 
-    def convert(self, backbone: Backbone) -> None:
+    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the block of the layers between prelude and coda."""
         if self.init == "middle_dup":
             return
@@ -180,7 +180,7 @@ class Looped(BlockLoop):
                 block = depths_of(between, k)
         rebuild(backbone, with_ends(block, self.n_prelude, backbone.n_layers, self.n_coda))
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the looping decoder."""
         looped = backbone.n_layers - self.n_prelude - self.n_coda
         refuse(
@@ -193,7 +193,7 @@ class Looped(BlockLoop):
         return super().make_depth(backbone, loop)
 
 
-class LoopedDepth(Depth):
+class LoopedDepth(DepthForward):
     """Prelude, the block over and over, coda."""
 
     method: BlockLoop
@@ -237,7 +237,7 @@ class LoopedDepth(Depth):
         """Return the logits that what an iteration gives back shows."""
         return self.backbone.head(states if self.norms else self.backbone.norm(states))
 
-    def leave(self, reading: Reading, state_BLD: Tensor, key: Hashable = "coda") -> Tensor:
+    def leave(self, reading: PassInput, state_BLD: Tensor, key: Hashable = "coda") -> Tensor:
         """Return the states after coda and final norm."""
         if self.coda:
             state_BLD = self.run(reading, reading.tokens.with_states(state_BLD), self.coda, key)
@@ -245,7 +245,7 @@ class LoopedDepth(Depth):
             return state_BLD
         return self.backbone.norm(state_BLD)
 
-    def forward(self, reading: Reading) -> Deep:
+    def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass; where tokens may stop by themselves, each goes its own number of times round."""
         tokens, method = reading.tokens, self.method
         n_loops = method.max_loops if reading.loops is None else reading.loops
@@ -253,7 +253,7 @@ class LoopedDepth(Depth):
             first = self.run(reading, tokens, self.prelude, "prelude", inner=False)
         else:
             first = self.backbone.enter(tokens.states_RND, tokens.positions_RN)
-        deep = Deep(first, tokens.real.long() * n_loops)
+        deep = PassOutput(first, tokens.real.long() * n_loops)
         if self.loop.stop is not None and not self.training:
             each = LoopedTokenPass(self, reading, first, n_loops)
             lined = each.line_up(first)
@@ -278,11 +278,10 @@ class LoopedDepth(Depth):
             deep.sums["gain"] = penalty * len(first)
         return deep
 
-    def add_terms(self, terms: Terms, batch: Batch, thought: Thought) -> None:
-        """Add what is learned at the exits."""
-        super().add_terms(terms, batch, thought)
-        if thought.deep[-1].exits:
-            add_exit_terms(self.method, terms, batch, thought, self.backbone.head)
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return what is learned at the exits, too."""
+        terms = super().loss_terms(inputs)
+        return terms | exit_terms(self.method, inputs) if inputs.thought.deep[-1].exits else terms
 
 
 class LoopedPass(BlockPass):
@@ -297,7 +296,7 @@ class LoopedPass(BlockPass):
 
     depth: LoopedDepth
 
-    def __init__(self, depth: LoopedDepth, reading: Reading, first_BLD: Tensor, n_loops: int):
+    def __init__(self, depth: LoopedDepth, reading: PassInput, first_BLD: Tensor, n_loops: int):
         super().__init__(depth, reading, depth.block)
         self.first, self.n_loops, self.forgets = first_BLD, n_loops, False
         shares = depth.method.kv_share != "none" and not depth.training and reading.n_read > 0

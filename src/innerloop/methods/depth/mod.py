@@ -10,18 +10,17 @@ one for the question and for what is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from innerloop.config.method import DepthMethod
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import InputError, check_choices, refuse
+from innerloop.errors import check_choices, refuse
 from innerloop.loop.loop import InnerLoop
+from innerloop.methods.depth.method import DepthMethod
 from innerloop.methods.depth.router import (
     CapacityBase,
     Gate,
@@ -37,14 +36,9 @@ from innerloop.methods.depth.router import (
     top_k,
     warmed,
 )
-from innerloop.passes.ragged import Deep, Depth, Reading, Tokens
-
-if TYPE_CHECKING:
-    from innerloop.model.losses import Terms
-    from innerloop.model.model import LatentModel
-    from innerloop.passes.thought import Thought
-    from innerloop.text.batch import Batch
-    from innerloop.text.examples import Example
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.ragged import DepthForward
+from innerloop.passes.tokens import PassInput, PassOutput, Tokens
 
 SLOWEST = 0.02  # the least weight that a training batch has in the running mean of a threshold
 NARROWER = 4  # how many times narrower a predictor is inside than the model
@@ -67,7 +61,7 @@ class Mod(DepthMethod):
             (replace).
         causality: how a token is chosen when answering: by r > 0, which the auxiliary loss teaches (aux_bce); by a
             network on the side (predictor); or by r above its (1 - c) quantile (calibrated), which follows the training
-            batches and may be set on other text by `innerloop.methods.depth.mod.calibrate`.
+            batches and may be set on other text by `innerloop.calibrate.router_thresholds`.
         aux_weight: lambda_aux, with aux_bce.
         routing_mode: when answering, choose by causality (causal); or as in training (topk), which sees later tokens:
             scores measured so are too good, and what is written token by token has another depth.
@@ -104,7 +98,7 @@ class Mod(DepthMethod):
         """The weight of each term of the loss."""
         return {**super().term_weights, "router": self.aux_weight, "predictor": 1.0}
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the decoder with routed layers."""
         return ModDepth(self, backbone, loop)
 
@@ -127,7 +121,7 @@ class Predictor(nn.Module):
         return 2.0 * sum(p.numel() for p in self.parameters())
 
 
-class ModDepth(Depth):
+class ModDepth(DepthForward):
     """The layers one after the other, some of them on the tokens that their router lets through.
 
     A pass's ``depths_BL`` count the layers that a token ran. ``measured`` has, for each routed layer, the share of
@@ -157,7 +151,7 @@ class ModDepth(Depth):
         self.register_buffer("n_batches", torch.zeros(()))
         self.sees_later = method.routing_mode == "topk"  # when answering
 
-    def forward(self, reading: Reading) -> Deep:
+    def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass."""
         tokens, n, notes = reading.tokens, self.backbone.n_layers, Notes()
         state, depths, done = tokens.states_RND, tokens.real.long() * (n - len(self.routed)), 0
@@ -169,9 +163,11 @@ class ModDepth(Depth):
                 depths = depths + chosen
                 state = self._run_routed(reading, tokens.with_states(state), layer, chosen, logits)
             done = layer + 1
-        return Deep(self.backbone.norm(state), depths, sums=notes.sums, measured=notes.measured)
+        return PassOutput(self.backbone.norm(state), depths, sums=notes.sums, measured=notes.measured)
 
-    def _run_routed(self, reading: Reading, tokens: Tokens, layer: int, chosen_BL: Tensor, logits_BL: Tensor) -> Tensor:
+    def _run_routed(
+        self, reading: PassInput, tokens: Tokens, layer: int, chosen_BL: Tensor, logits_BL: Tensor
+    ) -> Tensor:
         """Return the states (B, L, D) after a routed layer."""
         picked, method = tokens.pick(chosen_BL), self.method
         if picked is None:
@@ -181,7 +177,7 @@ class ModDepth(Depth):
         new = mixed(picked.states_RND, after, gate, method.gate_target, straight=method.gate == "st")
         return picked.put(tokens.states_RND, new)
 
-    def _choose(self, reading: Reading, index: int, state_BLD: Tensor, notes: Notes) -> tuple[Tensor, Tensor]:
+    def _choose(self, reading: PassInput, index: int, state_BLD: Tensor, notes: Notes) -> tuple[Tensor, Tensor]:
         """Return which tokens run a routed layer, and the router's scores, both (B, L)."""
         method, real = self.method, reading.tokens.real
         rule = logits = self.routers[index](state_BLD)[..., 0]
@@ -213,33 +209,11 @@ class ModDepth(Depth):
             notes.add(name, membership_loss(rule, chosen, real) / len(self.routed))
         return chosen, logits
 
-    def add_terms(self, terms: Terms, batch: Batch, thought: Thought) -> None:
-        """Add the routers' or predictors' term; thresholds follow the quantiles of the training batches."""
-        super().add_terms(terms, batch, thought)
-        for deep in thought.deep if self.training else ():
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return the routers' or predictors' term; thresholds follow the quantiles of the training batches."""
+        for deep in inputs.thought.deep if self.training else ():
             if "quantile" in deep.measured:
                 self.n_batches += 1
                 weight = (1 / self.n_batches).clamp(min=SLOWEST)
                 self.thresholds += weight * (deep.measured["quantile"] - self.thresholds)
-
-
-@torch.no_grad()
-def calibrate(model: LatentModel, examples: Sequence[Example], batch_size: int = 32) -> None:
-    """Set the thresholds of causality=calibrated to the (1 - c) quantiles of the routers' scores on held-out examples.
-
-    They are means over batches.
-    """
-    depth, was_training = model.depth, model.training
-    if not isinstance(depth, ModDepth) or depth.method.causality != "calibrated":
-        raise InputError("thresholds are calibrated for mod with causality=calibrated: set it so")
-    quantiles, saw = [], depth.sees_later
-    model.eval()
-    depth.sees_later = True
-    for start in range(0, len(examples), batch_size):
-        batch = model.batch(model.rows(examples[start : start + batch_size]))
-        thought = model.think(batch)
-        model.written_logits(batch, thought)
-        quantiles += [deep.measured["quantile"] for deep in thought.deep]
-    depth.sees_later = saw
-    model.train(was_training)
-    depth.thresholds.copy_(torch.stack(quantiles).mean(0))
+        return super().loss_terms(inputs)

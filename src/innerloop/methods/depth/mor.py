@@ -12,26 +12,23 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from innerloop.config.loop import LoopSettings
-from innerloop.config.method import DepthMethod
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import check_choices, refuse
 from innerloop.loop.loop import InnerLoop
-from innerloop.methods.depth.recursion import ExpertPass, TokenChoicePass
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.methods.depth.recursion import ExpertPass, RecursiveDepth, TokenChoicePass
 from innerloop.methods.depth.router import CapacityBase, Notes, Router
 from innerloop.methods.depth.tying import check_kinds, rebuild, stepwise
-from innerloop.passes.ragged import Deep, Depth, Reading
-
-if TYPE_CHECKING:
-    from innerloop.model.losses import Terms
-    from innerloop.passes.thought import Thought
-    from innerloop.text.batch import Batch
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.ragged import DepthForward
+from innerloop.passes.tokens import PassInput, PassOutput
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ class Mor(DepthMethod):
         depths = [shared[i // n if self.sharing.endswith("sequence") else i % m] for i in range(m * n)]
         return [depths[r * m : (r + 1) * m] for r in range(n)]
 
-    def convert(self, backbone: Backbone) -> None:
+    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         """Keep one layer of each N_r that are tied, and the unshared ones."""
         n, edge = self.n_recursions, int(self.is_middle)
         inner = range(edge, backbone.n_layers - edge)
@@ -197,12 +194,12 @@ class Mor(DepthMethod):
             for i in range(edge, edge + m):
                 backbone.layers[i].load_state_dict(fresh.layers[i].state_dict())
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the recursive decoder."""
         return MorDepth(self, backbone, loop)
 
 
-class MorDepth(Depth):
+class MorDepth(RecursiveDepth):
     """The first layer, the recursions, the last layer.
 
     A pass's ``depths_BL`` count recursions. ``measured`` has, for each recursion, the share of tokens in it (selected);
@@ -223,7 +220,7 @@ class MorDepth(Depth):
         self.register_buffer("bias", torch.zeros(n if method.balancing == "loss_free" else 0))
         self.sees_later = method.routing_mode == "topk"  # when answering
 
-    def forward(self, reading: Reading) -> Deep:
+    def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass."""
         tokens, notes, last = reading.tokens, Notes(), self.backbone.n_layers - 1
         if self.method.is_middle:
@@ -235,14 +232,14 @@ class MorDepth(Depth):
         state = self.loop(recursion, state, [self.method.n_recursions] * len(state), reading.trace).state
         if self.method.is_middle:
             state = self.run(reading, tokens.with_states(state), range(last, last + 1), "last")
-        return Deep(self.backbone.norm(state), recursion.depths_BL, sums=notes.sums, measured=notes.measured)
+        return PassOutput(self.backbone.norm(state), recursion.depths_BL, sums=notes.sums, measured=notes.measured)
 
-    def add_terms(self, terms: Terms, batch: Batch, thought: Thought) -> None:
-        """Add the routers' terms; with loss-free balancing b_i += u sign(mean load - load_i)."""
-        super().add_terms(terms, batch, thought)
-        for deep in thought.deep if self.training and len(self.bias) else ():
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return the routers' terms; with loss-free balancing b_i += u sign(mean load - load_i)."""
+        for deep in inputs.thought.deep if self.training and len(self.bias) else ():
             load = deep.measured["load"].to(self.bias.dtype)
             self.bias += self.method.bias_rate * (load.mean() - load).sign()
+        return super().loss_terms(inputs)
 
 
 def one_each(n: int, width: int, std: float) -> nn.ModuleList:

@@ -17,10 +17,10 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from innerloop.config.curriculum import Schedule
 from innerloop.config.loop import LoopSettings
-from innerloop.config.method import DepthMethod
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.errors import refuse
@@ -29,7 +29,9 @@ from innerloop.loop.loop import InnerLoop
 from innerloop.loop.sampling import LoopSampling, draw_loops
 from innerloop.methods.depth.initial_state import Ramp, RampKind, mean_cosine, noise_at
 from innerloop.methods.depth.key_lookup import DEFAULT_SLOTS, ENDED, Lookup, LookupKind, LookupPass, LookupTokenPass
-from innerloop.passes.ragged import Deep, Depth, Reading, Tokens
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.passes.ragged import DepthForward
+from innerloop.passes.tokens import PassInput, PassOutput, Tokens
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
@@ -189,7 +191,7 @@ class RecurrentDepth(LoopSettings, DepthMethod):
         )
         return first, core, last
 
-    def convert(self, backbone: Backbone) -> None:
+    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         """Keep the first l_P layers, and the l_R + l_C last."""
         n = backbone.n_layers
         first, core, last = self.split(n)
@@ -203,7 +205,7 @@ class RecurrentDepth(LoopSettings, DepthMethod):
         first, core, last = replace(self, drops=False, n_core=None).split(backbone.n_layers)
         backbone.expect_depth(first + self.max_loops * core + last)
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the recurrent decoder."""
         return RecurrentDecoder(self, backbone, loop)
 
@@ -225,7 +227,7 @@ class ChainCache(DepthCache):
         return replace(super().joined(caches, gaps, order), state_B1D=torch.cat(states)[order])  # type: ignore[call-arg]
 
 
-class RecurrentDecoder(Depth):
+class RecurrentDecoder(DepthForward):
     """Prelude, the core over and over, coda."""
 
     method: RecurrentDepth
@@ -244,7 +246,7 @@ class RecurrentDecoder(Depth):
         """Return a cache that has read nothing."""
         return ChainCache() if self.method.chains_state else DepthCache()
 
-    def forward(self, reading: Reading) -> Deep:
+    def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass; where tokens may stop by themselves, each goes its own number of times round."""
         tokens, method, limit = reading.tokens, self.method, reading.loops
         limit = method.max_loops if limit is None else limit
@@ -273,7 +275,7 @@ class RecurrentDecoder(Depth):
         if self.coda:
             out = self.run(reading, tokens.with_states(out), self.coda, "coda")
         measured = {"state_cosine": mean_cosine(state.detach(), tokens.real)} if state.shape[1] > 1 else {}
-        return Deep(self.backbone.norm(out), depths, measured=measured)
+        return PassOutput(self.backbone.norm(out), depths, measured=measured)
 
     def n_free(self, n_loops: int) -> int:
         """Return how many of r iterations run without a gradient: r - min(r, k)."""
@@ -282,7 +284,7 @@ class RecurrentDecoder(Depth):
             k = min(k, ramp.stage_at(self.step))
         return 0 if k is None else max(n_loops - k, 0)
 
-    def first_state(self, reading: Reading, told_BLD: Tensor) -> Tensor:
+    def first_state(self, reading: PassInput, told_BLD: Tensor) -> Tensor:
         """Return s_0 (B, L, D)."""
         method, positions, width = self.method, reading.tokens.positions_RN, told_BLD.shape[-1]
         std = math.sqrt(2 / (5 * width)) if method.state_std is None else method.state_std
@@ -297,7 +299,7 @@ class RecurrentDecoder(Depth):
             state = torch.where(is_first[..., None], reading.cache.state_B1D, state)
         return state
 
-    def remember(self, reading: Reading, state_BLD: Tensor) -> None:
+    def remember(self, reading: PassInput, state_BLD: Tensor) -> None:
         """Keep the final state of each row's last token, for the first of the next pass."""
         cache, real = reading.cache, reading.tokens.real
         if not isinstance(cache, ChainCache):
@@ -307,7 +309,7 @@ class RecurrentDecoder(Depth):
         before = torch.zeros_like(state) if cache.state_B1D is None else cache.state_B1D
         cache.state_B1D = torch.where(real.any(1)[:, None, None], state, before)
 
-    def inject(self, reading: Reading, told_BLD: Tensor, tokens: Tokens, loop: int) -> Tokens:
+    def inject(self, reading: PassInput, told_BLD: Tensor, tokens: Tokens, loop: int) -> Tokens:
         """Return tokens with the core's input in place of their states: A [s; e], or s + e."""
         states, told, lora = tokens.states_RND, tokens.take(told_BLD), self.loop.lora
         flops = 0.0 if lora is None or lora.index(loop) is None else lora.flops
@@ -320,12 +322,12 @@ class RecurrentDecoder(Depth):
         _spend(reading, tokens, flops)
         return tokens.with_states(fed)
 
-    def lookup(self, reading: Reading, limit: int, n_free: int = 0) -> Lookup:
+    def lookup(self, reading: PassInput, limit: int, n_free: int = 0) -> Lookup:
         """Return the slots of the core in a pass."""
         method = self.method
         return Lookup(method.kv_lookup, method.kv_slots, self, reading, self.core, limit, n_free)
 
-    def glimpses(self, reading: Reading, limit: int) -> Lookup:
+    def glimpses(self, reading: PassInput, limit: int) -> Lookup:
         """Return the slots of the coda while tokens have not ended; of those read before, the last keys are found."""
         aside = DepthCache()
         if "coda" in reading.cache.slots:
@@ -343,7 +345,7 @@ class RecurrentDecoder(Depth):
         return backbone.head(backbone.norm(states))  # whose FLOPs the loop counts
 
 
-def _spend(reading: Reading, tokens: Tokens, flops: float) -> None:
+def _spend(reading: PassInput, tokens: Tokens, flops: float) -> None:
     """Count FLOPs per token that are no part of the layers."""
     if reading.spending is not None:
         reading.spending.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, flops)

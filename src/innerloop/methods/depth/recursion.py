@@ -8,10 +8,10 @@ Shapes: `B` rows, `L` tokens of a pass, `R` and `N` rows and columns of a packed
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from innerloop.methods.depth.router import (
     GateTarget,
@@ -27,10 +27,19 @@ from innerloop.methods.depth.router import (
     top_k,
     warmed,
 )
-from innerloop.passes.ragged import BlockPass, Reading, Tokens
+from innerloop.passes.ragged import BlockPass, DepthForward
+from innerloop.passes.tokens import PassInput, Tokens
 
-if TYPE_CHECKING:
-    from innerloop.methods.depth.mor import MorDepth
+
+class RecursiveDepth(DepthForward):
+    """What the passes below need of the recursive decoder; ``method`` is a `Mor`."""
+
+    method: Any
+    recursions: list[list[range]]
+    routers: nn.ModuleList
+    aux_routers: nn.ModuleList
+    bias: Tensor
+    sees_later: bool
 
 
 class RecursionPass(BlockPass):
@@ -42,9 +51,9 @@ class RecursionPass(BlockPass):
         notes: filled with what the routers tell.
     """
 
-    depth: MorDepth
+    depth: RecursiveDepth
 
-    def __init__(self, depth: MorDepth, reading: Reading, notes: Notes):
+    def __init__(self, depth: RecursiveDepth, reading: PassInput, notes: Notes):
         super().__init__(depth, reading, range(0))
         self.notes, self.real_BL = notes, reading.tokens.real
         self.depths_BL = torch.zeros_like(reading.tokens.positions_RN)
@@ -95,7 +104,7 @@ class RecursionPass(BlockPass):
 class ExpertPass(RecursionPass):
     """The k_r highest scores among the tokens of recursion r - 1 go on; when answering, those that a rule lets."""
 
-    def __init__(self, depth: MorDepth, reading: Reading, notes: Notes):
+    def __init__(self, depth: RecursiveDepth, reading: PassInput, notes: Notes):
         super().__init__(depth, reading, notes)
         self.among_BL = self.real_BL
         self.logits_BL = torch.empty(0)

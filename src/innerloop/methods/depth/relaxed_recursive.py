@@ -11,27 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from innerloop.config.losses import KdSettings, LossSettings
+from innerloop.config.losses import KdSettings
 from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.token_losses import divergence
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.looped import BlockLoop, LoopedDepth
 from innerloop.methods.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
 from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
-from innerloop.model.distillation import divergence
-from innerloop.model.losses import Terms
-from innerloop.passes.context import Context
-from innerloop.passes.ragged import Depth
-from innerloop.passes.thought import Thought
-from innerloop.text.batch import Batch
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentModel
+from innerloop.passes.loss_inputs import LossInputs, PassTerms
+from innerloop.passes.ragged import DepthForward
 
 
 @dataclass(frozen=True)
@@ -90,16 +85,16 @@ class RelaxedRecursive(BlockLoop, KdSettings):
         return self.rank if self.mlp_rank is None else self.mlp_rank
 
     @property
-    def losses(self) -> LossSettings:
-        """The original model is a teacher."""
-        return LossSettings(teacher=self.teacher)
+    def reference_source(self) -> str | None:
+        """The original model predicts every row along."""
+        return self.teacher
 
     def with_loops(self, loops: int) -> RelaxedRecursive:
         """Return the method for answering with fewer iterations."""
         refuse((loops > self.max_loops, f"there are corrections for {self.max_loops} loops: ask for no more"))
         return replace(super().with_loops(loops), teacher=None, kd_weight=0.0)  # type: ignore[return-value, call-arg]
 
-    def convert(self, backbone: Backbone) -> dict[str, Tensor]:
+    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Tie the layers between prelude and coda; return what tells their depths apart."""
         p, between = self.n_prelude, backbone.n_layers - self.n_prelude - self.n_coda
         refuse(
@@ -147,7 +142,7 @@ class RelaxedRecursive(BlockLoop, KdSettings):
                     start[f"depth.lora.down.{key_of(j, name)}"] = torch.stack([down for _, down in pairs])
         return start
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the looping decoder."""
         return RelaxedDepth(self, backbone, loop)
 
@@ -162,7 +157,6 @@ class RelaxedDepth(LoopedDepth):
         ranks = method.rank, method.other_rank
         self.lora = ResidualLora(backbone, self.block, method.max_loops, *ranks) if max(ranks) else None
         self.vectors = None if method.tie_1d else GainsAndBiases(backbone, self.block, method.max_loops)
-        self._original: list[Backbone] = []  # in a list, so that it is no part of this one
         if method.gate == "improvement":
             self.requires_grad_(False)
 
@@ -179,29 +173,15 @@ class RelaxedDepth(LoopedDepth):
         """Return what an iteration costs per token besides its layers."""
         return super().extra_flops(loop) + (0.0 if self.lora is None else self.lora.flops)
 
-    def add_terms(self, terms: Terms, batch: Batch, thought: Thought) -> None:
-        """Add what is learned at the exits, and from the original model."""
-        super().add_terms(terms, batch, thought)
-        if self.method.teacher is None:
-            return
-        original = self.original(terms.model)
-        rows, at = batch.predict_at_U // batch.ids_BS.shape[1], batch.predict_at_U % batch.ids_BS.shape[1]
-        with torch.no_grad():
-            taught = Context(original, len(batch)).read(original.embed(batch.ids_BS), batch.mask_BS)
-            wanted_UV = original.head(taught[rows, at])
-        own_UV = self.backbone.head(thought.answer[-1][rows, at - thought.first_column])
-        terms.add("kd", divergence(wanted_UV, own_UV, self.method.kd_temperature).sum(), "answer")
-
-    def original(self, model: LatentModel) -> Backbone:
-        """Return the original model; it is loaded when first asked for."""
-        if not self._original:
-            from innerloop.model.checkpoint import load_decoder
-
-            assert self.method.teacher is not None
-            table = self.backbone.lm.get_input_embeddings().weight
-            backbone = Backbone(load_decoder(self.method.teacher, model.tokenizer, table.dtype))
-            self._original.append(backbone.to(table.device).requires_grad_(False).eval())
-        return self._original[0]
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return what is learned at the exits, and from the original model."""
+        terms, batch, thought = super().loss_terms(inputs), inputs.batch, inputs.thought
+        if inputs.reference is not None:
+            rows, at = batch.predict_at_U // batch.ids_BS.shape[1], batch.predict_at_U % batch.ids_BS.shape[1]
+            own_UV = self.backbone.head(thought.answer[-1][rows, at - thought.first_column])
+            wanted_UV = inputs.reference.logits(batch)
+            terms["kd"] = divergence(wanted_UV, own_UV, self.method.kd_temperature).sum(), "answer"
+        return terms
 
 
 def _vectors(layer: nn.Module) -> dict[str, Tensor]:

@@ -16,27 +16,28 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import PreTrainedTokenizerBase
 
 from innerloop.config.loop import BankKind, LoopSettings
-from innerloop.config.method import DepthMethod
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.decider import FREE, ONCE, Choice, Chooser, DeciderSettings, charge
 from innerloop.methods.depth.duo_attention import DepthAttention, DuoCache, Unfinished, read_at
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.methods.depth.prune import N_ROWS, prune_layers
 from innerloop.methods.depth.token_labels import Oracle, OracleSettings, hashes
-from innerloop.passes.ragged import Deep, Depth, Reading, Tokens
+from innerloop.passes.loss_inputs import LossInputs, PassTerms, Reference
+from innerloop.passes.ragged import DepthForward
+from innerloop.passes.tokens import PassInput, PassOutput, Tokens
+from innerloop.text.batch import Batch
+from innerloop.text.encoder import Speller
 from innerloop.text.examples import read_examples
-
-if TYPE_CHECKING:
-    from innerloop.model.losses import Terms
-    from innerloop.passes.thought import Thought
-    from innerloop.text.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
         learns_text = self.trains == "model"
         return {"answer": float(learns_text), "decider": float(not learns_text), "hard": 0.0, "iterated": 0.0}
 
+    @property
+    def reference_source(self) -> str | None:
+        """The oracle."""
+        return self.reference
+
     def depth(self) -> int:
         """Return D."""
         return self.max_loops
@@ -134,31 +140,27 @@ class Tah(DeciderSettings, OracleSettings, DepthMethod):
         message = "a model from scratch has no layers to delete: lower num_hidden_layers, and leave prune_layers out"
         refuse((self.prune_layers > 0, message))
 
-    def convert(self, backbone: Backbone) -> None:
+    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         """Delete the layers that are missed least."""
         if self.prune_rows is None:
             return
-        from innerloop.methods.depth.prune import N_ROWS, prune_layers
-        from innerloop.model.checkpoint import load_tokenizer
-        from innerloop.text.encoder import Speller
-
-        spell = Speller(load_tokenizer(backbone.lm.name_or_path))
+        spell = Speller(tokenizer)
         rows = [self.lay_out(example, spell).ids() for example in read_examples(self.prune_rows, limit=N_ROWS)]
         prune_layers(backbone, rows, self.prune_layers)
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> Depth:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the decoder that reads hard tokens again."""
         return TahDepth(self, backbone, loop)
 
 
 @dataclass
-class TahDeep(Deep):
+class TahOutput(PassOutput):
     """A pass, with the tokens (B, L) that were decided on at each depth and the decider's logits of them."""
 
     decisions: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
-class TahDepth(Depth):
+class TahDepth(DepthForward):
     """Reads everything once, and hard tokens again."""
 
     method: Tah
@@ -192,14 +194,15 @@ class TahDepth(Depth):
 
     # What is known beforehand
 
-    def wanted(self, batch: Batch) -> Tensor | None:
+    def wanted(self, batch: Batch, reference: Reference | None = None) -> Tensor | None:
         """Return of each column (B, S) how many iterations it shall have, FREE or ONCE.
 
         Tokens that predict a written one are free; when answering, that is the last of the question. In training the
         oracle labels them, if it is to say.
         """
         if self.training and self.method.iterate == "oracle":
-            return self.labels(batch)
+            assert reference is not None
+            return self.labels(batch, reference)
         if self.method.prompt_iterates:
             return None
         known = torch.full_like(batch.ids_BS, ONCE)
@@ -208,10 +211,10 @@ class TahDepth(Depth):
         known[:, -1:] = FREE
         return known
 
-    def labels(self, batch: Batch) -> Tensor:
+    def labels(self, batch: Batch, reference: Reference) -> Tensor:
         """Return the oracle's depths (B, S); ONCE where nothing is predicted."""
         assert self.oracle is not None
-        depths_U = self.oracle.depths(batch, self.backbone, self.method.max_loops)
+        depths_U = self.oracle.depths(batch, reference, self.method.max_loops)
         if self.method.force_one and self.method.max_loops > 1:
             hashes_U = hashes(batch)
             is_forced = (hashes_U == hashes_U.max()) & (depths_U == 1).all()
@@ -219,7 +222,7 @@ class TahDepth(Depth):
         known = torch.full_like(batch.ids_BS, ONCE)
         return known.flatten().index_copy(0, batch.predict_at_U, depths_U).view(known.shape)
 
-    def known(self, reading: Reading) -> Tensor:
+    def known(self, reading: PassInput) -> Tensor:
         """Return what is known of a pass's tokens (B, L); columns that nothing was said of are free."""
         positions, wanted = reading.tokens.positions_RN, reading.wanted_BL
         if wanted is None:
@@ -229,12 +232,12 @@ class TahDepth(Depth):
 
     # A pass
 
-    def forward(self, reading: Reading) -> Deep:
+    def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass: all tokens, then those that go on, and so forth."""
         if reading.may_wait and reading.tokens.positions_RN.shape[1] == 1:
             return self.go_on(reading)
         part, known_BL, limit = reading.tokens, self.known(reading), self.limit(reading)
-        deep = TahDeep(part.states_RND, part.real.long())
+        deep = TahOutput(part.states_RND, part.real.long())
         for depth in range(1, limit + 1):
             with self.loop.weights(depth - 1):
                 *layers, states = self.read(reading, part, depth)
@@ -261,7 +264,7 @@ class TahDepth(Depth):
             part = going
         return deep
 
-    def go_on(self, reading: Reading) -> Deep:
+    def go_on(self, reading: PassInput) -> PassOutput:
         """Read one token of each row: the one that was left unfinished, at its next depth, or the new one."""
         cache, tokens, known_B1 = reading.cache, reading.tokens, self.known(reading)
         assert isinstance(cache, DuoCache)
@@ -280,7 +283,7 @@ class TahDepth(Depth):
             if self.method.residual_logits:
                 states = torch.where(is_old[..., None], left.states_B1D + states, states)
         logits = self.backbone.head(states)
-        deep = TahDeep(states, depth_B1, done_BL=tokens.real, logits_BV=logits[:, -1])
+        deep = TahOutput(states, depth_B1, done_BL=tokens.real, logits_BV=logits[:, -1])
         choice = self.choose(reading, tokens, states, layers, known_B1, depth_B1, logits)
         if choice is not None:
             goes, places = choice.goes_RN, tokens.positions_RN
@@ -288,11 +291,11 @@ class TahDepth(Depth):
             cache.unfinished = Unfinished(goes[:, 0], choice.inputs_RND, states, places, depth_B1 * goes, known_B1)
         return deep
 
-    def limit(self, reading: Reading) -> int:
+    def limit(self, reading: PassInput) -> int:
         """Return D."""
         return self.method.max_loops if reading.loops is None else reading.loops
 
-    def read(self, reading: Reading, tokens: Tokens, depth: int | Tensor) -> tuple[Tensor, ...]:
+    def read(self, reading: PassInput, tokens: Tokens, depth: int | Tensor) -> tuple[Tensor, ...]:
         """Read tokens at a depth; return their states after each layer, if the decider looks at them, and the last."""
         assert isinstance(reading.cache, DuoCache)
         slot = reading.cache.whole(self.backbone.n_layers, reading.tokens.positions_RN)
@@ -303,7 +306,7 @@ class TahDepth(Depth):
 
     def choose(
         self,
-        reading: Reading,
+        reading: PassInput,
         part: Tokens,
         states_RND: Tensor,
         layers: list[Tensor],
@@ -327,7 +330,7 @@ class TahDepth(Depth):
                 rows.setdefault(depth - 1, []).append(row)
         return self.loop.lora.of_rows({loop: torch.tensor(of, device=depth_R1.device) for loop, of in rows.items()})
 
-    def record(self, reading: Reading, depth: int, deep: Deep, before: Tensor) -> None:
+    def record(self, reading: PassInput, depth: int, deep: PassOutput, before: Tensor) -> None:
         """Note in the trace what the tokens read at a depth have come to."""
         assert reading.trace is not None
         mask_BL = (deep.depths_BL == depth).long()
@@ -339,21 +342,23 @@ class TahDepth(Depth):
 
     # Loss
 
-    def add_terms(self, terms: Terms, batch: Batch, thought: Thought) -> None:
-        """Add the decider's loss, and the shares of hard tokens and of those that went on."""
-        deep, at_U = thought.deep[-1], batch.predict_at_U
-        assert isinstance(deep, TahDeep)
+    def loss_terms(self, inputs: LossInputs) -> PassTerms:
+        """Return the decider's loss, and the shares of hard tokens and of those that went on."""
+        batch, run = inputs.batch, inputs.thought.context.depth
+        deep, at_U, terms = inputs.thought.deep[-1], batch.predict_at_U, PassTerms()
+        assert isinstance(deep, TahOutput) and run is not None
         depths_U: Tensor | None = None
-        if self.method.trains == "decider" and self.oracle is not None:
-            depths_U = self.oracle.depths(batch, self.backbone, self.method.max_loops)
-            terms.add("decider", self.decider_loss(deep, at_U, depths_U), "answer")
-        elif self.training and self.method.iterate == "oracle" and thought.context.wanted_BS is not None:
-            depths_U = thought.context.wanted_BS.flatten()[at_U]
+        if self.method.trains == "decider" and self.oracle is not None and inputs.reference is not None:
+            depths_U = self.oracle.depths(batch, inputs.reference, self.method.max_loops)
+            terms["decider"] = self.decider_loss(deep, at_U, depths_U), "answer"
+        elif self.training and self.method.iterate == "oracle" and run.wanted_BS is not None:
+            depths_U = run.wanted_BS.flatten()[at_U]
         if depths_U is not None:
-            terms.add("hard", (depths_U > 1).sum(), "answer")
-        terms.add("iterated", (deep.depths_BL.flatten()[at_U] > 1).sum(), "answer")
+            terms["hard"] = (depths_U > 1).sum(), "answer"
+        terms["iterated"] = (deep.depths_BL.flatten()[at_U] > 1).sum(), "answer"
+        return terms
 
-    def decider_loss(self, deep: TahDeep, at_U: Tensor, depths_U: Tensor) -> Tensor:
+    def decider_loss(self, deep: TahOutput, at_U: Tensor, depths_U: Tensor) -> Tensor:
         """Return, summed over written tokens, how badly the decider told those that shall go on from the others."""
         weight, total = torch.tensor(self.method.pos_weight, device=at_U.device), torch.zeros((), device=at_U.device)
         for depth, (asked_BL, scores_BL) in enumerate(deep.decisions, 1):

@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from innerloop.errors import InputError, check_choices, refuse
+from innerloop.passes.loss_inputs import Reference
 from innerloop.text.batch import Batch
-
-if TYPE_CHECKING:
-    from innerloop.decoder.backbone import Backbone
-    from innerloop.model.model import LatentModel
 
 MIX = 0x9E3779B1  # spreads hashes of places over 32 bits
 
@@ -63,15 +60,13 @@ class Oracle:
     """Labels tokens with the number of iterations they shall have."""
 
     def __init__(self, settings: OracleSettings):
-        assert settings.reference is not None
-        self.reference, self.metric, self.share = settings.reference, settings.label_metric, settings.label_share
+        self.metric, self.share = settings.label_metric, settings.label_share
         self.path = None if settings.label_cache is None else Path(settings.label_cache)
-        self._model: list[LatentModel] = []
         self._known: dict[str, list[float]] | None = None
 
-    def depths(self, batch: Batch, backbone: Backbone, limit: int) -> Tensor:
+    def depths(self, batch: Batch, reference: Reference, limit: int) -> Tensor:
         """Return each written token's number of iterations (U,), from 1 to ``limit``."""
-        hardness_U = self.hardness(batch, backbone)
+        hardness_U = self.hardness(batch, reference)
         if limit < 2:
             return torch.ones_like(batch.targets_U)
         if self.metric == "mismatch":
@@ -83,15 +78,15 @@ class Oracle:
         cuts = [1 - self.share * (limit - d) / (limit - 1) for d in range(1, limit)]
         return 1 + torch.stack([rank_U >= round(cut * n) for cut in cuts]).sum(0)
 
-    def hardness(self, batch: Batch, backbone: Backbone) -> Tensor:
+    def hardness(self, batch: Batch, reference: Reference) -> Tensor:
         """Return how hard the reference finds each written token (U,), in fp32."""
         if self.path is None:
-            return self.measure(batch, backbone)
+            return self.measure(batch, reference)
         if self._known is None:
-            self._known = self._read(backbone)
+            self._known = self._read(reference)
         keys = [_key(ids, mask) for ids, mask in zip(batch.ids_BS.tolist(), batch.mask_BS.tolist())]
         if missing := [key for key in keys if key not in self._known]:
-            parts = self.measure(batch, backbone).split(batch.n_targets)
+            parts = self.measure(batch, reference).split(batch.n_targets)
             found = {key: part.tolist() for key, part in zip(keys, parts) if key in missing}
             self._known |= found
             with self.path.open("a") as file:
@@ -99,12 +94,9 @@ class Oracle:
         values = [value for key in keys for value in self._known[key]]
         return torch.tensor(values, device=batch.ids_BS.device)
 
-    @torch.no_grad()
-    def measure(self, batch: Batch, backbone: Backbone) -> Tensor:
+    def measure(self, batch: Batch, reference: Reference) -> Tensor:
         """Let the reference read a batch."""
-        model = self.model(backbone)
-        batch = replace(batch, depth=model.method.prompt("", model.spell, 0).depth)
-        logits_UV = model.written_logits(batch, model.think(batch)).float()
+        logits_UV = reference.logits(batch).float()
         match self.metric:
             case "mismatch":
                 return (logits_UV.argmax(-1) != batch.targets_U).float()
@@ -113,28 +105,10 @@ class Oracle:
         log_p = logits_UV.log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1)
 
-    def model(self, backbone: Backbone) -> LatentModel:
-        """Return the reference, loaded when first asked for."""
-        from innerloop.methods.text.cot import Cot
-        from innerloop.model import checkpoint
-
-        if not self._model:
-            with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
-                method = None if checkpoint.is_run(self.reference) else Cot()
-                model = checkpoint.load(self.reference, method, device=backbone.device).requires_grad_(False).eval()
-            theirs, ours = (b.lm.get_input_embeddings().weight.shape[0] for b in (model.backbone, backbone))
-            if theirs != ours:
-                raise InputError(
-                    f"the reference {self.reference} has a vocabulary of {theirs}, this model one of {ours}: set "
-                    "reference to a model that reads the same tokens"
-                )
-            self._model.append(model)
-        return self._model[0]
-
-    def _read(self, backbone: Backbone) -> dict[str, list[float]]:
+    def _read(self, reference: Reference) -> dict[str, list[float]]:
         """Return what the file knows, after making it if there is none."""
         assert self.path is not None
-        title = {"metric": self.metric, "reference": fingerprint(self.model(backbone))}
+        title = {"metric": self.metric, "reference": reference.fingerprint()}
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(title))
@@ -157,12 +131,3 @@ def hashes(batch: Batch) -> Tensor:
 def _key(ids: list[int], mask: list[int]) -> str:
     text = " ".join(str(i) for i, is_real in zip(ids, mask) if is_real)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Return a hash of a model's weights, or of a part's."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

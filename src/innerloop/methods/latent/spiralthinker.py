@@ -14,21 +14,17 @@ step. Labels say which steps a model of pattern `random` can do without text (`s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from innerloop.config.curriculum import uniforms
 from innerloop.config.loop import LoopSettings, RescaleKind
 from innerloop.config.losses import LossSettings
-from innerloop.config.method import Method
+from innerloop.config.method import Labeller, Method
 from innerloop.errors import refuse
-from innerloop.methods.latent.step_labels import check_labels, labelled_by, latent_mask
+from innerloop.methods.latent.step_labels import check_labels, label_steps, latent_mask
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, BOL, BOT, EOL, EOT, LAT, Block, Follow, Kind, Piece, Row
-
-if TYPE_CHECKING:
-    import torch
-
 
 ALL_LATENT = -1  # as a number whose bits tell of steps
 
@@ -177,10 +173,15 @@ class SpiralThinker(LoopSettings, LossSettings, Method):
         mask = sum(1 << i for i, is_latent in enumerate(latent) if is_latent)
         return self.n_positions(self.lay_out(replace(example, meta={}), spell, mask))
 
-    def prepared(self, examples: Sequence[Example], device: "torch.device") -> list[Example]:
+    @property
+    def labeller_source(self) -> str | None:
+        """A run of pattern random says which steps may be latent."""
+        return self.labeller
+
+    def prepared(self, examples: Sequence[Example], labeller: Labeller | None = None) -> list[Example]:
         """Return the examples with their labels."""
-        if self.labeller is not None:
-            return labelled_by(self.labeller, examples, device)
+        if labeller is not None:
+            return label_steps(labeller, examples)
         return check_labels(examples) if self.pattern == "labelled" else list(examples)
 
     def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:

@@ -18,32 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from innerloop.config.method import Labeller, Method
 from innerloop.errors import InputError
 from innerloop.text.examples import Example
 from innerloop.text.row import BOL, BOT, Kind, Row
 
-if TYPE_CHECKING:
-    from innerloop.config.method import Method
-    from innerloop.model.model import LatentModel
-
 LATENT = "latent"  # the key of an example's meta
 
 
-def labelled_by(folder: str, examples: Sequence[Example], device: torch.device) -> list[Example]:
-    """Return examples with the labels that the model of a run gives them."""
-    from innerloop.model import checkpoint
-
-    with torch.random.fork_rng(devices=[]):  # loading draws weights, which no one else should notice
-        model = checkpoint.load(folder, device=device)
-    return label_steps(model, examples)
-
-
-def label_steps(model: LatentModel, examples: Sequence[Example], batch_size: int = 256) -> list[Example]:
+def label_steps(model: Labeller, examples: Sequence[Example], batch_size: int = 256) -> list[Example]:
     """Return examples with a label for each step, in ``meta``: whether it may be latent."""
     method = _one_after_another(model.method)
     bare = [replace(example, meta={}) for example in examples]
@@ -102,7 +88,7 @@ def latent_mask(example: Example, otherwise: int) -> int:
     return otherwise if labels is None else sum(1 << i for i, is_latent in enumerate(labels) if is_latent)
 
 
-def chosen_steps(model: LatentModel, ids: Sequence[int]) -> list[bool]:
+def chosen_steps(model: Labeller, ids: Sequence[int]) -> list[bool]:
     """Return for each step of what was written whether it was latent; a block given with the question comes first."""
     bol, bot = model.tokenizer.convert_tokens_to_ids([BOL, BOT])
     given = [True] if getattr(model.method, "begins_with_block", False) else []

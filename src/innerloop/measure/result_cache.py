@@ -1,7 +1,7 @@
 """What has been measured is kept part by part, so that a measurement that was interrupted goes on where it was.
 
-    parts = Parts(folder / PARTS, made_of(model, task, "test", examples, options))
-    value = parts("shuffled", lambda: {"accuracy": ...})      # measured, and kept; the next time, taken from the file
+    cache = ResultCache(folder / PARTS, made_of(model, task, "test", examples, options))
+    value = cache("shuffled", lambda: {"accuracy": ...})      # measured, and kept; the next time, taken from the file
 
 A part is one accuracy, one control, one number of loops, one swap, some answers, ... as JSON has it. It is taken only
 where all that decides it is the same: weights, method, tokens, task, examples, options, seed, versions and device.
@@ -16,21 +16,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from innerloop.decoder.cost import Cost
-from innerloop.measure.accuracy import Prediction, device_name, versions
-from innerloop.methods.depth.token_labels import fingerprint
+from innerloop.engine.latent_model import LatentModel
+from innerloop.measure.accuracy import device_name, versions
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentModel
+from innerloop.model.frozen import fingerprint
 from innerloop.tasks import Task
+from innerloop.text.codec import from_json, to_json
 from innerloop.text.examples import Example
 
 PARTS = "parts.json"
+T = TypeVar("T")
 LASTING = ("weights", "versions")  # what was measured with others is never asked for again
 
 
-class Parts:
+class ResultCache:
     """Parts of a measurement, kept in a file as soon as they are known.
 
     Args:
@@ -61,6 +62,10 @@ class Parts:
             self.known[name] = value
             self._write()
         return self.known[name]
+
+    def value(self, cls: type[T], name: str, measure: Callable[[], T]) -> T:
+        """Return a part of a type: what was kept, or what is measured now."""
+        return from_json(cls, self(name, lambda: to_json(measure())))
 
     def missing(self, names: Sequence[str]) -> list[str]:
         """Return those of some parts that have not been measured."""
@@ -136,9 +141,3 @@ def digest_of(examples: Sequence[Example]) -> str:
 def digest(value: Any) -> str:
     """Return a hash of anything that JSON has."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def kept_predictions(parts: Parts, name: str, answer: Callable[[], Sequence[Prediction]]) -> list[Prediction]:
-    """Return the answers that are one part."""
-    rows = parts(name, lambda: [asdict(prediction) for prediction in answer()])
-    return [Prediction(**{**row, "cost": Cost(**row["cost"])}) for row in rows]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from innerloop.calibrate.threshold_search import Tryout
+from innerloop.calibrate.threshold_search import ThresholdSearch
 from innerloop.cli.main import main
-from innerloop.experiments import jobs as points
-from innerloop.measure import latents, parts
-from innerloop.measure.parts import PARTS, Parts
+from innerloop.experiments import jobs
+from innerloop.measure import result_cache, subject
+from innerloop.measure.result_cache import PARTS, ResultCache
 from innerloop.methods import Looped, Slr
 from tests.models import moved, saved, tiny_model
 from tests.test_suite import RAW
@@ -33,7 +33,7 @@ def evaluated(run: Path, out: Path, *options: str) -> int:
 
 def counted(monkeypatch: pytest.MonkeyPatch, stops_at: int | None = None) -> list[str]:
     """Count the evaluations with edits; Ctrl-C is pressed during one of them."""
-    calls, real = [], latents.evaluate
+    calls, real = [], subject.evaluate
 
     def spy(*arguments, **options):
         calls.append("evaluate")
@@ -41,7 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stops_at: int | None = None) -> lis
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(latents, "evaluate", spy)
+    monkeypatch.setattr(subject, "evaluate", spy)
     return calls
 
 
@@ -98,7 +98,7 @@ def test_what_is_stale_is_not_taken(run: Path, tmp_path: Path, monkeypatch, caps
     saved(model, run)
     assert evaluated(run, tmp_path / "out") == 0 and "measured before" not in capsys.readouterr().out
     assert len(json.loads(path.read_text())) == 1  # parts of other weights are gone
-    monkeypatch.setattr(parts, "versions", lambda: {"innerloop": "0"})
+    monkeypatch.setattr(result_cache, "versions", lambda: {"innerloop": "0"})
     assert evaluated(run, tmp_path / "out") == 0 and "measured before" not in capsys.readouterr().out
     assert evaluated(run, tmp_path / "out") == 0 and "measured before" in capsys.readouterr().out
     path.write_text('[{"made_of"')
@@ -108,14 +108,18 @@ def test_what_is_stale_is_not_taken(run: Path, tmp_path: Path, monkeypatch, caps
 def test_a_part_is_the_same_whether_measured_or_read(tmp_path: Path):
     made = {"a": (1, 2.5), "b": math.inf, "c": 0.1 + 0.2}
     told: list[str] = []
-    first = Parts(tmp_path / "p.json", {"of": (1, 2)})
+    first = ResultCache(tmp_path / "p.json", {"of": (1, 2)})
     first.begins = told.append
-    again = Parts(tmp_path / "p.json", {"of": [1, 2]})
+    again = ResultCache(tmp_path / "p.json", {"of": [1, 2]})
     assert first("x", lambda: made) == {"a": [1, 2.5], "b": math.inf, "c": 0.1 + 0.2} and "x" not in again
-    again = Parts(tmp_path / "p.json", {"of": [1, 2]})
+    again = ResultCache(tmp_path / "p.json", {"of": [1, 2]})
     assert again("x", lambda: 1 / 0) == first("x", lambda: 1 / 0) and told == ["x"]
-    assert Parts(tmp_path / "p.json", {"of": [1, 3]}).missing(["x", "y"]) == ["x", "y"] == ["x", *again.missing(["y"])]
-    assert Parts()("x", lambda: 1) == 1
+    assert (
+        ResultCache(tmp_path / "p.json", {"of": [1, 3]}).missing(["x", "y"])
+        == ["x", "y"]
+        == ["x", *again.missing(["y"])]
+    )
+    assert ResultCache()("x", lambda: 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -123,12 +127,12 @@ def test_a_part_is_the_same_whether_measured_or_read(tmp_path: Path):
 )
 def test_a_file_that_cannot_be_read_has_no_parts(tmp_path: Path, text: str):
     (tmp_path / "p.json").write_text(text)
-    broken = Parts(tmp_path / "p.json", {"of": 1})
+    broken = ResultCache(tmp_path / "p.json", {"of": 1})
     assert not broken.known and broken("x", lambda: 1) == 1
-    assert "x" in Parts(tmp_path / "p.json", {"of": 1})
+    assert "x" in ResultCache(tmp_path / "p.json", {"of": 1})
 
 
-def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
+def test_the_test_of_a_job_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
     import queue
 
     from innerloop.experiments.suite import parse_suite
@@ -136,20 +140,20 @@ def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, mo
     raw = {name: value for name, value in RAW.items() if name != "warm_up"} | {"out": str(tmp_path), "seeds": [0]}
     exam = {"loops": [1, 3], "limit": 5, "controls": True, "also": {"longer": {"n_ops": 3, "min_ops": 3}}}
     suite = parse_suite({**raw, "variants": {"plain": {"train": {"max_steps": 1}}}, "test": exam})
-    (key, recipe), messages = next(iter(suite.points.items())), queue.Queue()
+    (key, recipe), messages = next(iter(suite.jobs.items())), queue.Queue()
     counted(monkeypatch, stops_at=3)
     with pytest.raises(KeyboardInterrupt):
-        points._point(key, recipe, suite.exam, messages)
-    kept = json.loads((Path(recipe.out) / points.EXAM_PARTS).read_text())[0]["parts"]
-    monkeypatch.setattr(points, "evaluate", lambda *_, **__: pytest.fail("answered again"))
-    points._point(key, recipe, suite.exam, messages)
-    result = points._result(recipe, suite.exam)
+        jobs.run_job(key, recipe, suite.test, messages)
+    kept = json.loads((Path(recipe.out) / jobs.TEST_CACHE).read_text())[0]["parts"]
+    monkeypatch.setattr(jobs, "evaluate", lambda *_, **__: pytest.fail("answered again"))
+    jobs.run_job(key, recipe, suite.test, messages)
+    result = jobs.known_result(suite, key)
     assert result is not None and list(result["loops"]) == ["1", "3"] and set(result["also"]["longer"]) == {
         "trained", "1", "3",
     }  # fmt: skip
     assert {"accuracy", "latents", "shuffled", "zeroed"} < set(kept) and "mean" not in kept
     assert (key, 1, "test: mean") in list(messages.queue)
-    assert not (Path(recipe.out) / points.EXAM_PARTS).exists() and (Path(recipe.out) / "controls.json").exists()
+    assert not (Path(recipe.out) / jobs.TEST_CACHE).exists() and (Path(recipe.out) / "controls.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -160,16 +164,16 @@ def test_the_test_of_a_point_goes_on_where_it_was_interrupted(tmp_path: Path, mo
     ],
 )
 def test_calibrating_goes_on_where_it_was_interrupted(method, rule, tmp_path: Path, monkeypatch, capsys):
-    model, real, asked = moved(tiny_model(method, num_hidden_layers=1)), Tryout._ask, []
+    model, real, asked = moved(tiny_model(method, num_hidden_layers=1)), ThresholdSearch.answer, []
     once, twice, stops_at = saved(model, tmp_path / "once"), saved(model, tmp_path / "twice"), [3]
 
-    def spy(tryout, examples):
+    def spy(search, examples):
         asked.append(len(examples))
         if len(asked) in stops_at:
             raise KeyboardInterrupt
-        return real(replace(tryout, max_new_tokens=2), examples)
+        return real(replace(search, settings=replace(search.settings, max_new_tokens=2)), examples)
 
-    monkeypatch.setattr(Tryout, "_ask", spy)
+    monkeypatch.setattr(ThresholdSearch, "answer", spy)
 
     def calibrated(run: Path, *options: object) -> tuple[int, int, str]:
         """Calibrate as a user would; return the exit code, how often questions were answered, and what was shown."""

@@ -1,0 +1,65 @@
+"""What a method of the depth family is: a decoder whose tokens have unlike depth writes the steps and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from innerloop.config.method import Method
+from innerloop.decoder.backbone import Backbone
+from innerloop.loop.loop import InnerLoop
+from innerloop.passes.ragged import DepthForward
+from innerloop.text.encoder import Speller
+from innerloop.text.examples import Example
+from innerloop.text.row import Row
+
+
+@dataclass(frozen=True)
+class DepthMethod(Method):
+    """A method that writes every step, then the answer, by a model whose tokens have unlike depth.
+
+    Args:
+        write_steps: off: the answer alone is written, so that all thinking happens inside the tokens.
+    """
+
+    family: ClassVar[str] = "depth"
+    needs: ClassVar[str] = "question, steps, answer"
+
+    write_steps: bool = True
+
+    @property
+    def needs_steps(self) -> bool:
+        """Examples without steps are written as they are."""
+        return False
+
+    def depth(self) -> int | None:
+        """Return how often a pass iterates; None where the method has no such number."""
+        return None
+
+    def lay_out(self, example: Example, spell: Speller, stage: int = 0) -> Row:
+        """Return ``[Q] | | [T_1]..[T_m][### A][eos]``."""
+        row = self.prompt(example.question, spell, stage)
+        row.suffix += [*(spell.steps(example) if self.write_steps else ()), spell.answer(example.answer)]
+        return row
+
+    def prompt(self, question: str, spell: Speller, stage: int = 0) -> Row:
+        """Return ``[Q]``."""
+        return Row([spell.question(question)], depth=self.depth())
+
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward | None:
+        """Make what makes the passes in the decoder's stead; None: the decoder itself does."""
+        return None
+
+    def begin(self, backbone: Backbone) -> None:
+        """Fit the fresh weights of a decoder made from scratch to the method."""
+
+    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Tensor] | None:
+        """Rebuild a pretrained decoder into the shape that the method needs; saved runs have it already.
+
+        What is returned is what the method's parts (`LatentModel.parts`) start from, by name.
+        """
+        return None

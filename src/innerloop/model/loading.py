@@ -1,0 +1,243 @@
+"""Models made from folders, Hub names or configurations: a decoder, its tokenizer and a method put together."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from innerloop.config.method import Method
+from innerloop.config.typed import typed
+from innerloop.decoder.adapters import MarkerInit, add_lora, add_markers
+from innerloop.decoder.backbone import Backbone
+from innerloop.errors import InputError, nearest
+from innerloop.methods import method_named
+from innerloop.methods.depth.method import DepthMethod
+from innerloop.model.checkpoint import SETTINGS, Stored, first_line, load_parts, read_settings, resolve, without_bars
+
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+M = TypeVar("M", bound=Stored)
+
+
+def load(
+    make: Callable[[Backbone, PreTrainedTokenizerBase, Method], M],
+    path: str | Path,
+    method: Method | None = None,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    marker_init: MarkerInit = "token",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> M:
+    """Load a saved run, or put a method on any Hugging Face model.
+
+    Args:
+        make: puts a decoder, a tokenizer and a method together: the class of the model.
+        path: a folder or a Hub name.
+        method: how to reason. None: as the folder says. With a saved folder, another method starts from its weights.
+        lora: fields of peft's LoraConfig; trains low-rank updates instead of the backbone.
+        dtype: the backbone's type, as torch names it or fp32, bf16 or fp16; "auto" keeps the file's. What the method
+            adds stays in fp32, as do losses, scores of stop rules and drawing tokens.
+        device: where to put the model; None chooses a GPU if there is one.
+        marker_init: what new rows of the embeddings start from; see `add_markers`.
+        trust_remote_code: let the model's own code run; off unless you say so.
+        options: further arguments of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        InputError: the folder or model does not exist, or is no innerloop run and no method is given.
+    """
+    path, dtype = resolve(path), dtype_named(dtype)
+    folder = Path(path)
+    saved = read_settings(folder) if (folder / SETTINGS).exists() else None
+    if folder.is_dir() and saved is None and method is None:
+        raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
+    source = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = _tokenizer_of(path, **source)
+        lm = _lm_of(path, dtype=dtype, **source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot load a model from '{path}': {first_line(error)}") from error
+    backbone = Backbone(lm)
+    backbone.check()
+    stored = None
+    if saved and (method is None or method.name == saved["method"]["name"]):
+        stored = _method_of(saved, folder)
+    chosen = method or stored
+    if chosen is None:
+        raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
+    if stored is not None and stored.answering.classes not in ((), chosen.answering.classes):
+        raise InputError(
+            f"{folder} chooses among the classes {', '.join(stored.answering.classes)}; give the same, in this order"
+        )
+    is_new = stored is None
+    start = chosen.convert(backbone, tokenizer) if is_new and isinstance(chosen, DepthMethod) else None
+    add_markers(backbone, tokenizer, chosen.markers, marker_init)
+    model = make(backbone, tokenizer, chosen)
+    if stored is not None:
+        load_parts(model, folder, strict=chosen == stored)
+    elif start:
+        parts = torch.nn.ModuleDict(model.parts())
+        parts.load_state_dict({**parts.state_dict(), **start})
+    if lora is not None:
+        add_lora(backbone, tokenizer.convert_tokens_to_ids([*chosen.markers]), lora)
+    assert isinstance(model, nn.Module)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model
+
+
+def dtype_named(name: torch.dtype | str) -> torch.dtype | str:
+    """Return the type of weights of a name, or "auto"."""
+    if not isinstance(name, str) or name == "auto":
+        return name
+    found = getattr(torch, SHORT_DTYPES.get(name, name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype is '{name}'; choose one of auto, {', '.join(SHORT_DTYPES)}")
+    return found
+
+
+def from_scratch(
+    make: Callable[[Backbone, PreTrainedTokenizerBase, Method], M],
+    settings: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    seed: int = 0,
+) -> M:
+    """Make a backbone with fresh weights.
+
+    Args:
+        make: puts a decoder, a tokenizer and a method together: the class of the model.
+        settings: ``type`` (a transformers model type such as llama or gpt2) and fields of its configuration.
+        tokenizer: sets the vocabulary; it stays as it is, the model gets a copy with the markers.
+        method: how to reason.
+        seed: of the initial weights.
+    """
+    settings, tokenizer = dict(settings), copy.deepcopy(tokenizer)
+    model_type = settings.pop("type", "llama")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        raise InputError(
+            f"transformers has no model type '{model_type}'{nearest(model_type, CONFIG_MAPPING_NAMES)}"
+        ) from None
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    for name in settings:
+        if name == "vocab_size" or name in ids:
+            raise InputError(f"backbone.scratch: the tokenizer sets {name}; leave it out")
+        if not hasattr(known, name):
+            names = {*vars(known), *known.attribute_map}
+            raise InputError(f"backbone.scratch: a {model_type} has no '{name}'{nearest(name, names)}")
+    new = [marker for marker in method.markers if marker not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new, special_tokens=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **settings)
+            lm = AutoModelForCausalLM.from_config(config)
+        except (ValueError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
+        backbone = Backbone(lm)
+        if isinstance(method, DepthMethod):
+            method.begin(backbone)
+        return make(backbone, tokenizer, method)  # whose parts are drawn, too
+
+
+def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
+    """Return the method that innerloop.json says, its fields checked as those of a recipe are."""
+    settings = dict(saved["method"])
+    cls = method_named(settings.pop("name"))
+    unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
+    if unknown:
+        names = ", ".join(unknown)
+        raise InputError(
+            f"{folder / SETTINGS} was written by another version of innerloop: '{cls.name}' has no {names}"
+        )
+    try:
+        return typed(cls, settings, "method")
+    except InputError as error:
+        raise InputError(f"{folder / SETTINGS}: {error}") from None
+
+
+def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a bare model that shares a vocabulary, such as another size of the same family.
+
+    Raises:
+        InputError: it cannot be loaded, or its tokens have other ids.
+    """
+    path = resolve(path)
+    try:
+        theirs = _tokenizer_of(path)
+        lm = _lm_of(path, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot load a decoder from '{path}': {first_line(error)}") from error
+    check_tokens(theirs, tokenizer, path)
+    return lm
+
+
+def check_tokens(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Refuse another model whose tokens have other ids than those of this one."""
+    known, own = theirs.get_vocab(), ours.get_vocab()
+    is_known = own.keys() - ours.get_added_vocab().keys() <= known.keys()
+    if not is_known or any(own.get(token, i) != i for token, i in known.items()):
+        raise InputError(f"the tokens of '{path}' have other ids than those of the model: choose one of its family")
+
+
+def _lm_of(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a bare model, all of whose weights must be there and have the shapes that its configuration says.
+
+    Transformers fills a hole with random numbers and only logs it.
+    """
+    with without_bars():
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if report["missing_keys"]:
+        raise InputError(f"the weights lack {', '.join(sorted(report['missing_keys']))}")
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"the weights do not have the shapes that config.json says ({name} is {tuple(stored)}, and would have to "
+            f"be {tuple(wanted)}): restore config.json"
+        )
+    return lm
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run, folder or Hub model."""
+    try:
+        return _tokenizer_of(resolve(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a tokenizer from '{path}': {first_line(error)}") from error
+
+
+def _tokenizer_of(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as the class that its own file names: AutoTokenizer prefers the model's for some (Qwen2)."""
+    generic = Path(path) / "tokenizer_config.json"
+    try:
+        if generic.exists() and json.loads(generic.read_text()).get("tokenizer_class") == "TokenizersBackend":
+            return PreTrainedTokenizerFast.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # a file with other contents than a tokenizer's: a KeyError, a bare Exception, ...
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"the tokenizer's files cannot be read ({reason}); restore them") from error

@@ -1,0 +1,28 @@
+"""A browser that opens pages: what it prints, draws, and says on its console."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --virtual-time-budget=5000"""
+needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(BROWSERS)} is installed")
+
+
+def browse(page: str, folder: Path, *flags: str) -> tuple[str, list[str]]:
+    """Open a page; return what the browser prints and the lines of its console."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    own = f"--user-data-dir={folder / 'profile'}"
+    command = [str(BROWSER), *FLAGS.split(), own, *flags, (folder / "page.html").resolve().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def screenshot(page: str, folder: Path, *flags: str) -> tuple[int, list[str]]:
+    """Open a page; return the size of its picture in bytes, and the lines of its console."""
+    _, console = browse(page, folder, f"--screenshot={folder / 'shot.png'}", "--window-size=1000,1400", *flags)
+    return (folder / "shot.png").stat().st_size, console
