@@ -6,6 +6,7 @@ import torch
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cache import fork, join_rows, select_rows
 from innerloop.decoder.cost import Meter
+from innerloop.decoder.masks import visible
 from innerloop.decoder.ragged_cache import DepthCache, Slot
 from innerloop.methods import Looped
 from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
@@ -145,7 +146,7 @@ def test_a_slot_can_be_looked_at_beside_ones_own_or_instead_of_it():
         square[:, 4:, 4:] = at[:, None, :] <= at[:, :, None]
         whole = backbone(
             torch.cat([h, other], dim=1),
-            mask=backbone.seen(square, torch.zeros(2, 8, 8, dtype=torch.long), h.dtype),
+            mask=visible(backbone.config, square, torch.zeros(2, 8, 8, dtype=torch.long), h.dtype),
             positions_BL=torch.cat([at, at], dim=1),
             layers=range(layer, layer + 1),
             inner=True,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from innerloop import LatentModel
 from innerloop.decoder.cost import Meter
+from innerloop.decoder.masks import visible
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from tests.methods.tools import ROUNDED
@@ -138,7 +139,7 @@ def shared_layer(model: LatentModel, first: Tensor, state: Tensor, layer: int) -
     behind = positions[:, :, None] - positions[:, None, :]
     seen = (behind >= 0) & (torch.arange(2 * n) < n)  # what comes second makes no keys that anyone sees
     both = torch.cat([first, state], dim=1)
-    mask = model.backbone.seen(seen, behind, state.dtype)
+    mask = visible(model.backbone.config, seen, behind, state.dtype)
     return model.backbone(both, mask=mask, positions_BL=positions, layers=range(layer, layer + 1), inner=True)[:, n:]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -43,6 +44,16 @@ class Matrix:
         """The matrix (out, in)."""
         weight = self.module.weight
         return (weight.T if isinstance(self.module, Conv1D) else weight)[self.rows]
+
+
+def decoder_of(lm: PreTrainedModel) -> nn.Module:
+    """Return the inner model: embeddings, layers and final norm, without the head."""
+    return lm.get_decoder() if hasattr(lm, "get_decoder") else lm.base_model
+
+
+def text_config(lm: PreTrainedModel) -> Any:
+    """Return the text part of the Hugging Face configuration."""
+    return lm.config.get_text_config(decoder=True)
 
 
 def head_dim_of(config: Any) -> int:

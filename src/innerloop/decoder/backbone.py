@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import DynamicCache, PreTrainedModel
 
-from innerloop.decoder.anatomy import GPT2_LIKE, LLAMA_LIKE, PER_LAYER, Matrix, matrices_of
+from innerloop.decoder.anatomy import GPT2_LIKE, LLAMA_LIKE, PER_LAYER, Matrix, decoder_of, matrices_of, text_config
 from innerloop.decoder.cache import new_cache
 from innerloop.decoder.compiled import CompiledPasses
 from innerloop.decoder.fused_loss import fused_loss
+from innerloop.decoder.masks import kinds_of, visible
 from innerloop.decoder.surrogates import (
     fuse_activations,
     keyless,
@@ -56,7 +57,7 @@ class Backbone(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         """The inner model: embeddings, layers and final norm, without the head."""
-        return self.lm.get_decoder() if hasattr(self.lm, "get_decoder") else self.lm.base_model
+        return decoder_of(self.lm)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -66,7 +67,7 @@ class Backbone(nn.Module):
     @property
     def config(self):
         """The text part of the Hugging Face configuration."""
-        return self.lm.config.get_text_config(decoder=True)
+        return text_config(self.lm)
 
     @property
     def width(self) -> int:
@@ -82,18 +83,6 @@ class Backbone(nn.Module):
     def context_length(self) -> int | None:
         """The most positions a row may have, where the model says so."""
         return getattr(self.config, "max_position_embeddings", None)
-
-    @property
-    def kinds(self) -> set[str]:
-        """The kinds of attention of the layers; none where the model does not tell."""
-        return set(getattr(self.config, "layer_types", None) or ())
-
-    @property
-    def window(self) -> int | None:
-        """How many positions some layers look back, their own among them; None: all look at all."""
-        config = self.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return None if self.kinds == {"full_attention"} else window
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +176,7 @@ class Backbone(nn.Module):
 
     def compile_passes(self, backend: str = "inductor") -> None:
         """Let passes that read a few new columns be compiled from now on, as CUDA graphs on a GPU (see `compiled`)."""
-        self.compiled = CompiledPasses(self, backend)
+        self.compiled = CompiledPasses(self.lm, backend)
 
     def empty_cache(self) -> DynamicCache:
         """Return a cache that has read nothing."""
@@ -262,12 +251,13 @@ class Backbone(nn.Module):
             dtype: of an additive mask.
         """
         kind = self.config._attn_implementation
-        if kind not in ("sdpa", "eager") or not self.kinds <= {"full_attention", "sliding_attention"}:
+        if kind not in ("sdpa", "eager") or not kinds_of(self.config) <= {"full_attention", "sliding_attention"}:
             return mask_BP
         ranks_BP, columns_P = mask_BP.cumsum(1), torch.arange(mask_BP.shape[1], device=mask_BP.device)
         is_past_QP = columns_P <= columns_P[-n_new:, None]
         behind_BQP = ranks_BP[:, -n_new:, None] - ranks_BP[:, None, :]
-        masks = self.seen(is_past_QP & mask_BP.bool()[:, None, :], behind_BQP, torch.bool if kind == "sdpa" else dtype)
+        dtype = torch.bool if kind == "sdpa" else dtype
+        masks = visible(self.config, is_past_QP & mask_BP.bool()[:, None, :], behind_BQP, dtype)
         if n_window is None:
             return masks["full_attention"] if isinstance(masks, dict) else masks
         if not isinstance(masks, dict):
@@ -284,24 +274,7 @@ class Backbone(nn.Module):
         seen_BQK = behind_BQK >= 0
         if real_BK is not None:
             seen_BQK = seen_BQK & real_BK[:, None, :]
-        return self.seen(seen_BQK, behind_BQK, dtype)
-
-    def seen(self, seen_BQK: Tensor, behind_BQK: Tensor, dtype: torch.dtype) -> Any:
-        """Return the mask of which keys each query sees; ``behind_BQK`` is how far back they lie. Additive, or bool."""
-
-        def additive(seen: Tensor) -> Tensor:
-            if dtype == torch.bool:
-                return seen[:, None]
-            least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # softmax may be taken in fp32
-            return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, least)[:, None]
-
-        window, kinds = self.window, self.kinds
-        if window is None:
-            return additive(seen_BQK)
-        sliding = additive(seen_BQK & (behind_BQK < window))
-        if not kinds:
-            return sliding
-        return {"full_attention": additive(seen_BQK), "sliding_attention": sliding}
+        return visible(self.config, seen_BQK, behind_BQK, dtype)
 
     def taps(self, layer: int) -> tuple[nn.Module, nn.Module]:
         """Return the modules of a layer that give what its attention and its MLP add to the state."""

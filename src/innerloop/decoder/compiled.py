@@ -14,18 +14,17 @@ Shapes: `B` rows, `L` new positions, `C` columns of a room, `D` width, `h` heads
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from innerloop.decoder.anatomy import decoder_of, text_config
 from innerloop.decoder.cache import AnyCache
 from innerloop.decoder.kv_buffer import Room, RoomLayer
-
-if TYPE_CHECKING:
-    from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.masks import visible, window_of
 
 MOST_COLUMNS = 64
 """Passes of more new columns than this are no steps, and not compiled."""
@@ -50,13 +49,13 @@ class CompiledPasses:
     """Passes of a decoder that read a few columns each.
 
     Args:
-        backbone: the decoder.
+        lm: the model whose decoder it is.
         backend: what torch.compile makes programs with.
     """
 
-    def __init__(self, backbone: Backbone, backend: str = "inductor"):
-        self.backbone = backbone
-        is_cuda = backbone.device.type == "cuda" and backend == "inductor"
+    def __init__(self, lm: PreTrainedModel, backend: str = "inductor"):
+        self.lm = lm
+        is_cuda = lm.get_input_embeddings().weight.device.type == "cuda" and backend == "inductor"
         self.step: Callable[..., Tensor] = torch.compile(
             self._step, backend=backend, mode="reduce-overhead" if is_cuda else None
         )
@@ -65,7 +64,7 @@ class CompiledPasses:
         """Whether a pass can be compiled: it is a short one, on keys that no layer forgets, and nothing is learned."""
         if torch.is_grad_enabled() or n_new > MOST_COLUMNS or not isinstance(cache, DynamicCache):
             return False
-        if self.backbone.window is not None:
+        if window_of(text_config(self.lm)) is not None:
             return False
         return all(isinstance(layer, RoomLayer) and layer.get_seq_length() > 0 for layer in cache.layers)
 
@@ -96,8 +95,9 @@ class CompiledPasses:
             real_BC = mask_BP.new_zeros(len(mask_BP), n_columns, dtype=torch.bool)
             real_BC[:, :end] = mask_BP.bool()
             seen_BLC = seen_BLC & real_BC[:, None, :]
-        kind = torch.bool if self.backbone.config._attn_implementation == "sdpa" else embeds_BLD.dtype
-        mask = self.backbone.seen(seen_BLC, seen_BLC, kind)
+        config = text_config(self.lm)
+        kind = torch.bool if config._attn_implementation == "sdpa" else embeds_BLD.dtype
+        mask = visible(config, seen_BLC, seen_BLC, kind)
         tensors = [room.keys for room in rooms], [room.values for room in rooms]
         states = self.step(embeds_BLD, positions_BL, mask, at_L, *tensors)
         for layer in layers:
@@ -115,7 +115,7 @@ class CompiledPasses:
     ) -> Tensor:
         cache = DynamicCache()
         cache.layers = [StillLayer(k, v, at_L) for k, v in zip(keys, values)]
-        out = self.backbone.decoder(
+        out = decoder_of(self.lm)(
             inputs_embeds=embeds_BLD,
             attention_mask=mask,
             position_ids=positions_BL,

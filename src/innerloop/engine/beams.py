@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,10 +29,8 @@ from innerloop.engine.generation import finish
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import NOTHING, Seat
 from innerloop.errors import refuse
+from innerloop.model.model import LatentCore
 from innerloop.text.row import Row
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
 
 
 class BeamEngine(Engine):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from torch.nn.functional import pad
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.engine.requests import NOTHING, Seat
 from innerloop.model.answer_decoder import AnswerDecoder
+from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context, merge
 from innerloop.passes.region import Masked, Region, RegionPass
 from innerloop.text.row import Block
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
 
 
 class Writer:

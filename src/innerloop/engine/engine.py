@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,8 @@ from innerloop.engine.prefill import Prefill
 from innerloop.engine.requests import Seat, lay_out
 from innerloop.errors import InputError, refuse
 from innerloop.model.answer_decoder import Classifier
+from innerloop.model.model import LatentCore
 from innerloop.text.row import Row
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
 
 CHECK_EVERY: int | None = None
 """Tokens between two looks at which rows have ended; a look waits for the device. None: 1 on a CPU, 8 elsewhere."""

@@ -7,15 +7,13 @@ gens[0].text, gens[0].answer, gens[0].cost
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from innerloop.engine.beams import BeamEngine
 from innerloop.engine.engine import Engine
 from innerloop.engine.generation import Generation
 from innerloop.engine.options import EngineOptions
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
+from innerloop.model.model import LatentCore
 
 
 def generate(

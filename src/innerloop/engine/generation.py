@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +11,11 @@ from torch import Tensor
 from innerloop.decoder.cost import Cost, Meter
 from innerloop.engine.requests import Seat
 from innerloop.loop.trace import ShownStep, Trace
+from innerloop.model.model import LatentCore
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.row import IGNORE, Row, ShownBlock
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
 
 
 @dataclass

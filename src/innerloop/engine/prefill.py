@@ -9,7 +9,6 @@ Shapes: `R` rows that write, `S` columns of what they have been given to write o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,12 +22,10 @@ from innerloop.engine.requests import Seat
 from innerloop.engine.shared_prefix import begin, n_shared
 from innerloop.loop.trace import Trace
 from innerloop.model.answer_decoder import AnswerDecoder, Classifier
+from innerloop.model.model import LatentCore
 from innerloop.passes.region import join
 from innerloop.passes.thought import Thought
 from innerloop.text.encoder import ANSWER_PREFIX
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
 
 
 class Slots:

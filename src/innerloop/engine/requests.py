@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from innerloop.errors import InputError
 from innerloop.loop.trace import Trace
+from innerloop.model.model import LatentCore
 from innerloop.text.row import Row, ShownBlock
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
 
 NOTHING = -1  # in place of a token, where a row waits
 

@@ -20,18 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from innerloop.decoder.cost import Meter
+from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context
 from innerloop.text.batch import Batch
 from innerloop.text.row import Kind, Piece, Row
-
-if TYPE_CHECKING:
-    from innerloop.model.model import LatentCore
 
 SPARED_FROM = 256
 """Positions that sharing must spare for the pass that it costs. On one thread of a CPU it pays from about 50 on

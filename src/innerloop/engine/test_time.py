@@ -15,15 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.options import EngineOptions
 from innerloop.errors import check_choices, refuse
-
-if TYPE_CHECKING:
-    from innerloop.engine.generation import Generation
-    from innerloop.tasks import Task
+from innerloop.tasks import Task
 
 Pick = Literal["vote", "likelihood"]
 TEMPERATURE = 0.7

@@ -1,0 +1,41 @@
+"""Attention masks as a decoder's layers want them: which keys each query sees, where some layers look back a window.
+
+Shapes: `B` rows, `Q` queries, `K` keys.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def kinds_of(config: Any) -> set[str]:
+    """Return the kinds of attention of a decoder's layers; none where its configuration does not tell."""
+    return set(getattr(config, "layer_types", None) or ())
+
+
+def window_of(config: Any) -> int | None:
+    """Return how many positions some layers look back, their own among them; None: all look at all."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return None if kinds_of(config) == {"full_attention"} else window
+
+
+def visible(config: Any, seen_BQK: Tensor, behind_BQK: Tensor, dtype: torch.dtype) -> Any:
+    """Return the mask of which keys each query sees; ``behind_BQK`` is how far back they lie. Additive, or bool.
+
+    A decoder with layers of both kinds gets a mask for each.
+    """
+
+    def additive(seen: Tensor) -> Tensor:
+        if dtype == torch.bool:
+            return seen[:, None]
+        least = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # softmax may be taken in fp32
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, least)[:, None]
+
+    window = window_of(config)
+    if window is None:
+        return additive(seen_BQK)
+    sliding = additive(seen_BQK & (behind_BQK < window))
+    if not kinds_of(config):
+        return sliding
+    return {"full_attention": additive(seen_BQK), "sliding_attention": sliding}
