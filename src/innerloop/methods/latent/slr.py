@@ -14,14 +14,7 @@ from innerloop.config.plan import AnswerContext, FirstState, Plan, PrefixKV, Sco
 from innerloop.config.stopping import GATED
 from innerloop.errors import InputError, refuse
 from innerloop.loop.sampling import draw_loops
-from innerloop.methods.latent.slr_settings import (
-    SlrAux,
-    SlrKd,
-    SlrSchedule,
-    SlrStates,
-    SlrStop,
-    StabilisedLoop,
-)
+from innerloop.methods.latent.slr_settings import SlrAux, SlrKd, SlrSchedule, SlrStates, SlrStop, StabilisedLoop
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, Follow, Kind, Piece, Readout, Row, Told
