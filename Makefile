@@ -39,7 +39,7 @@ pretrained: $(MODEL)/config.json  ## put a real pretrained model into models/smo
 $(MODEL)/config.json: | $(STAMP)
 	$(BIN)/python scripts/pretrained.py $(MODEL)
 
-lint: $(STAMP)  ## check style, types and which room imports which
+lint: $(STAMP)  ## check style, types and which folder imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
