@@ -139,7 +139,7 @@ def field_parser(cls: type, prefix: str = "") -> ArgumentParser:
 
 def add_fields(parser: Any, cls: type, prefix: str = "") -> None:
     """Add the fields of a dataclass but for its groups to a parser, or a group of it, as ``--PREFIXname``."""
-    docs = [parse_docstring(base.__doc__ or "").params for base in reversed(cls.__mro__) if is_dataclass(base)]
+    docs = [parse_docstring(base.__doc__ or "").params for base in reversed(cls.__mro__)]
     told = {param.arg_name: (param.description or "").rstrip(".") for params in docs for param in params}
     for name, hint in field_types(cls).items():
         if name not in groups(cls):
