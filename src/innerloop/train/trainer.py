@@ -259,7 +259,7 @@ class LatentTrainer(Trainer):
             return None
         if method.hid.weight == 0 or method.teacher in (None, "self"):
             raise InputError(
-                "train.teacher_cache keeps a frozen teacher's states: set hid_weight above 0 and teacher to a folder"
+                "train.teacher_cache keeps a frozen teacher's states: set hid.weight above 0 and teacher to a folder"
             )
         stages = method.stages()
         rows = [method.lay_out(example, model.spell, stage) for stage in stages for example in self.train_dataset]
