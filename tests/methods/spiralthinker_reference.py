@@ -39,7 +39,7 @@ def student(arch: str = "gpt2", method: SpiralThinker = SPIRAL, stirred: bool = 
     model = LatentModel(base.backbone, base.tokenizer, method).double()
     if stirred:
         stir(model)
-    if method.hid_weight > 0:
+    if method.hid.weight > 0:
         model._frozen["teacher"] = known(arch, 5)
     return model.eval()
 
@@ -121,7 +121,7 @@ class Spiral(Reference):
 
     def g(self, h_ND: Tensor) -> Tensor:
         """g_phi(h) = RMSNorm(h + W_2 SiLU(W_1 h)) tau."""
-        if self.method.rescale == "none":
+        if self.method.loop.rescale == "none":
             return h_ND
         r = self.rescale
         h_ND = h_ND + silu(h_ND @ r.inner.weight.T) @ r.outer.weight.T
@@ -132,7 +132,7 @@ class Spiral(Reference):
         """One pass over all of a row: what is fed back (L, D), the states after every layer, the logits (L, V)."""
         out = self.lm(inputs_embeds=x_LD[None], output_hidden_states=True, use_cache=False)
         layers = [h[0] for h in out.hidden_states]
-        return self.read(x_LD)[0] if self.method.feedback_site == "pre_norm" else layers[-1], layers, out.logits[0]
+        return self.read(x_LD)[0] if self.method.loop.site == "pre_norm" else layers[-1], layers, out.logits[0]
 
     def run_blocks(self, row: Laid) -> Passes:
         """Pass 0 reads the embeddings; after each pass the blocks that are worked on are written anew, K times."""
@@ -167,18 +167,16 @@ class Spiral(Reference):
             ids = [*ids, *self.marker("<bot>"), *step, *self.marker("<eot>")]
             ends.append(len(ids) - 1)
         with torch.no_grad():
-            layers = self.teacher(
-                torch.tensor([[*ids, *self.answer(example)]]), output_hidden_states=True
-            ).hidden_states
+            whole = torch.tensor([[*ids, *self.answer(example)]])
+            layers = self.teacher(whole, output_hidden_states=True).hidden_states
         return [[h[0, end] for h in layers] for end in ends]
 
     def weights(self) -> list[float]:
         """v_k of passes 0..K."""
         m, n = self.method, self.n_updates
         first = 0 if m.align_static_pass else 1
-        raw = [{"softmax": math.exp(m.align_alpha * k), "uniform": 1.0, "last": float(k == n)}[m.align_schedule]
-               for k in range(n + 1)]  # fmt: skip
-        raw = [0.0 if k < first else v for k, v in enumerate(raw)]
+        v = {"softmax": [math.exp(m.align_alpha * k) for k in range(n + 1)], "uniform": [1.0] * (n + 1)}
+        raw = [0.0] * first + v.get(m.align_schedule, [0.0] * n + [1.0])[first:]
         return [v / sum(raw) for v in raw]
 
     def align(self, examples: list[Example], parities: list[int] | None = None) -> list[Tensor]:
@@ -189,7 +187,7 @@ class Spiral(Reference):
             for (_, step), states in zip(row.ends, self.run_blocks(row).at_eol):
                 pairs += [] if step is None else [(states, taught[step])]
         n_layers = len(pairs[0][1])
-        layers = {"last": [n_layers - 1], "all": range(1, n_layers), "all+emb": range(n_layers)}[self.method.hid_layers]
+        layers = {"last": [n_layers - 1], "all": range(1, n_layers), "all+emb": range(n_layers)}[self.method.hid.layers]
         sigma = {layer: torch.stack([target[layer] for _, target in pairs]).std() for layer in layers}
         return [
             torch.stack([
@@ -201,7 +199,7 @@ class Spiral(Reference):
 
     def distance(self, s_D: Tensor, t_D: Tensor, sigma: Tensor) -> Tensor:
         gap = s_D - t_D
-        match self.method.hid_distance:
+        match self.method.hid.distance:
             case "l1":
                 return gap.abs().mean() / sigma
             case "l1_sum":
@@ -227,8 +225,8 @@ class Spiral(Reference):
             else:
                 losses.append(self.every_pass(row, targets))
         loss = torch.cat(losses).mean()
-        if self.method.hid_weight > 0:
-            loss = loss + self.method.hid_weight * self.progressive(examples, parities)
+        if self.method.hid.weight > 0:
+            loss = loss + self.method.hid.weight * self.progressive(examples, parities)
         return loss
 
     def every_pass(self, row: Laid, targets_U: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def test_latents_may_be_mixed_with_the_words_that_they_show(alpha, beta, host, a
     together = model.generate(QUESTIONS, max_new_tokens=5)
     assert [g.text for g in together] == [model.generate([q], max_new_tokens=5)[0].text for q in QUESTIONS]
     twin = copy.deepcopy(model)
-    assert twin.loop._words[0] is twin.backbone and not any("_words" in name for name in model.state_dict())
+    assert twin.loop.words is twin.backbone and not any("words" in name for name in model.state_dict())
 
 
 @by_arch

@@ -32,6 +32,7 @@ LEANS = {
     "gpt2": {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5},
     "llama": {"<bol>": 1.5, "<eot>": 1.0, "<bot>": 1.0},
 }
+STABLE = {"loop.time": "lookup", "loop.lora": "per_iter", "loop.lora_rank": 2, "loop.residual": "sum"}
 by_pattern = pytest.mark.parametrize("pattern", ["odd", "even"])
 
 
@@ -170,8 +171,7 @@ def forced(model, question, ids):
 
 @by_arch
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
-@pytest.mark.parametrize("fields", [{}, {"loop.time": "lookup", "loop.lora": "per_iter", "loop.lora_rank": 2, "loop.residual": "B"}],
-                         ids=["plain", "stabilised"])  # fmt: skip
+@pytest.mark.parametrize("fields", [{}, STABLE], ids=["plain", "stabilised"])
 def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(
     fields, schedule, arch, answers, monkeypatch
 ):

@@ -238,9 +238,9 @@ def test_7_what_comes_before_the_first_latent_never_changes(pattern, schedule, a
 
 
 @by_schedule
-@pytest.mark.parametrize("hid_distance", ["l1", "l1_sum", "l2", "smooth_l1"])
-def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(hid_distance, schedule):
-    model = student("gpt2", change(ALIGNED, hid={"distance": hid_distance}, block_schedule=schedule))
+@pytest.mark.parametrize("distance", ["l1", "l1_sum", "l2", "smooth_l1"])
+def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(distance, schedule):
+    model = student("gpt2", change(ALIGNED, hid={"distance": distance}, block_schedule=schedule))
     batch = model.batch(model.rows(MIXED))
     n, d = len(batch.teacher.ids_BS.flatten()), model.backbone.width
     targets = tuple(torch.randn(len(batch), n // len(batch), d, dtype=torch.double) for _ in range(3))
@@ -249,7 +249,7 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(hid_distanc
         thought = model.think(link, context=context)
         model.written_logits(link, thought)
         context, found = thought.after, []
-        losses.append(follow_loss(model.loss_inputs(link, thought), targets, model.method.losses).item())
+        losses.append(follow_loss(model.loss_inputs(link, thought), targets, model.method.hid).item())
         for sites in link.follows:  # every pass gets the states of a teacher at the sites, in all layers
             passed = thought.answer if sites.loop == 0 else thought.layer_states[sites.loop - 1]
             start = thought.first_column if sites.loop == 0 else link.bounds[0]
@@ -264,7 +264,7 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(hid_distanc
                 thought.answer = tuple(layers)
             else:
                 thought.layer_states[sites.loop - 1] = tuple(layers)
-        loss = follow_loss(model.loss_inputs(link, thought), targets, model.method.losses)
+        loss = follow_loss(model.loss_inputs(link, thought), targets, model.method.hid)
         assert losses.pop() > 0.1 and loss.item() == 0
         loss.backward()
         assert all(state.grad is None or state.grad.abs().max() == 0 for state in found)

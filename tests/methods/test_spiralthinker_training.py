@@ -94,22 +94,6 @@ def test_a_saved_student_is_the_same(schedule, tmp_path: Path):
     assert loaded.method == model.method and loaded.loss(MIXED).loss == model.loss(MIXED).loss
 
 
-def test_the_gain_of_every_link_is_penalised():
-    """One after the other, each block's loop has a gain of its own; rows of one block have the first alone."""
-    method = change(SPIRAL, block_schedule="sequential", fixed_point={"spectral_weight": 1.0, "spectral_bound": 0.0})
-    model = student("gpt2", method).train()
-    row = MIXED[3]  # two blocks
-    batch = model.batch(model.rows([row]))
-    gains, context = [], None
-    for link in batch.links():
-        thought = model.think(link, context=context)
-        model.written_logits(link, thought)
-        gains.append(thought.loop.gain.square().item())
-        context = thought.after
-    assert len(gains) == 2
-    assert model.loss([row]).terms["gain"].item() == pytest.approx(sum(gains), rel=1e-4)
-
-
 def test_rows_are_drawn_with_a_seed_alone():
     model = student("gpt2", change(SPIRAL, pattern="random_parity"))
     odd = student("gpt2", SPIRAL).rows(MIXED)
