@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, silu
 from innerloop import Example, LatentModel
 from innerloop.methods import SpiralThinker
 from tests.methods.reference import Reference
+from tests.methods.reference_codi import kd
 from tests.methods.tools import stir
 from tests.models import tiny_model
 
@@ -88,7 +89,7 @@ class Spiral(Reference):
 
     @property
     def n_updates(self) -> int:
-        return self.method.max_loops - (1 if self.method.count_static_pass else 0)
+        return self.method.max_loops - self.method.count_static_pass
 
     # Section 2: rows
 
@@ -186,29 +187,8 @@ class Spiral(Reference):
             row, taught = self.lay_out(example, parity), self.taught(example)
             for (_, step), states in zip(row.ends, self.run_blocks(row).at_eol):
                 pairs += [] if step is None else [(states, taught[step])]
-        n_layers = len(pairs[0][1])
-        layers = {"last": [n_layers - 1], "all": range(1, n_layers), "all+emb": range(n_layers)}[self.method.hid.layers]
-        sigma = {layer: torch.stack([target[layer] for _, target in pairs]).std() for layer in layers}
-        return [
-            torch.stack([
-                self.distance(states[k][layer], target[layer], sigma[layer])
-                for states, target in pairs for layer in layers
-            ]).mean()
-            for k in range(self.n_updates + 1)
-        ]  # fmt: skip
-
-    def distance(self, s_D: Tensor, t_D: Tensor, sigma: Tensor) -> Tensor:
-        gap = s_D - t_D
-        match self.method.hid.distance:
-            case "l1":
-                return gap.abs().mean() / sigma
-            case "l1_sum":
-                return gap.abs().sum() / sigma
-            case "l2":
-                return gap.square().mean() / sigma**2
-            case "smooth_l1":
-                return torch.where(gap.abs() < 1, gap.square() / 2, gap.abs() - 0.5).mean() / sigma
-        return 1 - (s_D @ t_D) / (s_D.norm() * t_D.norm())
+        taught, passes = [torch.stack(target) for _, target in pairs], range(self.n_updates + 1)
+        return [kd([torch.stack(states[k]) for states, _ in pairs], taught, self.method.hid) for k in passes]
 
     def progressive(self, examples: list[Example], parities: list[int] | None = None) -> Tensor:
         """L_prog = sum_k v_k L_align^(k)."""
@@ -216,18 +196,16 @@ class Spiral(Reference):
 
     def loss(self, examples: list[Example], parities: list[int] | None = None) -> Tensor:
         """L = L_CE + lambda L_prog."""
-        losses = []
+        losses, m = [], self.method
         for example, parity in zip(examples, parities or [0] * len(examples)):
             row = self.lay_out(example, parity)
             targets = torch.tensor([row.ids[at] for at in row.learned])
-            if self.method.ce_passes == "last":
+            if m.ce_passes == "last":
                 losses.append(cross_entropy(self.logits(example, parity), targets, reduction="none"))
             else:
                 losses.append(self.every_pass(row, targets))
         loss = torch.cat(losses).mean()
-        if self.method.hid.weight > 0:
-            loss = loss + self.method.hid.weight * self.progressive(examples, parities)
-        return loss
+        return loss + m.hid.weight * self.progressive(examples, parities) if m.hid.weight > 0 else loss
 
     def every_pass(self, row: Laid, targets_U: Tensor) -> Tensor:
         """The losses (U,) of the learned tokens, a mean over the passes of the turn that reads them.
