@@ -1,6 +1,6 @@
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import pairwise
 from statistics import mean, pstdev, stdev
 
@@ -80,13 +80,12 @@ def measure(example):
 
 def statistics(examples):
     """Return a list of values per numeric statistic, and a Counter per counted one."""
-    numbers, counted = {}, {}
-    for example in examples:
-        of_numbers, of_counted = measure(example)
+    numbers, counted = defaultdict(list), defaultdict(Counter)
+    for of_numbers, of_counted in map(measure, examples):
         for name, value in of_numbers.items():
-            numbers.setdefault(name, []).append(value)
+            numbers[name].append(value)
         for name, values in of_counted.items():
-            counted.setdefault(name, Counter()).update(values)
+            counted[name].update(values)
     return numbers, counted
 
 
@@ -119,9 +118,7 @@ def check_structure(example):
     told_steps = [[statements[edges.index([p, c])] for p, c in pairwise(path)] for path in shortest]
     assert list(example.steps) in told_steps
     assert example.answer == f"{names[root]} is a {names[target]}."
-    assert below[target] >= max(
-        distance for node, distance in below.items() if not children[node] and node not in other
-    )
+    assert below[target] >= max(at for node, at in below.items() if not children[node] and node not in other)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +160,7 @@ def test_generated_and_published_statistics_agree(generated, published):
         error = math.hypot(stdev(values) / math.sqrt(len(values)), stdev(real) / math.sqrt(len(real)))
         assert abs(mean(values) - mean(real)) < 3 * error, name
         assert stdev(values) == pytest.approx(stdev(real), rel=0.2), name
-    for name, counts in counted.items():
-        # Rare values are merged with their neighbour below, as the chi-square test wants 5 of each expected.
+    for name, counts in counted.items():  # rare values join their neighbour, as chi-square wants 5 of each expected
         table, share = [[0, 0]], real_counted[name].total() / (real_counted[name].total() + counts.total())
         for value in sorted(counts | real_counted[name]):
             table[-1][0] += counts[value]
