@@ -101,28 +101,23 @@ def test_a_second_pass_of_the_teacher_has_a_dropout_of_its_own(passes_of_teacher
 # The layout (codi.md, section 2)
 
 
-def test_the_teacher_reads_all_steps_but_the_last_and_both_stand_before_the_answers_digits():
-    model = on("gpt2", BASE)
-    for example, row in zip(MIXED, model.rows(MIXED)):
+SIGNED = tuple(Example("2 ; + 3", ("2 + 3 = 0",), answer) for answer in ("-3", "3 0", "+ 4 ; 1"))
+
+
+def test_the_teacher_reads_all_steps_but_the_last_and_both_stand_before_the_answers_own_tokens():
+    model, examples = on("gpt2", BASE), MIXED + SIGNED
+    for example, row in zip(examples, model.rows(examples)):
         read = [piece.step for piece in row.teacher.pieces if piece.kind is Kind.STEP]
         assert read == list(range(len(example.steps) - 1))
         (follow,) = row.follows
         assert (follow.loop, follow.weight) == (ANSWER_PASS, 1.0)
-        mine, taught = row.ids(), row.teacher.ids()
+        mine, taught, n_asked = row.ids(), row.teacher.ids(), len(row.teacher.prefix[0].ids)
         assert mine[follow.at] == taught[follow.teacher_at] == model.tokenizer.encode("###")[-1]
-        digits = model.tokenizer.encode(example.answer, add_special_tokens=False)
-        assert mine[follow.at + 1 :] == taught[follow.teacher_at + 1 :] == [*digits, model.tokenizer.eos_token_id]
-        assert row.teacher.labels()[: len(row.teacher.prefix[0].ids)] == [-100] * len(row.teacher.prefix[0].ids)
+        own = [*model.tokenizer.encode(example.answer, add_special_tokens=False), model.tokenizer.eos_token_id]
+        assert mine[follow.at + 1 :] == taught[follow.teacher_at + 1 :] == own
+        assert row.teacher.labels()[:n_asked] == [-100] * n_asked
     kept = on("gpt2", change(BASE, include_last_step=True)).rows(MIXED)
     assert [len(row.teacher.step_ends()) for row in kept] == [len(example.steps) for example in MIXED]
-
-
-@pytest.mark.parametrize("answer", ["3", "-3", "3 0", "+ 4 ; 1"])
-def test_the_boundary_is_before_the_first_token_of_any_answer(answer):
-    model = on("gpt2", BASE)
-    (row,) = model.rows([Example("2 ; + 3", ("2 + 3 = 0",), answer)])
-    digits = model.tokenizer.encode(answer, add_special_tokens=False)
-    assert row.ids()[row.follows[0].at + 1 :] == [*digits, model.tokenizer.eos_token_id]
 
 
 LOTUS = Lotus(n_blocks=60, latents_per_block=1, max_loops=1, hid={"weight": 1.0, "teacher": "-"})
@@ -284,19 +279,10 @@ def test_the_number_of_latents_may_be_changed_when_answering():
     for k in (1, 2, 6):
         other = same_weights(model, change(BASE, n_latents_total=k))
         other.loop = model.loop
-        answers = [one.generate([MIXED[0].question], max_new_tokens=4, **options)[0]
-                   for one, options in ((model, {"loops": k - 1}), (other, {}))]  # fmt: skip
-        assert answers[0].text == answers[1].text and answers[0].cost.loops == answers[1].cost.loops == k - 1
-        assert answers[0].cost.passes == answers[1].cost.passes
-        assert answers[0].cost.thought_tokens == answers[1].cost.thought_tokens
-
-
-@by_k
-def test_training_takes_k_plus_one_passes_and_one_of_the_teacher(k):
-    model = on("gpt2", change(BASE, n_latents_total=k))
-    with passes(model) as seen:
-        model.loss(MIXED)
-    assert len(seen) == k + 1 + 1
+        found = [one.generate([MIXED[0].question], max_new_tokens=4, **options)[0]
+                 for one, options in ((model, {"loops": k - 1}), (other, {}))]  # fmt: skip
+        one, same = ((g.text, g.cost.loops, g.cost.passes, g.cost.thought_tokens) for g in found)
+        assert one == same and one[1] == k - 1
 
 
 def test_gradients_do_not_change_when_passes_are_checkpointed():
