@@ -146,9 +146,6 @@ def test_a_teacher_in_a_folder_may_be_the_same_model_or_for_the_last_layer_anoth
     assert LatentModel(own.backbone, own.tokenizer, change(deep, hid={"layers": "last"})).loss(MIXED).terms["hid"] > 0
 
 
-# 2
-
-
 @pytest.mark.parametrize("last", [False, True])
 @by_arch
 def test_2_the_teachers_term_alone_is_cot_on_its_rows(arch, last):
@@ -159,9 +156,6 @@ def test_2_the_teachers_term_alone_is_cot_on_its_rows(arch, last):
     assert_close(one, other)
     mine = {name: g for name, g in gradients(model, one).items() if name.startswith("backbone")}
     assert_same_gradients(mine, gradients(cot, other))
-
-
-# 4, 5, 6: L_KD
 
 
 @by_distance
@@ -215,9 +209,6 @@ def test_6_no_gradient_runs_through_the_teacher(distance):
     assert_same_gradients(both, {name: by_kd[name] + by_cot[name] for name in by_kd})
 
 
-# 7
-
-
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_7_what_the_last_latent_makes_is_used_by_no_term(k):
     model = on("gpt2", change(BASE, n_latents_total=k))
@@ -227,9 +218,6 @@ def test_7_what_the_last_latent_makes_is_used_by_no_term(k):
     *thought, answer, _ = seen  # the last pass is the teacher's
     assert answer.grad[:, 0].abs().max() == 0 < answer.grad[:, 1:].abs().max()
     assert len(thought) == k and all(state.grad[:, -1].abs().max() > 0 for state in thought)
-
-
-# 8
 
 
 @pytest.mark.parametrize("fields", [{"n_latents_total": 0}, {"n_latents_total": 1}, {}, STABLE], ids=str)
@@ -261,9 +249,6 @@ def test_8_a_global_batch_in_parts_has_its_mean():
     outs = [model(part, n_items=counts).terms for part in parts]
     for name in TERMS:
         assert_close(outs[0][name] + outs[1][name], whole[name])
-
-
-# 9
 
 
 @by_k

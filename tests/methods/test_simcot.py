@@ -170,8 +170,7 @@ def test_latents_may_be_mixed_with_the_words_that_they_show(alpha, beta, host, a
 @by_arch
 def test_the_whole_loss_is_the_hosts_and_the_weighted_term(arch):
     model = on(arch, change(ON_COCONUT, aux={"weight": 0.3}))
-    host, slow = Reference(same_weights(model, PLAIN["coconut"])), Slow(model)
-    expected = host.loss(MIXED) + 0.3 * slow.loss(MIXED)
+    expected = Reference(same_weights(model, PLAIN["coconut"])).loss(MIXED) + 0.3 * Slow(model).loss(MIXED)
     output = model.loss(MIXED)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert_same_gradients(gradients(model, output.loss), gradients(model, expected), 1e-5)
@@ -187,14 +186,10 @@ def test_the_latent_after_codis_last_is_made_as_the_others_are(loop):
         batch = twin.batch(twin.rows(MIXED[:1] * 2))
         thought = twin.think(batch)
         twin.written_logits(batch, thought)
-        sites = dataclasses.replace(
-            batch.told[0], rows_G=torch.tensor([0, 0, 0]), first_G=torch.tensor([0, 1, 2]), n_latents=1
-        )
+        places = {"rows_G": torch.tensor([0, 0, 0]), "first_G": torch.tensor([0, 1, 2]), "n_latents": 1}
+        sites = dataclasses.replace(batch.told[0], **places)
         groups.append(step_decoder.group_latents(twin.loss_inputs(batch, thought), twin.loop, sites))
     assert_close(*groups)
-
-
-# 1
 
 
 @by_host
@@ -209,9 +204,6 @@ def test_1_without_weight_it_is_the_host(host):
     (loss, grads, draws), (other_loss, other_grads, other_draws) = found
     assert loss == other_loss and torch.equal(draws, other_draws) and grads.keys() == other_grads.keys()
     assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
-
-
-# 2
 
 
 @by_arch
@@ -230,9 +222,6 @@ def test_2_a_probe_leaves_the_hosts_gradients_alone(embed, host, arch):
     assert any(not torch.equal(attached[name], expected[name]) for name in expected)
 
 
-# 3
-
-
 @by_arch
 @by_host
 def test_3_answers_are_those_of_the_host(host, arch):
@@ -242,9 +231,6 @@ def test_3_answers_are_those_of_the_host(host, arch):
         assert (one.text, one.cost.passes, one.cost.positions) == (other.text, other.cost.passes, other.cost.positions)
     for one, other in zip(model.answer_logits(MIXED), theirs.answer_logits(MIXED)):
         assert torch.equal(one, other)
-
-
-# 4, 5
 
 
 @by_arch
@@ -265,9 +251,6 @@ def test_5_padding_tells_nothing_and_changes_nothing():
     padded = model.step_decoder(latents, torch.tensor([[5, 6, 7, 0, 0]]), model.backbone)
     assert_close(padded[:, :3], logits)
     assert_close(model.step_decoder(latents, ids[:, :1], model.backbone), logits[:, :1])
-
-
-# 6
 
 
 @by_surplus
@@ -308,9 +291,6 @@ def test_groups_keep_their_step_through_the_curriculum(stage):
     assert all(told.ids == first for told in row.told[:1])
 
 
-# 8
-
-
 @by_host
 def test_8_a_group_reaches_bot_and_nothing_after_it(host):
     """seen[j] shows latent j + 1: it learns from groups at it and after it alone."""
@@ -325,9 +305,6 @@ def test_8_a_group_reaches_bot_and_nothing_after_it(host):
         assert reached[: k + 1] == [True] * (k + 1) and not any(reached[k + 1 :])
         assert seen[0].grad[0, -1].abs().max() > 0  # <bot>
     model.zero_grad()
-
-
-# 9
 
 
 def test_9_lotus_aux_is_the_same_function(monkeypatch):

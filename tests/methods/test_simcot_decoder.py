@@ -151,20 +151,16 @@ def test_a_decoder_may_be_another_model_of_another_width(method, arch, another, 
     assert loaded.loss(MIXED).loss == model.loss(MIXED).loss
 
 
-def test_a_decoder_begins_as_the_model_that_is_named(another):
-    model = fresh(change(ON_COCONUT, aux={"source": another, "embed": "own"}))
+def test_a_decoder_begins_as_the_model_that_is_named_unless_its_tokens_are_others(another, tmp_path: Path):
+    own = change(ON_COCONUT, aux={"embed": "own"})
+    model = fresh(change(own, aux={"source": another}))
     bare = LatentModel.from_pretrained(another).backbone.lm
     assert all(torch.equal(p, q.double()) for p, q in zip(model.step_decoder.own.lm.parameters(), bare.parameters()))
-
-
-def test_a_decoder_of_other_tokens_or_none_at_all_is_refused(another, tmp_path: Path):
-    method = change(ON_COCONUT, aux={"embed": "own"})
-    with pytest.raises(InputError, match="there is no folder"):
-        fresh(change(method, aux={"source": str(tmp_path / "nothing")}))
     other = LatentModel.from_scratch({"type": "gpt2", "hidden_size": 32, "num_attention_heads": 2}, MIXED[:1], NoCot())
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="choose one of its family"):
-        fresh(change(method, aux={"source": str(tmp_path / "other")}))
+    for name, message in (("nothing", "there is no folder"), ("other", "choose one of its family")):
+        with pytest.raises(InputError, match=message):
+            fresh(change(own, aux={"source": str(tmp_path / name)}))
 
 
 @pytest.mark.parametrize(("fields", "more"), [({}, 0), ({"aux.question": True, "aux.position": 3}, 3 + 9)])
@@ -286,21 +282,17 @@ def test_a_saved_decoder_is_the_same(aux, arch, tmp_path: Path):
         assert lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
 
 
-def test_a_run_answers_without_its_decoder(tmp_path: Path):
-    model = moved(tiny_model(ON_COCONUT, "gpt2"))
+def test_a_run_answers_without_its_decoder_and_one_that_joins_begins_as_a_copy_of_the_host(tmp_path: Path):
+    model, plain = moved(tiny_model(ON_COCONUT, "gpt2")), Coconut(curriculum={"max_stage": 2}, latents_per_step=1)
     model.save_pretrained(tmp_path / "run")
     bare = LatentModel.from_pretrained(tmp_path / "run", change(ON_COCONUT, aux={"weight": 0.0}))
-    host = LatentModel.from_pretrained(tmp_path / "run", Coconut(curriculum={"max_stage": 2}, latents_per_step=1))
+    host = LatentModel.from_pretrained(tmp_path / "run", plain)
     assert bare.step_decoder is None and host.step_decoder is None
     texts = [[g.text for g in one.generate(QUESTIONS, max_new_tokens=8)] for one in (model, bare, host)]
     assert texts[0] == texts[1] == texts[2]
-
-
-def test_a_decoder_begins_as_a_copy_of_the_host_that_it_joins(tmp_path: Path):
-    host = moved(tiny_model(Coconut(curriculum={"max_stage": 2}, latents_per_step=1), "gpt2"))
     host.save_pretrained(tmp_path / "host")
-    model = LatentModel.from_pretrained(tmp_path / "host", ON_COCONUT)
-    for one, other in zip(host.backbone.lm.parameters(), model.step_decoder.own.lm.parameters()):
+    joined = LatentModel.from_pretrained(tmp_path / "host", ON_COCONUT)
+    for one, other in zip(host.backbone.lm.parameters(), joined.step_decoder.own.lm.parameters()):
         assert torch.equal(one, other)
 
 
@@ -319,9 +311,6 @@ def test_sums_over_a_step_are_not_taken_for_divergence(tmp_path: Path):
     assert logged(tmp_path, "loss_aux")[0] > 15
 
 
-# 10
-
-
 def distance(model, examples):
     """Dist: the mean over pairs of an example's latents of how far they are apart."""
     with torch.no_grad():
@@ -329,6 +318,13 @@ def distance(model, examples):
     z = torch.cat([result.first, *[state for _, state in result.states]], dim=1)
     pairs = itertools.combinations(range(z.shape[1]), 2)
     return torch.stack([(z[:, i] - z[:, j]).norm(dim=-1) for i, j in pairs]).mean()
+
+
+def test_close_latents_are_close():
+    """The distance knows a collapse when it sees one."""
+    model = on("gpt2", SimCot(latents_per_step=1))
+    model.loop.rescale.forward = torch.ones_like
+    assert_close(distance(model, MIXED), torch.tensor(0.0, dtype=torch.double))
 
 
 @pytest.mark.slow
@@ -340,13 +336,6 @@ def test_10_latents_stay_further_apart_than_the_hosts():
         learn(model, examples, 50, 5e-3)
         found.append(distance(model, examples))
     assert found[0] > 1.5 * found[1]
-
-
-def test_close_latents_are_close():
-    """The distance of the test above knows a collapse when it sees one."""
-    model = on("gpt2", SimCot(curriculum={"max_stage": 3}, latents_per_step=1))
-    model.loop.rescale.forward = torch.ones_like
-    assert_close(distance(model, MIXED), torch.tensor(0.0, dtype=torch.double))
 
 
 # Settings

@@ -147,9 +147,6 @@ def test_a_trace_holds_every_block_as_the_slow_twin_reads_it(pattern, arch, answ
             assert_shows(block.last.top_probs, block.last.top_ids, last)
 
 
-# 5: answering equals training
-
-
 def forced(model, question, ids):
     """Lay out what was written as a training row."""
     spell, row = model.spell, model.method.prompt(question, model.spell, 0)

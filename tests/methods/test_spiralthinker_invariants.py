@@ -43,9 +43,6 @@ def tolerance(arch):
     return 1e-10 if arch == "gpt2" else ROUNDED
 
 
-# 1
-
-
 @by_arch
 def test_1_without_blocks_it_is_the_explicit_teacher(arch):
     model = student(arch, SpiralThinker(pattern="none"))
@@ -67,9 +64,6 @@ def test_1_without_updates_blocks_are_interleaved_pauses(schedule, arch):
         for example, logits in zip(MIXED, model.answer_logits(MIXED)):
             row = slow.lay_out(example)
             assert_close(logits, slow.read(slow.embed(row.ids))[1][[at - 1 for at in row.learned]], tolerance(arch))
-
-
-# 2
 
 
 @pytest.fixture
@@ -102,9 +96,6 @@ def test_2_the_rms_of_what_is_written_back_is_tau_but_for_a_gain(states_ND, loop
     assert (g(2 * states_ND) - g(states_ND)).abs().max() > 1e-3  # with W_2 it knows the scale
 
 
-# 3
-
-
 @pytest.mark.parametrize("first", [0, 1])
 def test_3_the_weights_of_the_passes(first):
     for n in (1, 2, 5):
@@ -128,9 +119,6 @@ def test_3_schedules_of_the_alignment_agree_where_they_must(schedule):
     once = [hid(align_schedule=s, max_loops=1) for s in ("softmax", "uniform", "last")]
     assert once == pytest.approx([once[0]] * 3, rel=1e-5)
     assert len({round(hid(align_schedule=s), 5) for s in ("softmax", "uniform", "last")}) == 3
-
-
-# 4
 
 
 @by_arch
@@ -159,9 +147,6 @@ def test_4_alignment_without_iteration(schedule, arch):
     assert_same_gradients(gradients(model, output.loss), gradients(model, expected), 1e-5)
 
 
-# 7
-
-
 @by_arch
 @by_schedule
 @pytest.mark.parametrize("pattern", ["odd", "even", "all"])
@@ -181,9 +166,6 @@ def test_7_what_comes_before_the_first_latent_never_changes(pattern, schedule, a
             model.answer_logits([example])
     assert len(seen) > 2
     assert sum(inputs.shape[1] >= len(asked) and torch.equal(inputs[0, : len(asked)], asked) for inputs in seen) == 1
-
-
-# 8
 
 
 @by_schedule
@@ -231,9 +213,6 @@ def test_8_the_teacher_learns_nothing():
     model.zero_grad()
 
 
-# 9
-
-
 @by_arch
 @by_schedule
 def test_9_lat_is_read_in_pass_0_alone(schedule, arch):
@@ -259,9 +238,6 @@ def test_9_without_the_way_through_h_lat_does_nothing(schedule, monkeypatch):
         assert (one - other)[:, lat].abs().max() > 1e-3  # the table is the head too
         one[:, lat] = other[:, lat]
         assert_close(one, other)
-
-
-# 10
 
 
 @by_schedule
