@@ -1,18 +1,15 @@
 """Coconut: it equals the slow reference, and the invariants of its card (coconut.md, section 9).
 
 C2 cached passes == the whole prefix at every pass. C4 mixed batches == single rows. C5 the gradient runs through all k
-links, and `detach` cuts them. C7 Jacobi view. C8 stage arithmetic. C1, C3 and C6, other methods, are lines of
-tests/test_one_loop.py.
+links, and `detach` cuts them. C8 stage arithmetic: tests/test_curriculum.py. C1, C3, C6 and C7, other methods and the
+Jacobi view, are lines of tests/test_one_loop.py; its iterations are followed one by one in test_pccot.py.
 """
-
-import dataclasses
 
 import pytest
 import torch
 
 from innerloop import Coconut, InputError, Slr
-from innerloop.text.row import IGNORE
-from tests.fields import change, make
+from tests.fields import make
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -76,12 +73,6 @@ def test_c4_examples_with_fewer_steps_may_have_fewer_latents(chosen):
     assert_is_the_reference(sharp_model(Coconut(pad_latent_to_max=False)), examples=[MIXED[i] for i in chosen])
 
 
-def test_answering_always_uses_the_most_latents():
-    padded, free = (tiny_model(Coconut(pad_latent_to_max=padded)) for padded in (True, False))
-    assert [row.ids() for row in free.prompts(QUESTIONS)] == [row.ids() for row in padded.prompts(QUESTIONS)]
-    assert [model.generate(["2"])[0].cost.thought_tokens >= 6 for model in (padded, free)] == [True, True]
-
-
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_c5_the_gradient_runs_through_every_link_from_the_last_token_alone_unless_they_are_cut(k, detach):
@@ -98,50 +89,6 @@ def link_gradients(model):
         model(batch).loss.backward()
     # the last pass reads the last latent, <eot> and the text
     return [torch.zeros(1) if state.grad is None else state.grad[:, -1] for state in seen[:-1]]
-
-
-def test_c7_jacobi_iterations_make_the_same_latents():
-    """k parallel passes x_j := h_{j-1}, x_1 fixed, give the k latents that sequential passes give, in order."""
-    k, model = 5, sharp_model(of_latents(5))
-    slow = Reference(model)
-    with torch.no_grad():
-        bot = [*slow.question(QUESTIONS[0]), *slow.marker("<bot>")]
-        sequential = slow.coconut(slow.embed(bot), k)[len(bot) : -1]
-        x_KD = slow.embed(slow.marker("<lat>") * k)
-        for t in range(1, k + 1):
-            h_LD = slow.read(torch.cat([slow.embed(bot), x_KD]))[0]
-            x_KD = h_LD[len(bot) - 1 : -1]
-            assert_close(x_KD[:t], sequential[:t])
-            assert t == k or (x_KD[t:] - sequential[t:]).abs().amax(1).min() > 1e-3
-        thought = torch.cat([slow.embed(bot), x_KD, slow.embed(slow.marker("<eot>"))])
-        assert_close(slow.logits_after(thought, slow.written(MIXED[0], 2)), model.answer_logits(MIXED[:1])[0])
-
-
-def test_c8_three_epochs_to_a_stage_give_the_published_schedule():
-    method = Coconut()
-    model = tiny_model(method)
-    example = dataclasses.replace(MIXED[3], steps=(*MIXED[3].steps, "0 + 1 = 1"))  # five steps
-    stages = [method.stage_at(step=10 * epoch, steps_per_epoch=10) for epoch in range(25)]
-    rows = [model.rows([example], stage)[0] for stage in stages]
-    lat = model.tokenizer.convert_tokens_to_ids("<lat>")
-    assert [row.ids().count(lat) for row in rows] == [0] * 3 + [2] * 3 + [4] * 3 + [6] * 16
-    skipped = [5 - sum(piece.step >= 0 for piece in row.pieces) for row in rows]
-    assert skipped == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [5] * 13
-    published = change(method, curriculum={"first_stage": 1})  # from a CoT checkpoint: stage 0 is left out
-    assert [published.stage_at(epoch, 1) for epoch in (0, 3, 6, 9, 30)] == [1, 2, 3, 4, 4]
-
-
-def test_examples_with_fewer_steps_than_the_stage_still_have_all_latents():
-    model = tiny_model(Coconut())
-    lat = model.tokenizer.convert_tokens_to_ids("<lat>")
-    assert [row.ids().count(lat) for row in model.rows(MIXED, 3)] == [6] * 6
-
-
-def test_question_and_markers_are_not_supervised_and_the_first_text_is_predicted_by_eot():
-    model = sharp_model(Coconut())
-    for row in model.rows(MIXED, 2):
-        after_eot = row.ids().index(model.tokenizer.convert_tokens_to_ids("<eot>")) + 1
-        assert row.labels() == [IGNORE] * after_eot + row.ids()[after_eot:]
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 5])
@@ -196,23 +143,6 @@ def test_states_before_the_first_latent_do_not_depend_on_the_latents():
 def test_impossible_settings_are_refused_with_the_way_to_mend_them(fields, mend):
     with pytest.raises(InputError, match=mend):
         make(Coconut, **fields)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"latents_per_step": 1},
-        {"curriculum.max_stage": 2},
-        {"thought": "pause"},
-        {"loop.residual": "sum"},
-        {"loop.site": "pre_norm"},
-    ],
-    ids=str,
-)
-def test_every_field_changes_the_answer(fields):
-    model = sharp_model(Coconut())
-    other = under(model, make(Coconut, **fields))
-    assert (model.answer_logits(MIXED[:1])[0] - other.answer_logits(MIXED[:1])[0]).abs().max() > 1e-3
 
 
 def test_mixed_stages_change_the_rows_of_a_batch_and_the_seed_fixes_them():

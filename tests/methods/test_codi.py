@@ -283,23 +283,8 @@ def test_gradients_do_not_change_when_passes_are_checkpointed():
 @pytest.mark.parametrize(
     ("base", "fields", "what"),
     [
-        ({}, {"n_latents_total": 2}, FORWARD | {"hid", "rows", "ran", "passes"}),
-        ({}, {"include_last_step": True}, {"hid", "teacher", "passes"} | LEARNS),
-        ({}, {"loop.rescale": "none"}, FORWARD | {"hid", "trained"}),
-        ({}, {"loop.norm": False}, FORWARD | {"hid", "trained"}),
-        ({}, {"answer_weight": 0.5}, LEARNS),
-        ({}, {"hid.weight": 20.0}, LEARNS),
-        ({}, {"hid.layers": "all"}, {"hid"} | LEARNS),
-        ({}, {"hid.distance": "l1"}, {"hid"} | LEARNS),
-        ({}, {"teacher_weight": 2.0}, LEARNS),
-        ({}, {"teacher_passes": 2}, {"passes"}),
-        ({"teacher_weight": 0.0}, {"hid.teacher": "another"}, {"hid", "passes"} | LEARNS),
-        ({}, {"hid.weight": 0.0}, {"hid"} | LEARNS),
-        ({}, {"loop.width": 8}, STATES | {"trained"}),
-        # options of other loops
         ({"loop.rescale": "adapter"}, {"loop.gain": True}, STATES | {"trained"}),
         ({}, {"loop.scale": 0.5}, STATES),
-        ({}, {"loop.site": "pre_norm"}, STATES),
         ({"loop.residual": "A"}, {"loop.alpha_learn": "per_iter"}, STATES | {"trained"}),
         ({"loop.residual": "C"}, {"loop.gate_shape": "channel"}, STATES | {"trained"}),
         ({"loop.time": "lookup"}, {"loop.time_inject": "concat"}, STATES | {"trained"}),
@@ -311,7 +296,7 @@ def test_gradients_do_not_change_when_passes_are_checkpointed():
     ],
     ids=str,
 )
-def test_a_setting_moves_what_it_should_and_nothing_else(base, fields, what):
+def test_options_of_other_loops_move_what_they_should_and_nothing_else(base, fields, what):
     assert moved_by(change(BASE, **base), **fields) == what
 
 

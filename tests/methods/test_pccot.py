@@ -9,7 +9,6 @@ import torch
 from innerloop import InputError
 from innerloop.methods import Codi, Pccot
 from tests.fields import make
-from tests.methods.gauges import FORWARD, LEARNS, moved_by
 from tests.methods.reference_codi import CodiReference
 from tests.methods.slowly import assert_batch_is_its_rows, assert_decodes_as_forced, assert_terms_of_the_reference
 from tests.methods.tools import (
@@ -27,7 +26,6 @@ from tests.methods.tools import (
 
 K = 5
 BASE = Pccot(n_slots=K, max_loops=2)
-STATES = FORWARD | {"hid"}
 
 
 @pytest.mark.parametrize(
@@ -91,24 +89,6 @@ def test_the_number_of_iterations_may_be_changed_when_answering():
         (generation,) = model.generate(["2"], loops=loops, max_new_tokens=2)
         other = same_weights(model, change(BASE, max_loops=loops)).generate(["2"], max_new_tokens=2)[0]
         assert (generation.text, generation.cost.loops) == (other.text, loops)
-
-
-@pytest.mark.parametrize(
-    ("fields", "what"),
-    [
-        ({"n_slots": 3}, STATES | {"rows", "passes"}),
-        ({"max_loops": 3}, STATES | {"ran", "passes"}),
-        ({"loop.rescale": "none"}, STATES | {"trained"}),
-        ({"loop.shift": False}, STATES),
-        ({"hid.weight": 20.0}, LEARNS),
-        ({"hid.layers": "last"}, {"hid"} | LEARNS),
-        ({"teacher_weight": 2.0}, LEARNS),
-        ({"loop.bptt": 1}, {"gradient"}),
-    ],
-    ids=str,
-)
-def test_a_setting_moves_what_it_should_and_nothing_else(fields, what):
-    assert moved_by(BASE, **fields) == what
 
 
 @pytest.mark.parametrize(

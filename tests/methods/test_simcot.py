@@ -280,17 +280,6 @@ def test_6_nothing_is_told_where_there_are_no_steps(host):
     assert torch.isfinite(model.loss(MIXED).terms["aux"])
 
 
-@pytest.mark.parametrize("stage", range(5))
-def test_groups_keep_their_step_through_the_curriculum(stage):
-    """At stage s the first s groups tell what they tell in the end; only the last of all takes several steps."""
-    model = on("gpt2", ON_COCONUT)
-    example = MIXED[3]  # four steps
-    (row,), (final,) = model.rows([example], stage), model.rows([example])
-    assert row.told == final.told[: min(stage, 3)]
-    first = model.spell.told(example.steps[0])
-    assert all(told.ids == first for told in row.told[:1])
-
-
 @by_host
 def test_8_a_group_reaches_bot_and_nothing_after_it(host):
     """seen[j] shows latent j + 1: it learns from groups at it and after it alone."""

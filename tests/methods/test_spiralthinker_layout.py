@@ -11,7 +11,7 @@ from innerloop.methods.latent.spiralthinker import pass_weights
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Kind
-from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
+from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, known, student
 from tests.methods.tools import MIXED, change
 from tests.models import chain_tokenizer, tiny_model
 
@@ -244,3 +244,16 @@ def test_markers_are_read_or_written():
     teacher = change(SPIRAL, pattern="none")
     assert teacher.markers == teacher.written_markers == ("<bot>", "<eot>")
     assert SPIRAL.needs_steps and "<bol>" not in chain_tokenizer().get_vocab()
+
+
+def test_the_cards_defaults():
+    method = SpiralThinker()
+    assert (method.pattern, method.latents_per_block, method.max_loops) == ("odd", 5, 5)
+    assert (method.loop.rescale, method.loop.width, method.loop.gain) == ("adapter", 0, False)
+    assert (method.hid.layers, method.hid.distance) == ("all", "l1")
+    assert (method.align_schedule, method.align_alpha, method.count_static_pass) == ("softmax", 1.0, False)
+    assert (method.block_schedule, method.m0, method.max_blocks) == ("parallel", "one_block_no_align", 8)
+    assert not (method.supervise_first_bol or method.align_static_pass or method.force_block_after_text)
+    assert (method.loop.residual, method.loop.site, method.loop.bptt) == ("none", "post_norm", None)
+    assert (method.ce_passes, method.stop.rule) == ("last", "none")
+    assert known("gpt2").loop.rescale.outer.weight.abs().max() == 0
