@@ -253,22 +253,17 @@ def test_5_padding_tells_nothing_and_changes_nothing():
     assert_close(model.step_decoder(latents, ids[:, :1], model.backbone), logits[:, :1])
 
 
-@by_surplus
 @pytest.mark.parametrize("m", range(6))
-def test_6_targets_are_the_steps_tokens_and_their_ends(m, surplus):
+def test_6_targets_are_the_steps_tokens_and_their_ends(m):
     """m steps for G = 3 groups: none too few, as many, or more, which the last group takes together."""
-    model = on("gpt2", change(ON_COCONUT, surplus=surplus))
+    model = on("gpt2", change(ON_COCONUT, surplus="ignore"))
     texts = ("3 + 4 = 2", "2 * 2", "4", "1 - 1 = 0", "0 + 0")[:m]
     (row,) = model.rows([Example("3 ; + 4", tuple(f"<<{text}>>" for text in texts), "2")])
-    groups = [*texts[:2], "\n".join(texts[2:])] if m > 3 else list(texts)
-    more = {"answer": ["### 2"], "ignore": [""], "repeat_last": groups[-1:] or [""]}[surplus]
-    groups += more * (3 - len(groups))
-    encode = [model.tokenizer.encode(text, add_special_tokens=False) for text in groups]
-    ids = [(*one, model.spell.eos_id) if one else () for one in encode]
-    assert [told.ids for told in row.told] == ids
+    groups = [*texts[:2], "\n".join(texts[2:])] if m > 3 else texts
+    ids = [(*model.tokenizer.encode(text, add_special_tokens=False), model.spell.eos_id) for text in groups]
+    assert [told.ids for told in row.told] == ids + [()] * (3 - len(ids))
     assert [(t.group, t.loop, t.first, t.n_latents) for t in row.told] == [(k, FED, 2 * k, 2) for k in range(3)]
-    n_targets = sum((sites.targets_GL >= 0).sum().item() for sites in model.batch([row]).told)
-    assert n_targets == sum(map(len, ids))
+    assert sum((sites.targets_GL >= 0).sum().item() for sites in model.batch([row]).told) == sum(map(len, ids))
 
 
 @by_host

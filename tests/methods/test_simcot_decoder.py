@@ -224,22 +224,11 @@ def test_rows_that_stand_alone_keep_their_latents_in_the_control():
 # Telling
 
 
-@pytest.fixture(scope="module")
-def taught():
-    """A model that has learned some examples of two different steps."""
+def test_latents_tell_their_steps_after_training_and_only_by_being_read():
     model = tiny_model(ON_COCONUT, "gpt2", num_hidden_layers=2, initializer_range=0.1)
-    examples = list(chain_examples(8, 2))
+    examples = list(chain_examples(8, 2))  # of two different steps
     learn(model, examples, 150)
-    return model.eval(), examples
-
-
-def test_latents_tell_their_steps_after_training(taught):
-    model, examples = taught
-    assert tell(model, examples) == [list(example.steps) for example in examples]
-
-
-def test_a_taught_decoder_reads_the_latents(taught):
-    model, examples = taught
+    assert tell(model.eval(), examples) == [list(example.steps) for example in examples]
     with torch.no_grad():
         batch, thought = thinking(model, examples)
         true, shuffled = (told(model, batch, thought, shuffled=which).item() for which in (False, True))

@@ -129,27 +129,14 @@ def test_gradients_flow_through_all_passes(schedule):
 @by_schedule
 @by_pattern
 def test_rows_of_a_batch_do_as_alone(pattern, schedule, arch):
-    """Rows with 0 to 4 blocks: the same logits, and a loss that is the mean over tokens and over blocks."""
-    model = student(arch, change(SPIRAL if pattern == "none" else ALIGNED, pattern=pattern, block_schedule=schedule))
+    """Rows with 0 to 4 blocks: the same logits, and losses that are means over tokens and over blocks with a step."""
+    aligned = change(ALIGNED, hid={"distance": "cosine"})  # which knows no batch statistic
+    model = student(arch, change(SPIRAL if pattern == "none" else aligned, pattern=pattern, block_schedule=schedule))
     rows = rows_of(model)
     assert_close(model.row_logits(rows), [model.row_logits([row])[0] for row in rows], tolerance(arch))
-    assert_batch_is_its_rows(model, rows, apart={"hid"})
-
-
-@by_schedule
-def test_every_block_counts_the_same_in_the_alignment(schedule):
-    """With a distance that knows no batch statistic the batch's is the mean over single rows' blocks."""
-    model = student("gpt2", change(ALIGNED, hid={"distance": "cosine"}, block_schedule=schedule))
-    rows = rows_of(model)
-    assert [round(model.batch([row]).counts()["hid"]) for row in rows] == [
-        2,
-        0,
-        1,
-        2,
-        1,
-        0,
-    ]  # of 3, 0, 1, 4, 2, 0 steps
     assert_batch_is_its_rows(model, rows)
+    if pattern == "odd":
+        assert [round(model.batch([row]).counts()["hid"]) for row in rows] == [2, 0, 1, 2, 1, 0]
 
 
 def test_parallel_and_sequential_differ_from_the_second_block_on():

@@ -74,15 +74,6 @@ def test_a_row_is_one_region_from_the_first_block_to_the_last_or_has_a_link_for_
     assert drawn(laid_out(method, m, spell), spell) == expected
 
 
-@by_schedule
-@pytest.mark.parametrize("m", range(6))
-def test_random_parity_is_odd_or_even(m, schedule, spell):
-    either = change(SPIRAL, pattern="random_parity", block_schedule=schedule)
-    assert laid_out(either, m, spell, 0) == laid_out(change(either, pattern="odd"), m, spell)
-    if m:  # an answer begins with a block, so <bol> is not learned where there is no step
-        assert laid_out(either, m, spell, 1) == laid_out(change(either, pattern="even"), m, spell)
-
-
 def test_random_parity_draws_either_for_each_example_anew(spell):
     method = change(SPIRAL, pattern="random_parity")
     drawn_parities = [method.stage_of(0, 3, str(i)) for i in range(400)]
@@ -111,18 +102,19 @@ def test_tokens_and_labels_are_the_cards(pattern, schedule, first):
             assert lat not in labels and eol not in labels
 
 
-def test_rows_without_steps_may_have_no_block(spell):
-    for pattern in ("odd", "even", "all"):
-        row = laid_out(change(SPIRAL, pattern=pattern, m0="no_block"), 0, spell)
-        assert drawn(row, spell) == "Q |  | *A" and row.n_loops == 0
-        one = laid_out(change(SPIRAL, pattern=pattern, m0="no_block"), 2, spell)
-        assert one == laid_out(change(SPIRAL, pattern=pattern), 2, spell)
-
-
-def test_the_first_bol_may_be_learned(spell):
-    taught = change(SPIRAL, supervise_first_bol=True)
-    assert drawn(laid_out(taught, 1, spell), spell) == "Q *<bol> | L <eol> | *A"
-    assert drawn(laid_out(taught, 3, spell), spell) == f"Q *<bol> | L <eol> {T[2]} *<bol> L <eol> | *A"
+@pytest.mark.parametrize(
+    ("fields", "m", "expected"),
+    [
+        ({"m0": "no_block"}, 0, "Q |  | *A"),
+        ({"m0": "no_block", "pattern": "even"}, 0, "Q |  | *A"),
+        ({"m0": "no_block"}, 2, f"Q <bol> | L <eol> | {T[2]} *A"),
+        ({"supervise_first_bol": True}, 1, "Q *<bol> | L <eol> | *A"),
+        ({"supervise_first_bol": True}, 3, f"Q *<bol> | L <eol> {T[2]} *<bol> L <eol> | *A"),
+    ],
+)
+def test_rows_without_steps_may_have_no_block_and_the_first_bol_may_be_learned(fields, m, expected, spell):
+    row = laid_out(change(SPIRAL, **fields), m, spell)
+    assert drawn(row, spell) == expected and row.n_loops == (2 if "L" in expected else 0)
 
 
 @by_pattern
@@ -139,7 +131,6 @@ def test_n_and_k_are_those_of_every_block(spell):
     assert [len(link.region[0].ids) for link in links] == [4, 4, 4]
     assert [link.n_loops for link in links] == [3, 3, 3]
     assert laid_out(change(method, count_static_pass=True), 5, spell).n_loops == 2
-    assert laid_out(change(method, pattern="even", m0="no_block"), 1, spell).n_loops == 0
 
 
 # What blocks follow
