@@ -19,6 +19,7 @@ from tests.models import saved, tiny_model
 
 TEACHER = Slr(n_slots=3, max_loops=3)
 STUDENT = Slr(n_slots=3, max_loops=3, teacher_thinks="latents", teacher="-", hid={"weight": 1.0}, kd={"weight": 1.0})
+WIDE = {"width": 48}
 
 
 def made(method: Method, seed: int = 0, **changes) -> LatentModel:
@@ -54,7 +55,7 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn_from_it(scope, tmp_pat
 def test_the_terms_are_those_of_sums_by_hand(step_map, pairs, scope, tmp_path: Path):
     """The teacher is wider and iterates five times; rows of the student three times, or, cut short, twice."""
     teacher = made(change(TEACHER, max_loops=5, loop_scope=scope), seed=3, hidden_size=48)
-    student = student_of(teacher, tmp_path, hid_width=48, step_map=step_map, loop_scope=scope).double().eval()
+    student = student_of(teacher, tmp_path, hid=WIDE, step_map=step_map, loop_scope=scope).double().eval()
     student.load_teacher().double()
     teacher = copy.deepcopy(student.load_teacher())
     ours, theirs = states_of(student), states_of(teacher)
@@ -84,8 +85,9 @@ def test_the_terms_are_those_of_sums_by_hand(step_map, pairs, scope, tmp_path: P
         assert student(batch).terms["kd"].item() == pytest.approx(out.terms["kd"].item(), rel=1e-5)
 
 
-def test_gradients_reach_the_student_alone(tmp_path: Path):
-    student = student_of(made(TEACHER, seed=3, hidden_size=48), tmp_path, hid_width=48, answer_weight=0.0).train()
+def test_gradients_reach_the_student_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Slr, "answer_weight", 0.0)
+    student = student_of(made(TEACHER, seed=3, hidden_size=48), tmp_path, hid=WIDE).train()
     got = gradients(student, student.loss(MIXED).loss)
     assert all(got[name].abs().max() > 0 for name in ("follower.weight", "loop.time.table"))
     teacher = student.load_teacher()
@@ -103,11 +105,21 @@ def test_rows_that_stop_early_on_either_side_keep_their_last_state(tmp_path: Pat
 
 
 def test_what_was_learned_from_a_wider_teacher_answers_with_other_numbers_of_loops(tmp_path: Path):
-    student = student_of(made(TEACHER, seed=3, hidden_size=48), tmp_path, hid_width=48)
+    student = student_of(made(TEACHER, seed=3, hidden_size=48), tmp_path, hid=WIDE)
     again = LatentModel.from_pretrained(saved(student, tmp_path / "student"), device="cpu")
     assert again.generate(["3 ; + 4"], loops=5, max_new_tokens=2)[0].cost.passes > 5
-    steps = change(STUDENT, teacher_thinks="steps", kd={"weight": 0.0}, hid={"width": 48})
-    assert (steps.with_loops(2).max_loops, steps.with_loops(2).hid_width) == (2, 0)
+    steps = change(STUDENT, teacher_thinks="steps", kd={"weight": 0.0}, hid=WIDE)
+    assert (steps.with_loops(2).max_loops, steps.with_loops(2).hid.width) == (2, 0)
+
+
+def test_with_the_identity_as_projection_written_steps_are_followed_as_without_one(tmp_path: Path):
+    folder = str(saved(made(Cot(), 3), tmp_path / "teacher"))
+    steps = change(STUDENT, teacher_thinks="steps", kd={"weight": 0.0}, hid={"width": 32}, teacher=folder)
+    model = made(steps).eval()
+    plain = LatentModel(model.backbone, model.tokenizer, change(steps, hid={"width": 0})).eval()
+    plain.loop.load_state_dict(model.loop.state_dict())
+    torch.nn.init.eye_(model.follower.weight)
+    assert_close(model.loss(MIXED).terms["hid"], plain.loss(MIXED).terms["hid"], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +129,8 @@ def test_what_was_learned_from_a_wider_teacher_answers_with_other_numbers_of_loo
         (change(TEACHER, loop_scope="last"), {}, {}, "lays out a question in another way"),
         (Cot(), {}, {}, "the tokens of the teacher in .* have other ids"),
         (Pause(n_pauses=3), {}, {}, "does not loop, so there are no states to follow"),
-        (TEACHER, {"hidden_size": 48}, {}, "states of width 48, this model follows with 32: set hid_width to 48"),
-        (TEACHER, {}, {"hid.width": 48}, "states of width 32, this model follows with 48: set hid_width to 32"),
+        (TEACHER, {"hidden_size": 48}, {}, "states of width 48, this model follows with 32: set hid.width to 48"),
+        (TEACHER, {}, {"hid.width": 48}, "states of width 32, this model follows with 48: set hid.width to 32"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(method, changes, fields, words, tmp_path: Path):
@@ -143,7 +155,7 @@ def test_a_teacher_that_cannot_read_the_longest_example_is_refused_before_traini
 
 
 def test_a_teacher_may_differ_in_width_where_only_its_predictions_are_learned(tmp_path: Path):
-    student = student_of(made(Pause(n_pauses=3), hidden_size=48), tmp_path, hid_weight=0.0)
+    student = student_of(made(Pause(n_pauses=3), hidden_size=48), tmp_path, hid={"weight": 0.0})
     assert set(student.loss(MIXED).terms) == {"answer", "kd"}
 
 
@@ -152,18 +164,15 @@ def test_a_teacher_may_differ_in_width_where_only_its_predictions_are_learned(tm
     [
         ({"teacher": None}, "set teacher"),
         ({"teacher": "self"}, "set teacher to its folder"),
-        ({"hid.weight": 0.0, "kd.weight": 0.0}, "hid_weight or kd_weight above 0"),
-        ({"teacher_thinks": "steps"}, "kd_weight is for what a teacher predicts on the same rows"),
+        ({"hid.weight": 0.0, "kd.weight": 0.0}, "hid.weight or kd.weight above 0"),
+        ({"teacher_thinks": "steps"}, "kd.weight is for what a teacher predicts on the same rows"),
         ({"loop_scope": "append", "hid.weight": 0.0}, "loop_scope to slots, all or last"),
-        ({"hid.layers": "all"}, "leave hid_layers and hid_site out"),
-        ({"hid.site": "last"}, "leave hid_layers and hid_site out"),
+        ({"hid.layers": "all"}, "leave hid.layers and hid.site out"),
+        ({"hid.site": "last"}, "leave hid.layers and hid.site out"),
         ({"curriculum.max_stage": 2}, "knows no written steps"),
-        (
-            {"decoder.kind": "linear", "decoder.classes": ("1", "2")},
-            "decoder=linear writes nothing that could be predicted",
-        ),
-        ({"kd.weight": -1.0}, "weights of the loss cannot be negative"),
-        ({"kd.temperature": 0.0}, "kd_temperature divides logits"),
+        ({"decoder.kind": "linear", "decoder.classes": ("1", "2")}, "writes nothing that could be predicted"),
+        ({"kd.weight": -1.0}, "kd.weight cannot be negative"),
+        ({"kd.temperature": 0.0}, "kd.temperature divides logits"),
     ],
 )
 def test_impossible_settings_are_refused(fields, words):
@@ -181,7 +190,7 @@ def test_a_run_that_cannot_learn_from_its_teacher_is_refused_before_anything_is_
         "out": str(tmp_path / "teacher"),
     }
     run_recipe(parse_recipe(raw))
-    learns = {"teacher": raw["out"], "teacher_thinks": "latents", "hid.weight": 1.0, "kd.weight": 1.0}
+    learns = {"teacher": raw["out"], "teacher_thinks": "latents", "hid": {"weight": 1.0}, "kd": {"weight": 1.0}}
     taught = {**raw, "method": {**raw["method"], **learns}, "out": str(tmp_path / "taught")}
     other = {"method": {**taught["method"], "n_slots": 2}}
     cached = {"train": {**raw["train"], "teacher_cache": str(tmp_path / "states")}}

@@ -61,20 +61,14 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_examples([EXAMPLES[0], Example("q", (), "a", meta={"bad": object()})], path)
     assert read_examples(path) == EXAMPLES
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_refuses_other_names(tmp_path):
     with pytest.raises(InputError, match=r"name the file \.jsonl or \.jsonl\.gz"):
         write_examples(EXAMPLES, tmp_path / "rows.csv")
 
 
-def test_data_set_round_trip():
+def test_data_sets_are_written_and_read_with_structured_meta():
     dataset = to_dataset(EXAMPLES)
     assert dataset.column_names == ["id", "question", "steps", "answer", "meta"]
     assert from_rows(dataset, "rows") == EXAMPLES
-
-
-def test_data_set_with_structured_meta_is_read():
     dataset = datasets.Dataset.from_list([{"question": "q", "steps": ["s"], "answer": 4, "meta": {"p": 2}, "more": 1}])
     assert from_rows(dataset, "train") == [Example("q", ("s",), "4", "train-1", {"p": 2, "more": 1})]
 
@@ -93,49 +87,34 @@ def test_defaults_and_conversions(tmp_path):
     assert (third.id, third.meta) == ("some.set-4", {"level": 3, "kind": "x"})
 
 
+BAD = [
+    (row(id="x"), None),
+    ('{"question": "q", ', "broken JSON ("),
+    ("[1, 2]", "not an object {...}"),
+    ('{"steps": [], "answer": "a"}', "no 'question'"),
+    (row(question="  "), "'question' is empty"),
+    (row(answer=""), "'answer' is empty"),
+    (row(answer=None), "no 'answer'"),
+    (row(answer=True), "'answer' is not text"),
+    (row(steps="one"), "'steps' is not a list of strings"),
+    (row(steps=["one", 2]), "'steps' is not a list of strings"),
+    ('{"question": "q", "answer": "a"}', "no 'steps' (write [] where there are none)"),
+    (row(id="x"), "id 'x' is already that of line 1"),
+    (row(question=5, answer=[]), "'question' is not text; 'answer' is not text"),
+    (row(meta=[1]), "'meta' is not an object"),
+    (row(id=1.5), "'id' is not text"),
+    (row(answer=float("nan")), "broken JSON (NaN is no JSON value)"),
+    (b'{"question": "\xff"}', "not UTF-8 text"),
+    (row(id="y"), None),
+]
+
+
 def test_all_bad_lines_are_reported_at_once(tmp_path):
-    path = write_lines(
-        tmp_path / "bad.jsonl",
-        row(id="x"),
-        '{"question": "q", ',
-        "[1, 2]",
-        '{"steps": [], "answer": "a"}',
-        row(question="  "),
-        row(answer=""),
-        row(answer=None),
-        row(answer=True),
-        row(steps="one"),
-        row(steps=["one", 2]),
-        '{"question": "q", "answer": "a"}',
-        row(id="x"),
-        row(question=5, answer=[]),
-        row(meta=[1]),
-        row(id=1.5),
-        row(answer=float("nan")),
-        b'{"question": "\xff"}',
-        row(id="y"),
-    )
+    path = write_lines(tmp_path / "bad.jsonl", *(line for line, _ in BAD))
     message = problems_of(path)
     assert message.startswith(f"16 bad lines in {path}:\n")
-    for line, reason in {
-        2: "broken JSON (",
-        3: "not an object {...}",
-        4: "no 'question'",
-        5: "'question' is empty",
-        6: "'answer' is empty",
-        7: "no 'answer'",
-        8: "'answer' is not text",
-        9: "'steps' is not a list of strings",
-        10: "'steps' is not a list of strings",
-        11: "no 'steps' (write [] where there are none)",
-        12: "id 'x' is already that of line 1",
-        13: "'question' is not text; 'answer' is not text",
-        14: "'meta' is not an object",
-        15: "'id' is not text",
-        16: "broken JSON (NaN is no JSON value)",
-        17: "not UTF-8 text",
-    }.items():
-        assert f"\n  line {line}: {reason}" in message
+    for number, (_, reason) in enumerate(BAD, 1):
+        assert reason is None or f"\n  line {number}: {reason}" in message
     assert read_examples(path, limit=1)[0].id == "x"
 
 
@@ -148,27 +127,29 @@ def test_long_lists_of_problems_are_cut(tmp_path):
 
 
 def test_one_bad_row_of_a_data_set_names_its_origin():
+    rows = [json.loads(row()), json.loads(row(answer=""))]
     with pytest.raises(InputError, match=r"1 bad row in my/set:\n  row 2: 'answer' is empty"):
-        from_rows(
-            [{"question": "q", "steps": [], "answer": "a"}, {"question": "q", "steps": [], "answer": ""}], "my/set"
-        )
+        from_rows(rows, "my/set")
 
 
 def test_missing_and_unreadable_files(tmp_path):
     write_examples(EXAMPLES, tmp_path / "valid.jsonl.gz")
-    assert f"no such file: {tmp_path / 'vaild.jsonl.gz'} (did you mean 'valid.jsonl.gz'?)" in problems_of(
-        tmp_path / "vaild.jsonl.gz"
-    )
-    assert "there is no folder" in problems_of(tmp_path / "none" / "valid.jsonl")
-    assert "did you mean 'valid.jsonl.gz'?" in problems_of(f"{tmp_path}/valid")
-    assert "holds no examples" in problems_of(write_lines(tmp_path / "empty.jsonl"))
-    assert "cannot tell what" in problems_of(write_lines(tmp_path / "rows.csv", "a,b"))
-    assert "cannot read" in problems_of(write_lines(tmp_path / "plain.jsonl.gz", row()))
     packed = (tmp_path / "valid.jsonl.gz").read_bytes()
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    assert "cannot read" in problems_of(tmp_path / "cut.jsonl.gz")
     (tmp_path / "folder.jsonl").mkdir()
-    assert "cannot read" in problems_of(tmp_path / "folder.jsonl")
+    write_lines(tmp_path / "empty.jsonl"), write_lines(tmp_path / "rows.csv", "a,b")
+    write_lines(tmp_path / "plain.jsonl.gz", row())
+    for name, problem in {
+        "vaild.jsonl.gz": f"no such file: {tmp_path / 'vaild.jsonl.gz'} (did you mean 'valid.jsonl.gz'?)",
+        "none/valid.jsonl": "there is no folder",
+        "valid": "did you mean 'valid.jsonl.gz'?",
+        "empty.jsonl": "holds no examples",
+        "rows.csv": "cannot tell what",
+        "plain.jsonl.gz": "cannot read",
+        "cut.jsonl.gz": "cannot read",
+        "folder.jsonl": "cannot read",
+    }.items():
+        assert problem in problems_of(tmp_path / name)
     assert "limit is 0" in problems_of(tmp_path / "valid.jsonl.gz", limit=0)
 
 
@@ -210,15 +191,9 @@ def test_hub_names_splits_and_configs(monkeypatch):
     assert read_examples("owner/name:main", "valid") == [EXAMPLES[1]]
     assert read_examples("owner/name:main:train", "test") == [EXAMPLES[0]]
     assert read_examples("owner/name::train", "test") == [EXAMPLES[0]]
-    assert asked == [
-        ("owner/name", None, None),
-        ("owner/name", "main", None),
-        ("owner/name", "main", "train"),
-        ("owner/name", None, "train"),
-    ]
-    assert "has no split 'test': name one of train, validation as 'owner/name::SPLIT'" in problems_of(
-        "owner/name", split="test"
-    )
+    name, no_split = "owner/name", "has no split 'test': name one of train, validation as 'owner/name::SPLIT'"
+    assert asked == [(name, None, None), (name, "main", None), (name, "main", "train"), (name, None, "train")]
+    assert no_split in problems_of(name, split="test")
     assert "has several splits" in problems_of("owner/name")
     hub_of(monkeypatch, train=EXAMPLES[0])
     assert read_examples("name") == [EXAMPLES[0]]

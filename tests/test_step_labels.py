@@ -56,9 +56,10 @@ def test_every_choice_of_steps_is_drawn_as_often_and_by_the_seed_alone(model):
 
 
 def test_questions_are_asked_without_a_block_so_that_the_model_chooses_the_first_step(model):
-    for method in (FREE, LABELLED):
-        (row,) = [method.prompt(MIXED[0].question, model.spell, 0)]
-        assert row == change(FREE, pattern="none").prompt(MIXED[0].question, model.spell, 0)
+    free, labelled, text = (
+        method.prompt(MIXED[0].question, model.spell, 0) for method in (FREE, LABELLED, change(FREE, pattern="none"))
+    )
+    assert free == labelled == text
 
 
 @pytest.mark.parametrize("n", [1, 4, 9])
@@ -86,10 +87,9 @@ def test_labels_say_after_which_blocks_every_token_that_follows_is_the_likeliest
             after = next((i for i, step in enumerate(drawn[:-1]) if step == "L" and "L" not in drawn[i + 1 :]))
             wrong = not can[question][after] or drawn.count("L") > 2
             labels, kinds = [], []
-            for link in row.links():
-                for piece in link.pieces:
-                    labels += piece.ids if piece.supervised else ()
-                    kinds += [piece] * len(piece.ids) if piece.supervised else ()
+            for piece in (piece for link in row.links() for piece in link.pieces if piece.supervised):
+                labels += piece.ids
+                kinds += [piece] * len(piece.ids)
             logits = torch.nn.functional.one_hot(torch.tensor(labels), 64).float()
             for at, piece in enumerate(kinds):  # wrong before the block, which must not matter, or once after it
                 is_next = piece.step == after + 1 or (piece.kind is Kind.ANSWER and after + 2 == len(drawn))

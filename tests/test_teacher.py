@@ -68,14 +68,11 @@ def test_a_stale_file_is_refused_and_left_alone(what, model, tmp_path: Path):
     assert path.read_bytes() == before
 
 
-def test_a_file_that_holds_something_else_is_refused(model, tmp_path: Path):
-    (tmp_path / "states").write_text("no states")
-    with pytest.raises(InputError, match="delete it"):
-        cache(tmp_path / "states", model.rows(MIXED))
-
-
-def test_the_teacher_is_not_run_where_the_file_is_there(model, tmp_path: Path):
+def test_a_file_is_used_where_it_is_there_and_refused_where_it_holds_something_else(model, tmp_path: Path):
     rows = model.rows(MIXED)
+    (tmp_path / "other").write_text("no states")
+    with pytest.raises(InputError, match="delete it"):
+        cache(tmp_path / "other", rows)
     cache(tmp_path / "states", rows)
     backbone = teacher()
     backbone.decoder.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))

@@ -43,11 +43,11 @@ def results(method: Method) -> dict[str, Any]:
     model = LatentModel(still().backbone, still().tokenizer, method).double()
     model._frozen["teacher"] = still(seed=1)
     stir(model)
-    plan, rows, trace = method.curriculum, model.rows(MIXED), Trace()
+    rows, trace = model.rows(MIXED), Trace()
     n_loops = thought_of(model.eval(), MIXED, trace).loop.n_loops
     found = {
         "rows": [row.ids() for row in rows],
-        "schedule": _schedule(plan),
+        "schedule": _schedule(method),
         "trained": [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad],
         "logits": logits_of(model, rows),
         "ran": n_loops,
@@ -71,10 +71,11 @@ def moved_by(method: Method, **fields: Any) -> set[str]:
     return {name for name in left.keys() | right.keys() if not _same(left.get(name), right.get(name))}
 
 
-def _schedule(plan: Any) -> Any:
+def _schedule(method: Method) -> Any:
     """What training makes of a curriculum: its stages, the draws of examples with two steps, and the resets."""
-    scheduled = [plan.stage_at(step, steps_per_epoch=3) for step in range(30)]
-    return scheduled, [plan.stage_of(plan.last_stage, 2, str(i)) for i in range(30)], plan.reset_optimizer
+    scheduled = [method.stage_at(step, steps_per_epoch=3) for step in range(30)]
+    drawn = [method.stage_of(method.last_stage, 2, str(i)) for i in range(30)]
+    return scheduled, drawn, method.curriculum.reset_optimizer
 
 
 def _same(left: Any, right: Any) -> bool:

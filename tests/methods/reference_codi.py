@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from innerloop import Example
-from innerloop.config.losses import LossSettings
+from innerloop.config.losses import HiddenSettings
 from innerloop.methods import Pccot
 from tests.methods.reference import Reference, Thoughts
 
@@ -46,7 +46,7 @@ class CodiReference(Reference):
     def prj(self, x: Tensor) -> Tensor:
         """prj(x) = LN(W_b GELU(W_a x + b_a) + b_b)."""
         rescale = self.model.loop.rescale
-        if self.method.rescale == "none":
+        if self.method.loop.rescale == "none":
             return x
         a, b, norm = rescale.inner, rescale.outer, rescale.norm
         u = x @ a.weight.T + a.bias
@@ -80,8 +80,8 @@ class CodiReference(Reference):
             with torch.no_grad():
                 teachers.append(self.states(self.embed(read), len(read) - len(ids)))
         terms = {"answer": torch.cat(written).mean()}
-        if self.method.hid_weight:
-            terms["hid"] = kd(students, teachers, self.method)
+        if self.method.hid.weight:
+            terms["hid"] = kd(students, teachers, self.method.hid)
         if self.method.teacher_weight:
             terms["teacher"] = torch.cat(learnt).mean()
         return terms
@@ -97,15 +97,15 @@ def states_at(lm, x_LD: Tensor, at: int) -> Tensor:
     return torch.stack([layer[0, at] for layer in out.hidden_states])
 
 
-def kd(students: list[Tensor], teachers: list[Tensor], settings: LossSettings) -> Tensor:
+def kd(students: list[Tensor], teachers: list[Tensor], settings: HiddenSettings) -> Tensor:
     """L_KD = (1 / M) sum_l d(s^l, t^l) / std(t^l), d a mean over rows and width, std over all the rows' values."""
     s_BMD, t_BMD = torch.stack(students), torch.stack(teachers).detach()
     total = torch.zeros(())
-    first = {"last": s_BMD.shape[1] - 1, "all": 1, "all+emb": 0}[settings.hid_layers]
+    first = {"last": s_BMD.shape[1] - 1, "all": 1, "all+emb": 0}[settings.layers]
     for layer in range(first, s_BMD.shape[1]):
         s, t = s_BMD[:, layer], t_BMD[:, layer]
         gap, std = (s - t).abs(), t.flatten().std()
-        match settings.hid_distance:
+        match settings.distance:
             case "l1":
                 d = gap.mean() / std
             case "l1_sum":

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, silu
 from innerloop import Example, LatentModel
 from innerloop.methods import SpiralThinker
 from tests.methods.reference import Reference
+from tests.methods.reference_codi import kd
 from tests.methods.tools import stir
 from tests.models import tiny_model
 
@@ -39,7 +40,7 @@ def student(arch: str = "gpt2", method: SpiralThinker = SPIRAL, stirred: bool = 
     model = LatentModel(base.backbone, base.tokenizer, method).double()
     if stirred:
         stir(model)
-    if method.hid_weight > 0:
+    if method.hid.weight > 0:
         model._frozen["teacher"] = known(arch, 5)
     return model.eval()
 
@@ -88,7 +89,7 @@ class Spiral(Reference):
 
     @property
     def n_updates(self) -> int:
-        return self.method.max_loops - (1 if self.method.count_static_pass else 0)
+        return self.method.max_loops - self.method.count_static_pass
 
     # Section 2: rows
 
@@ -121,7 +122,7 @@ class Spiral(Reference):
 
     def g(self, h_ND: Tensor) -> Tensor:
         """g_phi(h) = RMSNorm(h + W_2 SiLU(W_1 h)) tau."""
-        if self.method.rescale == "none":
+        if self.method.loop.rescale == "none":
             return h_ND
         r = self.rescale
         h_ND = h_ND + silu(h_ND @ r.inner.weight.T) @ r.outer.weight.T
@@ -132,7 +133,7 @@ class Spiral(Reference):
         """One pass over all of a row: what is fed back (L, D), the states after every layer, the logits (L, V)."""
         out = self.lm(inputs_embeds=x_LD[None], output_hidden_states=True, use_cache=False)
         layers = [h[0] for h in out.hidden_states]
-        return self.read(x_LD)[0] if self.method.feedback_site == "pre_norm" else layers[-1], layers, out.logits[0]
+        return self.read(x_LD)[0] if self.method.loop.site == "pre_norm" else layers[-1], layers, out.logits[0]
 
     def run_blocks(self, row: Laid) -> Passes:
         """Pass 0 reads the embeddings; after each pass the blocks that are worked on are written anew, K times."""
@@ -167,18 +168,16 @@ class Spiral(Reference):
             ids = [*ids, *self.marker("<bot>"), *step, *self.marker("<eot>")]
             ends.append(len(ids) - 1)
         with torch.no_grad():
-            layers = self.teacher(
-                torch.tensor([[*ids, *self.answer(example)]]), output_hidden_states=True
-            ).hidden_states
+            whole = torch.tensor([[*ids, *self.answer(example)]])
+            layers = self.teacher(whole, output_hidden_states=True).hidden_states
         return [[h[0, end] for h in layers] for end in ends]
 
     def weights(self) -> list[float]:
         """v_k of passes 0..K."""
         m, n = self.method, self.n_updates
         first = 0 if m.align_static_pass else 1
-        raw = [{"softmax": math.exp(m.align_alpha * k), "uniform": 1.0, "last": float(k == n)}[m.align_schedule]
-               for k in range(n + 1)]  # fmt: skip
-        raw = [0.0 if k < first else v for k, v in enumerate(raw)]
+        v = {"softmax": [math.exp(m.align_alpha * k) for k in range(n + 1)], "uniform": [1.0] * (n + 1)}
+        raw = [0.0] * first + v.get(m.align_schedule, [0.0] * n + [1.0])[first:]
         return [v / sum(raw) for v in raw]
 
     def align(self, examples: list[Example], parities: list[int] | None = None) -> list[Tensor]:
@@ -188,29 +187,8 @@ class Spiral(Reference):
             row, taught = self.lay_out(example, parity), self.taught(example)
             for (_, step), states in zip(row.ends, self.run_blocks(row).at_eol):
                 pairs += [] if step is None else [(states, taught[step])]
-        n_layers = len(pairs[0][1])
-        layers = {"last": [n_layers - 1], "all": range(1, n_layers), "all+emb": range(n_layers)}[self.method.hid_layers]
-        sigma = {layer: torch.stack([target[layer] for _, target in pairs]).std() for layer in layers}
-        return [
-            torch.stack([
-                self.distance(states[k][layer], target[layer], sigma[layer])
-                for states, target in pairs for layer in layers
-            ]).mean()
-            for k in range(self.n_updates + 1)
-        ]  # fmt: skip
-
-    def distance(self, s_D: Tensor, t_D: Tensor, sigma: Tensor) -> Tensor:
-        gap = s_D - t_D
-        match self.method.hid_distance:
-            case "l1":
-                return gap.abs().mean() / sigma
-            case "l1_sum":
-                return gap.abs().sum() / sigma
-            case "l2":
-                return gap.square().mean() / sigma**2
-            case "smooth_l1":
-                return torch.where(gap.abs() < 1, gap.square() / 2, gap.abs() - 0.5).mean() / sigma
-        return 1 - (s_D @ t_D) / (s_D.norm() * t_D.norm())
+        taught, passes = [torch.stack(target) for _, target in pairs], range(self.n_updates + 1)
+        return [kd([torch.stack(states[k]) for states, _ in pairs], taught, self.method.hid) for k in passes]
 
     def progressive(self, examples: list[Example], parities: list[int] | None = None) -> Tensor:
         """L_prog = sum_k v_k L_align^(k)."""
@@ -218,18 +196,16 @@ class Spiral(Reference):
 
     def loss(self, examples: list[Example], parities: list[int] | None = None) -> Tensor:
         """L = L_CE + lambda L_prog."""
-        losses = []
+        losses, m = [], self.method
         for example, parity in zip(examples, parities or [0] * len(examples)):
             row = self.lay_out(example, parity)
             targets = torch.tensor([row.ids[at] for at in row.learned])
-            if self.method.ce_passes == "last":
+            if m.ce_passes == "last":
                 losses.append(cross_entropy(self.logits(example, parity), targets, reduction="none"))
             else:
                 losses.append(self.every_pass(row, targets))
         loss = torch.cat(losses).mean()
-        if self.method.hid_weight > 0:
-            loss = loss + self.method.hid_weight * self.progressive(examples, parities)
-        return loss
+        return loss + m.hid.weight * self.progressive(examples, parities) if m.hid.weight > 0 else loss
 
     def every_pass(self, row: Laid, targets_U: Tensor) -> Tensor:
         """The losses (U,) of the learned tokens, a mean over the passes of the turn that reads them.

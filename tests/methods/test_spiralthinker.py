@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.methods.slowly import assert_batch_is_its_rows
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
 from tests.methods.tools import (
     MIXED,
@@ -11,6 +12,7 @@ from tests.methods.tools import (
     assert_same_gradients,
     by_arch,
     change,
+    choices,
     gradients,
     same_weights,
 )
@@ -18,20 +20,18 @@ from tests.methods.tools import (
 PATTERNS = ("odd", "even", "random_parity", "all", "none", "random")
 PARITIES = [1, 0, 0, 1, 1, 0]
 DRAWN = {"random_parity": PARITIES, "random": [0b101, 0, 0, 0b1011, 0b10, 0]}  # of random, bit i tells of step i
-STEPPED = [example for example in MIXED if example.steps]
 by_schedule = pytest.mark.parametrize("schedule", ["parallel", "sequential"])
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
-def rows_of(model, examples=MIXED, parities=None):
+def stages_of(pattern):
+    return DRAWN.get(pattern, [0] * len(MIXED))
+
+
+def rows_of(model):
     """Lay out each example at a parity of its own, as random_parity does, or with steps of its own in blocks."""
-    chosen = DRAWN.get(model.method.pattern) if parities is None else parities
-    chosen = [0] * len(examples) if chosen is None else chosen
-    return [model.method.lay_out(example, model.spell, parity) for example, parity in zip(examples, chosen)]
-
-
-def loss_of(model, rows):
-    return model(model.batch(rows))
+    stages = stages_of(model.method.pattern)
+    return [model.method.lay_out(example, model.spell, stage) for example, stage in zip(MIXED, stages)]
 
 
 def tolerance(arch):
@@ -47,11 +47,9 @@ def tolerance(arch):
 def test_the_logits_of_the_last_pass_are_the_cards(pattern, schedule, arch):
     model = student(arch, change(SPIRAL, pattern=pattern, block_schedule=schedule))
     slow, rows = Spiral(model), rows_of(model)
-    model.rows = lambda *_: rows
-    parities = DRAWN.get(pattern, [0] * len(MIXED))
     with torch.no_grad():
-        for example, parity, logits in zip(MIXED, parities, model.answer_logits(MIXED)):
-            assert_close(logits, slow.logits(example, parity), tolerance(arch))
+        expected = [slow.logits(example, stage) for example, stage in zip(MIXED, stages_of(pattern))]
+    assert_close(model.row_logits(rows), expected, tolerance(arch))
 
 
 @by_arch
@@ -59,10 +57,10 @@ def test_the_logits_of_the_last_pass_are_the_cards(pattern, schedule, arch):
 @pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "random"])
 def test_the_loss_and_its_gradient_are_the_cards(pattern, schedule, arch):
     model = student(arch, change(ALIGNED, pattern=pattern, block_schedule=schedule))
-    slow, parities = Spiral(model), DRAWN.get(pattern)
-    output = loss_of(model, rows_of(model))
-    expected = slow.loss(MIXED, parities)
-    assert output.terms["hid"].item() == pytest.approx(slow.progressive(MIXED, parities).item(), rel=1e-5)
+    slow, stages = Spiral(model), stages_of(pattern)
+    output = model(model.batch(rows_of(model)))
+    expected = slow.loss(MIXED, stages)
+    assert output.terms["hid"].item() == pytest.approx(slow.progressive(MIXED, stages).item(), rel=1e-5)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(gradients(model, output.loss), gradients(model, expected), 1e-5)
 
@@ -99,10 +97,9 @@ def test_each_pass_is_aligned_as_the_card_says(k, schedule, arch):
         assert model.loss(MIXED).terms["hid"].item() == pytest.approx(align.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("hid_layers", ["last", "all", "all+emb"])
-@pytest.mark.parametrize("hid_distance", ["l1", "l1_sum", "l2", "smooth_l1", "cosine"])
-def test_alignment_by_any_distance_and_layers(hid_distance, hid_layers):
-    model = student("gpt2", change(ALIGNED, hid={"distance": hid_distance, "layers": hid_layers}))
+@choices(distance=["l1", "l1_sum", "l2", "smooth_l1", "cosine"], layers=["last", "all", "all+emb"])
+def test_alignment_by_any_distance_and_layers(settings):
+    model = student("gpt2", change(ALIGNED, hid=settings))
     with torch.no_grad():
         expected = Spiral(model).progressive(MIXED).item()
         assert model.loss(MIXED).terms["hid"].item() == pytest.approx(expected, rel=1e-5)
@@ -132,32 +129,14 @@ def test_gradients_flow_through_all_passes(schedule):
 @by_schedule
 @by_pattern
 def test_rows_of_a_batch_do_as_alone(pattern, schedule, arch):
-    """Rows with 0 to 4 blocks: the same logits, and a loss that is the mean over tokens and over blocks."""
-    model = student(arch, change(SPIRAL if pattern == "none" else ALIGNED, pattern=pattern, block_schedule=schedule))
+    """Rows with 0 to 4 blocks: the same logits, and losses that are means over tokens and over blocks with a step."""
+    aligned = change(ALIGNED, hid={"distance": "cosine"})  # which knows no batch statistic
+    model = student(arch, change(SPIRAL if pattern == "none" else aligned, pattern=pattern, block_schedule=schedule))
     rows = rows_of(model)
-    model.rows = lambda *_: rows
-    together = model.answer_logits(MIXED)
-    totals = {"answer": 0.0, "n": 0}
-    for row, logits in zip(rows, together):
-        model.rows = lambda *_, row=row: [row]
-        assert_close(logits, model.answer_logits([None])[0], tolerance(arch))
-        n = sum(len(link.targets_U) for link in model.batch([row]).links())
-        totals["answer"] += loss_of(model, [row]).terms["answer"].item() * n
-        totals["n"] += n
-    assert loss_of(model, rows).terms["answer"].item() == pytest.approx(totals["answer"] / totals["n"], rel=1e-5)
-
-
-@by_schedule
-def test_every_block_counts_the_same_in_the_alignment(schedule):
-    """With a distance that knows no batch statistic the batch's is the mean over single rows' blocks."""
-    model = student("gpt2", change(ALIGNED, hid={"distance": "cosine"}, block_schedule=schedule))
-    total, n_blocks = 0.0, 0
-    for row in rows_of(model):
-        batch = model.batch([row])
-        n = round(batch.counts()["hid"])
-        total, n_blocks = total + (model(batch).terms["hid"].item() * n if n else 0.0), n_blocks + n
-    assert n_blocks == 2 + 1 + 2 + 1  # of 3, 1, 4 and 2 steps
-    assert model.loss(MIXED).terms["hid"].item() == pytest.approx(total / n_blocks, rel=1e-5)
+    assert_close(model.row_logits(rows), [model.row_logits([row])[0] for row in rows], tolerance(arch))
+    assert_batch_is_its_rows(model, rows)
+    if pattern == "odd":
+        assert [round(model.batch([row]).counts()["hid"]) for row in rows] == [2, 0, 1, 2, 1, 0]
 
 
 def test_parallel_and_sequential_differ_from_the_second_block_on():

@@ -32,6 +32,7 @@ LEANS = {
     "gpt2": {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5},
     "llama": {"<bol>": 1.5, "<eot>": 1.0, "<bot>": 1.0},
 }
+STABLE = {"loop.time": "lookup", "loop.lora": "per_iter", "loop.lora_rank": 2, "loop.residual": "sum"}
 by_pattern = pytest.mark.parametrize("pattern", ["odd", "even"])
 
 
@@ -48,9 +49,9 @@ def n_opened(model, ids):
 def expected_cost(model, question, ids, k=K):
     """Passes, positions and loops by the card: a block is K + 1 passes, a token one; the last token is not read."""
     asked = len(model.spell.question(question).ids)
-    opened, begins_with_block = n_opened(model, ids), model.method.pattern != "even"
+    opened = n_opened(model, ids)
     passes, positions = len(ids) - 1 + opened * (k + 1), len(ids) - 1 + opened * ((k + 1) * N + 1)
-    if begins_with_block:  # its <eol> is part of the region that the loop reads
+    if model.method.begins_with_block:  # its <eol> is part of the region that the loop reads
         return passes + k + 2, positions + asked + 1 + (k + 1) * (N + 1), (opened + 1) * k
     return passes + 1, positions + asked, opened * k
 
@@ -63,42 +64,43 @@ def assert_alike(one, other):
     assert one.cost.flops == pytest.approx(other.cost.flops)
 
 
+def assert_answers_as_alone_and_as_the_twin(model, answers, n=14):
+    """Batched == single rows == the slow twin, token for token; and the cost is the card's. Return the answers."""
+    slow, together, marker = Spiral(model), answers(model, n=n), model.spell.answer("").ids[0]
+    for question, generation in zip(QUESTIONS, together):
+        assert_alike(generation, answers(model, [question], n=n)[0])
+        ids, n_blocks = slow.write(question, n)
+        assert generation.ids == ids and len(ids) <= n
+        assert n_blocks == n_opened(model, ids) + model.method.begins_with_block
+        cost = generation.cost
+        assert (cost.passes, cost.positions, cost.loops) == expected_cost(model, question, ids)
+        before = ids.index(marker) if marker in ids else len(ids)
+        assert cost.thought_tokens == n_blocks * N + before
+    return together
+
+
 # Rows of a batch open blocks when they like
 
 
 @by_arch
 @by_pattern
 def test_rows_with_different_numbers_of_blocks_answer_as_alone(pattern, arch, answers):
-    """Batched == single rows == the slow twin, token for token; and the cost is the card's."""
     model = writer(arch, change(SPIRAL, pattern=pattern))
-    slow, together = Spiral(model), answers(model)
+    together = assert_answers_as_alone_and_as_the_twin(model, answers)
     assert len({n_opened(model, generation.ids) for generation in together}) > 2
-    for question, generation in zip(QUESTIONS, together):
-        assert_alike(generation, answers(model, [question])[0])
-        ids, n_blocks = slow.write(question, 14)
-        assert generation.ids == ids
-        assert n_blocks == n_opened(model, ids) + (pattern == "odd")
-        cost = generation.cost
-        assert (cost.passes, cost.positions, cost.loops) == expected_cost(model, question, ids)
 
 
 @by_arch
-def test_thought_tokens_are_latents_and_what_is_written_before_the_answer(arch, answers):
-    model = writer(arch)
-    marker = model.spell.answer("").ids[0]
-    for generation in answers(model):
-        ids = generation.ids
-        before = ids.index(marker) if marker in ids else len(ids)
-        assert generation.cost.thought_tokens == (n_opened(model, ids) + 1) * N + before
+@pytest.mark.parametrize("n", [1, 2, 5, 9, 12])
+def test_a_row_writes_no_more_than_it_may_and_pays_for_no_more(n, arch, answers):
+    assert_answers_as_alone_and_as_the_twin(writer(arch), answers, n)
 
 
 def test_the_pattern_without_blocks_opens_none(answers):
     model = lean_towards(student("gpt2", SpiralThinker(pattern="none"), own=True), {"<bot>": 1.0, "<eot>": 1.0})
-    slow = Spiral(model)
     for question, generation in zip(QUESTIONS, answers(model)):
-        assert generation.ids == slow.write(question, 14)[0] and generation.cost.loops == 0
-        asked = len(model.spell.question(question).ids)
-        assert generation.cost.positions == asked + len(generation.ids) - 1
+        assert generation.ids == Spiral(model).write(question, 14)[0] and generation.cost.loops == 0
+        assert generation.cost.positions == len(model.spell.question(question).ids) + len(generation.ids) - 1
 
 
 def test_rows_wait_so_that_their_blocks_are_refined_together(answers):
@@ -145,9 +147,6 @@ def test_a_trace_holds_every_block_as_the_slow_twin_reads_it(pattern, arch, answ
             assert_shows(block.last.top_probs, block.last.top_ids, last)
 
 
-# 5: answering equals training
-
-
 def forced(model, question, ids):
     """Lay out what was written as a training row."""
     spell, row = model.spell, model.method.prompt(question, model.spell, 0)
@@ -170,35 +169,29 @@ def forced(model, question, ids):
 
 @by_arch
 @pytest.mark.parametrize("schedule", ["sequential", "parallel"])
-@pytest.mark.parametrize("fields", [{}, {"loop.time": "lookup", "loop.lora": "per_iter", "loop.lora_rank": 2, "loop.residual": "B"}],
-                         ids=["plain", "stabilised"])  # fmt: skip
+@pytest.mark.parametrize("fields", [{}, STABLE], ids=["plain", "stabilised"])
 def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(
     fields, schedule, arch, answers, monkeypatch
 ):
     """Sequential training is answering; in parallel that is so up to the second block."""
     model = writer(arch, change(SPIRAL, block_schedule=schedule, max_blocks=99, **fields))
     choose, seen, fed = writing.choose, [], []
-    monkeypatch.setattr(
-        writing, "choose", lambda logits, *rest: (seen.append(logits.clone()), choose(logits, *rest))[1]
-    )
+    note = lambda logits, *rest: (seen.append(logits.clone()), choose(logits, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(writing, "choose", note)
     model.loop.register_forward_hook(lambda module, args, result: fed.append(result.state[:, :N]))
     n_with_more = 0
     for question in QUESTIONS:
         seen.clear(), fed.clear()
         ids = answers(model, [question])[0].ids
         written, latents = torch.cat(seen[: len(ids)]), list(fed)
-        row = forced(model, question, ids)
-        monkeypatch.setattr(model, "rows", lambda *_, row=row: [row], raising=False)
         fed.clear()
-        logits = model.answer_logits([None])[0]
+        (logits,) = model.row_logits([forced(model, question, ids)])
         second = ids.index(model.spell.marker("<bol>").ids[0]) + 1 if n_opened(model, ids) else len(ids)
         assert_close(logits[:second], written[:second], ROUNDED)
         assert_close(fed[0], latents[0], ROUNDED)
         if schedule == "sequential":
-            assert_close(logits, written, ROUNDED)
-            assert len(fed) == len(latents) == n_opened(model, ids) + 1
-            for one, other in zip(fed, latents):
-                assert_close(one, other, ROUNDED)
+            assert len(fed) == n_opened(model, ids) + 1
+            assert_close([logits, *fed], [written, *latents], ROUNDED)
         elif n_opened(model, ids):
             n_with_more += 1
             assert (logits[second:] - written[second:]).abs().max() > 1e-3
@@ -212,8 +205,7 @@ def test_5_one_block_is_the_same_in_both_schedules(arch, answers):
     for one, other in zip(answers(model), answers(twin)):
         assert_alike(one, other)
     examples = [Example(e.question, e.steps[:2], e.answer) for e in MIXED]
-    for one, other in zip(model.answer_logits(examples), twin.answer_logits(examples)):
-        assert_close(one, other)
+    assert_close(model.answer_logits(examples), twin.answer_logits(examples))
 
 
 # Which blocks are opened
@@ -224,13 +216,9 @@ def test_5_one_block_is_the_same_in_both_schedules(arch, answers):
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_more_blocks_than_max_blocks(most, pattern, arch, answers):
     model = writer(arch, change(SPIRAL, pattern=pattern, max_blocks=most), {"<bol>": 5.0})
-    slow, bol = Spiral(model), model.spell.marker("<bol>").ids[0]
-    generations = answers(model)
-    counts = [generation.ids.count(bol) + (pattern == "odd") for generation in generations]
-    assert max(counts) == most
-    for question, generation in zip(QUESTIONS, generations):
-        assert generation.ids == slow.write(question, 14)[0]
-        assert_alike(generation, answers(model, [question])[0])
+    bol = model.spell.marker("<bol>").ids[0]
+    generations = assert_answers_as_alone_and_as_the_twin(model, answers)
+    assert max(generation.ids.count(bol) + (pattern == "odd") for generation in generations) == most
 
 
 @by_arch
@@ -239,12 +227,9 @@ def test_a_block_after_every_step_of_text_if_so_wished(pattern, arch, answers):
     """All but where the answer begins; a model that would never do so by itself."""
     method = change(SPIRAL, pattern=pattern, force_block_after_text=True, max_blocks=3)
     model = writer(arch, method, {"<bol>": -9.0, "<eot>": 4.0, "<eos>": 0.0, "###": 2.5})
-    slow, spell, followed = Spiral(model), model.spell, []
+    spell, followed = model.spell, []
     bol, eot, marker = spell.marker("<bol>").ids[0], spell.marker("<eot>").ids[0], spell.answer("").ids[0]
-    generations = answers(model)
-    for question, generation in zip(QUESTIONS, generations):
-        assert generation.ids == slow.write(question, 14)[0]
-        assert_alike(generation, answers(model, [question])[0])
+    for generation in assert_answers_as_alone_and_as_the_twin(model, answers):
         n_blocks = int(pattern == "odd")
         for token, following in pairwise(generation.ids):
             n_blocks += token == bol
@@ -267,18 +252,6 @@ def test_draws_go_on_where_no_block_may_be_opened(force, answers):
 
 
 # Budgets
-
-
-@by_arch
-@pytest.mark.parametrize("n", [1, 2, 5, 9, 12])
-def test_a_row_writes_no_more_than_it_may_and_pays_for_no_more(n, arch, answers):
-    model = writer(arch)
-    slow = Spiral(model)
-    for question, generation in zip(QUESTIONS, answers(model, n=n)):
-        assert generation.ids == slow.write(question, n)[0] and len(generation.ids) <= n
-        assert_alike(generation, answers(model, [question], n=n)[0])
-        cost = generation.cost
-        assert (cost.passes, cost.positions, cost.loops) == expected_cost(model, question, generation.ids)
 
 
 @pytest.mark.parametrize("room", [22, 24, 27, 31])
@@ -326,10 +299,8 @@ def test_another_number_of_loops_is_that_of_every_block(loops, answers):
     generations = answers(model, loops=loops)
     for question, one, other in zip(QUESTIONS, generations, answers(twin)):
         assert_alike(one, other)
-        cost = one.cost
-        passes, positions, n_loops = expected_cost(model, question, one.ids, loops)
-        if loops:  # without loops the prompt is read in one pass
-            assert (cost.passes, cost.positions, cost.loops) == (passes, positions, n_loops)
+        cost = one.cost.passes, one.cost.positions, one.cost.loops
+        assert loops == 0 or cost == expected_cost(model, question, one.ids, loops)  # 0: the prompt is one pass
     assert any(n_opened(model, generation.ids) for generation in generations)
 
 

@@ -11,7 +11,7 @@ from innerloop.methods.latent.spiralthinker import pass_weights
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Kind
-from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, student
+from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, known, student
 from tests.methods.tools import MIXED, change
 from tests.models import chain_tokenizer, tiny_model
 
@@ -31,11 +31,8 @@ def drawn(row, spell) -> str:
         kinds = {Kind.QUESTION: "Q", Kind.LATENT: "L", Kind.ANSWER: "A", Kind.STEP: f"T{piece.step + 1}"}
         return ("*" if piece.supervised else "") + kinds.get(piece.kind, names.get(piece.ids, "?"))
 
-    links = [
-        " | ".join(" ".join(map(word, segment)) for segment in (link.prefix, link.region, link.suffix))
-        for link in row.links()
-    ]
-    return " => ".join(links)
+    segments = [(link.prefix, link.region, link.suffix) for link in row.links()]
+    return " => ".join(" | ".join(" ".join(map(word, segment)) for segment in link) for link in segments)
 
 
 def laid_out(method, m, spell, parity=0):
@@ -43,58 +40,38 @@ def laid_out(method, m, spell, parity=0):
 
 
 T = [f"*<bot> *T{n} *<eot>" for n in range(6)]
-PARALLEL = [
+ROWS = [
     ("odd", 0, "Q <bol> | L <eol> | *A"),
-    ("odd", 1, "Q <bol> | L <eol> | *A"),
     ("odd", 2, f"Q <bol> | L <eol> | {T[2]} *A"),
     ("odd", 3, f"Q <bol> | L <eol> {T[2]} *<bol> L <eol> | *A"),
-    ("odd", 4, f"Q <bol> | L <eol> {T[2]} *<bol> L <eol> | {T[4]} *A"),
     ("odd", 5, f"Q <bol> | L <eol> {T[2]} *<bol> L <eol> {T[4]} *<bol> L <eol> | *A"),
     ("even", 0, "Q *<bol> | L <eol> | *A"),
     ("even", 1, f"Q |  | {T[1]} *A"),
     ("even", 2, f"Q | {T[1]} *<bol> L <eol> | *A"),
-    ("even", 3, f"Q | {T[1]} *<bol> L <eol> | {T[3]} *A"),
     ("even", 4, f"Q | {T[1]} *<bol> L <eol> {T[3]} *<bol> L <eol> | *A"),
     ("all", 0, "Q <bol> | L <eol> | *A"),
-    ("all", 1, "Q <bol> | L <eol> | *A"),
     ("all", 2, "Q <bol> | L <eol> *<bol> L <eol> | *A"),
     ("all", 4, "Q <bol> | L <eol> *<bol> L <eol> *<bol> L <eol> *<bol> L <eol> | *A"),
     ("none", 0, "Q |  | *A"),
     ("none", 1, f"Q |  | {T[1]} *A"),
-    ("none", 4, f"Q |  | {T[1]} {T[2]} {T[3]} {T[4]} *A"),
+    # sequentially, a link for every block
+    ("odd, sequential", 0, "Q <bol> | L <eol> | *A"),
+    ("odd, sequential", 3, f"Q <bol> | L <eol> | {T[2]} *<bol> =>  | L <eol> | *A"),
+    ("odd, sequential", 5, f"Q <bol> | L <eol> | {T[2]} *<bol> =>  | L <eol> | {T[4]} *<bol> =>  | L <eol> | *A"),
+    ("even, sequential", 2, f"Q |  | {T[1]} *<bol> =>  | L <eol> | *A"),
+    ("even, sequential", 4, f"Q |  | {T[1]} *<bol> =>  | L <eol> | {T[3]} *<bol> =>  | L <eol> | *A"),
+    ("all, sequential", 2, "Q <bol> | L <eol> | *<bol> =>  | L <eol> | *A"),
+    ("none, sequential", 2, f"Q |  | {T[1]} {T[2]} *A"),
 ]
-SEQUENTIAL = [
-    ("odd", 0, "Q <bol> | L <eol> | *A"),
-    ("odd", 2, f"Q <bol> | L <eol> | {T[2]} *A"),
-    ("odd", 3, f"Q <bol> | L <eol> | {T[2]} *<bol> =>  | L <eol> | *A"),
-    ("odd", 5, f"Q <bol> | L <eol> | {T[2]} *<bol> =>  | L <eol> | {T[4]} *<bol> =>  | L <eol> | *A"),
-    ("even", 1, f"Q |  | {T[1]} *A"),
-    ("even", 2, f"Q |  | {T[1]} *<bol> =>  | L <eol> | *A"),
-    ("even", 4, f"Q |  | {T[1]} *<bol> =>  | L <eol> | {T[3]} *<bol> =>  | L <eol> | *A"),
-    ("all", 2, "Q <bol> | L <eol> | *<bol> =>  | L <eol> | *A"),
-    ("none", 2, f"Q |  | {T[1]} {T[2]} *A"),
-]
+by_schedule = pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+by_pattern = pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "none"])
 
 
-@pytest.mark.parametrize(("pattern", "m", "expected"), PARALLEL)
-def test_a_row_is_one_region_from_the_first_block_to_the_last(pattern, m, expected, spell):
-    assert drawn(laid_out(change(SPIRAL, pattern=pattern), m, spell), spell) == expected
-
-
-@pytest.mark.parametrize(("pattern", "m", "expected"), SEQUENTIAL)
-def test_a_row_goes_on_with_a_link_for_every_block(pattern, m, expected, spell):
-    row = laid_out(change(SPIRAL, pattern=pattern, block_schedule="sequential"), m, spell)
-    assert drawn(row, spell) == expected
-
-
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
-@pytest.mark.parametrize("m", range(6))
-def test_random_parity_is_odd_or_even(m, schedule, spell):
-    either = change(SPIRAL, pattern="random_parity", block_schedule=schedule)
-    odd, even = (change(either, pattern=pattern) for pattern in ("odd", "even"))
-    assert laid_out(either, m, spell, 0) == laid_out(odd, m, spell)
-    if m:  # an answer begins with a block, so <bol> is not learned where there is no step
-        assert laid_out(either, m, spell, 1) == laid_out(even, m, spell)
+@pytest.mark.parametrize(("which", "m", "expected"), ROWS)
+def test_a_row_is_one_region_from_the_first_block_to_the_last_or_has_a_link_for_each(which, m, expected, spell):
+    pattern, _, schedule = which.partition(", ")
+    method = change(SPIRAL, pattern=pattern, block_schedule=schedule or "parallel")
+    assert drawn(laid_out(method, m, spell), spell) == expected
 
 
 def test_random_parity_draws_either_for_each_example_anew(spell):
@@ -108,8 +85,8 @@ def test_random_parity_draws_either_for_each_example_anew(spell):
     assert {change(SPIRAL, pattern=p).stage_of(0, 3, "a") for p in ("odd", "even", "all")} == {0}
 
 
-@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "none"])
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@by_pattern
+@by_schedule
 @pytest.mark.parametrize("first", [True, False])
 def test_tokens_and_labels_are_the_cards(pattern, schedule, first):
     method = change(SPIRAL, pattern=pattern, block_schedule=schedule, supervise_first_bol=first, latents_per_block=3)
@@ -125,21 +102,22 @@ def test_tokens_and_labels_are_the_cards(pattern, schedule, first):
             assert lat not in labels and eol not in labels
 
 
-def test_rows_without_steps_may_have_no_block(spell):
-    for pattern in ("odd", "even", "all"):
-        row = laid_out(change(SPIRAL, pattern=pattern, m0="no_block"), 0, spell)
-        assert drawn(row, spell) == "Q |  | *A" and row.n_loops == 0
-        one = laid_out(change(SPIRAL, pattern=pattern, m0="no_block"), 2, spell)
-        assert one == laid_out(change(SPIRAL, pattern=pattern), 2, spell)
+@pytest.mark.parametrize(
+    ("fields", "m", "expected"),
+    [
+        ({"m0": "no_block"}, 0, "Q |  | *A"),
+        ({"m0": "no_block", "pattern": "even"}, 0, "Q |  | *A"),
+        ({"m0": "no_block"}, 2, f"Q <bol> | L <eol> | {T[2]} *A"),
+        ({"supervise_first_bol": True}, 1, "Q *<bol> | L <eol> | *A"),
+        ({"supervise_first_bol": True}, 3, f"Q *<bol> | L <eol> {T[2]} *<bol> L <eol> | *A"),
+    ],
+)
+def test_rows_without_steps_may_have_no_block_and_the_first_bol_may_be_learned(fields, m, expected, spell):
+    row = laid_out(change(SPIRAL, **fields), m, spell)
+    assert drawn(row, spell) == expected and row.n_loops == (2 if "L" in expected else 0)
 
 
-def test_the_first_bol_may_be_learned(spell):
-    taught = change(SPIRAL, supervise_first_bol=True)
-    assert drawn(laid_out(taught, 1, spell), spell) == "Q *<bol> | L <eol> | *A"
-    assert drawn(laid_out(taught, 3, spell), spell) == f"Q *<bol> | L <eol> {T[2]} *<bol> L <eol> | *A"
-
-
-@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "none"])
+@by_pattern
 def test_a_prompt_begins_with_a_block_unless_the_pattern_begins_with_text(pattern, spell):
     prompt = change(SPIRAL, pattern=pattern).prompt(QUESTION, spell, 0)
     assert drawn(prompt, spell).replace(" ", "") in ("Q||" if pattern in ("none", "even") else "Q<bol>|L<eol>|",)
@@ -153,20 +131,19 @@ def test_n_and_k_are_those_of_every_block(spell):
     assert [len(link.region[0].ids) for link in links] == [4, 4, 4]
     assert [link.n_loops for link in links] == [3, 3, 3]
     assert laid_out(change(method, count_static_pass=True), 5, spell).n_loops == 2
-    assert laid_out(change(method, pattern="even", m0="no_block"), 1, spell).n_loops == 0
 
 
 # What blocks follow
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@by_schedule
 @pytest.mark.parametrize("pattern", ["odd", "even", "all"])
 @pytest.mark.parametrize("m", range(6))
 def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, spell):
     method = change(ALIGNED, pattern=pattern, block_schedule=schedule)
     row = laid_out(method, m, spell)
-    taught = drawn(row.teacher, spell)
-    assert taught == drawn(laid_out(SpiralThinker(pattern="none"), m, spell), spell)  # what stage 1 learned from
+    first_stage = laid_out(SpiralThinker(pattern="none"), m, spell)
+    assert drawn(row.teacher, spell) == drawn(first_stage, spell)
     ends, at = [], -1
     for piece in row.teacher.pieces:
         at += len(piece.ids)
@@ -174,24 +151,24 @@ def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, s
     wanted = {"odd": range(0, m, 2), "even": range(1, m, 2), "all": range(m)}[pattern]
     found = []
     for link in row.links():
-        ids = link.ids()
-        for follow in link.follows:
-            assert ids[follow.at] == spell.marker("<eol>").ids[0]
-            found.append((follow.teacher_at, follow.loop, follow.weight))
+        assert all(link.ids()[follow.at] == spell.marker("<eol>").ids[0] for follow in link.follows)
+        found += [(follow.teacher_at, follow.loop, follow.weight) for follow in link.follows]
     weights = pass_weights(3, 1, "softmax", 1.0)
     expected = [(ends[i], loop, v) for i in wanted for loop, v in zip([2, 3, ANSWER_PASS], weights)]
     assert found == expected
 
 
-def test_the_weight_of_pass_0_is_an_option(spell):
-    row = laid_out(change(ALIGNED, align_static_pass=True), 1, spell)
-    assert [(f.loop, f.weight) for f in row.follows] == list(
-        zip([1, 2, 3, ANSWER_PASS], pass_weights(3, 0, "softmax", 1.0))
-    )
-    alone = laid_out(change(ALIGNED, max_loops=0, align_static_pass=True), 1, spell)
-    assert [(f.loop, f.weight) for f in alone.follows] == [(ANSWER_PASS, 1.0)]
-    last = laid_out(change(ALIGNED, align_schedule="last"), 1, spell)
-    assert [(f.loop, f.weight) for f in last.follows] == [(ANSWER_PASS, 1.0)]
+@pytest.mark.parametrize(
+    ("fields", "loops", "first"),
+    [
+        ({"align_static_pass": True}, [1, 2, 3, ANSWER_PASS], 0),
+        ({"align_static_pass": True, "max_loops": 0}, [ANSWER_PASS], 3),
+        ({"align_schedule": "last"}, [ANSWER_PASS], 3),
+    ],
+)
+def test_which_passes_are_aligned_is_an_option(fields, loops, first, spell):
+    row = laid_out(change(ALIGNED, **fields), 1, spell)
+    assert [(f.loop, f.weight) for f in row.follows] == list(zip(loops, pass_weights(3, first, "softmax", 1.0)))
 
 
 def test_without_alignment_there_is_no_teacher(spell):
@@ -201,8 +178,8 @@ def test_without_alignment_there_is_no_teacher(spell):
 # Lengths
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
-@pytest.mark.parametrize("pattern", ["odd", "even", "random_parity", "all", "none"])
+@by_schedule
+@by_pattern
 @pytest.mark.parametrize("m", range(6))
 def test_the_longest_row_is_counted_with_all_its_links(m, pattern, schedule, spell):
     method = change(SPIRAL, pattern=pattern, block_schedule=schedule)
@@ -231,20 +208,15 @@ def test_what_the_teacher_reads_counts_towards_the_length(spell):
         ({"max_loops": -1}, "max_loops >= 0"),
         ({"max_blocks": 0}, "max_blocks >= 1"),
         ({"max_loops": 0, "count_static_pass": True}, "set max_loops to at least 1"),
-        ({"pattern": "none", "hid.weight": 1.0, "hid.teacher": "x"}, "set hid_weight to 0"),
-        ({"hid.weight": 1.0}, "set teacher to the folder"),
-        ({"max_loops": 0, "hid.weight": 1.0, "hid.teacher": "x"}, "set align_static_pass, or hid_weight to 0"),
+        ({"pattern": "none", "hid.weight": 1.0, "hid.teacher": "x"}, "set hid.weight to 0"),
+        ({"hid.weight": 1.0}, "set hid.teacher to the folder"),
+        ({"max_loops": 0, "hid.weight": 1.0, "hid.teacher": "x"}, "set align_static_pass, or hid.weight to 0"),
         ({"max_loops": 1, "count_static_pass": True, "hid.weight": 1.0, "hid.teacher": "x"}, "set align_static_pass"),
-        ({"step_weight": 1.0}, "set step_weight, deep_weight and halt_weight to 0"),
-        ({"deep.weight": 1.0}, "set step_weight, deep_weight and halt_weight to 0"),
-        ({"halt.weight": 1.0}, "set step_weight, deep_weight and halt_weight to 0"),
-        ({"fixed_point.solver": "plain"}, "solver to none"),
-        ({"loop.time": "lookup", "loop.time_inject": "token"}, "set time_inject to add"),
         ({"align_alpha": -0.5}, "align_alpha cannot be negative"),
-        ({"loop.shift": True}, "leave them out with spiralthinker"),
-        ({"stop.rule": "kl", "stop.site": "answer"}, "leave them out with spiralthinker"),
-        ({"hid.weight": -1.0}, "weights of the loss cannot be negative"),
-        ({"loop.width": -1}, "adapter_width cannot be negative"),
+        ({"hid.weight": -1.0}, "hid.weight cannot be negative"),
+        ({"loop.width": -1}, "width cannot be negative"),
+        ({"loop.residual": "A"}, "set loop.residual to none or sum"),
+        ({"stop.rule": "halt"}, "needs a loss that this method has not"),
         ({"pattern": "od"}, "pattern is 'od' .did you mean 'odd'"),
         ({"block_schedule": "serial"}, "choose one of parallel, sequential"),
         ({"align_schedule": "first"}, "choose one of softmax, uniform, last"),
@@ -260,7 +232,19 @@ def test_settings_that_cannot_be_are_refused_in_one_sentence(fields, message):
 def test_markers_are_read_or_written():
     assert SPIRAL.markers == ("<bot>", "<eot>", "<bol>", "<eol>", "<lat>")
     assert set(SPIRAL.written_markers) == {"<bot>", "<eot>", "<bol>"}
-    assert (
-        change(SPIRAL, pattern="none").markers == change(SPIRAL, pattern="none").written_markers == ("<bot>", "<eot>")
-    )
+    teacher = change(SPIRAL, pattern="none")
+    assert teacher.markers == teacher.written_markers == ("<bot>", "<eot>")
     assert SPIRAL.needs_steps and "<bol>" not in chain_tokenizer().get_vocab()
+
+
+def test_the_cards_defaults():
+    method = SpiralThinker()
+    assert (method.pattern, method.latents_per_block, method.max_loops) == ("odd", 5, 5)
+    assert (method.loop.rescale, method.loop.width, method.loop.gain) == ("adapter", 0, False)
+    assert (method.hid.layers, method.hid.distance) == ("all", "l1")
+    assert (method.align_schedule, method.align_alpha, method.count_static_pass) == ("softmax", 1.0, False)
+    assert (method.block_schedule, method.m0, method.max_blocks) == ("parallel", "one_block_no_align", 8)
+    assert not (method.supervise_first_bol or method.align_static_pass or method.force_block_after_text)
+    assert (method.loop.residual, method.loop.site, method.loop.bptt) == ("none", "post_norm", None)
+    assert (method.ce_passes, method.stop.rule) == ("last", "none")
+    assert known("gpt2").loop.rescale.outer.weight.abs().max() == 0

@@ -9,7 +9,7 @@ from innerloop import Example, LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import SpiralThinker
 from tests.close import assert_close
-from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, student
+from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL
 from tests.methods.tools import MIXED, change
 from tests.models import chain_examples, moved, tiny_model
 from tests.test_trainer import assert_goes_on_as_if_uninterrupted, logged, make_trainer, weights
@@ -92,29 +92,6 @@ def test_a_saved_student_is_the_same(schedule, tmp_path: Path):
     model.save_pretrained(tmp_path / "run")
     loaded = LatentModel.from_pretrained(tmp_path / "run")
     assert loaded.method == model.method and loaded.loss(MIXED).loss == model.loss(MIXED).loss
-
-
-def test_the_gain_of_every_link_is_penalised():
-    """One after the other, each block's loop has a gain of its own; rows of one block have the first alone."""
-    method = change(SPIRAL, block_schedule="sequential", fixed_point={"spectral_weight": 1.0, "spectral_bound": 0.0})
-    model = student("gpt2", method).train()
-    row = MIXED[3]  # two blocks
-    batch = model.batch(model.rows([row]))
-    gains, context = [], None
-    for link in batch.links():
-        thought = model.think(link, context=context)
-        model.written_logits(link, thought)
-        gains.append(thought.loop.gain.square().item())
-        context = thought.after
-    assert len(gains) == 2
-    assert model.loss([row]).terms["gain"].item() == pytest.approx(sum(gains), rel=1e-4)
-
-
-def test_rows_are_drawn_with_a_seed_alone():
-    model = student("gpt2", change(SPIRAL, pattern="random_parity"))
-    odd = student("gpt2", SPIRAL).rows(MIXED)
-    assert model.rows(MIXED) == odd
-    assert any(model.rows(MIXED, seed=str(i)) != odd for i in range(4))
 
 
 def test_an_example_that_is_too_long_is_named(teacher, tmp_path: Path):

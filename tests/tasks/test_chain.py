@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from itertools import combinations
 
 import pytest
 
@@ -9,26 +10,21 @@ from innerloop.tasks import Chain
 SMALL = {"n_train": 2000, "n_valid": 100, "n_test": 200}
 
 
-def test_default_examples_follow_the_arithmetic():
-    for example in Chain(**SMALL).examples("train"):
-        first, *clauses = example.question.split(" ; ")
-        number = int(first)
-        assert 0 <= number < 5
-        assert len(clauses) == len(example.steps) == example.meta["n_ops"] == 5
-        for clause, step in zip(clauses, example.steps, strict=True):
-            result = eval(f"({number} {clause}) % 5")
-            assert step == f"{number} {clause} = {result}"
-            number = result
-        assert example.answer == str(number)
-
-
-@pytest.mark.parametrize("options", [{}, {"n_ops": 2, "operations": "+", "n_train": 400, "n_test": 40}])
-def test_steps_of_several_operations_follow_the_arithmetic(options):
-    task = Chain(**SMALL | {"n_ops": 3, "ops_per_step": 2, "n_valid": 20} | options)
-    sizes = Counter()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_ops": 3, "ops_per_step": 2, "n_valid": 20},
+        {"n_ops": 2, "ops_per_step": 2, "n_valid": 20, "operations": "+", "n_train": 400, "n_test": 40},
+    ],
+    ids=str,
+)
+def test_questions_steps_and_answers_follow_the_arithmetic(options):
+    task, sizes = Chain(**SMALL | options), Counter()
     for example in task.examples("train"):
         first, *clauses = example.question.split(" ; ")
         number = int(first)
+        assert 0 <= number < 5
         for clause, step in zip(clauses, example.steps, strict=True):
             written = str(number)
             for operation, operand in re.findall(r"([-+*]) (\d)", clause):
@@ -38,7 +34,9 @@ def test_steps_of_several_operations_follow_the_arithmetic(options):
             sizes[step.count("=")] += 1
         assert example.answer == str(number)
         assert sum(len(step) + 1 for step in example.steps) + 6 <= task.max_new_tokens
-    assert set(sizes) == {1, 2} and (options or 0.9 < sizes[1] / sizes[2] < 1.1)  # all are drawn where there are few
+        assert len(example.steps) == example.meta["n_ops"] == task.n_ops
+    assert set(sizes) == set(range(1, task.ops_per_step + 1))
+    assert len(sizes) == 1 or "operations" in options or 0.9 < sizes[1] / sizes[2] < 1.1  # all, where there are few
 
 
 def test_sizes_ids_and_no_question_twice():
@@ -53,9 +51,7 @@ def test_splits_are_disjoint_whatever_the_seed(options):
     questions = {}
     for split in ("train", "valid", "test"):
         questions[split] = {e.question for seed in (0, 1) for e in Chain(**SMALL | options, seed=seed).examples(split)}
-    assert not questions["train"] & questions["valid"]
-    assert not questions["train"] & questions["test"]
-    assert not questions["valid"] & questions["test"]
+    assert not any(questions[a] & questions[b] for a, b in combinations(questions, 2))
 
 
 @pytest.mark.parametrize("options", [{}, {"n_ops": 3}], ids=["drawn", "listed"])
@@ -66,11 +62,6 @@ def test_a_seed_and_a_limit_fix_the_examples(options):
     other = Chain(**SMALL | options, seed=1).examples("train", limit=50)
     assert [e.question for e in other] != [e.question for e in examples[:50]]
     assert not {e.answer for e in examples} ^ set("01234")
-
-
-def test_the_first_example_never_changes():
-    example = Chain().examples("test", limit=1)[0]
-    assert (example.question, example.answer) == ("1 ; + 1 ; * 4 ; - 3 ; + 3 ; + 4", "2")
 
 
 def test_lengths_are_uniform_between_the_bounds():
@@ -86,7 +77,6 @@ def test_lengths_are_uniform_between_the_bounds():
     "modulus, factors", [(2, {1}), (3, {2}), (5, {2, 3, 4}), (6, {5}), (9, {2, 4, 5, 7, 8}), (10, {3, 7, 9})]
 )
 def test_every_operation_is_a_bijection_and_changes_the_number(modulus, factors):
-    task = Chain(modulus=modulus, n_ops=8, n_train=1, n_valid=1, n_test=1)
     clauses = set()
     for seed in range(60):
         task = Chain(modulus=modulus, n_ops=8, n_train=1, seed=seed)
@@ -139,19 +129,18 @@ def test_budget_is_enough_for_a_tokenizer_of_characters(options):
     assert longest + 1 <= task.max_new_tokens <= 1.3 * longest
 
 
-def test_answer_check():
+def test_the_first_example_never_changes_nor_does_the_check_of_answers():
     task = Chain()
+    (example,) = task.examples("test", limit=1)
+    assert (example.question, example.answer) == ("1 ; + 1 ; * 4 ; - 3 ; + 3 ; + 4", "2")
     assert task.extract("3 + 4 = 2\n### 2") == "2"
     assert task.is_correct("2", "2") and not task.is_correct("3", "2")
     assert task.extract("3 + 4 = 2") is None
 
 
 def test_steps_may_be_their_results_alone():
-    equations, results = (
-        Chain(n_ops=3, n_train=20, n_valid=1, n_test=1, steps=steps).examples("train")
-        for steps in ("equations", "results")
-    )
-    for long, short in zip(equations, results, strict=True):
+    tasks = (Chain(n_ops=3, n_train=20, n_valid=1, n_test=1, steps=steps) for steps in ("equations", "results"))
+    for long, short in zip(*(task.examples("train") for task in tasks), strict=True):
         assert (long.question, long.answer) == (short.question, short.answer)
         assert [step.split(" = ")[-1] for step in long.steps] == list(short.steps)
         assert short.steps[-1] == short.answer

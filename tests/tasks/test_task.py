@@ -7,9 +7,10 @@ from innerloop.tasks import TASKS, FileTask, Gsm8k, ProntoQA, Task, task_named
 from innerloop.tasks.task import after_mark, split_of
 from innerloop.text.examples import Example, write_examples
 
+GSM8K = {"train": 6973, "valid": 500, "test": 659}
 REAL_FILES = [
-    ("gsm8k", "gsm8k_eq", {"train": 6973, "valid": 500, "test": 659}),
-    ("gsm8k", "gsm8k_nl", {"train": 6973, "valid": 500, "test": 659}),
+    ("gsm8k", "gsm8k_eq", GSM8K),
+    ("gsm8k", "gsm8k_nl", GSM8K),
     ("prontoqa", "prontoqa", {"train": 9000, "valid": 200, "test": 800}),
     ("prosqa", "prosqa", {"valid": 300}),
     ("strategyqa", "strategyqa", {"train": 1854, "valid": 206}),
@@ -55,9 +56,8 @@ def test_real_files_are_read_and_their_answers_pass_the_check(shared_data, name,
 def test_splits_without_a_source_and_unknown_splits(tmp_path):
     with pytest.raises(InputError) as caught:
         Gsm8k().examples("train")
-    assert str(caught.value) == (
-        "task 'gsm8k' has no train split: give task.train=FILE (.jsonl) or a Hub data set such as openai/gsm8k:main"
-    )
+    hint = "give task.train=FILE (.jsonl) or a Hub data set such as openai/gsm8k:main"
+    assert str(caught.value) == f"task 'gsm8k' has no train split: {hint}"
     with pytest.raises(InputError, match=r"'prontoqa' has no valid split: give task\.valid=FILE \(\.jsonl\)$"):
         ProntoQA(train="x.jsonl").examples("valid")
     with pytest.raises(InputError, match=r"no split 'tset' \(did you mean 'test'\?\): choose train, valid or test"):

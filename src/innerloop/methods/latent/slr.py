@@ -226,7 +226,7 @@ class Slr(LatentMethod):
             ),
             (
                 self.has_latent_teacher
-                and (self.teacher is None or self.hid.weight + self.kd.weight == 0 or not self._is_region),
+                and (self.teacher in (None, "self") or self.hid.weight + self.kd.weight == 0 or not self._is_region),
                 "teacher_thinks=latents follows another run: set teacher to its folder, hid.weight or kd.weight above "
                 "0, and loop_scope to slots, all or last",
             ),

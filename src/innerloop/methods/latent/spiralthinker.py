@@ -173,6 +173,10 @@ class SpiralThinker(Method):
         """Return the number of updates."""
         return 0 if self.pattern == "none" else self.n_updates
 
+    def with_loops(self, loops: int) -> "SpiralThinker":
+        """Return the method for answering with K = ``loops``; what its blocks followed no longer matters."""
+        return replace(self, max_loops=loops, hid=replace(self.hid, weight=0.0))
+
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
         """Draw the parity of one example: 0 odd, 1 even; of pattern random, which steps are latent."""
         if self.pattern == "random":
