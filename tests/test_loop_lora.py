@@ -126,7 +126,7 @@ def test_iterations_past_the_bank_use_the_last_update_or_start_over_or_none(kind
     backbone = tiny_backbone()
     plain = logits(backbone)
     bank = bank_on(backbone, kind=kind, beyond=beyond)
-    expected = [one and 0 if kind == "shared" else one for one in expected]
+    expected = [None if one is None else one * (kind == "per_iter") for one in expected]
     assert [bank.index(loop) for loop in range(1, 8)] == expected
     assert torch.equal(logits(backbone, bank, 5), plain) == (beyond == "off")
     assert next(iter(bank.up.values())).shape[0] == (1 if kind == "shared" else 3)
