@@ -1,6 +1,5 @@
 """Losses made a few rows of logits at a time are those made at once, and so are their gradients."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from innerloop import Coconut, Codi, Cot, LatentTrainer, LatentTrainingArguments
 from innerloop.decoder.fused_loss import check_fused, fused_loss
 from innerloop.decoder.token_losses import Shown, by_rows, summed_loss, token_losses
 from innerloop.errors import InputError
-from innerloop.methods import Looped, SpiralThinker
+from innerloop.methods import Looped, RelaxedRecursive, SpiralThinker
 from tests.close import assert_close
 from tests.methods.tools import MIXED, assert_same_gradients, gradients, sharp_model
 from tests.models import chain_examples, tiny_model
@@ -26,8 +25,8 @@ METHODS = {
     "codi": Codi(n_latents_total=2),
     "simcot": SimCot(),
     "spiral": SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2),
-    "exits": Looped(max_loops=2, exits={"weight": 0.5, "kd": 0.5}),
-    "exits.gate": Looped(max_loops=2, exits={"gate": "distribution"}, stop={"rule": "halt"}),
+    "exits": RelaxedRecursive(max_loops=3, exits={"weight": 0.5, "kd": 0.5}),
+    "gate": Looped(max_loops=2, exits={"gate": "distribution"}, stop={"rule": "halt"}),
 }
 CHUNK = 3
 
@@ -138,27 +137,16 @@ def test_every_token_has_its_own_loss_whatever_the_chunks(at_once):
     assert_close(mine, theirs)
     with torch.no_grad():
         assert_close(token_losses(show, targets, at_once), expected)
-
-
-def test_no_tokens_have_no_losses():
-    assert by_rows(lambda part: torch.zeros(0)[part], 0, 2).shape == (0,)
-
-
-@contextmanager
-def kept_for_the_gradient():
-    """Count the elements that autograd keeps between the passes."""
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        yield sizes
+    assert by_rows(lambda part: torch.zeros(0)[part], 0, at_once).shape == (0,)
 
 
 def test_logits_are_not_kept_for_the_gradient():
-    head, states = torch.nn.Linear(4, 1000), torch.randn(64, 4, requires_grad=True)
-    most = []
+    head, states, most = torch.nn.Linear(4, 1000), torch.randn(64, 4, requires_grad=True), []
     for at_once in (None, 8):
-        with kept_for_the_gradient() as sizes:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             summed_loss(Shown(head, states), torch.zeros(64, dtype=torch.long), at_once)
-        most.append(sum(sizes))
+        most.append(sum(kept))
     assert most[0] > 64 * 1000 and most[1] < 8 * 1000
 
 
