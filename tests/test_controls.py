@@ -34,38 +34,34 @@ from innerloop.methods import (
 )
 from tests.built import LATENTS, LOUD, QUESTION, ROOM, TASK, THIRD, built
 from tests.close import assert_close
-from tests.fields import make
+from tests.fields import change
 
-PLAIN = {"loop.residual": "none", "loop.rescale": "none", "loop.time": "none"}
-ALONE = {"hid.weight": 0.0, "teacher": None, "teacher_weight": 0.0}
-REFEED = make(Slr, n_slots=2, max_loops=2, **PLAIN)
+PLAIN = {"residual": "none", "rescale": "none", "time": "none"}
+REFEED = Slr(n_slots=2, max_loops=2, loop=PLAIN)
+APPEND = Slr(loop_scope="append", max_loops=2, h0="forward", loop=PLAIN)
+ALONE = {"hid": {"weight": 0.0, "teacher": None}, "teacher_weight": 0.0, "loop": {"rescale": "none"}}
+TOKEN = {"time": "lookup", "time_inject": "token"}
+SPIRAL = SpiralThinker(
+    pattern="all", latents_per_block=2, max_loops=2, hid={"weight": 0.0, "teacher": None}, loop={"rescale": "none"}
+)
 METHODS: dict[str, Method] = {
     "slots, refeed": REFEED,
-    "slots, kv_last": make(Slr, n_slots=2, max_loops=2, answer_from="kv_last", **PLAIN),
-    "slots, a pass first": make(Slr, n_slots=2, max_loops=1, h0="forward", **PLAIN),
-    "slots, a token for the time": make(
-        Slr,
-        n_slots=2,
-        max_loops=2,
-        answer_from="kv_last",
-        **{"loop.time_inject": "token"},
-        **PLAIN | {"loop.time": "lookup"},
-    ),
+    "slots, kv_last": change(REFEED, answer_from="kv_last"),
+    "slots, a pass first": change(REFEED, max_loops=1, h0="forward"),
+    "slots, a token for the time": change(REFEED, answer_from="kv_last", loop=TOKEN),
     "residual and rms": Slr(n_slots=2, max_loops=2),
-    "last": make(Slr, loop_scope="last", max_loops=2, **PLAIN),
-    "append": make(Slr, loop_scope="append", max_loops=2, h0="forward", **PLAIN),
-    "append, kv_last": make(Slr, loop_scope="append", max_loops=2, h0="forward", answer_from="kv_last", **PLAIN),
+    "last": change(REFEED, loop_scope="last"),
+    "append": APPEND,
+    "append, kv_last": change(APPEND, answer_from="kv_last"),
     "coconut": Coconut(curriculum={"max_stage": 2}, latents_per_step=1),
     "simcot": SimCot(curriculum={"max_stage": 2}, latents_per_step=1),
-    "codi": make(Codi, n_latents_total=3, **{"loop.rescale": "none"}, **ALONE),
-    "simcot_codi": make(SimCotCodi, n_latents_total=3, **{"loop.rescale": "none"}, **ALONE),
+    "codi": Codi(n_latents_total=3, **ALONE),
+    "simcot_codi": SimCotCodi(n_latents_total=3, **ALONE),
     "lotus": Lotus(n_blocks=2, latents_per_block=2),
     "lotus, refeed": Lotus(n_blocks=1, latents_per_block=2, last_pass="refeed"),
-    "pccot": make(Pccot, n_slots=3, max_loops=2, **{"loop.rescale": "none"}, **ALONE),
-    "spiralthinker": make(
-        SpiralThinker, pattern="all", latents_per_block=2, max_loops=2, **{"loop.rescale": "none"}, **ALONE
-    ),
-    "stops by itself": make(Slr, n_slots=2, max_loops=2, **{"stop.rule": "delta"}, **{"stop.threshold": -0.5}, **PLAIN),
+    "pccot": Pccot(n_slots=3, max_loops=2, **ALONE),
+    "spiralthinker": SPIRAL,
+    "stops by itself": change(REFEED, stop={"rule": "delta", "threshold": -0.5}),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SOME = ("slots, refeed", "slots, kv_last", "coconut", "lotus", "pccot", "spiralthinker")
@@ -189,12 +185,6 @@ def test_what_chance_alone_makes_of_answers_is_no_verdict(
     assert judged(answers, shuffled, hidden, gold) == kind
 
 
-def test_too_few_examples_decide_nothing():
-    model, examples = built(REFEED, QUESTION, n=10)
-    found = controls(Subject(model, TASK, examples))
-    assert found.kind == "undecided" and "10 examples are too few" in found.sentence
-
-
 def test_accuracy_against_loops_and_latents():
     model, examples = built(REFEED, LATENTS)
     found = controls(Subject(model, TASK, examples)).as_dict()
@@ -206,7 +196,7 @@ def test_accuracy_against_loops_and_latents():
 
 
 def test_latents_that_hold_nothing_may_go():
-    model, examples = built(make(Slr, n_slots=4, distinct_slots=True, max_loops=1, **PLAIN), THIRD)
+    model, examples = built(change(REFEED, n_slots=4, distinct_slots=True, max_loops=1), THIRD)
     kept = {n: effect.compared.accuracies[0] for n, effect in controls(Subject(model, TASK, examples)).kept.items()}
     assert kept == {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 1.0}
 
@@ -221,12 +211,12 @@ def test_methods_without_latents_are_told_so(method: Method):
 
 def test_what_cannot_be_hidden_is_left_out_with_the_reason():
     model, examples = built(Pause(n_pauses=2, with_markers=False), QUESTION, n=10)
-    found = controls(Subject(model, TASK, examples)).as_dict()
-    reasons = {entry["control"]: entry["why"] for entry in found["left_out"]}
-    assert "last latent itself" in reasons["hidden"] and "hidden" not in [c["control"] for c in found["controls"]]
-    model, examples = built(METHODS["slots, kv_last"].with_loops(3), QUESTION, n=10)
-    object.__setattr__(model.method, "stop", "delta")
-    assert "set stop to none" in controls(Subject(model, TASK, examples)).left_out["latents"]
+    found = controls(Subject(model, TASK, examples))
+    assert "last latent itself" in found.left_out["hidden"] and "hidden" not in found.effects
+    model, examples = built(change(METHODS["slots, kv_last"], stop={"rule": "delta"}), QUESTION, n=10)
+    found = controls(Subject(model, TASK, examples))
+    assert "set stop.rule to none" in found.left_out["latents"]
+    assert found.kind == "undecided" and "10 examples are too few" in found.sentence
 
 
 def test_no_examples_or_one_question_are_refused():
@@ -259,16 +249,12 @@ def test_progress_counts_every_answer_and_the_unedited_run_is_not_repeated():
 @every_method
 def test_feeding_latents_what_they_were_fed_changes_nothing(method: Method):
     model, examples = built(method, LATENTS, n=12)
-    plain = model.generate([e.question for e in examples], max_new_tokens=4)
-    seen = Subject(model, TASK, examples, batch_size=5).seen
+    questions, seen = [e.question for e in examples], Subject(model, TASK, examples, batch_size=5).seen
+    plain, logits = model.generate(questions, max_new_tokens=4), model.answer_logits(examples)
     with hooked(model.loop, Replacement(seen.blocks)):
-        again = model.generate([e.question for e in examples], max_new_tokens=4)
-    assert [g.text for g in again] == [g.text for g in plain]
-    logits = model.answer_logits(examples)
-    with hooked(model.loop, Replacement(seen.blocks)):
-        for own, other in zip(logits, model.answer_logits(examples)):
-            assert_close(own, other)
-    assert model.loop.edit is None
+        assert [g.text for g in model.generate(questions, max_new_tokens=4)] == [g.text for g in plain]
+        assert_close(model.answer_logits(examples), logits)
+    assert not model.loop.hooks
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.name != "spiralthinker"])
@@ -276,8 +262,7 @@ def test_hiding_nothing_changes_nothing(name: str):
     model, examples = built(METHODS[name], LATENTS, n=6)
     logits = model.answer_logits(examples)
     with hooked(model.loop, Replacement(kept=99)):
-        for own, other in zip(logits, model.answer_logits(examples)):
-            assert_close(own, other)
+        assert_close(model.answer_logits(examples), logits)
 
 
 def test_frozen_latents_are_those_of_no_loops():
@@ -300,7 +285,7 @@ def test_every_input_is_recorded_once():
 
 
 def test_methods_that_begin_with_text_may_open_their_blocks_later():
-    method = make(SpiralThinker, pattern="even", latents_per_block=2, max_loops=2, **{"loop.rescale": "none"}, **ALONE)
+    method = change(SPIRAL, pattern="even")
     model, examples = built(method, QUESTION, n=10)  # it opens none
     found = controls(Subject(model, TASK, examples))
     assert found.n_latents == 0 and found.kind == "undecided" and "shuffled" in found.effects

@@ -109,7 +109,9 @@ def test_levels_of_words_are_their_formulas(agg):
     for kind, value in (("top_prob", best[..., 0]), ("gap", best[..., 0] - best[..., 1])):
         assert_close(rule(kind, agg=agg).score(StopInputs(*ZEROS, logits=logits)), reduce(value))
     order = (p * p.log()).sum(-1) / math.log(V)  # minus the entropy, as a share
-    assert_close(rule("entropy_level", agg=agg).score(StopInputs(*ZEROS, logits=logits)), -(-reduce(order)).log10(), 1e-5)
+    assert_close(
+        rule("entropy_level", agg=agg).score(StopInputs(*ZEROS, logits=logits)), -(-reduce(order)).log10(), 1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", READS_OUT)

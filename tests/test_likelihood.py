@@ -127,7 +127,7 @@ def test_other_numbers_of_loops_unknown_words_and_long_chunks():
     ("method", "valid", "words"),
     [
         (NoCot(), CHUNKS, "set train.eval_strategy to no"),
-        (Slr(decoder={"kind": "separate"}), None, "set decoder to lm_head"),
+        (Slr(decoder={"kind": "separate"}), None, "set decoder.kind to lm_head"),
         (Slr(loop_scope="all", answer_from="kv_last"), None, "set answer_from to refeed"),
         (Cot(), None, "no training example has steps"),
     ],

@@ -13,14 +13,14 @@ from innerloop.measure.probes import best, probes, result_of_step, sentences
 from innerloop.measure.subject import Subject
 from innerloop.measure.swap import by_chance, evenly, swaps
 from innerloop.measure.swap import sentences as swap_sentences
-from innerloop.methods import Codi, Cot, Lotus, Method, Pause, Slr
+from innerloop.methods import Cot, Lotus, Method, Pause, Slr
 from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
 from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built, digit_examples
-from tests.fields import make
-from tests.test_controls import ALONE, METHODS, PLAIN
+from tests.fields import change
+from tests.test_controls import METHODS, PLAIN, REFEED
 
-FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, loop={"residual": "sum", "rescale": "none", "time": "none"})
+FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, loop=PLAIN | {"residual": "sum"})
 
 
 def test_the_answer_is_found_in_latent_3_by_a_probe():
@@ -66,9 +66,7 @@ def test_what_would_be_followed_by_chance_is_told():
 
 
 def test_a_swap_in_the_middle_of_the_loop_is_undone_where_the_question_is_read_again():
-    again, examples = built(
-        Slr(n_slots=2, max_loops=3, loop={"residual": "sum", "rescale": "none", "time": "none"}), LATENTS
-    )
+    again, examples = built(Slr(n_slots=2, max_loops=3, loop=PLAIN | {"residual": "sum"}), LATENTS)
     by_loop = {swap.loop: swap.follows for swap in swaps(Subject(again, TASK, examples)) if swap.latents == "all"}
     assert set(by_loop) == {None, 1, 2} and by_loop[None] == 1.0 and by_loop[1] < 1.0
 
@@ -84,7 +82,7 @@ def test_latents_that_are_followed_are_found_whatever_the_method(name: str):
 
 
 def test_append_methods_are_probed_latent_by_latent():
-    model, examples = built(make(Codi, n_latents_total=3, **{"loop.rescale": "none"}, **ALONE), LATENTS, n=60)
+    model, examples = built(METHODS["codi"], LATENTS, n=60)
     found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     assert {(probe.loop, probe.latent) for probe in found} == {(0, 0), (1, 1), (2, 2), (3, 3)}
     assert best(found)[0].accuracy == 1.0
@@ -117,7 +115,7 @@ def test_the_same_seed_gives_the_same_report():
 
 
 def test_progress_is_told():
-    model, examples = built(make(Slr, n_slots=2, max_loops=1, **PLAIN), LATENTS, n=24)
+    model, examples = built(change(REFEED, max_loops=1), LATENTS, n=24)
     planned, done = [], []
     probes(Subject(model, TASK, examples[12:], planned=planned.append, progress=done.append), examples[:12])
     assert planned == [sum(done)] == [8]

@@ -177,7 +177,7 @@ def test_every_method_can_be_measured(name: str):
         for measure in ("change", "cosine", "drift", "size", "radius", "growth"):
             assert entry[measure]["low"] <= entry[measure]["median"] <= entry[measure]["high"], measure
         assert (entry["kl"] is None) == (entry["step_cosine"] is None) == (entry["loop"] == 1)
-    assert not model.training and model.loop.edit is None
+    assert not model.training and not model.loop.hooks
 
 
 def test_the_report_does_not_depend_on_the_batches():

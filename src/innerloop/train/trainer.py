@@ -464,7 +464,7 @@ def _check_text(model: LatentModel, eval_dataset: Any) -> None:
         (eval_dataset is not None, "running text has no answers to validate on: set train.eval_strategy to no"),
         (
             method.decoder.kind != "lm_head",
-            "a decoder of its own does not predict the text before the thought: set decoder to lm_head",
+            "a decoder of its own does not predict the text before the thought: set decoder.kind to lm_head",
         ),
         (
             method.plan.scope == "all" and method.plan.answer_context == "kv_last",
