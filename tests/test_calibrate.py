@@ -283,7 +283,7 @@ def test_a_report_is_written_and_a_run_adopts_the_rule(tmp_path):
     assert plain.method.stop.rule == "delta" and not [f for f in (run / PARTS).parent.glob(".*")]
     with pytest.raises(InputError, match="not of 'looped'"):
         adopt_rule(model_of(Looped()), run)
-    assert json.loads((run / SETTINGS).read_text())["method"]["stop"] == {"rule": "delta"}
+    assert json.loads((run / SETTINGS).read_text())["method"]["stop"]["rule"] == "delta"
 
 
 def test_calibrating_leaves_the_weights_and_keeps_a_gate():

@@ -126,7 +126,7 @@ def test_slr_answers_from_acts_mean_and_not_from_a_cache_without_it():
     assert max(gaps) > 1e-4
     with pytest.raises(InputError, match="act_output to last"):
         change(PONDERING, answer_from="kv_last")
-    with pytest.raises(InputError, match="stop.rule=act"):
+    with pytest.raises(InputError, match=r"stop\.rule=act"):
         change(PONDERING, stop={"rule": "halt"})
 
 
