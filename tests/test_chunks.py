@@ -54,9 +54,7 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(name):
     whole, expected, largest = loss_of(model, None)
     found, grads, most = loss_of(model, CHUNK)
     assert most <= CHUNK < largest
-    assert found.terms.keys() == whole.terms.keys()
-    for term, value in whole.terms.items():
-        assert_close(found.terms[term], value)
+    assert_close(found.terms, whole.terms)
     assert_same_gradients(grads, expected)
 
 
@@ -74,8 +72,7 @@ def test_a_fused_loss_gets_what_the_head_gets(name, monkeypatch):
     assert not asked
     found, grads, _ = loss_of(model, "fused")
     assert bool(asked) == (name != "separate")  # a decoder of its own has another head
-    for term, value in whole.terms.items():
-        assert_close(found.terms[term], value)
+    assert_close(found.terms, whole.terms)
     assert_same_gradients(grads, expected)
 
 
@@ -110,18 +107,18 @@ def test_ligers_kernel_gives_the_loss_and_the_gradient(monkeypatch):
 
 
 def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("innerloop.decoder.fused_loss.importlib.util.find_spec", lambda name: None)
+    find = "innerloop.decoder.fused_loss.importlib.util.find_spec"
+    monkeypatch.setattr(find, lambda name: None)
     args = LatentTrainingArguments(tmp_path, max_steps=1, use_cpu=True, loss_chunk="fused")
     with pytest.raises(InputError, match="pip install"):
         LatentTrainer(tiny_model(Cot()), args, chain_examples(4))
-    monkeypatch.setattr("innerloop.decoder.fused_loss.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(find, lambda name: name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match="on a CPU"):
         check_fused(torch.device("cpu"))
-    with pytest.raises(InputError, match="loss_chunk"):
-        LatentTrainingArguments(tmp_path, use_liger_kernel=True)
-    with pytest.raises(InputError, match="or fused"):
-        LatentTrainingArguments(tmp_path, loss_chunk="fuse")
+    for options, message in (({"use_liger_kernel": True}, "loss_chunk"), ({"loss_chunk": "fuse"}, "or fused")):
+        with pytest.raises(InputError, match=message):
+            LatentTrainingArguments(tmp_path, **options)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 7, 8, 100, None, "fused"])
