@@ -60,11 +60,7 @@ def test_coconut_skips_as_many_steps_as_the_stage_and_in_the_last_all():
     ("fields", "steps_per_epoch", "expected"),
     [
         ({"max_stage": 3}, 1000, {2999: 0, 3000: 1, 3001: 1, 5999: 1}),  # an epoch that has begun counts
-        (
-            {"max_stage": 2, "length": 10, "unit": "step"},
-            1,
-            {0: 0, 9: 0, 10: 1, 19: 1, 20: 2, 29: 2, 30: 3, 1000: 3},
-        ),
+        ({"max_stage": 2, "length": 10, "unit": "step"}, 1, {0: 0, 9: 0, 10: 1, 19: 1, 20: 2, 29: 2, 30: 3, 1000: 3}),
         ({"max_stage": 3, "first_stage": 2}, 1, {0: 2, 2: 2, 3: 3, 6: 4, 60: 4}),
         ({"max_stage": 3, "first_stage": 4}, 1, {0: 4, 5: 4, 19: 4}),
         ({}, 10, {0: 0, 50: 0, 99: 0}),

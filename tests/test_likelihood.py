@@ -9,17 +9,7 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from innerloop import (
-    Cot,
-    InputError,
-    LatentModel,
-    LatentTrainer,
-    LatentTrainingArguments,
-    Looped,
-    NoCot,
-    Pause,
-    Slr,
-)
+from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, Looped, NoCot, Pause, Slr
 from innerloop.cli.main import main
 from innerloop.measure import evaluate
 from innerloop.measure.likelihood import Likelihood, likelihood
