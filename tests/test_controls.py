@@ -133,6 +133,9 @@ def test_answers_that_follow_the_latents_are_seen_to_even_where_they_are_wrong()
     wrong = [dataclasses.replace(e, answer=str((int(e.answer) + 1) % 10)) for e in examples]
     found = controls(Subject(model, TASK, wrong))
     assert found.kind == "carried" and "The answers come from the latents, right or wrong." in found.sentence
+    right, none = evaluate(model, TASK, examples), evaluate(model, TASK, examples, loops=0)
+    gain = _effect(right, none, 0)  # an effect that helps
+    assert not gain.costs and "gains 90.0 points" in gain.sentence("Thinking")
 
 
 def test_answers_of_which_some_need_the_latents_are_told_from_those_that_all_do():
@@ -220,31 +223,21 @@ def test_what_cannot_be_hidden_is_left_out_with_the_reason():
     assert found.kind == "undecided" and "10 examples are too few" in found.sentence
 
 
-def test_no_examples_or_one_question_are_refused():
-    model, examples = built(REFEED, LATENTS, n=3)
-    with pytest.raises(InputError, match="examples"):
-        controls(Subject(model, TASK, []))
-    with pytest.raises(InputError, match="two different questions"):
-        controls(Subject(model, TASK, examples[:1]))
-
-
 def test_the_same_seed_gives_the_same_report_whatever_the_batches():
     model, examples = built(REFEED, LATENTS, n=30)
     first, second = (controls(Subject(model, TASK, examples, batch_size=size, seed=5)) for size in (30, 11))
     assert json.dumps(first.as_dict()) == json.dumps(second.as_dict())
-    other = controls(Subject(model, TASK, examples, seed=6)).as_dict()
-    assert json.dumps(other) != json.dumps(first.as_dict())
-
-
-def test_progress_counts_every_answer_and_the_unedited_run_is_not_repeated():
-    model, examples = built(REFEED, LATENTS, n=10)
     unedited, planned, done = evaluate(model, TASK, examples), [], []
-    found = controls(Subject(model, TASK, examples, unedited, planned=planned.append, progress=done.append))
-    assert list(map(id, found.unedited)) == list(map(id, unedited)) and planned == [sum(done)]
-    assert planned[0] == (len(found.effects) + len(found.loops) - 1 + len(found.kept) - 2) * 10
+    found = controls(Subject(model, TASK, examples, unedited, seed=6, planned=planned.append, progress=done.append))
+    assert json.dumps(found.as_dict()) != json.dumps(first.as_dict())
+    assert list(map(id, found.unedited)) == list(map(id, unedited)) and planned == [sum(done)]  # each is answered once
+    assert planned[0] == (len(found.effects) + len(found.loops) - 1 + len(found.kept) - 2) * 30
+    for some, message in (([], "examples"), (examples[:1], "two different questions")):
+        with pytest.raises(InputError, match=message):
+            controls(Subject(model, TASK, some))
 
 
-# The edits themselves
+# What the loop is fed
 
 
 @every_method
@@ -274,17 +267,6 @@ def test_frozen_latents_are_those_of_no_loops():
         assert [g.text for g in model.generate([e.question for e in examples], max_new_tokens=4)] == without
 
 
-def test_every_input_is_recorded_once():
-    model, examples = built(METHODS["codi"], LATENTS, n=4)
-    recorder = Recorder()
-    with hooked(model.loop, recorder):
-        thought = model.think(model.batch(model.rows(examples)))
-    blocks = list(recorder.blocks.values())
-    assert [len(own) for own in blocks] == [1] * 4 and [len(own[0].fed) for own in blocks] == [2] * 4
-    assert_close(torch.stack([own[0].left for own in blocks]), thought.loop.state)
-    assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
-
-
 def test_methods_that_begin_with_text_may_open_their_blocks_later():
     method = change(SPIRAL, pattern="even")
     model, examples = built(method, QUESTION, n=10)  # it opens none
@@ -301,8 +283,12 @@ def test_methods_that_begin_with_text_may_open_their_blocks_later():
     assert swaps(Subject(model, TASK, examples))[0].follows == 1.0
 
 
-def test_an_effect_that_helps_is_said_to():
-    model, examples = built(REFEED, LATENTS, n=40)
-    right, wrong = evaluate(model, TASK, examples), evaluate(model, TASK, examples, loops=0)
-    gain = _effect(right, wrong, 0)
-    assert not gain.costs and "gains 90.0 points" in gain.sentence("Thinking")
+def test_every_input_is_recorded_once():
+    model, examples = built(METHODS["codi"], LATENTS, n=4)
+    recorder = Recorder()
+    with hooked(model.loop, recorder):
+        loop = model.think(model.batch(model.rows(examples))).loop
+    blocks = [block for (block,) in recorder.blocks.values()]
+    assert [len(block.fed) for block in blocks] == [2] * 4
+    assert_close(torch.stack([block.left for block in blocks]), loop.state)
+    assert_close(torch.stack([block.fed[0] for block in blocks]), loop.first)

@@ -14,6 +14,7 @@ from innerloop.text.row import IGNORE
 from tests.fields import change
 from tests.methods.tools import MIXED, assert_close, halting, labels_by_loop, rows_at, same_weights, thought_of
 from tests.models import tiny_model
+from tests.test_halting_learned import brute_force
 
 SMALL = Slr(n_slots=3, max_loops=3, loop={"time": "lookup"})
 HALT = change(SMALL, stop={"rule": "halt"}, halt={"weight": 0.5})
@@ -73,29 +74,19 @@ def test_rows_with_fewer_iterations_have_the_terms_of_single_rows(term):
 # L_halt
 
 
-def brute_force(rates: list[float]) -> list[float]:
-    """P(stop after t): go on t - 1 times, then stop; the last iteration stops whoever is left."""
-    return [math.prod(1 - r for r in rates[:t]) * (rate if t < len(rates) - 1 else 1) for t, rate in enumerate(rates)]
-
-
-def gates_of(model: LatentModel) -> Tensor:
-    """Return lambda_t (T, B) as a hand-written mean over slots and a linear gate give it."""
+def gates_of(model: LatentModel) -> list[list[float]]:
+    """Return lambda_t of each row, as a hand-written mean over slots and a linear gate give it."""
     with torch.no_grad():
-        thought = model.think(model.batch(model.rows(MIXED)))
-        gate = model.loop.stop.gate
-        return torch.stack([(s.mean(1) @ gate.weight[0] + gate.bias).sigmoid() for _, s in thought.loop.states])
+        thought, gate = model.think(model.batch(model.rows(MIXED))), model.loop.stop.gate
+        rates = [(s.mean(1) @ gate.weight[0] + gate.bias).sigmoid() for _, s in thought.loop.states]
+    return torch.stack(rates, dim=1).tolist()
 
 
-def test_the_halting_distribution_sums_to_one_and_is_that_of_brute_force():
-    for rates in itertools.product([0.1, 0.5, 0.95], repeat=3):
-        assert sum(brute_force(list(rates))) == pytest.approx(1.0)
+def test_halt_is_the_loss_expected_over_the_iterations_that_the_gate_may_stop_after():
     model = model_of(change(HALT, halt={"beta": 0.0}))
-    rates_TB, losses = gates_of(model), [after(model, t) for t in (1, 2, 3)]
-    expected = 0.0
-    for row in range(len(MIXED)):
-        p = brute_force(rates_TB[:, row].tolist())
-        expected += sum(p_t * losses[t][row].mean().item() for t, p_t in enumerate(p)) / len(MIXED)
-    assert model.loss(MIXED).terms["halt"].item() == pytest.approx(expected, rel=1e-5)
+    losses = [[loss.mean().item() for loss in after(model, t)] for t in (1, 2, 3)]
+    expected = [sum(p * loss for p, loss in zip(brute_force(r), row)) for r, row in zip(gates_of(model), zip(*losses))]
+    assert model.loss(MIXED).terms["halt"].item() == pytest.approx(sum(expected) / len(MIXED), rel=1e-5)
 
 
 def test_halt_draws_the_distribution_to_a_truncated_geometric():
@@ -104,7 +95,7 @@ def test_halt_draws_the_distribution_to_a_truncated_geometric():
     geometric = [0.3 * 0.7**t for t in range(3)]
     prior = [g / sum(geometric) for g in geometric]
     divergence = 0.0
-    for rates in gates_of(model).T.tolist():
+    for rates in gates_of(model):
         divergence += sum(a * math.log(a / b) for a, b in zip(brute_force(rates), prior)) / len(MIXED)
     assert terms[0] - terms[1] == pytest.approx(divergence, rel=1e-5)
     model.loss(MIXED).loss.backward()
@@ -158,14 +149,6 @@ def test_hid_is_the_distance_to_the_teachers_states_at_the_end_of_the_steps(laye
     assert_close(thought.layer_states[-1][-1], thought.loop.outputs[-1][1])
 
 
-def test_hid_trains_the_student_and_not_the_teacher():
-    model = student_and_teacher()
-    model.loss(MIXED).loss.backward()
-    assert all(p.grad is None for p in model.teacher.parameters())
-    assert not any("teacher" in name for name in model.state_dict())
-    assert model.loop.time.table.grad.abs().sum(1).min() > 0
-
-
 @pytest.mark.parametrize("site", ["post_norm", "pre_norm"])
 def test_following_a_teacher_changes_no_logits(site):
     method = change(SMALL, loop={"site": site})
@@ -173,6 +156,10 @@ def test_following_a_teacher_changes_no_logits(site):
     plain = LatentModel(model.backbone, model.tokenizer, method).double()
     plain.loop.load_state_dict(model.loop.state_dict())
     assert all(map(torch.equal, model.eval().answer_logits(MIXED), plain.eval().answer_logits(MIXED)))
+    model.train().loss(MIXED).loss.backward()  # it trains the student and not the teacher
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert not any("teacher" in name for name in model.state_dict())
+    assert model.loop.time.table.grad.abs().sum(1).min() > 0
 
 
 def test_following_needs_a_teacher():
@@ -190,11 +177,6 @@ def stopping(method: Slr) -> tuple[LatentModel, list[Thought], list[int]]:
     n_loops = thought_of(model, MIXED).loop.n_loops
     assert len(set(n_loops)) > 1 and min(n_loops) < 4
     return model, [thought_of(never, [example]) for example in MIXED], n_loops
-
-
-def shown_step(t: int, m: int) -> int | None:
-    """The 0-based step of the 1-based iteration t of four."""
-    return math.ceil(t * m / 4) - 1 if m else None
 
 
 @pytest.mark.parametrize("scope", ["slots", "all", "last"])

@@ -81,14 +81,11 @@ def test_latents_that_are_followed_are_found_whatever_the_method(name: str):
     assert all(swap.keeps == 1.0 for swap in swaps(Subject(model, TASK, examples)))
 
 
-def test_append_methods_are_probed_latent_by_latent():
+def test_latents_are_probed_where_they_are_written_and_in_the_pass_that_the_answer_sees():
     model, examples = built(METHODS["codi"], LATENTS, n=60)
     found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     assert {(probe.loop, probe.latent) for probe in found} == {(0, 0), (1, 1), (2, 2), (3, 3)}
     assert best(found)[0].accuracy == 1.0
-
-
-def test_pauses_are_probed_in_the_pass_that_the_answer_sees():
     model, examples = built(Pause(n_pauses=2), ROOM, n=60)
     found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     by_loop = {probe.loop: probe for probe in found if probe.step == "answer"}
@@ -132,12 +129,6 @@ def test_what_has_no_latents_is_refused(method: Method):
         probes(Subject(model, TASK, examples[12:]), examples[:12])
 
 
-def test_too_few_examples_are_refused():
-    model, examples = built(FOUR, THIRD, n=12)
-    with pytest.raises(InputError, match="10 examples with steps to learn from"):
-        probes(Subject(model, TASK, examples[5:]), examples[:5])
-
-
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
     real = builtins.__import__
 
@@ -163,6 +154,8 @@ def test_examples_without_a_step_are_left_out_of_its_probe():
     mixed = [Example(e.question, e.steps if i % 2 else (), e.answer, e.id) for i, e in enumerate(examples)]
     n = {probe.step: probe.n for probe in probes(Subject(model, TASK, mixed[50:]), mixed[:50])}
     assert n == {0: 20, "answer": 40}
+    with pytest.raises(InputError, match="10 examples with steps to learn from"):
+        probes(Subject(model, TASK, examples[5:12]), examples[:5])
 
 
 def test_many_latents_are_thinned_evenly():
