@@ -150,9 +150,8 @@ def test_the_exit_distribution_is_that_of_brute_force():
 
 
 def test_the_exit_distribution_at_its_ends():
-    first = exit_distribution(torch.tensor([[BIG], [0.0], [0.0]]))[:, 0]
-    never = exit_distribution(torch.tensor([[-BIG], [-BIG], [-BIG]]))[:, 0]
-    assert_close((first, never), (torch.tensor([1.0, 0, 0]), torch.tensor([0, 0, 1.0])))
+    for logits, expected in (([BIG, 0.0, 0.0], [1.0, 0, 0]), ([-BIG] * 3, [0, 0, 1.0])):
+        assert_close(exit_distribution(torch.tensor(logits)[:, None])[:, 0], torch.tensor(expected))
     rows = exit_distribution(draw(0, 5, 2), n_loops=[5, 2])
     assert rows[2:, 1].tolist() == [0, 0, 0] and rows[:2, 1].sum().item() == pytest.approx(1.0)
     many = exit_distribution(torch.full((400, 1), -6.0, dtype=torch.float16))  # products of 400 rates do not underflow
@@ -284,11 +283,10 @@ def test_thresholds_keep_their_promise_on_the_rows_they_were_made_from(target):
 
 
 def test_a_threshold_is_the_loosest_that_keeps_the_promise_and_ties_stop_together():
-    scores = torch.tensor([[0.9, 0.8, 0.8, 0.6, 0.5, 0.4], [0.0] * 6])
-    agrees = torch.tensor([[True, True, True, True, False, False], [True] * 6])
-    assert fitted_thresholds(scores, agrees, 0.75, min_rows=1)[0].item() == pytest.approx(0.5)
-    assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.6)
-    assert fitted_thresholds(scores, agrees, 1.0, min_rows=5)[0].item() == math.inf
+    scores, agrees = torch.tensor([[0.9, 0.8, 0.8, 0.6, 0.5, 0.4], [0.0] * 6]), torch.ones(2, 6).bool()
+    agrees[0, 4:] = False
+    for target, min_rows, expected in ((0.75, 1, 0.5), (1.0, 1, 0.6), (1.0, 5, math.inf)):
+        assert fitted_thresholds(scores, agrees, target, min_rows)[0].item() == pytest.approx(expected)
     agrees[0, 2] = False
     assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.9)
 
@@ -300,16 +298,18 @@ def test_a_kernel_machine_is_fitted_to_so_many_rows_of_each_kind():
     assert MOST_VECTORS // 2 < fitted["share_KS"].shape[1] <= MOST_VECTORS < 1400
 
 
-def test_rows_that_may_not_stop_yet_count_at_the_iterations_after():
-    scores = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.7, 0.6], [0.0, 0.0, 0.0]])
-    agrees = torch.ones(3, 3, dtype=torch.bool)
-    at_once, later, every_second = (
-        fitted_thresholds(scores, agrees, 1.0, 2, FullStop(**fields)).tolist()
-        for fields in ({}, {"min_loops": 2}, {"check_every": 2})
-    )
-    assert at_once == pytest.approx([0.1, math.inf, math.inf])
-    assert later == pytest.approx([0.1, 0.6, math.inf])
-    assert every_second == pytest.approx([math.inf, 0.6, math.inf])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0.1, math.inf, math.inf]),
+        ({"min_loops": 2}, [0.1, 0.6, math.inf]),
+        ({"check_every": 2}, [math.inf, 0.6, math.inf]),
+    ],
+    ids=str,
+)
+def test_rows_that_may_not_stop_yet_count_at_the_iterations_after(fields, expected):
+    scores, agrees = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.7, 0.6], [0.0, 0.0, 0.0]]), torch.ones(3, 3).bool()
+    assert fitted_thresholds(scores, agrees, 1.0, 2, FullStop(**fields)).tolist() == pytest.approx(expected)
 
 
 # Oracles
