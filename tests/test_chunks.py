@@ -1,6 +1,5 @@
 """Losses made a few rows of logits at a time are those made at once, and so are their gradients."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from innerloop import Coconut, Codi, Cot, LatentTrainer, LatentTrainingArguments
 from innerloop.decoder.fused_loss import check_fused, fused_loss
 from innerloop.decoder.token_losses import Shown, by_rows, summed_loss, token_losses
 from innerloop.errors import InputError
-from innerloop.methods import Looped, SpiralThinker
+from innerloop.methods import Looped, RelaxedRecursive, SpiralThinker
 from tests.close import assert_close
 from tests.methods.tools import MIXED, assert_same_gradients, gradients, sharp_model
 from tests.models import chain_examples, tiny_model
@@ -26,8 +25,8 @@ METHODS = {
     "codi": Codi(n_latents_total=2),
     "simcot": SimCot(),
     "spiral": SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2),
-    "exits": Looped(max_loops=2, exits={"weight": 0.5, "kd": 0.5}),
-    "exits.gate": Looped(max_loops=2, exits={"gate": "distribution"}, stop={"rule": "halt"}),
+    "exits": RelaxedRecursive(max_loops=3, exits={"weight": 0.5, "kd": 0.5}),
+    "gate": Looped(max_loops=2, exits={"gate": "distribution"}, stop={"rule": "halt"}),
 }
 CHUNK = 3
 
@@ -55,9 +54,7 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradient_of_the_whole(name):
     whole, expected, largest = loss_of(model, None)
     found, grads, most = loss_of(model, CHUNK)
     assert most <= CHUNK < largest
-    assert found.terms.keys() == whole.terms.keys()
-    for term, value in whole.terms.items():
-        assert_close(found.terms[term], value)
+    assert_close(found.terms, whole.terms)
     assert_same_gradients(grads, expected)
 
 
@@ -75,8 +72,7 @@ def test_a_fused_loss_gets_what_the_head_gets(name, monkeypatch):
     assert not asked
     found, grads, _ = loss_of(model, "fused")
     assert bool(asked) == (name != "separate")  # a decoder of its own has another head
-    for term, value in whole.terms.items():
-        assert_close(found.terms[term], value)
+    assert_close(found.terms, whole.terms)
     assert_same_gradients(grads, expected)
 
 
@@ -111,18 +107,18 @@ def test_ligers_kernel_gives_the_loss_and_the_gradient(monkeypatch):
 
 
 def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("innerloop.decoder.fused_loss.importlib.util.find_spec", lambda name: None)
+    find = "innerloop.decoder.fused_loss.importlib.util.find_spec"
+    monkeypatch.setattr(find, lambda name: None)
     args = LatentTrainingArguments(tmp_path, max_steps=1, use_cpu=True, loss_chunk="fused")
     with pytest.raises(InputError, match="pip install"):
         LatentTrainer(tiny_model(Cot()), args, chain_examples(4))
-    monkeypatch.setattr("innerloop.decoder.fused_loss.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(find, lambda name: name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match="on a CPU"):
         check_fused(torch.device("cpu"))
-    with pytest.raises(InputError, match="loss_chunk"):
-        LatentTrainingArguments(tmp_path, use_liger_kernel=True)
-    with pytest.raises(InputError, match="or fused"):
-        LatentTrainingArguments(tmp_path, loss_chunk="fuse")
+    for options, message in (({"use_liger_kernel": True}, "loss_chunk"), ({"loss_chunk": "fuse"}, "or fused")):
+        with pytest.raises(InputError, match=message):
+            LatentTrainingArguments(tmp_path, **options)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 7, 8, 100, None, "fused"])
@@ -138,27 +134,16 @@ def test_every_token_has_its_own_loss_whatever_the_chunks(at_once):
     assert_close(mine, theirs)
     with torch.no_grad():
         assert_close(token_losses(show, targets, at_once), expected)
-
-
-def test_no_tokens_have_no_losses():
-    assert by_rows(lambda part: torch.zeros(0)[part], 0, 2).shape == (0,)
-
-
-@contextmanager
-def kept_for_the_gradient():
-    """Count the elements that autograd keeps between the passes."""
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        yield sizes
+    assert by_rows(lambda part: torch.zeros(0)[part], 0, at_once).shape == (0,)
 
 
 def test_logits_are_not_kept_for_the_gradient():
-    head, states = torch.nn.Linear(4, 1000), torch.randn(64, 4, requires_grad=True)
-    most = []
+    head, states, most = torch.nn.Linear(4, 1000), torch.randn(64, 4, requires_grad=True), []
     for at_once in (None, 8):
-        with kept_for_the_gradient() as sizes:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             summed_loss(Shown(head, states), torch.zeros(64, dtype=torch.long), at_once)
-        most.append(sum(sizes))
+        most.append(sum(kept))
     assert most[0] > 64 * 1000 and most[1] < 8 * 1000
 
 

@@ -34,38 +34,34 @@ from innerloop.methods import (
 )
 from tests.built import LATENTS, LOUD, QUESTION, ROOM, TASK, THIRD, built
 from tests.close import assert_close
-from tests.fields import make
+from tests.fields import change
 
-PLAIN = {"loop.residual": "none", "loop.rescale": "none", "loop.time": "none"}
-ALONE = {"hid.weight": 0.0, "teacher": None, "teacher_weight": 0.0}
-REFEED = make(Slr, n_slots=2, max_loops=2, **PLAIN)
+PLAIN = {"residual": "none", "rescale": "none", "time": "none"}
+REFEED = Slr(n_slots=2, max_loops=2, loop=PLAIN)
+APPEND = Slr(loop_scope="append", max_loops=2, h0="forward", loop=PLAIN)
+ALONE = {"hid": {"weight": 0.0, "teacher": None}, "teacher_weight": 0.0, "loop": {"rescale": "none"}}
+TOKEN = {"time": "lookup", "time_inject": "token"}
+SPIRAL = SpiralThinker(
+    pattern="all", latents_per_block=2, max_loops=2, hid={"weight": 0.0, "teacher": None}, loop={"rescale": "none"}
+)
 METHODS: dict[str, Method] = {
     "slots, refeed": REFEED,
-    "slots, kv_last": make(Slr, n_slots=2, max_loops=2, answer_from="kv_last", **PLAIN),
-    "slots, a pass first": make(Slr, n_slots=2, max_loops=1, h0="forward", **PLAIN),
-    "slots, a token for the time": make(
-        Slr,
-        n_slots=2,
-        max_loops=2,
-        answer_from="kv_last",
-        **{"loop.time_inject": "token"},
-        **PLAIN | {"loop.time": "lookup"},
-    ),
+    "slots, kv_last": change(REFEED, answer_from="kv_last"),
+    "slots, a pass first": change(REFEED, max_loops=1, h0="forward"),
+    "slots, a token for the time": change(REFEED, answer_from="kv_last", loop=TOKEN),
     "residual and rms": Slr(n_slots=2, max_loops=2),
-    "last": make(Slr, loop_scope="last", max_loops=2, **PLAIN),
-    "append": make(Slr, loop_scope="append", max_loops=2, h0="forward", **PLAIN),
-    "append, kv_last": make(Slr, loop_scope="append", max_loops=2, h0="forward", answer_from="kv_last", **PLAIN),
+    "last": change(REFEED, loop_scope="last"),
+    "append": APPEND,
+    "append, kv_last": change(APPEND, answer_from="kv_last"),
     "coconut": Coconut(curriculum={"max_stage": 2}, latents_per_step=1),
     "simcot": SimCot(curriculum={"max_stage": 2}, latents_per_step=1),
-    "codi": make(Codi, n_latents_total=3, **{"loop.rescale": "none"}, **ALONE),
-    "simcot_codi": make(SimCotCodi, n_latents_total=3, **{"loop.rescale": "none"}, **ALONE),
+    "codi": Codi(n_latents_total=3, **ALONE),
+    "simcot_codi": SimCotCodi(n_latents_total=3, **ALONE),
     "lotus": Lotus(n_blocks=2, latents_per_block=2),
     "lotus, refeed": Lotus(n_blocks=1, latents_per_block=2, last_pass="refeed"),
-    "pccot": make(Pccot, n_slots=3, max_loops=2, **{"loop.rescale": "none"}, **ALONE),
-    "spiralthinker": make(
-        SpiralThinker, pattern="all", latents_per_block=2, max_loops=2, **{"loop.rescale": "none"}, **ALONE
-    ),
-    "stops by itself": make(Slr, n_slots=2, max_loops=2, **{"stop.rule": "delta"}, **{"stop.threshold": -0.5}, **PLAIN),
+    "pccot": Pccot(n_slots=3, max_loops=2, **ALONE),
+    "spiralthinker": SPIRAL,
+    "stops by itself": change(REFEED, stop={"rule": "delta", "threshold": -0.5}),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SOME = ("slots, refeed", "slots, kv_last", "coconut", "lotus", "pccot", "spiralthinker")
@@ -137,6 +133,9 @@ def test_answers_that_follow_the_latents_are_seen_to_even_where_they_are_wrong()
     wrong = [dataclasses.replace(e, answer=str((int(e.answer) + 1) % 10)) for e in examples]
     found = controls(Subject(model, TASK, wrong))
     assert found.kind == "carried" and "The answers come from the latents, right or wrong." in found.sentence
+    right, none = evaluate(model, TASK, examples), evaluate(model, TASK, examples, loops=0)
+    gain = _effect(right, none, 0)  # an effect that helps
+    assert not gain.costs and "gains 90.0 points" in gain.sentence("Thinking")
 
 
 def test_answers_of_which_some_need_the_latents_are_told_from_those_that_all_do():
@@ -189,12 +188,6 @@ def test_what_chance_alone_makes_of_answers_is_no_verdict(
     assert judged(answers, shuffled, hidden, gold) == kind
 
 
-def test_too_few_examples_decide_nothing():
-    model, examples = built(REFEED, QUESTION, n=10)
-    found = controls(Subject(model, TASK, examples))
-    assert found.kind == "undecided" and "10 examples are too few" in found.sentence
-
-
 def test_accuracy_against_loops_and_latents():
     model, examples = built(REFEED, LATENTS)
     found = controls(Subject(model, TASK, examples)).as_dict()
@@ -206,7 +199,7 @@ def test_accuracy_against_loops_and_latents():
 
 
 def test_latents_that_hold_nothing_may_go():
-    model, examples = built(make(Slr, n_slots=4, distinct_slots=True, max_loops=1, **PLAIN), THIRD)
+    model, examples = built(change(REFEED, n_slots=4, distinct_slots=True, max_loops=1), THIRD)
     kept = {n: effect.compared.accuracies[0] for n, effect in controls(Subject(model, TASK, examples)).kept.items()}
     assert kept == {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 1.0}
 
@@ -221,54 +214,41 @@ def test_methods_without_latents_are_told_so(method: Method):
 
 def test_what_cannot_be_hidden_is_left_out_with_the_reason():
     model, examples = built(Pause(n_pauses=2, with_markers=False), QUESTION, n=10)
-    found = controls(Subject(model, TASK, examples)).as_dict()
-    reasons = {entry["control"]: entry["why"] for entry in found["left_out"]}
-    assert "last latent itself" in reasons["hidden"] and "hidden" not in [c["control"] for c in found["controls"]]
-    model, examples = built(METHODS["slots, kv_last"].with_loops(3), QUESTION, n=10)
-    object.__setattr__(model.method, "stop", "delta")
-    assert "set stop to none" in controls(Subject(model, TASK, examples)).left_out["latents"]
-
-
-def test_no_examples_or_one_question_are_refused():
-    model, examples = built(REFEED, LATENTS, n=3)
-    with pytest.raises(InputError, match="examples"):
-        controls(Subject(model, TASK, []))
-    with pytest.raises(InputError, match="two different questions"):
-        controls(Subject(model, TASK, examples[:1]))
+    found = controls(Subject(model, TASK, examples))
+    assert "last latent itself" in found.left_out["hidden"] and "hidden" not in found.effects
+    model, examples = built(change(METHODS["slots, kv_last"], stop={"rule": "delta"}), QUESTION, n=10)
+    assert "set stop.rule to none" in controls(Subject(model, TASK, examples)).left_out["latents"]
+    model, examples = built(REFEED, QUESTION, n=10)
+    found = controls(Subject(model, TASK, examples))
+    assert found.kind == "undecided" and "10 examples are too few" in found.sentence
 
 
 def test_the_same_seed_gives_the_same_report_whatever_the_batches():
     model, examples = built(REFEED, LATENTS, n=30)
     first, second = (controls(Subject(model, TASK, examples, batch_size=size, seed=5)) for size in (30, 11))
     assert json.dumps(first.as_dict()) == json.dumps(second.as_dict())
-    other = controls(Subject(model, TASK, examples, seed=6)).as_dict()
-    assert json.dumps(other) != json.dumps(first.as_dict())
-
-
-def test_progress_counts_every_answer_and_the_unedited_run_is_not_repeated():
-    model, examples = built(REFEED, LATENTS, n=10)
     unedited, planned, done = evaluate(model, TASK, examples), [], []
-    found = controls(Subject(model, TASK, examples, unedited, planned=planned.append, progress=done.append))
-    assert list(map(id, found.unedited)) == list(map(id, unedited)) and planned == [sum(done)]
-    assert planned[0] == (len(found.effects) + len(found.loops) - 1 + len(found.kept) - 2) * 10
+    found = controls(Subject(model, TASK, examples, unedited, seed=6, planned=planned.append, progress=done.append))
+    assert json.dumps(found.as_dict()) != json.dumps(first.as_dict())
+    assert list(map(id, found.unedited)) == list(map(id, unedited)) and planned == [sum(done)]  # each is answered once
+    assert planned[0] == (len(found.effects) + len(found.loops) - 1 + len(found.kept) - 2) * 30
+    for some, message in (([], "examples"), (examples[:1], "two different questions")):
+        with pytest.raises(InputError, match=message):
+            controls(Subject(model, TASK, some))
 
 
-# The edits themselves
+# What the loop is fed
 
 
 @every_method
 def test_feeding_latents_what_they_were_fed_changes_nothing(method: Method):
     model, examples = built(method, LATENTS, n=12)
-    plain = model.generate([e.question for e in examples], max_new_tokens=4)
-    seen = Subject(model, TASK, examples, batch_size=5).seen
+    questions, seen = [e.question for e in examples], Subject(model, TASK, examples, batch_size=5).seen
+    plain, logits = model.generate(questions, max_new_tokens=4), model.answer_logits(examples)
     with hooked(model.loop, Replacement(seen.blocks)):
-        again = model.generate([e.question for e in examples], max_new_tokens=4)
-    assert [g.text for g in again] == [g.text for g in plain]
-    logits = model.answer_logits(examples)
-    with hooked(model.loop, Replacement(seen.blocks)):
-        for own, other in zip(logits, model.answer_logits(examples)):
-            assert_close(own, other)
-    assert model.loop.edit is None
+        assert [g.text for g in model.generate(questions, max_new_tokens=4)] == [g.text for g in plain]
+        assert_close(model.answer_logits(examples), logits)
+    assert not model.loop.hooks
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.name != "spiralthinker"])
@@ -276,8 +256,7 @@ def test_hiding_nothing_changes_nothing(name: str):
     model, examples = built(METHODS[name], LATENTS, n=6)
     logits = model.answer_logits(examples)
     with hooked(model.loop, Replacement(kept=99)):
-        for own, other in zip(logits, model.answer_logits(examples)):
-            assert_close(own, other)
+        assert_close(model.answer_logits(examples), logits)
 
 
 def test_frozen_latents_are_those_of_no_loops():
@@ -288,19 +267,8 @@ def test_frozen_latents_are_those_of_no_loops():
         assert [g.text for g in model.generate([e.question for e in examples], max_new_tokens=4)] == without
 
 
-def test_every_input_is_recorded_once():
-    model, examples = built(METHODS["codi"], LATENTS, n=4)
-    recorder = Recorder()
-    with hooked(model.loop, recorder):
-        thought = model.think(model.batch(model.rows(examples)))
-    blocks = list(recorder.blocks.values())
-    assert [len(own) for own in blocks] == [1] * 4 and [len(own[0].fed) for own in blocks] == [2] * 4
-    assert_close(torch.stack([own[0].left for own in blocks]), thought.loop.state)
-    assert_close(torch.stack([own[0].fed[0] for own in blocks]), thought.loop.first)
-
-
 def test_methods_that_begin_with_text_may_open_their_blocks_later():
-    method = make(SpiralThinker, pattern="even", latents_per_block=2, max_loops=2, **{"loop.rescale": "none"}, **ALONE)
+    method = change(SPIRAL, pattern="even")
     model, examples = built(method, QUESTION, n=10)  # it opens none
     found = controls(Subject(model, TASK, examples))
     assert found.n_latents == 0 and found.kind == "undecided" and "shuffled" in found.effects
@@ -315,8 +283,12 @@ def test_methods_that_begin_with_text_may_open_their_blocks_later():
     assert swaps(Subject(model, TASK, examples))[0].follows == 1.0
 
 
-def test_an_effect_that_helps_is_said_to():
-    model, examples = built(REFEED, LATENTS, n=40)
-    right, wrong = evaluate(model, TASK, examples), evaluate(model, TASK, examples, loops=0)
-    gain = _effect(right, wrong, 0)
-    assert not gain.costs and "gains 90.0 points" in gain.sentence("Thinking")
+def test_every_input_is_recorded_once():
+    model, examples = built(METHODS["codi"], LATENTS, n=4)
+    recorder = Recorder()
+    with hooked(model.loop, recorder):
+        loop = model.think(model.batch(model.rows(examples))).loop
+    blocks = [block for (block,) in recorder.blocks.values()]
+    assert [len(block.fed) for block in blocks] == [2] * 4
+    assert_close(torch.stack([block.left for block in blocks]), loop.state)
+    assert_close(torch.stack([block.fed[0] for block in blocks]), loop.first)

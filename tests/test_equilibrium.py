@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.config.loop import Solver
+from innerloop.config.loop import FixedPointSettings, Solver
 from innerloop.loop.fixed_point import Map, jacobian_gain, solve
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
@@ -21,6 +21,15 @@ def contraction(radius: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     j = torch.randn(D, D, generator=generator, dtype=torch.float64)
     return j * radius / torch.linalg.matrix_norm(j, 2), torch.randn(D, generator=generator, dtype=torch.float64)
+
+
+def exact(j: Tensor, b: Tensor) -> Tensor:
+    """Return z* = J z* + b."""
+    return torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b)
+
+
+def loop_of(settings: FullLoop, max_loops: int, **fixed_point) -> InnerLoop:
+    return InnerLoop(settings, D, max_loops, TAU, fixed_point=FixedPointSettings(**fixed_point)).double()
 
 
 def find(g: Map, z: Tensor, solver: Solver, n_loops: int, *settings, **options) -> tuple[Tensor, list[int]]:
@@ -41,9 +50,8 @@ by_gradient = pytest.mark.parametrize("gradient", ["unroll", "implicit", "phanto
 def test_every_solver_finds_the_fixed_point_of_a_linear_contraction(solver, gradient):
     j, b = contraction()
     tol = 1e-6 if solver == "anderson" else 1e-10  # its least squares are in fp32
-    expected = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b).expand(3, 2, D)
     found, n_done = find(lambda z: z @ j.T + b, start(), solver, 200, tol, gradient)
-    assert_close(found, expected, 100 * tol)
+    assert_close(found, exact(j, b).expand(3, 2, D), 100 * tol)
     assert len(n_done) == 3 and all(1 < n < 200 for n in n_done)
 
 
@@ -52,25 +60,10 @@ def test_the_implicit_gradient_is_the_exact_one(solver):
     j, b = contraction()
     j.requires_grad_(), b.requires_grad_()
     weight = start(1)[0, 0]
-    exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, b)
-    expected = torch.autograd.grad((exact * weight).sum(), (j, b))
+    expected = torch.autograd.grad((exact(j, b) * weight).sum(), (j, b))
     found, _ = find(lambda z: z @ j.T + b, start(1)[:, :1], solver, 300, 1e-9, "implicit")
     ours = torch.autograd.grad((found[0, 0] * weight).sum(), (j, b))
-    for left, right in zip(ours, expected):
-        assert_close(left, right, 1e-6)
-
-
-@pytest.mark.parametrize("solver", ["plain", "anderson"])
-def test_a_long_unrolled_loop_has_the_value_and_gradient_of_the_implicit_one(solver):
-    j, b = contraction()
-
-    def value_and_gradient(gradient: str, n: int):
-        parameter = b.clone().requires_grad_()
-        found, _ = find(lambda z: (z @ j.T + parameter).tanh(), start(), solver, n, 1e-9, gradient)
-        return found.detach(), torch.autograd.grad(found.sin().sum(), parameter)[0]
-
-    for left, right in zip(value_and_gradient("unroll", 100), value_and_gradient("implicit", 100)):
-        assert_close(left, right, 1e-6)
+    assert_close(ours, expected, 1e-6)
 
 
 def test_the_phantom_gradient_is_that_of_one_iteration_from_the_fixed_point():
@@ -93,40 +86,28 @@ def test_anderson_needs_fewer_iterations_than_plain_on_a_slow_contraction():
 
 def test_damping_finds_a_fixed_point_that_plain_iteration_flees():
     j = torch.diag(torch.tensor([-1.2, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64))
-    exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - j, torch.ones(D, dtype=torch.float64))
+    fixed = exact(j, torch.ones(D, dtype=torch.float64))
     damped, _ = find(lambda z: z @ j + 1, start(), "damped", 300, 1e-10, "phantom", damping=0.5)
-    assert_close(damped, exact.expand(3, 2, D), 1e-8)
+    assert_close(damped, fixed.expand(3, 2, D), 1e-8)
     plain, n_done = find(lambda z: z @ j + 1, start(), "plain", 100, 1e-10, "phantom")
-    assert n_done == [100] * 3 and (plain - exact).norm() > 1e3
-
-
-def saved_tensors(gradient: str, n_loops: int) -> int:
-    """Count the distinct tensors that the graph of a solution keeps."""
-    j, b = contraction()
-    b.requires_grad_()
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        found, n_done = find(lambda z: (z @ j.T + b).tanh(), start(), "plain", n_loops, 0.0, gradient)
-    assert n_done == [n_loops] * 3 and found.requires_grad
-    return len(kept)
+    assert n_done == [100] * 3 and (plain - fixed).norm() > 1e3
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "phantom"])
 def test_what_is_kept_for_the_gradient_does_not_grow_with_the_iterations(gradient):
-    assert saved_tensors(gradient, 2) == saved_tensors(gradient, 40)
-    assert saved_tensors("unroll", 40) > 10 * saved_tensors("unroll", 2)
+    def n_saved(gradient: str, n_loops: int) -> int:
+        j, b = contraction()
+        b.requires_grad_()
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            found, n_done = find(lambda z: (z @ j.T + b).tanh(), start(), "plain", n_loops, 0.0, gradient)
+        assert n_done == [n_loops] * 3 and found.requires_grad
+        return len(kept)
 
-
-def test_without_gradients_only_the_state_is_found():
-    j, b = contraction()
+    assert n_saved(gradient, 2) == n_saved(gradient, 40)
+    assert n_saved("unroll", 40) > 10 * n_saved("unroll", 2)
     with torch.no_grad():
-        found, _ = find(lambda z: z @ j.T + b, start(), "plain", 100, 1e-9, "implicit")
-    assert not found.requires_grad
+        assert not find(lambda z: z @ contraction()[0].T, start(), "plain", 9, 1e-9, gradient)[0].requires_grad
 
 
 # Rows of a batch
@@ -181,39 +162,10 @@ def test_each_row_has_the_gradient_it_has_alone(solver, gradient):
     assert gradient == "unroll" or not of_start[[0, 1, 3, 4]].any()
 
 
-def test_the_implicit_gradient_of_each_row_is_the_exact_one():
-    j, _ = contraction()
-    rates, b = torch.tensor([0.2, 0.9]).double(), shifts()[:2].requires_grad_()
-
-    def g(z: Tensor) -> Tensor:
-        return rates[:, None, None] * (z @ j.T) + b[:, None]
-
-    found, n_done = solve(g, start(2), "plain", [300, 300], 1e-10, "implicit")
-    (ours,) = torch.autograd.grad(found.sum(), b)
-    for row, rate in enumerate(rates):
-        inverse = torch.linalg.inv(torch.eye(D, dtype=torch.float64) - rate * j)
-        assert_close(ours[row], 2 * inverse.sum(0), 1e-6)  # two positions
-    assert n_done[0] < n_done[1]
-
-
 @by_solver
 def test_a_batch_without_iterations_is_returned_as_it_is(solver):
     found, n_done = find(lambda z: pytest.fail("g was called"), start(), solver, 0, 1e-3, "unroll")
     assert torch.equal(found, start()) and n_done == [0] * 3
-
-
-def test_each_iteration_names_the_rows_that_still_move():
-    seen: list[list[bool]] = []
-    _, n_done = solve(
-        at_own_speed(slice(None), shifts()),
-        start(5),
-        "plain",
-        LIMITS,
-        1e-3,
-        "phantom",
-        on_iteration=lambda loop, active_B: seen.append(active_B.tolist()),
-    )
-    assert seen == [[t < n for n in n_done] for t in range(max(n_done))]
 
 
 # The solver as a setting of the loop
@@ -223,37 +175,32 @@ def test_each_iteration_names_the_rows_that_still_move():
 @pytest.mark.parametrize("residual", ["none", "A", "B", "C"])
 def test_a_loop_with_a_solver_ends_where_a_long_loop_ends(solver, residual):
     j, b = contraction()
-
-    def f(x: Tensor, t: int) -> Tensor:
-        return (x @ j.T + b).tanh()
-
-    settings = {"loop.residual": residual, "loop.alpha": 0.6}
-    solved = InnerLoop(FullLoop(solver=solver, solver_tol=1e-7, **settings), D, 200, TAU).double()
-    unrolled = InnerLoop(FullLoop(**settings), D, 200, TAU).double()
-    found, long = iterate(solved, f, start(), 200), iterate(unrolled, f, start(), 200)
+    settings = FullLoop(residual=residual, alpha=0.6)
+    found, long = (
+        iterate(loop_of(settings, 200, **how), lambda x, t: (x @ j.T + b).tanh(), start(), 200)
+        for how in ({"solver": solver, "tol": 1e-7}, {})
+    )
     assert_close(found.state, long.state, 1e-6)
     assert max(found.n_loops) < 200
 
 
 @pytest.mark.parametrize("solver", ["plain", "anderson"])
 def test_the_implicit_gradient_of_a_loop_is_that_of_a_long_loop(solver):
-    def gradients(**settings) -> list[Tensor]:
+    def gradients(**fixed_point) -> list[Tensor]:
         j, b = contraction()
         j.requires_grad_(), b.requires_grad_()
-        loop = InnerLoop(FullLoop(residual="A", alpha=0.6, **settings), D, 80, TAU)
-        h = start().requires_grad_()
+        loop, h = loop_of(FullLoop(residual="A", alpha=0.6), 80, **fixed_point), start().requires_grad_()
         state = iterate(loop, lambda x, t: (x @ j.T + b).tanh(), h, 80).state
         return list(torch.autograd.grad(state.sin().sum(), (j, b, h)))
 
-    for left, right in zip(gradients(solver=solver, solver_tol=1e-9), gradients()):
-        assert_close(left, right, 1e-6)
+    assert_close(gradients(solver=solver, tol=1e-9), gradients(), 1e-6)
 
 
 @by_solver
 @by_gradient
 def test_a_loop_with_a_solver_gives_every_row_its_own_number_of_iterations(solver, gradient):
-    settings = FullLoop(residual="A", alpha=0.6, solver=solver, solver_tol=1e-3, solver_gradient=gradient)
-    loop, trace, h, b = InnerLoop(settings, D, 60, TAU).double(), Trace(), start(5), shifts()
+    loop = loop_of(FullLoop(residual="A", alpha=0.6), 60, solver=solver, gradient=gradient)
+    trace, h, b = Trace(), start(5), shifts()
     result = iterate(loop, lambda x, t: at_own_speed(slice(None), b)(x), h, LIMITS, trace=trace)
     for row, limit in enumerate(LIMITS):
         one = slice(row, row + 1)
@@ -282,7 +229,7 @@ class PaddedPass(FunctionPass):
 @by_solver
 def test_padding_has_no_say_in_when_a_row_stands_still(solver):
     j, b = contraction()
-    loop = InnerLoop(FullLoop(solver=solver, solver_tol=1e-3), D, 60, TAU).double()
+    loop = loop_of(FullLoop(), 60, solver=solver)
     short = iterate(loop, lambda x, t: x @ j.T + b, start(2), 60)
     padded = torch.cat([start(2), 9 * start(2)[:, :1]], dim=1)
     f = PaddedPass(lambda x, t: x @ j.T + b, torch.tensor([[1, 1, 0]] * 2))
@@ -297,10 +244,9 @@ def test_padding_has_no_say_in_when_a_row_stands_still(solver):
 @pytest.mark.parametrize("radius", [0.5, 0.95, 1.3])
 def test_the_gain_of_a_symmetric_map_is_its_spectral_radius(radius):
     basis, _ = torch.linalg.qr(start(1)[0].T @ start(1)[0] + torch.diag(torch.arange(1.0, D + 1).double()))
-    eigenvalues = torch.tensor([-radius, 0.3, 0.2, -0.1, 0.05], dtype=torch.float64) * 1.0
+    eigenvalues = torch.tensor([-radius, 0.3, 0.2, -0.1, 0.05], dtype=torch.float64)
     j = basis @ torch.diag(eigenvalues) @ basis.T
-    gain = jacobian_gain(lambda z: z @ j + 1, start())
-    assert gain.item() == pytest.approx(radius, rel=0.05)
+    assert jacobian_gain(lambda z: z @ j + 1, start()).item() == pytest.approx(radius, rel=0.05)
 
 
 def test_the_gain_is_differentiable_in_the_weights_and_not_in_the_state():
@@ -308,24 +254,19 @@ def test_the_gain_is_differentiable_in_the_weights_and_not_in_the_state():
     state = start().requires_grad_()
     gain = jacobian_gain(lambda z: scale * z, state)
     gain.backward()
-    assert gain.item() == pytest.approx(0.7, rel=1e-5)
-    assert scale.grad.item() == pytest.approx(1.0, rel=1e-5)
-    assert state.grad is None
+    assert (gain.item(), scale.grad.item()) == pytest.approx((0.7, 1.0), rel=1e-5) and state.grad is None
 
 
 @pytest.mark.parametrize("solver", ["none", "plain"])
 def test_padding_has_no_say_in_the_gain(solver):
-    loop = InnerLoop(FullLoop(spectral_weight=1.0, solver=solver), D, 3, TAU).double().train()
+    loop = loop_of(FullLoop(), 3, spectral_weight=1.0, solver=solver).train()
     f = PaddedPass(lambda x, t: 0.8 * x, torch.tensor([[1, 1, 0]] * 2))
     padded = torch.cat([start(2), 9 * start(2)[:, :1]], dim=1)
     assert loop(f, padded, [3, 3]).gain.item() == pytest.approx(0.8, rel=1e-3)
 
 
 def test_the_gain_is_measured_in_training_alone_and_without_the_noise():
-    f = torch.nn.Linear(D, D, bias=False).double()
-    with torch.no_grad():
-        f.weight.copy_(0.8 * torch.eye(D))
-    loop = InnerLoop(FullLoop(spectral_weight=1.0, noise=0.5), D, 3, TAU)
-    assert iterate(loop.train(), lambda x, t: f(x), start(), 3).gain.item() == pytest.approx(0.8, rel=1e-5)
-    assert iterate(loop.eval(), lambda x, t: f(x), start(), 3).gain is None
-    assert iterate(InnerLoop(FullLoop(), D, 3, TAU).train(), lambda x, t: f(x), start(), 3).gain is None
+    loop = loop_of(FullLoop(noise=0.5), 3, spectral_weight=1.0)
+    assert iterate(loop.train(), lambda x, t: 0.8 * x, start(), 3).gain.item() == pytest.approx(0.8, rel=1e-5)
+    assert iterate(loop.eval(), lambda x, t: 0.8 * x, start(), 3).gain is None
+    assert iterate(loop_of(FullLoop(), 3).train(), lambda x, t: 0.8 * x, start(), 3).gain is None

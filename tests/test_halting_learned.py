@@ -10,24 +10,20 @@ from torch import Tensor
 from innerloop import Slr
 from innerloop.calibrate.fit import MOST_VECTORS, fit_classifier, fit_probe, fitted_thresholds
 from innerloop.calibrate.oracles import oracle_agree, oracle_correct
-from innerloop.config.stopping import FEATURES, ExitClassifierKind
+from innerloop.config.stopping import ExitClassifierKind
 from innerloop.errors import InputError
 from innerloop.halting.classifier import ExitClassifier
 from innerloop.halting.evidence import StopInputs
 from innerloop.halting.learned import ActShares, exit_distribution, expected_loss, gain_targets, pull
-from innerloop.halting.rule import StopRule
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from tests.close import assert_close
-from tests.fields import FullLoop, FullStop, make
+from tests.fields import FullStop
 from tests.methods.tools import MIXED, change, gradients, iterate, on, thought_of
+from tests.test_halting import draw, loop_of, rule
 
 B, N, D, V, T = 4, 2, 6, 9, 7
 BIG = 1e4  # a logit whose rate is one
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ACT
@@ -63,22 +59,18 @@ def test_acts_shares_are_those_of_the_paper_and_add_up_to_one():
     assert (n_B == T).any() and (n_B < T).any()
 
 
-def test_act_at_the_cards_examples():
-    rates = torch.tensor([[0.25, 0.995], *[[0.25, 0.5]] * 4])
-    shares, n_B, ponder_B = act_weights(rates, eps=0.01)
+def test_act_at_the_cards_examples_and_the_gradient_of_pondering():
+    shares, n_B, ponder_B = act_weights(torch.tensor([[0.25, 0.995], *[[0.25, 0.5]] * 4]))
     assert n_B.tolist() == [4, 1]
     assert_close(ponder_B, torch.tensor([4.25, 2.0]))
     assert_close(shares[:, 1], torch.tensor([1.0, 0, 0, 0, 0]))
-
-
-def test_the_gradient_of_pondering_is_minus_one_for_every_rate_before_the_last():
     rates = torch.full((5, 1), 0.3, requires_grad=True)  # N = 4
     act_weights(rates)[2].sum().backward()
-    assert rates.grad[:, 0].tolist() == [-1, -1, -1, 0, 0]
+    assert rates.grad[:, 0].tolist() == [-1, -1, -1, 0, 0]  # minus one for every rate before the last
 
 
 def act_loop(**fields) -> InnerLoop:
-    loop = InnerLoop(FullLoop(stop="act", **fields), D, T, torch.ones(()))
+    loop = loop_of("act", T, **fields)
     with torch.no_grad():
         loop.stop.gate.weight.copy_(draw(5, 1, D))
         loop.stop.gate.bias.fill_(-1.0)
@@ -109,32 +101,33 @@ def test_act_mixes_the_states_of_a_loop_in_training_as_in_answering(trains, outp
 
 def test_a_row_of_act_that_never_loops_keeps_its_state():
     state = draw(1, 2, N, D)
-    result = iterate(act_loop().eval(), lambda x, t: x + 1, state, [0, 3])
+    result = iterate(act_loop(), lambda x, t: x + 1, state, [0, 3])
     assert torch.equal(result.state[0], state[0]) and result.n_loops[0] == 0
 
 
+PONDERING = Slr(n_slots=2, max_loops=3, stop={"rule": "act"}, ponder_weight=0.5)
+
+
 def test_slr_learns_to_ponder_less():
-    method = Slr(n_slots=2, max_loops=3, stop={"rule": "act"}, ponder_weight=0.5)
-    model = on("llama", method).train()
+    model = on("llama", PONDERING).train()
     out = model.loss(MIXED)
     with torch.no_grad():
-        ponder_B = model.think(model.batch(model.rows(MIXED))).loop.ponder_B
-    assert out.terms["ponder"].item() == pytest.approx(ponder_B.mean().item(), rel=1e-5)
-    free = on("llama", change(method, ponder_weight=0.0)).train().loss(MIXED)
-    assert out.loss.item() == pytest.approx(free.loss.item() + 0.5 * ponder_B.mean().item(), rel=1e-5)
+        ponder = model.think(model.batch(model.rows(MIXED))).loop.ponder_B.mean().item()
+    assert out.terms["ponder"].item() == pytest.approx(ponder, rel=1e-5)
+    free = on("llama", change(PONDERING, ponder_weight=0.0)).train().loss(MIXED)
+    assert out.loss.item() == pytest.approx(free.loss.item() + 0.5 * ponder, rel=1e-5)
     assert gradients(model, model.loss(MIXED).loss)["loop.stop.gate.weight"].abs().max() > 1e-6
 
 
 def test_slr_answers_from_acts_mean_and_not_from_a_cache_without_it():
-    method = Slr(n_slots=2, max_loops=3, stop={"rule": "act"}, ponder_weight=0.0)
-    weighted, last = (on("gpt2", change(method, stop={"act_output": output})) for output in ("weighted", "last"))
+    weighted, last = (on("gpt2", change(PONDERING, stop={"act_output": output})) for output in ("weighted", "last"))
     assert thought_of(weighted, MIXED).loop.n_loops == thought_of(last, MIXED).loop.n_loops
     gaps = [(a - b).abs().max() for a, b in zip(weighted.answer_logits(MIXED), last.answer_logits(MIXED))]
     assert max(gaps) > 1e-4
     with pytest.raises(InputError, match="act_output to last"):
-        on("gpt2", change(method, answer_from="kv_last"))
-    with pytest.raises(InputError, match="stop=act"):
-        change(method, stop={"rule": "halt"}, ponder_weight=0.1)
+        change(PONDERING, answer_from="kv_last")
+    with pytest.raises(InputError, match=r"stop\.rule=act"):
+        change(PONDERING, stop={"rule": "halt"})
 
 
 # Distributions over iterations
@@ -157,37 +150,28 @@ def test_the_exit_distribution_is_that_of_brute_force():
 
 
 def test_the_exit_distribution_at_its_ends():
-    first = exit_distribution(torch.tensor([[BIG], [0.0], [0.0]]))[:, 0]
-    never = exit_distribution(torch.tensor([[-BIG], [-BIG], [-BIG]]))[:, 0]
-    assert_close(first, torch.tensor([1.0, 0, 0]))
-    assert_close(never, torch.tensor([0, 0, 1.0]))
+    for logits, expected in (([BIG, 0.0, 0.0], [1.0, 0, 0]), ([-BIG] * 3, [0, 0, 1.0])):
+        assert_close(exit_distribution(torch.tensor(logits)[:, None])[:, 0], torch.tensor(expected))
     rows = exit_distribution(draw(0, 5, 2), n_loops=[5, 2])
     assert rows[2:, 1].tolist() == [0, 0, 0] and rows[:2, 1].sum().item() == pytest.approx(1.0)
     many = exit_distribution(torch.full((400, 1), -6.0, dtype=torch.float16))  # products of 400 rates do not underflow
     assert many.sum().item() == pytest.approx(1.0, abs=1e-3) and many.dtype == torch.float32
 
 
-def test_a_geometric_distribution_differs_from_its_prior_through_the_tail_alone():
+def test_pulls_are_their_divergences():
     gaps = []
-    for n in (2, 5, 40):
+    for n in (2, 5, 40):  # a geometric distribution differs from its prior through the tail alone
         p = exit_distribution(torch.full((n, 1), 0.2).logit())
-        gaps.append(pull(p, "geometric", 0.2).item())
         geometric = [0.2 * 0.8**t for t in range(n)]
         prior = torch.tensor(geometric) / sum(geometric)
+        gaps.append(pull(p, "geometric", 0.2).item())
         assert gaps[-1] == pytest.approx((p[:, 0] * (p[:, 0] / prior).log()).sum().item(), abs=1e-6)
         reverse = (prior * (prior / p[:, 0]).log()).sum().item()
         assert pull(p, "geometric_reverse", 0.2).item() == pytest.approx(reverse, abs=1e-6)
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-3
-
-
-def test_uniform_exits_have_the_largest_entropy():
-    n = 5
-    uniform = torch.full((n, 1), 1 / n)
-    assert pull(uniform, "uniform").item() == pytest.approx(0.0, abs=1e-6)
-    p = exit_distribution(draw(0, n, 20))
-    entropy = -(p * p.log()).sum(0)
-    assert_close(pull(p, "uniform"), math.log(n) - entropy)
-    assert (pull(p, "uniform") > 0).all()
+    p, uniform = exit_distribution(draw(0, 5, 20)), torch.full((5, 1), 1 / 5)
+    assert_close(pull(p, "uniform"), math.log(5) + (p * p.log()).sum(0))
+    assert abs(pull(uniform, "uniform").item()) < 1e-6 < pull(p, "uniform").min()
 
 
 def test_what_going_on_is_worth_has_no_gradient_and_is_half_at_the_least_gain():
@@ -198,27 +182,25 @@ def test_what_going_on_is_worth_has_no_gradient_and_is_half_at_the_least_gain():
     assert_close(targets[:, 0], torch.tensor(expected), 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["geometric_reverse", "uniform"])
-def test_slrs_gate_may_be_pulled_in_other_ways(kind):
-    fields = {"n_slots": 2, "max_loops": 3, "stop.rule": "halt", "halt.weight": 1.0, "halt.beta": 1.0}
-    terms = {}
-    for name in ("geometric", kind):
-        terms[name] = on("llama", make(Slr, **fields, **{"halt.pull": name})).train().loss(MIXED).terms["halt"].item()
-    assert abs(terms["geometric"] - terms[kind]) > 1e-3
+def test_slrs_gate_may_be_pulled_the_other_way():
+    method = Slr(n_slots=2, max_loops=3, stop={"rule": "halt"}, halt={"weight": 1.0, "beta": 1.0})
+    pulls = (on("llama", change(method, halt={"pull": pull})).train() for pull in ("geometric", "geometric_reverse"))
+    one, other = (model.loss(MIXED).terms["halt"].item() for model in pulls)
+    assert abs(one - other) > 1e-3
 
 
 def test_a_sampled_halt_stops_as_often_as_its_rates_say():
-    loop = InnerLoop(FullLoop(stop="halt_sample"), D, 3, torch.ones(())).eval()
     n, rate = 4000, 1 / (1 + math.e)  # of a fresh gate
-    found = torch.bincount(torch.tensor(iterate(loop, lambda x, t: x, draw(0, n, 1, D), 3).n_loops), minlength=4)[1:]
+    n_loops = iterate(loop_of("halt_sample", 3), lambda x, t: x, draw(0, n, 1, D), 3).n_loops
+    found = torch.bincount(torch.tensor(n_loops), minlength=4)[1:]
     expected = n * torch.tensor(brute_force([rate] * 3))
     assert ((found - expected).square() / expected).sum().item() < 13.8  # 0.1 % with 2 degrees of freedom
 
 
-def test_the_cumulative_threshold_is_the_quantile_of_the_exit_distribution():
-    for q, expected in ((0.0, 1), (1.0, T)):
-        loop = InnerLoop(FullLoop(stop="halt", stop_threshold=q), D, T, torch.ones(())).eval()
-        assert iterate(loop, lambda x, t: x, draw(0, B, N, D), T).n_loops == [expected] * B
+@pytest.mark.parametrize(("q", "expected"), [(0.0, 1), (1.0, T)])
+def test_the_cumulative_threshold_is_the_quantile_of_the_exit_distribution(q, expected):
+    loop = loop_of("halt", T, threshold=q)
+    assert iterate(loop, lambda x, t: x, draw(0, B, N, D), T).n_loops == [expected] * B
 
 
 # Probes and classifiers
@@ -227,14 +209,12 @@ def test_the_cumulative_threshold_is_the_quantile_of_the_exit_distribution():
 def test_a_fresh_probe_stops_nowhere_and_a_fitted_one_finds_what_it_was_shown():
     states = draw(0, 5, 300, D)
     labels = states[..., 0] + 0.5 * states[..., 1] > 0.3
-    rule = StopRule("mlp_probe", D, probe_width=8)
-    now = StopInputs(*[states[0][:, None]] * 3)
-    assert (rule.score(now) < 0.05).all()
-    first = fit_probe(rule, states, labels, seed=0)
-    assert ((rule.score(now) > 0.5) == labels[0]).float().mean() > 0.95
-    again = StopRule("mlp_probe", D, probe_width=8)
+    probe, again, now = rule("mlp_probe"), rule("mlp_probe"), StopInputs(*[states[0][:, None]] * 3)
+    assert (probe.score(now) < 0.05).all()
+    first = fit_probe(probe, states, labels, seed=0)
+    assert ((probe.score(now) > 0.5) == labels[0]).float().mean() > 0.95
     assert fit_probe(again, states, labels, seed=0) == first
-    assert torch.equal(again.score(now), rule.score(now))
+    assert torch.equal(again.score(now), probe.score(now))
 
 
 def signals(seed: int = 0, n: int = 400) -> tuple[Tensor, Tensor]:
@@ -252,6 +232,8 @@ def test_a_classifier_gives_what_scikit_learn_gives(kind, per_step):
     classifier = ExitClassifier(("gap", "top", "block"))
     classifier.fill(fit_classifier(features, labels, kind, per_step))
     assert len(classifier.bias_K) == (4 if per_step else 1)
+    one, two = (fit_classifier(features, labels, kind, per_step, seed=3) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
     for t in (1, 3):
         x, y = (of[t - 1 : t] if per_step else of[:4] for of in (features, labels))
         x, y = x.reshape(-1, 3).double().numpy(), y.reshape(-1).numpy()
@@ -267,36 +249,22 @@ def test_a_classifier_gives_what_scikit_learn_gives(kind, per_step):
         else:
             assert_close(q, margin.sigmoid().float())
         assert ((q > 0.5) == labels[t]).float().mean() > 0.9
-
-
-@pytest.mark.parametrize("kind", ExitClassifierKind.__args__)
-def test_fitting_again_gives_the_same_numbers_and_one_class_alone_is_certain(kind):
-    features, labels = signals(n=900)
-    one, two = (fit_classifier(features, labels, kind, seed=3) for _ in range(2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    classifier = ExitClassifier(("gap", "top", "block"))
-    for label, expected in ((True, 1.0), (False, 0.0)):
+    again = ExitClassifier(classifier.features)
+    again.load_state_dict(classifier.state_dict())  # its numbers are saved whatever their size
+    assert all(torch.equal(again.score(features[t], t), classifier.score(features[t], t)) for t in (1, 2))
+    for label in (1.0, 0.0):  # one class alone is certain
         classifier.fill(fit_classifier(features, torch.full_like(labels, label), kind, per_step=True))
-        assert (classifier(features[0], 1) - expected).abs().max() < 1e-6
+        assert (classifier(features[0], 1) - label).abs().max() < 1e-6
 
 
 def test_a_classifier_that_was_not_fitted_is_refused_and_one_that_was_cleared_stops_nowhere():
-    rule = StopRule("classifier", D, features=("block", "depth"))
+    unfitted = rule("classifier", features=("block", "depth"))
     now = StopInputs(*(draw(i, B, N, D) for i in range(3)), loop=1, limit=3)
     with pytest.raises(InputError, match="calibrate"):
-        rule.score(now)
-    rule.classifier.clear()
-    assert torch.isinf(rule.score(now)).all()
-    assert_close(rule.features(now)[:, 1], torch.full((B,), 1 / 3))
-
-
-def test_a_classifiers_numbers_are_saved_whatever_their_size():
-    features, labels = signals()
-    one, other = ExitClassifier(FEATURES[:3]), ExitClassifier(FEATURES[:3])
-    one.fill(fit_classifier(features, labels, "svm_rbf", per_step=True) | {"tau_T": torch.tensor([0.5, math.inf])})
-    other.load_state_dict(one.state_dict())
-    assert torch.equal(one.score(features[2], 2), other.score(features[2], 2))
-    assert torch.equal(one.score(features[2], 1), other.score(features[2], 1)) and one.vectors_KSF.shape[1] > 5
+        unfitted.score(now)
+    unfitted.classifier.clear()
+    assert torch.isinf(unfitted.score(now)).all()
+    assert_close(unfitted.features(now)[:, 1], torch.full((B,), 1 / 3))
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 1.0])
@@ -315,11 +283,10 @@ def test_thresholds_keep_their_promise_on_the_rows_they_were_made_from(target):
 
 
 def test_a_threshold_is_the_loosest_that_keeps_the_promise_and_ties_stop_together():
-    scores = torch.tensor([[0.9, 0.8, 0.8, 0.6, 0.5, 0.4], [0.0] * 6])
-    agrees = torch.tensor([[True, True, True, True, False, False], [True] * 6])
-    assert fitted_thresholds(scores, agrees, 0.75, min_rows=1)[0].item() == pytest.approx(0.5)
-    assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.6)
-    assert fitted_thresholds(scores, agrees, 1.0, min_rows=5)[0].item() == math.inf
+    scores, agrees = torch.tensor([[0.9, 0.8, 0.8, 0.6, 0.5, 0.4], [0.0] * 6]), torch.ones(2, 6).bool()
+    agrees[0, 4:] = False
+    for target, min_rows, expected in ((0.75, 1, 0.5), (1.0, 1, 0.6), (1.0, 5, math.inf)):
+        assert fitted_thresholds(scores, agrees, target, min_rows)[0].item() == pytest.approx(expected)
     agrees[0, 2] = False
     assert fitted_thresholds(scores, agrees, 1.0, min_rows=1)[0].item() == pytest.approx(0.9)
 
@@ -331,16 +298,18 @@ def test_a_kernel_machine_is_fitted_to_so_many_rows_of_each_kind():
     assert MOST_VECTORS // 2 < fitted["share_KS"].shape[1] <= MOST_VECTORS < 1400
 
 
-def test_rows_that_may_not_stop_yet_count_at_the_iterations_after():
-    scores = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.7, 0.6], [0.0, 0.0, 0.0]])
-    agrees = torch.ones(3, 3, dtype=torch.bool)
-    at_once, later, every_second = (
-        fitted_thresholds(scores, agrees, 1.0, 2, FullStop(**fields)).tolist()
-        for fields in ({}, {"stop.min_loops": 2}, {"stop.check_every": 2})
-    )
-    assert at_once == pytest.approx([0.1, math.inf, math.inf])
-    assert later == pytest.approx([0.1, 0.6, math.inf])
-    assert every_second == pytest.approx([math.inf, 0.6, math.inf])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0.1, math.inf, math.inf]),
+        ({"min_loops": 2}, [0.1, 0.6, math.inf]),
+        ({"check_every": 2}, [math.inf, 0.6, math.inf]),
+    ],
+    ids=str,
+)
+def test_rows_that_may_not_stop_yet_count_at_the_iterations_after(fields, expected):
+    scores, agrees = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.7, 0.6], [0.0, 0.0, 0.0]]), torch.ones(3, 3).bool()
+    assert fitted_thresholds(scores, agrees, 1.0, 2, FullStop(**fields)).tolist() == pytest.approx(expected)
 
 
 # Oracles

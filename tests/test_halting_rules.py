@@ -15,21 +15,18 @@ from innerloop.config.stopping import COMPARES, PROBABILITIES, READS_OUT, StopKi
 from innerloop.errors import InputError
 from innerloop.halting.baselines import drawn_depths, uniform
 from innerloop.halting.evidence import RowInfo, StopInputs
-from innerloop.halting.rule import StopRule, decayed
+from innerloop.halting.rule import decayed
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from tests.close import assert_close
 from tests.fields import FullLoop, FullStop
 from tests.methods.tools import FunctionPass, iterate
+from tests.test_halting import draw, loop_of, rule
 
 B, N, D, V, T = 5, 3, 6, 9, 12
-HEAD = torch.randn(D, V, generator=torch.Generator().manual_seed(3))
+HEAD = draw(3, D, V)
 KINDS = [kind for kind in get_args(StopKind) if kind not in ("none", "classifier")]
-FIELDS = {"random": {"stop.histogram": (0.2, 0.3, 0.1, 0.4)}}
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+ZEROS = [torch.zeros(B, N, D)] * 3
 
 
 def swirl(x: Tensor, t: int) -> Tensor:
@@ -38,33 +35,34 @@ def swirl(x: Tensor, t: int) -> Tensor:
     return x + rates * (x.roll(1, -1).tanh() - x) / t**0.5
 
 
-def made(kind: str, seed: int = 0, **settings) -> InnerLoop:
+def made(kind: str, **fields) -> InnerLoop:
     """Return a loop with a rule whose learned weights, if it has any, are random."""
-    loop = InnerLoop(FullLoop(stop=kind, **{**FIELDS.get(kind, {}), **settings}), D, T, torch.ones(())).eval()
-    generator = torch.Generator().manual_seed(seed)
+    loop, generator = loop_of(kind, T, **fields), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in loop.parameters():
             parameter += (2.0 if kind == "mlp_probe" else 0.5) * torch.randn(parameter.shape, generator=generator)
     return loop
 
 
-def ran(loop: InnerLoop, f=swirl, state: Tensor | None = None, n_loops: int = T, **options) -> LoopResult:
-    state = draw(1, B, N, D) if state is None else state
-    return iterate(loop, f, state, n_loops, read_out=lambda u: u @ HEAD, **options)
+def ran(loop: InnerLoop, f=swirl, n_loops: int = T, read_out=lambda u: u @ HEAD, **options) -> LoopResult:
+    return iterate(loop, f, draw(1, B, N, D), n_loops, read_out=read_out, **options)
 
 
-def scores_of(loop: InnerLoop) -> list[float]:
-    """Return the scores of a loop that never stops, all rows and iterations."""
-    trace, settings = Trace(), loop.settings
-    loop.settings = FullLoop(**{**vars(settings), "stop.threshold": math.inf})
-    ran(loop, trace=trace)
-    loop.settings = settings
-    return sorted(s for entry in trace.iterations if entry.score is not None for s in entry.score.tolist())
+def depths_of(kind: str, f=swirl, **fields) -> list[int]:
+    return ran(made(kind, **fields), f).n_loops
 
 
-def thresholds_of(kind: str, **settings) -> list[float]:
+def scores_of(kind: str, **fields) -> list[float]:
+    """Return the finite scores of a loop that never stops, all rows and iterations."""
+    trace = Trace()
+    ran(made(kind, threshold=math.inf, **fields), trace=trace)
+    scores = (entry.score.tolist() for entry in trace.iterations if entry.score is not None)
+    return sorted(score for row in scores for score in row if math.isfinite(score))
+
+
+def thresholds_of(kind: str, **fields) -> list[float]:
     """Return thresholds from strict to loose, those in between such that rows stop at many times."""
-    known = [s for s in scores_of(made(kind, **settings)) if math.isfinite(s)]
+    known = scores_of(kind, **fields)
     return [math.inf, *(known[len(known) * i // 6] for i in (5, 4, 3, 2, 1)), -1e9]
 
 
@@ -76,8 +74,8 @@ by_free = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ac
 
 
 def test_acceleration_is_the_change_of_the_change_and_must_hold_twice():
-    rule, h = StopRule("acceleration", D), [draw(i, B, N, D) for i in range(5)]
-    got = [rule.score(StopInputs(h[t], h[t - 1], h[t], loop=t)) for t in range(1, 5)]
+    scores, h = rule("acceleration"), [draw(i, B, N, D) for i in range(5)]
+    got = [scores.score(StopInputs(h[t], h[t - 1], h[t], loop=t)) for t in range(1, 5)]
     bends = [-((h[t] - 2 * h[t - 1] + h[t - 2]).norm(dim=-1) / h[t].norm(dim=-1)).mean(1).log10() for t in range(2, 5)]
     assert torch.isinf(got[0]).all() and torch.isinf(got[1]).all()
     for t in (3, 4):
@@ -85,19 +83,17 @@ def test_acceleration_is_the_change_of_the_change_and_must_hold_twice():
 
 
 def test_kl_reverse_begins_at_the_uniform_distribution_and_asks_the_old_about_the_new():
-    rule, logits = StopRule("kl_reverse", D), [draw(i, B, N, V) for i in range(2)]
-    states = [torch.zeros(B, N, D)] * 3
-    got = [rule.score(StopInputs(*states, logits=one)) for one in logits]
+    scores, logits = rule("kl_reverse"), [draw(i, B, N, V) for i in range(2)]
     p = [torch.full((B, N, V), 1 / V), *(one.softmax(-1) for one in logits)]
     for t in (0, 1):
         divergence = (p[t] * (p[t] / p[t + 1]).log()).sum(-1).mean(1)
-        assert_close(got[t], -divergence.log10())
+        assert_close(scores.score(StopInputs(*ZEROS, logits=logits[t])), -divergence.log10())
 
 
 def test_minp_kl_does_not_see_what_lies_below_a_tenth_of_the_largest():
-    rule, states = StopRule("minp_kl", D), [torch.zeros(1, 1, D)] * 3
+    minp, states = rule("minp_kl"), [torch.zeros(1, 1, D)] * 3
     p = torch.tensor([[[0.6, 0.3, 0.05, 0.05]], [[0.6, 0.3, 0.045, 0.055]], [[0.5, 0.3, 0.1, 0.1]]])
-    scores = [rule.score(StopInputs(*states, logits=one[None].log())).item() for one in p]
+    scores = [minp.score(StopInputs(*states, logits=one[None].log())).item() for one in p]
     assert scores[1] > 20 > 3 > scores[2]
     floored = [torch.tensor(row) for row in ([0.6, 0.3, 0.25, 0.25], [0.5, 0.3, 0.1, 0.1])]
     old, new = (row / row.sum() for row in floored)
@@ -106,42 +102,37 @@ def test_minp_kl_does_not_see_what_lies_below_a_tenth_of_the_largest():
 
 @pytest.mark.parametrize("agg", ["mean", "last", "max"])
 def test_levels_of_words_are_their_formulas(agg):
-    logits, states = draw(0, B, N, V), [torch.zeros(B, N, D)] * 3
+    logits = draw(0, B, N, V)
     p = logits.softmax(-1)
     best = p.sort(-1, descending=True).values
     reduce = {"mean": lambda x: x.mean(1), "last": lambda x: x[:, -1], "max": lambda x: x.amin(1)}[agg]
     for kind, value in (("top_prob", best[..., 0]), ("gap", best[..., 0] - best[..., 1])):
-        assert_close(StopRule(kind, D, agg).score(StopInputs(*states, logits=logits)), reduce(value))
-    levels = -(p * p.log()).sum(-1) / math.log(V)
-    level = {"mean": levels.mean(1), "last": levels[:, -1], "max": levels.amax(1)}[agg]
-    assert_close(StopRule("entropy_level", D, agg).score(StopInputs(*states, logits=logits)), -level.log10(), 1e-5)
+        assert_close(rule(kind, agg=agg).score(StopInputs(*ZEROS, logits=logits)), reduce(value))
+    order = (p * p.log()).sum(-1) / math.log(V)  # minus the entropy, as a share
+    assert_close(
+        rule("entropy_level", agg=agg).score(StopInputs(*ZEROS, logits=logits)), -(-reduce(order)).log10(), 1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", READS_OUT)
 def test_scores_of_words_do_not_see_a_constant_added_to_the_logits(kind):
-    one, other = StopRule(kind, D), StopRule(kind, D)
+    one, other = rule(kind), rule(kind)
     for seed in range(3):
-        states, logits = [draw(seed, B, N, D)] * 3, draw(seed, B, N, V)
-        left = one.score(StopInputs(*states, logits=logits))
-        right = other.score(StopInputs(*states, logits=logits + 7.0 * draw(9, B, N, 1)))
-        assert_close(left, right, 1e-3)
+        logits = draw(seed, B, N, V)
+        left = one.score(StopInputs(*ZEROS, logits=logits))
+        assert_close(left, other.score(StopInputs(*ZEROS, logits=logits + 7.0 * draw(9, B, N, 1))), 1e-3)
 
 
 def test_scores_stay_in_their_bounds():
     sharp = draw(0, B, N, V) * torch.tensor([0.0, 0.1, 1.0, 10.0, 1000.0])[:, None, None]
-    states = [draw(1, B, N, D)] * 3
-    top, gap, level = (
-        StopRule(kind, D).score(StopInputs(*states, logits=sharp)) for kind in ("top_prob", "gap", "entropy_level")
-    )
+    top, gap, level = (rule(k).score(StopInputs(*ZEROS, logits=sharp)) for k in ("top_prob", "gap", "entropy_level"))
     assert ((gap >= -1e-6) & (gap <= top) & (top <= 1 + 1e-6) & (top >= 1 / V - 1e-6)).all()
     assert (level >= -1e-6).all() and level[0].item() == pytest.approx(0.0, abs=1e-5) and level[-1] > 5
     for kind in ("kl", "kl_reverse", "minp_kl"):
-        rule = StopRule(kind, D)
-        rule.score(StopInputs(*states, logits=draw(2, B, N, V)))
-        assert (rule.score(StopInputs(*states, logits=draw(3, B, N, V))) < 3).all()
-        assert (
-            rule.score(StopInputs(*states, logits=draw(3, B, N, V))) > 10
-        ).all()  # no divergence: as large as can be
+        scores = rule(kind)
+        scores.score(StopInputs(*ZEROS, logits=draw(2, B, N, V)))
+        assert (scores.score(StopInputs(*ZEROS, logits=draw(3, B, N, V))) < 3).all()
+        assert (scores.score(StopInputs(*ZEROS, logits=draw(3, B, N, V))) > 10).all()  # none: as large as can be
 
 
 # Section 9
@@ -149,28 +140,19 @@ def test_scores_stay_in_their_bounds():
 
 @by_kind
 def test_a_rule_that_never_fires_leaves_the_loop_as_it_is(kind):
-    plain = InnerLoop(FullLoop(), D, T, torch.ones(())).eval()
-    for fields in (
-        {"stop.threshold": math.inf},
-        {"stop.min_loops": T} if kind != "act" else {"stop.threshold": math.inf},
-    ):
-        loop = made(kind, **fields)
-        result = ran(loop)
+    plain = ran(InnerLoop(FullLoop(), D, T, torch.ones(())).eval())
+    for fields in ({"threshold": math.inf}, *([{"min_loops": T}] if kind != "act" else [])):
+        result = ran(made(kind, **fields))
         assert result.n_loops == [T] * B and not any(result.stopped)
-        if kind != "act":  # which mixes all iterations
-            assert torch.equal(result.state, ran(plain).state)
-
-
-@pytest.mark.parametrize("n_loops", [1, 4, T])
-def test_fixed_is_the_loop_cut_short(n_loops):
-    result = ran(made("fixed", stop_threshold=float(n_loops)))
-    assert result.n_loops == [n_loops] * B
-    assert torch.equal(result.state, ran(InnerLoop(FullLoop(), D, T, torch.ones(())), n_loops=n_loops).state)
+        assert kind == "act" or torch.equal(result.state, plain.state)  # act mixes all iterations
+    if kind == "fixed":  # which is the loop cut short
+        result, short = ran(made(kind, threshold=4.0)), ran(InnerLoop(FullLoop(), D, T, torch.ones(())), n_loops=4)
+        assert result.n_loops == [4] * B and torch.equal(result.state, short.state)
 
 
 @by_kind
 def test_a_looser_threshold_never_stops_a_row_later(kind):
-    depths = [ran(made(kind, stop_threshold=kappa)).n_loops for kappa in thresholds_of(kind)]
+    depths = [depths_of(kind, threshold=kappa) for kappa in thresholds_of(kind)]
     for strict, loose in pairwise(depths):
         assert all(a >= b for a, b in zip(strict, loose))
     assert depths[0] == [T] * B and len({tuple(d) for d in depths}) > 2
@@ -179,7 +161,7 @@ def test_a_looser_threshold_never_stops_a_row_later(kind):
 @by_free
 def test_more_patience_never_stops_a_row_earlier(kind):
     kappa = thresholds_of(kind)[3]
-    depths = [ran(made(kind, stop_threshold=kappa, patience=m)).n_loops for m in (1, 2, 4)]
+    depths = [depths_of(kind, threshold=kappa, patience=m) for m in (1, 2, 4)]
     for less, more in pairwise(depths):
         assert all(a <= b for a, b in zip(less, more))
     assert depths[0] != depths[-1]
@@ -189,20 +171,14 @@ def test_more_patience_never_stops_a_row_earlier(kind):
 @pytest.mark.parametrize("every", [2, 5])
 def test_a_rule_that_looks_now_and_then_stops_only_then(kind, every):
     kappa = thresholds_of(kind, check_every=every)[4]
-    depths = ran(made(kind, stop_threshold=kappa, check_every=every)).n_loops
+    depths = depths_of(kind, threshold=kappa, check_every=every)
     assert all(n % every == 0 or n == T for n in depths) and min(depths) < T
 
 
 @pytest.mark.parametrize("kind", READS_OUT)
 def test_words_are_read_only_when_they_are_looked_at(kind):
     n_read = []
-    iterate(
-        made(kind, stop_threshold=math.inf, check_every=3),
-        swirl,
-        draw(1, B, N, D),
-        T,
-        read_out=lambda u: n_read.append(1) or u @ HEAD,
-    )
+    ran(made(kind, threshold=math.inf, check_every=3), read_out=lambda u: n_read.append(1) or u @ HEAD)
     assert len(n_read) == (T - 1) // 3  # at the last iteration there is nothing left to decide
 
 
@@ -210,13 +186,12 @@ def test_words_are_read_only_when_they_are_looked_at(kind):
 @pytest.mark.parametrize("compacts", [True, False])
 def test_halted_rows_are_frozen_and_every_row_ends_once(kind, compacts):
     kappa = thresholds_of(kind)[3]
-    loop, trace = made(kind, stop_threshold=kappa, **({"stop.act_output": "last"} if kind == "act" else {})), Trace()
+    loop, trace = made(kind, threshold=kappa, **({"act_output": "last"} if kind == "act" else {})), Trace()
     result = ran(loop, compacts=compacts, trace=trace)
     n_active = [len(entry.rows) for entry in trace.iterations]
     assert n_active == sorted(n_active, reverse=True) and n_active[0] == B
-    assert sum(a - b for a, b in zip(n_active, [*n_active[1:], 0])) == B
     for row, n in enumerate(result.n_loops):
-        assert sum(row in entry.rows for entry in trace.iterations) == n
+        assert [row in entry.rows for entry in trace.iterations] == [t < n for t in range(len(n_active))]
         assert result.stopped[row] == (n < T)
         rows, states = result.states[n - 1]
         assert torch.equal(result.state[row], states[rows.index(row)])
@@ -229,42 +204,36 @@ EARLIEST |= {"kl": 2, "kl_reverse": 2, "minp_kl": 2, "entropy": 2, "argmax": 6}
 @pytest.mark.parametrize("kind", EARLIEST)
 def test_a_loop_that_does_nothing_stops_as_soon_as_it_may(kind):
     first, reads = EARLIEST[kind], kind in READS_OUT
-    assert ran(made(kind), lambda x, t: x).n_loops == [first] * B
+    assert depths_of(kind, lambda x, t: x) == [first] * B
     # Looking now and then, states are compared with the iteration before, words with what was read before.
-    seldom = min(4 * first, T) if reads else 4
-    assert ran(made(kind, check_every=4), lambda x, t: x).n_loops == [seldom] * B
-
-
-@pytest.mark.parametrize("kind", COMPARES)
-def test_without_comparing_to_the_initial_state_the_second_iteration_is_the_first_to_compare(kind):
-    later = EARLIEST[kind] + 1
-    assert ran(made(kind, compare_init=False), lambda x, t: x).n_loops == [later] * B
+    assert depths_of(kind, lambda x, t: x, check_every=4) == [min(4 * first, T) if reads else 4] * B
+    if kind in COMPARES:  # without comparing to the initial state the second iteration is the first to compare
+        assert depths_of(kind, lambda x, t: x, compare_init=False) == [first + 1] * B
 
 
 def test_random_draws_depths_with_the_chances_of_a_histogram():
     shares, n = (0.1, 0.0, 0.4, 0.2, 0.3), 20_000
-    found = torch.bincount(drawn_depths(torch.arange(n), shares, seed=1), minlength=6)[1:].double()
+    found = torch.bincount(drawn_depths(torch.arange(n), shares), minlength=6)[1:].double()
     expected = n * torch.tensor(shares).double()
     assert found[1] == 0
     chi_square = ((found - expected).square() / expected)[expected > 0].sum().item()
     assert chi_square < 16.3  # 0.1 % with 3 degrees of freedom
 
 
-def test_draws_belong_to_a_place_and_a_seed_and_to_nothing_else():
+def test_draws_belong_to_a_place_and_to_nothing_else():
     places = torch.tensor([7, 3, 7, 100_000])
-    drawn = uniform(places, 0)
+    drawn = uniform(places)
     assert drawn[0] == drawn[2] and len(set(drawn.tolist())) == 3
-    assert torch.equal(uniform(places[[1]], 0), drawn[[1]])
-    assert (uniform(places, 1) - drawn).abs().min() > 1e-3
-    many = uniform(torch.arange(5000), 2)
+    assert torch.equal(uniform(places[[1]]), drawn[[1]])
+    many = uniform(torch.arange(5000))
     assert many.min() >= 0 and many.max() < 1 and abs(many.mean() - 0.5) < 0.02
     assert abs(torch.corrcoef(torch.stack([many[1:], many[:-1]]))[0, 1]) < 0.05
 
 
 def test_random_looks_at_nothing_and_numbers_rows_without_a_place_as_they_come():
-    one, other = made("random"), made("random", stop_seed=5)
-    assert ran(one).n_loops == ran(made("random"), lambda x, t: x * t).n_loops != ran(other).n_loops
-    assert ran(one).n_loops != ran(made("random")).n_loops  # the next rows draw anew
+    loop = made("random")
+    assert ran(loop).n_loops == depths_of("random", lambda x, t: x * t)
+    assert ran(loop).n_loops != depths_of("random")  # the next rows draw anew
     loop, f = made("random"), FunctionPass(swirl)
     f.row_info = RowInfo(torch.tensor([4, 4, 9, 4, 9]))
     depths = loop(f, draw(1, B, N, D), [T] * B).n_loops
@@ -280,44 +249,39 @@ def test_the_threshold_of_a_probability_falls_with_what_has_been_written():
 
 @pytest.mark.parametrize("kind", PROBABILITIES)
 def test_decay_lets_later_tokens_stop_earlier(kind):
-    known = scores_of(made(kind))
+    known = scores_of(kind)
     kappa = (known[9 * len(known) // 10] - 0.04) / 0.9  # this score is enough later on, and not at first
     depths = {}
     for written in (0, 10_000):
-        f = FunctionPass(swirl)
+        f, loop = FunctionPass(swirl), made(kind, threshold=kappa, decay=10)
         f.row_info = RowInfo(None, torch.full((B,), written))
-        loop = made(kind, stop_threshold=kappa, stop_decay=10)
         depths[written] = loop(f, draw(1, B, N, D), [T] * B, read_out=lambda u: u @ HEAD).n_loops
     assert all(a >= b for a, b in zip(depths[0], depths[10_000])) and depths[0] != depths[10_000]
 
 
-REFUSED = [
-    ({"stop.rule": "random"}, "stop_histogram"),
-    ({"stop.rule": "delta", "stop.histogram": (1.0,)}, "leave it out"),
-    ({"stop.rule": "random", "stop.histogram": (0.0, 0.0)}, "stop_histogram"),
-    ({"stop.rule": "random", "stop.histogram": (0.5, -0.5, 1.0)}, "stop_histogram"),
-    ({"stop.rule": "delta", "stop_seed": 1}, "random or halt_sample"),
-    ({"stop.rule": "kl", "stop.compare_init": False}, "set stop to delta"),
-    ({"stop.rule": "kl", "stop.decay": 5}, "probabilities"),
-    ({"stop.rule": "gap", "stop.decay": -1}, "stop_decay"),
-    ({"stop.check_every": 0}, "at least 1"),
-    ({"stop.rule": "act", "stop.min_loops": 2}, "check_every to 1"),
-    ({"stop.rule": "act", "stop.patience": 2}, "check_every to 1"),
-    ({"stop.rule": "act", "stop.check_every": 2}, "check_every to 1"),
-    ({"stop.rule": "delta", "stop.act_output": "last"}, "stop=act"),
-    ({"stop.rule": "delta", "probe_width": 8}, "mlp_probe"),
-    ({"stop.rule": "mlp_probe", "probe_width": 0}, "at least 1"),
-    ({"stop.rule": "delta", "stop.features": ("gap",)}, "stop=classifier"),
-    ({"stop.rule": "delta", "stop.classifier": "svm_rbf"}, "stop=classifier"),
-    ({"stop.rule": "delta", "stop.per_step": True}, "stop=classifier"),
-    ({"stop.rule": "classifier", "stop.features": ()}, "some of gap, top, block, depth"),
-    ({"stop.rule": "classifier", "stop.features": ("gap", "gap")}, "each once"),
-    ({"stop.rule": "classifier", "stop.features": ("attention",)}, "some of gap, top, block, depth"),
-    ({"stop.rule": "nothing"}, "choose one of"),
-]
-
-
-@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=str)
-def test_settings_that_go_together_badly_are_refused(fields, message):
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("random", {}, "stop.histogram"),
+        ("delta", {"histogram": (1.0,)}, "leave it out"),
+        ("random", {"histogram": (0.0, 0.0)}, "stop.histogram"),
+        ("random", {"histogram": (0.5, -0.5, 1.0)}, "stop.histogram"),
+        ("kl", {"compare_init": False}, "set stop.rule to delta"),
+        ("kl", {"decay": 5}, "probabilities"),
+        ("gap", {"decay": -1}, "stop.decay"),
+        ("delta", {"check_every": 0}, "at least 1"),
+        *(("act", {name: 2}, "check_every to 1") for name in ("min_loops", "patience", "check_every")),
+        ("delta", {"act_output": "last"}, "stop.rule=act"),
+        *(
+            ("delta", fields, "stop.rule=classifier")
+            for fields in ({"features": ("gap",)}, {"classifier": "svm_rbf"}, {"per_step": True})
+        ),
+        ("classifier", {"features": ()}, "some of gap, top, attention, mlp, block, depth"),
+        ("classifier", {"features": ("gap", "gap")}, "each once"),
+        ("nothing", {}, "choose one of"),
+    ],
+    ids=str,
+)
+def test_settings_that_go_together_badly_are_refused(kind, fields, message):
     with pytest.raises(InputError, match=message):
-        FullStop(**fields)
+        FullStop(rule=kind, **fields)

@@ -7,46 +7,42 @@ from typing import get_args
 import pytest
 import torch
 
-from innerloop import InputError, LatentModel, Looped, Slr
+from innerloop import LatentModel, Looped, Slr
 from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.config.stopping import StopKind
 from innerloop.decoder.cost import Meter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods import Method
 from innerloop.model.stopping import use_rule
-from innerloop.passes.thought import think
 from tests.close import assert_close
-from tests.fields import make
-from tests.methods.tools import MIXED, PLAIN, QUESTIONS, by_arch, change
+from tests.fields import FullStop
+from tests.methods.tools import MIXED, QUESTIONS, by_arch, change
 from tests.models import tiny_model
 
 T = 4
 KINDS = [kind for kind in get_args(StopKind) if kind not in ("none", "classifier", "act")]
-FIELDS = {"random": {"stop.histogram": (0.3, 0.2, 0.3, 0.2)}}
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def looped(kind: str, arch: str = "llama", **fields) -> LatentModel:
+def looped(kind: str, arch: str = "llama", threshold: float | None = None, **stop) -> LatentModel:
     """Return a looped model of two layers, its gate and probe random, whose tokens stop at different times.
 
     Without a threshold, it stops where half of the scores are reached.
     """
-    kappa = fields.pop("stop_threshold", None)
-    method = make(
-        Looped, max_loops=T, **{"stop.rule": kind}, **{"stop.threshold": math.inf}, **FIELDS.get(kind, {}), **fields
-    )
+    stop |= {"rule": kind} | ({"histogram": (0.3, 0.2, 0.3, 0.2)} if kind == "random" else {})
+    method = Looped(max_loops=T, stop=FullStop(**stop, threshold=math.inf))
     model = tiny_model(method, arch, num_hidden_layers=2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.loop.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    if kappa is None:
+    if threshold is None:
         scores = scan_loop(model, MIXED).scores_TM[:-1]
         known = scores[scores.isfinite()].unique()
         at = torch.nonzero(known.diff() > 1e-4)[:, 0]  # so that rounding decides nothing
         at = at[len(at) // 2]
-        kappa = known[at : at + 2].mean().item()
-    use_rule(model, **{**method.rule, "stop.threshold": kappa})
+        threshold = known[at : at + 2].mean().item()
+    use_rule(model, **stop, threshold=threshold)
     return model
 
 
@@ -54,7 +50,7 @@ def depths_of(model: LatentModel, examples=MIXED, meter: Meter | None = None) ->
     """Return how often each token of each row went round."""
     batch = model.batch(model.rows(examples))
     with torch.no_grad():
-        thought = think(model.method, model.loop, batch, model.new_context(batch, meter))
+        thought = model.think(batch, context=model.new_context(batch, meter))
         model.written_logits(batch, thought)
     deep = thought.deep[-1]
     return [row[real].tolist() for row, real in zip(deep.depths_BL, batch.mask_BS.bool())]
@@ -81,11 +77,8 @@ def test_no_rule_sees_a_later_token(kind):
     example = MIXED[3]
     other = change(example, steps=(*example.steps[:-1], "4 - 4 = 4"), answer="4")
     left, right = (model.answer_logits([one])[0] for one in (example, other))
-    n_same = next(
-        i
-        for i, (a, b) in enumerate(zip(*(m.ids() for m in map(lambda e: model.rows([e])[0], (example, other)))))
-        if a != b
-    )
+    both = zip(*(model.rows([one])[0].ids() for one in (example, other)))
+    n_same = next(i for i, (a, b) in enumerate(both) if a != b)
     n_same -= len(model.prompts([example.question])[0]) - 1  # the token before a changed one predicts it alike
     assert n_same > 10
     assert_close(left[:n_same], right[:n_same])
@@ -95,49 +88,43 @@ def test_no_rule_sees_a_later_token(kind):
 @by_kind
 def test_a_rule_that_never_fires_is_the_looped_model_bit_for_bit(kind):
     arch = ("gpt2", "llama")[KINDS.index(kind) % 2]
-    model = looped(kind, arch, stop_threshold=math.inf)
+    model = looped(kind, arch, math.inf)
     plain = on(model, Looped(max_loops=T))
-    for ours, theirs in zip(model.answer_logits(MIXED), plain.answer_logits(MIXED)):
-        assert torch.equal(ours, theirs)
-    late = looped(kind, arch, min_loops=T)
-    assert {d for row in depths_of(late) for d in row} == {T}
+    assert all(map(torch.equal, model.answer_logits(MIXED), plain.answer_logits(MIXED)))
+    assert {d for row in depths_of(looped(kind, arch, min_loops=T)) for d in row} == {T}
 
 
 @by_arch
 @pytest.mark.parametrize("n", [1, 3])
 def test_fixed_is_the_model_with_fewer_loops(n, arch):
-    model = looped("fixed", arch, stop_threshold=float(n))
+    model = looped("fixed", arch, float(n))
     shallow = on(model, Looped(max_loops=n))
-    for ours, theirs in zip(model.answer_logits(MIXED), shallow.answer_logits(MIXED)):
-        assert torch.equal(ours, theirs)
+    assert all(map(torch.equal, model.answer_logits(MIXED), shallow.answer_logits(MIXED)))
 
 
 @pytest.mark.parametrize("kind", ["random", "halt_sample"])
 def test_what_is_drawn_belongs_to_a_position_so_that_writing_equals_reading(kind):
     model = looped(kind)
-    depths = depths_of(model)
     if kind == "random":  # alike at each position, whatever the row
-        for a, b in pairwise(depths):
+        for a, b in pairwise(depths_of(model)):
             assert all(x == y for x, y in zip(a, b))
     one = model.generate(QUESTIONS[:1], max_new_tokens=6)[0]
     read = model.generate(QUESTIONS, max_new_tokens=6)[0]
     assert [n for _, n in one.depths] == [n for _, n in read.depths]
-    seeded = looped(kind, stop_seed=3)
-    assert depths_of(seeded) != depths
 
 
 def test_a_falling_threshold_counts_the_written_tokens():
     kappa = 0.55
-    flat, falling = looped("top_prob", stop_threshold=kappa), looped("top_prob", stop_threshold=kappa, stop_decay=4)
-    strict, loose = looped("top_prob", stop_threshold=0.9 * kappa + 0.1), looped("top_prob", stop_threshold=0.9 * kappa)
+    flat, falling, strict, loose = (
+        looped("top_prob", threshold=at, decay=n)
+        for at, n in ((kappa, 0), (kappa, 4), (0.9 * kappa + 0.1, 0), (0.9 * kappa, 0))
+    )
     for row, example in enumerate(MIXED[:4]):
         n_asked = len(falling.prompts([example.question])[0])
         at = [depths_of(model)[row] for model in (falling, strict, loose)]
         assert at[0][:n_asked] == at[1][:n_asked]
         assert all(low <= mid <= high for mid, high, low in zip(*at))
     assert depths_of(flat) != depths_of(falling) != depths_of(strict)
-    with pytest.raises(InputError, match="set it to 0"):
-        tiny_model(change(PLAIN, stop={"rule": "top_prob", "decay": 4}))
 
 
 LOOKS = [("delta", 1), ("kl", 1), ("gap", 2), ("argmax", 1), ("halt", 1), ("mlp_probe", 1)]
@@ -160,15 +147,14 @@ def test_flops_are_those_of_the_iterations_and_of_the_looks(kind, every, arch):
 
 
 def test_looks_at_latents_are_counted_for_the_rows_that_are_still_going():
-    method = Slr(n_slots=3, max_loops=T, stop={"rule": "kl"})
-    model = tiny_model(method, num_hidden_layers=2)
-    costs = {}
-    for kappa, every in ((math.inf, 1), (math.inf, 2), (-1e9, 1)):
-        stopping = on(model, change(method, stop={"threshold": kappa, "check_every": every}))
-        costs[kappa, every] = [g.cost.flops for g in stopping.generate(QUESTIONS, max_new_tokens=3)]
+    model = tiny_model(Slr(n_slots=3, max_loops=T, stop={"rule": "kl"}), num_hidden_layers=2)
+
+    def flops(**stop) -> list[float]:
+        stopping = on(model, change(model.method, stop=stop))
+        return [one.cost.flops for one in stopping.generate(QUESTIONS, max_new_tokens=3)]
+
     look = 2 * 3 * model.backbone.width * model.backbone.config.vocab_size
-    for once, twice in zip(costs[math.inf, 2], costs[math.inf, 1]):
+    for once, twice in zip(flops(threshold=math.inf, check_every=2), flops(threshold=math.inf)):
         assert twice - once == pytest.approx(2 * look)  # after iterations 1, 2 and 3 instead of 2 alone
-    fixed = on(model, change(method, stop={"rule": "fixed", "threshold": 2.0})).generate(QUESTIONS, max_new_tokens=3)
-    for stopped, free in zip(costs[-1e9, 1], fixed):  # there is nothing to compare with after the first
-        assert stopped - free.cost.flops == pytest.approx(2 * look)
+    for stopped, free in zip(flops(threshold=-1e9), flops(rule="fixed", threshold=2.0)):
+        assert stopped - free == pytest.approx(2 * look)  # there is nothing to compare with after the first

@@ -5,6 +5,7 @@ is pinned.
 """
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -56,10 +57,7 @@ def draw(seed: int, n_links: int = 1, n_rows: int = 5, has_teacher: bool = True)
 
 def links_of(rows):
     """The rows of each link; where a row has ended None."""
-    every = [list(row.links()) for row in rows]
-    return [
-        [links[i] if i < len(links) else None for links in every] for i in range(max(len(links) for links in every))
-    ]
+    return list(itertools.zip_longest(*(row.links() for row in rows)))
 
 
 def cell(batch, row, at):
@@ -67,15 +65,14 @@ def cell(batch, row, at):
     return [column for column, real in enumerate(batch.mask_BS[row].tolist()) if real][at]
 
 
+def places(sites):
+    """The columns of a pass's sites, row by row."""
+    return list(zip(*(of.tolist() for of in (sites.rows_F, sites.columns_F, sites.targets_F, sites.weights_F))))
+
+
 def flat(sites):
     """Sites as a list that can be compared, in any order."""
-    return sorted(
-        (one.loop, row, column, target, round(weight, 5))
-        for one in sites
-        for row, column, target, weight in zip(
-            one.rows_F.tolist(), one.columns_F.tolist(), one.targets_F.tolist(), one.weights_F.tolist()
-        )
-    )
+    return sorted((one.loop, *place, round(weight, 5)) for one in sites for *place, weight in places(one))
 
 
 # Links
@@ -92,22 +89,11 @@ def test_links_are_batches_behind_each_other(seed):
             assert torch.equal(getattr(link, name), getattr(alone, name))
         assert (link.bounds, link.n_targets, link.n_loops) == (alone.bounds, alone.n_targets, alone.n_loops)
         assert link.is_padded == alone.is_padded and link.first_predicting == alone.first_predicting
-        assert [n for n, part in zip(link.n_loops, parts) if part is None] == [0] * parts.count(None)
-        assert [n for n, part in zip(link.n_targets, parts) if part is None] == [0] * parts.count(None)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_tokens_of_a_row_are_those_of_its_links_in_order(seed):
-    rows = draw(seed, n_links=4)
-    read = [[] for _ in rows]
-    learned = [[] for _ in rows]
-    for link in collate(rows, PAD).links():
-        targets = iter(link.targets_U.tolist())
-        for r, (ids, mask, n) in enumerate(zip(link.ids_BS.tolist(), link.mask_BS.tolist(), link.n_targets)):
-            read[r] += [i for i, m in zip(ids, mask) if m]
-            learned[r] += [next(targets) for _ in range(n)]
-    assert read == [[i for link in row.links() for i in link.ids()] for row in rows]
-    assert learned == [[i for link in row.links() for i in link.labels() if i != IGNORE] for row in rows]
+        assert all(n == m == 0 for n, m, part in zip(link.n_loops, link.n_targets, parts) if part is None)
+        own, learned = zip(link.ids_BS, link.mask_BS.bool()), link.targets_U.split(link.n_targets)
+        assert [ids[real].tolist() for ids, real in own] == [part.ids() if part else [] for part in parts]
+        labels = [[i for i in part.labels() if i != IGNORE] if part else [] for part in parts]
+        assert [targets.tolist() for targets in learned] == labels
 
 
 def test_an_empty_link_does_not_end_a_row():
@@ -116,12 +102,8 @@ def test_an_empty_link_does_not_end_a_row():
     links = list(collate(rows, PAD).links())
     assert [link.ids_BS.tolist() for link in links] == [[[1, 2], [0, 3]], [[], []], [[7, 8], [0, 0]]]
     assert links[2].mask_BS.tolist() == [[1, 1], [0, 0]]
-
-
-def test_the_first_token_of_a_link_cannot_be_supervised():
-    row = Row([Piece((1,), Kind.QUESTION)], next=Row([], [], [Piece((2,), Kind.STEP, supervised=True)]))
-    with pytest.raises(ValueError, match="nothing comes before it"):
-        collate([row], PAD)
+    with pytest.raises(ValueError, match="nothing comes before it"):  # not even the row before
+        collate([Row([Piece((1,), Kind.QUESTION)], next=Row([], [], [Piece((2,), Kind.STEP, supervised=True)]))], PAD)
 
 
 # Pinned
@@ -131,22 +113,14 @@ def test_the_first_token_of_a_link_cannot_be_supervised():
 def test_text_between_latents_is_pinned(seed):
     rows = draw(seed, n_links=3)
     for link, parts in zip(collate(rows, PAD).links(), links_of(rows)):
-        start, end = link.bounds
-        expected = torch.zeros(len(rows), end - start, dtype=torch.long)
+        expected = torch.zeros(len(rows), link.bounds[1] - link.bounds[0], dtype=torch.long)
         for r, part in enumerate(parts):
             kinds = [piece.kind for piece in part.region for _ in piece.ids] if part else []
-            is_mixed = part is not None and any(piece.kind is Kind.LATENT for piece in part.region)
             for i, kind in enumerate(kinds):
-                expected[r, i] = int(is_mixed and kind is not Kind.LATENT)
+                expected[r, i] = Kind.LATENT in kinds and kind is not Kind.LATENT
         found = torch.zeros_like(expected) if link.pinned_BN is None else link.pinned_BN.long()
         assert torch.equal(found, expected)
         assert (link.pinned_BN is None) == (expected.sum() == 0)
-
-
-def test_a_region_without_latents_is_refined_whole():
-    """As the prompt is in SLR's scope `all`."""
-    row = Row([], [Piece((1, 2), Kind.QUESTION), Piece((3,), Kind.MARKER)], [Piece((4,), Kind.ANSWER, True)])
-    assert collate([row], PAD).pinned_BN is None and row.pinned() == [False] * 3
 
 
 # Sites
@@ -291,5 +265,5 @@ def test_moving_a_batch_moves_all_of_it():
         assert len(list(tensors(moved))) == len(list(tensors(batch))) > 30
         assert all(tensor.device.type == "meta" for tensor in tensors(moved))
         assert len(list(moved.links())) == len(list(batch.links()))
-        numbers = [{k: n for k, n in one.counts().items() if k != "told"} for one in (moved, batch)]
-        assert numbers[0] == numbers[1]
+        left, right = ({k: n for k, n in one.counts().items() if k != "told"} for one in (moved, batch))
+        assert left == right

@@ -9,17 +9,7 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from innerloop import (
-    Cot,
-    InputError,
-    LatentModel,
-    LatentTrainer,
-    LatentTrainingArguments,
-    Looped,
-    NoCot,
-    Pause,
-    Slr,
-)
+from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, Looped, NoCot, Pause, Slr
 from innerloop.cli.main import main
 from innerloop.measure import evaluate
 from innerloop.measure.likelihood import Likelihood, likelihood
@@ -28,7 +18,7 @@ from innerloop.tasks import Text
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
-from tests.fields import make
+from tests.fields import FullLoop
 from tests.methods.tools import assert_close, change, stir
 from tests.models import tiny_model
 
@@ -61,16 +51,14 @@ def test_plain_pre_training_is_that_of_the_bare_model():
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"answer_from": "kv_last"},
-        {"loop_scope": "last"},
-        {"loop_scope": "append"},
+        *({}, {"answer_from": "kv_last"}, {"loop_scope": "last"}, {"loop_scope": "append"}),
         {"loop_scope": "append", "answer_from": "kv_last"},
-        {"prefix_kv": "per_iter", "loop.lora": "per_iter", "loop.site": "pre_norm"},
+        {"prefix_kv": "per_iter", "loop": FullLoop(lora="per_iter", site="pre_norm")},
     ],
+    ids=str,
 )
 def test_with_a_loop_the_beginning_is_read_plainly_and_the_rest_after_the_thought(fields):
-    model = reader(make(Slr, n_slots=3, max_loops=2, **fields))
+    model = reader(Slr(n_slots=3, max_loops=2, **fields))
     every = model.rows(CHUNKS)
     after, ends = model.row_logits(every), model.row_logits([_of_answer(row) for row in every])
     for chunk, row, whole, end in zip(CHUNKS, every, after, ends):
@@ -90,15 +78,14 @@ def test_the_likelihood_is_that_of_what_the_text_goes_on_with(method):
     model = reader(method)
     model.spell = Speller(model.tokenizer)  # whatever else the model reads
     found = likelihood(model, CHUNKS, batch_size=2)
-    expected, counts = [], []
+    expected = []
     for chunk in CHUNKS:
         row = method.rows([chunk], Speller(model.tokenizer, running_text=True))[0]
-        n = len(row.pieces[-1].ids)
         target = torch.tensor(row.pieces[-1].ids)
-        expected.append(cross_entropy(model.row_logits([row])[0][-n:], target, reduction="sum").item())
-        counts.append(n)
-    assert list(found.losses) == pytest.approx(expected, rel=1e-5) and list(found.n_tokens) == counts
-    assert found.nll == pytest.approx(sum(expected) / sum(counts)) and found.n_unknown == 0
+        expected.append(cross_entropy(model.row_logits([row])[0][-len(target) :], target, reduction="sum").item())
+        assert found.n_tokens[len(expected) - 1] == len(target)
+    assert list(found.losses) == pytest.approx(expected, rel=1e-5)
+    assert found.nll == pytest.approx(sum(expected) / sum(found.n_tokens)) and found.n_unknown == 0
 
 
 def test_other_numbers_of_loops_unknown_words_and_long_chunks():
@@ -127,7 +114,7 @@ def test_other_numbers_of_loops_unknown_words_and_long_chunks():
     ("method", "valid", "words"),
     [
         (NoCot(), CHUNKS, "set train.eval_strategy to no"),
-        (Slr(decoder={"kind": "separate"}), None, "set decoder to lm_head"),
+        (Slr(decoder={"kind": "separate"}), None, "set decoder.kind to lm_head"),
         (Slr(loop_scope="all", answer_from="kv_last"), None, "set answer_from to refeed"),
         (Cot(), None, "no training example has steps"),
     ],
@@ -136,9 +123,6 @@ def test_what_cannot_learn_from_text_is_refused(method, valid, words, tmp_path: 
     args = LatentTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
     with pytest.raises(InputError, match=words):
         LatentTrainer(tiny_model(method), args, CHUNKS, valid, task=TEXT)
-
-
-def test_text_has_no_accuracy():
     with pytest.raises(InputError, match="no right answers"):
         evaluate(reader(Pause()), TEXT, CHUNKS)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,12 +14,10 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.loop.lora import LoopLora
 from innerloop.passes.context import Context
 from tests.close import assert_close
-from tests.fields import make
-from tests.methods.tools import MIXED, assert_same_gradients, gradients
+from tests.methods.tools import MIXED, assert_same_gradients, by_arch, gradients
 from tests.models import random_ids, tiny_backbone, tiny_lm, tiny_model
 
 IDS = random_ids(2, 6)
-by_arch = pytest.mark.parametrize("arch", ["gpt2", "llama"])
 
 
 def bank_on(backbone: Backbone, n_loops: int = 3, rank: int = 2, gamma: float = 4.0, **options) -> LoopLora:
@@ -32,64 +31,48 @@ def bank_on(backbone: Backbone, n_loops: int = 3, rank: int = 2, gamma: float = 
 
 
 def logits(backbone: Backbone, bank: LoopLora | None = None, loop: int = 0) -> Tensor:
-    with torch.no_grad():
-        if bank is None or loop == 0:
-            return backbone.head(backbone(backbone.embed(IDS)))
-        with bank.at(loop):
-            return backbone.head(backbone(backbone.embed(IDS)))
+    with torch.no_grad(), nullcontext() if bank is None else bank.at(loop):
+        return backbone.head(backbone(backbone.embed(IDS)))
+
+
+MLP = {"gate_proj", "up_proj", "down_proj"}
+LINEARS = {"gpt2": {"c_attn", "c_proj", "c_fc"}, "llama": {"q_proj", "k_proj", "v_proj", "o_proj", *MLP}}
 
 
 @pytest.mark.parametrize(
-    ("arch", "names"),
+    ("arch", "targets", "names", "n_found"),
     [
-        ("gpt2", {"c_attn", "c_proj", "c_fc"}),
-        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("gpt2", (), LINEARS["gpt2"], 3 * 4),  # attention and MLP have a c_proj each
+        ("llama", (), LINEARS["llama"], 3 * 7),
+        ("gpt2", ("c_attn",), {"c_attn"}, 3),
+        ("llama", ("q_proj",), {"q_proj"}, 3),
+        ("llama", ("*_proj",), LINEARS["llama"], 3 * 7),
+        ("llama", ("[qv]_proj",), {"q_proj", "v_proj"}, 3 * 2),
+        ("llama", ("*.mlp.*",), MLP, 3 * 3),
+        ("llama", ("1.mlp.*", "2.self_attn.q_proj"), {*MLP, "q_proj"}, 3 + 1),
     ],
+    ids=str,
 )
-def test_all_attention_and_mlp_linears_are_the_usual_targets(arch, names):
-    backbone = tiny_backbone(arch)
-    found = bank_on(backbone).modules_by_name
+def test_targets_are_all_attention_and_mlp_linears_or_those_of_names_and_patterns(arch, targets, names, n_found):
+    found = bank_on(tiny_backbone(arch), targets=targets).modules_by_name
     assert {name.rsplit(".", 1)[-1] for name in found} == names
-    assert len(found) == backbone.n_layers * (4 if arch == "gpt2" else 7)
-    assert not any("lm_head" in name for name in found)
-
-
-@pytest.mark.parametrize(("arch", "target"), [("gpt2", "c_attn"), ("llama", "q_proj")])
-def test_targets_are_chosen_by_name(arch, target):
-    backbone = tiny_backbone(arch)
-    bank = bank_on(backbone, targets=(target,))
-    assert len(bank.modules_by_name) == backbone.n_layers
-    assert all(name.endswith(target) for name in bank.modules_by_name)
-    with pytest.raises(InputError, match=target):
-        LoopLora(backbone, 2, 2, 4.0, targets=("nonsense",))
-
-
-@pytest.mark.parametrize(("arch", "target"), [("gpt2", "c_attn"), ("llama", "q_proj")])
-def test_a_target_that_the_model_lacks_is_refused_though_others_exist(arch, target):
-    with pytest.raises(InputError, match=f"no linear '{target}s' .did you mean '{target}'.*its linears are .*{target}"):
-        LoopLora(tiny_backbone(arch), 2, 2, 4.0, targets=(target, f"{target}s"))
+    assert len(found) == n_found and not any("lm_head" in name for name in found)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "names"),
+    ("arch", "targets", "message"),
     [
-        ("*_proj", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        ("[qv]_proj", {"q_proj", "v_proj"}),
-        ("*.mlp.*", {"gate_proj", "up_proj", "down_proj"}),
+        *(
+            (arch, (one, f"{one}s"), f"no linear '{one}s' .did you mean '{one}'.*its linears are .*{one}")
+            for arch, one in (("gpt2", "c_attn"), ("llama", "q_proj"))
+        ),
+        ("llama", ("q_proj", "9.mlp.*"), r"no linear '9\.mlp\.\*'"),
+        ("gpt2", ("nonsense",), "c_attn"),
     ],
 )
-def test_targets_may_be_patterns(pattern, names):
-    backbone = tiny_backbone("llama")
-    bank = bank_on(backbone, targets=(pattern,))
-    assert {name.rsplit(".", 1)[-1] for name in bank.modules_by_name} == names
-    assert len(bank.modules_by_name) == backbone.n_layers * len(names)
-    second = bank_on(backbone, targets=("1.mlp.*", "2.self_attn.q_proj"))
-    assert {name.split("layers.")[-1] for name in second.modules_by_name} == {
-        *(f"1.mlp.{name}_proj" for name in ("gate", "up", "down")),
-        "2.self_attn.q_proj",
-    }
-    with pytest.raises(InputError, match=r"no linear '9\.mlp\.\*'"):
-        LoopLora(backbone, 2, 2, 4.0, targets=("q_proj", "9.mlp.*"))
+def test_a_target_that_the_model_lacks_is_refused_though_others_exist(arch, targets, message):
+    with pytest.raises(InputError, match=message):
+        LoopLora(tiny_backbone(arch), 2, 2, 4.0, targets=targets)
 
 
 @by_arch
@@ -129,24 +112,22 @@ def test_blocks_may_be_nested_and_are_left_after_an_error():
     assert bank.entry is None
 
 
+@pytest.mark.parametrize("kind", ["per_iter", "shared"])
 @pytest.mark.parametrize(
-    ("kind", "beyond", "expected"),
-    [
-        ("per_iter", "clamp", [0, 1, 2, 2, 2, 2, 2]),
-        ("per_iter", "cycle", [0, 1, 2, 0, 1, 2, 0]),
-        ("per_iter", "off", [0, 1, 2, None, None, None, None]),
-        ("shared", "clamp", [0, 0, 0, 0, 0, 0, 0]),
-        ("shared", "cycle", [0, 0, 0, 0, 0, 0, 0]),
-        ("shared", "off", [0, 0, 0, None, None, None, None]),
-    ],
+    ("beyond", "expected"),
+    [("clamp", [0, 1, 2, 2, 2, 2, 2]), ("cycle", [0, 1, 2, 0, 1, 2, 0]), ("off", [0, 1, 2, *[None] * 4])],
 )
 def test_iterations_past_the_bank_use_the_last_update_or_start_over_or_none(kind, beyond, expected):
     backbone = tiny_backbone()
     plain = logits(backbone)
     bank = bank_on(backbone, kind=kind, beyond=beyond)
+    expected = [None if one is None else one * (kind == "per_iter") for one in expected]
     assert [bank.index(loop) for loop in range(1, 8)] == expected
     assert torch.equal(logits(backbone, bank, 5), plain) == (beyond == "off")
     assert next(iter(bank.up.values())).shape[0] == (1 if kind == "shared" else 3)
+    if beyond == "off":
+        with pytest.raises(InputError, match="lora_beyond is off"):
+            bank.export("nowhere", 4, "base")
 
 
 @by_arch
@@ -183,22 +164,11 @@ def test_peft_loads_an_exported_iteration_and_gives_the_same_logits(arch, target
     assert json.loads((tmp_path / "loop2" / "adapter_config.json").read_text())["r"] == 2
 
 
-def test_an_iteration_without_weights_cannot_be_exported(tmp_path):
-    bank = bank_on(tiny_backbone(), beyond="off")
-    with pytest.raises(InputError, match="lora_beyond is off"):
-        bank.export(tmp_path, 4, "base")
-
-
 @by_arch
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"fixed_point.solver": "anderson", "loop.lora": "shared", "loop.time": "none"}],
-    ids=["loop", "solver"],
-)
-def test_checkpointed_passes_give_equal_gradients_with_loop_wise_weights(arch, fields):
-    model = tiny_model(
-        make(Slr, n_slots=3, max_loops=3, **{"loop.lora": "per_iter", "loop.lora_rank": 2, **fields}), arch
-    ).train()
+@pytest.mark.parametrize("solver", ["none", "anderson"])
+def test_checkpointed_passes_give_equal_gradients_with_loop_wise_weights(arch, solver):
+    loop = {"lora": "per_iter", "lora_rank": 2} | ({"lora": "shared", "time": "none"} if solver != "none" else {})
+    model = tiny_model(Slr(n_slots=3, max_loops=3, loop=loop, fixed_point={"solver": solver}), arch).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

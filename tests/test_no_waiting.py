@@ -23,36 +23,26 @@ from innerloop.methods import (
     SpiralThinker,
 )
 from innerloop.passes.region import join
-from innerloop.passes.thought import think
 from innerloop.text.batch import Batch
 from tests.models import tiny_model
 
 QUESTIONS = ["3 ; + 4 ; * 2", "1 ; + 1", "2 ; * 3 ; - 1 ; + 2"]
-METHODS: dict[str, Method] = {
-    "cot": Cot(),
-    "pause": Pause(n_pauses=2),
-    "icot": Icot(),
-    "coconut": Coconut(),
-    "codi": Codi(),
-    "simcot": SimCot(),
-    "pccot": Pccot(n_slots=2, max_loops=2),
-    "slr": Slr(n_slots=2, max_loops=3, loop={"lora": "per_iter", "time": "lookup"}),
-    "append": Slr(loop_scope="append", max_loops=3, loop={"residual": "none"}),
-    "lotus": Lotus(n_blocks=2, latents_per_block=2, max_loops=3),
-    "spiralthinker": SpiralThinker(latents_per_block=2, max_loops=2),
-    "looped": Looped(max_loops=3),
-    "recurrent_depth": RecurrentDepth(max_loops=3),
-}
+METHODS: list[Method] = [
+    *(Cot(), Pause(n_pauses=2), Icot(), Coconut(), Codi(), SimCot(), Pccot(n_slots=2, max_loops=2)),
+    Slr(n_slots=2, max_loops=3, loop={"lora": "per_iter", "time": "lookup"}),
+    Slr(loop_scope="append", max_loops=3, loop={"residual": "none"}),
+    Lotus(n_blocks=2, latents_per_block=2, max_loops=3),
+    *(SpiralThinker(latents_per_block=2, max_loops=2), Looped(max_loops=3), RecurrentDepth(max_loops=3)),
+]
+by_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
 
 def write_three(model, batch: Batch) -> Writer:
     """Think and write three tokens, as the engine does between two looks."""
-    context = model.new_context(batch, None)
     columns, mask = batch.columns(2)
     suffix = [(model.backbone.embed(batch.ids_BS[:, columns]), mask)] if columns.start < columns.stop else []
-    thought = think(model.method, model.loop, batch, context, None, model.read_out, stem=model.spell.stem())
-    seats = [None] * len(batch)
-    writer = Writer(model, thought.context, seats)
+    thought = model.think(batch)
+    writer = Writer(model, thought.context, [None] * len(batch))
     writer.start(join([*thought.pending, *suffix]))
     for _ in range(3):
         writer.choose(model.suppressed_ids(), 0.0)
@@ -62,9 +52,9 @@ def write_three(model, batch: Batch) -> Writer:
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", METHODS)
-def test_neither_thought_nor_writing_asks_for_a_value(name, arch):
-    model = tiny_model(METHODS[name], arch, num_hidden_layers=3).eval().to("meta")
+@by_method
+def test_neither_thought_nor_writing_asks_for_a_value(method, arch):
+    model = tiny_model(method, arch, num_hidden_layers=3).eval().to("meta")
     writer = write_three(model, model.batch(model.prompts(QUESTIONS)))
     assert writer.logits_RV.is_meta and len(writer.logits_RV) == len(QUESTIONS)
 
@@ -78,9 +68,9 @@ def test_a_value_that_is_asked_for_would_be_found():
 
 @pytest.mark.gpu
 @torch.no_grad()
-@pytest.mark.parametrize("name", METHODS)
-def test_a_gpu_is_never_waited_for(name):
-    model = tiny_model(METHODS[name], "llama", num_hidden_layers=3).eval().to("cuda")
+@by_method
+def test_a_gpu_is_never_waited_for(method):
+    model = tiny_model(method, "llama", num_hidden_layers=3).eval().to("cuda")
     batch = model.batch(model.prompts(QUESTIONS))
     write_three(model, batch)
     torch.cuda.set_sync_debug_mode("error")

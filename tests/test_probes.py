@@ -13,14 +13,14 @@ from innerloop.measure.probes import best, probes, result_of_step, sentences
 from innerloop.measure.subject import Subject
 from innerloop.measure.swap import by_chance, evenly, swaps
 from innerloop.measure.swap import sentences as swap_sentences
-from innerloop.methods import Codi, Cot, Lotus, Method, Pause, Slr
+from innerloop.methods import Cot, Lotus, Method, Pause, Slr
 from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
 from tests.built import LATENTS, QUESTION, ROOM, TASK, THIRD, built, digit_examples
-from tests.fields import make
-from tests.test_controls import ALONE, METHODS, PLAIN
+from tests.fields import change
+from tests.test_controls import METHODS, PLAIN, REFEED
 
-FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, loop={"residual": "sum", "rescale": "none", "time": "none"})
+FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, loop=PLAIN | {"residual": "sum"})
 
 
 def test_the_answer_is_found_in_latent_3_by_a_probe():
@@ -66,9 +66,7 @@ def test_what_would_be_followed_by_chance_is_told():
 
 
 def test_a_swap_in_the_middle_of_the_loop_is_undone_where_the_question_is_read_again():
-    again, examples = built(
-        Slr(n_slots=2, max_loops=3, loop={"residual": "sum", "rescale": "none", "time": "none"}), LATENTS
-    )
+    again, examples = built(Slr(n_slots=2, max_loops=3, loop=PLAIN | {"residual": "sum"}), LATENTS)
     by_loop = {swap.loop: swap.follows for swap in swaps(Subject(again, TASK, examples)) if swap.latents == "all"}
     assert set(by_loop) == {None, 1, 2} and by_loop[None] == 1.0 and by_loop[1] < 1.0
 
@@ -83,14 +81,11 @@ def test_latents_that_are_followed_are_found_whatever_the_method(name: str):
     assert all(swap.keeps == 1.0 for swap in swaps(Subject(model, TASK, examples)))
 
 
-def test_append_methods_are_probed_latent_by_latent():
-    model, examples = built(make(Codi, n_latents_total=3, **{"loop.rescale": "none"}, **ALONE), LATENTS, n=60)
+def test_latents_are_probed_where_they_are_written_and_in_the_pass_that_the_answer_sees():
+    model, examples = built(METHODS["codi"], LATENTS, n=60)
     found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     assert {(probe.loop, probe.latent) for probe in found} == {(0, 0), (1, 1), (2, 2), (3, 3)}
     assert best(found)[0].accuracy == 1.0
-
-
-def test_pauses_are_probed_in_the_pass_that_the_answer_sees():
     model, examples = built(Pause(n_pauses=2), ROOM, n=60)
     found = probes(Subject(model, TASK, examples[40:]), examples[:40])
     by_loop = {probe.loop: probe for probe in found if probe.step == "answer"}
@@ -117,7 +112,7 @@ def test_the_same_seed_gives_the_same_report():
 
 
 def test_progress_is_told():
-    model, examples = built(make(Slr, n_slots=2, max_loops=1, **PLAIN), LATENTS, n=24)
+    model, examples = built(change(REFEED, max_loops=1), LATENTS, n=24)
     planned, done = [], []
     probes(Subject(model, TASK, examples[12:], planned=planned.append, progress=done.append), examples[:12])
     assert planned == [sum(done)] == [8]
@@ -132,12 +127,6 @@ def test_what_has_no_latents_is_refused(method: Method):
         swaps(Subject(model, TASK, examples))
     with pytest.raises(InputError, match="no latents to probe"):
         probes(Subject(model, TASK, examples[12:]), examples[:12])
-
-
-def test_too_few_examples_are_refused():
-    model, examples = built(FOUR, THIRD, n=12)
-    with pytest.raises(InputError, match="10 examples with steps to learn from"):
-        probes(Subject(model, TASK, examples[5:]), examples[:5])
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
@@ -165,6 +154,8 @@ def test_examples_without_a_step_are_left_out_of_its_probe():
     mixed = [Example(e.question, e.steps if i % 2 else (), e.answer, e.id) for i, e in enumerate(examples)]
     n = {probe.step: probe.n for probe in probes(Subject(model, TASK, mixed[50:]), mixed[:50])}
     assert n == {0: 20, "answer": 40}
+    with pytest.raises(InputError, match="10 examples with steps to learn from"):
+        probes(Subject(model, TASK, examples[5:12]), examples[:5])
 
 
 def test_many_latents_are_thinned_evenly():

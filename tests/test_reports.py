@@ -24,15 +24,8 @@ def test_everything_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureF
     assert evaluated(SMALL, tmp_path, *flags) == 0
     files = {name: json.loads((tmp_path / "out" / name).read_text()) for name in ("controls.json", "stability.json")}
     found, shaky = files["controls.json"], files["stability.json"]
-    assert [entry["control"] for entry in found["controls"]] == [
-        "shuffled",
-        "zeroed",
-        "mean",
-        "noise",
-        "frozen",
-        "hidden",
-        "question_hidden",
-    ]
+    edits = ["shuffled", "zeroed", "mean", "noise", "frozen", "hidden", "question_hidden"]
+    assert [entry["control"] for entry in found["controls"]] == edits
     for report in (found, shaky):
         assert (report["method"], report["task"], report["split"], report["n"]) == ("slr", "chain", "test", 12)
     assert found["verdict"]["kind"] == "undecided" and [point["loops"] for point in found["loops"]] == [0, 1, 2, 3, 4]
@@ -103,8 +96,5 @@ def test_what_is_too_long_is_not_counted(flag: str, message: str, tmp_path: Path
 
 def test_plain_evaluation_writes_answers_and_their_parts_alone(tmp_path: Path):
     assert evaluated(SMALL, tmp_path) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "parts.json",
-        "predictions.jsonl",
-        "result.json",
-    ]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["parts.json", "predictions.jsonl", "result.json"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.config.loop import LoopSettings
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.measure.loop_dynamics import spectral_radius, watch_loop
@@ -22,7 +21,7 @@ from tests.models import chain_examples, tiny_model
 from tests.test_controls import METHODS
 
 D = 4
-TAU = torch.ones(())
+TAU, LOOP = torch.ones(()), FullLoop()
 
 
 def rotation(angle: float, scale: float) -> Tensor:
@@ -32,13 +31,11 @@ def rotation(angle: float, scale: float) -> Tensor:
     return scale * torch.block_diag(plane, plane)
 
 
-def watched(
-    matrix: Tensor, n_loops: int | list[int] = 4, rows: int = 3, settings: LoopSettings | None = None, **options
-):
-    """Watch a loop whose f is a linear map, from random states of two positions."""
-    loop = InnerLoop(settings or FullLoop(), D, 4, TAU)
-    start = torch.randn(rows, 2, D, generator=torch.Generator().manual_seed(1))
-    return watch_loop(lambda: (iterate(loop, lambda x, t: x @ matrix.T, start, n_loops), None), loop, **options)[0]
+def watched(matrix: Tensor, n_loops: int | list[int] = 4, rows: int = 3, f=None, settings=LOOP, **options):
+    """Watch a loop whose f is a linear map, if no other, from random states of two positions."""
+    loop, start = InnerLoop(settings, D, 4, TAU), torch.randn(rows, 2, D, generator=torch.Generator().manual_seed(1))
+    f = f or (lambda x, t: x @ matrix.T)
+    return watch_loop(lambda: (iterate(loop, f, start, n_loops), None), loop, **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -96,26 +93,22 @@ def test_rows_that_have_ended_have_no_value():
 
 
 def test_kl_of_read_outs():
-    weights = torch.eye(D)
-    same = watched(torch.eye(D), read_out=lambda u: u @ weights)
+    same = watched(torch.eye(D), read_out=lambda u: u)
     assert "kl" not in same[0] and same[1]["kl"].abs().max() < 1e-6
     p, q = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.full((D,), 0.25)
-    loop, outputs = InnerLoop(FullLoop(), D, 2, TAU), {1: q.log(), 2: p.log()}
-    run = lambda: (iterate(loop, lambda x, t: outputs[t].expand_as(x), torch.zeros(1, 2, D) + 1.0, 2), None)  # noqa: E731
-    kl = watch_loop(run, loop, read_out=lambda u: u, radius=False)[0][1]["kl"]
-    assert_close(kl, (p * (p / q).log()).sum()[None])
+    outputs = {1: q.log(), 2: p.log()}
+    found = watched(torch.eye(D), 2, 1, f=lambda x, t: outputs[t].expand_as(x), read_out=lambda u: u, radius=False)
+    assert_close(found[1]["kl"], (p * (p / q).log()).sum()[None])
 
 
 def test_padding_has_no_say():
-    loop = InnerLoop(FullLoop(), D, 3, TAU)
-    start = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(1))
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
-    matrix = 0.7 * torch.eye(D)
+    start, mask = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(1)), torch.tensor([[1, 1, 0]] * 2)
 
     def values(state: Tensor, mask: Tensor | None) -> list[dict[str, Tensor]]:
-        return watch_loop(lambda: (iterate(loop, lambda x, t: x @ matrix, state, 3), mask), loop, radius=False)[0]
+        loop = InnerLoop(LOOP, D, 3, TAU)
+        return watch_loop(lambda: (iterate(loop, lambda x, t: 0.7 * x, state, 3), mask), loop, radius=False)[0]
 
-    for padded, plain in zip(values(start, mask), values(start[:, :2], None)):
+    for padded, plain in zip(values(start, mask), values(start[:, :2], None), strict=True):
         for name in ("change", "size", "drift", "cosine"):
             assert_close(padded[name], plain[name])
 
@@ -140,9 +133,8 @@ def test_identical_examples_have_collapsed_and_different_ones_have_not():
 
 
 def test_a_loop_in_words():
-    still = tiny_model(
-        Slr(n_slots=2, max_loops=2, loop={"residual": "A", "alpha": 0.01, "rescale": "none", "time": "none"})
-    )
+    loop = {"residual": "A", "alpha": 0.01, "rescale": "none", "time": "none"}
+    still = tiny_model(Slr(n_slots=2, max_loops=2, loop=loop))
     text = " ".join(stability(still, chain_examples(3), n_jacobians=1).sentences())
     assert "The loop comes to rest" in text and "The last loop shrinks small differences" in text
     measures = {"change": Spread.of(torch.ones(3)), "radius": Spread.of(2 * torch.ones(3))}
@@ -153,19 +145,10 @@ def test_a_loop_in_words():
     assert Stability().sentences() == [] and Spread.of(torch.tensor([math.nan])) is None
 
 
-MEASURED = (
-    "slots, kv_last",
-    "slots, a token for the time",
-    "last",
-    "append",
-    "lotus",
-    "lotus, refeed",
-    "pccot",
-    "spiralthinker",
-)
+MEASURED = ["slots, kv_last", "slots, a token for the time", "last", "append", "lotus", "lotus, refeed", "pccot"]
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", [*MEASURED, "spiralthinker"])
 def test_every_method_can_be_measured(name: str):
     model = tiny_model(METHODS[name], num_hidden_layers=1)
     method, examples = model.method, list(chain_examples(5))
@@ -177,32 +160,29 @@ def test_every_method_can_be_measured(name: str):
         for measure in ("change", "cosine", "drift", "size", "radius", "growth"):
             assert entry[measure]["low"] <= entry[measure]["median"] <= entry[measure]["high"], measure
         assert (entry["kl"] is None) == (entry["step_cosine"] is None) == (entry["loop"] == 1)
-    assert not model.training and model.loop.edit is None
+    assert not model.training and not model.loop.hooks
 
 
 def test_the_report_does_not_depend_on_the_batches():
     model = tiny_model(Slr(n_slots=2, max_loops=2), num_hidden_layers=1)
     whole, parts = (stability(model, chain_examples(5), size, n_jacobians=2) for size in (5, 2))
-    for a, b in zip(whole.loops, parts.loops):
-        for name in a.measures:
-            if a.measures[name] is not None:
-                assert dataclasses.astuple(a.measures[name]) == pytest.approx(
-                    dataclasses.astuple(b.measures[name]), rel=2e-2
-                )
+    for a, b in zip(whole.loops, parts.loops, strict=True):
+        for one, other in zip(a.measures.values(), b.measures.values(), strict=True):
+            assert one is None or dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=2e-2)
         assert (a.spread, a.centre) == pytest.approx((b.spread, b.centre), rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "message"),
     [
-        Cot(),
-        Pause(),
-        Coconut(curriculum={"max_stage": 1}, latents_per_step=1),
-        Slr(max_loops=3, fixed_point={"solver": "plain"}, loop={"time": "none"}),
+        (Cot(), "no loop over latents"),
+        (Pause(), "no loop over latents"),
+        (Coconut(curriculum={"max_stage": 1}, latents_per_step=1), "no loop over latents"),  # one latent
+        (Slr(max_loops=3, fixed_point={"solver": "plain"}, loop={"time": "none"}), "solver"),
     ],
 )
-def test_what_has_no_loop_is_refused(method):
-    with pytest.raises(InputError, match=r"no loop over latents|solver"):
+def test_what_has_no_loop_is_refused(method, message):
+    with pytest.raises(InputError, match=message):
         stability(tiny_model(method), chain_examples(2))
 
 

@@ -6,7 +6,7 @@ import torch
 from innerloop.loop.stabilize import Rescale, Residual, TimeEmbedding, rms
 from tests.close import assert_close
 
-KINDS = ("none", "sum", "A", "B")
+TAU = torch.tensor(0.25)
 
 
 def states(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -16,27 +16,16 @@ def states(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
 NEW, FIRST, PREVIOUS = states(0), states(1), states(2)
 
 
-def residual(new, first, previous, kind: str, alpha: float, loop: int = 1, **fields) -> torch.Tensor:
-    return mixer(kind, alpha, **fields)(new, first, previous, loop)
+def residual(new, first, previous, kind: str, alpha: float) -> torch.Tensor:
+    return Residual(kind, alpha, "fixed", "scalar", "softmax", 8, 3)(new, first, previous, 1)
 
 
-def mixer(kind: str, alpha: float = 0.7, **fields) -> Residual:
-    choices = {
-        "loop.alpha_learn": "fixed",
-        "loop.gate_shape": "scalar",
-        "loop.gate_kind": "softmax",
-        "width": 8,
-        "max_loops": 3,
-    }
-    return Residual(kind, alpha, **(choices | fields))
+def rescale(output, kind: str = "rms") -> torch.Tensor:
+    return Rescale(kind, output.shape[-1], TAU)(output)
 
 
-def rescale(output, kind: str, tau: torch.Tensor) -> torch.Tensor:
-    return Rescale(kind, output.shape[-1], tau)(output)
-
-
-def time_embedding(max_loops: int, kind: str = "lookup", inject: str = "add", **options) -> TimeEmbedding:
-    return TimeEmbedding(kind, inject, max_loops, 8, **options)
+def time_embedding(max_loops: int) -> TimeEmbedding:
+    return TimeEmbedding("lookup", "add", max_loops, 8)
 
 
 # Residuals
@@ -47,87 +36,59 @@ def test_residuals_are_their_formulas():
     assert torch.equal(residual(NEW, FIRST, PREVIOUS, "sum", 0.7), NEW + FIRST)
     assert_close(residual(NEW, FIRST, PREVIOUS, "A", 0.7), 0.7 * NEW + 0.3 * FIRST)
     assert_close(residual(NEW, FIRST, PREVIOUS, "B", 0.7), 0.7 * NEW + 0.3 * PREVIOUS)
+    assert_close(residual(NEW, FIRST, PREVIOUS, "sum", 0.5) / 2, residual(NEW, FIRST, PREVIOUS, "A", 0.5))
+    for alpha in (0.0, 0.3, 0.7, 1.0):  # in the first iteration
+        assert torch.equal(residual(NEW, FIRST, FIRST, "A", alpha), residual(NEW, FIRST, FIRST, "B", alpha))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
-def test_a_equals_b_in_the_first_iteration(alpha):
-    assert torch.equal(residual(NEW, FIRST, FIRST, "A", alpha), residual(NEW, FIRST, FIRST, "B", alpha))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_and_b_with_alpha_one_are_no_residual(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float64])
+def test_residuals_keep_the_type_and_are_exact_at_the_ends_of_alpha(dtype):
     new, first, previous = (x.to(dtype) for x in (NEW, FIRST, PREVIOUS))
-    for kind in ("A", "B"):
-        assert torch.equal(residual(new, first, previous, kind, 1.0), new)
-
-
-def test_alpha_zero_keeps_the_state_it_mixes_with():
-    assert torch.equal(residual(NEW, FIRST, PREVIOUS, "A", 0.0), FIRST)
-    assert torch.equal(residual(NEW, FIRST, PREVIOUS, "B", 0.0), PREVIOUS)
-
-
-def test_half_the_sum_is_a_with_alpha_one_half():
-    half = residual(NEW, FIRST, PREVIOUS, "sum", 0.5) / 2
-    assert_close(half, residual(NEW, FIRST, PREVIOUS, "A", 0.5))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_residuals_keep_the_type(kind, dtype):
-    assert residual(NEW.to(dtype), FIRST.to(dtype), PREVIOUS.to(dtype), kind, 0.7).dtype == dtype
+    for kind, old in (("none", None), ("sum", None), ("A", first), ("B", previous)):
+        assert residual(new, first, previous, kind, 0.7).dtype == dtype
+        if old is not None:
+            assert torch.equal(residual(new, first, previous, kind, 1.0), new)
+            assert torch.equal(residual(new, first, previous, kind, 0.0), old)
 
 
 # Rescaling
 
 
-def test_rms_is_the_root_mean_square():
+def test_rms_is_the_root_mean_square_in_fp32():
     assert rms(torch.tensor([[3.0, 4.0]])).tolist() == [[pytest.approx(12.5**0.5)]]
     assert rms(NEW).shape == (2, 3, 1)
-
-
-def test_rms_of_half_precision_states_does_not_overflow():
     large = torch.full((1, 8), 3e4, dtype=torch.float16)  # its square is beyond float16
-    assert rms(large).dtype == torch.float32
-    assert rms(large).item() == pytest.approx(3e4, rel=1e-3)
+    assert rms(large).dtype == torch.float32 and rms(large).item() == pytest.approx(3e4, rel=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_rescale_gives_every_position_the_rms_tau(scale):
-    tau = torch.tensor(0.25)
-    rescaled = rescale(NEW * scale, "rms", tau)
+    rescaled = rescale(NEW * scale)
     assert_close(rms(rescaled), torch.full((2, 3, 1), 0.25))
     assert_close(rescaled / rescaled.norm(dim=-1, keepdim=True), NEW / NEW.norm(dim=-1, keepdim=True))
+    assert rescale(NEW, "none") is NEW
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_rescale_computes_in_fp32_and_keeps_the_type(dtype, error):
     large = (NEW * 1e4).to(dtype)  # squares beyond float16
-    rescaled = rescale(large, "rms", torch.tensor(0.25))
+    rescaled = rescale(large)
     assert rescaled.dtype == dtype
-    assert_close(rescaled.float(), rescale(large.float(), "rms", torch.tensor(0.25)), error)
-
-
-def test_rescale_none_is_the_identity():
-    assert rescale(NEW, "none", torch.tensor(0.25)) is NEW
+    assert_close(rescaled.float(), rescale(large.float()), error)
 
 
 def test_rescale_leaves_zeros_at_zero_with_a_finite_gradient():
     zeros = torch.zeros(1, 2, 8, requires_grad=True)
-    rescaled = rescale(zeros, "rms", torch.tensor(0.25))
+    rescaled = rescale(zeros)
     rescaled.sum().backward()
     assert torch.equal(rescaled, torch.zeros(1, 2, 8))
     assert torch.isfinite(zeros.grad).all()
 
 
 def test_the_gradient_of_rescale_is_right():
-    x = states(3, 2, 5, dtype=torch.float64).requires_grad_()
-
-    def exact(x):
-        return x * 0.25 / x.pow(2).mean(-1, keepdim=True).sqrt()
-
-    weight = states(4, 2, 5, dtype=torch.float64)
-    (ours,) = torch.autograd.grad((rescale(x, "rms", torch.tensor(0.25)) * weight).sum(), x)
-    (expected,) = torch.autograd.grad((exact(x) * weight).sum(), x)
+    x, weight = states(3, 2, 5, dtype=torch.float64).requires_grad_(), states(4, 2, 5, dtype=torch.float64)
+    exact = x * 0.25 / x.pow(2).mean(-1, keepdim=True).sqrt()
+    (ours,), (expected,) = (torch.autograd.grad((one * weight).sum(), x) for one in (rescale(x), exact))
     assert_close(ours, expected)
     assert (ours * x).sum(-1).abs().max() < 1e-6  # the scale of the input does not matter
 
@@ -135,14 +96,10 @@ def test_the_gradient_of_rescale_is_right():
 # The timestep embedding
 
 
-def test_a_new_time_embedding_adds_nothing():
-    time = time_embedding(4)
-    for loop in range(1, 7):
-        assert torch.equal(time(NEW, loop), NEW)
-
-
 def test_the_time_embedding_of_an_iteration_is_its_row_and_past_the_table_the_last():
     time = time_embedding(3)
+    assert all(torch.equal(time(NEW, loop), NEW) for loop in range(1, 7))  # a new one adds nothing
+    assert time(NEW.bfloat16(), 1).dtype == torch.bfloat16
     with torch.no_grad():
         time.table.copy_(torch.arange(3.0)[:, None].expand(3, 8) + 1)
     added = [(time(NEW, loop) - NEW).mean().item() for loop in range(1, 6)]
@@ -153,7 +110,3 @@ def test_only_the_row_of_the_iteration_is_trained():
     time = time_embedding(3)
     time(NEW, 2).sum().backward()
     assert time.table.grad.abs().sum(1).tolist() == [0.0, 8 * 6.0, 0.0]
-
-
-def test_the_time_embedding_keeps_the_type_of_the_states():
-    assert time_embedding(2)(NEW.bfloat16(), 1).dtype == torch.bfloat16

@@ -29,10 +29,8 @@ RUNS = 2000
 
 def rows(n: int, both: int, first: int, second: int) -> tuple[list[bool], list[bool]]:
     """Return who has which rows right: so many both, only the first, only the second, and the rest nobody."""
-    none = n - both - first - second
-    return [True] * (both + first) + [False] * (second + none), [True] * both + [False] * first + [True] * second + [
-        False
-    ] * none
+    none = [False] * (n - both - first - second)
+    return [True] * (both + first) + [False] * second + none, [True] * both + [False] * first + [True] * second + none
 
 
 def test_mcnemar_by_hand():
@@ -60,13 +58,11 @@ def test_the_bootstrap_agrees_with_the_normal_interval_where_there_are_many_rows
     d, share = (first - second) / n, (first + second) / n
     half = 1.96 * math.sqrt((share - d * d) / n)
     assert paired_bootstrap(first, second, n) == pytest.approx((d - half, d + half), abs=1e-3)
-
-
-def test_an_interval_has_width_where_all_rows_agree():
-    low, high = paired_bootstrap(0, 0, 100)
+    low, high = paired_bootstrap(0, 0, 100)  # it has width where all rows agree
     assert -0.05 < low < 0 < high < 0.05
     low, high = paired_bootstrap(100, 0, 100)
     assert 0.9 < low < 1 and high == 1.0
+    assert paired_bootstrap(9, 4, 80, seed=3) == paired_bootstrap(9, 4, 80, seed=3)
 
 
 def test_the_verdict_is_a_sentence():
@@ -90,35 +86,27 @@ def test_what_cannot_be_told_apart_is_said_to_be_so():
     assert verdict([], []).told_apart is False
 
 
-def test_the_same_seed_gives_the_same_interval():
-    assert paired_bootstrap(9, 4, 80, seed=3) == paired_bootstrap(9, 4, 80, seed=3)
-
-
 def write(path: Path, answers: dict[str, bool]) -> Path:
     path.write_text("".join(json.dumps({"id": key, "correct": value}) + "\n" for key, value in answers.items()))
     return path
 
 
-def test_files_are_matched_by_id(tmp_path: Path):
+def test_files_are_matched_by_id_and_those_of_other_examples_refused(tmp_path: Path):
     a = write(tmp_path / "a.jsonl", {"x": True, "y": False, "z": True})
     b = write(tmp_path / "b.jsonl", {"z": False, "x": True, "y": True})
     assert aligned(a, b) == ([True, False, True], [True, True, False])
     assert verdict_of_files(a, b).n_discordant == (1, 1)
-
-
-def test_files_of_other_examples_are_refused(tmp_path: Path):
-    a = write(tmp_path / "a.jsonl", {"x": True, "y": False, "z": True})
-    b = write(tmp_path / "b.jsonl", {"x": False, "w": True})
-    with pytest.raises(InputError, match="2 of 3 are only in the first and 1 of 2 only in the second, such as 'y'"):
-        aligned(a, b)
-    (tmp_path / "c.jsonl").write_text('{"id": 1, "correct": true}\n{"id": 1, "correct": false}\n')
-    with pytest.raises(InputError, match="more than once"):
-        aligned(a, tmp_path / "c.jsonl")
-    (tmp_path / "d.jsonl").write_text("no json\n")
-    with pytest.raises(InputError, match=r"no predictions\.jsonl"):
-        aligned(a, tmp_path / "d.jsonl")
-    with pytest.raises(InputError, match="cannot read"):
-        aligned(a, tmp_path / "none.jsonl")
+    (tmp_path / "twice.jsonl").write_text('{"id": 1, "correct": true}\n{"id": 1, "correct": false}\n')
+    (tmp_path / "other.jsonl").write_text("no json\n")
+    apart = "2 of 3 are only in the first and 1 of 2 only in the second, such as 'y'"
+    for path, message in (
+        (write(tmp_path / "c.jsonl", {"x": False, "w": True}), apart),
+        (tmp_path / "twice.jsonl", "more than once"),
+        (tmp_path / "other.jsonl", r"no predictions\.jsonl"),
+        (tmp_path / "none.jsonl", "cannot read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            aligned(a, path)
     with pytest.raises(InputError, match="same rows"):
         verdict([True], [])
 

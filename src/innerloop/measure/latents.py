@@ -158,7 +158,7 @@ def unseen(model: LatentModel, stage: int | None = None) -> str | None:
     if method.stop.rule != "none" and method.plan.answer_context == "kv_last" and method.plan.scope != "append":
         return (
             "the answer sees the last iteration, and which that is, is known only once it is over: "
-            "set stop to none to see what replacing its latents does."
+            "set stop.rule to none to see what replacing its latents does."
         )
     return None
 
