@@ -123,19 +123,6 @@ def test_exactly_k_tokens_are_chosen_in_each_row_and_of_equal_scores_the_first(t
         ]
 
 
-def test_packed_tokens_keep_their_order_their_positions_and_their_places():
-    states, real = torch.randn(3, 8, 2), torch.tensor([[0] * 2 + [1] * 6, [1] * 8, [1] * 8]).bool()
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    chosen = torch.tensor([[1, 1, 0, 1, 1, 0, 0, 1], [0, 1] * 4, [0] * 8]).bool()
-    packed = Tokens(states, positions, real).pick(chosen)
-    assert packed.rows_R.tolist() == [0, 1]
-    assert [row[keep].tolist() for row, keep in zip(packed.columns_RN, packed.real)] == [[3, 4, 7], [1, 3, 5, 7]]
-    assert [row[keep].tolist() for row, keep in zip(packed.positions_RN, packed.real)] == [[1, 2, 5], [1, 3, 5, 7]]
-    put = packed.put(states, -packed.states_RND)
-    is_in = chosen & real
-    assert torch.equal(put[is_in], -states[is_in]) and torch.equal(put[~is_in], states[~is_in])
-
-
 @by_arch
 def test_tokens_that_are_not_chosen_are_left_alone_bit_for_bit(arch):
     model = routed(dataclasses.replace(TOP_K, routed_layers=(3,)), arch)
