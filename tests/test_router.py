@@ -71,6 +71,12 @@ def test_gates_and_their_slopes():
     assert torch.equal(gate_of(r, "scaled_sigmoid", 0.1), 0.1 * r.sigmoid())
     assert torch.equal(gate_of(r, "sigmoid", 0.1), r.sigmoid())
     x, y = torch.randn(1, 2, 3).double(), torch.randn(1, 2, 3).double()
+    g = torch.rand(1, 2).double()
+    weighted = g[..., None] * y
+    kept = {"delta": (x + g[..., None] * (y - x), y), "full": (x + weighted, x + y), "replace": (weighted, y)}
+    for target, (value, whole) in kept.items():
+        assert torch.equal(mixed(x, y, g, target), value)
+        assert torch.equal(mixed(x, y, g, target, straight=True), whole)  # as with g = 1
     slopes = {}
     for straight in (False, True):
         out = mixed(x, y, gate_of(r, "st" if straight else "sigmoid")[None], "delta", straight)

@@ -3,6 +3,8 @@
 Also what the tests of both share: one pass of a model over token ids, token by token or at once.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,13 @@ def scattered(model: LatentModel, scale: float = 1.0) -> LatentModel:
         if any(part in name for part in ("router", "predictor")):
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def on_same(model: LatentModel, **fields) -> LatentModel:
+    """Put other settings on the weights of a model."""
+    twin = LatentModel(model.backbone, model.tokenizer, dataclasses.replace(model.method, **fields))
+    twin.depth.load_state_dict(model.depth.state_dict())
+    return twin.eval()
 
 
 def opened(model: LatentModel, n_rows: int = 1, meter: Meter | None = None) -> Context:

@@ -17,8 +17,8 @@ from innerloop.train.recipe import parse_recipe
 from innerloop.train.run import run_recipe
 from innerloop.train.trainer import LatentTrainer
 from innerloop.train.training_arguments import training_arguments
-from tests.methods.reference_routing import opened, scattered, some_ids
-from tests.methods.tools import MIXED, assert_close, gradients
+from tests.methods.reference_routing import displaces, leak, on_same, opened, read, scattered, some_ids
+from tests.methods.tools import MIXED, QUESTIONS, ROUNDED, assert_close, by_arch, gradients
 from tests.models import chain_examples, tiny_model
 
 EXAMPLES = list(chain_examples(8))
@@ -235,6 +235,45 @@ def test_a_static_capacity_is_a_share_of_the_columns(method):
         depths_BL = one_pass(training(dataclasses.replace(method, capacity_base=base)), mask).depths_BL
         found[base] = ((depths_BL == depths_BL.amax()) & mask.bool()).sum(1).tolist()
     assert found == {"valid": [2, 5], "static": [4, 5]}  # there are no more than 4 in the first row
+
+
+TOP_K = {"mod": Mod(capacity=0.4, gate="sigmoid", routing_mode="topk"), "mor": Mor(routing_mode="topk")}
+CAUSAL = {name: dataclasses.replace(method, routing_mode="causal") for name, method in TOP_K.items()}
+CHOOSING = {**{f"{name} topk": method for name, method in TOP_K.items()}, **CAUSAL}
+CHOOSING["mor token"] = Mor(routing="token")
+
+
+@by_arch
+@pytest.mark.parametrize("method", CHOOSING.values(), ids=CHOOSING)
+def test_a_batch_is_its_rows_whatever_the_padding(arch, method):
+    model, ids = training(method, arch).eval(), some_ids(1, 7, seed=8)
+    for example, logits in zip(MIXED, model.answer_logits(MIXED)):
+        assert_close(logits, model.answer_logits([example])[0], ROUNDED)
+    for left, right in ((3, 0), (0, 3), (2, 1)):
+        padded = nn.functional.pad(ids, (left, right), value=5)
+        mask = torch.tensor([[0] * left + [1] * 7 + [0] * right])
+        assert_close(read(model, padded, mask)[0][:, left : left + 7], read(model, ids)[0], ROUNDED)
+    for question, one in zip(QUESTIONS[:3], model.generate(QUESTIONS[:3], max_new_tokens=5)):
+        if method.routing_mode == "causal":
+            (other,) = model.generate([question], max_new_tokens=5)
+            assert (one.text, one.depths, one.cost.flops) == (other.text, other.depths, other.cost.flops)
+
+
+@by_arch
+@pytest.mark.parametrize("name", TOP_K)
+def test_choosing_by_top_k_leaks_the_future_and_choosing_causally_does_not(arch, name):
+    fields = {"routed_layers": (1,)} if name == "mod" else {}
+    model, ids = training(dataclasses.replace(TOP_K[name], **fields), arch).eval(), some_ids(1, 12, seed=4)
+    causal = on_same(model, routing_mode="causal")
+    share, most = leak(model, ids)
+    assert share > 0.1 and most > 1e-2  # measured: a tenth and more of the tokens would be scored otherwise
+    for one in (causal,) if name == "mod" else (causal, on_same(causal, kv="recursive_sharing")):
+        share, most = leak(one, ids)
+        assert share == 0.0 and most <= ROUNDED
+    assert leak(training(CHOOSING["mor token"], arch).eval(), ids)[0] == 0.0
+    for one in (model, causal):
+        early, router = read(one, ids)[2].depths_BL[:, :-1], one.depth.routers[int(name == "mor")]
+        assert displaces(one, ids, router.weight, early) == (one is model)
 
 
 def test_settings_that_do_not_fit_the_model_are_refused():
