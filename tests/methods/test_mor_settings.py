@@ -66,15 +66,16 @@ def test_a_bias_chooses_and_does_not_weigh_and_a_constant_one_does_nothing():
     logits, _, deep = read(model, IDS)
     model.depth.bias += 0.25
     assert torch.equal(read(model, IDS)[0], logits)
-    shares = []
+    chose = []
     for bias in (0.0, 10.0):
         model.depth.bias.copy_(torch.tensor([0.0, bias, 0.0]))
         tokens = Tokens(model.backbone.embed(IDS), torch.arange(IDS.shape[1])[None])
         one = TokenChoicePass(model.depth, PassInput(tokens, model.depth.empty_cache()), Notes())
         one.choose(tokens.states_RND, 1)
-        shares.append(one.shares_BL[deep.depths_BL == 2])
-    assert (read(model, IDS)[2].depths_BL == 2).all() and 0 < shares[0].numel() < IDS.numel()
-    assert torch.equal(*shares)  # g = P_2 is what it was, whatever the bias
+        chose.append((one.wanted_BL == 2, one.shares_BL))
+    assert (read(model, IDS)[2].depths_BL == 2).all() and not (deep.depths_BL == 2).all()
+    ((is_in, shares), (_, biased)) = chose
+    assert is_in.any() and torch.equal(shares[is_in], biased[is_in])  # g = P_2 is what it was, whatever the bias
 
 
 def test_squared_scores_are_a_term_where_they_have_a_weight():
