@@ -25,48 +25,39 @@ def empty_slot(layers: range, n_rows: int) -> Slot:
     return DepthCache().slot("any", layers, torch.zeros(n_rows, 1, dtype=torch.long))
 
 
+def bits(*rows: str) -> torch.Tensor:
+    return torch.tensor([[bit == "1" for bit in row] for row in rows])
+
+
 # Packing
 
 
 def test_picked_tokens_are_packed_in_order_and_put_back_where_they_were():
-    tokens = some_tokens()
-    chosen = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0]]).bool()
+    tokens, chosen = some_tokens(), bits("010010", "000000", "110100")
     picked = tokens.pick(chosen)
     assert picked.rows_R.tolist() == [0, 2]  # a row without any is left out
     assert picked.positions_RN.masked_fill(~picked.real_RN, -1).tolist() == [[1, 4, -1], [0, 1, 3]]
     assert torch.equal(picked.states_RND[1], tokens.states_RND[2, [0, 1, 3]])
     whole = torch.zeros(3, 6, WIDTH)
     assert torch.equal(picked.put(whole, picked.states_RND), tokens.states_RND * chosen[..., None])
-    assert torch.equal(
-        picked.take(tokens.positions_RN).masked_fill(~picked.real_RN, 0), torch.tensor([[1, 4, 0], [0, 1, 3]])
-    )
+    assert picked.take(tokens.positions_RN).masked_fill(~picked.real_RN, 0).tolist() == [[1, 4, 0], [0, 1, 3]]
 
 
 def test_picking_among_the_picked_speaks_of_the_same_pass():
     tokens = some_tokens()
-    picked = tokens.pick(torch.tensor([[0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0]]).bool())
-    again = picked.pick(torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 1]]).bool())
-    assert (
-        again.rows_R.tolist() == [0, 2] and again.positions_RN[0, 0] == 5 and again.positions_RN[1].tolist() == [0, 3]
-    )
+    again = tokens.pick(bits("010011", "100000", "110100")).pick(bits("001", "000", "101"))
+    assert again.rows_R.tolist() == [0, 2]
+    assert again.positions_RN[0, 0] == 5 and again.positions_RN[1].tolist() == [0, 3]
     assert again.flat_index(6)[[0, 2, 3]].tolist() == [5, 12, 15]
     whole = again.put(tokens.states_RND, torch.full_like(again.states_RND, 7.0))
-    changed = (whole != tokens.states_RND).any(-1)
-    assert torch.nonzero(changed).tolist() == [[0, 5], [2, 0], [2, 3]]
+    assert torch.nonzero((whole != tokens.states_RND).any(-1)).tolist() == [[0, 5], [2, 0], [2, 3]]
 
 
-def test_choosing_all_packs_nothing_and_choosing_none_leaves_nothing():
-    tokens = some_tokens()
-    assert tokens.pick(torch.ones(3, 6).bool()) is tokens
-    assert tokens.pick(torch.zeros(3, 6).bool()) is None
-    padded = Tokens(tokens.states_RND, tokens.positions_RN, torch.tensor([[0, 1, 1, 1, 1, 1]] * 3).bool())
-    assert padded.pick(torch.ones(3, 6).bool()) is padded  # padding cannot be chosen
-    assert padded.pick(torch.tensor([[1, 0, 0, 0, 0, 0]] * 3).bool()) is None
-
-
-def test_putting_back_leaves_padding_as_it_was():
-    tokens = some_tokens()
-    padded = Tokens(tokens.states_RND, tokens.positions_RN, torch.tensor([[0, 0, 1, 1, 1, 1]] * 3).bool())
+def test_choosing_all_packs_nothing_choosing_none_leaves_nothing_and_padding_cannot_be_chosen():
+    tokens, all_of, none = some_tokens(), bits(*["111111"] * 3), bits(*["000000"] * 3)
+    assert tokens.pick(all_of) is tokens and tokens.pick(none) is None
+    padded = Tokens(tokens.states_RND, tokens.positions_RN, bits(*["001111"] * 3))
+    assert padded.pick(all_of) is padded and padded.pick(bits(*["100000"] * 3)) is None
     whole = padded.put(torch.full((3, 6, WIDTH), 3.0), tokens.states_RND)
     assert (whole[:, :2] == 3.0).all() and torch.equal(whole[:, 2:], tokens.states_RND[:, 2:])
 
@@ -84,7 +75,7 @@ def slowly(backbone: Backbone, layers: range, states: torch.Tensor, positions: l
 def test_some_tokens_run_alone_as_if_the_others_were_not_there(arch: str):
     backbone, layers = tiny_backbone(arch), range(1, 3)
     tokens = some_tokens(3, 9)
-    chosen = torch.tensor([[0, 1, 0, 1, 1, 0, 0, 1, 1], [0] * 9, [1, 1, 0, 0, 0, 0, 0, 0, 1]]).bool()
+    chosen = bits("010110011", "000000000", "110000001")
     slot = empty_slot(layers, 3)
     picked = tokens.pick(chosen)
     out = picked.put(tokens.states_RND, read_layers(backbone, picked, slot))
@@ -100,7 +91,7 @@ def test_some_tokens_run_alone_as_if_the_others_were_not_there(arch: str):
 def test_reading_on_equals_reading_at_once(arch: str):
     backbone, layers = tiny_backbone(arch), range(2)
     tokens = some_tokens(2, 8)
-    chosen = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0, 1, 0]]).bool()
+    chosen = bits("10110111", "01100010")
     slot, at_once = empty_slot(layers, 2), empty_slot(layers, 2)
     whole = tokens.pick(chosen)
     expected = whole.put(torch.zeros_like(tokens.states_RND), read_layers(backbone, whole, at_once))
@@ -192,7 +183,7 @@ def test_work_is_counted_for_the_tokens_that_ran_and_the_rows_that_count():
     meter = Meter(4, torch.device("cpu"))
     counted = torch.tensor([True, True, False])
     spending = Spending(meter, torch.tensor([3, 1, 0]), counted)
-    chosen = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]]).bool()
+    chosen = bits("010110", "000001", "110100")
     slot = empty_slot(layers, 3)
     read_layers(backbone, some_tokens().pick(chosen), slot, spending=spending)
     assert meter.layer_positions.tolist() == [0, 2 * 1, 0, 2 * 3]
@@ -207,7 +198,7 @@ def test_work_is_counted_for_the_tokens_that_ran_and_the_rows_that_count():
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_tokens_as_rows_of_the_loop_are_the_tokens_side_by_side(is_padded: bool):
     model = tiny_model(Looped(max_loops=3))
-    real = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]).bool() if is_padded else None
+    real = bits("011111", "111111", "000111") if is_padded else None
     whole = some_tokens()
     tokens = Tokens(whole.states_RND, whole.positions_RN, real)
     depth: DepthForward = model.depth

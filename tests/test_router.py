@@ -22,18 +22,17 @@ from innerloop.methods.depth.router import (
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
 
 
-def test_top_k_takes_the_highest_scores_among_the_allowed():
-    scores = torch.tensor([[9.0, 9.0, 1.0, 4.0, 2.0, 3.0], [5.0, 0.0, 4.0, 1.0, 3.0, 2.0]])
-    chosen = top_k(scores, REAL, torch.tensor([2, 3]))
-    assert chosen.tolist() == [[False] * 3 + [True, False, True], [True, False, True, False, True, False]]
-
-
-def test_of_equal_scores_the_earlier_token_wins_so_that_there_are_exactly_k():
-    scores = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 2.0, 0.0, 2.0]])
-    assert top_k(scores, REAL, torch.tensor([3, 2])).tolist() == [
-        [False, False, True, True, True, False],
-        [False, True, False, True, False, False],
-    ]
+@pytest.mark.parametrize(
+    ("scores", "k", "chosen"),
+    [
+        ([[9, 9, 1, 4, 2, 3], [5, 0, 4, 1, 3, 2]], [2, 3], [[3, 5], [0, 2, 4]]),
+        ([[1, 1, 0, 0, 0, 0], [0, 2, 0, 2, 0, 2]], [3, 2], [[2, 3, 4], [1, 3]]),
+    ],
+    ids=["unlike", "ties"],
+)
+def test_top_k_takes_the_highest_scores_among_the_allowed_and_of_equal_ones_the_earlier(scores, k, chosen):
+    found = top_k(torch.tensor(scores).float(), REAL, torch.tensor(k))
+    assert [row.nonzero()[:, 0].tolist() for row in found] == chosen
 
 
 def test_top_k_of_many_ties_is_exact_and_more_than_there_are_is_all():
@@ -48,16 +47,11 @@ def test_top_k_of_many_ties_is_exact_and_more_than_there_are_is_all():
         assert not len(left) or scored[row].min() >= left.max()
 
 
-@pytest.mark.parametrize(
-    ("share", "n", "up", "down"),
-    [(0.125, 16, 2, 2), (0.125, 17, 3, 2), (0.1, 30, 3, 3), (2 / 3, 9, 6, 6), (1 / 3, 9, 3, 3), (0.01, 5, 1, 1)],
-)
-def test_a_share_is_a_whole_number_of_tokens_at_least_one(share: float, n: int, up: int, down: int):
-    lengths = torch.tensor([n])
-    assert (share_of(lengths, share, "up").item(), share_of(lengths, share, "down").item()) == (up, down)
-
-
-def test_a_capacity_is_a_share_of_a_rows_tokens_or_of_the_columns():
+def test_a_share_is_a_whole_number_of_tokens_at_least_one_of_a_rows_own_or_of_the_columns():
+    for share, n, up, down in (
+        (0.125, 16, 2, 2), (0.125, 17, 3, 2), (0.1, 30, 3, 3), (2 / 3, 9, 6, 6), (1 / 3, 9, 3, 3), (0.01, 5, 1, 1),
+    ):  # fmt: skip
+        assert [share_of(torch.tensor([n]), share, way).item() for way in ("up", "down")] == [up, down]
     assert tokens_in(REAL, "valid").tolist() == [4, 6]
     assert tokens_in(REAL, "static").tolist() == [6, 6]
 
@@ -77,6 +71,12 @@ def test_gates_and_their_slopes():
     assert torch.equal(gate_of(r, "scaled_sigmoid", 0.1), 0.1 * r.sigmoid())
     assert torch.equal(gate_of(r, "sigmoid", 0.1), r.sigmoid())
     x, y = torch.randn(1, 2, 3).double(), torch.randn(1, 2, 3).double()
+    g = torch.rand(1, 2).double()
+    weighted = g[..., None] * y
+    kept = {"delta": (x + g[..., None] * (y - x), y), "full": (x + weighted, x + y), "replace": (weighted, y)}
+    for target, (value, whole) in kept.items():
+        assert torch.equal(mixed(x, y, g, target), value)
+        assert torch.equal(mixed(x, y, g, target, straight=True), whole)  # as with g = 1
     slopes = {}
     for straight in (False, True):
         out = mixed(x, y, gate_of(r, "st" if straight else "sigmoid")[None], "delta", straight)

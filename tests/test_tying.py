@@ -79,23 +79,22 @@ def test_layers_that_attend_unlike_are_not_tied():
     check_kinds(tiny_backbone("llama"), [[0, 1], [2]])
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "phi3"])
-def test_fused_matrices_are_taken_apart(arch):
+@pytest.mark.parametrize(
+    ("arch", "attention", "heads"),
+    [("gpt2", "attn.c_attn", [32, 32, 32]), ("phi3", "self_attn.qkv_proj", [32, 16, 16])],  # phi3 shares its keys
+)
+def test_fused_matrices_are_taken_apart(arch, attention, heads):
     backbone = tiny_backbone("gpt2") if arch == "gpt2" else other("phi3", Cot()).backbone
-    found = backbone.matrices(0)
-    attention = ["attn.c_attn"] if arch == "gpt2" else ["self_attn.qkv_proj"]
-    parts = [found[f"{attention[0]}.{part}"] for part in "qkv"]
-    module = parts[0].module
-    whole = module.weight.T if arch == "gpt2" else module.weight
-    assert torch.equal(torch.cat([part.weight for part in parts]), whole)
-    heads = {"gpt2": [32, 32, 32], "phi3": [32, 16, 16]}[arch]  # phi3 shares keys and values between two heads
+    found, layer = backbone.matrices(0), backbone.layers[0]
+    parts = [found[f"{attention}.{part}"] for part in "qkv"]
+    whole = parts[0].module.weight
+    assert torch.equal(torch.cat([part.weight for part in parts]), whole.T if arch == "gpt2" else whole)
     assert [part.weight.shape for part in parts] == [(n, 32) for n in heads]
     if arch == "phi3":
-        gate, up = (found[f"mlp.gate_up_proj.{part}"].weight for part in ("gate", "up"))
-        assert torch.equal(torch.cat([gate, up]), backbone.layers[0].mlp.gate_up_proj.weight)
-    assert sum(m.weight.numel() for m in found.values()) == sum(
-        p.numel() for p in backbone.layers[0].parameters() if p.ndim == 2
-    )
+        halves = [found[f"mlp.gate_up_proj.{part}"].weight for part in ("gate", "up")]
+        assert torch.equal(torch.cat(halves), layer.mlp.gate_up_proj.weight)
+    n_weights = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    assert sum(m.weight.numel() for m in found.values()) == n_weights
 
 
 @pytest.mark.parametrize("arch", OTHERS)

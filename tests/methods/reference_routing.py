@@ -3,6 +3,8 @@
 Also what the tests of both share: one pass of a model over token ids, token by token or at once.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,22 @@ def some_ids(n_rows: int, length: int, seed: int = 0) -> Tensor:
 
 
 IDS = some_ids(1, LENGTH, seed=3)
+
+
+def scattered(model: LatentModel, scale: float = 1.0) -> LatentModel:
+    """Draw routers, and what chooses in their stead, so that they tell tokens apart."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.depth.named_parameters():
+        if any(part in name for part in ("router", "predictor")):
+            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def on_same(model: LatentModel, **fields) -> LatentModel:
+    """Put other settings on the weights of a model."""
+    twin = LatentModel(model.backbone, model.tokenizer, dataclasses.replace(model.method, **fields))
+    twin.depth.load_state_dict(model.depth.state_dict())
+    return twin.eval()
 
 
 def opened(model: LatentModel, n_rows: int = 1, meter: Meter | None = None) -> Context:
@@ -152,7 +170,7 @@ def dense_mor(model: LatentModel, ids: Tensor, sees_later: bool = False) -> tupl
     if method.is_middle:
         state = masked_layer(model, state, 0, everyone)
     start, among, chosen, inputs = state, everyone, [], {}
-    shares = (state @ depth.routers[0].weight.T / method.temperature).softmax(-1)
+    shares = (state @ depth.routers[0].weight.T).softmax(-1)
     for r, layers in enumerate(method.recursions(backbone.n_layers)):
         if method.routing == "token":
             depths = shares.argmax(-1)
@@ -160,7 +178,7 @@ def dense_mor(model: LatentModel, ids: Tensor, sees_later: bool = False) -> tupl
             g = gate_value(method, torch.ones(1), 1.0) if method.gate == "st" else shares.amax(-1)
             g = g * (method.alpha or 1.0)
         else:
-            score = (state @ depth.routers[r].weight[0]) / method.temperature
+            score = state @ depth.routers[r].weight[0]
             before = 1.0 if r == 0 else method.shares[r - 1]
             if sees_later:
                 k = max(1, int(method.shares[r] * n + 1e-9))

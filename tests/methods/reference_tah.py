@@ -18,10 +18,7 @@ from innerloop.passes.depth_run import DepthRun
 Pair = tuple[int, int]  # token, depth
 
 
-def sees(query: Pair, key: Pair, attention: str) -> bool:
-    """The rule: j <= i, and k <= d; or k = 1; or k = d."""
-    (i, d), (j, k) = query, key
-    return j <= i and {"duo": k <= d, "depth1_only": k == 1, "same_depth": k == d}[attention]
+ATTENTION = {"duo": lambda k, d: k <= d, "depth1_only": lambda k, d: k == 1, "same_depth": lambda k, d: k == d}
 
 
 @contextmanager
@@ -61,7 +58,8 @@ def slow_logits(model: LatentModel, ids: Sequence[int], depths: Sequence[int]) -
                     words = [backbone.embed(torch.tensor([[int(v)]]))[0, 0] for v in top.indices]
                     embeds.append(sum(share * word for share, word in zip(shares, words)))
                     pairs.append((i, depth))
-        mask = [[0.0 if sees(q, k, method.depth_attention) else -torch.inf for k in pairs] for q in pairs]
+        sees = ATTENTION[method.depth_attention]
+        mask = [[0.0 if j <= i and sees(k, d) else -torch.inf for j, k in pairs] for i, d in pairs]
         positions = torch.tensor([[i for i, _ in pairs]])
         with lora_at(model, pairs):
             states = backbone(
@@ -72,12 +70,6 @@ def slow_logits(model: LatentModel, ids: Sequence[int], depths: Sequence[int]) -
             if d == depth:
                 shown[i] = logits[column] + (shown[i] if depth > 1 and method.residual_logits else 0)
     return torch.stack([shown[i] for i in range(len(ids))])
-
-
-@torch.no_grad()
-def slow(model: LatentModel, ids: Sequence[int], depths: Sequence[int]) -> Tensor:
-    """Return them without gradient."""
-    return slow_logits(model, ids, depths)
 
 
 @torch.no_grad()

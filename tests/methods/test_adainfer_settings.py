@@ -1,6 +1,5 @@
 """AdaInfer's options: every one does something, what cannot be is refused, and training, saving and fitting work."""
 
-import copy
 import math
 
 import pytest
@@ -12,12 +11,9 @@ from innerloop.calibrate.calibrate import calibrate
 from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.config.stopping import ExitClassifierKind
-from innerloop.methods import METHODS
-from innerloop.methods.depth.exits import exit_losses
-from innerloop.model.stopping import use_rule
 from innerloop.tasks import Chain
 from tests.close import assert_close
-from tests.fields import make
+from tests.methods.test_adainfer import read, written_depths
 from tests.methods.tools import MIXED, QUESTIONS, assert_same_gradients, by_arch, change, gradients
 from tests.models import saved, tiny_model
 
@@ -33,15 +29,7 @@ def model_of(method, arch: str = "llama", seed: int = 0) -> LatentModel:
 
 def layers_of(model: LatentModel) -> list[int]:
     """Return after which layers the tokens that write have left."""
-    batch = model.batch(model.rows(MIXED))
-    with torch.no_grad():
-        thought = model.think(batch)
-        model.written_logits(batch, thought)
-    return thought.deep[-1].depths_BL.flatten()[batch.predict_at_U].tolist()
-
-
-def test_adainfer_is_a_method_of_the_depth_family():
-    assert METHODS["adainfer"] is AdaInfer and AdaInfer.family == "depth"
+    return written_depths(*read(model, MIXED)[:2])
 
 
 def test_by_default_tokens_may_leave_from_a_quarter_of_the_depth_on():
@@ -50,59 +38,28 @@ def test_by_default_tokens_may_leave_from_a_quarter_of_the_depth_on():
     assert [layers.stop for layers in twelve.depth.sections] == [*range(3, 13)]
 
 
-SETTINGS = [
-    {"layers": (3,)},
-    {"stop.rule": "gap"},
-    {"stop.threshold": 0.4},
-    {"stop.min_loops": 2},
-    {"stop.patience": 2},
-    {"stop.check_every": 2},
-    {"stop.decay": 2},
-    {"n_candidates": 2},
-]
-
-
-@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"layers": (3,)}, {"n_candidates": 2}, {"stop.rule": "gap"}]
+    + [{f"stop.{name}": n} for name, n in (("threshold", 0.4), ("min_loops", 2), ("patience", 2), ("check_every", 2))]
+    + [{"stop.decay": 2}],
+    ids=str,
+)
 def test_every_setting_of_leaving_changes_where_tokens_leave(fields):
     assert layers_of(model_of(LEAVES)) != layers_of(model_of(change(LEAVES, **fields)))
 
 
 def test_the_policy_changes_no_exit_but_what_later_tokens_see():
-    lazy, full, passed = (
-        model_of(change(LEAVES, kv_missing=p)) for p in ("lazy_backfill", "full_compute", "propagate")
-    )
+    policies = ("lazy_backfill", "full_compute", "propagate")
+    lazy, full, passed = (model_of(change(LEAVES, kv_missing=policy)) for policy in policies)
     assert layers_of(lazy) == layers_of(full)
-    for a, b, c in zip(*(m.answer_logits(MIXED) for m in (lazy, full, passed))):
-        assert_close(a, b)
-        error = (a - c).abs().max().item()
-        assert error < 20  # approximate: its error is measured by what the words become
-    assert max((a - c).abs().max() for a, c in zip(lazy.answer_logits(MIXED), passed.answer_logits(MIXED))) > 1e-2
-
-
-REFUSED = [
-    ({"layers": (3, 2)}, "ascending"),
-    ({"layers": (2, 2)}, "ascending"),
-    ({"layers": (0, 2)}, "counted from 1"),
-    ({"stop.rule": "gap", "n_candidates": 1}, "at least 2"),
-    ({"n_candidates": 4}, "set a stop score"),
-    ({"kv_missing": "propagate"}, "set a stop score"),
-    ({"stop.rule": "kl", "stop.site": "answer"}, "for latents"),
-    ({"stop.rule": "delta", "stop.agg": "max"}, "for latents"),
-    ({"stop.rule": "act"}, "for latents"),
-    ({"exits.gate": "distribution"}, "set stop to halt"),
-    ({"kv_missing": "keep"}, "choose one of"),
-    ({"exits.weight": -1.0}, "cannot be negative"),
-]
-
-
-@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=str)
-def test_settings_that_go_together_badly_are_refused(fields, message):
-    with pytest.raises(InputError, match=message):
-        make(AdaInfer, **fields)
+    exact, same, approximate = (torch.cat(model.answer_logits(MIXED)) for model in (lazy, full, passed))
+    assert_close(exact, same)
+    assert 1e-2 < (exact - approximate).abs().max() < 20  # its error is measured by what the words become
 
 
 def test_exits_that_the_model_does_not_have_are_refused():
-    with pytest.raises(InputError, match="choose exits from 1 to 5"):
+    with pytest.raises(InputError, match="choose layers from 1 to 5"):
         model_of(AdaInfer(layers=(2, 6)))
     with pytest.raises(InputError, match="begin exits at 2"):
         model_of(AdaInfer(layers=(1, 3), stop={"rule": "classifier", "features": ("gap", "mlp")}))
@@ -113,32 +70,23 @@ def test_exits_that_the_model_does_not_have_are_refused():
 # Fewer words
 
 
-def test_candidates_spare_the_head_and_say_the_same_where_they_are_all_words():
-    model = model_of(LEAVES)
-    n_words = model.backbone.config.vocab_size
-    assert layers_of(model) == layers_of(model_of(change(LEAVES, n_candidates=n_words)))
+def test_candidates_spare_the_head_and_are_the_likeliest_words_of_the_first_exit():
+    n_words = model_of(LEAVES).backbone.config.vocab_size
+    assert layers_of(model_of(LEAVES)) == layers_of(model_of(change(LEAVES, n_candidates=n_words)))
     never = change(LEAVES, stop={"threshold": math.inf})
     every, few = (model_of(change(never, n_candidates=n)) for n in (0, 4))
     costs = [m.generate(QUESTIONS[:1], max_new_tokens=1)[0].cost.flops for m in (every, few)]
-    width = model.backbone.width
-    assert costs[0] - costs[1] == pytest.approx(2 * 2 * width * (n_words - 4))  # two of the three looks
-    (written, plain) = (m.generate(QUESTIONS, max_new_tokens=4) for m in (few, model_of(Cot())))
+    assert costs[0] - costs[1] == pytest.approx(2 * 2 * every.backbone.width * (n_words - 4))  # 2 of the 3 looks
+    written, plain = (m.generate(QUESTIONS, max_new_tokens=4) for m in (few, model_of(Cot())))
     assert [g.text for g in written] == [g.text for g in plain]
-
-
-def test_candidates_are_the_likeliest_words_of_the_first_exit():
-    few = model_of(change(LEAVES, stop={"threshold": math.inf}, n_candidates=4))
-    use_rule(few, stop="top_prob", stop_threshold=math.inf)
-    seen, backbone = scan_loop(few, MIXED[:1]), few.backbone
-    batch = few.batch(few.rows(MIXED[:1]))
+    seen, backbone, batch = scan_loop(few, MIXED[:1]), few.backbone, few.batch(few.rows(MIXED[:1]))
     first, state = None, backbone.embed(batch.ids_BS)
     for t, layers in enumerate(few.depth.sections):
         with torch.no_grad():
             state = backbone(state, layers=layers)
             logits = backbone.head(backbone.norm(state))[0, batch.predict_at_U]
         first = logits.topk(4, dim=-1).indices if first is None else first
-        expected = logits.gather(1, first).softmax(-1).amax(1)
-        assert_close(seen.scores_TM[t], expected)
+        assert_close(seen.scores_TM[t], logits.gather(1, first).softmax(-1).amax(1))
         assert torch.equal(seen.tops_TM[t], logits.argmax(1))
 
 
@@ -154,38 +102,24 @@ def test_training_leaves_nowhere_and_learns_as_the_plain_model(arch):
 
 
 @by_arch
-@pytest.mark.parametrize(("schedule", "kd"), [("equal", 0.0), ("linear", 0.5)])
-def test_earlier_exits_learn_to_speak(schedule, kd, arch):
-    method = AdaInfer(layers=EXITS, exits={"weight": 0.7, "schedule": schedule, "kd": kd})
-    model = model_of(method, arch).train()
+@pytest.mark.parametrize("schedule", ["equal", "linear"])
+def test_earlier_exits_learn_to_speak(schedule, arch):
+    model = model_of(AdaInfer(layers=EXITS, exits={"weight": 0.7, "schedule": schedule}), arch).train()
     out, batch = model.loss(MIXED), model.batch(model.rows(MIXED))
-    backbone, state, logits = model.backbone, model.backbone.embed(batch.ids_BS), []
+    backbone, state, losses = model.backbone, model.backbone.embed(batch.ids_BS), []
+    at = (batch.mask_BS.cumsum(1) - 1).clamp(min=0)
     for layers in model.depth.sections:
-        state = backbone(
-            state, mask=batch.mask_BS, positions_BL=(batch.mask_BS.cumsum(1) - 1).clamp(min=0), layers=layers
-        )
-        logits.append(backbone.head(backbone.norm(state)).flatten(0, 1)[batch.predict_at_U])
-    last = logits[-1].detach().log_softmax(-1) if kd else None
+        state = backbone(state, mask=batch.mask_BS, positions_BL=at, layers=layers)
+        logits = backbone.head(backbone.norm(state)).flatten(0, 1)[batch.predict_at_U]
+        losses.append(cross_entropy(logits, batch.targets_U).item())
     shares = [1.0] * 3 if schedule == "equal" else [1 / 4, 2 / 4, 3 / 4]
-    expected = sum(w * exit_losses(one, batch.targets_U, last, kd).sum() for w, one in zip(shares, logits)) / len(
-        batch.targets_U
-    )
-    assert out.terms["exits"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert out.terms["answer"].item() == pytest.approx(cross_entropy(logits[-1], batch.targets_U).item(), rel=1e-5)
-    assert out.loss.item() == pytest.approx(out.terms["answer"].item() + 0.7 * out.terms["exits"].item(), rel=1e-5)
-    kept = copy.deepcopy(model)
-    kept.activation_checkpointing_enable()
-    left, right = (gradients(m, m.loss(MIXED).loss) for m in (model, kept))
-    assert_same_gradients(left, right)
-
-
-def test_a_gate_learns_at_the_exits_and_alone_if_asked():
-    for gate, others in (("distribution", True), ("improvement", False)):
-        model = model_of(AdaInfer(layers=EXITS, stop={"rule": "halt"}, exits={"gate": gate})).train()
-        grads = gradients(model, model.loss(MIXED).loss)
-        assert grads["loop.stop.gate.weight"].abs().max() > 1e-5
-        assert any(p.requires_grad for p in model.backbone.parameters()) == others
-        assert (max(g.abs().max() for name, g in grads.items() if name.startswith("backbone")) > 0) == others
+    expected = sum(share * loss for share, loss in zip(shares, losses))
+    assert out.terms["exits"].item() == pytest.approx(expected, rel=1e-5)
+    assert out.terms["answer"].item() == pytest.approx(losses[-1], rel=1e-5)
+    assert out.loss.item() == pytest.approx(losses[-1] + 0.7 * expected, rel=1e-5)
+    plain = gradients(model, model.loss(MIXED).loss)
+    model.activation_checkpointing_enable()
+    assert_same_gradients(gradients(model, model.loss(MIXED).loss), plain)
 
 
 @pytest.mark.slow
@@ -210,48 +144,41 @@ def test_exits_that_have_learned_to_speak_spare_layers_without_a_loss(tmp_path):
 # Fitting, saving
 
 
+def fitted(agreement: float, n: int = 2, **options) -> tuple[LatentModel, dict]:
+    """Return a model whose classifier is fitted, and the report on it."""
+    model = model_of(AdaInfer(layers=EXITS))
+    settings = CalibrationSettings(agreement=agreement, min_rows=5, max_new_tokens=n)
+    return model, calibrate(model, TASK, TASK.examples("valid"), "classifier", settings, **options).report
+
+
 @pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("kind", ExitClassifierKind.__args__)
 def test_a_fitted_classifier_is_saved_and_loaded_and_decides_alike(kind, per_step, tmp_path):
-    options = {"stop.classifier": kind, "stop.per_step": per_step, "stop.features": ("gap", "top", "mlp", "block")}
-    model = model_of(AdaInfer(layers=EXITS))
-    settings = CalibrationSettings(agreement=0.6, min_rows=5, max_new_tokens=3)
-    calibrate(model, TASK, TASK.examples("valid"), "classifier", settings, **options)
-    left = layers_of(model)
+    model, _ = fitted(0.6, 3, classifier=kind, per_step=per_step, features=("gap", "top", "mlp", "block"))
+    left, run = layers_of(model), saved(model, tmp_path / "run")
     assert len(set(left)) > 1
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), device="cpu")
+    loaded = LatentModel.from_pretrained(run, device="cpu")
     assert loaded.method == model.method and layers_of(loaded) == left
-    shifted = LatentModel.from_pretrained(tmp_path / "run", change(model.method, stop={"threshold": 0.1}), device="cpu")
-    assert all(a >= b for a, b in zip(layers_of(shifted), left)) and layers_of(shifted) != left
-    lazy = LatentModel.from_pretrained(tmp_path / "run", change(model.method, kv_missing="full_compute"), device="cpu")
-    assert layers_of(lazy) == left
-
-
-def test_a_classifier_of_other_features_must_be_fitted_anew(tmp_path):
-    model = model_of(AdaInfer(layers=EXITS))
-    settings = CalibrationSettings(agreement=0.5, min_rows=5, max_new_tokens=2)
-    calibrate(model, TASK, TASK.examples("valid"), "classifier", settings)
-    saved(model, tmp_path / "run")
-    other = LatentModel.from_pretrained(
-        tmp_path / "run", change(model.method, stop={"features": ("gap",)}), device="cpu"
+    shifted, lazy, other = (
+        LatentModel.from_pretrained(run, change(model.method, **fields), device="cpu")
+        for fields in ({"stop.threshold": 0.1}, {"kv_missing": "full_compute"}, {"stop.features": ("gap",)})
     )
-    with pytest.raises(InputError, match="calibrate the model first"):
+    assert all(a >= b for a, b in zip(layers_of(shifted), left)) and layers_of(shifted) != left
+    assert layers_of(lazy) == left
+    with pytest.raises(InputError, match="calibrate the model first"):  # it was fitted to other features
         other.answer_logits(MIXED)
 
 
-def test_agreement_on_the_tokens_that_chose_the_thresholds_is_as_asked():
-    model = model_of(AdaInfer(layers=EXITS))
-    for target in (0.5, 0.8):
-        examples = TASK.examples("valid")
-        settings = CalibrationSettings(agreement=target, min_rows=5, max_new_tokens=2)
-        found = calibrate(model, TASK, examples, "classifier", settings)
-        tokens = found.report["tokens"]
-        assert tokens["agreement"] >= target and tokens["agreement_ci95"][0] <= tokens["agreement"]
-        assert tokens["mean_iterations"] < len(EXITS) + 1
-        seen = scan_loop(model, examples[len(examples) // 2 :])
-        stops = seen.stops_at(model.method, 0.0)
-        same = seen.agrees_TM.gather(0, stops[None] - 1).double().mean().item()
-        assert same == pytest.approx(tokens["agreement"]) and len(stops) == tokens["n"]
+@pytest.mark.parametrize("target", [0.5, 0.8])
+def test_agreement_on_the_tokens_that_chose_the_thresholds_is_as_asked(target):
+    model, report = fitted(target)
+    tokens, examples = report["tokens"], TASK.examples("valid")
+    assert tokens["agreement"] >= target and tokens["agreement_ci95"][0] <= tokens["agreement"]
+    assert tokens["mean_iterations"] < len(EXITS) + 1
+    seen = scan_loop(model, examples[len(examples) // 2 :])
+    stops = seen.stops_at(model.method.stop, 0.0)
+    same = seen.agrees_TM.gather(0, stops[None] - 1).double().mean().item()
+    assert same == pytest.approx(tokens["agreement"]) and len(stops) == tokens["n"]
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma2"])

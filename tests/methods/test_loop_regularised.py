@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from innerloop import Cot, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, LoopRegularised
+from innerloop import Cot, InputError, LatentModel, LatentTrainer, LoopRegularised
 from innerloop.methods.depth.loop_regularised import likeness
 from innerloop.methods.depth.tying import rebuild
+from innerloop.train.training_arguments import training_arguments
 from tests.close import assert_close
 from tests.fields import make
-from tests.methods.test_looped import NO_DROPOUT, assert_same, texts
+from tests.methods.test_every_depth_method import NO_DROPOUT
+from tests.methods.test_looped import assert_same
 from tests.methods.tools import MIXED, by_arch, gradients
-from tests.models import chain_examples, saved, tiny_model
-
-PLAIN = {"num_hidden_layers": 4}
+from tests.models import chain_examples, tiny_model
 
 
 def regularised(arch: str = "llama", n_layers: int = 4, **fields) -> LatentModel:
@@ -29,44 +29,35 @@ def matrices(n: int = 6, width: int = 128, seed: int = 0) -> list[torch.Tensor]:
 # R_G
 
 
-def test_the_sum_is_the_cards():
-    for n, k in [(6, 2), (6, 3), (8, 4), (4, 1)]:
-        weights = matrices(n, 16)
-        terms = [
-            cosine_similarity(weights[i * k + j].flatten(), weights[(i + 1) * k + j].flatten(), dim=0)
-            for i in range(n // k - 1)
-            for j in range(k)
-        ]
-        assert len(terms) == n - k
-        assert_close(likeness(weights, k), sum(terms) / (n - k))
+@pytest.mark.parametrize(("n", "k"), [(6, 2), (6, 3), (8, 4), (4, 1)])
+def test_the_sum_is_the_cards(n, k):
+    weights = matrices(n, 16)
+    pairs = [(i * k + j, (i + 1) * k + j) for i in range(n // k - 1) for j in range(k)]
+    terms = [cosine_similarity(weights[a].flatten(), weights[b].flatten(), dim=0) for a, b in pairs]
+    assert len(terms) == n - k
+    assert_close(likeness(weights, k), sum(terms) / (n - k))
 
 
-def test_layers_alike_have_likeness_one_and_blocks_copied_too():
+def test_likeness_is_one_of_copies_minus_one_of_turned_signs_and_nothing_of_random_matrices():
     one, two, three = matrices(3)
-    assert likeness([one] * 6, 2) == pytest.approx(1.0, rel=1e-5)
-    assert likeness([one, two, three] * 2, 3) == pytest.approx(1.0, rel=1e-5)
+    for weights, k, expected in (
+        ([one] * 6, 2, 1.0),
+        ([one, two, three] * 2, 3, 1.0),
+        ([one, two, -one, -two], 2, -1.0),
+        ([one, two, one, two, -one, -two], 2, 0.0),
+    ):
+        assert likeness(weights, k) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert likeness([one, two, three] * 2, 2) < 0.9
-
-
-def test_random_matrices_are_unlike_and_scale_does_not_matter():
     weights = matrices()
     assert abs(likeness(weights, 2)) < 0.05
     scaled = [weight * (i + 1) for i, weight in enumerate(weights)]
     assert abs(likeness(scaled, 2) - likeness(weights, 2)) < 1e-6
 
 
-def test_a_turned_sign_is_minus_one():
-    one, two = matrices(2)
-    assert likeness([one, two, -one, -two], 2) == pytest.approx(-1.0, rel=1e-5)
-    assert likeness([one, two, one, two, -one, -two], 2) == pytest.approx(0.0, abs=1e-6)
-
-
 def test_without_pairs_there_is_nothing_to_draw_together():
-    assert likeness(matrices(4), 4) == 1.0
-    weights = [weight.requires_grad_() for weight in matrices(3)]
-    assert_close(likeness(weights, 2), torch.tensor(1.0))  # layers after the last full block do not count
+    assert likeness(matrices(4), 4) == likeness(matrices(3), 2) == 1.0
     five = matrices(5, 16)
-    assert likeness(five, 2) == likeness(five[:4], 2)
+    assert likeness(five, 2) == likeness(five[:4], 2)  # layers after the last full block do not count
 
 
 def test_a_matrix_of_zeros_has_no_direction():
@@ -82,22 +73,24 @@ def test_a_matrix_of_zeros_has_no_direction():
 # As a method
 
 
+def plain_of(model: LatentModel) -> LatentModel:
+    return LatentModel(model.backbone, model.tokenizer, Cot()).eval()
+
+
 def test_it_is_the_plain_decoder(arch: str):
     model = tiny_model(LoopRegularised(block_size=1), arch)
-    plain = LatentModel(model.backbone, model.tokenizer, Cot()).eval()
+    plain = plain_of(model)
     assert_same(model, plain, exactly=True)
-    assert texts(model, 6) == texts(plain, 6)
-    ours, theirs = (m.generate([MIXED[0].question], max_new_tokens=2)[0].cost.flops for m in (model, plain))
-    assert ours == theirs
+    ours, theirs = (m.generate([MIXED[0].question], max_new_tokens=2)[0] for m in (model, plain))
+    assert (ours.text, ours.cost.flops) == (theirs.text, theirs.cost.flops)
 
 
 @by_arch
 def test_without_weight_training_is_bit_for_bit_that_of_the_plain_decoder(arch):
     model = regularised(arch, cosine_weight=0.0).train()
-    plain = LatentModel(model.backbone, model.tokenizer, Cot()).train()
-    ours, theirs = model.loss(MIXED), plain.loss(MIXED)
-    assert torch.equal(ours.loss, theirs.loss) and ours.terms.keys() == {"answer"}
-    left, right = gradients(model, ours.loss), gradients(plain, theirs.loss)
+    outs = model.loss(MIXED), plain_of(model).train().loss(MIXED)
+    assert torch.equal(outs[0].loss, outs[1].loss) and outs[0].terms.keys() == {"answer"}
+    left, right = (gradients(model, out.loss) for out in outs)
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 
@@ -112,11 +105,10 @@ def test_the_penalty_is_the_mean_over_kinds_of_matrix(arch):
     assert list(layers[0]) == kinds
     shares = [1 - likeness([layer[kind].weight for layer in layers], 2) for kind in kinds]
     expected = sum(shares) / len(kinds)
-    out, plain = model.loss(MIXED), LatentModel(model.backbone, model.tokenizer, Cot()).eval().loss(MIXED)
+    out, plain = model.loss(MIXED), plain_of(model).loss(MIXED)
     assert_close(out.terms["cosine"], expected.detach())
     assert_close(out.loss, plain.loss + 3.0 * expected)
-    one = model.loss(MIXED[:1])
-    assert_close(one.terms["cosine"], out.terms["cosine"])  # whatever the number of rows
+    assert_close(model.loss(MIXED[:1]).terms["cosine"], out.terms["cosine"])  # whatever the number of rows
 
 
 @by_arch
@@ -149,42 +141,14 @@ def test_copied_blocks_have_no_penalty(arch):
 def test_the_weight_grows_over_the_first_steps(tmp_path):
     model = regularised(cosine_weight=10.0, ramp_steps=4)
     full = model.loss(MIXED).terms["cosine"]
-    for step, share in [(0, 0.0), (1, 0.25), (4, 1.0), (9, 1.0)]:
-        model.depth.step = step
+    for model.depth.step, share in [(0, 0.0), (1, 0.25), (4, 1.0), (9, 1.0)]:
         assert_close(model.loss(MIXED).terms["cosine"], share * full)
-    args = LatentTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        logging_steps=1,
-        use_cpu=True,
-        batch_size=2,
-        gradient_accumulation_steps=2,
-    )
-    trainer = LatentTrainer(model, args, list(chain_examples(8)))
+    settings = {"max_steps": 3, "logging_steps": 1, "use_cpu": True, "batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = LatentTrainer(model, training_arguments(tmp_path, settings), list(chain_examples(8)))
     trainer.train()
     logged = [entry["loss_cosine"] for entry in trainer.state.log_history if "loss_cosine" in entry]
     assert logged[0] == 0.0 and logged[1] == pytest.approx(0.25 * full.item(), rel=1e-2)  # not once a micro-batch
     assert logged[2] > logged[1]
-
-
-def test_it_is_saved_and_loaded(tmp_path):
-    model = regularised()
-    again = LatentModel.from_pretrained(saved(model, tmp_path / "run"), device="cpu")
-    assert_same(again, model, exactly=True) and again.method == model.method
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"block_size": 0}, "block_size must be at least 1"),
-        ({"cosine_weight": -1.0}, "cannot be negative"),
-        ({"ramp_steps": -1}, "cannot be negative"),
-        ({"cosine_weight": 0.0, "ramp_steps": 3}, "set cosine_weight above 0, or ramp_steps to 0"),
-    ],
-)
-def test_impossible_settings_are_refused(fields, message):
-    with pytest.raises(InputError, match=message):
-        make(LoopRegularised, **fields)
 
 
 def test_blocks_larger_than_the_model_are_refused():

@@ -1,6 +1,5 @@
 """Ways out of the loop: losses at every exit, the learned gate, tokens that stop, shared keys and values."""
 
-import dataclasses
 import math
 
 import pytest
@@ -11,7 +10,9 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, kl_div
 from innerloop import LatentModel
 from innerloop.halting.learned import exit_distribution
 from innerloop.methods.depth.exits import distribution_loss, improvement_loss
+from innerloop.methods.depth.looped import LoopedExits, LoopedStop
 from tests.close import assert_close
+from tests.fields import change
 from tests.methods.test_looped import assert_same, gap, looped, texts
 from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, logits_of, with_token
 
@@ -20,7 +21,7 @@ GATED = {"max_loops": 3, "stop.rule": "halt"}
 
 def other(model: LatentModel, **fields) -> LatentModel:
     """Put other settings on the same weights."""
-    twin = LatentModel(model.backbone, model.tokenizer, dataclasses.replace(model.method, **fields))
+    twin = LatentModel(model.backbone, model.tokenizer, change(model.method, **fields))
     for name, part in twin.parts().items():
         part.load_state_dict(model.parts()[name].state_dict(), strict=False)
     return twin.eval()
@@ -34,66 +35,57 @@ def target_logits(model: LatentModel) -> tuple[Tensor, Tensor]:
 
 def at_each_exit(model: LatentModel) -> tuple[list[Tensor], Tensor]:
     """Return what models of 1, 2, ... loops say, and what they should."""
-    n = model.method.max_loops
-    plain = {"exits.weight": 0.0, "exits.kd": 0.0, "exits.schedule": "equal", "exits.gate": "none", "stop.rule": "none"}
-    said = [target_logits(other(model, **plain, max_loops=loops)) for loops in range(1, n + 1)]
+    plain = {"exits": LoopedExits(), "stop": LoopedStop()}
+    n_loops = range(1, model.method.max_loops + 1)
+    said = [target_logits(other(model, **plain, max_loops=loops)) for loops in n_loops]
     return [logits for logits, _ in said], said[0][1]
+
+
+def assert_learns(model: LatentModel, expected: Tensor) -> dict[str, Tensor]:
+    """Compare the loss in training, and its gradients, with what they should be; return the gradients."""
+    loss = model.train().loss(MIXED).loss
+    assert_close(loss, expected)
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    for name in ours:
+        assert_close(ours[name], theirs[name])
+    return ours
 
 
 # Losses at exits
 
 
 @pytest.mark.parametrize(
-    ("arch", "ends", "schedule"),
-    [
-        ("llama", {}, "equal"),
-        ("gpt2", {}, "linear"),
-        ("llama", {"n_prelude": 1, "n_coda": 1}, "linear"),
-        ("gpt2", {"n_prelude": 1, "n_coda": 1}, "equal"),
-        ("llama", {"loop.site": "post_norm"}, "equal"),
-    ],
+    ("arch", "n_ends", "schedule"),
+    [("llama", 0, "equal"), ("gpt2", 0, "linear"), ("llama", 1, "linear"), ("gpt2", 1, "equal")],
 )
-def test_every_exit_learns_as_the_model_that_ends_there(arch, ends, schedule):
-    model = looped(arch, max_loops=3, exit_weight=0.5, exit_schedule=schedule, **ends)
+def test_every_exit_learns_as_the_model_that_ends_there(arch, n_ends, schedule):
+    exits = {"exits.weight": 0.5, "exits.schedule": schedule}
+    model = looped(arch, max_loops=3, n_prelude=n_ends, n_coda=n_ends, **exits)
     said, targets = at_each_exit(model)
-    losses = [cross_entropy(logits, targets) for logits in said]
-    shares = [1.0, 1.0] if schedule == "equal" else [1 / 3, 2 / 3]
-    expected = sum(share * loss for share, loss in zip(shares, losses))
-    out = model.train().loss(MIXED)
-    assert_close(out.terms["exits"], expected)
-    assert_close(out.loss, losses[-1] + 0.5 * expected)
-    ours, theirs = gradients(model, out.loss), gradients(model, losses[-1] + 0.5 * expected)
-    for name in ours:
-        assert_close(ours[name], theirs[name])
+    first, second, last = (cross_entropy(logits, targets) for logits in said)
+    expected = first + second if schedule == "equal" else first / 3 + second * 2 / 3
+    assert_close(model.train().loss(MIXED).terms["exits"], expected)
+    assert_learns(model, last + 0.5 * expected)
     assert model.eval().loss(MIXED).terms.keys() == {"answer"}
 
 
 def test_exits_follow_the_last_whose_own_distribution_is_left_alone():
-    model = looped(max_loops=2, exit_weight=0.1, exit_kd=2.0)
+    model = looped(max_loops=2, **{"exits.weight": 0.1, "exits.kd": 2.0})
     (first, last), targets = at_each_exit(model)
     kept = kl_div(first.log_softmax(-1), last.detach().log_softmax(-1), reduction="batchmean", log_target=True)
-    expected = cross_entropy(last, targets) + 0.1 * (cross_entropy(first, targets) + 2.0 * kept)
-    ours = gradients(model, model.train().loss(MIXED).loss)
-    theirs = gradients(model, expected)
-    for name in ours:
-        assert_close(ours[name], theirs[name])
-    # The divergence alone moves the shared weights, though only through the first exit.
-    first = at_each_exit(model)[0][0].log_softmax(-1)
-    divergence = gradients(model, kl_div(first, last.detach().log_softmax(-1), reduction="sum", log_target=True))
-    assert max(grad.abs().max() for name, grad in divergence.items() if "layers" in name) > 0
+    assert_learns(model, cross_entropy(last, targets) + 0.1 * (cross_entropy(first, targets) + 2.0 * kept))
 
 
 # The gate's mathematics
 
 
 def test_the_distribution_over_exits_is_one():
-    logits = 5 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    p = exit_distribution(logits)
+    p = exit_distribution(5 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0)))
     assert (p >= 0).all()
     assert_close(p.sum(0), torch.ones(50))
-    never, first = torch.full((4, 1), -1e4), torch.tensor([[1e4], [0.0], [0.0], [0.0]])
-    assert_close(exit_distribution(never)[:, 0], torch.tensor([0.0, 0, 0, 1]))
-    assert_close(exit_distribution(first)[:, 0], torch.tensor([1.0, 0, 0, 0]))
+    for first, expected in ((-1e4, [0.0, 0, 0, 1]), (1e4, [1.0, 0, 0, 0])):
+        p = exit_distribution(torch.tensor([[first], [-1e4], [-1e4], [-1e4]]))
+        assert_close(p[:, 0], torch.tensor(expected))
 
 
 def test_the_expected_loss_is_that_of_all_outcomes_and_entropy_is_largest_where_exits_are_alike():
@@ -120,60 +112,47 @@ def test_an_iteration_is_worth_what_it_gains():
 
 @by_arch
 def test_the_gate_and_the_model_learn_the_loss_expected_over_exits(arch):
-    model = looped(arch, **GATED, gate="distribution", gate_beta=0.2)
+    model = looped(arch, **GATED, **{"exits.gate": "distribution", "exits.gate_beta": 0.2})
     said, targets = at_each_exit(model)
     losses = torch.stack([cross_entropy(logits, targets, reduction="none") for logits in said])
     batch = model.batch(model.rows(MIXED))
     rows, at = batch.predict_at_U // batch.ids_BS.shape[1], batch.predict_at_U % batch.ids_BS.shape[1]
-    states = [state_after(model, loops, batch)[rows, at] for loops in (1, 2, 3)]
-    rates = [torch.sigmoid(model.loop.stop.gate(state))[:, 0] for state in states]
+    rates = [torch.sigmoid(model.loop.stop.gate(state_after(model, t)[rows, at]))[:, 0] for t in (1, 2, 3)]
     p = torch.stack([rates[0], (1 - rates[0]) * rates[1], (1 - rates[0]) * (1 - rates[1])])
-    expected = ((p * losses).sum(0) + 0.2 * (math.log(3) + (p * p.log()).sum(0))).mean()
-    model.train()
-    loss = model.loss(MIXED).loss
-    assert_close(loss, expected)
-    ours, theirs = gradients(model, loss), gradients(model, expected)
-    for name in ours:
-        assert_close(ours[name], theirs[name])
-    assert ours["loop.stop.gate.weight"].abs().max() > 0
+    grads = assert_learns(model, ((p * losses).sum(0) + 0.2 * (math.log(3) + (p * p.log()).sum(0))).mean())
+    assert grads["loop.stop.gate.weight"].abs().max() > 0
 
 
-def state_after(model: LatentModel, loops: int, batch) -> Tensor:
+def state_after(model: LatentModel, loops: int) -> Tensor:
     """Return the block's state (B, L, D) after some loops, before the final norm."""
     seen = []
     handle = model.backbone.layers[-1].register_forward_hook(lambda module, args, out: seen.append(out))
-    model.think(batch)
-    target_logits(other(model, max_loops=loops, gate="none", stop="none"))
+    target_logits(other(model, max_loops=loops, exits=LoopedExits(), stop=LoopedStop()))
     handle.remove()
     return seen[-1] if isinstance(seen[-1], Tensor) else seen[-1][0]
 
 
 def test_the_second_stage_trains_the_gate_alone():
-    model = looped(**GATED, gate="improvement").train()
-    loss = model.loss(MIXED).loss
-    loss.backward()
-    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    model = looped(**GATED, **{"exits.gate": "improvement"}).train()
+    learned = {name for name, grad in gradients(model, model.loss(MIXED).loss).items() if grad.abs().max() > 0}
     assert learned == {"loop.stop.gate.weight", "loop.stop.gate.bias"}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
 
 
 # Tokens that stop
 
+by_missing = pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
+
 
 @by_arch
-@pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
+@by_missing
 def test_thresholds_at_both_ends_are_one_loop_and_all(arch, kv_missing):
     model = looped(arch, **GATED, kv_missing=kv_missing)
-    without = {"stop.rule": "none", "kv_missing": "share_step", "stop.threshold": None}
-    assert_same(other(model, stop_threshold=1.0), other(model, **without), exactly=True)
-    assert_same(other(model, stop_threshold=torch.inf), other(model, **without), exactly=True)
-    assert_same(other(model, stop_threshold=0.0), other(model, **without, max_loops=1), exactly=True)
-    with torch.no_grad():
-        model.loop.stop.gate.bias.fill_(1e4)  # lambda_1 = 1
-    assert_same(other(model, stop_threshold=0.9), other(model, **without, max_loops=1), exactly=True)
-    with torch.no_grad():
-        model.loop.stop.gate.bias.fill_(-1e4)
-    assert_same(other(model, stop_threshold=0.9), other(model, **without), exactly=True)
+    whole = other(model, stop=LoopedStop(), kv_missing="share_step")
+    for bias, threshold, n_loops in ((0, 1.0, 3), (0, torch.inf, 3), (0, 0.0, 1), (1e4, 0.9, 1), (-1e4, 0.9, 3)):
+        if bias:  # lambda_1 is 1 or 0
+            model.loop.stop.gate.bias.data.fill_(bias)
+        assert_same(other(model, stop={"threshold": threshold}), other(whole, max_loops=n_loops), exactly=True)
 
 
 def halting(arch: str, **fields) -> LatentModel:
@@ -205,15 +184,15 @@ def slowly(model: LatentModel, ids: list[int]) -> tuple[Tensor, list[int]]:
             state[shown] = out[0]
         h[going] = state[going]
         survival[going] *= 1 - gate(h[going])[:, 0].sigmoid()
-        going = going[1 - survival[going] < method.stop_threshold]
+        going = going[1 - survival[going] < method.stop.threshold]
     return backbone.head(backbone.norm(h)), depths.tolist()
 
 
 @by_arch
-@pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
+@by_missing
 def test_tokens_stop_one_by_one_as_the_card_says(arch, kv_missing):
-    model = halting(arch, kv_missing=kv_missing)
-    seen = set()
+    """Reading everything at once, and writing with a cache."""
+    model, seen = halting(arch, kv_missing=kv_missing), set()
     for example, logits in zip(MIXED, model.answer_logits(MIXED)):
         (row,) = model.rows([example])
         expected, depths = slowly(model, row.ids()[:-1])
@@ -224,62 +203,51 @@ def test_tokens_stop_one_by_one_as_the_card_says(arch, kv_missing):
         seen |= set(depths)
     assert seen == {1, 2, 3}
     assert gap(model, other(model, kv_missing="restrict" if kv_missing == "share_step" else "share_step")) > 1e-3
-
-
-@by_arch
-@pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
-def test_where_tokens_stop_writing_with_a_cache_is_reading_everything_anew(arch, kv_missing):
-    model = halting(arch, kv_missing=kv_missing)
-    generations = model.generate(QUESTIONS[:2], max_new_tokens=6)
-    for question, generation in zip(QUESTIONS, generations):
-        ids, depths = model.tokenizer.encode(question + "\n"), []
-        n_asked = len(ids)
-        for _ in range(6):
+    for question, generation in zip(QUESTIONS, model.generate(QUESTIONS[:2], max_new_tokens=6)):
+        ids = model.tokenizer.encode(question + "\n")
+        for token in generation.ids:
             logits, depths = slowly(model, ids)
-            ids.append(int(logits[-1].argmax()))
-            if ids[-1] == model.spell.eos_id:
-                break
-        assert generation.text == model.tokenizer.decode(ids[n_asked:], skip_special_tokens=True)
+            assert token == int(logits[-1].argmax())
+            ids.append(token)
         assert [depth for _, depth in generation.depths][: len(depths)] == depths
 
 
 @pytest.mark.parametrize(
-    "stopping",
+    "stop",
     [
-        {"stop.rule": "delta", "stop.threshold": 0.3},
-        {"stop.rule": "cos", "stop.threshold": 0.7, "stop.patience": 2},
-        {"stop.rule": "kl", "stop.threshold": 0.2},
-        {"stop.rule": "entropy", "stop.threshold": 0.5},
-        {"stop.rule": "argmax", "stop.threshold": 1.0},
-        {"stop.rule": "gap", "stop.threshold": 0.2, "stop.min_loops": 2},
-        {"stop.rule": "fixed", "stop.threshold": 2.0},
-        {"stop.rule": "random", "stop.histogram": (1.0, 1.0, 1.0, 1.0)},
+        {"rule": "delta", "threshold": 0.3},
+        {"rule": "cos", "threshold": 0.7, "patience": 2},
+        {"rule": "kl", "threshold": 0.8},
+        {"rule": "entropy", "threshold": 0.5},
+        {"rule": "argmax", "threshold": 1.0},
+        {"rule": "gap", "threshold": 0.2, "min_loops": 2},
+        {"rule": "fixed", "threshold": 2.0},
+        {"rule": "random", "histogram": (1.0, 1.0, 1.0, 1.0)},
     ],
-    ids=lambda one: one["stop"],
+    ids=lambda one: one["rule"],
 )
-def test_tokens_stop_by_any_score_and_rows_do_as_alone(stopping):
-    model = looped(max_loops=4, n_prelude=1, n_coda=1, feedback_site="post_norm", **stopping)
+def test_tokens_stop_by_any_score_and_rows_do_as_alone(stop):
+    model = looped(max_loops=4, n_prelude=1, n_coda=1, stop=stop)
     together = model.generate(QUESTIONS, max_new_tokens=5)
     for question, ours in zip(QUESTIONS[:2], together):
         (alone,) = model.generate([question], max_new_tokens=5)
         assert (alone.text, alone.depths, alone.cost.flops) == (ours.text, ours.depths, ours.cost.flops)
     seen = {depth for generation in together for _, depth in generation.depths}
-    assert seen == {2} if stopping["stop"] == "fixed" else len(seen) > 1
-    assert min(seen) >= stopping.get("min_loops", 1) and max(seen) <= 4
+    assert seen == {2} if stop["rule"] == "fixed" else len(seen) > 1
+    assert min(seen) >= stop.get("min_loops", 1) and max(seen) <= 4
 
 
 def test_what_is_spent_is_what_was_run():
     """FLOPs of tokens that stop: their own layers and keys, and a look at the gate after every loop but the last."""
     model = halting("llama", kv_missing="restrict")
     (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=1)
-    backbone, depths = model.backbone, [depth for _, depth in generation.depths]
-    weights = sum(p.numel() for p in backbone.layers.parameters())
+    depths = [depth for _, depth in generation.depths]
+    weights = sum(p.numel() for p in model.backbone.layers.parameters())
     runs = [[i for i, depth in enumerate(depths) if depth >= loop] for loop in (1, 2, 3)]
     pairs = sum(len([j for j in run if j <= i]) for run in runs for i in run)
     expected = 2 * weights * sum(map(len, runs)) + 4 * 32 * 3 * pairs  # three layers of width 32
-    expected += 2 * 32 * (len(runs[0]) + len(runs[1])) + 2 * 32 * backbone.config.vocab_size
-    assert len(set(depths)) > 1
-    assert generation.cost.flops == expected
+    expected += 2 * 32 * (len(runs[0]) + len(runs[1])) + 2 * 32 * model.backbone.config.vocab_size
+    assert len(set(depths)) > 1 and generation.cost.flops == expected
 
 
 def test_a_later_token_changes_no_earlier_depth():
@@ -293,14 +261,16 @@ def test_a_later_token_changes_no_earlier_depth():
 
 # Keys and values that stand for all loops
 
+by_share = pytest.mark.parametrize("kv_share", ["last_loop", "first_loop", "mean"])
+
 
 @by_arch
-@pytest.mark.parametrize("kv_share", ["last_loop", "first_loop", "mean"])
+@by_share
 def test_shared_keys_and_values_are_exact_with_one_loop_and_when_reading_at_once(arch, kv_share):
-    one = looped(arch, max_loops=1, kv_share=kv_share)
+    one, more = (looped(arch, max_loops=n, kv_share=kv_share) for n in (1, 3))
     assert texts(one, 4) == texts(other(one, kv_share="none"), 4)
-    more = looped(arch, max_loops=3, kv_share=kv_share)
     assert_same(more, other(more, kv_share="none"), exactly=True)
+    assert texts(more, 4) == [more.generate([question], max_new_tokens=4)[0].text for question in QUESTIONS]
 
 
 @torch.no_grad()
@@ -337,32 +307,15 @@ def decode_slowly(model: LatentModel, ids: Tensor, n_prefill: int) -> Tensor:
 
 
 @by_arch
-@pytest.mark.parametrize("kv_share", ["last_loop", "first_loop", "mean"])
+@by_share
 def test_a_written_token_sees_what_stands_for_all_loops_and_its_own_current_state(arch, kv_share):
+    """Approximate by definition: how far the distributions of written tokens are from those of all keys and values."""
     model = looped(arch, max_loops=3, kv_share=kv_share)
-    ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:12])
+    ids, whole = torch.tensor(model.rows(MIXED[:1])[0].ids()[:12]), other(model, kv_share="none")
     logits, kept = decode(model, ids, 6)
     assert_close(logits, decode_slowly(model, ids, 6))
-    exact, kept_by_all = decode(other(model, kv_share="none"), ids, 6)
-    assert kept_by_all == 3 * kept == 9 * len(ids)
-    assert torch.equal(logits[:6], exact[:6])
-
-
-def test_the_error_of_sharing_is_measured_and_none_is_exact():
-    """Approximate by definition: how far the distributions of written tokens are from those of all keys and values."""
-    model = looped(max_loops=3)
-    ids = torch.tensor(model.rows(MIXED[:1])[0].ids()[:16])
-    exact = decode(model, ids, 6)[0].log_softmax(-1)
-    at_once = decode(model, ids, len(ids))[0].log_softmax(-1)
-    assert_close(exact, at_once)
-    errors = {}
-    for kv_share in ("last_loop", "first_loop", "mean"):
-        shared = decode(other(model, kv_share=kv_share), ids, 6)[0].log_softmax(-1)
-        errors[kv_share] = kl_div(shared[6:], exact[6:], reduction="batchmean", log_target=True).item()
-    assert all(1e-4 < error < 5.0 for error in errors.values()), errors
-
-
-def test_sharing_keeps_batches_rows_apart():
-    model = looped(max_loops=2, n_prelude=1, kv_share="last_loop")
-    together = texts(model, 8)
-    assert together == [model.generate([question], max_new_tokens=8)[0].text for question in QUESTIONS]
+    exact, kept_by_all = decode(whole, ids, 6)
+    assert kept_by_all == 3 * kept == 9 * len(ids) and torch.equal(logits[:6], exact[:6])
+    assert_close(exact, decode(whole, ids, len(ids))[0])
+    shared, exact = logits[6:].log_softmax(-1), exact[6:].log_softmax(-1)
+    assert 1e-4 < kl_div(shared, exact, reduction="batchmean", log_target=True) < 5.0
