@@ -22,6 +22,7 @@ import subjects
 import torch
 
 from innerloop.decoder.memory import MIB
+from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Method, Slr
 from innerloop.text import encoder as speller
@@ -72,16 +73,10 @@ def measure(options, name: str, method: Method) -> dict:
         if len(answers) != len(asked):
             raise SystemExit(f"{name}: {len(asked)} requests, {len(answers)} answers")
         for place, one in zip(places, answers):
-            if (one.error is not None) != (place in too_long):
-                raise SystemExit(f"{name}: request {place} of {lengths[place]} tokens: {one.error or 'answered'}")
-            if one.error is not None:
-                if f"reads at most {room}" not in one.error:
-                    raise SystemExit(f"{name}: request {place} failed for another reason: {one.error}")
-                continue
-            if asked.count(asked[place - first]) > 1:  # of questions asked twice one alone is read
-                continue
-            n_slots = method.n_slots * (one.cost.loops + 1) if isinstance(method, Slr) else 0
-            overheads.add(one.cost.positions - lengths[place] - n_slots)
+            check(name, place, lengths[place], room, place in too_long, one)
+            if one.error is None and asked.count(asked[place - first]) == 1:  # of those asked twice one alone is read
+                n_slots = method.n_slots * (one.cost.loops + 1) if isinstance(method, Slr) else 0
+                overheads.add(one.cost.positions - lengths[place] - n_slots)
         texts += [(place, one.text, one.cost.loops) for place, one in zip(places, answers) if place in checked]
         del answers
         gc.collect()
@@ -104,6 +99,14 @@ def measure(options, name: str, method: Method) -> dict:
     }
     print(point, flush=True)
     return point
+
+
+def check(name: str, place: int, length: int, room: int, is_too_long: bool, answer: Generation) -> None:
+    """End if a request failed that should not have, or for another reason than its length."""
+    if (answer.error is not None) != is_too_long:
+        raise SystemExit(f"{name}: request {place} of {length} tokens: {answer.error or 'answered'}")
+    if answer.error is not None and f"reads at most {room}" not in answer.error:
+        raise SystemExit(f"{name}: request {place} failed for another reason: {answer.error}")
 
 
 def plain_of(model: LatentModel) -> LatentModel:
