@@ -36,22 +36,12 @@ def pauses(m: int = K, **fields) -> Pause:
 
 def coconut(k: int = K, **fields) -> Coconut:
     """Coconut whose last stage has k latents."""
-    return make(Coconut, **{"curriculum.max_stage": 1}, latents_per_step=k, **fields)
+    return make(Coconut, curriculum={"max_stage": 1}, latents_per_step=k, **fields)
 
 
 def slots(loops: int = 3, **fields) -> Slr:
     """SLR with nothing but the loop: no residual, rescaling or timestep."""
-    return make(
-        Slr,
-        **{
-            "n_slots": K,
-            "max_loops": loops,
-            "loop.residual": "none",
-            "loop.rescale": "none",
-            "loop.time": "none",
-            **fields,
-        },
-    )
+    return make(Slr, **{"n_slots": K, "max_loops": loops, "loop.time": "none", **NONE, **RAW, **fields})
 
 
 def append(loops: int = 3, **fields) -> Slr:
@@ -65,17 +55,17 @@ def lotus(loops: int = 3, **fields) -> Lotus:
 
 def codi(k: int = K, **fields) -> Codi:
     """CODI's student alone."""
-    return make(Codi, n_latents_total=k, **{"hid.weight": 0.0}, teacher_weight=0.0, **fields)
+    return make(Codi, n_latents_total=k, hid={"weight": 0.0}, teacher_weight=0.0, **fields)
 
 
 def pccot(loops: int = 3, **fields) -> Pccot:
     """PCCoT's student alone."""
-    return make(Pccot, n_slots=K, max_loops=loops, **{"hid.weight": 0.0}, teacher_weight=0.0, **fields)
+    return make(Pccot, n_slots=K, max_loops=loops, hid={"weight": 0.0}, teacher_weight=0.0, **fields)
 
 
 def spiral(loops: int = 3, **fields) -> SpiralThinker:
     """SpiralThinker's block with the identity for an adapter, and none after it."""
-    return make(SpiralThinker, latents_per_block=K, max_loops=loops, **{"loop.rescale": "none"}, max_blocks=1, **fields)
+    return make(SpiralThinker, latents_per_block=K, max_loops=loops, max_blocks=1, **RAW, **fields)
 
 
 def equal(name, left, right, stages=(None, None), examples=MIXED):
@@ -83,12 +73,11 @@ def equal(name, left, right, stages=(None, None), examples=MIXED):
     return pytest.param(left, right, stages, examples, id=name)
 
 
-KV, A, B = {"answer_from": "kv_last"}, {"loop.residual": "A"}, {"loop.residual": "B"}
-REFEED, JACOBI, PROJECT = (
-    {"last_pass": "refeed"},
-    {"inject": "replace", "loop.shift": True},
-    {"loop.rescale": "project"},
-)
+KV, REFEED = {"answer_from": "kv_last"}, {"last_pass": "refeed"}
+NONE, SUM, A, B = ({"loop.residual": residual} for residual in ("none", "sum", "A", "B"))
+A0, A1, B0, B1 = ({**residual, "loop.alpha": alpha} for residual in (A, B) for alpha in (0.0, 1.0))
+RAW, RMS, PROJECT = ({"loop.rescale": rescale} for rescale in ("none", "rms", "project"))
+JACOBI = {**NONE, "loop.shift": True}
 COT_WITH_MARKERS = Cot(with_markers=True)
 BARE = {"with_markers": False}
 
@@ -102,15 +91,15 @@ EQUALITIES = [
     equal("no thought, last stage == No-CoT", coconut(0), NoCot()),
     # pauses
     equal("Coconut, thought=pause == pauses", coconut(thought="pause"), pauses()),
-    equal("... at stage 2", Coconut(thought="pause"), pauses(6, max_stage=3, per_stage=2), (2, 2)),
+    equal("... at stage 2", Coconut(thought="pause"), pauses(6, curriculum={"max_stage": 3}, per_stage=2), (2, 2)),
     equal("SLR, T=0 == pauses", slots(0), pauses()),
     equal("... with time, rescaling and residual", Slr(n_slots=K, max_loops=0), pauses()),
     equal("SLR at stage 0 == pauses, then CoT",
-          slots(max_stage=2, loops_per_stage=1), pauses(keep_steps=True), (0, None)),
-    equal("append, A, alpha=0 == pauses", append(K - 1, alpha=0.0, **A), pauses()),
+          slots(curriculum={"max_stage": 2}, loops_per_stage=1), pauses(keep_steps=True), (0, None)),
+    equal("append, A, alpha=0 == pauses", append(K - 1, **A0), pauses()),
     # feed-back
     equal("append, forward, kv_last, T=k == Coconut", append(K, h0="forward", **KV), coconut()),
-    equal("... A, alpha=1", append(K, h0="forward", alpha=1.0, **A, **KV), coconut()),
+    equal("... A, alpha=1", append(K, h0="forward", **A1, **KV), coconut()),
     equal("append, forward, refeed, T=k-1 == Coconut", append(K - 1, h0="forward"), coconut()),
     equal("append, forward, refeed, T=0 == Coconut, k=1", append(0, h0="forward"), coconut(1)),
     equal("Coconut's residual, A == append's", coconut(**A), append(K - 1, h0="forward", **A)),
@@ -118,56 +107,56 @@ EQUALITIES = [
     equal("forward, T == embed, T+1", slots(3, h0="forward"), slots(4)),
     equal("forward, T=0 == embed, T=1", slots(0, h0="forward"), slots(1)),
     equal("slots: kv_last, T+1 == refeed, T", slots(4, **KV), slots(3)),
-    equal("slots, sum: kv_last, T+1 == refeed, T", slots(4, residual="sum", **KV), slots(3, residual="sum")),
+    equal("slots, sum: kv_last, T+1 == refeed, T", slots(4, **SUM, **KV), slots(3, **SUM)),
     equal("slots, A: kv_last, T+1 == refeed, T", slots(4, **A, **KV), slots(3, **A)),
     equal("slots, B: kv_last, T+1 == refeed, T", slots(4, **B, **KV), slots(3, **B)),
     equal("slots, rms, forward: kv_last, T+1 == refeed, T",
-          slots(4, rescale="rms", h0="forward", **KV), slots(3, rescale="rms", h0="forward")),
+          slots(4, h0="forward", **RMS, **KV), slots(3, h0="forward", **RMS)),
     equal("append: kv_last, T+1 == refeed, T", append(4, **KV), append(3)),
-    equal("append, sum: kv_last, T+1 == refeed, T", append(4, residual="sum", **KV), append(3, residual="sum")),
+    equal("append, sum: kv_last, T+1 == refeed, T", append(4, **SUM, **KV), append(3, **SUM)),
     equal("append, A: kv_last, T+1 == refeed, T", append(4, **A, **KV), append(3, **A)),
     equal("append, B: kv_last, T+1 == refeed, T", append(4, **B, **KV), append(3, **B)),
     # LOTUS
     equal("LOTUS at stage 0 == CoT with markers", lotus(), COT_WITH_MARKERS, (0, None)),
     equal("LOTUS, R=0 == pauses", lotus(0), pauses()),
     equal("SLR, T=0 == LOTUS, R=0", slots(0), lotus(0)),
-    equal("SLR, sum, T=R == LOTUS", slots(3, residual="sum"), lotus(3)),
-    equal("SLR, sum, kv_last, T=R+1 == LOTUS", slots(4, residual="sum", **KV), lotus(3)),
-    equal("SLR, T=R == LOTUS, replace", slots(3), lotus(3, inject="replace")),
+    equal("SLR, sum, T=R == LOTUS", slots(3, **SUM), lotus(3)),
+    equal("SLR, sum, kv_last, T=R+1 == LOTUS", slots(4, **SUM, **KV), lotus(3)),
+    equal("SLR, T=R == LOTUS, replace", slots(3), lotus(3, **NONE)),
     equal("LOTUS: refeed, R-1 == kv, R", lotus(2, **REFEED), lotus(3)),
     equal("LOTUS: refeed, R=0 == kv, R=1", lotus(0, **REFEED), lotus(1)),
-    equal("LOTUS, replace: refeed, R-1 == kv, R", lotus(2, inject="replace", **REFEED), lotus(3, inject="replace")),
+    equal("LOTUS, replace: refeed, R-1 == kv, R", lotus(2, **NONE, **REFEED), lotus(3, **NONE)),
     equal("LOTUS, replace, shift, R=N == Coconut", lotus(K, **JACOBI), coconut()),
     equal("... R>N", lotus(K + 2, **JACOBI), coconut()),
     equal("... refeed, R=N-1", lotus(K - 1, **JACOBI, **REFEED), coconut()),
     # SpiralThinker, its <bol> and <eol> embedded as <bot> and <eot> are
     equal("SpiralThinker, K=0 == pauses", spiral(0), pauses(), examples=WITHOUT_STEPS),
     equal("SpiralThinker, identity == LOTUS, replace",
-          spiral(3), lotus(3, inject="replace"), examples=WITHOUT_STEPS),
-    equal("... the static pass counted", spiral(4, count_static_pass=True), lotus(3, inject="replace"),
+          spiral(3), lotus(3, **NONE), examples=WITHOUT_STEPS),
+    equal("... the static pass counted", spiral(4, count_static_pass=True), lotus(3, **NONE),
           examples=WITHOUT_STEPS),
-    equal("... sequential", spiral(3, block_schedule="sequential"), lotus(3, inject="replace"),
+    equal("... sequential", spiral(3, block_schedule="sequential"), lotus(3, **NONE),
           examples=WITHOUT_STEPS),
-    equal("SpiralThinker, identity, added == LOTUS", spiral(3, residual="sum"), lotus(3), examples=WITHOUT_STEPS),
+    equal("SpiralThinker, identity, added == LOTUS", spiral(3, **SUM), lotus(3), examples=WITHOUT_STEPS),
     # CODI and PCCoT
-    equal("CODI without projection == Coconut", codi(rescale="none"), coconut()),
-    equal("... k=1", codi(1, rescale="none"), coconut(1)),
+    equal("CODI without projection == Coconut", codi(**RAW), coconut()),
+    equal("... k=1", codi(1, **RAW), coconut(1)),
     equal("CODI, k=0 == No-CoT with markers", codi(0), pauses(0)),
     equal("append, forward, project, T=k-1 == CODI", append(K - 1, h0="forward", **PROJECT), codi()),
     equal("PCCoT, T=k == CODI, teacher and all", Pccot(n_slots=K, max_loops=K), Codi(n_latents_total=K)),
     equal("PCCoT, T>k == CODI", pccot(K + 1), codi()),
     equal("PCCoT, T=0 == pauses", pccot(0), pauses()),
-    equal("PCCoT without projection == LOTUS, replace, shift", pccot(rescale="none"), lotus(**JACOBI)),
-    equal("SLR, shift, project == PCCoT", slots(3, shift=True, **PROJECT), pccot(3)),
+    equal("PCCoT without projection == LOTUS, replace, shift", pccot(**RAW), lotus(**JACOBI)),
+    equal("SLR, shift, project == PCCoT", slots(3, loop={"shift": True, "rescale": "project"}), pccot(3)),
     # presets
     equal("preset lotus == LOTUS", Slr.presets["lotus"], Lotus(step_weight=0.0)),
     equal("preset pause == pauses", Slr.presets["pause"], pauses(8)),
     equal("preset coconut == Coconut", Slr.presets["coconut"], Coconut(curriculum={"max_stage": 3}, latents_per_step=2)),
     # residuals
-    equal("A, alpha=1 == none", slots(alpha=1.0, **A), slots()),
-    equal("B, alpha=1 == none", slots(alpha=1.0, **B), slots()),
-    equal("A, alpha=0 == T=0", slots(alpha=0.0, **A), slots(0)),
-    equal("B, alpha=0 == T=0", slots(alpha=0.0, **B), slots(0)),
+    equal("A, alpha=1 == none", slots(**A1), slots()),
+    equal("B, alpha=1 == none", slots(**B1), slots()),
+    equal("A, alpha=0 == T=0", slots(**A0), slots(0)),
+    equal("B, alpha=0 == T=0", slots(**B0), slots(0)),
     equal("T=1: A == B", slots(1, **A), slots(1, **B)),
     equal("append, T=1: A == B", append(1, **A), append(1, **B)),
 ]  # fmt: skip
@@ -237,7 +226,7 @@ def test_both_sides_write_the_same(left, right, stages, examples):
 @pytest.mark.parametrize("n_loops", [1, 3])
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_slr_with_residual_sum_is_lotus(arch, n_loops):
-    model = sharp_model(slots(n_loops, residual="sum"), arch)
+    model = sharp_model(slots(n_loops, **SUM), arch)
     slow = Reference(model)
     with torch.no_grad():
         for example, logits in zip(MIXED, model.answer_logits(MIXED)):
@@ -249,7 +238,7 @@ def test_equal_methods_may_differ_in_the_number_of_passes():
     """Pauses are read in one pass, the same latents one by one in k + 1: what is equal is the result."""
     counts = []
     model = sharp_model(pauses())
-    for method in (pauses(), append(K - 1, alpha=0.0, **A), coconut()):
+    for method in (pauses(), append(K - 1, **A0), coconut()):
         with passes(model) as seen:
             under(model, method).answer_logits(MIXED)
             counts.append(len(seen))

@@ -66,10 +66,8 @@ class LotusReference(Reference):
 
     def inject(self, e: Tensor, x: Tensor, states: Tensor) -> Tensor:
         """The next pass' input (N, D) from the states of <bot> and the latents."""
-        made = self.method.feedback_scale * self.rho(states[:-1] if self.method.shift else states[1:])
-        if self.method.inject == "add" and self.method.residual == "none":
-            return e + made
-        return self.mix(made, e, x)
+        loop = self.method.loop
+        return self.mix(loop.scale * self.rho(states[:-1] if loop.shift else states[1:]), e, x)
 
     def think(self, question: str, stage: int, n_steps: int | None = None) -> Thoughts:
         run = self.run(question, stage)
@@ -107,9 +105,9 @@ class LotusReference(Reference):
             if method.step_weight:
                 for t, place, token in self.shown(example, stage):
                     shown.append(cross_entropy(run.logits[t][place], torch.tensor(token)))
-            if method.aux_weight:
+            if method.aux.weight:
                 told += [self.told(example, run.states[t], i, step) for i, t, step in self.blocks(example, stage)]
-            if method.hid_weight:
+            if method.hid.weight:
                 before = len(ids) - len(self.answer(example))  # the position of ### is the last before the answer's own
                 students.append(states_at(self.lm, torch.cat([thought, self.embed(ids)]), len(thought) + before))
                 steps = [token for step in self.steps(example) for token in step]
@@ -120,28 +118,28 @@ class LotusReference(Reference):
         if shown:
             terms["step"] = torch.stack(shown).mean()
         if told:
-            is_mean = method.aux_norm == "token_mean"
+            is_mean = method.aux.norm == "token_mean"
             terms["aux"] = torch.cat(told).mean() if is_mean else torch.stack([losses.sum() for losses in told]).mean()
         if students:
-            terms["hid"] = kd(students, teachers, method)
+            terms["hid"] = kd(students, teachers, method.hid)
         return terms
 
     def told(self, example: Example, states: Tensor, block: int, step: list[int]) -> Tensor:
         """LOTUS-aux: the losses (n,) of a step that g_phi must tell from the c latents of its block alone.
 
-        With aux_question it reads the question and <bot> before them.
+        With aux.question it reads the question and <bot> before them.
         """
-        aux, decoder, c = self.method, self.model.step_decoder, self.method.latents_per_block
+        aux, decoder, c = self.method.aux, self.model.step_decoder, self.method.latents_per_block
         reader = self.lm if decoder.own is None else decoder.own.lm
-        embed = (reader if aux.aux_embed == "own" else self.lm).get_input_embeddings()
+        embed = (reader if aux.embed == "own" else self.lm).get_input_embeddings()
         latents = states[1 + block * c : 1 + (block + 1) * c]
-        if aux.feedback_site == "pre_norm":  # h is what the head reads
+        if self.method.loop.site == "pre_norm":  # h is what the head reads
             latents = self.norm(latents)
-        latents = latents.detach() if aux.aux_detach else latents
+        latents = latents.detach() if aux.detach else latents
         x = torch.cat([latents, embed(torch.tensor(step[:-1], dtype=torch.long))])
-        asked = [*self.question(example.question), *self.marker("<bot>")] if aux.aux_question else []
+        asked = [*self.question(example.question), *self.marker("<bot>")] if aux.question else []
         x = torch.cat([embed(torch.tensor(asked, dtype=torch.long)), x])
-        positions = torch.arange(aux.aux_position, aux.aux_position + len(x))[None]
+        positions = torch.arange(aux.position, aux.position + len(x))[None]
         with nullcontext() if decoder.lora is None else decoder.lora.at(1):
             logits = reader(inputs_embeds=x[None], position_ids=positions, use_cache=False).logits[0]
         return cross_entropy(logits[len(asked) + c - 1 :], torch.tensor(step), reduction="none")
