@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from innerloop import Coconut, Codi, Cot, LatentModel, Lotus, NoCot, Pause, Pccot, Slr
-from tests.fields import make
+from tests.fields import change
 from tests.methods.tools import MIXED, assert_causal, assert_learns_by_heart, by_arch, sharp_model
 from tests.models import answers_of, moved, saved, tiny_model
 
@@ -22,27 +22,21 @@ METHODS = {
     "slots": Slr(n_slots=4, max_loops=3),
     "append": Slr(n_slots=4, max_loops=3, loop_scope="append"),
 }
-STABLE = {
-    "loop.time": "lookup",
-    "loop.lora": "per_iter",
-    "loop.lora_rank": 2,
-    "last_pass": "refeed",
-    "loop.shift": True,
-}
 SAVED = {
     "codi": Codi(n_latents_total=3, loop={"width": 8}),
     "pccot": METHODS["pccot"],
     "lotus": METHODS["lotus"],
-    "lotus, stable": make(Lotus, n_blocks=3, latents_per_block=4, step_weight=0.5, **STABLE),
+    "lotus, shifted": change(METHODS["lotus"], last_pass="refeed", loop={"shift": True}),
+    "slr": change(Slr.presets["default"], loop={"lora_rank": 2, "shift": True}),
 }
-ALONE = {"hid.weight": 0.0, "teacher_weight": 0.0}
+ALONE = {"hid": {"weight": 0.0}, "teacher_weight": 0.0}
 LEARNING = {
     "no_cot": NoCot(),
     "cot": Cot(),
     "pause": Pause(n_pauses=4),
     "coconut": Coconut(curriculum={"max_stage": 2}, latents_per_step=1),
-    "codi": make(Codi, n_latents_total=2, **ALONE),
-    "pccot": make(Pccot, n_slots=3, max_loops=2, **ALONE),
+    "codi": Codi(n_latents_total=2, **ALONE),
+    "pccot": Pccot(n_slots=3, max_loops=2, **ALONE),
     "lotus": Lotus(n_blocks=2, latents_per_block=1),
     "slots": Slr(n_slots=4, max_loops=2),
     "append": Slr(n_slots=4, max_loops=2, loop_scope="append"),

@@ -7,12 +7,13 @@ test_lotus_aux.py. Read-outs: test_lotus_readout.py.
 import pytest
 
 from innerloop.methods import Lotus
-from tests.fields import make
 from tests.methods.reference_lotus import LotusReference
 from tests.methods.slowly import assert_batch_is_its_rows, assert_decodes_as_forced, assert_terms_of_the_reference
 from tests.methods.tools import (
     MIXED,
+    WITH_LORA,
     assert_rows_do_as_alone,
+    base,
     by_arch,
     change,
     choices,
@@ -24,26 +25,29 @@ from tests.methods.tools import (
 
 BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)  # MIXED has 3, 0, 1, 4, 2, 0 steps of 3 to 8 tokens
 STAGES = [3, 0, 1, 2, 3, 1]
+HID = {"hid.weight": 1.0, "hid.teacher": "-"}
 LOOPS = [
-    {"inject": "replace"},
+    {"loop.residual": "none"},
     {"loop.shift": True},
     {"loop.scale": 0.5},
-    {"inject": "replace", "loop.shift": True, "loop.scale": 2.0},
-    {"loop.residual": "A", "loop.rescale": "rms"},
+    {"loop.residual": "none", "loop.shift": True, "loop.scale": 2.0},
+    {"loop.rescale": "rms"},
     {"loop.site": "pre_norm"},
     {"max_loops": 0},
     {"max_loops": 5},
     {"loops_per_block": 2},
     {"loops_per_block": 0, "last_pass": "refeed"},
-    {"hid.weight": 1.0, "hid.teacher": "self"},
-    {"hid.weight": 1.0, "hid.teacher": "self", "answer_weight": 0.0, "last_pass": "refeed"},
+    HID,
+    {**HID, "answer_weight": 0.0, "last_pass": "refeed"},
 ]
-STABLE = {"loop.time": "lookup", "loop.lora": "per_iter", "loop.lora_rank": 2}
-
-by_loop = pytest.mark.parametrize("fields", LOOPS, ids=str)
+STABLE = {"loop.time": "lookup", **WITH_LORA}
 
 
-# The reference, and single rows
+def lotus(arch, fields):
+    """LOTUS on an architecture; where it follows a run's states, those of the same weights."""
+    model = on(arch, change(BASE, **fields))
+    model._frozen["teacher"] = base(arch)
+    return model
 
 
 @choices(
@@ -54,14 +58,14 @@ by_loop = pytest.mark.parametrize("fields", LOOPS, ids=str)
 )
 @by_arch
 def test_the_terms_of_a_mixed_batch_equal_the_reference(arch, settings):
-    model = on(arch, change(BASE, **settings))
+    model = lotus(arch, settings)
     assert_terms_of_the_reference(model, LotusReference(model), STAGES)
 
 
-@by_loop
+@pytest.mark.parametrize("fields", LOOPS, ids=str)
 @by_arch
 def test_other_loops_equal_the_reference(arch, fields):
-    model = on(arch, change(BASE, **fields))
+    model = lotus(arch, fields)
     assert_terms_of_the_reference(model, LotusReference(model), STAGES)
 
 
@@ -76,7 +80,7 @@ def test_other_loops_equal_the_reference(arch, fields):
     ids=str,
 )
 def test_fewer_steps_than_blocks_more_and_none_in_one_batch_do_as_alone(arch, fields):
-    model = on(arch, change(BASE, **fields))
+    model = lotus(arch, fields)
     rows = rows_at(model, MIXED, [3, 0, 3, 3, 2, 3])
     assert_batch_is_its_rows(model, rows, apart={"hid"})  # whose unit is the spread in the batch
 
@@ -84,15 +88,11 @@ def test_fewer_steps_than_blocks_more_and_none_in_one_batch_do_as_alone(arch, fi
 @pytest.mark.parametrize("stop", ["kl", "delta"])
 @by_arch
 def test_stabilisers_of_slr_work_in_batches_whose_rows_stop_at_different_times(arch, stop):
-    assert_rows_do_as_alone(
-        halting(arch, make(Lotus, n_blocks=3, latents_per_block=2, loops_per_block=2, **{"stop.rule": stop}, **STABLE))
-    )
+    method = change(BASE, latents_per_block=2, loops_per_block=2, stop={"rule": stop}, step_weight=0.05, **STABLE)
+    assert_rows_do_as_alone(halting(arch, method))
 
 
-# Answering
-
-
-@pytest.mark.parametrize("fields", [{}, {"last_pass": "refeed"}, {"max_loops": 0}, {"inject": "replace"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"last_pass": "refeed"}, {"max_loops": 0}, {"loop.residual": "none"}], ids=str)
 @by_arch
 def test_answering_takes_the_passes_of_the_card_and_equals_teacher_forcing(arch, fields):
     """One pass for the question, R + 1 over the latents (the last with <eot>), one for each token but the first."""
