@@ -7,7 +7,6 @@
 import pytest
 import torch
 
-from innerloop import LatentModel, Slr
 from tests.methods.tools import (
     FULL,
     MIXED,
@@ -16,7 +15,6 @@ from tests.methods.tools import (
     ROUNDED,
     assert_close,
     assert_rows_do_as_alone,
-    base,
     by_answer,
     by_arch,
     by_region,
@@ -28,9 +26,6 @@ from tests.methods.tools import (
     states,
     thought_of,
 )
-from tests.models import tiny_model
-
-by_word_score = pytest.mark.parametrize("stop", ["kl", "entropy", "argmax"])
 
 # 10
 
@@ -45,27 +40,20 @@ def test_10_a_batch_in_which_rows_halt_equals_single_rows(scope, stop, answer_fr
 
 
 @by_answer
-@by_word_score
+@pytest.mark.parametrize("stop", ["kl", "entropy", "argmax"])
 @by_scope
 def test_10_rows_that_halt_by_the_answers_first_word_do_as_alone(scope, stop, answer_from):
     arch = "llama" if (stop, answer_from) == ("argmax", "refeed") else "gpt2"  # where rows differ
-    method = change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=6, stop={"rule": stop, "site": "answer"})
-    method = change(method, stop={"agg": "last" if stop == "kl" else "mean"})  # of the one position there is
+    looks = {"rule": stop, "site": "answer", "agg": "last" if stop == "kl" else "mean"}  # of one position
+    method = change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=6, stop=looks)
     assert_rows_do_as_alone(halting(arch, method))
 
 
 @pytest.mark.parametrize("solver", ["plain", "damped", "anderson"])
 @by_region
 def test_10_rows_that_reach_their_fixed_points_at_different_times_do_as_alone(scope, solver):
-    fields = {
-        "loop.residual": "A",
-        "loop.alpha": 0.5,
-        "loop.time": "none",
-        "fixed_point.solver": solver,
-        "fixed_point.tol": 3e-3,
-        "max_loops": 40,
-    }
-    assert_rows_do_as_alone(on("gpt2", change(PLAIN, loop_scope=scope, loop={"rescale": "rms"}, **fields)))
+    method = change(PLAIN, loop_scope=scope, max_loops=40, loop={"residual": "A", "alpha": 0.5, "rescale": "rms"})
+    assert_rows_do_as_alone(on("gpt2", change(method, fixed_point={"solver": solver, "tol": 3e-3})))
 
 
 @by_scope
@@ -78,12 +66,10 @@ def test_10_a_halted_row_is_not_changed_by_later_iterations(scope):
 
 
 @by_scope
-@pytest.mark.parametrize(
-    "fields", [{"stop.rule": "delta"}, {"stop.rule": "kl", "stop.site": "answer"}], ids=["delta", "answer"]
-)
+@pytest.mark.parametrize("stop", [{"rule": "delta"}, {"rule": "kl", "site": "answer"}], ids=["delta", "answer"])
 @by_answer
-def test_10_generation_of_a_halting_batch_equals_that_of_single_questions(scope, fields, answer_from):
-    model = halting("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=4, **fields))
+def test_10_generation_of_a_halting_batch_equals_that_of_single_questions(scope, stop, answer_from):
+    model = halting("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, max_loops=4, stop=stop))
     together = model.generate(QUESTIONS, max_new_tokens=4, trace=True)
     for question, one in zip(QUESTIONS, together):
         (alone,) = model.generate([question], max_new_tokens=4, trace=True)
@@ -97,26 +83,18 @@ def test_10_generation_of_a_halting_batch_equals_that_of_single_questions(scope,
 
 
 @by_arch
-@pytest.mark.parametrize("scope", ["slots", "last", "append"])
-def test_14_the_prefix_does_not_depend_on_the_iterations(scope, arch):
+@pytest.mark.parametrize(
+    ("scope", "changed"), [("slots", "loop"), ("last", "loop"), ("append", "loop"), ("slots", "latents")]
+)
+def test_14_the_prefix_depends_neither_on_the_iterations_nor_on_the_latents(scope, changed, arch):
     model = on(arch, change(FULL, loop_scope=scope))
     with states(model) as seen, torch.no_grad():
         model.answer_logits(MIXED)
         n_passes = len(seen)
-        for parameter in model.loop.parameters():
+        if changed == "latents":
+            change_embedding(model, "<lat>")
+        for parameter in model.loop.parameters() if changed == "loop" else ():
             parameter.mul_(1.7)
-        model.answer_logits(MIXED)
-    assert torch.equal(seen[0], seen[n_passes])
-    assert (seen[1] - seen[n_passes + 1]).abs().max() > 1e-3
-
-
-@by_arch
-def test_14_the_prefix_does_not_depend_on_the_latents(arch):
-    model = LatentModel(tiny_model(Slr(), arch).double().backbone, base(arch).tokenizer, FULL).double().eval()
-    with states(model) as seen:
-        model.answer_logits(MIXED)
-        n_passes = len(seen)
-        change_embedding(model, "<lat>")
         model.answer_logits(MIXED)
     assert torch.equal(seen[0], seen[n_passes])
     assert (seen[1] - seen[n_passes + 1]).abs().max() > 1e-3

@@ -14,15 +14,18 @@
 10 and 14: test_slr_batches.py. 11: test_slr_passes.py. 12 and 13: test_slr_gradients.py.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from innerloop import Codi, LatentModel, Slr
+from innerloop import Codi, Example, LatentModel, Slr
 from innerloop.loop.loop import InnerLoop
 from tests.fields import FullLoop
 from tests.methods.reference import Reference
+from tests.methods.slowly import assert_thinks
 from tests.methods.tools import (
     FULL,
     MIXED,
@@ -51,14 +54,12 @@ from tests.methods.tools import (
 @by_scope
 @by_arch
 def test_1_without_iterations_the_markers_are_read_as_they_are(scope, arch):
-    model = on(arch, change(FULL, loop_scope=scope, max_loops=0))
-    slow = Reference(model)
-    bot, lat, eot = (slow.marker(name) for name in ("<bot>", "<lat>", "<eot>"))
-    between = {"slots": [*bot, *lat * 3, *eot], "all": eot, "last": [*bot, *eot], "append": [*bot, *lat, *eot]}
-    with torch.no_grad():
-        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-            thought = slow.embed([*slow.question(example.question), *between[scope]])
-            assert_close(logits, slow.logits_after(thought, slow.written(example, 0)))
+    def markers(slow, example):
+        bot, lat = slow.marker("<bot>"), slow.marker("<lat>")
+        between = {"slots": [*bot, *lat * 3], "all": [], "last": bot, "append": [*bot, *lat]}
+        return slow.embed([*slow.question(example.question), *between[scope]])
+
+    assert_thinks(on(arch, change(FULL, loop_scope=scope, max_loops=0)), markers)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,8 @@ def test_2_at_the_start_time_and_lora_change_nothing(fields, arch):
 
 @by_arch
 def test_2_a_new_adapter_is_rms(arch):
-    assert_same_answers(
-        on(arch, change(PLAIN, loop={"rescale": "rms"})), on(arch, change(PLAIN, loop={"rescale": "adapter"}), False)
-    )
+    rms, adapter = (change(PLAIN, loop={"rescale": rescale}) for rescale in ("rms", "adapter"))
+    assert_same_answers(on(arch, rms), on(arch, adapter, stirred=False))
 
 
 @by_scope
@@ -156,48 +156,37 @@ def test_2_merged_weights_give_the_logits_of_hooked_weights(arch):
 @by_scope
 @by_arch
 def test_3_a_is_b_for_one_iteration_and_both_are_none_at_alpha_one(scope, arch):
-    once = change(PLAIN, loop_scope=scope, max_loops=1)
-    assert_same_answers(on(arch, change(once, loop={"residual": "A"})), on(arch, change(once, loop={"residual": "B"})))
-    thrice = change(PLAIN, loop_scope=scope)
-    assert differs(on(arch, change(thrice, loop={"residual": "A"})), on(arch, change(thrice, loop={"residual": "B"})))
+    def model(max_loops, **loop):
+        return on(arch, change(PLAIN, loop_scope=scope, max_loops=max_loops, loop=loop))
+
+    assert_same_answers(model(1, residual="A"), model(1, residual="B"))
+    assert differs(model(3, residual="A"), model(3, residual="B"))
     for residual in "AB":
-        assert_same_answers(on(arch, change(thrice, loop={"residual": residual, "alpha": 1.0})), on(arch, thrice))
+        assert_same_answers(model(3, residual=residual, alpha=1.0), model(3))
 
 
 @by_scope
 @by_arch
 def test_3_with_alpha_zero_every_state_is_the_first(scope, arch):
-    for residual in "AB":
-        for h0 in ("embed", "forward"):
-            model = on(
-                arch,
-                change(PLAIN, loop_scope=scope, loop={"residual": residual, "alpha": 0.0, "rescale": "rms"}, h0=h0),
-            )
-            result = thought_of(model, MIXED).loop
-            first = result.states[0][1]
-            assert len(result.states) == 3
-            assert all(torch.equal(state, first) for _, state in result.states)
-            assert torch.equal(result.state, first)
+    for residual, h0 in itertools.product("AB", ("embed", "forward")):
+        loop = {"residual": residual, "alpha": 0.0, "rescale": "rms"}
+        result = thought_of(on(arch, change(PLAIN, loop_scope=scope, h0=h0, loop=loop)), MIXED).loop
+        assert len(result.states) == 3
+        assert all(torch.equal(state, result.first) for _, state in [*result.states, (None, result.state)])
 
 
 @pytest.mark.parametrize(
-    ("gates", "fields"),
-    [
-        ((0.7, 0.3, 0.0), {"loop.residual": "A"}),
-        ((0.7, 0.0, 0.3), {"loop.residual": "B"}),
-        ((1.0, 0.0, 0.0), {"loop.residual": "none"}),
-        ((1.0, 1.0, 0.0), {"loop.residual": "sum"}),
-    ],
-    ids=str,
+    ("gates", "residual"),
+    [((0.7, 0.3, 0.0), "A"), ((0.7, 0.0, 0.3), "B"), ((1.0, 0.0, 0.0), "none"), ((1.0, 1.0, 0.0), "sum")],
 )
 @by_arch
-def test_3_c_with_fixed_gates_is_the_other_residuals(gates, fields, arch):
+def test_3_c_with_fixed_gates_is_the_other_residuals(gates, residual, arch):
     kinds = [("sigmoid", "scalar"), ("sigmoid", "channel")]
     if sum(gates) == 1:
         kinds += [("softmax", "scalar"), ("softmax", "channel"), ("attention", "scalar")]
     for scope in SCOPES:
         method = change(PLAIN, loop_scope=scope, loop={"rescale": "rms", "alpha": 0.7})
-        expected = on(arch, change(method, **fields))
+        expected = on(arch, change(method, loop={"residual": residual}))
         for kind, shape in kinds:
             c = on(arch, change(method, loop={"residual": "C", "gate_kind": kind, "gate_shape": shape}), stirred=False)
             shares = torch.tensor(gates, dtype=torch.float64)
@@ -243,14 +232,15 @@ def test_6_append_from_the_state_of_bot_is_coconut_and_with_a_projection_codi(ar
     for rescale in ("none", "adapter"):
         method = change(PLAIN, loop_scope="append", h0="forward", answer_from="kv_last", loop={"rescale": rescale})
         model = on(arch, method)
-        slow, rho = Reference(model), by_hand(model) if rescale == "adapter" else lambda u: u
-        with torch.no_grad():
-            for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-                x_LD = slow.embed([*slow.question(example.question), *slow.marker("<bot>")])
-                for _ in range(3):
-                    x_LD = torch.cat([x_LD, rho(slow.read(x_LD)[0][-1:])])
-                thought = torch.cat([x_LD, slow.embed(slow.marker("<eot>"))])
-                assert_close(logits, slow.logits_after(thought, slow.written(example, 0)), ROUNDED)
+        rho = by_hand(model) if rescale == "adapter" else lambda u: u
+
+        def feed_back(slow, example, rho=rho):
+            x_LD = asked(slow, example)
+            for _ in range(3):
+                x_LD = torch.cat([x_LD, rho(slow.read(x_LD)[0][-1:])])
+            return x_LD
+
+        assert_thinks(model, feed_back, ROUNDED)
 
 
 @by_arch
@@ -259,6 +249,10 @@ def test_6_the_preset_codi_is_codis_student(arch):
     codi = same_weights(student, Codi(n_latents_total=student.method.max_loops))
     assert_same_answers(codi, student, ROUNDED)
     assert differs(student, on(arch, Slr.presets["coconut"]))
+
+
+def asked(slow: Reference, example: Example) -> Tensor:
+    return slow.embed([*slow.question(example.question), *slow.marker("<bot>")])
 
 
 def by_hand(model: LatentModel):
@@ -276,14 +270,13 @@ def by_hand(model: LatentModel):
 @by_arch
 def test_7_sum_is_a_hand_written_lotus_loop(arch, r):
     refeed = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=r))
-    kv_last = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=r + 1, answer_from="kv_last"))
+    kv_last = on(arch, change(refeed.method, max_loops=r + 1, answer_from="kv_last"))
+    for model in (refeed, kv_last):
+        assert_thinks(model, lambda slow, example: slow.lotus(example.question, 3, r)[:-1])
     slow = Reference(refeed)
     with torch.no_grad():
-        for example, left, right in zip(MIXED, refeed.answer_logits(MIXED), kv_last.answer_logits(MIXED)):
+        for example in MIXED:
             x_LD = slow.lotus(example.question, 3, r)
-            expected = slow.logits_after(x_LD, slow.written(example, 0))
-            assert_close(left, expected)
-            assert_close(right, expected)
             z, e = thought_of(kv_last, [example]).loop.state[0], slow.embed(slow.marker("<lat>") * 3)
             assert_close(z - e, slow.read(x_LD[:-1])[0][-3:])  # h^(R) = z_T - E
 
@@ -291,15 +284,15 @@ def test_7_sum_is_a_hand_written_lotus_loop(arch, r):
 @by_arch
 def test_8_an_adapter_without_residual_is_spiralthinkers_single_block(arch):
     model = on(arch, change(PLAIN, loop={"rescale": "adapter"}))
-    slow, g = Reference(model), by_hand(model)
-    with torch.no_grad():
-        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-            prefix = slow.embed([*slow.question(example.question), *slow.marker("<bot>")])
-            z = slow.embed(slow.marker("<lat>") * 3)
-            for _ in range(3):
-                z = g(slow.read(torch.cat([prefix, z]))[0][-3:])
-            thought = torch.cat([prefix, z, slow.embed(slow.marker("<eot>"))])
-            assert_close(logits, slow.logits_after(thought, slow.written(example, 0)), 5 * ROUNDED)
+    g = by_hand(model)
+
+    def block(slow, example):
+        prefix, z = asked(slow, example), slow.embed(slow.marker("<lat>") * 3)
+        for _ in range(3):
+            z = g(slow.read(torch.cat([prefix, z]))[0][-3:])
+        return torch.cat([prefix, z])
+
+    assert_thinks(model, block, 5 * ROUNDED)
     with passes(model) as seen:
         model.answer_logits(MIXED[:1])
     assert len(seen) == 1 + 3 + 1  # the prefix, K region passes, and the last one with the answer
