@@ -164,10 +164,6 @@ def test_tokens_of_the_chain_that_are_still_written_are_counted(answers):
         ({"max_removed": 0}, "must be above 0"),
         ({"removal_free_epochs": -1.0}, "cannot be negative"),
         ({"smoothing": 0.0}, "smoothing must be above 0, or none"),
-        ({"stage_length": 5}, "set removed_per_epoch instead of stage_length"),
-        ({"stage_unit": "step"}, "set removed_per_epoch instead of stage_length"),
-        ({"stage_mix": "linear"}, "leave stage_mix and uniform_prob out"),
-        ({"uniform_prob": 0.5}, "leave stage_mix and uniform_prob out"),
         ({"first_stage": 40}, "the stages run from 0 to 39"),
         ({"unit": "word"}, "choose one of token, step"),
         ({"side": "top"}, "choose one of left, right"),
@@ -213,8 +209,7 @@ def test_every_setting_does_something_of_its_own():
     for name, (value, moved) in moves.items():
         after = results(change(PLAIN, **{name: value}))
         assert {key for key in before if before[key] != after[key]} == moved, name
-    refused = {"stage_length", "stage_unit", "stage_mix", "uniform_prob"}
-    assert {field.name for field in dataclasses.fields(Icot)} == moves.keys() | refused
+    assert {field.name for field in dataclasses.fields(Icot)} == moves.keys()
 
 
 @pytest.mark.slow
