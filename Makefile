@@ -39,13 +39,14 @@ pretrained: $(MODEL)/config.json  ## put a real pretrained model into models/smo
 $(MODEL)/config.json: | $(STAMP)
 	$(BIN)/python scripts/pretrained.py $(MODEL)
 
-lint: $(STAMP)  ## check style and types
+lint: $(STAMP)  ## check style, types and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:  ## remove caches and builds; .venv, models and runs stay
-	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch goes first and with its pin, so that the build for this machine is chosen before anything else asks for torch.

@@ -2,6 +2,11 @@
 
 __version__ = "0.1.0"
 
+from innerloop.config.curriculum import Schedule
+from innerloop.config.loop import LoopSettings
+from innerloop.config.losses import AuxSettings, ExitSettings, HiddenSettings
+from innerloop.config.method import LatentMethod, Method
+from innerloop.config.stopping import StopSettings
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import Attempts
 from innerloop.errors import InputError
@@ -35,20 +40,26 @@ from innerloop.train.training_arguments import LatentTrainingArguments
 __all__ = [
     "AdaInfer",
     "Attempts",
+    "AuxSettings",
     "Chain",
     "Coconut",
     "Codi",
     "Cot",
     "Example",
+    "ExitSettings",
     "Gsm8k",
+    "HiddenSettings",
     "Icot",
     "InputError",
+    "LatentMethod",
     "LatentModel",
     "LatentTrainer",
     "LatentTrainingArguments",
     "LoopRegularised",
+    "LoopSettings",
     "Looped",
     "Lotus",
+    "Method",
     "Mod",
     "Mor",
     "NoCot",
@@ -57,10 +68,12 @@ __all__ = [
     "ProsQA",
     "RecurrentDepth",
     "RelaxedRecursive",
+    "Schedule",
     "SimCot",
     "SimCotCodi",
     "Slr",
     "SpiralThinker",
+    "StopSettings",
     "Tah",
     "read_examples",
     "write_examples",

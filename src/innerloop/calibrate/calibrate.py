@@ -27,6 +27,7 @@ from innerloop.errors import InputError, refuse
 from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import ResultCache
+from innerloop.methods import name_of
 from innerloop.model import checkpoint
 from innerloop.model.stopping import use_rule
 from innerloop.tasks import Task
@@ -112,7 +113,7 @@ def adopt_rule(model: LatentModel, run: str | Path) -> None:
     """Let a saved run stop by the rule that a model, loaded from it, stops by now; nothing else of it changes."""
     folder, rule = Path(checkpoint.resolve(run)), "loop.stop."
     settings, parts = checkpoint.read_settings(folder), folder / checkpoint.PARTS
-    if settings["method"]["name"] != model.method.name:
+    if settings["method"]["name"] != name_of(model.method):
         raise InputError(f"{folder} is a run of '{settings['method']['name']}', not of '{model.method.name}'")
     own = {name: tensor for name, tensor in checkpoint.trained_parts(model).items() if name.startswith(rule)}
     kept = {name: tensor for name, tensor in load_file(parts).items() if not name.startswith(rule)}

@@ -63,4 +63,4 @@ def _class_of(section: Any) -> type:
 def _line(path: str, cls: type) -> str:
     """Return a section or group as one line."""
     names = get_annotations(cls) if path == "train" else field_types(cls)
-    return f"  --{path}.FIELD".ljust(24) + textwrap.shorten(", ".join(names), 90, placeholder=" ..")
+    return f"  --{path}.FIELD".ljust(28) + "  " + textwrap.shorten(", ".join(names), 86, placeholder=" ..")

@@ -1,7 +1,7 @@
 """How a state is carried from one iteration to the next: stabilisers, low-rank updates by iteration, fixed points.
 
-Each group names all of its options, as constants. A method's own group is a small frozen dataclass on it whose fields are
-those that the method has, so a method says once what it accepts, and the loop reads one and the same thing of all.
+Each group names all of its options, as constants. A method's own group is a small frozen dataclass on it whose fields
+are those that the method has, so a method says once what it accepts, and the loop reads one and the same thing of all.
 """
 
 from dataclasses import dataclass

@@ -15,6 +15,7 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import ONCE, Attempts
 from innerloop.errors import InputError
 from innerloop.measure.statistics import wilson
+from innerloop.methods import name_of
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 
@@ -162,7 +163,7 @@ def told_of(
         "task": {"name": task.name, "version": task.version, **asdict(task)},
         "split": split,
         **found,
-        "method": {"name": model.method.name, **asdict(model.method)},
+        "method": {"name": name_of(model.method), **asdict(model.method)},
         "model": name,
         "seed": seed,
         "versions": versions(),

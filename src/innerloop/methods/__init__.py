@@ -1,5 +1,7 @@
 """The methods, one file each."""
 
+from importlib import import_module
+
 from innerloop.config.method import LatentMethod, Method
 from innerloop.errors import InputError, nearest
 from innerloop.methods.depth.adainfer import AdaInfer
@@ -47,10 +49,29 @@ METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
 
 def method_named(name: str) -> type[Method]:
-    """Return the method class of a recipe's ``method: {name: ...}``."""
-    if name not in METHODS:
+    """Return the method class of a recipe's ``method: {name: ...}``; ``my_package.module.Class`` is one of one's own.
+
+    Raises:
+        InputError: there is none of that name, or what has it is no method.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module, _, last = name.rpartition(".")
+    if not module:
         raise InputError(f"there is no method '{name}'{nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
-    return METHODS[name]
+    try:
+        found = getattr(import_module(module), last, None)
+    except ImportError as error:
+        raise InputError(f"method '{name}': cannot import {module} ({error}); is it on PYTHONPATH?") from None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError(f"method '{name}': {module} has no class '{last}' derived from innerloop.Method")
+    return found
+
+
+def name_of(method: Method) -> str:
+    """Return the name by which a recipe or a saved run finds a method's class again."""
+    cls = type(method)
+    return cls.name if METHODS.get(cls.name) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 __all__ = [
@@ -78,4 +99,5 @@ __all__ = [
     "SpiralThinker",
     "Tah",
     "method_named",
+    "name_of",
 ]

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from innerloop.decoder.adapters import ADAPTER, adapted, merged_state
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
-from innerloop.methods import Method
+from innerloop.methods import Method, name_of
 from innerloop.text.encoder import Speller
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
@@ -103,7 +103,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def method_settings(method: Method) -> dict[str, Any]:
     """Return a method as a recipe writes it: its name and fields."""
-    return {"name": method.name, **asdict(method)}
+    return {"name": name_of(method), **asdict(method)}
 
 
 def trained_parts(model: Stored) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from innerloop.config.typed import typed
 from innerloop.decoder.adapters import MarkerInit, add_lora, add_markers
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
-from innerloop.methods import method_named
+from innerloop.methods import method_named, name_of
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.checkpoint import SETTINGS, Stored, first_line, load_parts, read_settings, resolve, without_bars
 
@@ -78,7 +78,7 @@ def load(
     backbone = Backbone(lm)
     backbone.check()
     stored = None
-    if saved and (method is None or method.name == saved["method"]["name"]):
+    if saved and (method is None or name_of(method) == saved["method"]["name"]):
         stored = _method_of(saved, folder)
     chosen = method or stored
     if chosen is None:

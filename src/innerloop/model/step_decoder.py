@@ -72,7 +72,7 @@ class StepDecoder(nn.Module):
         if longest > room:
             raise InputError(
                 f"the auxiliary decoder needs {longest} positions to tell a step but reads at most {room}; leave long "
-                "examples out with train.max_length, or choose another aux_source"
+                "examples out with train.max_length, or choose another aux.source"
             )
 
     def embed(self, ids_GL: Tensor, backbone: Backbone) -> Tensor:

@@ -26,7 +26,7 @@ import yaml
 from innerloop.config.typed import filled, merged, named, typed
 from innerloop.decoder.adapters import MarkerInit
 from innerloop.errors import InputError, nearest
-from innerloop.methods import Method, method_named
+from innerloop.methods import Method, method_named, name_of
 from innerloop.tasks import Task, task_named
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
@@ -86,7 +86,7 @@ class Recipe:
         sections: dict[str, Any] = {
             "task": {"name": self.task.name, **asdict(self.task)},
             "backbone": asdict(self.backbone),
-            "method": {"name": self.method.name, **asdict(self.method)},
+            "method": {"name": name_of(self.method), **asdict(self.method)},
             "train": dict(self.train),
             "out": self.out,
         }

@@ -17,50 +17,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from innerloop.decoder.adapters import adapted
 from innerloop.decoder.fused_loss import check_fused
 from innerloop.decoder.token_losses import AtOnce
 from innerloop.engine.latent_model import LatentModel
-from innerloop.engine.requests import check_length
-from innerloop.errors import InputError, refuse
+from innerloop.errors import InputError
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint
-from innerloop.model.model import LatentCore
-from innerloop.model.teacher_cache import TeacherCache
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
 from innerloop.text.encoder import Speller
-from innerloop.text.examples import Example, from_rows
+from innerloop.text.examples import Example
 from innerloop.text.row import Row
 from innerloop.train.callbacks import MetricsFile, StopOnInterrupt
 from innerloop.train.training_arguments import LatentTrainingArguments
+from innerloop.train.training_set import (
+    ByLength,
+    check_text,
+    given,
+    taught_states,
+    training_examples,
+    validation_examples,
+)
 
 DIVERGED = 3.0  # a loss this many times that of guessing uniformly means training has gone wrong
 
 
 class DivergedError(InputError):
     """The loss is not finite, or far above that of guessing."""
-
-
-class ByLength(Sampler):
-    """An order of examples in which those of like length share a batch; it depends on the seed and the epoch alone."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw another order in another epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.epoch + self.seed)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class LatentTrainer(Trainer):
@@ -89,30 +75,12 @@ class LatentTrainer(Trainer):
     ):
         self.task = task
         self.curriculum = model.method.curriculum
-        self.n_left_out = 0
         if task is not None and task.running_text != model.spell.running_text:
             model.spell = Speller(model.tokenizer, task.running_text)
         if model.spell.running_text:
-            _check_text(model, eval_dataset)
-        train = self._fitting(model, _examples(train_dataset, "train_dataset"), args.max_length)
-        train = model.prepared(train)
-        if model.step_decoder is not None:
-            stages = model.method.stages()
-            rows = (model.method.lay_out(example, model.spell, stage) for example in train for stage in stages)
-            model.step_decoder.check_room(rows, model.backbone)
-        valid = None if eval_dataset is None else _examples(eval_dataset, "eval_dataset")[: args.eval_limit]
-        if valid is not None and args.eval_limit < 1:
-            raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")
-        for example in valid or ():
-            check_length(
-                model,
-                example.question,
-                model.method.prompt(example.question, model.spell, self.model.method.last_stage),
-            )
-        if valid and task is None:
-            raise InputError("validation by generation needs a task that checks answers: pass task=...")
-        if valid is None and args.eval_strategy != "no":
-            raise InputError(f"eval_strategy={args.eval_strategy} needs validation examples: pass eval_dataset=...")
+            check_text(model, eval_dataset)
+        train, self.n_left_out = training_examples(model, train_dataset, args.max_length)
+        valid = validation_examples(model, eval_dataset, task, args)
         if args.loss_chunk == "fused":
             check_fused(args.device)
         model.loss_chunk = cast(AtOnce, args.loss_chunk)
@@ -129,33 +97,10 @@ class LatentTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._measured: dict[str, tuple[Tensor, int]] = {}  # the sums of what is only reported, and of how many
         self._n_logged_steps: int | None = None  # set when the first step begins
-        self._taught = self._cache_teacher()
+        self._taught = taught_states(model, train, args)
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
 
     # Data: examples become rows when their step begins.
-
-    def _fitting(self, model: LatentModel, examples: list[Example], max_length: int | None) -> list[Example]:
-        method = model.method
-        if method.needs_steps and not any(example.steps for example in examples):
-            raise InputError(
-                f"no training example has steps, but '{method.name}' learns from them; "
-                "give data with steps, or choose a method that needs only answers (no_cot, pause)"
-            )
-        limit = max_length or model.backbone.context_length
-        if limit is None:
-            return examples
-        lengths = [method.longest(example, model.spell) for example in examples]
-        if max_length is None and max(lengths) > limit:
-            worst = examples[lengths.index(max(lengths))]
-            raise InputError(
-                f"example '{worst.id}' takes {max(lengths)} positions but the model reads at most {limit}; "
-                f"set train.max_length={limit} to leave longer examples out"
-            )
-        kept = [example for example, length in zip(examples, lengths) if length <= limit]
-        self.n_left_out = len(examples) - len(kept)
-        if not kept:
-            raise InputError(f"every training example is longer than max_length={limit}; raise it")
-        return kept
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Return the order of the examples; with train_sampling_strategy=group_by_length like lengths go together."""
@@ -231,39 +176,6 @@ class LatentTrainer(Trainer):
     def _collate(self, rows: list[Row]) -> Batch:
         states_of = None if self._taught is None else self._taught.states_of
         return collate(rows, self.model.spell.pad_id, states_of).to(self.args.device)
-
-    def _check_room_of(self, teacher: LatentCore) -> None:
-        """Refuse a teacher that cannot read the longest of the examples."""
-        method, limit = self.model.method, teacher.backbone.context_length
-        own = self.args.max_length or self.model.backbone.context_length
-        if limit is None or (own is not None and own <= limit):
-            return
-        longest = max(method.longest(example, self.model.spell) for example in self.train_dataset)
-        if longest > limit:
-            raise InputError(
-                f"an example takes {longest} positions, but the teacher in {method.teacher} reads at most "
-                f"{limit}: set train.max_length={limit} to leave longer examples out"
-            )
-
-    def _cache_teacher(self) -> TeacherCache | None:
-        """Return the teacher's states on disk, if they are wanted there."""
-        path, method, model = self.args.teacher_cache, self.model.method, self.model
-        if path is not None and method.has_latent_teacher:
-            raise InputError(
-                "train.teacher_cache keeps states at the ends of written steps, and teacher_thinks=latents has none: "
-                "leave teacher_cache out; the teacher is run in every step"
-            )
-        if method.has_latent_teacher:
-            self._check_room_of(model.load_teacher())  # one that does not fit is refused before training
-        if path is None:
-            return None
-        if method.hid.weight == 0 or method.teacher in (None, "self"):
-            raise InputError(
-                "train.teacher_cache keeps a frozen teacher's states: set hid_weight above 0 and teacher to a folder"
-            )
-        stages = method.stages()
-        rows = [method.lay_out(example, model.spell, stage) for stage in stages for example in self.train_dataset]
-        return TeacherCache(path, rows, model.teacher, model.spell.pad_id)
 
     def _over_processes(self, n: Any, device: torch.device) -> Any:
         if self.args.world_size == 1:
@@ -353,7 +265,7 @@ class LatentTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Answer the validation examples at the current stage's layout; keep the best model of the last stage."""
-        examples = self.eval_dataset if eval_dataset is None else _examples(eval_dataset, "eval_dataset")
+        examples = self.eval_dataset if eval_dataset is None else given(eval_dataset, "eval_dataset")
         if not examples or self.task is None:
             raise InputError("there is nothing to validate on: pass eval_dataset=... and task=...")
         stage = self.stage_at(max(self.state.global_step - 1, 0))
@@ -457,30 +369,6 @@ class LatentTrainer(Trainer):
         checkpoint.load_parts(self.model, folder)
 
 
-def _check_text(model: LatentModel, eval_dataset: Any) -> None:
-    """Refuse what cannot learn every token of a running text, or be validated on it."""
-    method = model.method
-    refuse(
-        (eval_dataset is not None, "running text has no answers to validate on: set train.eval_strategy to no"),
-        (
-            method.decoder.kind != "lm_head",
-            "a decoder of its own does not predict the text before the thought: set decoder to lm_head",
-        ),
-        (
-            method.plan.scope == "all" and method.plan.answer_context == "kv_last",
-            "loop_scope=all with answer_from=kv_last leaves no pass that could predict the text: set answer_from to "
-            "refeed",
-        ),
-    )
-
-
 def _as_they_are(examples: list[Example]) -> list[Example]:
     """Collate nothing: rows are laid out when their step begins."""
     return examples
-
-
-def _examples(source: Any, name: str) -> list[Example]:
-    examples = list(source)
-    if not examples:
-        raise InputError(f"{name} is empty; give at least one example")
-    return examples if isinstance(examples[0], Example) else from_rows(examples, name)

@@ -4,8 +4,9 @@
                                                                                                       (adainfer.md, 3)
 
 The loop is the library's inner loop, whose iteration t are the layers between two exits, and every stop score works:
-AdaInfer's own is ``stop: {rule: classifier}`` on statistics of words and outputs, fitted offline by `calibrate`; its plain
-rules are gap and top_prob, the controls fixed and random. In training none leaves; earlier exits may learn to speak.
+AdaInfer's own is ``stop: {rule: classifier}`` on statistics of words and outputs, fitted offline by `calibrate`; its
+plain rules are gap and top_prob, the controls fixed and random. In training none leaves; earlier exits may learn to
+speak.
 """
 
 from __future__ import annotations

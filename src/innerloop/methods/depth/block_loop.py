@@ -5,8 +5,8 @@
     h = coda(h);  logits = Head(Norm(h))                                                                  (looped.md, 3)
 
 The loop is the library's inner loop: its state are the tokens' states between two layers. Every (loop, layer) has keys
-and values of its own. Stop scores that look at words see the block's output through the final norm and the head. What is
-learned at earlier exits, such as the gate of Ouro (arXiv 2510.25741), is in `exits`.
+and values of its own. Stop scores that look at words see the block's output through the final norm and the head. What
+is learned at earlier exits, such as the gate of Ouro (arXiv 2510.25741), is in `exits`.
 """
 
 from __future__ import annotations

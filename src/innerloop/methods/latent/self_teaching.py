@@ -1,8 +1,8 @@
-"""CODI's teacher: the same model writes the chain of thought, and its states there teach the ones before the answer.
+"""CODI's teacher: the same model writes the chain of thought, and its states there teach those before the answer.
 
-At the token before the answer's digits the student's states, layer by layer, are pulled to those that the same model has
-there after reading the chain of thought (codi.md). That token is found from the tokens of the answer itself, whatever it
-begins with.
+At the token before the answer's digits the student's states, layer by layer, are pulled to those that the same model
+has there after reading the chain of thought (codi.md). That token is found from the tokens of the answer itself,
+whatever it begins with.
 """
 
 from dataclasses import dataclass, replace
@@ -50,7 +50,7 @@ class SelfTeaching(LatentMethod):
         refuse(
             (
                 self.hid.weight > 0 and self.teacher is None,
-                "hid.weight needs states to follow: set hid.teacher to the folder of a chain-of-thought run, or to self",
+                "hid.weight needs states to follow: set hid.teacher to a chain-of-thought run's folder, or to self",
             ),
             (
                 self.teacher != "self" and (self.teacher_weight > 0 or self.teacher_passes == 2),

@@ -14,14 +14,7 @@ from innerloop.config.plan import AnswerContext, FirstState, Plan, PrefixKV, Sco
 from innerloop.config.stopping import GATED
 from innerloop.errors import InputError, refuse
 from innerloop.loop.sampling import draw_loops
-from innerloop.methods.latent.slr_settings import (
-    SlrAux,
-    SlrKd,
-    SlrSchedule,
-    SlrStates,
-    SlrStop,
-    StabilisedLoop,
-)
+from innerloop.methods.latent.slr_settings import SlrAux, SlrKd, SlrSchedule, SlrStates, SlrStop, StabilisedLoop
 from innerloop.text.encoder import Speller
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, Follow, Kind, Piece, Readout, Row, Told
@@ -341,28 +334,20 @@ class Slr(LatentMethod):
         all_gone = stage == self.last_stage or not self.write_steps
         steps = spell.steps(example) if all_gone else spell.steps(example)[:stage]
         cut = getattr(self, "_cut_short", False)
-        pairing = [self._step_of(t, len(steps), row.n_loops, cut) for t in range(1, row.n_loops + 1)]
+        taught = {t: self._step_of(t, len(steps), row.n_loops, cut) for t in range(1, row.n_loops + 1)}
+        pairs = [(t, index) for t, index in taught.items() if index is not None]
         if self.step_weight:
-            row.readouts = [
-                readout
-                for t, index in enumerate(pairing, 1)
-                if index is not None
-                for readout in self._readouts(t, row.region_start, index, steps[index])
-            ]
+            shown = (self._readouts(t, row.region_start, index, steps[index]) for t, index in pairs)
+            row.readouts = [readout for readouts in shown for readout in readouts]
         if self.aux.weight:
-            c = self.slots_per_step or self.n_slots
-            row.told = [
-                Told(t - 1, t, self._block_of(index), c, spell.told(example.steps[index]))
-                for t, index in enumerate(pairing, 1)
-                if index is not None
-            ]
+            texts, c = example.steps, self._block_length
+            row.told = [Told(t - 1, t, self._block_of(i), c, spell.told(texts[i])) for t, i in pairs]
         if self._follows_steps:
-            row.teacher = Row(
-                [spell.question(example.question)], [], [*spell.steps(example), spell.answer(example.answer)]
-            )
+            written = [*spell.steps(example), spell.answer(example.answer)]
+            row.teacher = Row([spell.question(example.question)], [], written)
             ends = row.teacher.step_ends()
             at = None if self.hid.site == "mean" else row.region_start + sum(len(piece.ids) for piece in row.region) - 1
-            row.follows = [Follow(t, at, ends[index]) for t, index in enumerate(pairing, 1) if index is not None]
+            row.follows = [Follow(t, at, ends[index]) for t, index in pairs]
         return row
 
     def _class_of(self, example: Example) -> int:
@@ -383,15 +368,18 @@ class Slr(LatentMethod):
             index = max(index, m)  # the last iteration takes the last step when there are more steps than loops
         return index - 1 if 1 <= index <= m else None
 
+    @property
+    def _block_length(self) -> int:
+        return self.slots_per_step or self.n_slots
+
     def _readouts(self, t: int, start: int, index: int, step: Piece) -> list[Readout]:
         """Return the first c tokens of a step, to be shown in iteration t by the slots of its block."""
-        first, c = start + self._block_of(index), self.slots_per_step or self.n_slots
-        return [Readout(t, first + j, token) for j, token in enumerate(step.ids[:c])]
+        first = start + self._block_of(index)
+        return [Readout(t, first + j, token) for j, token in enumerate(step.ids[: self._block_length])]
 
     def _block_of(self, index: int) -> int:
         """Return the first of the slots that show the 0-based step."""
-        c = self.slots_per_step or self.n_slots
-        return index % (self.n_slots // c) * c
+        return index % (self.n_slots // self._block_length) * self._block_length
 
 
 _BARE: dict[str, Any] = {"residual": "none", "rescale": "none", "time": "none"}

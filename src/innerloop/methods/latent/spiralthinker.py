@@ -125,7 +125,7 @@ class SpiralThinker(Method):
             ),
             (
                 self.loop.residual not in ("none", "sum"),
-                "a block's states become its inputs, alone or added to the embeddings: set loop.residual to none or sum",
+                "a block's states become its inputs, alone or added to embeddings: set loop.residual to none or sum",
             ),
             (
                 self.labeller is not None and self.pattern != "labelled",

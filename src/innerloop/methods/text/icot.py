@@ -43,7 +43,7 @@ class Icot(Method):
         removal_free_epochs: epochs before the first removal.
         force_empty: when answering, the second separator is given instead of awaited.
         first_stage: the number of tokens that are gone when training begins.
-        reset_optimizer: when the optimizer's state is cleared: whenever more tokens leave (stage), each epoch, or never.
+        reset_optimizer: when the optimizer's state is cleared: as more tokens leave (stage), each epoch, or never.
     """
 
     name: ClassVar[str] = "icot"

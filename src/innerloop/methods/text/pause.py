@@ -25,8 +25,8 @@ class PauseSchedule(Schedule):
 class Pause(LatentMethod):
     """``[Q][<pause> x M][### A][eos]``: one embedding M times; a single pass reads all of it (pause.md).
 
-    With a curriculum (``curriculum.max_stage > 0``) this is Coconut's "pause as thought": at stage s the first s steps give way
-    to s * per_stage pauses.
+    With a curriculum (``curriculum.max_stage > 0``) this is Coconut's "pause as thought": at stage s the first s steps
+    give way to s * per_stage pauses.
 
     Args:
         n_pauses: M, the number of pauses in the last stage.
