@@ -1,27 +1,57 @@
-"""What the cards ask of every method: causality, the same answers when saved and loaded, eight examples learnt."""
+"""What the cards ask of every method: causality, the same answers when saved and loaded, eight examples learnt.
+
+And of many: the slow reference's loss, logits and gradients on every architecture; where nothing loops, its answers, in
+one pass for each token.
+"""
 
 import pytest
 import torch
 
 from innerloop import Coconut, Codi, Cot, LatentModel, Lotus, NoCot, Pause, Pccot, Slr
 from tests.fields import change
-from tests.methods.tools import MIXED, assert_causal, assert_learns_by_heart, by_arch, sharp_model
+from tests.methods.reference import Reference
+from tests.methods.tools import (
+    MIXED,
+    QUESTIONS,
+    ROUNDED,
+    SHOWN,
+    SMALL,
+    assert_causal,
+    assert_close,
+    assert_learns_by_heart,
+    assert_same_gradients,
+    assert_writes_like_the_reference,
+    by_arch,
+    exact,
+    gradients,
+    lean_towards_end,
+    passes,
+    sharp_model,
+    under,
+)
 from tests.models import answers_of, moved, saved, tiny_model
 
-METHODS = {
+AT_ONCE = {
     "no_cot": NoCot(),
     "cot": Cot(),
     "cot with markers": Cot(with_markers=True),
     "pause": Pause(),
+    "pause without markers": Pause(n_pauses=3, with_markers=False),
     "pause, steps kept": Pause(n_pauses=3, keep_steps=True),
     "pause, prepended": Pause(n_pauses=3, placement="prepend"),
+    "pause, stages": Pause(n_pauses=4, curriculum={"max_stage": 2}, per_stage=2),
+    "pause, none": Pause(n_pauses=0),
+}
+METHODS = {
+    **AT_ONCE,
     "coconut": Coconut(),
     "codi": Codi(n_latents_total=3),
     "pccot": Pccot(n_slots=5, max_loops=2),
     "lotus": Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5),
-    "slots": Slr(n_slots=4, max_loops=3),
-    "append": Slr(n_slots=4, max_loops=3, loop_scope="append"),
+    "slots": change(SMALL, **SHOWN),
+    "append": change(SMALL, loop_scope="append", loop={"residual": "B"}, h0="forward"),
 }
+BY_REFERENCE = ["no_cot", "cot", "cot with markers", "pause", "pause without markers", "slots", "append"]
 SAVED = {
     "codi": Codi(n_latents_total=3, loop={"width": 8}),
     "pccot": METHODS["pccot"],
@@ -45,6 +75,38 @@ LEARNING = {
 
 def named(methods):
     return pytest.mark.parametrize("method", methods.values(), ids=methods.keys())
+
+
+@named({name: METHODS[name] for name in BY_REFERENCE})
+def test_loss_logits_and_gradients_equal_the_reference(method, arch):
+    model = under(exact(tiny_model(Slr(), arch)), method)
+    slow = Reference(model)
+    with torch.no_grad():
+        for fast, example in zip(model.answer_logits(MIXED), MIXED):
+            assert_close(fast, slow.answer_logits(example), ROUNDED)
+    loss, expected = model.loss(MIXED).loss, slow.loss(list(MIXED))
+    assert_close(loss, expected)
+    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+
+
+@named(AT_ONCE)
+@by_arch
+def test_cached_and_batched_decoding_without_a_loop_equals_uncached_decoding(method, arch):
+    assert_writes_like_the_reference(sharp_model(method, arch), passes_before=0)
+
+
+@named(AT_ONCE)
+def test_without_a_loop_training_is_one_pass_and_answering_one_for_each_token(method):
+    """The first reads the question too; the number of pauses does not matter."""
+    model = lean_towards_end(sharp_model(method), -100.0)
+    with passes(model) as seen:
+        model.loss(MIXED)
+    assert len(seen) == 1
+    with passes(model) as seen:
+        costs = [generation.cost for generation in model.generate(QUESTIONS, max_new_tokens=5)]
+    assert [embeds.shape[1] for embeds in seen[1:]] == [1] * 4
+    assert {cost.passes for cost in costs} == {5}
+    assert [cost.positions for cost in costs] == [len(row) + 4 for row in model.prompts(QUESTIONS)]
 
 
 @named(METHODS)

@@ -34,7 +34,6 @@ from tests.models import chain_examples, tiny_model
 from tests.test_trainer import make_trainer
 
 PLAIN = Icot(smoothing=None, max_removed=12)
-ALL = PLAIN.max_removed
 
 
 # 8
@@ -125,14 +124,20 @@ def test_9_answers_end_with_their_second_end(force_empty, arch, answers):
             assert (cost.passes, cost.positions) == (len(ids), n_read + len(ids) - 1)
 
 
+def taught(method, n_steps, rows=None):
+    """A model that knows four examples, and their questions."""
+    model, examples = tiny_model(method, "gpt2", num_hidden_layers=2, initializer_range=0.1), list(chain_examples(4, 2))
+    if rows is not None:
+        lay_out = model.rows
+        model.rows = lambda examples, *_: lay_out(examples, rows)
+    learn(model, examples, n_steps)
+    return model, examples, [example.question for example in examples]
+
+
 def test_9_an_internalised_model_needs_one_pass_more_than_no_cot(answers):
     """What it writes before the answer is the separator alone, which is no thought."""
-    model = tiny_model(change(PLAIN, first_stage=ALL), "gpt2", num_hidden_layers=2, initializer_range=0.1)
-    examples = list(chain_examples(4, 2))
-    learn(model, examples, 100)
-    silent = tiny_model(NoCot(), "gpt2", num_hidden_layers=2, initializer_range=0.1)
-    learn(silent, examples, 100)
-    questions = [example.question for example in examples]
+    model, examples, questions = taught(change(PLAIN, first_stage=PLAIN.max_removed), 100)
+    silent, _, _ = taught(NoCot(), 100)
     for example, one, other in zip(examples, answers(model, questions), answers(silent, questions)):
         assert one.answer == other.answer == example.answer
         assert one.ids == [model.spell.eos_id, *other.ids]
@@ -144,12 +149,9 @@ def test_9_an_internalised_model_needs_one_pass_more_than_no_cot(answers):
 
 
 def test_tokens_of_the_chain_that_are_still_written_are_counted(answers):
-    model = tiny_model(PLAIN, "gpt2", num_hidden_layers=2, initializer_range=0.1)
-    examples, slow = list(chain_examples(4, 2)), Reference(model)
-    lay_out = model.rows
-    model.rows = lambda examples, *_: lay_out(examples, 0)
-    learn(model, examples, 150)
-    for example, generation in zip(examples, answers(model, [example.question for example in examples], n=40)):
+    model, examples, questions = taught(PLAIN, 150, rows=0)
+    slow = Reference(model)
+    for example, generation in zip(examples, answers(model, questions, n=40)):
         assert generation.answer == example.answer
         assert generation.cost.thought_tokens == sum(map(len, slow.steps(example)))
 
@@ -176,40 +178,40 @@ def test_settings_that_cannot_be_are_refused_in_one_sentence(fields, message):
     assert "\n" not in str(refused.value)
 
 
+MOVES = {
+    "removed_per_epoch": (2, {"stages"}),
+    "max_removed": (5, {"stages", "last"}),
+    "unit": ("step", {"rows"}),
+    "side": ("right", {"rows"}),
+    "keep_position": (True, {"skipped"}),
+    "smoothing": (0.3, {"rows"}),
+    "removal_free_epochs": (1.5, {"stages"}),
+    "force_empty": (True, {"prompt", "ends"}),
+    "first_stage": (2, {"stages"}),
+    "reset_optimizer": ("never", {"resets"}),
+}
+
+
 def test_every_setting_does_something_of_its_own():
-    model = on("gpt2", PLAIN)
+    spell = on("gpt2", PLAIN).spell
 
     def results(method):
-        stages = [method.stage_at(t, 6) for t in range(40)]
-        laid_out = {s: method.rows(MIXED, model.spell, s, "4") for s in (1, 4)}
-        rows = {s: [row.ids() for row in rows] for s, rows in laid_out.items()}
+        laid_out = {s: method.rows(MIXED, spell, s, "4") for s in (1, 4)}
         return {
-            "stages": stages,
-            "rows": [rows[s] for s in (1, 4)],
+            "stages": [method.stage_at(t, 6) for t in range(40)],
+            "rows": [row.ids() for rows in laid_out.values() for row in rows],
             "skipped": [row.skipped for row in laid_out[4]],
-            "prompt": method.prompt("2", model.spell, 0).ids(),
+            "prompt": method.prompt("2", spell, 0).ids(),
             "ends": method.n_ends,
             "last": method.last_stage,
-            "resets": method.reset_optimizer,
+            "resets": method.curriculum.reset_optimizer,
         }
 
-    moves = {
-        "removed_per_epoch": (2, {"stages"}),
-        "max_removed": (5, {"stages", "last"}),
-        "unit": ("step", {"rows"}),
-        "side": ("right", {"rows"}),
-        "keep_position": (True, {"skipped"}),
-        "smoothing": (0.3, {"rows"}),
-        "removal_free_epochs": (1.5, {"stages"}),
-        "force_empty": (True, {"prompt", "ends"}),
-        "first_stage": (2, {"stages"}),
-        "reset_optimizer": ("never", {"resets"}),
-    }
     before = results(PLAIN)
-    for name, (value, moved) in moves.items():
+    for name, (value, moved) in MOVES.items():
         after = results(change(PLAIN, **{name: value}))
         assert {key for key in before if before[key] != after[key]} == moved, name
-    assert {field.name for field in dataclasses.fields(Icot)} == moves.keys()
+    assert {field.name for field in dataclasses.fields(Icot)} == MOVES.keys()
 
 
 @pytest.mark.slow

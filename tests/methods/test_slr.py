@@ -29,7 +29,6 @@ from tests.methods.tools import (
     assert_writes_like_the_reference,
     change,
     choices,
-    exact,
     gradients,
     iterate,
     labels_by_loop,
@@ -61,19 +60,6 @@ def assert_logits_of_the_reference(model, examples, stage=None, tolerance=ROUNDE
 
 
 # Equal to the reference
-
-
-@pytest.mark.parametrize(
-    "method",
-    [change(SMALL, **SHOWN), change(SMALL, loop_scope="append", loop={"residual": "B"}, h0="forward")],
-    ids=["slots", "append"],
-)
-def test_loss_logits_and_gradients_equal_the_reference(method, arch):
-    model = under(exact(tiny_model(Slr(), arch)), method)
-    assert_logits_of_the_reference(model, MIXED)
-    loss, expected = model.loss(MIXED).loss, Reference(model).loss(list(MIXED))
-    assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
 
 
 @choices(**ORDER, **{"loop.residual": ["none", "sum", "A", "B"]})
