@@ -7,7 +7,7 @@ one pass for each token.
 import pytest
 import torch
 
-from innerloop import Coconut, Codi, Cot, LatentModel, Lotus, NoCot, Pause, Pccot, Slr
+from innerloop import Coconut, Codi, Cot, Icot, LatentModel, Lotus, NoCot, Pause, Pccot, Slr
 from tests.fields import change
 from tests.methods.reference import Reference
 from tests.methods.tools import (
@@ -63,6 +63,7 @@ ALONE = {"hid": {"weight": 0.0}, "teacher_weight": 0.0}
 LEARNING = {
     "no_cot": NoCot(),
     "cot": Cot(),
+    "icot": Icot(smoothing=None, max_removed=1),
     "pause": Pause(n_pauses=4),
     "coconut": Coconut(curriculum={"max_stage": 2}, latents_per_step=1),
     "codi": Codi(n_latents_total=2, **ALONE),

@@ -5,8 +5,6 @@ supervised at pauses. P5 equal to other methods: tests/test_one_loop.py. P7 paus
 the question. P2 the number of passes does not depend on M, P6 cached == uncached decoding: test_every_method.py.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -148,12 +146,3 @@ def test_p7_pauses_change_the_answer_but_no_state_of_the_question():
 def test_impossible_settings_are_refused(fields, mend):
     with pytest.raises(InputError, match=mend):
         Pause(**fields)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("n_pauses", 7), ("with_markers", False), ("keep_steps", True), ("placement", "prepend")]
-)
-def test_every_field_changes_the_answer(field, value):
-    model = sharp_model(Pause())
-    other = under(model, dataclasses.replace(Pause(), **{field: value}))
-    assert (model.answer_logits(MIXED[:1])[0][-1] - other.answer_logits(MIXED[:1])[0][-1]).abs().max() > 1e-3

@@ -1,8 +1,8 @@
 """Stable Latent Reasoning: it equals the slow reference, and the invariants of its card (slr.md, section 9).
 
-Here: S2 each iteration has its row of the timestep table. S9 rows with different numbers of iterations == single rows.
-S10 cached == uncached, the passes of training. S12 `detach`. All of the card's: test_slr_equalities.py,
-test_slr_batches.py, test_slr_passes.py and test_slr_gradients.py; every setting: test_slr_settings.py.
+Here: S2 each iteration has its row of the timestep table (past it: tests/test_stabilize.py). S9 rows with different
+numbers of iterations == single rows. S10 cached == uncached, the passes of training. S12 `detach`. All of the card's:
+test_slr_{equalities,batches,passes,gradients}.py; every setting: test_slr_settings.py.
 """
 
 import math
@@ -12,9 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import Slr
-from innerloop.loop.loop import InnerLoop
 from innerloop.text.row import IGNORE
-from tests.fields import FullLoop
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -30,7 +28,6 @@ from tests.methods.tools import (
     change,
     choices,
     gradients,
-    iterate,
     labels_by_loop,
     logits_of,
     passes,
@@ -90,20 +87,6 @@ def test_s2_each_iteration_trains_its_own_row_of_the_timestep_table():
     model.loss(MIXED, stage=1).loss.backward()  # two of three iterations
     used = model.loop.time.table.grad.abs().amax(1) > 0
     assert used.tolist() == [True, True, False]
-
-
-def test_s2_iterations_past_the_table_use_its_last_row():
-    loop = InnerLoop(FullLoop(time="lookup"), width=4, max_loops=2, tau=torch.ones(()))
-    torch.nn.init.normal_(loop.time.table)
-    inputs = []
-
-    def note(x, t):
-        inputs.append(x.detach())
-        return torch.zeros_like(x)
-
-    iterate(loop, note, torch.zeros(1, 1, 4), 4)
-    rows = loop.time.table.detach()
-    assert torch.equal(torch.stack(inputs)[:, 0, 0], rows[[0, 1, 1, 1]])
 
 
 def test_rescaling_brings_every_state_to_the_rms_of_the_embeddings():

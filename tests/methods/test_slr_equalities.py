@@ -2,19 +2,17 @@
 
 1.  T = 0 == pause (slots) or the bare markers (all, last, append); kappa = inf == fixed T, -inf stops at min_loops.
 2.  At the start lookup, sinusoidal, concat and LoRA == none; per_iter with tied weights == shared; merged == hooked.
-3.  Residuals: A == B at t = 1; A == B == none at alpha = 1; alpha = 0 keeps h_0; C with fixed gates == A, B, none;
-    sum / 2 == A at alpha = 1/2 for one update.
+3.  Residuals: C with fixed gates == A, B, none. A == B at t = 1; A == B == none at alpha = 1; alpha = 0 keeps h_0:
+    tests/test_one_loop.py, tests/test_loop.py. sum / 2 == A at alpha = 1/2 for one update: tests/test_stabilize.py.
 4.  slots without residual: h0 = forward with T == embed with T + 1.
 5.  kv_last with T + 1 == refeed with T.
 6.  append, h0 = forward, kv_last == Coconut; with an adapter as projection == CODI's student.
 7.  slots, sum: refeed T = R == kv_last T = R + 1 == LOTUS.
 8.  slots, none, adapter, refeed == SpiralThinker's single block.
-9.  The linear toy: fixed points of A and B; an eigenvalue of -1.2 diverges alone and converges with B.
+9.  The linear toy: fixed points of A and B; -1.2 diverges alone and converges with B: tests/test_loop.py.
 
-10 and 14: test_slr_batches.py. 11: test_slr_passes.py. 12 and 13: test_slr_gradients.py.
+10 and 12 to 14: test_slr_batches.py. 11: test_slr_passes.py.
 """
-
-import itertools
 
 import pytest
 import torch
@@ -22,8 +20,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from innerloop import Codi, Example, LatentModel, Slr
-from innerloop.loop.loop import InnerLoop
-from tests.fields import FullLoop
 from tests.methods.reference import Reference
 from tests.methods.slowly import assert_thinks
 from tests.methods.tools import (
@@ -40,7 +36,6 @@ from tests.methods.tools import (
     by_scope,
     change,
     differs,
-    iterate,
     logits_of,
     on,
     passes,
@@ -153,28 +148,6 @@ def test_2_merged_weights_give_the_logits_of_hooked_weights(arch):
 # 3
 
 
-@by_scope
-@by_arch
-def test_3_a_is_b_for_one_iteration_and_both_are_none_at_alpha_one(scope, arch):
-    def model(max_loops, **loop):
-        return on(arch, change(PLAIN, loop_scope=scope, max_loops=max_loops, loop=loop))
-
-    assert_same_answers(model(1, residual="A"), model(1, residual="B"))
-    assert differs(model(3, residual="A"), model(3, residual="B"))
-    for residual in "AB":
-        assert_same_answers(model(3, residual=residual, alpha=1.0), model(3))
-
-
-@by_scope
-@by_arch
-def test_3_with_alpha_zero_every_state_is_the_first(scope, arch):
-    for residual, h0 in itertools.product("AB", ("embed", "forward")):
-        loop = {"residual": residual, "alpha": 0.0, "rescale": "rms"}
-        result = thought_of(on(arch, change(PLAIN, loop_scope=scope, h0=h0, loop=loop)), MIXED).loop
-        assert len(result.states) == 3
-        assert all(torch.equal(state, result.first) for _, state in [*result.states, (None, result.state)])
-
-
 @pytest.mark.parametrize(
     ("gates", "residual"),
     [((0.7, 0.3, 0.0), "A"), ((0.7, 0.0, 0.3), "B"), ((1.0, 0.0, 0.0), "none"), ((1.0, 1.0, 0.0), "sum")],
@@ -192,13 +165,6 @@ def test_3_c_with_fixed_gates_is_the_other_residuals(gates, residual, arch):
             shares = torch.tensor(gates, dtype=torch.float64)
             c.loop.residual.shares_logit = torch.logit(shares) if kind == "sigmoid" else shares.log()
             assert_same_answers(expected, c, 2e-5)
-
-
-def test_3_half_the_sum_is_a_with_alpha_one_half_for_one_update():
-    state = torch.linspace(-1, 1, 24).view(2, 3, 4)
-    run = {kind: InnerLoop(FullLoop(residual=kind, alpha=0.5), 4, 1, torch.ones(())) for kind in ("A", "sum")}
-    after = {kind: iterate(loop, lambda x, t: (3 * x).sin(), state, 1).state for kind, loop in run.items()}
-    assert_close(after["sum"] / 2, after["A"], 1e-7)
 
 
 # 4, 5
@@ -270,9 +236,9 @@ def by_hand(model: LatentModel):
 @by_arch
 def test_7_sum_is_a_hand_written_lotus_loop(arch, r):
     refeed = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=r))
+    assert_thinks(refeed, lambda slow, example: slow.lotus(example.question, 3, r)[:-1])
     kv_last = on(arch, change(refeed.method, max_loops=r + 1, answer_from="kv_last"))
-    for model in (refeed, kv_last):
-        assert_thinks(model, lambda slow, example: slow.lotus(example.question, 3, r)[:-1])
+    assert_same_answers(refeed, kv_last)
     slow = Reference(refeed)
     with torch.no_grad():
         for example in MIXED:
@@ -296,23 +262,3 @@ def test_8_an_adapter_without_residual_is_spiralthinkers_single_block(arch):
     with passes(model) as seen:
         model.answer_logits(MIXED[:1])
     assert len(seen) == 1 + 3 + 1  # the prefix, K region passes, and the last one with the answer
-
-
-# 9
-
-
-@pytest.mark.parametrize("eigenvalue", [0.9, -0.9, -1.2, 0.3])
-def test_9_residuals_have_the_fixed_points_of_theory(eigenvalue):
-    j = torch.tensor([[eigenvalue, 0.2], [0.0, 0.5]], dtype=torch.float64)
-    b, h0, one = torch.tensor([1.0, -2.0]).double(), torch.tensor([3.0, 1.0]).double(), torch.eye(2).double()
-
-    def settle(residual, alpha):
-        loop = InnerLoop(FullLoop(residual=residual, alpha=alpha), 2, 1, torch.ones(()))
-        return iterate(loop, lambda x, t: x @ j.T + b, h0.view(1, 1, 2), 500).state[0, 0]
-
-    fixed = torch.linalg.solve(one - j, b)
-    assert_close(settle("B", 0.5), fixed, 1e-8)
-    assert_close(settle("A", 0.7), torch.linalg.solve(one - 0.7 * j, 0.7 * b + 0.3 * h0), 1e-8)
-    for residual in ("B", "none"):
-        undamped = (settle(residual, 1.0) - fixed).norm()
-        assert undamped > 1e3 if eigenvalue < -1 else undamped < 1e-8

@@ -136,39 +136,24 @@ def test_11_the_first_word_that_a_stop_score_sees_is_that_of_the_answer_given_th
 
 
 @by_scope
+@by_arch
 @by_answer
-def test_11_reading_the_answers_first_word_is_one_more_pass_in_every_iteration_but_the_last(scope, answer_from):
-    model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, stop=LOOKS))
+@pytest.mark.parametrize("fields", [{}, {"prefix_kv": "per_iter"}, {"stop": LOOKS}], ids=["base", "per_iter", "looks"])
+def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scope, arch, answer_from, fields):
+    """The answer's first word is looked at in one more pass in every iteration but the last."""
+    if "prefix_kv" in fields and scope in ("all", "append"):
+        return  # refused
+    model = lean_towards_end(on(arch, change(FULL, loop_scope=scope, answer_from=answer_from, **fields)), -100.0)
     with passes(model) as seen:
-        (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=1)
+        (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=4)
     n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
     width = 1 if scope == "append" else until - n_prefix
     fed = width if answer_from == "refeed" else 0
-    looked = fed + 1 + len(model.spell.stem())
-    expected = [*([n_prefix] if scope != "all" else []), *[width, looked] * 2, width, fed + 1]
+    prefill, again = [n_prefix] if scope != "all" else [], [n_prefix] if "prefix_kv" in fields else []
+    looked = [fed + 1 + len(model.spell.stem())] if "stop" in fields else []
+    expected = [*prefill, *[*again, width, *looked] * 2, *again, width, fed + 1, 1, 1, 1]
     assert [embeds.shape[1] for embeds in seen] == expected
     assert (generation.cost.passes, generation.cost.positions) == (len(expected), sum(expected))
-
-
-@by_scope
-@by_arch
-@pytest.mark.parametrize("prefix_kv", ["base", "per_iter"])
-def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scope, arch, prefix_kv):
-    if prefix_kv == "per_iter" and scope in ("all", "append"):
-        return  # refused
-    for answer_from in ("refeed", "kv_last"):
-        model = on(arch, change(FULL, loop_scope=scope, prefix_kv=prefix_kv, answer_from=answer_from))
-        lean_towards_end(model, -100.0)
-        with passes(model) as seen:
-            (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=4)
-        n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
-        width = 1 if scope == "append" else until - n_prefix
-        has_prefill, per_iter = int(scope != "all"), prefix_kv == "per_iter"
-        fed = width if answer_from == "refeed" else 0
-        n_passes = has_prefill + 3 * (1 + per_iter) + 4
-        n_positions = n_prefix * (1 + 3 * per_iter) + 3 * width + (fed + 1) + 3
-        assert generation.cost.passes == len(seen) == n_passes
-        assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen) == n_positions
 
 
 @by_arch
