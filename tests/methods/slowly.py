@@ -35,6 +35,16 @@ def assert_terms_of_the_reference(model: LatentModel, slow: Reference, *stages: 
     assert_same_gradients(gradients(model, out.loss), gradients(model, expected))
 
 
+def assert_logits_of_the_reference(
+    model: LatentModel, examples: Sequence[Example] = MIXED, stage: int | None = None, tolerance: float | None = ROUNDED
+) -> None:
+    """The logits of every written token are the slow reference's."""
+    slow = Reference(model)
+    with torch.no_grad():
+        for logits, example in zip(model.answer_logits(examples, stage), examples):
+            assert_close(logits, slow.answer_logits(example, stage), tolerance)
+
+
 def assert_thinks(
     model: LatentModel, think: Callable[[Reference, Example], Tensor], tolerance: float | None = None
 ) -> None:

@@ -4,16 +4,18 @@ And of many: the slow reference's loss, logits and gradients on every architectu
 one pass for each token.
 """
 
+import math
+
 import pytest
 import torch
 
 from innerloop import Coconut, Codi, Cot, Icot, LatentModel, Lotus, NoCot, Pause, Pccot, Slr
 from tests.fields import change
 from tests.methods.reference import Reference
+from tests.methods.slowly import assert_logits_of_the_reference
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
-    ROUNDED,
     SHOWN,
     SMALL,
     assert_causal,
@@ -81,13 +83,20 @@ def named(methods):
 @named({name: METHODS[name] for name in BY_REFERENCE})
 def test_loss_logits_and_gradients_equal_the_reference(method, arch):
     model = under(exact(tiny_model(Slr(), arch)), method)
-    slow = Reference(model)
-    with torch.no_grad():
-        for fast, example in zip(model.answer_logits(MIXED), MIXED):
-            assert_close(fast, slow.answer_logits(example), ROUNDED)
-    loss, expected = model.loss(MIXED).loss, slow.loss(list(MIXED))
+    assert_logits_of_the_reference(model)
+    loss, expected = model.loss(MIXED).loss, Reference(model).loss(list(MIXED))
     assert_close(loss, expected)
     assert_same_gradients(gradients(model, loss), gradients(model, expected))
+
+
+@named({name: METHODS[name] for name in BY_REFERENCE})
+def test_a_model_without_an_opinion_has_log_v_in_every_term(method, arch):
+    model = under(tiny_model(Slr(), arch), method)
+    with torch.no_grad():
+        model.backbone.lm.get_output_embeddings().weight.zero_()
+    terms = {name: term.item() for name, term in model.loss(MIXED).terms.items()}
+    expected = ["answer", "step"] if method.step_weight else ["answer"]
+    assert terms == pytest.approx(dict.fromkeys(expected, math.log(len(model.tokenizer))), rel=1e-5)
 
 
 @named(AT_ONCE)

@@ -64,9 +64,6 @@ def told(row):
     return row.ids(), [at for at, label in enumerate(row.labels()) if label >= 0]
 
 
-# Rows: 1 to 4
-
-
 @by_unit
 @by_side
 @pytest.mark.parametrize("s", [0, 1, 2, 3, 7, 11])
@@ -114,9 +111,6 @@ def test_the_longest_row_is_the_one_before_any_removal():
         assert model.method.longest(example, model.spell) == len(tokens(model, example, 2)[0])
 
 
-# 5
-
-
 @by_arch
 @by_unit
 @pytest.mark.parametrize("s", [0, 3, 7, ALL])
@@ -154,9 +148,6 @@ def test_5_kept_positions_are_shown():
     positions = [int(word) for word in console.export_text().splitlines()[2].split()]
     n_asked = len(row.prefix[0].ids)
     assert positions == [*range(n_asked), *range(n_asked + 3, len(row) + 3)]
-
-
-# 6
 
 
 @pytest.mark.parametrize("smoothing", [0.5, 4.0])
@@ -203,9 +194,6 @@ def test_nothing_more_is_removed_before_the_first_removal():
     assert len(set(drawn_rows(model, model.method.stage_at(8, 4)))) > 3
 
 
-# 7
-
-
 def counted(method, n_steps, steps_per_epoch):
     """s(t) by counting, as the authors' code does: one token more whenever n steps have passed since the last."""
     each, s, count, found = round(steps_per_epoch / method.removed_per_epoch), method.first_stage, 0, []
@@ -231,9 +219,6 @@ def test_7_s_grows_as_counted(steps_per_epoch, removed_per_epoch, first, free):
     gone = {stage: removed(model, example, model.rows([example], stage)[0]) for stage in set(stages)}
     at = {stage: math.inf if n == everything else n for stage, n in gone.items()}
     assert [at[stage] for stage in stages] == counted(method, 500, steps_per_epoch)
-
-
-# 8
 
 
 class Watch(TrainerCallback):
@@ -281,9 +266,6 @@ def test_the_best_model_is_chosen_after_full_removal(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_keep_if_best", lambda accuracy, stage: kept.append(trainer.state.global_step))
     trainer.train()
     assert kept == [4, 5, 6]  # s = 0, 1, 2, all, ..
-
-
-# Answering: 9
 
 
 def slow_answer(model, question, n_ends):

@@ -46,9 +46,6 @@ STAGES = [3, 0, 1, 2, 3, 1]
 by_last_pass = pytest.mark.parametrize("last_pass", ["kv", "refeed"])
 
 
-# 2
-
-
 @pytest.mark.parametrize("n_loops", [1, 2, 4])
 @by_arch
 def test_2_refeeding_one_iteration_less_differs_in_the_pass_that_is_read_alone(arch, n_loops):
@@ -61,9 +58,6 @@ def test_2_refeeding_one_iteration_less_differs_in_the_pass_that_is_read_alone(a
     for row in rows:
         row.readouts = [dataclasses.replace(readout, loop=ANSWER_PASS) for readout in row.readouts]
     assert_close(refeed(refeed.batch(rows)).terms["step"], one["step"], ROUNDED)
-
-
-# 3, 4, 5: the passes
 
 
 def region_pass(model, examples=MIXED):
@@ -137,9 +131,6 @@ def test_5_a_latent_does_not_depend_on_the_inputs_of_later_ones(arch):
         assert (after[:, q + 1] - before[:, q + 1]).abs().amax(1).min() > 1e-3
 
 
-# 6: another method
-
-
 @by_arch
 @torch.no_grad()
 def test_6_replaced_and_shifted_latent_q_is_coconuts_from_pass_q_plus_one_on(arch):
@@ -155,9 +146,6 @@ def test_6_replaced_and_shifted_latent_q_is_coconuts_from_pass_q_plus_one_on(arc
     ours = thought_of(model, MIXED[:1]).loop.states
     for (_, z), x_ND in zip(ours, run.inputs[1:]):
         assert_close(z[0], x_ND, ROUNDED)
-
-
-# 9
 
 
 @pytest.mark.parametrize("offset", [-1, 0])
@@ -193,9 +181,6 @@ def test_9_the_weight_of_l_step_has_no_effect_on_the_states():
         assert torch.equal(one, other)
     none, half, whole = (gradients(model, model.loss(MIXED).loss) for model in models)
     assert_same_gradients({name: (none[name] + whole[name]) / 2 for name in none}, half)
-
-
-# 10, 11
 
 
 @by_last_pass

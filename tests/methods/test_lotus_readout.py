@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from operator import attrgetter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.models import chain_examples, tiny_model
 
 BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)
 N = 12
+key = attrgetter("loop", "position", "gold")
 
 
 def last_logits(slow, question):
@@ -125,10 +127,6 @@ def brute_force(slow, model, example, number):
         loop = ANSWER_PASS if t + 1 > n_loops else t + 1
         found.append(Shown(number, loop, place - 1, name(token), order.index(token), -math.log(p[token]), best))
     return sorted(found, key=key)
-
-
-def key(shown):
-    return shown.loop, shown.position, shown.gold
 
 
 @choices(readout_offset=[-1, 0], **BLOCKS)

@@ -1,15 +1,15 @@
 """Pause tokens: they equal the slow reference at every stage, and the invariants of their card (pause.md, section 9).
 
-P1 M = 0 without markers == No-CoT. P3 the gradient of the pause embedding is the sum over its positions. P4 nothing is
-supervised at pauses. P5 equal to other methods: tests/test_one_loop.py. P7 pauses change the answer, and no state of
-the question. P2 the number of passes does not depend on M, P6 cached == uncached decoding: test_every_method.py.
+P3 the gradient of the pause embedding is the sum over its positions. P4 nothing is supervised at pauses. P7 pauses
+change the answer, and no state of the question. P1 M = 0 without markers == No-CoT, P5 equal to other methods:
+tests/test_one_loop.py. P2 the number of passes does not depend on M, P6 cached == uncached: test_every_method.py.
 """
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from innerloop import InputError, NoCot, Pause
+from innerloop import InputError, Pause
 from innerloop.text.row import IGNORE
 from tests.methods.reference import Reference
 from tests.methods.tools import (
@@ -85,15 +85,6 @@ def test_answering_may_use_another_number_of_pauses_than_training():
     assert len(model.rows(MIXED[:1])[0]) == len(longer.rows(MIXED[:1])[0]) - 5
     assert [row.ids() for row in model.prompts(QUESTIONS)] == [row.ids() for row in longer.prompts(QUESTIONS)]
     assert model.generate(QUESTIONS[:1])[0].cost.thought_tokens >= 7
-
-
-def test_p1_no_pauses_and_no_markers_are_no_cot_in_ids_loss_and_gradient():
-    pause = sharp_model(Pause(n_pauses=0, with_markers=False))
-    no_cot = under(pause, NoCot())
-    assert [row.ids() for row in pause.rows(MIXED)] == [row.ids() for row in no_cot.rows(MIXED)]
-    loss, expected = pause.loss(MIXED).loss, no_cot.loss(MIXED).loss
-    assert torch.equal(loss, expected)
-    assert_same_gradients(gradients(pause, loss), gradients(no_cot, expected), 0.0)
 
 
 def test_p3_the_gradient_of_the_pause_embedding_is_the_sum_over_its_positions():

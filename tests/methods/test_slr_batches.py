@@ -43,8 +43,6 @@ from tests.methods.tools import (
 )
 from tests.models import tiny_model
 
-# 10
-
 
 @by_answer
 @pytest.mark.parametrize("stop", ["delta", "cos", "kl", "entropy", "halt"])
@@ -95,9 +93,6 @@ def test_10_generation_of_a_halting_batch_equals_that_of_single_questions(scope,
         assert one.cost.positions == alone.cost.positions
 
 
-# 14
-
-
 @by_arch
 @pytest.mark.parametrize(
     ("scope", "changed"), [("slots", "loop"), ("last", "loop"), ("append", "loop"), ("slots", "latents")]
@@ -124,9 +119,6 @@ def test_14_permuting_rows_permutes_results(scope, arch):
     logits = model.answer_logits(MIXED)
     for i, permuted in zip(order, model.answer_logits([MIXED[i] for i in order])):
         assert_close(permuted, logits[i], ROUNDED)
-
-
-# 12
 
 
 @by_scope
@@ -183,9 +175,6 @@ def test_12_another_lora_update_changes_the_passes_of_its_iteration_alone(arch):
             model.answer_logits(MIXED)
         same = [torch.equal(a, b) for a, b in zip(seen[:n_passes], seen[n_passes:])]
         assert same == [*([True] if scope != "all" else []), True, False, True, True]
-
-
-# 13
 
 
 def checksum(tensors) -> str:

@@ -43,8 +43,6 @@ from tests.methods.tools import (
     thought_of,
 )
 
-# 1
-
 
 @by_scope
 @by_arch
@@ -57,21 +55,16 @@ def test_1_without_iterations_the_markers_are_read_as_they_are(scope, arch):
     assert_thinks(on(arch, change(FULL, loop_scope=scope, max_loops=0)), markers)
 
 
-@pytest.mark.parametrize(
-    ("stop", "site"),
-    [
-        *((stop, "latents") for stop in ("delta", "delta_undamped", "cos", "kl", "entropy", "argmax", "halt")),
-        *((stop, "answer") for stop in ("kl", "entropy", "argmax")),
-    ],
-)
+OF_STATES, OF_WORDS = ("delta", "delta_undamped", "cos", "halt"), ("kl", "entropy", "argmax")
+
+
+@pytest.mark.parametrize("stop", [*OF_STATES, *OF_WORDS, *(f"{rule} of the answer" for rule in OF_WORDS)])
 @by_answer
 @by_scope
-def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_min_loops(
-    stop, site, answer_from, scope
-):
+def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_min_loops(stop, answer_from, scope):
     method = change(FULL, loop_scope=scope, answer_from=answer_from)
-    fixed = on("gpt2", method)
-    method = change(method, stop={"rule": stop, "site": site})
+    fixed, (rule, *of_answer) = on("gpt2", method), stop.split(" ", 1)
+    method = change(method, stop={"rule": rule, "site": "answer" if of_answer else "latents"})
     never = same_weights(fixed, change(method, stop={"threshold": torch.inf}))
     assert_same_answers(fixed, never, 0)
     for min_loops in (1, 2):
@@ -85,18 +78,16 @@ def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_m
                 assert torch.equal(stopped, counted)
 
 
-# 2
-
-
 @by_arch
 @pytest.mark.parametrize(
     "fields",
     [
-        {"loop.time": "lookup"},
-        {"loop.time": "sinusoidal"},
+        *(
+            {"loop.time": time, **more}
+            for time in ("lookup", "sinusoidal")
+            for more in ({}, {"loop.time_inject": "concat"})
+        ),
         {"loop.time": "sinusoidal", "loop.time_norm": True, "loop.noise_level": "delta"},
-        {"loop.time": "lookup", "loop.time_inject": "concat"},
-        {"loop.time": "sinusoidal", "loop.time_inject": "concat"},
         {"loop.lora": "per_iter"},
         {"loop.lora": "shared", "loop.lora_rank": 1, "decode_lora": True},
     ],
@@ -145,9 +136,6 @@ def test_2_merged_weights_give_the_logits_of_hooked_weights(arch):
             assert (hooked - plain).abs().max() > 1e-3
 
 
-# 3
-
-
 @pytest.mark.parametrize(
     ("gates", "residual"),
     [((0.7, 0.3, 0.0), "A"), ((0.7, 0.0, 0.3), "B"), ((1.0, 0.0, 0.0), "none"), ((1.0, 1.0, 0.0), "sum")],
@@ -165,9 +153,6 @@ def test_3_c_with_fixed_gates_is_the_other_residuals(gates, residual, arch):
             shares = torch.tensor(gates, dtype=torch.float64)
             c.loop.residual.shares_logit = torch.logit(shares) if kind == "sigmoid" else shares.log()
             assert_same_answers(expected, c, 2e-5)
-
-
-# 4, 5
 
 
 @by_region
@@ -188,9 +173,6 @@ def test_5_the_cache_of_one_iteration_more_is_the_state_fed_once_more(scope, arc
         method = change(PLAIN, loop_scope=scope, h0=h0, loop={"residual": residual})
         refeed = on(arch, method)
         assert_same_answers(refeed, same_weights(refeed, change(method, max_loops=4, answer_from="kv_last")), ROUNDED)
-
-
-# 6, 7, 8
 
 
 @by_arch
