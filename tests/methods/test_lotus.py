@@ -28,7 +28,6 @@ from tests.methods.tools import (
     halting,
     on,
     rows_at,
-    same_weights,
     sharp_model,
 )
 from tests.models import answers_of, moved, saved, tiny_model
@@ -174,16 +173,6 @@ def test_answers_and_their_cost_are_the_hosts(arch, fields):
     answers = [twin.generate(QUESTIONS, max_new_tokens=5) for twin in (model, host)]
     assert [one.text for one in answers[0]] == [one.text for one in answers[1]]
     assert [one.cost.passes for one in answers[0]] == [one.cost.passes for one in answers[1]]
-
-
-@pytest.mark.parametrize("fields", [{}, {"aux.embed": "own"}, {"aux.layers": 1}, {"aux.norm": "per_row"}], ids=str)
-@by_arch
-def test_a_probe_leaves_the_gradients_of_the_host_as_they_are_bit_for_bit(arch, fields):
-    host = on(arch, HOST)
-    probe = same_weights(host, change(AUX, **{"aux.detach": True, **fields}))
-    alone, beside = gradients(host, host.loss(MIXED).loss), gradients(probe, probe.loss(MIXED).loss)
-    assert all(torch.equal(alone[name], beside[name]) for name in alone)
-    assert any(grad.abs().max() > 0 for name, grad in beside.items() if name.startswith("step_decoder"))
 
 
 def test_making_a_decoder_draws_nothing():

@@ -36,21 +36,21 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
-def method(request):
-    return request.param
-
-
-def test_every_layout_equals_the_reference_at_every_stage_and_in_mixed_batches(method):
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_p4_every_layout_equals_the_reference_at_every_stage_and_nothing_is_supervised_at_markers(method):
+    """In mixed batches, too."""
     model = sharp_model(method)
     slow = Reference(model)
     stages = [i % (slow.last_stage + 1) for i in range(len(MIXED))]
+    rows = rows_at(model, MIXED, stages)
     with torch.no_grad():
-        for example, stage, logits in zip(MIXED, stages, logits_of(model, rows_at(model, MIXED, stages))):
+        for example, stage, logits in zip(MIXED, stages, logits_of(model, rows)):
             assert_close(logits, slow.answer_logits(example, stage))
-    loss = model(model.batch(rows_at(model, MIXED, stages))).loss
+    batch = model.batch(rows)
     expected = slow.loss(list(MIXED), stages)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+    assert_same_gradients(gradients(model, model(batch).loss), gradients(model, expected))
+    markers = set(model.tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"]))
+    assert not markers & {*batch.targets_U.tolist(), *(label for row in rows for label in row.labels())}
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,6 @@ def test_p3_the_gradient_of_the_pause_embedding_is_the_sum_over_its_positions():
     model.zero_grad()
     model.loss(MIXED[:1]).loss.backward()
     assert_close(table.grad[lat], at_pauses.sum(0), 1e-6)
-
-
-def test_p4_nothing_is_supervised_at_pauses_or_markers(method):
-    model = sharp_model(method)
-    markers = set(model.tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"]))
-    for row in model.rows(MIXED):
-        assert not markers & set(row.labels())
-    assert not markers & set(model.batch(model.rows(MIXED)).targets_U.tolist())
 
 
 def test_p7_pauses_change_the_answer_but_no_state_of_the_question():

@@ -37,6 +37,7 @@ from tests.methods.tools import (
 from tests.models import tiny_model
 
 BARE = change(SMALL, loop={"residual": "none", "rescale": "none", "time": "none"})
+RESIDUALS, SITES = {"loop.residual": ["none", "sum", "A", "B"]}, ["post_norm", "pre_norm"]
 ORDER = {"loop_scope": ["slots", "append"], "h0": ["embed", "forward"], "answer_from": ["refeed", "kv_last"]}
 
 
@@ -47,21 +48,14 @@ def assert_gradients_of_the_reference(model, examples, stages=None):
     assert_same_gradients(gradients(model, model(model.batch(rows)).loss), expected, 1e-5)
 
 
-@choices(**ORDER, **{"loop.residual": ["none", "sum", "A", "B"]})
+@choices(**ORDER, **RESIDUALS)
 def test_every_combination_equals_the_reference(settings):
     model = sharp_model(change(SMALL, **settings))
     assert_logits_of_the_reference(model, MIXED[:2])
     assert_gradients_of_the_reference(model, MIXED[:2])
 
 
-@choices(
-    **{
-        "loop_scope": ["slots", "append"],
-        "loop.residual": ["none", "sum", "A", "B"],
-        "loop.time": ["none", "lookup"],
-        "loop.site": ["post_norm", "pre_norm"],
-    }
-)
+@choices(loop_scope=["slots", "append"], **RESIDUALS, **{"loop.time": ["none", "lookup"], "loop.site": SITES})
 def test_without_rescaling_the_reference_is_met_in_double_precision(settings):
     model = sharp_model(change(SMALL, **{"loop.rescale": "none", **settings}))
     assert_logits_of_the_reference(model, MIXED[:3], tolerance=None)

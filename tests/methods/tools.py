@@ -39,11 +39,8 @@ QUESTIONS = [example.question for example in MIXED]
 SCOPES = ("slots", "all", "last", "append")
 REGIONS = ("slots", "all", "last")
 PLAIN = Slr(n_slots=3, max_loops=3, loop={"residual": "none", "rescale": "none", "time": "none"})
-FULL = Slr(
-    n_slots=3,
-    max_loops=3,
-    loop={"residual": "B", "rescale": "rms", "time": "sinusoidal", "lora": "per_iter", "lora_rank": 2, "alpha": 0.6},
-)
+FULL = Slr(n_slots=3, max_loops=3,
+           loop={"residual": "B", "alpha": 0.6, "time": "sinusoidal", "lora": "per_iter", "lora_rank": 2})  # fmt: skip
 SMALL = Slr(n_slots=4, max_loops=3)
 RAMP = Slr(n_slots=3, max_loops=4, curriculum={"max_stage": 2}, loops_per_stage=2)  # 0, 2, 4 and 4 loops in its stages
 RAMP_STAGES = [3, 0, 1, 2, 1, 0]
@@ -72,10 +69,13 @@ def labels_by_loop(row: Row) -> list[list[int]]:
     return labels
 
 
+Function = Callable[[Tensor, int], Tensor]
+
+
 class FunctionPass:
     """A function (x_t, t) -> u_t of the loop as a pass; rows that end leave it, or stand still in it."""
 
-    def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
+    def __init__(self, f: Function, compacts: bool = True):
         self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
         self.row_info: RowInfo | None = None
         self.kept: list[list[int]] = []
@@ -97,12 +97,7 @@ class FunctionPass:
 
 
 def iterate(
-    loop: InnerLoop,
-    f: Callable[[Tensor, int], Tensor],
-    state: Tensor,
-    n_loops: int | list[int],
-    compacts: bool = True,
-    **options,
+    loop: InnerLoop, f: Function, state: Tensor, n_loops: int | list[int], compacts: bool = True, **options
 ) -> LoopResult:
     """Run a loop on a function; all rows alike, or each its own number of iterations."""
     n_loops = [n_loops] * len(state) if isinstance(n_loops, int) else n_loops
