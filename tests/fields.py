@@ -43,14 +43,10 @@ FULL = {
 def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields with those written by paths, such as ``loop.residual``, put into their groups."""
     found: dict[str, Any] = {}
-    for name, value in fields.items():
-        group, _, field = name.partition(".")
-        if field:
-            found[group] = {**found.get(group, {}), field: value}
-        elif isinstance(value, Mapping):
-            found[group] = {**found.get(group, {}), **value}
-        else:
-            found[group] = value
+    for path, value in fields.items():
+        name, _, field = path.partition(".")
+        changes = {field: value} if field else value
+        found[name] = {**found.get(name, {}), **changes} if isinstance(changes, Mapping) else changes
     return found
 
 
@@ -63,18 +59,18 @@ def changed(group: Any, name: str, fields: Mapping[str, Any]) -> Any:
     return FULL[name](**{**own, **fields})
 
 
+def _applied(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: changed(values[name], name, value) if isinstance(value, Mapping) and name in values else value
+        for name, value in nested(fields).items()
+    }
+
+
 def make(cls: type[M], **fields: Any) -> M:
     """Return a method with some fields set, those of groups by their paths."""
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    return cls(**{
-        name: changed(defaults[name], name, value) if isinstance(value, Mapping) and name in defaults else value
-        for name, value in nested(fields).items()
-    })  # fmt: skip
+    return cls(**_applied({field.name: field.default for field in dataclasses.fields(cls)}, fields))
 
 
 def change(method: M, **fields: Any) -> M:
     """Return a method with some fields changed, those of groups by their paths."""
-    return dataclasses.replace(method, **{
-        name: changed(getattr(method, name), name, value) if isinstance(value, Mapping) else value
-        for name, value in nested(fields).items()
-    })  # fmt: skip
+    return dataclasses.replace(method, **_applied(vars(method), fields))

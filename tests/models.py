@@ -28,13 +28,8 @@ from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
 
-
-def from_scratch(
-    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, method: Method, seed: int = 0
-) -> LatentModel:
-    """Return a model with fresh weights and a tokenizer that is there already."""
-    return loading.from_scratch(LatentModel, settings, tokenizer, method, seed)
-
+from_scratch = functools.partial(loading.from_scratch, LatentModel)
+"""A model (settings, tokenizer, method, seed) with fresh weights and a tokenizer that is there already."""
 
 WIDTH = 32
 VOCAB = 64
@@ -59,12 +54,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3": {"type": "qwen3", **_OWN_HEAD, "tie_word_embeddings": True},
     "mistral": {"type": "mistral", **_GROUPED, "sliding_window": WINDOW},
     "gemma2": {"type": "gemma2", **_WINDOWED, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
-    "gemma3": {
-        "type": "gemma3_text",
-        **_WINDOWED,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-}
+    "gemma3": {"type": "gemma3_text", **_WINDOWED, "layer_types": [f"{kind}_attention" for kind in
+                                                                   ("sliding", "full", "sliding")]},
+}  # fmt: skip
 ARCHS = tuple(SETTINGS)
 
 
@@ -105,22 +97,8 @@ def chain_tokenizer() -> PreTrainedTokenizerBase:
 
 
 SPELLED = (
-    "<pad>",
-    "<unk>",
-    "<eos>",
-    "<s>",
-    "\n",
-    "###",
-    "q",
-    "r",
-    "s1",
-    "s2",
-    "s3",
-    "a",
-    "<<",
-    "<bot>",
-    "<lat>",
-    "<eot>",
+    *("<pad>", "<unk>", "<eos>", "<s>", "\n", "###", "q", "r"),
+    *("s1", "s2", "s3", "a", "<<", "<bot>", "<lat>", "<eot>"),
 )
 
 

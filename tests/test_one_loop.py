@@ -151,7 +151,7 @@ EQUALITIES = [
     # presets
     equal("preset lotus == LOTUS", Slr.presets["lotus"], Lotus(step_weight=0.0)),
     equal("preset pause == pauses", Slr.presets["pause"], pauses(8)),
-    equal("preset coconut == Coconut", Slr.presets["coconut"], Coconut(curriculum={"max_stage": 3}, latents_per_step=2)),
+    equal("preset coconut == Coconut", Slr.presets["coconut"], Coconut(latents_per_step=2)),
     # residuals
     equal("A, alpha=1 == none", slots(**A1), slots()),
     equal("B, alpha=1 == none", slots(**B1), slots()),

@@ -8,12 +8,16 @@ training the `passes`, every term of the loss by its name, the `loss`, and its `
 """
 
 import functools
+import math
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from torch import Tensor
 
 from innerloop import LatentModel, Slr
+from innerloop.config.typed import field_names, groups
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method
 from tests.methods.tools import MIXED, change, gradients, logits_of, passes, stir, thought_of
@@ -22,12 +26,28 @@ from tests.models import tiny_model
 LEARNS = {"loss", "gradient"}
 FORWARD = {"logits", "beyond", "answer"} | LEARNS
 """What moves with the states."""
+STATES = FORWARD | {"step"}
+STOPS = {"ran", "score", "logits", "beyond"}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
-
-STOPPING = {"check_every", "compare_init", "stop_histogram", "stop_seed", "stop_decay", "stop_features", "act_output"}
-STOPPING |= {"stop_classifier", "stop_per_step", "probe_width", "ponder_weight", "halt_pull"}
+STOPPING = {"stop.check_every", "stop.histogram", "stop.act_output", "halt.pull", "ponder_weight"}
 """The catalogue's own settings, which are the same under every loop; tests/test_halting_*.py try each of them."""
+AT_ONCE = {"stop.rule": "delta", "stop.threshold": -math.inf}
+NEVER = {"stop.rule": "kl", "stop.threshold": math.inf}
+
+
+def table(*lines: tuple) -> list[ParameterSet]:
+    """Cases of a table: each line is what moves, on top of which settings, and changes that move it, each alone."""
+    return [
+        pytest.param(base, fields, what, id="-".join(f"{name}={value}" for name, value in fields.items()))
+        for what, base, *changes in lines
+        for fields in changes
+    ]
+
+
+def untried(method: type[Method], cases: list[ParameterSet]) -> set[str]:
+    """Return the settings of a method that no case of a table changes."""
+    return set(field_names(method)) - set(groups(method)) - {name for case in cases for name in case.values[1]}
 
 
 @functools.cache
@@ -61,7 +81,7 @@ def results(method: Method) -> dict[str, Any]:
         out = model.loss(MIXED)
     found |= out.terms | {"loss": out.loss.detach(), "passes": [x.shape for x in seen]}
     found["gradient"] = [grad for name, grad in gradients(model, out.loss).items() if name.startswith("backbone")]
-    still().requires_grad_(True)  # aux_trains may have frozen it
+    still().requires_grad_(True)  # a method may have frozen it
     return found
 
 

@@ -1,10 +1,11 @@
 """A model against its slow reference: the terms of its loss, and what it writes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
-from innerloop import LatentModel
+from innerloop import Example, LatentModel
 from innerloop.text.row import Kind, Piece, Row
 from tests.methods.reference import Reference
 from tests.methods.tools import (
@@ -32,6 +33,27 @@ def assert_terms_of_the_reference(model: LatentModel, slow: Reference, *stages: 
         assert_close(out.terms[name], term.detach())
     expected = sum(model.method.term_weights[name] * term for name, term in terms.items())
     assert_same_gradients(gradients(model, out.loss), gradients(model, expected))
+
+
+def assert_logits_of_the_reference(
+    model: LatentModel, examples: Sequence[Example] = MIXED, stage: int | None = None, tolerance: float | None = ROUNDED
+) -> None:
+    """The logits of every written token are the slow reference's."""
+    slow = Reference(model)
+    with torch.no_grad():
+        for logits, example in zip(model.answer_logits(examples, stage), examples):
+            assert_close(logits, slow.answer_logits(example, stage), tolerance)
+
+
+def assert_thinks(
+    model: LatentModel, think: Callable[[Reference, Example], Tensor], tolerance: float | None = None
+) -> None:
+    """The logits for MIXED are those after ``think(slow, example)``, the embeddings (L, D) that <eot> follows."""
+    slow = Reference(model)
+    with torch.no_grad():
+        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
+            thought_LD = torch.cat([think(slow, example), slow.embed(slow.marker("<eot>"))])
+            assert_close(logits, slow.logits_after(thought_LD, slow.written(example, 0)), tolerance)
 
 
 def assert_batch_is_its_rows(model: LatentModel, rows: Sequence[Row], apart: Collection[str] = ()) -> None:

@@ -1,10 +1,12 @@
 """Stepwise internalisation (icot.md): its rows against literal deletion, its schedule, and the invariants of section 9.
 
 1. s = 0 without smoothing is CoT in this layout, 2. s = infinity is No-CoT. 3. The number of supervised tokens.
-4. Removing is deleting from the list of tokens. 5. keep_position changes nothing at s = 0. 6. How the
-offsets are spread. 7. s(t), exactly. The others are in test_icot_training.py.
+4. Removing is deleting from the list of tokens. 5. keep_position changes nothing at s = 0. 6. How the offsets are
+spread. 7. s(t), exactly. 8. The optimizer is cleared at each increment, until nothing is left to remove. 9. One pass
+more than No-CoT when answering.
 """
 
+import copy
 import dataclasses
 import io
 import math
@@ -13,29 +15,38 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
 
+from innerloop import NoCot
 from innerloop.config.curriculum import uniforms
+from innerloop.errors import InputError
 from innerloop.methods import Icot
 from innerloop.methods.text.icot import removal_offset
 from innerloop.terminal.views import row_view
+from innerloop.text.examples import Example
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
+    QUESTIONS,
     ROUNDED,
     assert_close,
     assert_same_gradients,
+    base,
     by_arch,
     change,
     gradients,
+    lean_towards,
+    learn,
     on,
+    under,
 )
-from tests.models import chain_examples
+from tests.models import chain_examples, tiny_model
+from tests.test_trainer import make_trainer
 
 PLAIN = Icot(smoothing=None, max_removed=12)
 ALL = PLAIN.max_removed
-UNITS = [(unit, side) for unit in ("token", "step") for side in ("left", "right")]
-by_unit_left = pytest.mark.parametrize("unit", ["token", "step"])
-by_unit = pytest.mark.parametrize(("unit", "side"), UNITS)
+by_unit = pytest.mark.parametrize("unit", ["token", "step"])
+by_side = pytest.mark.parametrize("side", ["left", "right"])
 
 
 def tokens(model, example, s=0, unit="token", side="left"):
@@ -45,57 +56,45 @@ def tokens(model, example, s=0, unit="token", side="left"):
     kept = chain[min(s, len(chain)) :] if side == "left" else chain[: max(len(chain) - s, 0)]
     asked = [*slow.question(example.question), *end]
     written = [t for one in kept for t in one] + end + slow.answer(example)
-    return asked + written, range(len(asked), len(asked) + len(written))
+    return asked + written, list(range(len(asked), len(asked) + len(written)))
 
 
-def assert_is(row, expected):
-    ids, supervised = expected
-    assert row.ids() == ids
-    assert [at for at, label in enumerate(row.labels()) if label >= 0] == list(supervised)
-
-
-# Rows: 1 to 4
+def told(row):
+    """What ``tokens`` says of a row."""
+    return row.ids(), [at for at, label in enumerate(row.labels()) if label >= 0]
 
 
 @by_unit
+@by_side
 @pytest.mark.parametrize("s", [0, 1, 2, 3, 7, 11])
 def test_4_removing_is_deleting_from_the_list_of_tokens(s, unit, side):
     model = on("gpt2", change(PLAIN, unit=unit, side=side))
-    for example, row in zip(MIXED, model.rows(MIXED, s)):
-        assert_is(row, tokens(model, example, s, unit, side))
+    assert [told(row) for row in model.rows(MIXED, s)] == [tokens(model, one, s, unit, side) for one in MIXED]
 
 
 @by_unit
+@by_side
 def test_1_and_2_the_ends_of_the_schedule_are_cot_and_no_cot(unit, side):
     """In this layout: the same batch, bit for bit."""
     model = on("gpt2", change(PLAIN, unit=unit, side=side))
     bare = [dataclasses.replace(example, steps=()) for example in MIXED]
     for stage, examples in ((0, MIXED), (ALL, bare)):
         rows = model.rows(MIXED, stage)
-        for example, row in zip(examples, rows):
-            assert_is(row, tokens(model, example))
+        assert [told(row) for row in rows] == [tokens(model, example) for example in examples]
         batch, other = model.batch(rows), model.batch(model.rows(examples, 0))
         for name in ("ids_BS", "mask_BS", "predict_at_U", "targets_U"):
             assert torch.equal(getattr(batch, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("s", [0, 1, 5, 11, ALL])
-def test_3_the_number_of_supervised_tokens(s):
-    model = on("gpt2", PLAIN)
-    slow = Reference(model)
-    for example, n in zip(MIXED, model.batch(model.rows(MIXED, s)).n_targets):
-        n_chain = sum(map(len, slow.steps(example)))
-        gone = n_chain if s == ALL else min(s, n_chain)
-        assert n == n_chain - gone + 1 + len(slow.answer(example))
-
-
 @by_arch
-@pytest.mark.parametrize("s", [0, 4, ALL])
-def test_the_loss_is_that_of_plain_rows_one_by_one(s, arch):
+@pytest.mark.parametrize("s", [0, 1, 4, 11, ALL])
+def test_3_the_loss_is_that_of_plain_rows_one_by_one_and_so_is_the_number_of_supervised_tokens(s, arch):
     model = on(arch, PLAIN)
     slow, losses, logits = Reference(model), [], []
-    for example in MIXED:
+    for example, n_targets in zip(MIXED, model.batch(model.rows(MIXED, s)).n_targets):
         ids, supervised = tokens(model, example, 10**6 if s == ALL else s)
+        n_chain = sum(map(len, slow.steps(example)))
+        assert n_targets == n_chain - (n_chain if s == ALL else min(s, n_chain)) + 1 + len(slow.answer(example))
         logits.append(slow.read(slow.embed(ids))[1][[at - 1 for at in supervised]])
         losses.append(cross_entropy(logits[-1], torch.tensor([ids[at] for at in supervised]), reduction="none"))
     for one, other in zip(model.answer_logits(MIXED, s), logits):
@@ -112,11 +111,8 @@ def test_the_longest_row_is_the_one_before_any_removal():
         assert model.method.longest(example, model.spell) == len(tokens(model, example, 2)[0])
 
 
-# 5
-
-
 @by_arch
-@by_unit_left
+@by_unit
 @pytest.mark.parametrize("s", [0, 3, 7, ALL])
 def test_5_kept_positions_are_those_before_the_removal(s, unit, arch):
     """Of the first separator too; rows of a batch, alone and by the bare model."""
@@ -129,19 +125,18 @@ def test_5_kept_positions_are_those_before_the_removal(s, unit, arch):
         at = [*range(n_asked), *range(n_asked + gone, len(whole))]
         x = torch.tensor([ids])
         out = model.backbone.lm(x, attention_mask=torch.ones_like(x), position_ids=torch.tensor([at]), use_cache=False)
-        assert_close(logits, out.logits[0, written.start - 1 : -1], ROUNDED)
+        assert_close(logits, out.logits[0, written[0] - 1 : -1], ROUNDED)
         assert_close(logits, model.answer_logits([example], s)[0], ROUNDED)
         (row,) = model.rows([example], s)
         assert row.n_positions == len(whole)
 
 
-@by_unit_left
+@by_unit
 def test_5_before_any_removal_kept_positions_are_the_same_bit_for_bit(unit):
-    model = on("gpt2", change(PLAIN, unit=unit))
-    keeping = on("gpt2", change(PLAIN, unit=unit, keep_position=True))
-    for one, other in zip(model.answer_logits(MIXED, 0), keeping.answer_logits(MIXED, 0)):
+    models = [on("gpt2", change(PLAIN, unit=unit, keep_position=keeps)) for keeps in (False, True)]
+    for one, other in zip(*(model.answer_logits(MIXED, 0) for model in models)):
         assert torch.equal(one, other)
-    for one, other in zip(model.answer_logits(MIXED, 3), keeping.answer_logits(MIXED, 3)):
+    for one, other in zip(*(model.answer_logits(MIXED, 3) for model in models)):
         assert (one - other).abs().max() > 1e-4 or one.shape[0] <= 4
 
 
@@ -155,30 +150,19 @@ def test_5_kept_positions_are_shown():
     assert positions == [*range(n_asked), *range(n_asked + 3, len(row) + 3)]
 
 
-# 6
-
-
 @pytest.mark.parametrize("smoothing", [0.5, 4.0])
 def test_6_offsets_are_spread_as_the_card_says(smoothing):
-    draws = torch.tensor([removal_offset(uniforms(f"{smoothing}/{i}")[0], smoothing) for i in range(200_000)])
-    mean = math.exp(-smoothing) / (1 - math.exp(-smoothing))
-    deviation = math.sqrt(math.exp(-smoothing)) / (1 - math.exp(-smoothing))
-    assert draws.double().mean().item() == pytest.approx(mean, abs=5 * deviation / math.sqrt(len(draws)))
-    for k in range(4):
-        p = (1 - math.exp(-smoothing)) * math.exp(-smoothing * k)
-        error = 5 * math.sqrt(p * (1 - p) / len(draws))
-        assert (draws == k).double().mean().item() == pytest.approx(p, abs=error + 1e-9)
-    if smoothing == 4.0:
-        assert (draws == 0).double().mean().item() == pytest.approx(0.9817, abs=2e-3)
-
-
-def test_6_offsets_at_their_edges():
-    """Over a fine grid of numbers: P(o >= k) = e^(-lambda k), and the largest number gives a finite o."""
-    grid = [removal_offset((i + 0.5) / 10**6, 4.0) for i in range(10**6)]
-    assert sum(grid) / 10**6 == pytest.approx(0.01866, abs=2e-5)
-    assert sum(o == 0 for o in grid) / 10**6 == pytest.approx(0.98168, abs=1e-5)
-    assert removal_offset(0.0, 4.0) == 0 and removal_offset(1 - 2**-53, 4.0) == 9
-    assert removal_offset(1 - math.exp(-4.0) + 1e-12, 4.0) == 1
+    """Over a fine grid of numbers, and over those that seeds draw: P(o = k) = (1 - e^-lambda) e^(-lambda k)."""
+    e = math.exp(-smoothing)
+    grid = torch.tensor([removal_offset((i + 0.5) / 10**6, smoothing) for i in range(10**6)]).double()
+    drawn = torch.tensor([removal_offset(uniforms(f"{smoothing}/{i}")[0], smoothing) for i in range(100_000)]).double()
+    for offsets, error in ((grid, 0.0), (drawn, 5 / math.sqrt(len(drawn)))):  # in deviations
+        assert offsets.mean().item() == pytest.approx(e / (1 - e), abs=error * math.sqrt(e) / (1 - e) + 2e-5)
+        for k in range(4):
+            p = (1 - e) * e**k
+            assert (offsets == k).double().mean().item() == pytest.approx(p, abs=error * math.sqrt(p * (1 - p)) + 2e-6)
+    assert removal_offset(0.0, smoothing) == 0 and removal_offset(1 - e + 1e-12, smoothing) == 1
+    assert removal_offset(1 - 2**-53, 4.0) == 9  # the largest number gives a finite o
 
 
 def removed(model, example, row):
@@ -186,10 +170,9 @@ def removed(model, example, row):
     return len(tokens(model, example)[0]) - len(row)
 
 
-def drawn_rows(model, stage, n=300, example=MIXED[3]):
-    """What is removed of an example in n draws."""
-    rows = model.rows([example] * n, stage, seed="3")
-    return [removed(model, example, row) for row in rows]
+def drawn_rows(model, stage):
+    """What is removed of an example in 300 draws."""
+    return [removed(model, MIXED[3], row) for row in model.rows([MIXED[3]] * 300, stage, seed="3")]
 
 
 def test_each_example_loses_a_few_tokens_more_now_and_then():
@@ -201,24 +184,14 @@ def test_each_example_loses_a_few_tokens_more_now_and_then():
     assert drawn_rows(model, 40) == [n_chain] * 300
     assert {removed(model, MIXED[3], row) for row in model.rows(MIXED[3:4] * 9, 3)} == {3}  # without a seed none
     assert set(drawn_rows(on("gpt2", PLAIN), 3)) == {3}
-
-
-def test_an_offset_past_the_threshold_removes_only_what_it_says():
-    """s_max is a threshold of s(t), not of s(t) + o."""
-    model = on("gpt2", change(PLAIN, smoothing=0.7, max_removed=5))
-    offsets = [removal_offset(uniforms(f"3/{i}")[0], 0.7) for i in range(300)]
-    assert drawn_rows(model, 4) == [4 + o for o in offsets]
-    assert max(offsets) > 3
+    past = on("gpt2", change(PLAIN, smoothing=0.7, max_removed=5))  # s_max is a threshold of s(t), not of s(t) + o
+    assert drawn_rows(past, 4) == [4 + o for o in offsets] and max(offsets) > 3
 
 
 def test_nothing_more_is_removed_before_the_first_removal():
-    method = change(PLAIN, smoothing=0.5, removal_free_epochs=2.0, first_stage=2)
-    model = on("gpt2", method)
-    assert set(drawn_rows(model, method.stage_at(0, 4))) == {2}
-    assert len(set(drawn_rows(model, method.stage_at(8, 4)))) > 3
-
-
-# 7
+    model = on("gpt2", change(PLAIN, smoothing=0.5, removal_free_epochs=2.0, first_stage=2))
+    assert set(drawn_rows(model, model.method.stage_at(0, 4))) == {2}
+    assert len(set(drawn_rows(model, model.method.stage_at(8, 4)))) > 3
 
 
 def counted(method, n_steps, steps_per_epoch):
@@ -242,18 +215,170 @@ def test_7_s_grows_as_counted(steps_per_epoch, removed_per_epoch, first, free):
     example = chain_examples(1, 5)[0]  # more tokens than s_max
     everything = removed(model, example, model.rows([example], ALL)[0])
     assert everything > ALL
-    at = {}
     stages = [method.stage_at(t, steps_per_epoch) for t in range(500)]
-    for stage in set(stages):
-        gone = removed(model, example, model.rows([example], stage)[0])
-        at[stage] = math.inf if gone == everything else gone
+    gone = {stage: removed(model, example, model.rows([example], stage)[0]) for stage in set(stages)}
+    at = {stage: math.inf if n == everything else n for stage, n in gone.items()}
     assert [at[stage] for stage in stages] == counted(method, 500, steps_per_epoch)
-    assert stages == sorted(stages)
 
 
-def test_7_the_cards_formula():
-    method = Icot(removed_per_epoch=8, max_removed=39)
-    n = round(1000 / 8)
-    expected = [min(t // n, 39) for t in range(8000)]
-    assert [method.stage_at(t, 1000) for t in range(8000)] == expected
-    assert expected.index(39) == 39 * n and set(expected[39 * n :]) == {39} and method.last_stage == 39
+class Watch(TrainerCallback):
+    """At which steps the optimizer had no state, and how old it was after each."""
+
+    def __init__(self):
+        self.empty, self.ages = [], []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        if not optimizer.state:
+            self.empty.append(state.global_step)
+
+    def on_step_end(self, args, state, control, optimizer=None, **_):
+        self.ages.append(int(next(iter(optimizer.state.values()))["step"]))
+
+
+SHORT = [Example(e.question, ("1", "2"), e.answer) for e in chain_examples(16, 3)]  # a chain of four tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "resets"),
+    [
+        ({"removed_per_epoch": 4}, [1, 2, 3, 4]),  # an epoch is four steps; after four tokens nothing is left
+        ({"removed_per_epoch": 2}, [2, 4, 6]),
+        ({"removed_per_epoch": 4, "max_removed": 2}, [1, 2]),  # the second increment removes all
+        ({"removed_per_epoch": 4, "unit": "step"}, [1, 2]),
+        ({"removed_per_epoch": 4, "removal_free_epochs": 0.5}, [3, 4, 5, 6]),
+        ({"removed_per_epoch": 4, "first_stage": 3}, [1]),
+        ({"removed_per_epoch": 4, "reset_optimizer": "never"}, []),
+        ({"removed_per_epoch": 4, "reset_optimizer": "epoch"}, [4]),
+    ],
+    ids=str,
+)
+def test_8_the_optimizer_is_cleared_at_increments_until_nothing_is_left(tmp_path, fields, resets):
+    model, watch = tiny_model(change(PLAIN, **fields)), Watch()
+    make_trainer(tmp_path, model, SHORT, callbacks=[watch], max_steps=8, batch_size=4).train()
+    assert watch.empty == [0, *resets]
+    assert watch.ages == [step - max(at for at in watch.empty if at <= step) + 1 for step in range(8)]
+
+
+def test_the_best_model_is_chosen_after_full_removal(tmp_path, monkeypatch):
+    method, kept = change(PLAIN, removed_per_epoch=4, max_removed=3), []
+    settings = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(tmp_path, tiny_model(method), SHORT, SHORT[:2], **settings)
+    monkeypatch.setattr(trainer, "_keep_if_best", lambda accuracy, stage: kept.append(trainer.state.global_step))
+    trainer.train()
+    assert kept == [4, 5, 6]  # s = 0, 1, 2, all, ..
+
+
+def slow_answer(model, question, n_ends):
+    """Greedy decoding of the bare model, and how many tokens it reads first."""
+    slow, end, written = Reference(model), model.tokenizer.eos_token_id, []
+    ids = [*slow.question(question), *[end] * (3 - n_ends)]
+    while len(written) < 14 and written.count(end) < n_ends:
+        with torch.no_grad():
+            written.append(slow.read(slow.embed(ids + written))[1][-1].argmax().item())
+    return written, len(ids)
+
+
+@by_arch
+@pytest.mark.parametrize("force_empty", [False, True])
+def test_9_answers_end_with_their_second_end(force_empty, arch, answers):
+    """The first separates the answer; given with the question, there is one to write. Batched == alone == slow."""
+    leaning = lean_towards(copy.deepcopy(base(arch)), {"<eos>": {"gpt2": 2.5, "llama": 2.0}[arch], "###": 1.0})
+    model = under(leaning, change(PLAIN, force_empty=force_empty))
+    n_ends, end = (1 if force_empty else 2), model.tokenizer.eos_token_id
+    generations = answers(model)
+    assert len({len(generation.ids) for generation in generations}) > 2
+    for question, generation in zip(QUESTIONS, generations):
+        ids, n_read = slow_answer(model, question, n_ends)
+        alone = answers(model, [question])[0]
+        assert generation.ids == ids == alone.ids and generation.text == alone.text
+        assert generation.ended == (ids.count(end) == n_ends)
+        for cost in (generation.cost, alone.cost):
+            assert (cost.passes, cost.positions) == (len(ids), n_read + len(ids) - 1)
+
+
+def taught(method, n_steps, stage):
+    """A model that knows four examples at a stage, and their questions."""
+    model, examples = tiny_model(method, "gpt2", num_hidden_layers=2, initializer_range=0.1), list(chain_examples(4, 2))
+    lay_out = model.rows
+    model.rows = lambda examples, *_: lay_out(examples, stage)
+    learn(model, examples, n_steps)
+    del model.rows
+    return model, examples, [example.question for example in examples]
+
+
+def test_9_an_internalised_model_needs_one_pass_more_than_no_cot(answers):
+    """What it writes before the answer is the separator alone, which is no thought."""
+    model, examples, questions = taught(change(PLAIN, first_stage=ALL), 100, ALL)
+    silent, _, _ = taught(NoCot(), 100, 0)
+    for example, one, other in zip(examples, answers(model, questions), answers(silent, questions)):
+        assert one.answer == other.answer == example.answer
+        assert one.ids == [model.spell.eos_id, *other.ids]
+        assert one.cost.passes == other.cost.passes + 1
+        assert one.cost.thought_tokens == other.cost.thought_tokens == 0
+    given = under(model, change(model.method, force_empty=True))
+    for one, other in zip(answers(given, questions), answers(silent, questions)):
+        assert one.ids == other.ids and one.cost.passes == other.cost.passes
+
+
+def test_tokens_of_the_chain_that_are_still_written_are_counted(answers):
+    model, examples, questions = taught(PLAIN, 150, 0)
+    slow = Reference(model)
+    for example, generation in zip(examples, answers(model, questions, n=40)):
+        assert generation.answer == example.answer
+        assert generation.cost.thought_tokens == sum(map(len, slow.steps(example)))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"removed_per_epoch": 0}, "must be above 0"),
+        ({"max_removed": 0}, "must be above 0"),
+        ({"removal_free_epochs": -1.0}, "cannot be negative"),
+        ({"smoothing": 0.0}, "smoothing must be above 0, or none"),
+        ({"first_stage": 40}, "the stages run from 0 to 39"),
+        ({"unit": "word"}, "choose one of token, step"),
+        ({"side": "top"}, "choose one of left, right"),
+        ({"side": "right", "keep_position": True}, "set side to left"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_sentence(fields, message):
+    with pytest.raises(InputError, match=message) as refused:
+        Icot(**fields)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_setting_does_something_of_its_own():
+    spell = on("gpt2", PLAIN).spell
+
+    def results(method):
+        laid_out = {s: method.rows(MIXED, spell, s, "4") for s in (1, 4)}
+        return {
+            "stages": [method.stage_at(t, 6) for t in range(40)],
+            "rows": [row.ids() for rows in laid_out.values() for row in rows],
+            "skipped": [row.skipped for row in laid_out[4]],
+            "prompt": method.prompt("2", spell, 0).ids(),
+            "ends": method.n_ends,
+            "last": method.last_stage,
+            "resets": method.curriculum.reset_optimizer,
+        }
+
+    moves = {
+        "removed_per_epoch": (2, {"stages"}),
+        "max_removed": (5, {"stages", "last"}),
+        "unit": ("step", {"rows"}),
+        "side": ("right", {"rows"}),
+        "keep_position": (True, {"skipped"}),
+        "smoothing": (0.3, {"rows"}),
+        "removal_free_epochs": (1.5, {"stages"}),
+        "force_empty": (True, {"prompt", "ends"}),
+        "first_stage": (2, {"stages"}),
+        "reset_optimizer": ("never", {"resets"}),
+    }
+    before = results(PLAIN)
+    for name, (value, moved) in moves.items():
+        after = results(change(PLAIN, **{name: value}))
+        assert {key for key in before if before[key] != after[key]} == moved, name
+    assert {field.name for field in dataclasses.fields(Icot)} == moves.keys()

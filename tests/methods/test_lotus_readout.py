@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from operator import attrgetter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.models import chain_examples, tiny_model
 
 BASE = Lotus(n_blocks=3, latents_per_block=4, step_weight=0.5)
 N = 12
+key = attrgetter("loop", "position", "gold")
 
 
 def last_logits(slow, question):
@@ -25,20 +27,19 @@ def last_logits(slow, question):
     return slow.read(torch.cat([run.prefix, run.last]))[1][-N - 1 :]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"last_pass": "refeed"},
-        {"max_loops": 0},
-        {"loop.site": "pre_norm"},
-        {"inject": "replace", "loop.shift": True},
-    ],
-    ids=str,
-)
+BLOCKS = {"supervision": ["post", "per_iter"], "last_pass": ["kv", "refeed"], "overflow": ["truncate", "spill"]}
+LOOPS = [
+    {"last_pass": "refeed"},
+    {"max_loops": 0},
+    {"loop.site": "pre_norm"},
+    {"loop.residual": "none", "loop.shift": True},
+]
+
+
+@pytest.mark.parametrize("fields", [{}, *LOOPS], ids=str)
 @by_arch
 @torch.no_grad()
-def test_a_traced_answer_tells_what_bot_and_the_latents_show_in_the_pass_it_sees(arch, fields):
+def test_a_traced_answer_tells_what_bot_and_the_latents_show_in_every_iteration_and_the_pass_it_sees(arch, fields):
     model = on(arch, change(BASE, **fields))
     slow = LotusReference(model)
     for batch_size in (6, 1):
@@ -47,25 +48,17 @@ def test_a_traced_answer_tells_what_bot_and_the_latents_show_in_the_pass_it_sees
             expected = last_logits(slow, question).softmax(-1).topk(5)
             assert_close(generation.trace.last.top_ids[0], expected.indices)
             assert_close(generation.trace.last.top_probs[0], expected.values.float())
+            run, iterations = slow.run(question, 3), generation.trace.iterations
+            assert len(iterations) == model.method.n_loops(3)
+            for entry, logits in zip(iterations, run.logits):
+                assert entry.top_ids[0].tolist() == logits[1:].topk(5).indices.tolist()
 
 
-@by_arch
+@choices(readout_offset=[-1, 0], **BLOCKS)
 @torch.no_grad()
-def test_a_traced_answer_tells_what_the_latents_show_in_every_iteration(arch):
-    model = on(arch, BASE)
-    for question, generation in zip(QUESTIONS, model.generate(QUESTIONS, max_new_tokens=2, trace=True)):
-        run = LotusReference(model).run(question, 3)
-        assert len(generation.trace.iterations) == 3
-        for entry, logits in zip(generation.trace.iterations, run.logits):
-            assert entry.top_ids[0].tolist() == logits[1:].topk(5).indices.tolist()
-
-
-@choices(supervision=["post", "per_iter"], last_pass=["kv", "refeed"], overflow=["truncate", "spill"])
-@pytest.mark.parametrize("offset", [-1, 0])
-@torch.no_grad()
-def test_a_traced_answer_tells_each_blocks_step_its_alternatives_and_the_ranks_of_gold_tokens(settings, offset):
+def test_a_traced_answer_tells_each_blocks_step_its_alternatives_and_the_ranks_of_gold_tokens(settings):
     """Block i shows its step in h^(R), or in h^(i); what is beyond c tokens of a step, or m steps, is unknown."""
-    model = on("gpt2", change(BASE, readout_offset=offset, **settings))
+    model = on("gpt2", change(BASE, **settings))
     slow, name, c = LotusReference(model), model.tokenizer.convert_ids_to_tokens, 4
     steps = [example.steps for example in MIXED]
     for batch_size in (6, 1):
@@ -75,7 +68,7 @@ def test_a_traced_answer_tells_each_blocks_step_its_alternatives_and_the_ranks_o
             assert len(generation.blocks) == 3
             for i, block in enumerate(generation.blocks):
                 t = 3 if settings["supervision"] == "post" else i + 1
-                logits = run.logits[t][1 + i * c + offset : 1 + (i + 1) * c + offset]
+                logits = run.logits[t][1 + i * c + settings["readout_offset"] :][:c]
                 best = logits.topk(5).indices
                 lines = model.tokenizer.decode(best[:, 0]).splitlines()
                 assert block.text == (lines[0] if "".join(lines).strip() else "")
@@ -136,24 +129,17 @@ def brute_force(slow, model, example, number):
     return sorted(found, key=key)
 
 
-def key(shown):
-    return shown.loop, shown.position, shown.gold
-
-
-@choices(supervision=["post", "per_iter"], last_pass=["kv", "refeed"], overflow=["truncate", "spill"])
-@pytest.mark.parametrize("offset", [-1, 0])
+@choices(readout_offset=[-1, 0], **BLOCKS)
 @torch.no_grad()
-def test_shown_steps_are_those_of_brute_force(settings, offset):
-    model = on("gpt2", change(BASE, readout_offset=offset, **settings))
+def test_shown_steps_are_those_of_brute_force(settings):
+    model = on("gpt2", change(BASE, **settings))
     slow = LotusReference(model)
     for batch_size in (6, 4):
         rows = shown_steps(model, MIXED, top_k=3, batch_size=batch_size)
         for number, (example, row) in enumerate(zip(MIXED, rows)):
             expected = brute_force(slow, model, example, number)
-            assert [dataclasses.replace(one, nll=0, alternatives=()) for one in sorted(row, key=key)] == [
-                dataclasses.replace(one, nll=0, alternatives=()) for one in expected
-            ]
-            for one, other in zip(sorted(row, key=key), expected):
+            for one, other in zip(sorted(row, key=key), expected, strict=True):
+                assert dataclasses.replace(one, nll=other.nll, alternatives=other.alternatives) == other
                 assert one.nll == pytest.approx(other.nll, rel=1e-5)
                 for (word, p), (right, q) in zip(one.alternatives, other.alternatives, strict=True):
                     assert word == right and p == pytest.approx(q, rel=1e-5)
@@ -171,13 +157,10 @@ def test_the_summary_counts_ranks_and_its_loss_is_l_step():
     assert summary([[], []]) == {"n": 0, "nll": 0.0, "top1": 0.0, "top5": 0.0}
 
 
-def test_showing_steps_leaves_the_model_as_it_was():
+def test_showing_steps_leaves_the_model_as_it_was_and_needs_one_that_shows_some():
     model = on("gpt2", BASE).train()
     shown_steps(model, MIXED[:1])
     assert model.training
     model.eval()
-
-
-def test_a_model_that_shows_no_steps_is_refused():
     with pytest.raises(InputError, match="step_weight"):
         shown_steps(on("gpt2", change(BASE, step_weight=0.0)), MIXED)

@@ -1,33 +1,25 @@
-"""Pause tokens: they equal the slow reference, and the invariants of their card (pause.md, section 9).
+"""Pause tokens: they equal the slow reference at every stage, and the invariants of their card (pause.md, section 9).
 
-P1 M = 0 without markers == No-CoT. P2 the number of passes does not depend on M. P3 the gradient of the pause embedding
-is the sum over its positions. P4 nothing is supervised at pauses. P5 equal to other methods: tests/test_one_loop.py.
-P6 cached == uncached decoding, batch == single rows. P7 pauses change the answer, and no state of the question.
+P3 the gradient of the pause embedding is the sum over its positions. P4 nothing is supervised at pauses. P7 pauses
+change the answer, and no state of the question. P1 M = 0 without markers == No-CoT, P5 equal to other methods:
+tests/test_one_loop.py. P2 the number of passes does not depend on M, P6 cached == uncached: test_every_method.py.
 """
-
-import dataclasses
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from innerloop import InputError, NoCot, Pause, Slr
+from innerloop import InputError, Pause
 from innerloop.text.row import IGNORE
-from tests.fields import make
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
-    ROUNDED,
     assert_close,
     assert_same_gradients,
-    assert_writes_like_the_reference,
     change_embedding,
-    exact,
     gradients,
-    lean_towards_end,
     logits_of,
-    passes,
     rows_at,
     sharp_model,
     states,
@@ -44,33 +36,21 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
-def method(request):
-    return request.param
-
-
-@pytest.mark.parametrize("default", [Pause(), Pause(with_markers=False)], ids=["markers", "no markers"])
-def test_loss_logits_and_gradients_equal_the_reference(default, arch):
-    model = under(exact(tiny_model(Slr(), arch)), default)
-    slow = Reference(model)
-    with torch.no_grad():
-        for fast, example in zip(model.answer_logits(MIXED), MIXED):
-            assert_close(fast, slow.answer_logits(example), ROUNDED)
-    loss, expected = model.loss(MIXED).loss, slow.loss(list(MIXED))
-    assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
-
-
-def test_every_layout_equals_the_reference_at_every_stage_and_in_mixed_batches(method):
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_p4_every_layout_equals_the_reference_at_every_stage_and_nothing_is_supervised_at_markers(method):
+    """In mixed batches, too."""
     model = sharp_model(method)
     slow = Reference(model)
     stages = [i % (slow.last_stage + 1) for i in range(len(MIXED))]
+    rows = rows_at(model, MIXED, stages)
     with torch.no_grad():
-        for example, stage, logits in zip(MIXED, stages, logits_of(model, rows_at(model, MIXED, stages))):
+        for example, stage, logits in zip(MIXED, stages, logits_of(model, rows)):
             assert_close(logits, slow.answer_logits(example, stage))
-    loss = model(model.batch(rows_at(model, MIXED, stages))).loss
+    batch = model.batch(rows)
     expected = slow.loss(list(MIXED), stages)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
+    assert_same_gradients(gradients(model, model(batch).loss), gradients(model, expected))
+    markers = set(model.tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"]))
+    assert not markers & {*batch.targets_U.tolist(), *(label for row in rows for label in row.labels())}
 
 
 @pytest.mark.parametrize(
@@ -107,28 +87,6 @@ def test_answering_may_use_another_number_of_pauses_than_training():
     assert model.generate(QUESTIONS[:1])[0].cost.thought_tokens >= 7
 
 
-def test_p1_no_pauses_and_no_markers_are_no_cot_in_ids_loss_and_gradient():
-    pause = sharp_model(Pause(n_pauses=0, with_markers=False))
-    no_cot = under(pause, NoCot())
-    assert [row.ids() for row in pause.rows(MIXED)] == [row.ids() for row in no_cot.rows(MIXED)]
-    loss, expected = pause.loss(MIXED).loss, no_cot.loss(MIXED).loss
-    assert torch.equal(loss, expected)
-    assert_same_gradients(gradients(pause, loss), gradients(no_cot, expected), 0.0)
-
-
-@pytest.mark.parametrize("m", [0, 1, 9])
-def test_p2_the_number_of_passes_does_not_depend_on_m(m):
-    model = lean_towards_end(sharp_model(Pause(n_pauses=m)), -100.0)
-    with passes(model) as seen:
-        model.loss(MIXED)
-    assert len(seen) == 1
-    with passes(model) as seen:
-        generations = model.generate(QUESTIONS, max_new_tokens=5)
-    assert len(seen) == 5
-    assert {generation.cost.passes for generation in generations} == {5}
-    assert generations[0].cost.positions == len(model.prompts(QUESTIONS)[0]) + 4
-
-
 def test_p3_the_gradient_of_the_pause_embedding_is_the_sum_over_its_positions():
     model = sharp_model(Pause(n_pauses=3), "llama")  # input and output embeddings are separate tables
     assert not model.backbone.config.tie_word_embeddings
@@ -145,19 +103,6 @@ def test_p3_the_gradient_of_the_pause_embedding_is_the_sum_over_its_positions():
     assert_close(table.grad[lat], at_pauses.sum(0), 1e-6)
 
 
-def test_p4_nothing_is_supervised_at_pauses_or_markers(method):
-    model = sharp_model(method)
-    markers = set(model.tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"]))
-    for row in model.rows(MIXED):
-        assert not markers & set(row.labels())
-    assert not markers & set(model.batch(model.rows(MIXED)).targets_U.tolist())
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_p6_cached_and_batched_decoding_equals_uncached_decoding(method, name):
-    assert_writes_like_the_reference(sharp_model(method, name), passes_before=0)
-
-
 def test_p7_pauses_change_the_answer_but_no_state_of_the_question():
     model = sharp_model(Pause())
     n_question = len(model.rows(MIXED[:1])[0].prefix[0].ids)
@@ -170,29 +115,17 @@ def test_p7_pauses_change_the_answer_but_no_state_of_the_question():
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "mend"),
     [
-        {"n_pauses": -1},
-        {"n_pauses_inference": -1},
-        {"curriculum.max_stage": 2, "keep_steps": True},
-        {"curriculum.max_stage": 2, "placement": "prepend"},
-        {"curriculum.first_stage": 1},
+        ({"n_pauses": -1}, "cannot be negative"),
+        ({"n_pauses_inference": -1}, "cannot be negative"),
+        ({"curriculum": {"max_stage": 2}, "keep_steps": True}, "set keep_steps to false"),
+        ({"curriculum": {"max_stage": 2}, "placement": "prepend"}, "placement to append"),
+        ({"curriculum": {"first_stage": 1}}, "from 0 to 0"),
+        ({"placement": "before"}, "placement"),
     ],
+    ids=str,
 )
-def test_impossible_settings_are_refused(fields):
-    with pytest.raises(InputError):
-        make(Pause, **fields)
-
-
-def test_an_unknown_choice_is_refused():
-    with pytest.raises(InputError, match="placement"):
-        Pause(placement="before")
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("n_pauses", 7), ("with_markers", False), ("keep_steps", True), ("placement", "prepend")]
-)
-def test_every_field_changes_the_answer(field, value):
-    model = sharp_model(Pause())
-    other = under(model, dataclasses.replace(Pause(), **{field: value}))
-    assert (model.answer_logits(MIXED[:1])[0][-1] - other.answer_logits(MIXED[:1])[0][-1]).abs().max() > 1e-3
+def test_impossible_settings_are_refused(fields, mend):
+    with pytest.raises(InputError, match=mend):
+        Pause(**fields)

@@ -1,27 +1,23 @@
 """Stable Latent Reasoning: it equals the slow reference, and the invariants of its card (slr.md, section 9).
 
-Here: S2 each iteration has its row of the timestep table. S9 rows with different numbers of iterations == single rows.
-S10 cached == uncached, the passes of training. S12 `detach`. All of the card's: test_slr_equalities.py,
-test_slr_batches.py, test_slr_passes.py and test_slr_gradients.py; every setting: test_slr_settings.py.
+Here: S2 each iteration has its row of the timestep table (past it: tests/test_stabilize.py). S9 rows with different
+numbers of iterations == single rows. S10 cached == uncached, the passes of training. S12 `detach`. All of the card's:
+test_slr_{equalities,batches,passes,gradients}.py; every setting: test_slr_settings.py.
 """
-
-import math
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop import Slr
-from innerloop.loop.loop import InnerLoop
 from innerloop.text.row import IGNORE
-from tests.fields import FullLoop
 from tests.methods.reference import Reference
+from tests.methods.slowly import assert_logits_of_the_reference
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
     RAMP,
     RAMP_STAGES,
-    ROUNDED,
     SHOWN,
     SMALL,
     assert_close,
@@ -29,9 +25,7 @@ from tests.methods.tools import (
     assert_writes_like_the_reference,
     change,
     choices,
-    exact,
     gradients,
-    iterate,
     labels_by_loop,
     logits_of,
     passes,
@@ -43,58 +37,28 @@ from tests.methods.tools import (
 from tests.models import tiny_model
 
 BARE = change(SMALL, loop={"residual": "none", "rescale": "none", "time": "none"})
+RESIDUALS, SITES = {"loop.residual": ["none", "sum", "A", "B"]}, ["post_norm", "pre_norm"]
+ORDER = {"loop_scope": ["slots", "append"], "h0": ["embed", "forward"], "answer_from": ["refeed", "kv_last"]}
 
 
-# Equal to the reference
+def assert_gradients_of_the_reference(model, examples, stages=None):
+    """The gradient of the loss by every weight is the slow reference's, every example at its stage."""
+    rows = model.rows(examples) if stages is None else rows_at(model, examples, stages)
+    expected = gradients(model, Reference(model).loss(list(examples), stages))
+    assert_same_gradients(gradients(model, model(model.batch(rows)).loss), expected, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [change(SMALL, **SHOWN), change(SMALL, loop_scope="append", loop={"residual": "B"}, h0="forward")],
-    ids=["slots", "append"],
-)
-def test_loss_logits_and_gradients_equal_the_reference(method, arch):
-    model = under(exact(tiny_model(Slr(), arch)), method)
-    slow = Reference(model)
-    with torch.no_grad():
-        for fast, example in zip(model.answer_logits(MIXED), MIXED):
-            assert_close(fast, slow.answer_logits(example), ROUNDED)
-    loss, expected = model.loss(MIXED).loss, slow.loss(list(MIXED))
-    assert_close(loss, expected)
-    assert_same_gradients(gradients(model, loss), gradients(model, expected))
-
-
-@choices(
-    loop_scope=["slots", "append"],
-    h0=["embed", "forward"],
-    answer_from=["refeed", "kv_last"],
-    residual=["none", "sum", "A", "B"],
-)
+@choices(**ORDER, **RESIDUALS)
 def test_every_combination_equals_the_reference(settings):
-    model = sharp_model(change(SMALL, loop={"rescale": "rms", "time": "lookup"}, **settings))
-    slow, chosen = Reference(model), list(MIXED[:2])
-    with torch.no_grad():
-        for fast, example in zip(model.answer_logits(chosen), chosen):
-            assert_close(fast, slow.answer_logits(example), ROUNDED)
-    expected = gradients(model, slow.loss(chosen))
-    assert_same_gradients(gradients(model, model.loss(chosen).loss), expected, 1e-5)
+    model = sharp_model(change(SMALL, **settings))
+    assert_logits_of_the_reference(model, MIXED[:2])
+    assert_gradients_of_the_reference(model, MIXED[:2])
 
 
-@choices(
-    loop_scope=["slots", "append"],
-    residual=["none", "sum", "A", "B"],
-    time=["none", "lookup"],
-    feedback_site=["post_norm", "pre_norm"],
-)
+@choices(loop_scope=["slots", "append"], **RESIDUALS, **{"loop.time": ["none", "lookup"], "loop.site": SITES})
 def test_without_rescaling_the_reference_is_met_in_double_precision(settings):
-    model = sharp_model(change(SMALL, loop={"rescale": "none"}, **settings))
-    slow = Reference(model)
-    with torch.no_grad():
-        for fast, example in zip(model.answer_logits(MIXED[:3]), MIXED):
-            assert_close(fast, slow.answer_logits(example))
-
-
-# S2: timesteps
+    model = sharp_model(change(SMALL, **{"loop.rescale": "none", **settings}))
+    assert_logits_of_the_reference(model, MIXED[:3], tolerance=None)
 
 
 def test_s2_each_iteration_trains_its_own_row_of_the_timestep_table():
@@ -104,30 +68,13 @@ def test_s2_each_iteration_trains_its_own_row_of_the_timestep_table():
     assert used.tolist() == [True, True, False]
 
 
-def test_s2_iterations_past_the_table_use_its_last_row():
-    loop = InnerLoop(FullLoop(time="lookup"), width=4, max_loops=2, tau=torch.ones(()))
-    torch.nn.init.normal_(loop.time.table)
-    inputs = []
-
-    def note(x, t):
-        inputs.append(x.detach())
-        return torch.zeros_like(x)
-
-    iterate(loop, note, torch.zeros(1, 1, 4), 4)
-    rows = loop.time.table.detach()
-    assert torch.equal(torch.stack(inputs)[:, 0, 0], rows[[0, 1, 1, 1]])
-
-
 def test_rescaling_brings_every_state_to_the_rms_of_the_embeddings():
     model = sharp_model(change(BARE, loop={"rescale": "rms"}))
     for entry in model.loss(MIXED, trace=True).trace.iterations:
         assert torch.allclose(entry.rms, model.backbone.embed_rms())
 
 
-# S9: rows of a batch
-
-
-@choices(loop_scope=["slots", "append"], h0=["embed", "forward"], answer_from=["refeed", "kv_last"])
+@choices(**ORDER)
 def test_s9_rows_with_different_numbers_of_iterations_equal_single_rows(settings):
     """At a stage without an iteration the last pass over the latents, for kv_last, is the one that reads <lat>."""
     model = sharp_model(change(RAMP, loop={"rescale": "none"}, **settings))
@@ -137,42 +84,22 @@ def test_s9_rows_with_different_numbers_of_iterations_equal_single_rows(settings
         assert_close(together, logits_of(model, [row])[0])
 
 
-@choices(loop_scope=["slots", "append"], h0=["embed", "forward"], answer_from=["refeed", "kv_last"])
+@choices(**ORDER)
 def test_s9_rows_at_a_stage_without_iterations_equal_the_reference(settings):
-    model = sharp_model(change(RAMP, **settings))
-    slow = Reference(model)
-    with torch.no_grad():
-        for fast, example in zip(model.answer_logits(MIXED, stage=0), MIXED):
-            assert_close(fast, slow.answer_logits(example, 0), ROUNDED)
+    assert_logits_of_the_reference(sharp_model(change(RAMP, **settings)), MIXED, stage=0)
 
 
-@choices(loop_scope=["slots", "append"], answer_from=["refeed", "kv_last"], time=["none", "lookup"])
+@choices(loop_scope=["slots", "append"], answer_from=["refeed", "kv_last"], **{"loop.time": ["none", "lookup"]})
 def test_s9_gradients_of_rows_with_different_numbers_of_iterations_equal_the_reference(settings):
-    model = sharp_model(change(RAMP, **settings))
-    slow = Reference(model)
-    expected = gradients(model, slow.loss(list(MIXED), RAMP_STAGES))
-    loss = model(model.batch(rows_at(model, MIXED, RAMP_STAGES))).loss
-    assert_same_gradients(gradients(model, loss), expected, 1e-5)
+    assert_gradients_of_the_reference(sharp_model(change(RAMP, **settings)), MIXED, RAMP_STAGES)
 
 
-def test_s9_step_read_outs_of_rows_with_different_numbers_of_iterations_equal_the_reference():
-    model = sharp_model(change(RAMP, step_weight=0.5, slots_per_step=1))
-    slow = Reference(model)
-    expected = gradients(model, slow.loss(list(MIXED), RAMP_STAGES))
-    out = model(model.batch(rows_at(model, MIXED, RAMP_STAGES)))
-    assert out.terms["step"] > 0
-    assert_same_gradients(gradients(model, out.loss), expected, 1e-5)
+def test_s9_step_read_outs_of_such_rows_equal_the_reference():
+    shown = change(RAMP, step_weight=0.5, slots_per_step=1)
+    assert_gradients_of_the_reference(sharp_model(shown), MIXED, RAMP_STAGES)
 
 
-# S10: passes
-
-
-@choices(
-    loop_scope=["slots", "append"],
-    h0=["embed", "forward"],
-    answer_from=["refeed", "kv_last"],
-    max_loops=[0, 1, 3],
-)
+@choices(**ORDER, max_loops=[0, 1, 3])
 def test_s10_training_reads_the_prefix_once_and_the_region_once_for_each_iteration(settings):
     method = change(SMALL, **settings)
     model = sharp_model(method)
@@ -190,12 +117,7 @@ def test_s10_training_reads_the_prefix_once_and_the_region_once_for_each_iterati
     assert [embeds.shape[1] for embeds in seen] == expected
 
 
-@choices(
-    loop_scope=["slots", "append"],
-    h0=["embed", "forward"],
-    answer_from=["refeed", "kv_last"],
-    max_loops=[0, 2],
-)
+@choices(**ORDER, max_loops=[0, 2])
 def test_s10_cached_and_batched_decoding_equals_uncached_decoding(settings):
     method = change(SMALL, **settings)
     loops = method.max_loops + (method.loop_scope == "slots" and method.h0 == "forward")
@@ -239,12 +161,13 @@ def test_s12_detach_leaves_the_values_and_cuts_each_input_from_the_output_before
     ],
 )
 def test_each_iteration_shows_the_step_and_slots_worked_out_by_hand(step_map, n_loops, slots_per_step, shown):
-    method = change(SMALL, max_loops=n_loops, step_weight=1.0, slots_per_step=slots_per_step, step_map=step_map)
+    n = 4 if slots_per_step else 8  # of which no step fills all
+    method = Slr(n_slots=n, max_loops=n_loops, step_weight=1.0, slots_per_step=slots_per_step, step_map=step_map)
     model, example = sharp_model(method), MIXED[3]  # four steps
     steps = [model.tokenizer.encode(step + "\n") for step in example.steps]
-    expected = [[IGNORE] * 4 for _ in range(n_loops)]
+    expected = [[IGNORE] * n for _ in range(n_loops)]
     for iteration, step, slot in shown:
-        for j, token in enumerate(steps[step - 1][: slots_per_step or 4]):
+        for j, token in enumerate(steps[step - 1][: slots_per_step or n]):
             expected[iteration - 1][slot + j] = token
     (row,) = model.rows([example])
     assert labels_by_loop(row) == expected
@@ -260,43 +183,19 @@ def test_each_iteration_shows_the_step_and_slots_worked_out_by_hand(step_map, n_
     assert out.loss.item() == pytest.approx((out.terms["answer"] + out.terms["step"]).item(), rel=1e-5)
 
 
-def test_a_step_shorter_than_its_block_leaves_the_rest_of_it_free():
-    model = tiny_model(Slr(n_slots=8, max_loops=2, step_weight=1.0))
-    (row,) = model.rows([MIXED[4]])
-    ids = model.tokenizer.encode("0 + 3\n")
-    assert len(ids) == 4
-    assert labels_by_loop(row)[0] == ids + [IGNORE] * 4
-
-
 def test_only_steps_that_have_left_the_text_are_shown():
     model = tiny_model(Slr(n_slots=8, max_loops=2, curriculum={"max_stage": 3}, step_weight=1.0))
-    steps = [model.tokenizer.encode(step + "\n") for step in MIXED[3].steps]
+    one, two, three, four = (model.tokenizer.encode(step + "\n")[0] for step in MIXED[3].steps)
     rows = [model.rows([MIXED[3]], stage)[0] for stage in range(5)]
     firsts = [[labels[0] for labels in labels_by_loop(row)] for row in rows]
-    digit = [ids[0] for ids in steps]
-    assert firsts == [
-        [IGNORE, IGNORE],
-        [digit[0], digit[0]],
-        [digit[0], digit[1]],
-        [digit[1], digit[2]],
-        [digit[1], digit[3]],
-    ]
+    assert firsts == [[IGNORE, IGNORE], [one, one], [one, two], [two, three], [two, four]]
 
 
 def test_states_before_the_norm_are_shown_through_the_norm():
     model = sharp_model(change(SMALL, loop={"site": "pre_norm", "rescale": "none"}, **SHOWN))
-    slow = Reference(model)
-    expected = gradients(model, slow.loss(list(MIXED)))
-    assert_same_gradients(gradients(model, model.loss(MIXED).loss), expected, 1e-5)
+    assert_gradients_of_the_reference(model, MIXED)
     top_ids = model.loss(MIXED[:1], trace=True).trace.iterations[-1].top_ids[0]
-    assert torch.equal(top_ids, slow.think(QUESTIONS[0], 0)[1][-1].topk(5).indices)
-
-
-def test_examples_without_steps_have_no_step_term():
-    model = sharp_model(change(SMALL, **SHOWN))
-    without = model.loss([MIXED[1], MIXED[5]])
-    assert "step" not in without.terms or without.terms["step"] == 0
-    assert torch.equal(without.loss, under(model, SMALL).loss([MIXED[1], MIXED[5]]).loss)
+    assert torch.equal(top_ids, Reference(model).think(QUESTIONS[0], 0)[1][-1].topk(5).indices)
 
 
 def test_step_read_outs_change_the_loss_by_their_weight_and_no_logits():
@@ -304,19 +203,9 @@ def test_step_read_outs_change_the_loss_by_their_weight_and_no_logits():
     shown = under(model, change(SMALL, **SHOWN))
     for left, right in zip(model.answer_logits(MIXED), shown.answer_logits(MIXED)):
         assert torch.equal(left, right)
-    out = shown.loss(MIXED)
+    out, stepless = shown.loss(MIXED), [MIXED[1], MIXED[5]]
     assert out.loss.item() == pytest.approx((model.loss(MIXED).loss + 0.5 * out.terms["step"]).item(), rel=1e-5)
-
-
-def test_a_model_without_an_opinion_has_log_v_in_both_terms():
-    model = sharp_model(change(SMALL, **SHOWN))
-    with torch.no_grad():
-        model.backbone.lm.get_output_embeddings().weight.zero_()
-    terms = {name: term.item() for name, term in model.loss(MIXED).terms.items()}
-    assert terms == pytest.approx(dict.fromkeys(["answer", "step"], math.log(len(model.tokenizer))), rel=1e-5)
-
-
-# The trace
+    assert torch.equal(shown.loss(stepless).loss, model.loss(stepless).loss)
 
 
 def test_the_trace_holds_every_iteration_with_its_change_and_read_out():

@@ -2,16 +2,16 @@
 
 1.  T = 0 == pause (slots) or the bare markers (all, last, append); kappa = inf == fixed T, -inf stops at min_loops.
 2.  At the start lookup, sinusoidal, concat and LoRA == none; per_iter with tied weights == shared; merged == hooked.
-3.  Residuals: A == B at t = 1; A == B == none at alpha = 1; alpha = 0 keeps h_0; C with fixed gates == A, B, none;
-    sum / 2 == A at alpha = 1/2 for one update.
+3.  Residuals: C with fixed gates == A, B, none. A == B at t = 1; A == B == none at alpha = 1; alpha = 0 keeps h_0:
+    tests/test_one_loop.py, tests/test_loop.py. sum / 2 == A at alpha = 1/2 for one update: tests/test_stabilize.py.
 4.  slots without residual: h0 = forward with T == embed with T + 1.
 5.  kv_last with T + 1 == refeed with T.
 6.  append, h0 = forward, kv_last == Coconut; with an adapter as projection == CODI's student.
 7.  slots, sum: refeed T = R == kv_last T = R + 1 == LOTUS.
 8.  slots, none, adapter, refeed == SpiralThinker's single block.
-9.  The linear toy: fixed points of A and B; an eigenvalue of -1.2 diverges alone and converges with B.
+9.  The linear toy: fixed points of A and B; -1.2 diverges alone and converges with B: tests/test_loop.py.
 
-10 and 14: test_slr_batches.py. 11: test_slr_passes.py. 12 and 13: test_slr_gradients.py.
+10 and 12 to 14: test_slr_batches.py. 11: test_slr_passes.py.
 """
 
 import pytest
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from innerloop import Codi, LatentModel, Slr
-from innerloop.loop.loop import InnerLoop
-from tests.fields import FullLoop
+from innerloop import Codi, Example, LatentModel, Slr
 from tests.methods.reference import Reference
+from tests.methods.slowly import assert_thinks
 from tests.methods.tools import (
     FULL,
     MIXED,
@@ -37,7 +36,6 @@ from tests.methods.tools import (
     by_scope,
     change,
     differs,
-    iterate,
     logits_of,
     on,
     passes,
@@ -45,37 +43,28 @@ from tests.methods.tools import (
     thought_of,
 )
 
-# 1
-
 
 @by_scope
 @by_arch
 def test_1_without_iterations_the_markers_are_read_as_they_are(scope, arch):
-    model = on(arch, change(FULL, loop_scope=scope, max_loops=0))
-    slow = Reference(model)
-    bot, lat, eot = (slow.marker(name) for name in ("<bot>", "<lat>", "<eot>"))
-    between = {"slots": [*bot, *lat * 3, *eot], "all": eot, "last": [*bot, *eot], "append": [*bot, *lat, *eot]}
-    with torch.no_grad():
-        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-            thought = slow.embed([*slow.question(example.question), *between[scope]])
-            assert_close(logits, slow.logits_after(thought, slow.written(example, 0)))
+    def markers(slow, example):
+        bot, lat = slow.marker("<bot>"), slow.marker("<lat>")
+        between = {"slots": [*bot, *lat * 3], "all": [], "last": bot, "append": [*bot, *lat]}
+        return slow.embed([*slow.question(example.question), *between[scope]])
+
+    assert_thinks(on(arch, change(FULL, loop_scope=scope, max_loops=0)), markers)
 
 
-@pytest.mark.parametrize(
-    ("stop", "site"),
-    [
-        *((stop, "latents") for stop in ("delta", "delta_undamped", "cos", "kl", "entropy", "argmax", "halt")),
-        *((stop, "answer") for stop in ("kl", "entropy", "argmax")),
-    ],
-)
+STOPS = [{"rule": rule} for rule in ("delta", "delta_undamped", "cos", "halt", "kl", "entropy", "argmax")]
+LOOKS = [{"rule": rule, "site": "answer"} for rule in ("kl", "entropy", "argmax")]
+
+
+@pytest.mark.parametrize("stop", [*STOPS, *LOOKS], ids=str)
 @by_answer
 @by_scope
-def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_min_loops(
-    stop, site, answer_from, scope
-):
+def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_min_loops(stop, answer_from, scope):
     method = change(FULL, loop_scope=scope, answer_from=answer_from)
-    fixed = on("gpt2", method)
-    method = change(method, stop={"rule": stop, "site": site})
+    fixed, method = on("gpt2", method), change(method, stop=stop)
     never = same_weights(fixed, change(method, stop={"threshold": torch.inf}))
     assert_same_answers(fixed, never, 0)
     for min_loops in (1, 2):
@@ -89,18 +78,13 @@ def test_1_an_infinite_threshold_is_a_fixed_number_and_minus_infinity_stops_at_m
                 assert torch.equal(stopped, counted)
 
 
-# 2
-
-
 @by_arch
 @pytest.mark.parametrize(
     "fields",
     [
-        {"loop.time": "lookup"},
-        {"loop.time": "sinusoidal"},
+        *({"loop.time": kind} for kind in ("lookup", "sinusoidal")),
+        *({"loop.time": kind, "loop.time_inject": "concat"} for kind in ("lookup", "sinusoidal")),
         {"loop.time": "sinusoidal", "loop.time_norm": True, "loop.noise_level": "delta"},
-        {"loop.time": "lookup", "loop.time_inject": "concat"},
-        {"loop.time": "sinusoidal", "loop.time_inject": "concat"},
         {"loop.lora": "per_iter"},
         {"loop.lora": "shared", "loop.lora_rank": 1, "decode_lora": True},
     ],
@@ -116,9 +100,8 @@ def test_2_at_the_start_time_and_lora_change_nothing(fields, arch):
 
 @by_arch
 def test_2_a_new_adapter_is_rms(arch):
-    assert_same_answers(
-        on(arch, change(PLAIN, loop={"rescale": "rms"})), on(arch, change(PLAIN, loop={"rescale": "adapter"}), False)
-    )
+    rms, adapter = (change(PLAIN, loop={"rescale": rescale}) for rescale in ("rms", "adapter"))
+    assert_same_answers(on(arch, rms), on(arch, adapter, stirred=False))
 
 
 @by_scope
@@ -150,69 +133,23 @@ def test_2_merged_weights_give_the_logits_of_hooked_weights(arch):
             assert (hooked - plain).abs().max() > 1e-3
 
 
-# 3
-
-
-@by_scope
-@by_arch
-def test_3_a_is_b_for_one_iteration_and_both_are_none_at_alpha_one(scope, arch):
-    once = change(PLAIN, loop_scope=scope, max_loops=1)
-    assert_same_answers(on(arch, change(once, loop={"residual": "A"})), on(arch, change(once, loop={"residual": "B"})))
-    thrice = change(PLAIN, loop_scope=scope)
-    assert differs(on(arch, change(thrice, loop={"residual": "A"})), on(arch, change(thrice, loop={"residual": "B"})))
-    for residual in "AB":
-        assert_same_answers(on(arch, change(thrice, loop={"residual": residual, "alpha": 1.0})), on(arch, thrice))
-
-
-@by_scope
-@by_arch
-def test_3_with_alpha_zero_every_state_is_the_first(scope, arch):
-    for residual in "AB":
-        for h0 in ("embed", "forward"):
-            model = on(
-                arch,
-                change(PLAIN, loop_scope=scope, loop={"residual": residual, "alpha": 0.0, "rescale": "rms"}, h0=h0),
-            )
-            result = thought_of(model, MIXED).loop
-            first = result.states[0][1]
-            assert len(result.states) == 3
-            assert all(torch.equal(state, first) for _, state in result.states)
-            assert torch.equal(result.state, first)
-
-
 @pytest.mark.parametrize(
-    ("gates", "fields"),
-    [
-        ((0.7, 0.3, 0.0), {"loop.residual": "A"}),
-        ((0.7, 0.0, 0.3), {"loop.residual": "B"}),
-        ((1.0, 0.0, 0.0), {"loop.residual": "none"}),
-        ((1.0, 1.0, 0.0), {"loop.residual": "sum"}),
-    ],
-    ids=str,
+    ("gates", "residual"),
+    [((0.7, 0.3, 0.0), "A"), ((0.7, 0.0, 0.3), "B"), ((1.0, 0.0, 0.0), "none"), ((1.0, 1.0, 0.0), "sum")],
 )
 @by_arch
-def test_3_c_with_fixed_gates_is_the_other_residuals(gates, fields, arch):
+def test_3_c_with_fixed_gates_is_the_other_residuals(gates, residual, arch):
     kinds = [("sigmoid", "scalar"), ("sigmoid", "channel")]
     if sum(gates) == 1:
         kinds += [("softmax", "scalar"), ("softmax", "channel"), ("attention", "scalar")]
     for scope in SCOPES:
         method = change(PLAIN, loop_scope=scope, loop={"rescale": "rms", "alpha": 0.7})
-        expected = on(arch, change(method, **fields))
+        expected = on(arch, change(method, loop={"residual": residual}))
         for kind, shape in kinds:
             c = on(arch, change(method, loop={"residual": "C", "gate_kind": kind, "gate_shape": shape}), stirred=False)
             shares = torch.tensor(gates, dtype=torch.float64)
             c.loop.residual.shares_logit = torch.logit(shares) if kind == "sigmoid" else shares.log()
             assert_same_answers(expected, c, 2e-5)
-
-
-def test_3_half_the_sum_is_a_with_alpha_one_half_for_one_update():
-    state = torch.linspace(-1, 1, 24).view(2, 3, 4)
-    run = {kind: InnerLoop(FullLoop(residual=kind, alpha=0.5), 4, 1, torch.ones(())) for kind in ("A", "sum")}
-    after = {kind: iterate(loop, lambda x, t: (3 * x).sin(), state, 1).state for kind, loop in run.items()}
-    assert_close(after["sum"] / 2, after["A"], 1e-7)
-
-
-# 4, 5
 
 
 @by_region
@@ -235,22 +172,20 @@ def test_5_the_cache_of_one_iteration_more_is_the_state_fed_once_more(scope, arc
         assert_same_answers(refeed, same_weights(refeed, change(method, max_loops=4, answer_from="kv_last")), ROUNDED)
 
 
-# 6, 7, 8
-
-
 @by_arch
 def test_6_append_from_the_state_of_bot_is_coconut_and_with_a_projection_codi(arch):
     for rescale in ("none", "adapter"):
         method = change(PLAIN, loop_scope="append", h0="forward", answer_from="kv_last", loop={"rescale": rescale})
         model = on(arch, method)
-        slow, rho = Reference(model), by_hand(model) if rescale == "adapter" else lambda u: u
-        with torch.no_grad():
-            for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-                x_LD = slow.embed([*slow.question(example.question), *slow.marker("<bot>")])
-                for _ in range(3):
-                    x_LD = torch.cat([x_LD, rho(slow.read(x_LD)[0][-1:])])
-                thought = torch.cat([x_LD, slow.embed(slow.marker("<eot>"))])
-                assert_close(logits, slow.logits_after(thought, slow.written(example, 0)), ROUNDED)
+        rho = by_hand(model) if rescale == "adapter" else lambda u: u
+
+        def feed_back(slow, example, rho=rho):
+            x_LD = asked(slow, example)
+            for _ in range(3):
+                x_LD = torch.cat([x_LD, rho(slow.read(x_LD)[0][-1:])])
+            return x_LD
+
+        assert_thinks(model, feed_back, ROUNDED)
 
 
 @by_arch
@@ -259,6 +194,10 @@ def test_6_the_preset_codi_is_codis_student(arch):
     codi = same_weights(student, Codi(n_latents_total=student.method.max_loops))
     assert_same_answers(codi, student, ROUNDED)
     assert differs(student, on(arch, Slr.presets["coconut"]))
+
+
+def asked(slow: Reference, example: Example) -> Tensor:
+    return slow.embed([*slow.question(example.question), *slow.marker("<bot>")])
 
 
 def by_hand(model: LatentModel):
@@ -276,14 +215,13 @@ def by_hand(model: LatentModel):
 @by_arch
 def test_7_sum_is_a_hand_written_lotus_loop(arch, r):
     refeed = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=r))
-    kv_last = on(arch, change(PLAIN, loop={"residual": "sum"}, max_loops=r + 1, answer_from="kv_last"))
+    assert_thinks(refeed, lambda slow, example: slow.lotus(example.question, 3, r)[:-1])
+    kv_last = on(arch, change(refeed.method, max_loops=r + 1, answer_from="kv_last"))
+    assert_same_answers(refeed, kv_last)
     slow = Reference(refeed)
     with torch.no_grad():
-        for example, left, right in zip(MIXED, refeed.answer_logits(MIXED), kv_last.answer_logits(MIXED)):
+        for example in MIXED:
             x_LD = slow.lotus(example.question, 3, r)
-            expected = slow.logits_after(x_LD, slow.written(example, 0))
-            assert_close(left, expected)
-            assert_close(right, expected)
             z, e = thought_of(kv_last, [example]).loop.state[0], slow.embed(slow.marker("<lat>") * 3)
             assert_close(z - e, slow.read(x_LD[:-1])[0][-3:])  # h^(R) = z_T - E
 
@@ -291,35 +229,15 @@ def test_7_sum_is_a_hand_written_lotus_loop(arch, r):
 @by_arch
 def test_8_an_adapter_without_residual_is_spiralthinkers_single_block(arch):
     model = on(arch, change(PLAIN, loop={"rescale": "adapter"}))
-    slow, g = Reference(model), by_hand(model)
-    with torch.no_grad():
-        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-            prefix = slow.embed([*slow.question(example.question), *slow.marker("<bot>")])
-            z = slow.embed(slow.marker("<lat>") * 3)
-            for _ in range(3):
-                z = g(slow.read(torch.cat([prefix, z]))[0][-3:])
-            thought = torch.cat([prefix, z, slow.embed(slow.marker("<eot>"))])
-            assert_close(logits, slow.logits_after(thought, slow.written(example, 0)), 5 * ROUNDED)
+    g = by_hand(model)
+
+    def block(slow, example):
+        prefix, z = asked(slow, example), slow.embed(slow.marker("<lat>") * 3)
+        for _ in range(3):
+            z = g(slow.read(torch.cat([prefix, z]))[0][-3:])
+        return torch.cat([prefix, z])
+
+    assert_thinks(model, block, 5 * ROUNDED)
     with passes(model) as seen:
         model.answer_logits(MIXED[:1])
     assert len(seen) == 1 + 3 + 1  # the prefix, K region passes, and the last one with the answer
-
-
-# 9
-
-
-@pytest.mark.parametrize("eigenvalue", [0.9, -0.9, -1.2, 0.3])
-def test_9_residuals_have_the_fixed_points_of_theory(eigenvalue):
-    j = torch.tensor([[eigenvalue, 0.2], [0.0, 0.5]], dtype=torch.float64)
-    b, h0, one = torch.tensor([1.0, -2.0]).double(), torch.tensor([3.0, 1.0]).double(), torch.eye(2).double()
-
-    def settle(residual, alpha):
-        loop = InnerLoop(FullLoop(residual=residual, alpha=alpha), 2, 1, torch.ones(()))
-        return iterate(loop, lambda x, t: x @ j.T + b, h0.view(1, 1, 2), 500).state[0, 0]
-
-    fixed = torch.linalg.solve(one - j, b)
-    assert_close(settle("B", 0.5), fixed, 1e-8)
-    assert_close(settle("A", 0.7), torch.linalg.solve(one - 0.7 * j, 0.7 * b + 0.3 * h0), 1e-8)
-    for residual in ("B", "none"):
-        undamped = (settle(residual, 1.0) - fixed).norm()
-        assert undamped > 1e3 if eigenvalue < -1 else undamped < 1e-8

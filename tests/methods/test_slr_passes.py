@@ -13,12 +13,14 @@ from innerloop import Example, LatentModel
 from innerloop.halting.evidence import StopInputs
 from innerloop.passes.context import Context
 from tests.methods.reference import Reference
+from tests.methods.slowly import assert_thinks
 from tests.methods.tools import (
     FULL,
     MIXED,
     PLAIN,
     QUESTIONS,
     ROUNDED,
+    WITH_LORA,
     assert_close,
     by_answer,
     by_arch,
@@ -29,10 +31,12 @@ from tests.methods.tools import (
     logits_of,
     on,
     passes,
+    same_weights,
     thought_of,
 )
 
-# 11
+STEADY = change(PLAIN, loop={"residual": "A", "rescale": "rms", "time": "lookup"})
+LOOKS = {"rule": "kl", "site": "answer", "threshold": torch.inf}
 
 
 @by_scope
@@ -40,20 +44,8 @@ from tests.methods.tools import (
 @by_answer
 @pytest.mark.parametrize("h0", ["embed", "forward"])
 def test_11_cached_equals_uncached(scope, arch, answer_from, h0):
-    method = change(
-        PLAIN,
-        loop_scope=scope,
-        answer_from=answer_from,
-        h0=h0,
-        loop={"residual": "A", "rescale": "rms", "time": "lookup"},
-    )
-    model = on(arch, method)
-    slow = Reference(model)
-    with torch.no_grad():
-        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-            rest = slow.written(example, 0)
-            thought = torch.cat([uncached(model, example)[-1], slow.embed(slow.marker("<eot>"))])
-            assert_close(logits, slow.logits_after(thought, rest), ROUNDED)
+    model = on(arch, change(STEADY, loop_scope=scope, answer_from=answer_from, h0=h0))
+    assert_thinks(model, lambda slow, example: uncached(model, example)[-1], ROUNDED)
 
 
 def uncached(model: LatentModel, example: Example) -> list[Tensor]:
@@ -85,7 +77,7 @@ def uncached(model: LatentModel, example: Example) -> list[Tensor]:
     return seen
 
 
-# 11, of the answer's first word: stop_site = answer
+# 11, of the answer's first word: stop.site = answer
 
 
 def words_read(model: LatentModel, examples: Sequence[Example]) -> list[Tensor]:
@@ -111,15 +103,7 @@ def words_read(model: LatentModel, examples: Sequence[Example]) -> list[Tensor]:
 @by_answer
 @pytest.mark.parametrize("h0", ["embed", "forward"])
 def test_11_the_first_word_that_a_stop_score_sees_is_that_of_an_uncached_pass(scope, arch, answer_from, h0):
-    looks = {"stop.rule": "kl", "stop.site": "answer", "stop.threshold": torch.inf}
-    method = change(
-        PLAIN,
-        loop_scope=scope,
-        answer_from=answer_from,
-        h0=h0,
-        loop={"residual": "A", "rescale": "rms", "time": "lookup"},
-    )
-    model = on(arch, change(method, **looks))
+    model = on(arch, change(STEADY, loop_scope=scope, answer_from=answer_from, h0=h0, stop=LOOKS))
     slow, together = Reference(model), words_read(model, MIXED)
     assert len(together) == 3
     with torch.no_grad():
@@ -140,10 +124,9 @@ def test_11_the_first_word_that_a_stop_score_sees_is_that_of_an_uncached_pass(sc
     ids=str,
 )
 def test_11_the_first_word_that_a_stop_score_sees_is_that_of_the_answer_given_then(scope, answer_from, fields):
-    if (scope != "slots" and "time_inject" in fields) or (scope == "all" and "prefix_kv" in fields):
+    if (scope != "slots" and "loop.time_inject" in fields) or (scope == "all" and "prefix_kv" in fields):
         return  # refused
-    looks = {"stop.rule": "kl", "stop.site": "answer", "stop.threshold": torch.inf}
-    model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, **looks, **fields))
+    model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, stop=LOOKS, **fields))
     for t, words_BV in enumerate(words_read(model, MIXED), 1):
         rows = model.rows(MIXED)
         for row in rows:
@@ -153,66 +136,54 @@ def test_11_the_first_word_that_a_stop_score_sees_is_that_of_the_answer_given_th
 
 
 @by_scope
+@by_arch
 @by_answer
-def test_11_reading_the_answers_first_word_is_one_more_pass_in_every_iteration_but_the_last(scope, answer_from):
-    looks = {"stop.rule": "kl", "stop.site": "answer", "stop.threshold": torch.inf}
-    model = on("gpt2", change(FULL, loop_scope=scope, answer_from=answer_from, **looks))
+@pytest.mark.parametrize("fields", [{}, {"prefix_kv": "per_iter"}, {"stop": LOOKS}], ids=["base", "per_iter", "looks"])
+def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scope, arch, answer_from, fields):
+    """The answer's first word is looked at in one more pass in every iteration but the last."""
+    if "prefix_kv" in fields and scope in ("all", "append"):
+        return  # refused
+    model = lean_towards_end(on(arch, change(FULL, loop_scope=scope, answer_from=answer_from, **fields)), -100.0)
     with passes(model) as seen:
-        (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=1)
+        (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=4)
     n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
     width = 1 if scope == "append" else until - n_prefix
     fed = width if answer_from == "refeed" else 0
-    looked = fed + 1 + len(model.spell.stem())
-    expected = [*([n_prefix] if scope != "all" else []), *[width, looked] * 2, width, fed + 1]
+    prefill, again = [n_prefix] if scope != "all" else [], [n_prefix] if "prefix_kv" in fields else []
+    looked = [fed + 1 + len(model.spell.stem())] if "stop" in fields else []
+    expected = [*prefill, *[*again, width, *looked] * 2, *again, width, fed + 1, 1, 1, 1]
     assert [embeds.shape[1] for embeds in seen] == expected
     assert (generation.cost.passes, generation.cost.positions) == (len(expected), sum(expected))
-
-
-@by_scope
-@by_arch
-@pytest.mark.parametrize("prefix_kv", ["base", "per_iter"])
-def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scope, arch, prefix_kv):
-    if prefix_kv == "per_iter" and scope in ("all", "append"):
-        return  # refused
-    for answer_from in ("refeed", "kv_last"):
-        model = on(arch, change(FULL, loop_scope=scope, prefix_kv=prefix_kv, answer_from=answer_from))
-        lean_towards_end(model, -100.0)
-        with passes(model) as seen:
-            (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=4)
-        n_prefix, until = model.batch(model.prompts(QUESTIONS[:1])).bounds
-        width = 1 if scope == "append" else until - n_prefix
-        has_prefill, per_iter = int(scope != "all"), prefix_kv == "per_iter"
-        fed = width if answer_from == "refeed" else 0
-        n_passes = has_prefill + 3 * (1 + per_iter) + 4
-        n_positions = n_prefix * (1 + 3 * per_iter) + 3 * width + (fed + 1) + 3
-        assert generation.cost.passes == len(seen) == n_passes
-        assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen) == n_positions
 
 
 @by_arch
 @pytest.mark.parametrize("scope", ["slots", "last"])
 def test_11_the_prompt_read_in_every_iteration_is_the_uncached_pass_with_its_weights(scope, arch):
-    method = change(PLAIN, loop_scope=scope, loop={"lora": "per_iter", "lora_rank": 2}, prefix_kv="per_iter")
-    for answer_from in ("refeed", "kv_last"):
-        model = on(arch, change(method, answer_from=answer_from))
-        slow = Reference(model)
-        for example, logits in zip(MIXED, model.answer_logits(MIXED)):
-            asked, bot = slow.question(example.question), slow.marker("<bot>")
-            prefix, region = ([*asked, *bot], slow.marker("<lat>") * 3) if scope == "slots" else (asked, bot)
-            past, h = slow.embed(prefix), slow.embed(region)
-            for t in (1, 2, 3):
-                with torch.no_grad(), model.loop.lora.at(t):
-                    u = slow.read(torch.cat([past, h]))[0][-len(h) :]
-                fed, h = h, u
-            if answer_from == "refeed":
-                thought = torch.cat([past, h, slow.embed(slow.marker("<eot>"))])
-                assert_close(logits, slow.logits_after(thought, slow.written(example, 0)))
-            else:  # the answer attends to the prompt and latents of the last pass, which had its weights
-                batch = model.batch(model.rows([example]))
-                context = Context(model.backbone, 1)
-                with torch.no_grad():
-                    context.read(torch.cat([past, fed])[None], weights=lambda: model.loop.lora.at(3))  # noqa: B023
-                    rest = slow.embed([*slow.marker("<eot>"), *slow.written(example, 0)])
-                    expected = model.backbone.head(context.read(rest[None]))[0, :-1]
-                assert batch.n_targets == [len(expected)]
-                assert_close(logits, expected)
+    method = change(PLAIN, loop_scope=scope, prefix_kv="per_iter", **WITH_LORA)
+    refeed = on(arch, method)
+    kv_last = same_weights(refeed, change(method, answer_from="kv_last"))
+
+    def iterate(slow, example):
+        """The prefix, and h_0 to h_T."""
+        asked, bot = slow.question(example.question), slow.marker("<bot>")
+        prefix, region = ([*asked, *bot], slow.marker("<lat>") * 3) if scope == "slots" else (asked, bot)
+        past, h = slow.embed(prefix), [slow.embed(region)]
+        for t in (1, 2, 3):
+            with torch.no_grad(), refeed.loop.lora.at(t):
+                h.append(slow.read(torch.cat([past, h[-1]]))[0][-len(h[-1]) :])
+        return past, h
+
+    def fed_once_more(slow, example):
+        past, h = iterate(slow, example)
+        return torch.cat([past, h[-1]])
+
+    assert_thinks(refeed, fed_once_more)
+    slow = Reference(kv_last)
+    for example, logits in zip(MIXED, kv_last.answer_logits(MIXED)):
+        # the answer attends to the prompt and latents of the last pass, which had its weights
+        (past, h), context = iterate(slow, example), Context(kv_last.backbone, 1)
+        with torch.no_grad():
+            context.read(torch.cat([past, h[-2]])[None], weights=lambda: kv_last.loop.lora.at(3))
+            rest = slow.embed([*slow.marker("<eot>"), *slow.written(example, 0)])
+            expected = kv_last.backbone.head(context.read(rest[None]))[0, :-1]
+        assert_close(logits, expected)

@@ -1,4 +1,4 @@
-"""Every setting of Slr does something, and only what it says; what has no meaning is refused."""
+"""Every setting of SLR moves what it should and nothing else, and does what it says; what has no meaning is refused."""
 
 import pytest
 import torch
@@ -10,20 +10,34 @@ from innerloop.loop.stabilize import TIME_WIDTH, sines
 from innerloop.model.losses import distance
 from innerloop.text.row import Kind
 from tests.fields import FullLoop, make
+from tests.methods.gauges import (
+    AT_ONCE,
+    FORWARD,
+    LEARNS,
+    NEVER,
+    STATES,
+    STOPPING,
+    STOPS,
+    moved_by,
+    table,
+    untried,
+)
 from tests.methods.tools import (
     MIXED,
     QUESTIONS,
     RAMP,
     RAMP_STAGES,
     ROUNDED,
-    SHOWN,
     SMALL,
     WITH_LORA,
     assert_close,
     base,
+    by_answer,
+    by_region,
     change,
     gradients,
     logits_of,
+    on,
     rows_at,
     sharp_model,
     states,
@@ -31,36 +45,178 @@ from tests.methods.tools import (
 )
 from tests.models import tiny_model
 
+# Every field
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"n_slots": 3},
-        {"max_loops": 2},
-        {"loop_scope": "append"},
-        {"h0": "forward"},
-        {"answer_from": "kv_last"},
-        {"loop.residual": "none"},
-        {"loop.residual": "sum"},
-        {"loop.residual": "B"},
-        {"loop.alpha": 0.3},
-        {"loop.rescale": "none"},
-        {"loop.time": "none"},
-        {"loop.rescale": "none", "loop.site": "pre_norm"},
-    ],
-    ids=str,
-)
-def test_every_field_of_the_loop_changes_the_answer(fields):
-    model = sharp_model(SMALL)
-    other = under(model, change(SMALL, **fields))
-    assert (model.answer_logits(MIXED[:1])[0] - other.answer_logits(MIXED[:1])[0]).abs().max() > 1e-3
+BASE = change(SMALL, step_weight=0.5, slots_per_step=2)
+IN_TRAINING = STATES - {"logits", "beyond"}
+ALONE, STAGES = {"step_weight": 0.0}, {"curriculum.max_stage": 2}
+HID = {"hid.weight": 1.0, "teacher": "-"}
+TOLD = {**HID, "teacher_thinks": "latents"}
+TIMELESS, SINES = {"loop.time": "none"}, {"loop.time": "sinusoidal"}
+AUX = {**TIMELESS, "aux.weight": 0.5}
+DEEP, HALT = {"deep.weight": 0.5}, {"stop.rule": "halt", "stop.threshold": torch.inf, "halt.weight": 0.5}
+GATED, ADAPTER = {"loop.residual": "C"}, {"loop.rescale": "adapter"}
+ATTENTION = {**GATED, "loop.gate_kind": "attention"}
+SOLVED = {**ALONE, **TIMELESS, "fixed_point.solver": "damped", "fixed_point.tol": 1e-9}
+GAIN = {"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.01}
+OWN = {**ALONE, "decoder.kind": "separate"}
+CHOICE = {**ALONE, "decoder.kind": "linear", "decoder.classes": tuple("01234")}
+
+FIELDS = table(
+    # what is refined, and what the answer sees
+    (FORWARD | {"rows", "passes"}, ALONE, {"loop_scope": "all"}, {"loop_scope": "last"}),
+    (FORWARD | {"rows", "passes"}, {**ALONE, "n_slots": 2}, {"loop_scope": "append"}),
+    (STATES | {"rows", "passes"}, {}, {"n_slots": 6}),
+    (STATES | {"ran", "passes", "trained"}, {}, {"max_loops": 2}),
+    (STATES | {"trained"}, {}, {"distinct_slots": True}),
+    (STATES | {"passes"}, {}, {"h0": "forward"}),
+    (FORWARD | {"passes"}, {}, {"answer_from": "kv_last"}),
+    (STATES | {"passes"}, WITH_LORA, {"prefix_kv": "per_iter"}),
+    (FORWARD, WITH_LORA, {"decode_lora": True}),
+    (set(), {}, {"loop_sampling": "uniform"}),  # for batches of a Trainer alone
+    # the curriculum; all that is measured here is its last stage
+    ({"schedule"}, {}, STAGES),
+    ({"schedule"}, STAGES, {"curriculum.first_stage": 1}, {"curriculum.length": 2}, {"curriculum.unit": "step"},
+     {"curriculum.reset_optimizer": "stage"}),
+    (set(), STAGES, {"write_steps": False}, {"loops_per_stage": 1}),
+    # who answers
+    (FORWARD | {"trained", "passes"}, ALONE, {"decoder.kind": "separate"}),
+    (FORWARD | {"trained"}, OWN, {"decoder.layers": 1}, {"decoder.table": "own"}),
+    (FORWARD, OWN, {"decoder.reads": "state_and_prompt"}),
+    ({"answer", "trained"} | LEARNS, CHOICE, {"decoder.classes": tuple("012345")}),
+    # the loss
+    (LEARNS, {}, {"step_weight": 1.0}),
+    ({"step"} | LEARNS, {}, {"slots_per_step": 1}, {"step_map": "one2one"}),
+    ({"hid"} | LEARNS, {}, HID),
+    (LEARNS, HID, {"hid.weight": 2.0}),
+    ({"hid"} | LEARNS, HID, {"hid.layers": "all"}, {"hid.distance": "cosine"}, {"hid.site": "last"},
+     {"teacher_thinks": "latents"}),  # the passes that these take are another model's
+    ({"hid", "passes"} | LEARNS, HID, {"teacher": "self"}),
+    ({"kd"} | LEARNS, TOLD, {"kd.weight": 0.5}),
+    ({"kd"} | LEARNS, {**TOLD, "kd.weight": 0.5}, {"kd.temperature": 1.0}),
+    ({"deep", "passes"} | LEARNS, {}, DEEP),
+    ({"deep"} | LEARNS, DEEP, {"deep.schedule": "softmax"}),
+    ({"halt", "passes"} | LEARNS, {**HALT, "halt.weight": 0.0}, {"halt.weight": 0.5}),
+    ({"halt"} | LEARNS, HALT, {"halt.prior": 0.5}, {"halt.beta": 1.0}),
+    ({"aux", "trained"} | LEARNS, TIMELESS, {"aux.weight": 0.5}),
+    (LEARNS, AUX, {"aux.weight": 1.0}),
+    ({"aux", "trained"} | LEARNS, AUX, {"aux.layers": 1}),
+    # stabilisers
+    (STATES, {}, *({"loop.residual": kind} for kind in ("none", "sum", "B")), {"loop.alpha": 0.3},
+     {"loop.rescale": "none"}, {"loop.shift": True}),
+    (STATES | {"trained"}, {}, GATED, ADAPTER, TIMELESS, SINES, WITH_LORA, {"loop.alpha_learn": "shared"},
+     {"loop.time_inject": "concat"}, {"loop.noise_level": "delta"}),
+    (STATES | {"trained"}, {"loop.alpha_learn": "shared"}, {"loop.alpha_learn": "per_iter"}),
+    (STATES, GATED, {"loop.alpha": 0.2}, {"loop.gate_kind": "sigmoid"}),
+    (STATES | {"trained"}, GATED, {"loop.gate_shape": "channel"}, ATTENTION),
+    (STATES | {"trained"}, ADAPTER, {"loop.width": 8}),
+    (STATES | {"passes"}, {}, {"loop.time_inject": "token"}),
+    (STATES, SINES, {"loop.time_norm": True}),
+    (IN_TRAINING, {}, {"loop.noise": 0.5}),
+    (STATES | {"trained"}, {"loop.noise": 0.5}, {"loop.noise_level": "injected"}),
+    (STATES | {"trained"}, WITH_LORA, {"loop.lora": "shared"}, {"loop.lora_rank": 3},
+     {"loop.lora_targets": ("c_attn",)}),
+    (STATES, WITH_LORA, {"loop.lora_gamma": 1.0}),
+    ({"beyond"}, WITH_LORA, {"loop.lora_beyond": "off"}, {"loop.lora_beyond": "cycle"}),
+    # stopping
+    (STOPS, {}, AT_ONCE),
+    (STOPS, AT_ONCE, {"stop.threshold": torch.inf}, {"stop.min_loops": 2}, {"stop.patience": 2}),
+    ({"score"}, NEVER, {"stop.agg": "max"}, {"stop.agg": "last"}, {"stop.site": "answer"}),
+    ({"score"}, {**NEVER, "stop.rule": "entropy"}, {"stop.site": "answer"}),
+    # gradients, fixed points
+    ({"gradient"}, {}, {"loop.bptt": 1}, {"loop.bptt": 0}, {"loop.detach": True}),
+    (FORWARD | {"passes"}, {**ALONE, **TIMELESS}, {"fixed_point.solver": "damped"}),
+    (FORWARD, SOLVED, {"fixed_point.solver": "anderson"}),
+    ({"gradient", "passes"}, SOLVED, {"fixed_point.gradient": "phantom"}),
+    (FORWARD | {"ran", "passes"}, SOLVED, {"fixed_point.tol": 1e9}),
+    ({"gain", "passes"} | LEARNS, {}, GAIN),
+    ({"gain"} | LEARNS, GAIN, {"fixed_point.spectral_bound": 0.0}),
+)  # fmt: skip
+ELSEWHERE = {"hid.width"} | STOPPING  # of a wider teacher: tests/test_distil.py
 
 
-@pytest.mark.parametrize("fields", [{"step_weight": 1.0}, {"slots_per_step": 1}, {"step_map": "one2one"}], ids=str)
-def test_every_field_of_the_loss_changes_the_loss(fields):
-    model = sharp_model(change(SMALL, **SHOWN))
-    other = under(model, change(SMALL, **{**SHOWN, **fields}))
-    assert abs(model.loss(MIXED[3:4]).loss - other.loss(MIXED[3:4]).loss) > 1e-3
+@pytest.mark.parametrize(("base", "fields", "what"), FIELDS)
+def test_a_setting_moves_what_it_should_and_nothing_else(base, fields, what):
+    assert moved_by(change(BASE, **base), **fields) == what
+
+
+def test_no_setting_is_forgotten():
+    assert untried(Slr, FIELDS) == ELSEWHERE
+
+
+PLAIN = {"fixed_point.solver": "plain", **TIMELESS}
+REFUSED = [
+    # the loop
+    ({"max_loops": -1}, "max_loops >= 0"),
+    ({"n_slots": 0}, "n_slots >= 1"),
+    ({"loops_per_stage": -1}, "loops_per_stage >= 0"),
+    ({"answer_from": "kv_last", "max_loops": 0}, "max_loops to at least 1"),
+    ({"loop_sampling": "lognormal_poisson", "max_loops": 0}, "max_loops to at least 1"),
+    *(({"prefix_kv": "per_iter", "loop_scope": scope}, "loop_scope to slots or last") for scope in ("all", "append")),
+    ({"distinct_slots": True, "loop_scope": "last"}, "loop_scope=slots"),
+    ({"loop.time_inject": "token", "loop_scope": "all"}, "loop_scope=slots"),
+    *(({"loop.shift": True, **other}, "side by side") for other in ({"loop_scope": "all"}, {"prefix_kv": "per_iter"})),
+    ({"decode_lora": True}, "set loop.lora"),
+    ({"loops_per_stage": 1}, "set curriculum.max_stage"),
+    ({"write_steps": False}, "set curriculum.max_stage"),
+    ({"curriculum.max_stage": -1}, "at least 0"),
+    # stabilisers
+    ({"loop.alpha": -0.1}, "between 0 and 1"),
+    ({"loop.noise": -1.0}, "cannot be negative"),
+    ({"loop.width": 8}, "rescale=adapter or project"),
+    ({"loop.lora_rank": 0}, "set lora to none"),
+    ({"loop.bptt": -1}, "none for all"),
+    *(({**TIMELESS, **told}, "set time to lookup") for told in ({"loop.noise_level": "delta"},
+                                                                {"loop.time_inject": "concat"})),
+    ({"loop.noise_level": "injected"}, "set noise above 0"),
+    ({"loop.alpha_learn": "shared", "loop.residual": "none"}, "residual A or B"),
+    ({"loop.alpha_learn": "per_iter", **GATED}, "residual A or B"),
+    ({"loop.time_norm": True}, "time=sinusoidal"),
+    ({**ATTENTION, "loop.gate_shape": "channel"}, "gate_shape to scalar"),
+    # fixed points
+    *(({f"fixed_point.spectral_{name}": -1.0}, "cannot be negative") for name in ("weight", "bound")),
+    ({"fixed_point.solver": "plain"}, "loop.time to none"),
+    ({**PLAIN, "loop.lora": "per_iter"}, "none or shared"),
+    ({**PLAIN, "loop.noise": 0.1}, "noise to 0"),
+    ({**PLAIN, "stop.rule": "delta"}, "stop.rule to none"),
+    ({**PLAIN, "loop.alpha_learn": "per_iter"}, "alpha_learn to fixed"),
+    *(({**PLAIN, **cut}, "leave loop.bptt and loop.detach out") for cut in ({"loop.bptt": 1}, {"loop.detach": True})),
+    ({**PLAIN, "loop_scope": "append"}, "slots, all or last"),
+    ({**PLAIN, "answer_from": "kv_last"}, "answer_from to refeed"),
+    *(({**PLAIN, "teacher": "-", name: 1.0}, "step_weight and hid.weight to 0") for name in
+      ("step_weight", "hid.weight")),
+    # stopping
+    *(({f"stop.{name}": 0}, "at least 1") for name in ("min_loops", "patience")),
+    *(({"stop.rule": stop, "stop.site": "answer"}, "set stop.rule to kl, entropy, argmax")
+      for stop in ("none", "delta", "delta_undamped", "cos", "halt")),
+    # the loss
+    ({"slots_per_step": 9}, "n_slots=8"),
+    ({"slots_per_step": -1}, "slots"),
+    *(({name: 0.1, "loop_scope": scope}, "loop_scope=slots")
+      for name, scope in (("step_weight", "append"), ("aux.weight", "last"))),
+    *(({name: 0.1, "teacher": "-", "max_loops": 0}, "max_loops >= 1")
+      for name in ("step_weight", "aux.weight", "hid.weight", "deep.weight")),
+    ({"hid.weight": 1.0}, "set teacher"),
+    ({**HID, "loop_scope": "append"}, "slots, all or last"),
+    ({"deep.weight": -1.0}, "cannot be negative"),
+    ({"deep.weight": 1.0, "answer_from": "kv_last"}, "answer_from=refeed"),
+    ({"deep.weight": 1.0, "loop_scope": "append"}, "slots, all or last"),
+    *(({**PLAIN, name: 1.0}, "fixed_point.solver to none") for name in ("deep.weight", "aux.weight")),
+    *(({"halt.prior": prior}, "between 0 and 1") for prior in (0.0, 1.0)),
+    ({"halt.weight": 1.0}, "set stop.rule=halt"),
+    ({"ponder_weight": 1.0}, "set stop.rule=act"),
+    *(({name: "nonsense"}, name.rpartition(".")[2]) for name in ("loop_scope", "h0", "answer_from", "step_map",
+                                                                 "loop.residual", "loop.rescale", "loop.time")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "mend"), REFUSED, ids=str)
+def test_what_has_no_meaning_is_refused_with_the_way_to_mend_it(fields, mend):
+    with pytest.raises(InputError, match=mend):
+        make(Slr, **fields)
+
+
+# What fields say
 
 
 def test_the_number_of_iterations_and_of_steps_left_follows_the_stage():
@@ -76,246 +232,42 @@ def test_the_number_of_iterations_and_of_steps_left_follows_the_stage():
     assert [kv_last.n_latents(stage) for stage in range(5)] == [0, 2, 4, 5, 5]
 
 
-@pytest.mark.parametrize(
-    ("fields", "mend"),
-    [
-        ({"max_loops": -1}, "max_loops >= 0"),
-        ({"n_slots": 0}, "n_slots >= 1"),
-        ({"loops_per_stage": -1}, "loops_per_stage >= 0"),
-        ({"answer_from": "kv_last", "max_loops": 0}, "max_loops to at least 1"),
-        ({"slots_per_step": 9}, "n_slots=8"),
-        ({"slots_per_step": -1}, "slots"),
-        ({"step_weight": 0.1, "loop_scope": "append"}, "loop_scope=slots"),
-        ({"step_weight": 0.1, "max_loops": 0}, "max_loops >= 1"),
-        ({"loop.alpha": -0.1}, "between 0 and 1"),
-        ({"curriculum.max_stage": -1}, "at least 0"),
-    ],
-)
-def test_impossible_settings_are_refused_with_the_way_to_mend_them(fields, mend):
-    with pytest.raises(InputError, match=mend):
-        make(Slr, **fields)
+def test_a_ramp_of_iterations_needs_no_steps_in_the_text():
+    curriculum = {"max_stage": 3, "first_stage": 1}
+    method = Slr(n_slots=2, max_loops=4, curriculum=curriculum, loops_per_stage=1, write_steps=False)
+    model = tiny_model(method)
+    rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(1, 5)]
+    assert [row.n_loops for row in rows] == [1, 2, 3, 4]
+    assert not any(piece.kind is Kind.STEP for row in rows for piece in row.pieces)
+    assert len({tuple(row.ids()) for row in rows}) == 1
+    assert not method.needs_steps and change(method, write_steps=True).needs_steps
+    classes = tuple(str(i) for i in range(5))
+    (row,) = tiny_model(change(method, decoder={"kind": "linear", "classes": classes})).rows(MIXED[3:4], 1)
+    assert row.answer_class == 0 and not row.suffix[-1].supervised
+    shown = change(method, step_weight=1.0, slots_per_step=1)  # all steps are shown, whatever the stage
+    firsts = [{readout.token for readout in tiny_model(shown).rows(MIXED[3:4], stage)[0].readouts} for stage in (1, 4)]
+    assert len(firsts[0]) == 1 and len(firsts[1]) > 1
 
 
-REFUSED = [
-    # LoopSettings
-    ({"loop.noise": -1.0}, "cannot be negative"),
-    ({"fixed_point.spectral_weight": -1.0}, "cannot be negative"),
-    ({"fixed_point.spectral_bound": -1.0}, "cannot be negative"),
-    ({"loop.lora_rank": 0}, "set lora to none"),
-    ({"stop.min_loops": 0}, "at least 1"),
-    ({"stop.site": "answer"}, "set stop to kl, entropy, argmax"),
-    *(
-        ({"stop.rule": stop, "stop.site": "answer"}, "set stop to kl, entropy, argmax")
-        for stop in ("delta", "delta_undamped", "cos", "halt")
-    ),
-    ({"stop.patience": 0}, "at least 1"),
-    ({"loop.bptt": -1}, "none for all"),
-    ({"loop.time": "none", "loop.noise_level": "delta"}, "set time to lookup"),
-    ({"loop.time": "none", "loop.time_inject": "concat"}, "set time to lookup"),
-    ({"loop.noise_level": "injected"}, "set noise above 0"),
-    ({"loop.alpha_learn": "shared", "loop.residual": "none"}, "residual A or B"),
-    ({"loop.alpha_learn": "per_iter", "loop.residual": "C"}, "residual A or B"),
-    ({"loop.time_norm": True}, "time=sinusoidal"),
-    ({"fixed_point.solver": "plain"}, "set time to none"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.lora": "per_iter"}, "shared"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.noise": 0.1}, "noise to 0"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "stop.rule": "delta"}, "stop to none"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.alpha_learn": "per_iter"}, "alpha_learn to fixed"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.bptt": 1}, "leave bptt and detach out"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "loop.detach": True}, "leave bptt and detach out"),
-    ({"loop.residual": "C", "loop.gate_kind": "attention", "loop.gate_shape": "channel"}, "gate_shape to scalar"),
-    # LossSettings
-    ({"deep.weight": -1.0}, "cannot be negative"),
-    ({"halt.prior": 0.0}, "between 0 and 1"),
-    ({"halt.prior": 1.0}, "between 0 and 1"),
-    ({"hid.weight": 1.0}, "set teacher"),
-    # Slr
-    ({"prefix_kv": "per_iter", "loop_scope": "all"}, "slots or last"),
-    ({"prefix_kv": "per_iter", "loop_scope": "append"}, "slots or last"),
-    ({"distinct_slots": True, "loop_scope": "last"}, "loop_scope=slots"),
-    ({"loop.time_inject": "token", "loop_scope": "all"}, "loop_scope=slots"),
-    ({"decode_lora": True}, "set lora"),
-    ({"loops_per_stage": 1}, "max_stage"),
-    ({"hid.weight": 1.0, "teacher": "-", "loop_scope": "append"}, "slots, all or last"),
-    ({"hid.weight": 1.0, "teacher": "-", "max_loops": 0}, "max_loops >= 1"),
-    ({"deep.weight": 1.0, "answer_from": "kv_last"}, "answer_from=refeed"),
-    ({"deep.weight": 1.0, "loop_scope": "append"}, "slots, all or last"),
-    ({"deep.weight": 1.0, "fixed_point.solver": "plain", "loop.time": "none"}, "solver to none"),
-    ({"halt.weight": 1.0}, "set stop=halt"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "loop_scope": "append"}, "slots, all or last"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "answer_from": "kv_last"}, "refeed"),
-    ({"fixed_point.solver": "plain", "loop.time": "none", "step_weight": 1.0}, "step_weight"),
-    ({"loop_sampling": "lognormal_poisson", "max_loops": 0}, "max_loops"),
-    ({"write_steps": False}, "set max_stage"),
-    ({"aux.weight": 1.0, "loop_scope": "last"}, "loop_scope=slots"),
-    ({"aux.weight": 1.0, "max_loops": 0}, "max_loops >= 1"),
-    ({"aux.weight": 1.0, "fixed_point.solver": "plain", "loop.time": "none"}, "solver to none"),
-]
-
-
-@pytest.mark.parametrize(("fields", "mend"), REFUSED, ids=lambda one: str(one))
-def test_every_combination_without_a_meaning_is_refused(fields, mend):
-    with pytest.raises(InputError, match=mend):
-        make(Slr, **fields)
-
-
-def stirred(method: Slr, fields: dict, train: bool = False):
-    """Return a model of the same backbone and, as far as they fit, the same parts that are not zero."""
-    model = LatentModel(base("llama").backbone, base("llama").tokenizer, change(method, **fields)).double()
-    for name, parameter in model.loop.named_parameters():
-        generator = torch.Generator().manual_seed(len(name))
-        with torch.no_grad():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model.train(train)
-
-
-SINES = {"loop.time": "sinusoidal"}
-STOPS = {"stop.rule": "delta", "stop.threshold": 0.2}
-SOLVER = {
-    "loop.time": "none",
-    "fixed_point.solver": "plain",
-    "fixed_point.tol": 1e-9,
-    "loop.residual": "A",
-    "loop.alpha": 0.3,
-    "max_loops": 4,
-}
-
-
-@pytest.mark.parametrize(
-    ("setting", "fields"),
-    [
-        ({}, {"loop.residual": "C"}),
-        ({"loop.residual": "C"}, {"loop.gate_shape": "channel"}),
-        ({"loop.residual": "C"}, {"loop.gate_kind": "sigmoid"}),
-        ({"loop.residual": "C"}, {"loop.gate_kind": "attention"}),
-        ({"loop.residual": "C"}, {"loop.alpha": 0.2}),
-        ({}, {"loop.alpha_learn": "shared"}),
-        ({"loop.alpha_learn": "shared"}, {"loop.alpha_learn": "per_iter"}),
-        ({}, {"loop.rescale": "adapter"}),
-        ({}, SINES),
-        ({}, {"loop.time_inject": "concat"}),
-        ({}, {"loop.time_inject": "token"}),
-        (SINES, {"loop.time_norm": True}),
-        ({}, {"loop.noise_level": "delta"}),
-        ({}, WITH_LORA),
-        ({"loop.lora": "shared"}, {"loop.lora": "per_iter"}),
-        (WITH_LORA, {"loop.lora_rank": 3}),
-        (WITH_LORA, {"loop.lora_gamma": 1.0}),
-        (WITH_LORA, {"loop.lora_targets": ("q_proj",)}),
-        (WITH_LORA, {"decode_lora": True}),
-        (WITH_LORA, {"prefix_kv": "per_iter"}),
-        ({}, {"distinct_slots": True}),
-        ({}, {"loop_scope": "all"}),
-        ({}, {"loop_scope": "last"}),
-        ({}, {"stop.rule": "delta", "stop.threshold": -1e9}),
-        ({"stop.rule": "delta", "stop.threshold": -1e9}, {"stop.threshold": 1e9}),
-        ({"stop.rule": "delta", "stop.threshold": -1e9}, {"stop.min_loops": 2}),
-        ({"stop.rule": "delta", "stop.threshold": -1e9}, {"stop.patience": 2}),
-        (SOLVER, {"fixed_point.solver": "anderson"}),
-        (SOLVER, {"fixed_point.solver": "damped"}),
-        (SOLVER, {"fixed_point.tol": 1e3}),
-    ],
-    ids=str,
-)
-def test_every_setting_of_the_stabilisers_changes_the_answer(setting, fields):
-    one, other = stirred(SMALL, setting), stirred(SMALL, {**setting, **fields})
-    gap = max((a - b).abs().max().item() for a, b in zip(one.answer_logits(MIXED), other.answer_logits(MIXED)))
-    assert gap > 1e-5
-
-
-@pytest.mark.parametrize("agg", ["last", "max"])
-def test_the_aggregate_of_a_score_changes_the_score(agg):
-    traces = []
-    for fields in (STOPS, {**STOPS, "stop.agg": agg}):
-        traces.append(stirred(SMALL, fields).loss(MIXED[:1], trace=True).trace.iterations[0])
-    assert torch.equal(traces[0].delta, traces[1].delta)
-    assert (traces[0].score - traces[1].score).abs() > 1e-4
-
-
-@pytest.mark.parametrize("stop", ["kl", "entropy"])
-def test_the_site_of_a_score_changes_the_score(stop):
-    traces = []
-    for site in ("latents", "answer"):
-        fields = {"stop.rule": stop, "stop.site": site, "stop.threshold": torch.inf}
-        traces.append(stirred(SMALL, fields).loss(MIXED[:1], trace=True).trace.iterations[1])
-    assert torch.equal(traces[0].delta, traces[1].delta)
-    assert (traces[0].score - traces[1].score).abs() > 1e-4
-
-
-@pytest.mark.parametrize("beyond", ["cycle", "off"])
-def test_lora_beyond_changes_what_follows_the_trained_iterations_alone(beyond):
-    one, other = (stirred(SMALL, {**WITH_LORA, "loop.lora_beyond": name}) for name in ("clamp", beyond))
-    other.loop.load_state_dict(one.loop.state_dict())
-    for n_loops, same in ((3, True), (5, False)):
-        rows = one.rows(MIXED[:2])
-        for row in rows:
-            row.n_loops = n_loops
-        assert torch.equal(logits_of(one, rows)[0], logits_of(other, rows)[0]) == same
-
-
-@pytest.mark.parametrize(
-    ("setting", "fields"),
-    [
-        ({}, {"loop.bptt": 1}),
-        ({}, {"loop.bptt": 0}),
-        ({}, {"loop.detach": True}),
-        ({**SOLVER, "max_loops": 60}, {"fixed_point.gradient": "phantom"}),
-    ],
-    ids=str,
-)
-def test_settings_of_the_gradient_change_the_gradient_alone(setting, fields):
-    one, other = stirred(SMALL, setting, train=True), stirred(SMALL, {**setting, **fields}, train=True)
-    losses = one.loss(MIXED).loss, other.loss(MIXED).loss
-    tolerance = 1e-4 if setting else 0
-    assert abs(losses[0] - losses[1]) <= tolerance
-    left, right = gradients(one, losses[0]), gradients(other, losses[1])
-    assert max((left[name] - right[name]).abs().max().item() for name in left) > 1e-5
-
-
-@pytest.mark.parametrize("scope", ["slots", "all", "last"])
+@by_region
 def test_a_solver_agrees_with_the_unrolled_loop_once_converged_and_not_before(scope):
     for max_loops, agrees in ((40, True), (2, False)):
-        setting = {**SOLVER, "loop.alpha": 0.1, "max_loops": max_loops, "loop_scope": scope}
-        one, other = (stirred(SMALL, {**setting, "fixed_point.gradient": kind}) for kind in ("implicit", "unroll"))
-        left, right = (gradients(model, model.loss(MIXED[:2]).loss) for model in (one, other))
+        method = change(SMALL, loop_scope=scope, max_loops=max_loops, loop={"time": "none", "alpha": 0.1})
+        left, right = (
+            gradients(model, model.loss(MIXED[:2]).loss)
+            for kind in ("implicit", "unroll")
+            for model in [on("llama", change(method, fixed_point={"solver": "plain", "tol": 1e-9, "gradient": kind}))]
+        )
         scale = max(grad.abs().max().item() for grad in right.values())
         gap = max((left[name] - right[name]).abs().max().item() for name in left) / scale
         assert (gap < 1e-4) == agrees, gap
-
-
-@pytest.mark.parametrize(
-    ("setting", "fields"),
-    [
-        ({}, {"loop.noise": 0.5}),
-        ({"loop.noise": 0.5}, {"loop.noise": 0.1}),
-        ({"loop.noise": 0.5}, {"loop.noise_level": "injected"}),
-        ({}, {"deep.weight": 1.0}),
-        ({"deep.weight": 1.0}, {"deep.schedule": "softmax"}),
-        ({"stop.rule": "halt"}, {"halt.weight": 1.0}),
-        ({"stop.rule": "halt", "halt.weight": 1.0}, {"halt.prior": 0.9}),
-        ({"stop.rule": "halt", "halt.weight": 1.0}, {"halt.beta": 1.0}),
-        ({}, {"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.01}),
-        ({"fixed_point.spectral_weight": 1.0, "fixed_point.spectral_bound": 0.01}, {"fixed_point.spectral_bound": 0.0}),
-    ],
-    ids=str,
-)
-def test_settings_of_training_change_its_loss_and_no_answer(setting, fields):
-    losses, answers = [], []
-    for chosen in (setting, {**setting, **fields}):
-        model = stirred(SMALL, chosen, train=True)
-        torch.manual_seed(0)
-        losses.append(model.loss(MIXED).loss.item())
-        answers.append(model.eval().answer_logits(MIXED[:1])[0])
-    assert abs(losses[0] - losses[1]) > 1e-5
-    if fields.get("noise_level") != "injected":  # which adds a part that is not zero here
-        assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "lognormal_poisson"])
 @pytest.mark.slow
 def test_sampled_numbers_of_iterations_follow_their_law_and_are_for_training_alone(sampling):
     method = change(SMALL, max_loops=8, loop_sampling=sampling)
-    model = stirred(method, {})
+    model = on("llama", method)
     assert [row.n_loops for row in model.rows(MIXED)] == [8] * len(MIXED)
     drawn = [method.sampled(str(i)).max_loops for i in range(600)]
     assert drawn[:20] == [method.sampled(str(i)).max_loops for i in range(20)]
@@ -331,12 +283,12 @@ def test_sampled_numbers_of_iterations_follow_their_law_and_are_for_training_alo
     assert len({model.rows(MIXED[:1], seed=str(i))[0].n_loops for i in range(30)}) > 3
 
 
-@pytest.mark.parametrize("answer_from", ["refeed", "kv_last"])
+@by_answer
 @pytest.mark.parametrize(
     "fields", [{"loop.time_inject": "token"}, {**WITH_LORA, "decode_lora": True}], ids=["token", "decode"]
 )
 def test_rows_at_several_stages_equal_single_rows_with_every_stabiliser(answer_from, fields):
-    model = stirred(RAMP, {"answer_from": answer_from, **fields})
+    model = on("llama", change(RAMP, answer_from=answer_from, **fields))
     rows = rows_at(model, MIXED, RAMP_STAGES)
     for row, together in zip(rows, logits_of(model, rows)):
         assert_close(together, logits_of(model, [row])[0], ROUNDED)
@@ -344,16 +296,7 @@ def test_rows_at_several_stages_equal_single_rows_with_every_stabiliser(answer_f
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "fields",
-    [
-        {"loop.residual": "C"},
-        {"loop.rescale": "adapter"},
-        SINES,
-        {"loop.time_inject": "concat"},
-        {**STOPS, "stop.rule": "halt"},
-        WITH_LORA,
-    ],
-    ids=str,
+    "fields", [GATED, ADAPTER, SINES, {"loop.time_inject": "concat"}, {"stop.rule": "halt"}, WITH_LORA], ids=str
 )
 def test_parts_in_fp32_serve_a_backbone_in_half_precision(dtype, fields):
     base = tiny_model(Slr(), "llama", num_hidden_layers=2)
@@ -388,51 +331,22 @@ def test_the_sines_see_t_or_t_over_max_loops(time_norm, times):
         assert_close(time.vector(loop, None), time.mlp(sines(torch.tensor([told]), TIME_WIDTH))[0])
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"step_weight": 1.0},
-        {"aux.weight": 1.0, "aux.trains": "decoder"},
-        {"loop_sampling": "uniform"},
-        {"deep.weight": 1.0},
-        {"stop.rule": "halt", "halt.weight": 1.0},
-    ],
-    ids=str,
-)
+TRAINED = [{"step_weight": 1.0}, {"aux.weight": 1.0, "aux.trains": "decoder"}, {"loop_sampling": "uniform"}, DEEP]
+
+
+@pytest.mark.parametrize("fields", [*TRAINED, {"stop.rule": "halt", "halt.weight": 1.0}], ids=str)
 @pytest.mark.parametrize("loops", [0, 6])
 def test_whatever_it_was_trained_for_a_model_answers_with_any_number_of_iterations(fields, loops):
-    model = stirred(SMALL, {"stop.rule": fields.get("stop", "none")})
-    trained = stirred(SMALL, fields)
+    model = on("llama", change(SMALL, stop={"rule": fields.get("stop.rule", "none")}))
+    trained = on("llama", change(SMALL, **fields))
     trained.loop.load_state_dict(model.loop.state_dict())
     plain, ours = (m.generate(QUESTIONS[:2], max_new_tokens=6, loops=loops) for m in (model, trained))
     assert [one.text for one in plain] == [one.text for one in ours]
     assert [one.cost.loops for one in plain] == [one.cost.loops for one in ours]
 
 
-def test_a_ramp_of_iterations_needs_no_steps_in_the_text():
-    method = Slr(
-        n_slots=2, max_loops=4, curriculum={"max_stage": 3, "first_stage": 1}, loops_per_stage=1, write_steps=False
-    )
-    model = tiny_model(method)
-    rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(1, 5)]
-    assert [row.n_loops for row in rows] == [1, 2, 3, 4]
-    assert not any(piece.kind is Kind.STEP for row in rows for piece in row.pieces)
-    assert len({tuple(row.ids()) for row in rows}) == 1
-    assert not method.needs_steps and change(method, write_steps=True).needs_steps
-    classes = tuple(str(i) for i in range(5))
-    (row,) = tiny_model(change(method, decoder={"kind": "linear", "classes": classes})).rows(MIXED[3:4], 1)
-    assert row.answer_class == 0 and not row.suffix[-1].supervised
-    shown = change(method, step_weight=1.0, slots_per_step=1)  # all steps are shown, whatever the stage
-    firsts = [{readout.token for readout in tiny_model(shown).rows(MIXED[3:4], stage)[0].readouts} for stage in (1, 4)]
-    assert len(firsts[0]) == 1 and len(firsts[1]) > 1
-
-
-def test_the_optimizer_is_kept_over_stages_unless_told_otherwise():
-    assert Slr().reset_optimizer == "never"
-
-
 @pytest.mark.parametrize("site", ["mean", "last"])
-@pytest.mark.parametrize("scope", ["slots", "all", "last"])
+@by_region
 def test_the_teacher_is_followed_by_the_mean_of_the_latents_or_by_the_last(site, scope):
     model = sharp_model(change(SMALL, loop_scope=scope, hid={"weight": 1.0, "site": site}, teacher="-"))
     model._frozen["teacher"] = base("gpt2")
@@ -464,9 +378,3 @@ def test_each_iteration_tells_its_step_to_an_auxiliary_decoder():
     plain = under(model, SMALL)
     assert out.loss.item() == pytest.approx((plain.loss([example]).loss + 0.5 * out.terms["aux"]).item(), rel=1e-5)
     assert torch.equal(model.answer_logits([example])[0], plain.answer_logits([example])[0])
-
-
-@pytest.mark.parametrize("field", ["loop_scope", "h0", "answer_from", "residual", "rescale", "time", "step_map"])
-def test_an_unknown_choice_is_refused(field):
-    with pytest.raises(InputError, match=field):
-        make(Slr, **{field: "nonsense"})

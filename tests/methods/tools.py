@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 import pytest
 import torch
@@ -40,20 +39,13 @@ QUESTIONS = [example.question for example in MIXED]
 SCOPES = ("slots", "all", "last", "append")
 REGIONS = ("slots", "all", "last")
 PLAIN = Slr(n_slots=3, max_loops=3, loop={"residual": "none", "rescale": "none", "time": "none"})
-FULL = Slr(
-    n_slots=3,
-    max_loops=3,
-    loop={"residual": "B", "rescale": "rms", "time": "sinusoidal", "lora": "per_iter", "lora_rank": 2, "alpha": 0.6},
-)
+FULL = Slr(n_slots=3, max_loops=3,
+           loop={"residual": "B", "alpha": 0.6, "time": "sinusoidal", "lora": "per_iter", "lora_rank": 2})  # fmt: skip
 SMALL = Slr(n_slots=4, max_loops=3)
-RAMP = Slr(
-    n_slots=3, max_loops=4, curriculum={"max_stage": 2}, loops_per_stage=2
-)  # stages 0, 1, 2 and 3 have 0, 2, 4 and 4 loops
+RAMP = Slr(n_slots=3, max_loops=4, curriculum={"max_stage": 2}, loops_per_stage=2)  # 0, 2, 4 and 4 loops in its stages
 RAMP_STAGES = [3, 0, 1, 2, 1, 0]
 SHOWN = {"step_weight": 0.5, "slots_per_step": 2}
 WITH_LORA = {"loop.lora": "per_iter", "loop.lora_rank": 2}
-
-M = TypeVar("M", bound=Method)
 
 by_arch = pytest.mark.parametrize("arch", ["gpt2", "llama"])
 by_scope = pytest.mark.parametrize("scope", SCOPES)
@@ -77,10 +69,13 @@ def labels_by_loop(row: Row) -> list[list[int]]:
     return labels
 
 
+Function = Callable[[Tensor, int], Tensor]
+
+
 class FunctionPass:
     """A function (x_t, t) -> u_t of the loop as a pass; rows that end leave it, or stand still in it."""
 
-    def __init__(self, f: Callable[[Tensor, int], Tensor], compacts: bool = True):
+    def __init__(self, f: Function, compacts: bool = True):
         self.f, self.compacts, self.state_mask, self.before = f, compacts, None, None
         self.row_info: RowInfo | None = None
         self.kept: list[list[int]] = []
@@ -102,12 +97,7 @@ class FunctionPass:
 
 
 def iterate(
-    loop: InnerLoop,
-    f: Callable[[Tensor, int], Tensor],
-    state: Tensor,
-    n_loops: int | list[int],
-    compacts: bool = True,
-    **options,
+    loop: InnerLoop, f: Function, state: Tensor, n_loops: int | list[int], compacts: bool = True, **options
 ) -> LoopResult:
     """Run a loop on a function; all rows alike, or each its own number of iterations."""
     n_loops = [n_loops] * len(state) if isinstance(n_loops, int) else n_loops
@@ -167,11 +157,17 @@ def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
     """Put a method on the weights of an architecture; all that begins at zero is moved, unless told not to."""
     base(arch).backbone.requires_grad_(True)  # whatever another method has frozen
     model = LatentModel(base(arch).backbone, base(arch).tokenizer, method).double()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in (p for part in model.parts().values() for p in part.parameters()) if stirred else ():
-        with torch.no_grad():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    if stirred:
+        stir(model)
     return model.eval()
+
+
+@torch.no_grad()
+def stir(model: LatentModel, by: float = 0.2) -> None:
+    """Move all that a method adds to a backbone, so that nothing is at a start where it does nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for part in model.parts().values() for p in part.parameters()):
+        parameter += by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
 def same_weights(model: LatentModel, method: Method) -> LatentModel:
@@ -274,11 +270,8 @@ def passes(model: LatentModel) -> Iterator[list[Tensor]]:
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.append(kwargs["inputs_embeds"])
 
-    handle = model.backbone.decoder.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with model.backbone.decoder.register_forward_pre_hook(note, with_kwargs=True):
         yield seen
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -291,11 +284,8 @@ def states(model: LatentModel) -> Iterator[list[Tensor]]:
             output.last_hidden_state.retain_grad()
         seen.append(output.last_hidden_state)
 
-    handle = model.backbone.decoder.register_forward_hook(note)
-    try:
+    with model.backbone.decoder.register_forward_hook(note):
         yield seen
-    finally:
-        handle.remove()
 
 
 def change_embedding(model: LatentModel, token: str) -> None:
@@ -307,13 +297,16 @@ def change_embedding(model: LatentModel, token: str) -> None:
 
 def lean_towards_end(model: LatentModel, by: float) -> LatentModel:
     """Raise the end-of-sequence logit, so that rows end, each at a time of its own."""
-    eos = model.tokenizer.eos_token_id
+    return lean_towards(model, {model.tokenizer.eos_token: by})
 
-    def raise_eos(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
-        return logits + by * torch.nn.functional.one_hot(torch.tensor(eos), logits.shape[-1]).to(logits)
 
+def lean_towards(model: LatentModel, by: dict[str, float]) -> LatentModel:
+    """Raise the logits of tokens, such as ``{"<bol>": 2.0, "###": 1.0}``."""
     head = model.backbone.lm.get_output_embeddings()
-    _LEANING.append((head, head.register_forward_hook(raise_eos)))
+    bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype)
+    for token, value in by.items():
+        bias[model.tokenizer.encode(token, add_special_tokens=False)[0]] = value
+    _LEANING.append((head, head.register_forward_hook(lambda module, args, logits: logits + bias.to(logits))))
     return model
 
 
@@ -377,21 +370,3 @@ def assert_causal(model: LatentModel, example: Example) -> None:
         changed = logits_of(model, [with_token(row, first + written, row.ids()[first + written] + 1)])[0]
         assert torch.equal(changed[: written + 1], logits[: written + 1])
         assert ((changed - logits).abs().amax(1)[written + 1 :] > 1e-6).all()
-
-
-def stir(model: LatentModel, by: float = 0.2) -> None:
-    """Move all that a method adds to a backbone, so that nothing is at a start where it does nothing."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in (p for part in model.parts().values() for p in part.parameters()):
-        with torch.no_grad():
-            parameter += by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-
-
-def lean_towards(model: LatentModel, by: dict[str, float]) -> LatentModel:
-    """Raise the logits of tokens, such as ``{"<bol>": 2.0, "###": 1.0}``."""
-    head = model.backbone.lm.get_output_embeddings()
-    bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype)
-    for token, value in by.items():
-        bias[model.tokenizer.encode(token, add_special_tokens=False)[0]] = value
-    _LEANING.append((head, head.register_forward_hook(lambda module, args, logits: logits + bias)))
-    return model
