@@ -40,7 +40,7 @@ class Reference:
         handle = norm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
         out = self.lm(inputs_embeds=x_LD[None], output_hidden_states=True, use_cache=False)
         handle.remove()
-        is_pre_norm = getattr(self.method, "feedback_site", "post_norm") == "pre_norm"
+        is_pre_norm = self.method.loop.site == "pre_norm"
         return (before[0] if is_pre_norm else out.hidden_states[-1])[0], out.logits[0]
 
     # Tokens (cot.md, section 0)
@@ -62,7 +62,7 @@ class Reference:
 
     @property
     def last_stage(self) -> int:
-        max_stage = getattr(self.method, "max_stage", 0)
+        max_stage = self.method.curriculum.max_stage
         return max_stage + 1 if max_stage else 0
 
     def written(self, example: Example, stage: int) -> list[int]:
@@ -93,14 +93,14 @@ class Reference:
                 pauses = [*bot, *lat * m_pauses, *eot] if method.with_markers else lat * m_pauses
                 return self.embed([*pauses, *asked] if method.placement == "prepend" else [*asked, *pauses]), []
             case Coconut() as method:
-                k = min(stage, method.max_stage) * method.latents_per_step
+                k = min(stage, method.curriculum.max_stage) * method.latents_per_step
                 if stage == self.last_stage and not method.pad_latent_to_max and n_steps is not None:
-                    k = min(n_steps, method.max_stage) * method.latents_per_step
+                    k = min(n_steps, method.curriculum.max_stage) * method.latents_per_step
                 if method.latents_per_step == 0:  # "no thought": no markers either
                     return self.embed(asked), []
                 if method.thought == "pause":
                     return self.embed([*asked, *bot, *lat * k, *eot]), []
-                return self.coconut(self.embed([*asked, *bot]), k, method.detach), []
+                return self.coconut(self.embed([*asked, *bot]), k, method.loop.detach), []
             case Slr() as method:
                 n_loops = method.max_loops
                 if method.loops_per_stage and stage < self.last_stage:
@@ -158,25 +158,25 @@ class Reference:
 
     def e(self, t: int) -> Tensor:
         """The timestep vector e_t (D,); iterations past the table use its last row."""
-        if self.method.time == "none":
+        if self.method.loop.time == "none":
             return torch.zeros(())
         return self.table[min(t, len(self.table)) - 1]
 
     def rho(self, u_ND: Tensor) -> Tensor:
         """rho(u) = u tau / RMS(u), tau the RMS of the embedding matrix."""
-        if self.method.rescale == "none":
+        if self.method.loop.rescale == "none":
             return u_ND
         tau = self.embed(list(range(self.lm.get_input_embeddings().weight.shape[0]))).detach().square().mean().sqrt()
         return u_ND * tau / u_ND.square().mean(-1, keepdim=True).sqrt()
 
     def mix(self, new: Tensor, first: Tensor, previous: Tensor) -> Tensor:
-        alpha = self.method.alpha
+        alpha = self.method.loop.alpha
         return {
             "none": new,
             "sum": new + first,
             "A": alpha * new + (1 - alpha) * first,
             "B": alpha * new + (1 - alpha) * previous,
-        }[self.method.residual]
+        }[self.method.loop.residual]
 
     # Writing
 
@@ -198,7 +198,7 @@ class Reference:
             thought_LD, outputs = self.think(example.question, stage, len(example.steps))
             ids = self.written(example, stage)
             written.append(cross_entropy(self.logits_after(thought_LD, ids), torch.tensor(ids), reduction="none"))
-            if getattr(self.method, "step_weight", 0):
+            if self.method.step_weight:
                 shown += self.shown_losses(self.steps(example), stage, outputs)
         loss = torch.cat(written).mean()
         return loss + self.method.step_weight * torch.stack(shown).mean() if shown else loss
