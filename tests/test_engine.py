@@ -124,12 +124,6 @@ def test_passes_counted_by_a_hook_are_those_charged_when_a_row_ends(method, monk
         assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen)
 
 
-def test_a_question_longer_than_the_context_is_refused_by_name():
-    model = tiny_model(Pause(), max_position_embeddings=16)
-    with pytest.raises(InputError, match=r"1 ; \+ 1 ; \+ 2.*at most 16.*shorten"):
-        model.generate(["2", QUESTIONS[3]])
-
-
 def test_writing_stops_where_the_context_ends_as_it_would_alone():
     model = lean_towards_end(sharp_model(Cot(), max_position_embeddings=20), NEVER_ENDS)
     (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=64)
