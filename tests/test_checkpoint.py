@@ -112,15 +112,6 @@ def test_a_saved_model_of_every_architecture_gives_the_same_logits_and_heads_sta
     assert torch.equal(answers_of(loaded), answers_of(model))
 
 
-def test_the_trained_timestep_table_and_tau_come_back(tmp_path):
-    model = moved(tiny_model(Slr()))
-    loaded = reloaded(model, tmp_path)
-    assert model.loop.time.table.abs().max() > 0.01
-    assert torch.equal(loaded.loop.time.table, model.loop.time.table)
-    assert torch.equal(loaded.loop.rescale.tau, model.loop.rescale.tau)
-    assert loaded.loop.rescale.tau != loaded.backbone.embed_rms()  # tau is that of the weights training began with
-
-
 @pytest.mark.parametrize("method", [Coconut(), *DECODERS], ids=["coconut", "shared", "own", "linear"])
 def test_what_has_been_learned_is_answered_after_loading(method, tmp_path, examples):
     model = tiny_model(method, num_hidden_layers=2, initializer_range=0.1)
@@ -149,13 +140,15 @@ def test_plain_transformers_reads_the_folder(arch, tmp_path):
     assert torch.equal(text_logits(Backbone(lm).lm, tokenizer), own)  # GPT-2's activation is one operator in both
 
 
-def test_saving_changes_nothing_of_the_model(tmp_path):
+def test_saving_changes_nothing_of_the_model_and_the_timestep_table_and_tau_come_back(tmp_path):
     model = moved(tiny_model(Slr()))
     before, logits = {name: tensor.clone() for name, tensor in model.state_dict().items()}, answers_of(model)
-    saved(model, tmp_path / "run")
-    after = model.state_dict()
+    loaded, after = reloaded(model, tmp_path), model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(answers_of(model), logits)
+    assert torch.equal(loaded.loop.time.table, model.loop.time.table) and model.loop.time.table.abs().max() > 0.01
+    assert torch.equal(loaded.loop.rescale.tau, model.loop.rescale.tau)
+    assert loaded.loop.rescale.tau != loaded.backbone.embed_rms()  # tau is that of the weights training began with
 
 
 def test_a_record_is_kept_beside_the_settings_in_the_checkpoint_of_a_run_where_nothing_is_pickled(tmp_path):
@@ -197,9 +190,9 @@ def test_a_decoder_with_more_layers_keeps_those_it_has_learned_and_may_be_new(tm
 
 def test_a_plain_model_is_loaded_with_a_method(tmp_path):
     lm, tokenizer = tiny_lm(), chain_tokenizer()
-    lm.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    model = LatentModel.from_pretrained(tmp_path / "base", method=Cot())
+    for one in (lm, tokenizer):
+        one.save_pretrained(tmp_path)
+    model = LatentModel.from_pretrained(tmp_path, method=Cot())
     assert torch.equal(text_logits(model.backbone.lm, model.tokenizer), text_logits(lm, tokenizer))
 
 
@@ -383,7 +376,11 @@ def test_a_missing_folder_is_named_with_its_nearest_neighbour(slr_folder):
     ids=["plain", "lora", "gate", "separate", "linear"],
 )
 def test_from_scratch_draws_everything_by_its_seed(method):
-    first, again, other = (from_scratch(LLAMA, chain_tokenizer(), method, seed) for seed in (0, 0, 1))
+    tokenizer = chain_tokenizer()
+    first, again, other = (from_scratch(LLAMA, tokenizer, method, seed) for seed in (0, 0, 1))
+    config = first.backbone.config
+    assert config.vocab_size == len(tokenizer) + 3 == first.backbone.lm.get_input_embeddings().weight.shape[0]
+    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 2, None)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(first.backbone.lm.lm_head.weight, other.backbone.lm.lm_head.weight)
     drawn, others = ([p for part in one.parts().values() for p in part.parameters()] for one in (first, other))
@@ -397,14 +394,6 @@ def test_from_scratch_leaves_the_global_generator_and_the_settings_alone(method)
     torch.manual_seed(5)
     from_scratch(settings, chain_tokenizer(), method)
     assert torch.equal(torch.rand(1), expected) and settings == LLAMA
-
-
-def test_from_scratch_takes_the_vocabulary_and_special_tokens_of_the_tokenizer():
-    tokenizer = chain_tokenizer()
-    model = from_scratch(LLAMA, tokenizer, Coconut())
-    config = model.backbone.config
-    assert config.vocab_size == len(tokenizer) + 3 == model.backbone.lm.get_input_embeddings().weight.shape[0]
-    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 2, None)
 
 
 @pytest.mark.parametrize(
@@ -428,24 +417,20 @@ def test_from_scratch_says_what_cannot_be(settings, expected):
 
 
 def test_saving_into_a_folder_of_something_else_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    (tmp_path / "chapter.txt").write_text("mine")
     model = tiny_model(Slr(n_slots=2, max_loops=2))
-    model.save_pretrained(tmp_path / "thesis")
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
-    monkeypatch.chdir(tmp_path / "thesis")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "chapter.txt").read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
     model.save_pretrained(".")
-    assert LatentModel.from_pretrained(tmp_path / "thesis").method == model.method
+    assert LatentModel.from_pretrained(tmp_path).method == model.method
 
 
-def test_another_setting_of_the_same_method_keeps_the_trained_parts_that_fit(tmp_path: Path):
+@pytest.mark.parametrize("loops", [5, 1])
+def test_another_setting_of_the_same_method_keeps_the_trained_parts_that_fit(tmp_path: Path, loops: int):
     model = tiny_model(Slr(n_slots=2, max_loops=3))
     model.loop.time.table.data.normal_()
     model.loop.rescale.tau.fill_(0.5)
-    model.save_pretrained(tmp_path)
-    longer = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=5, step_weight=0.5))
-    assert torch.equal(longer.loop.time.table[:3], model.loop.time.table)
-    assert not longer.loop.time.table[3:].any()
-    assert longer.loop.rescale.tau == 0.5
-    shorter = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=1))
-    assert torch.equal(shorter.loop.time.table, model.loop.time.table[:1])
+    other = reloaded(model, tmp_path, method=Slr(n_slots=2, max_loops=loops, step_weight=0.5))
+    assert torch.equal(other.loop.time.table[:3], model.loop.time.table[:loops])
+    assert not other.loop.time.table[3:].any() and other.loop.rescale.tau == 0.5

@@ -130,35 +130,19 @@ def test_eval_writes_the_result_of_the_contract_and_the_same_twice(run: Path, tm
     refused(capsys, "give --out DIR", "eval", run, "--method", "no_cot")  # another's result replaces none of the run's
 
 
-def test_eval_reads_other_data_for_another_task(run: Path, tmp_path: Path, capsys):
-    write_examples(chain_examples(3, 3), tmp_path / "data.jsonl")
-    arguments = ["--task", "gsm8k", "--data", tmp_path / "data.jsonl", "--out", tmp_path, "--limit", 2]
-    assert innerloop(capsys, "eval", run, *arguments)[0] == 0
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["n"] == 2 and result["task"]["name"] == "gsm8k"
-    assert set(result["accuracy_by_match"]) == {"number", "string"}
-
-
-def test_ask_shows_each_loop_and_the_answer(run: Path, capsys):
+def test_ask_shows_each_loop_the_steps_of_blocks_or_the_iterations_of_each_token(run: Path, tmp_path: Path, capsys):
     code, out, _ = innerloop(capsys, "ask", run, "3 ; + 4 ; * 2", "--max_new_tokens", 4)
-    assert code == 0
+    assert code == 0 and "passes" in out
     assert "what the latents held" in out and "change" in out and "latent 1" in out
-    assert "passes" in out
-
-
-def test_ask_shows_the_iterations_of_each_token(tmp_path: Path, capsys):
-    tiny_model(Looped(max_loops=3, stop={"rule": "delta", "threshold": 0.4})).save_pretrained(tmp_path)
-    code, out, _ = innerloop(capsys, "ask", tmp_path, "3 ; + 4", "--max_new_tokens", 4)
+    tiny_model(Lotus(n_blocks=2, latents_per_block=3)).save_pretrained(tmp_path / "lotus")
+    out = innerloop(capsys, "ask", tmp_path / "lotus", "3 ; + 4", "--max_new_tokens", 2)[1]
+    assert "block 1: " in out and "block 2: " in out and "block 3" not in out
+    tiny_model(Looped(max_loops=3, stop={"rule": "delta", "threshold": 0.4})).save_pretrained(tmp_path / "looped")
+    code, out, _ = innerloop(capsys, "ask", tmp_path / "looped", "3 ; + 4", "--max_new_tokens", 4)
     assert code == 0 and "iterations per token:" in out and "latents held" not in out
     counts = [int(n) for n in re.findall(r" x (\d+)", out)]
     words = out.split("\niterations")[0].splitlines()[-1].split()
     assert sum(counts) == len(words) > 5 and words[:4] == ["3", ";", "+", "4"] and "mean" in out
-
-
-def test_ask_shows_the_steps_of_the_blocks(tmp_path: Path, capsys):
-    tiny_model(Lotus(n_blocks=2, latents_per_block=3)).save_pretrained(tmp_path)
-    out = innerloop(capsys, "ask", tmp_path, "3 ; + 4", "--max_new_tokens", 2)[1]
-    assert "block 1: " in out and "block 2: " in out and "block 3" not in out
 
 
 def test_lens_writes_one_page_into_the_run(run: Path, capsys):
@@ -260,10 +244,9 @@ def test_short_passes_are_compiled_where_it_is_asked_for(run: Path, tmp_path: Pa
     asked: list[Backbone] = []
     monkeypatch.setattr(Backbone, "compile_passes", lambda self: asked.append(self))
     plain = ["eval", run, "--limit", 2, "--out", tmp_path]
-    assert innerloop(capsys, *plain)[0] == 0 and not asked
-    assert innerloop(capsys, *plain, "--compile", "true")[0] == 0 and len(asked) == 1
     bench = ["bench", run, "--out", tmp_path / "b.json", "--repeats", 1, "--questions", 1, "--batch_sizes", "[1]"]
-    assert innerloop(capsys, *bench, "--compile", "true", "--max_new_tokens", 2)[0] == 0 and len(asked) == 2
+    for words, n in ((plain, 0), ([*plain, "--compile", "true"], 1), ([*bench, "--compile", "true"], 2)):
+        assert innerloop(capsys, *words)[0] == 0 and len(asked) == n
 
 
 @pytest.mark.slow
@@ -285,23 +268,17 @@ def test_ask_a_plain_model_writes_freely_but_no_verb_takes_it_for_a_run_or_a_rec
     refused(capsys, "innerloop train", "compare", written(tmp_path))
 
 
-def test_methods_and_tasks_are_listed(capsys):
-    out = innerloop(capsys, "methods")[1]
-    assert all(name in out for name in ("no_cot", "cot", "pause", "coconut", "slr"))
-    out = innerloop(capsys, "data", "list")[1]
-    assert all(name in out for name in ("chain", "prosqa", "gsm8k", "math"))
-
-
-def test_data_make_writes_every_split_and_data_show_lays_it_out(tmp_path: Path, capsys):
+def test_methods_and_tasks_are_listed_splits_made_and_laid_out(tmp_path: Path, capsys):
+    for verb, names in ((["methods"], METHODS), (["data", "list"], ("chain", "prosqa", "gsm8k", "math"))):
+        out = innerloop(capsys, *verb)[1]
+        assert all(name in out for name in names)
     sizes = ["--n_train", 6, "--n_valid", 2, "--n_test", 3, "--n_ops", 2]
     assert innerloop(capsys, "data", "make", "chain", "--out", tmp_path, *sizes)[0] == 0
-    assert {p.name: len(p.read_text().splitlines()) for p in tmp_path.iterdir()} == {
-        "train.jsonl": 6, "valid.jsonl": 2, "test.jsonl": 3
-    }  # fmt: skip
+    found = {p.stem: len(lines_of(p)) for p in tmp_path.iterdir()}
+    assert found == {"train": 6, "valid": 2, "test": 3}
     method = "{name: slr, n_slots: 2, max_loops: 2, step_weight: 1}"
     code, out, _ = innerloop(capsys, "data", "show", tmp_path / "test.jsonl", "--method", method, "--n", 1)
-    assert code == 0
-    assert "<bot> <lat>0 <lat>1 <eot>" in " ".join(out.split())
+    assert code == 0 and "<bot> <lat>0 <lat>1 <eot>" in " ".join(out.split())
     assert "loop 1 must show" in out and "refined 2 times" in out
 
 
@@ -450,11 +427,15 @@ def test_a_curriculum_cut_short_is_told_and_can_be_evaluated_where_it_ended(tmp_
     assert code == 0 and "trained up to" not in out
 
 
-def test_your_own_examples_are_a_task(tmp_path: Path, capsys):
+def test_your_own_examples_are_a_task_and_other_data_are_read_for_another(run: Path, tmp_path: Path, capsys):
     data = tmp_path / "train.jsonl"
     write_examples(chain_examples(8, 3), data)
     assert innerloop(capsys, "train", written(tmp_path, task={"name": "plain", "train": str(data)}))[0] == 0
     assert innerloop(capsys, "eval", tmp_path / "run", "--data", data, "--max_new_tokens", 2)[0] == 0
+    assert innerloop(capsys, "eval", run, "--task", "gsm8k", "--data", data, "--out", tmp_path, "--limit", 2)[0] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["n"] == 2 and result["task"]["name"] == "gsm8k"
+    assert set(result["accuracy_by_match"]) == {"number", "string"}
 
 
 @pytest.mark.parametrize(
