@@ -75,7 +75,7 @@ def main() -> None:
     }
     fit(model, seen)
     some = task.examples("test", max(options.examples // 4, 1))
-    with ruled_by(model, stop="none"):
+    with ruled_by(model, rule="none"):
         report["policies"].append({"policy": "none", **run(model, some, options.batch_size)})
     for policy in POLICIES:
         use_method(model, replace(model.method, kv_missing=policy))  # type: ignore[call-arg]
@@ -89,7 +89,7 @@ def main() -> None:
 
 def look(model: LatentModel, examples: list[Example], batch_size: int) -> LoopScan:
     """Scan every exit."""
-    use_rule(model, stop="classifier", stop_features=FEATURES)
+    use_rule(model, rule="classifier", features=FEATURES)
     assert model.loop.stop is not None and model.loop.stop.classifier is not None
     model.loop.stop.classifier.clear()
     return scan_loop(model, examples, batch_size)
@@ -169,7 +169,7 @@ def told(seen: LoopScan, stops_M: Tensor, ends: Tensor) -> dict:
 def fit(model: LatentModel, seen: dict[str, LoopScan]) -> None:
     """Give the model the logistic classifier on the words, with thresholds for `AGREEMENT`."""
     features = ("gap", "top", "depth")
-    use_rule(model, stop="classifier", stop_features=features)
+    use_rule(model, rule="classifier", features=features)
     assert model.loop.stop is not None and model.loop.stop.classifier is not None
     classifier, at = model.loop.stop.classifier, [FEATURES.index(feature) for feature in features]
     x = {split: one.features_TMF[..., at] for split, one in seen.items() if one.features_TMF is not None}
@@ -186,7 +186,7 @@ def run(model: LatentModel, examples: list[Example], batch_size: int) -> dict:
     for first in range(0, len(examples), batch_size):
         batch = model.batch(model.rows(examples[first : first + batch_size]))
         meter = Meter(len(batch), model.device)
-        thought = think(model.method, model.loop, batch, model.new_context(batch, meter))
+        thought = think(model.method.plan, model.loop, batch, model.new_context(batch, meter))
         logits = model.written_logits(batch, thought)
         loss += cross_entropy(logits.float(), batch.targets_U, reduction="sum").item()
         n += len(batch.targets_U)

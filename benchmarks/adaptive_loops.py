@@ -62,7 +62,7 @@ def measure(seed: int, overrides: list[str]) -> dict:
     found = calibrate(model, task, task.examples("valid"), "kl")
     examples = task.examples("test")
     stopped = evaluate(model, task, examples)
-    with ruled_by(model, stop="none"):
+    with ruled_by(model, rule="none"):
         fixed = {loops: evaluate(model, task, examples, loops=loops) for loops in FIXED}
     full = fixed[max(FIXED)]
     compared = verdict([p.correct for p in stopped], [p.correct for p in full], ("stopped", "all loops"), seed)

@@ -42,7 +42,7 @@ class Reference:
 
     def __init__(self, model: LatentModel):
         method, settings = model.method, model.method.loop
-        if settings.shift or settings.lora != "none" or settings.feedback_site != "post_norm" or model.depth:
+        if settings.shift or settings.lora != "none" or settings.site != "post_norm" or model.depth:
             raise SystemExit(f"the reference does not know this kind of '{method.name}'")
         self.model, self.method, self.lm = model, method, model.backbone.lm
         self.positions = 0  # read so far for all questions

@@ -30,65 +30,50 @@ GPT2_LORA = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft tells th
 # Markers
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_new_markers_are_copies_of_the_row_of_double_angle(tied):
-    tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
-    backbone = Backbone(tiny_lm(vocab_size=len(tokenizer), tie_word_embeddings=tied))
+IDS = [13, 14, 15]  # of <bot>, <lat> and <eot>, which come after the known words
+
+
+def marked(
+    n_known: int = IDS[0], init="token", twice: bool = False, **changes
+) -> tuple[torch.Tensor, torch.Tensor, Backbone]:
+    """Add the markers to a model that knows some words; return its table before and after, and the backbone."""
+    tokenizer = spelled_tokenizer(n_known=n_known)
+    backbone = Backbone(tiny_lm(**{"vocab_size": len(tokenizer), **changes}))
     before = backbone.lm.get_input_embeddings().weight.detach().clone()
-    add_markers(backbone, tokenizer, Coconut().markers)
-    ids = tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"])
-    assert ids == [13, 14, 15]
-    for table in (backbone.lm.get_input_embeddings().weight, backbone.lm.get_output_embeddings().weight):
-        assert table.shape[0] == 16
-        assert all(torch.equal(table[i], table[SPELLED.index("<<")]) for i in ids)
-    assert torch.equal(backbone.lm.get_input_embeddings().weight[:13], before)
-    assert backbone.config.vocab_size == 16
+    for _ in range(1 + twice):
+        add_markers(backbone, tokenizer, Coconut().markers, init)
+    assert n_known < IDS[0] or tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"]) == IDS
+    return before, backbone.lm.get_input_embeddings().weight.detach(), backbone
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("twice", [False, True])  # added again, markers change nothing
+def test_new_markers_are_copies_of_the_row_of_double_angle(tied, twice):
+    before, after, backbone = marked(tie_word_embeddings=tied, twice=twice)
+    for table in (after, backbone.lm.get_output_embeddings().weight):
+        assert table.shape[0] == 16 == backbone.config.vocab_size
+        assert all(torch.equal(table[i], table[SPELLED.index("<<")]) for i in IDS)
+    assert torch.equal(after[:13], before)
 
 
 def test_markers_take_rows_that_a_padded_vocabulary_has_to_spare():
-    tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
-    backbone = Backbone(tiny_lm(vocab_size=20))
-    before = backbone.lm.get_input_embeddings().weight.detach().clone()
-    add_markers(backbone, tokenizer, Coconut().markers)
-    table = backbone.lm.get_input_embeddings().weight
-    assert table.shape[0] == 20
-    assert all(torch.equal(table[i], before[SPELLED.index("<<")]) for i in (13, 14, 15))
-    assert torch.equal(table[16:], before[16:])
+    before, after, _ = marked(vocab_size=20)
+    assert after.shape[0] == 20 and torch.equal(after[16:], before[16:])
+    assert all(torch.equal(after[i], before[SPELLED.index("<<")]) for i in IDS)
 
 
-def test_without_a_double_angle_new_markers_are_drawn_around_the_mean_row_the_same_each_time():
-    tables = []
-    for _ in range(2):
-        tokenizer = spelled_tokenizer(n_known=SPELLED.index("<<"))
-        backbone = Backbone(tiny_lm(vocab_size=len(tokenizer)))
-        add_markers(backbone, tokenizer, Coconut().markers)
-        tables.append(backbone.lm.get_input_embeddings().weight.detach())
-    old, new = tables[0][:12], tables[0][12:]
-    assert torch.equal(tables[0], tables[1])
-    assert len({tuple(row.tolist()) for row in new}) == 3
+@pytest.mark.parametrize(("n_known", "init"), [(SPELLED.index("<<"), "token"), (IDS[0], "normal")])
+def test_new_markers_may_be_drawn_around_the_mean_row_the_same_each_time(n_known, init):
+    """Without a double angle they are."""
+    (old, after, _), (_, again, _) = marked(n_known, init), marked(n_known, init)
+    new = after[n_known:]
+    assert torch.equal(after, again) and len({tuple(row.tolist()) for row in new}) == 3
     assert ((new - old.mean(0)).abs() <= 5 * old.std(0)).all()
 
 
-def test_new_markers_may_start_as_the_mean_row_or_around_it():
-    rows = {}
-    for init in ("mean", "normal"):
-        tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
-        backbone = Backbone(tiny_lm(vocab_size=len(tokenizer)))
-        add_markers(backbone, tokenizer, Coconut().markers, init)
-        table = backbone.lm.get_input_embeddings().weight.detach()
-        old, rows[init] = table[:13], table[13:]
-    assert torch.equal(rows["mean"], old.mean(0).expand(3, -1))
-    assert ((rows["normal"] - old.mean(0)).abs() <= 5 * old.std(0)).all()
-    assert len({tuple(row.tolist()) for row in rows["normal"]}) == 3
-
-
-def test_adding_markers_again_changes_nothing():
-    tokenizer = spelled_tokenizer(n_known=SPELLED.index("<bot>"))
-    backbone = Backbone(tiny_lm(vocab_size=len(tokenizer)))
-    add_markers(backbone, tokenizer, Coconut().markers)
-    table = backbone.lm.get_input_embeddings().weight.detach().clone()
-    add_markers(backbone, tokenizer, Coconut().markers)
-    assert torch.equal(backbone.lm.get_input_embeddings().weight, table)
+def test_new_markers_may_start_as_the_mean_row():
+    old, after, _ = marked(init="mean")
+    assert torch.equal(after[13:], old.mean(0).expand(3, -1))
 
 
 # LoRA
@@ -120,22 +105,6 @@ def base_weights(model: LatentModel) -> dict[str, torch.Tensor]:
 
 
 @GPT2_LORA
-def test_new_lora_changes_no_logit(arch):
-    model = tiny_model(Coconut(), arch)
-    before = answers_of(model)
-    add_lora(model.backbone, model.marker_ids(), {"r": 4})
-    assert torch.equal(answers_of(model), before)
-
-
-@GPT2_LORA
-def test_training_lora_leaves_the_base_weights_as_they_were(arch):
-    model, base = with_lora(arch=arch)
-    now = base_weights(model)
-    assert now.keys() == base.keys()
-    assert all(torch.equal(now[name], base[name]) for name in base)
-
-
-@GPT2_LORA
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
 def test_only_the_rows_of_the_markers_train(arch):
     model = tiny_model(Pause(), arch)  # reads all its markers
@@ -148,22 +117,20 @@ def test_only_the_rows_of_the_markers_train(arch):
     assert ids[0][has_moved].tolist() == model.tokenizer.convert_tokens_to_ids(["<bot>", "<lat>", "<eot>"])
 
 
-def test_a_method_without_markers_trains_no_row():
+def test_a_method_without_markers_trains_no_row_and_its_own_parts_train_beside_lora():
     model, _ = with_lora(Cot())
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
-
-
-def test_the_methods_own_parts_train_beside_lora():
     model, _ = with_lora(Slr())
-    assert model.loop.time.table.requires_grad
-    assert model.loop.time.table.abs().max() > 0
+    assert model.loop.time.table.requires_grad and model.loop.time.table.abs().max() > 0
 
 
 @GPT2_LORA
 @pytest.mark.parametrize("method", [Cot(), Coconut()], ids=lambda m: m.name)
-def test_merging_leaves_the_model_bit_for_bit_as_it_was(arch, method):
+def test_training_and_merging_leave_the_base_weights_and_the_model_bit_for_bit_as_they_were(arch, method):
     model, base = with_lora(method, arch)
+    now = base_weights(model)
+    assert now.keys() == base.keys() and all(torch.equal(now[name], base[name]) for name in base)
     before, logits = {name: t.clone() for name, t in model.backbone.lm.state_dict().items()}, answers_of(model)
     merged = merged_state(model.backbone.lm)
     after = model.backbone.lm.state_dict()
@@ -211,8 +178,9 @@ def test_lora_weights_are_kept_before_merging_too(tmp_path):
     assert torch.equal(answers_of(twin), answers_of(model))
 
 
-def test_lora_can_be_put_on_a_loaded_model(tmp_path):
-    model = moved(tiny_model(Coconut()))
+@GPT2_LORA
+def test_new_lora_on_a_loaded_model_changes_no_logit(arch, tmp_path):
+    model = moved(tiny_model(Coconut(), arch))
     loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), lora={"r": 2})
     assert adapters.adapted(loaded.backbone.lm)
     assert torch.equal(answers_of(loaded), answers_of(model))

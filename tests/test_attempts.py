@@ -29,18 +29,17 @@ def test_a_sample_depends_on_the_seed_its_question_and_its_number_alone(name):
     model, _ = made(name)
     alone = model.generate(ASKED, samples=3, batch_size=1, **DRAWN)
     together = model.generate(ASKED, samples=3, batch_size=5, **DRAWN)
-    assert [one.ids for one in together] == [one.ids for one in alone]
-    assert [one.ids for one in model.generate(ASKED, samples=2, **DRAWN)] == [
-        one.ids for i, one in enumerate(alone) if i % 3 < 2
-    ]
-    assert [one.ids for one in model.generate(ASKED, **DRAWN)] == [one.ids for one in alone[::3]]
+    assert ids_of(together) == ids_of(alone)
+    two = [one for i, one in enumerate(alone) if i % 3 < 2]
+    assert ids_of(model.generate(ASKED, samples=2, **DRAWN)) == ids_of(two)
+    assert ids_of(model.generate(ASKED, **DRAWN)) == ids_of(alone[::3])
     assert len({tuple(one.ids) for one in alone}) > len(ASKED)
 
 
 @pytest.mark.parametrize("name", ["cot", "slots", "looped"])
 def test_a_question_is_read_and_thought_about_once_for_all_its_samples_and_charged_once(name):
     model, _ = made(name)
-    n_read = sum(len(row) for row in model.prompts(ASKED))
+    n_read, head = sum(map(len, model.prompts(ASKED))), 2 * model.backbone.width * model.backbone.config.vocab_size
     with passes(model) as seen:
         shared = model.generate(ASKED, samples=3, batch_size=5, **DRAWN)  # a wave has room for one question and a part
     apart = model.generate(ASKED, samples=3, batch_size=1, **DRAWN)
@@ -49,7 +48,7 @@ def test_a_question_is_read_and_thought_about_once_for_all_its_samples_and_charg
     once = total_cost([one.cost for one in model.generate(ASKED, max_new_tokens=1)])
     assert other.positions - whole.positions == 2 * once.positions >= 2 * n_read
     assert other.passes - whole.passes == 2 * once.passes and whole.logits == other.logits
-    assert other.flops - whole.flops == pytest.approx(2 * (once.flops - _head(model) * len(ASKED)))
+    assert other.flops - whole.flops == pytest.approx(2 * (once.flops - head * len(ASKED)))
     latents = sum(model.n_thought_positions(row) for row in model.prompts(ASKED))
     assert whole.loops == once.loops and other.thought_tokens - whole.thought_tokens == 2 * latents * (name != "looped")
     three = [shared[i : i + 3] for i in range(0, 9, 3)]
@@ -58,14 +57,8 @@ def test_a_question_is_read_and_thought_about_once_for_all_its_samples_and_charg
     assert [one.cost.loops for one in twice] == [three[0][0].cost.loops, 0] * 2
 
 
-def _head(model):
-    return 2 * model.backbone.width * model.backbone.config.vocab_size
-
-
-def test_costs_of_attempts_add_up():
-    first, second = Cost(1, 2, 3.0, 4, 5, {"prefill": 1.0, "thought": 0.5, "answer": 2.0}, 6, 7), Cost(10, 20, 30.0, 40)
-    assert total_cost([first, second]) == Cost(11, 22, 33.0, 44, 5, first.seconds, 6, 7)
-    assert first.passes == 1 and total_cost([]) == Cost()
+def ids_of(found) -> list:
+    return [one.ids for one in found]
 
 
 @torch.no_grad()
@@ -181,6 +174,9 @@ def test_one_greedy_attempt_is_a_plain_evaluation_and_several_cost_their_sum():
     for prediction, three in zip(found, tried):
         assert prediction.text in [one.text for one in three] and len(prediction.samples) == 3
         assert prediction.cost.positions == sum(one.cost.positions for one in three)
+    first, second = Cost(1, 2, 3.0, 4, 5, {"prefill": 1.0, "thought": 0.5, "answer": 2.0}, 6, 7), Cost(10, 20, 30.0, 40)
+    assert total_cost([first, second]) == Cost(11, 22, 33.0, 44, 5, first.seconds, 6, 7)
+    assert first.passes == 1 and total_cost([]) == Cost()
     assert many.asked(2) == {"samples": 3, "pick": "vote", "temperature": 1.0, "seed": 2} and Attempts().asked(0) == {}
 
 

@@ -16,25 +16,29 @@ ASKED = POOL[:4]
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_the_texts_and_scores_are_those_of_transformers(arch):
     model = lean_towards_end(tiny_model(Cot(), arch), 2.0)
+    theirs = {"num_beams": 4, "early_stopping": "never", "max_new_tokens": N, "do_sample": False, "pad_token_id": 0}
+    theirs |= {"eos_token_id": model.spell.eos_id, "return_dict_in_generate": True, "output_scores": True}
     for batch_size in (32, 8):
         found = model.generate(ASKED, max_new_tokens=N, beams=4, batch_size=batch_size)
         assert any(one.ended for one in found) and not all(one.ended for one in found)
         for question, one in zip(ASKED, found):
             ids = torch.tensor([model.prompts([question])[0].ids()])
-            theirs = model.backbone.lm.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                num_beams=4,
-                early_stopping="never",
-                max_new_tokens=N,
-                do_sample=False,
-                eos_token_id=model.spell.eos_id,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
-            assert theirs.sequences[0, ids.shape[1] :].tolist()[: len(one.ids)] == one.ids
-            assert one.log_likelihood / len(one.ids) == pytest.approx(float(theirs.sequences_scores[0]), rel=1e-5)
+            out = model.backbone.lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **theirs)
+            assert out.sequences[0, ids.shape[1] :].tolist()[: len(one.ids)] == one.ids
+            assert one.log_likelihood / len(one.ids) == pytest.approx(float(out.sequences_scores[0]), rel=1e-5)
+
+
+def log_probs_of(model, question):
+    """Return a function that tells how likely each word is after some, by the slow reference."""
+    slow, never = Reference(model), model.suppressed_ids().tolist()
+    start = slow.think(question, slow.last_stage)[0]
+
+    def log_probs(ids):
+        logits = slow.read(torch.cat([start, slow.embed(list(ids))]) if ids else start)[1][-1]
+        logits[never] = -torch.inf
+        return logits.log_softmax(-1)
+
+    return log_probs
 
 
 @torch.no_grad()
@@ -42,16 +46,9 @@ def test_the_texts_and_scores_are_those_of_transformers(arch):
 def test_with_a_beam_for_each_word_nothing_is_likelier(name):
     """Two tokens long, all texts are looked at: those that end at once, and those of two tokens."""
     model, _ = made(name)
-    slow, never = Reference(model), model.suppressed_ids().tolist()
-    n_words, eos = len(model.tokenizer), model.spell.eos_id
+    n_words, eos, never = len(model.tokenizer), model.spell.eos_id, model.suppressed_ids().tolist()
     for question, one in zip(ASKED[:2], model.generate(ASKED[:2], max_new_tokens=2, beams=n_words)):
-        start = slow.think(question, slow.last_stage)[0]
-
-        def log_probs(ids, start=start):
-            logits = slow.read(torch.cat([start, slow.embed(ids)]) if ids else start)[1][-1]
-            logits[never] = -torch.inf
-            return logits.log_softmax(-1)
-
+        log_probs = log_probs_of(model, question)
         first = log_probs([])
         scores = {(eos,): float(first[eos])}
         for word in set(range(n_words)) - {eos, *never}:
@@ -77,24 +74,15 @@ def plain_search(log_probs, eos, n_beams, n_tokens):
 def test_on_latents_and_depths_too_texts_are_those_of_a_search_without_a_cache(name):
     model, _ = made(name)
     found = model.generate(POOL, max_new_tokens=4, beams=3, batch_size=12)
-    assert [one.ids for one in found] == [
-        model.generate([question], max_new_tokens=4, beams=3)[0].ids for question in POOL
-    ]
+    alone = [model.generate([question], max_new_tokens=4, beams=3)[0] for question in POOL]
+    assert [one.ids for one in found] == [one.ids for one in alone]
     greedy = model.generate(POOL, max_new_tokens=4, likelihoods=True)
     for one, other in zip(found, greedy):
         if one.ids == other.ids:
             assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-4)
     if name == "slots":
         assert any(one.ids != other.ids for one, other in zip(found, greedy))
-        slow, never = Reference(model), model.suppressed_ids().tolist()
-        start = slow.think(POOL[0], slow.last_stage)[0]
-
-        def log_probs(ids):
-            logits = slow.read(torch.cat([start, slow.embed(list(ids))]) if ids else start)[1][-1]
-            logits[never] = -torch.inf
-            return logits.log_softmax(-1)
-
-        ids, score = plain_search(log_probs, model.spell.eos_id, 3, 4)
+        ids, score = plain_search(log_probs_of(model, POOL[0]), model.spell.eos_id, 3, 4)
         assert found[0].ids == list(ids) and found[0].log_likelihood / len(ids) == pytest.approx(score, rel=1e-4)
 
 

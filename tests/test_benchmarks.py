@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = {
-    "engine": ("reference", "bare"),
-    "latent_against_text": ("",),
-    "training": ("",),
-    "scaling": ("",),
-    "halting": ("",),
-    "measuring": ("",),
-    "soak": ("",),
-    "compiled": ("", "pass"),
-    "packed": ("",),
-    "shared_prefix": ("",),
-    "loss_memory": ("",),
-    "breakdown": ("",),
-}
+SCRIPTS = [
+    "engine",
+    "latent_against_text",
+    "training",
+    "scaling",
+    "halting",
+    "measuring",
+    "soak",
+    "compiled",
+    "packed",
+    "shared_prefix",
+    "loss_memory",
+    "breakdown",
+]
+PARTS = dict.fromkeys(SCRIPTS, ("",)) | {"engine": ("reference", "bare"), "compiled": ("", "pass")}
 
 
 def run(script: str, out: Path, *arguments: object) -> dict:
@@ -60,13 +61,8 @@ def check(script: str, report: dict, picture: Path) -> None:
     """Look at what is particular to a script."""
     match script:
         case "engine":
-            assert [p["method"] for p in report["reference"]["points"]] == [
-                "cot",
-                "coconut",
-                "slr",
-                "lotus",
-                "lotus, 6 loops",
-            ]
+            names = [p["method"] for p in report["reference"]["points"]]
+            assert names == ["cot", "coconut", "slr", "lotus", "lotus, 6 loops"]
             assert all(p["same_tokens"] for p in report["reference"]["points"]) and report["bare"]["same_tokens"]
             assert report["bare"]["shapes"] == [11, 1, 1, 1, 1, 1, 2, 1, 1]
         case "latent_against_text":

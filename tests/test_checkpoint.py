@@ -33,16 +33,8 @@ DECODERS = [
     Slr(decoder={"kind": "separate", "layers": 1, "reads": "state_and_prompt", "table": "own"}),
     Slr(decoder={"kind": "linear", "classes": ("0", "1", "2", "3", "4")}),
 ]
-METHODS = [
-    NoCot(),
-    Cot(),
-    Cot(with_markers=True),
-    Pause(),
-    Coconut(),
-    Slr(),
-    Slr(loop_scope="append", loop={"residual": "B"}),
-]
-METHODS += DECODERS
+METHODS = [NoCot(), Cot(), Cot(with_markers=True), Pause(), Coconut(), Slr()]
+METHODS += [Slr(loop_scope="append", h0="forward", loop={"residual": "B"}, curriculum={"max_stage": 2}), *DECODERS]
 EXAMPLES = list(chain_examples(3))
 LLAMA = {"type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -51,23 +43,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def reloaded(model: LatentModel, folder: Path, **options) -> LatentModel:
+    return LatentModel.from_pretrained(saved(model, folder / "run"), **options)
+
+
 # Saving and loading
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_a_saved_model_gives_the_same_logits_bit_for_bit(method, tmp_path):
     model = moved(tiny_model(method))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
-    assert loaded.method == method
+    loaded = reloaded(model, tmp_path)
+    assert loaded.method == method and not loaded.training
     assert torch.equal(answers_of(loaded), answers_of(model))
-    assert not loaded.training
 
 
 SHORT = {  # of methods whose defaults do not fit two layers, or take long
     "loop_regularised": {"block_size": 2},
     "recurrent_depth": {"n_prelude": 1, "n_core": 1, "n_coda": 0, "max_loops": 2},
     "mor": {"n_recursions": 2, "sharing": "cycle"},
-    "adainfer": {"exits": (1,)},
+    "adainfer": {"layers": (1,)},
 }
 FULL = Slr(
     n_slots=2,
@@ -107,67 +102,30 @@ def test_types_of_weights_have_two_names_and_others_are_refused(plain):
             LatentModel.from_pretrained(plain, dtype=name)
 
 
-def test_a_saved_model_of_every_architecture_gives_the_same_logits_bit_for_bit(arch, tmp_path):
-    model = moved(tiny_model(Coconut(), arch))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_of_every_architecture_gives_the_same_logits_and_heads_stay_tied(arch, tied, tmp_path):
+    model = moved(tiny_model(Coconut(), arch, tie_word_embeddings=tied))
+    loaded = reloaded(model, tmp_path)
+    lm = loaded.backbone.lm
+    assert (lm.get_input_embeddings().weight is lm.get_output_embeddings().weight) == tied
     assert loaded.tokenizer.encode("3 + 4") == model.tokenizer.encode("3 + 4")
     assert torch.equal(answers_of(loaded), answers_of(model))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_tied_and_untied_heads_stay_so(tied, tmp_path):
-    model = moved(tiny_model(Coconut(), tie_word_embeddings=tied))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
-    lm = loaded.backbone.lm
-    assert (lm.get_input_embeddings().weight is lm.get_output_embeddings().weight) == tied
-    assert torch.equal(answers_of(loaded), answers_of(model))
-
-
-def test_the_trained_timestep_table_and_tau_come_back(tmp_path):
-    model = moved(tiny_model(Slr()))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
-    assert model.loop.time.table.abs().max() > 0.01
-    assert torch.equal(loaded.loop.time.table, model.loop.time.table)
-    assert torch.equal(loaded.loop.rescale.tau, model.loop.rescale.tau)
-    assert loaded.loop.rescale.tau != loaded.backbone.embed_rms()  # tau is that of the weights training began with
-
-
-def test_every_setting_of_the_method_comes_back(tmp_path):
-    method = Slr(
-        n_slots=3,
-        max_loops=2,
-        loop={"residual": "B", "alpha": 0.5},
-        h0="forward",
-        curriculum={"max_stage": 2, "mix": "linear"},
-    )
-    loaded = LatentModel.from_pretrained(saved(tiny_model(method), tmp_path / "run"))
-    assert loaded.method == method
-
-
-def test_generation_is_the_same_after_loading(tmp_path):
-    model = moved(tiny_model(Coconut()))
-    questions = [example.question for example in EXAMPLES]
-    texts = [generation.text for generation in model.generate(questions, max_new_tokens=6)]
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
-    assert [generation.text for generation in loaded.generate(questions, max_new_tokens=6)] == texts
-    assert len(set(texts)) > 1
-
-
-@pytest.mark.parametrize("method", DECODERS, ids=["shared", "own", "linear"])
-def test_what_a_decoder_has_learned_is_answered_after_loading(method, tmp_path, examples):
+@pytest.mark.parametrize("method", [Coconut(), *DECODERS], ids=["coconut", "shared", "own", "linear"])
+def test_what_has_been_learned_is_answered_after_loading(method, tmp_path, examples):
     model = tiny_model(method, num_hidden_layers=2, initializer_range=0.1)
     learn(model, examples, n_steps=40, learning_rate=2e-2)
     questions = [example.question for example in examples]
     texts = [generation.text for generation in model.generate(questions, max_new_tokens=6)]
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
+    loaded = reloaded(model, tmp_path)
     assert [generation.text for generation in loaded.generate(questions, max_new_tokens=6)] == texts
     assert len(set(texts)) > 1
 
 
 def test_bfloat16_weights_stay_bfloat16(tmp_path):
-    half = moved(tiny_model(Coconut())).to(torch.bfloat16)
-    model = LatentModel.from_pretrained(saved(half, tmp_path / "half"))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"))
+    model = reloaded(moved(tiny_model(Coconut())).to(torch.bfloat16), tmp_path / "half")
+    loaded = reloaded(model, tmp_path)
     assert model.backbone.lm.dtype == loaded.backbone.lm.dtype == torch.bfloat16
     assert torch.equal(answers_of(loaded), answers_of(model))
 
@@ -182,27 +140,27 @@ def test_plain_transformers_reads_the_folder(arch, tmp_path):
     assert torch.equal(text_logits(Backbone(lm).lm, tokenizer), own)  # GPT-2's activation is one operator in both
 
 
-def test_saving_changes_nothing_of_the_model(tmp_path):
+def test_saving_changes_nothing_of_the_model_and_the_timestep_table_and_tau_come_back(tmp_path):
     model = moved(tiny_model(Slr()))
     before, logits = {name: tensor.clone() for name, tensor in model.state_dict().items()}, answers_of(model)
-    saved(model, tmp_path / "run")
-    after = model.state_dict()
+    loaded, after = reloaded(model, tmp_path), model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(answers_of(model), logits)
+    assert torch.equal(loaded.loop.time.table, model.loop.time.table) and model.loop.time.table.abs().max() > 0.01
+    assert torch.equal(loaded.loop.rescale.tau, model.loop.rescale.tau)
+    assert loaded.loop.rescale.tau != loaded.backbone.embed_rms()  # tau is that of the weights training began with
 
 
-def test_the_folder_of_a_run_means_its_checkpoint(tmp_path):
+def test_a_record_is_kept_beside_the_settings_in_the_checkpoint_of_a_run_where_nothing_is_pickled(tmp_path):
     model = moved(tiny_model(Cot()))
-    saved(model, tmp_path / "run" / "checkpoint")
-    assert torch.equal(answers_of(LatentModel.from_pretrained(tmp_path / "run")), answers_of(model))
-
-
-def test_a_record_is_kept_beside_the_settings(tmp_path):
-    checkpoint.save(tiny_model(Cot()), tmp_path / "run", {"seed": 3})
-    settings = checkpoint.read_settings(tmp_path / "run")
-    assert settings["seed"] == 3
-    assert settings["method"] == {"name": "cot", "with_markers": False}
-    assert set(settings) == {"innerloop", "method", "seed"}
+    checkpoint.save(model, tmp_path / "a" / "run" / "checkpoint", {"seed": 3})  # missing parents are made
+    assert torch.equal(answers_of(LatentModel.from_pretrained(tmp_path / "a" / "run")), answers_of(model))
+    settings = checkpoint.read_settings(tmp_path / "a" / "run" / "checkpoint")
+    assert set(settings) == {"innerloop", "format", "method", "seed"} and settings["seed"] == 3
+    assert settings["method"] == {"name": "cot", "with_markers": False} and settings["format"] == 2
+    names = set(contents(tmp_path / "a" / "run" / "checkpoint"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "innerloop.json", "innerloop.safetensors"} <= names
+    assert all(Path(name).suffix in {".json", ".safetensors", ".jinja"} for name in names)
 
 
 @pytest.mark.parametrize("method", DECODERS, ids=["shared", "own", "linear"])
@@ -218,31 +176,23 @@ def test_a_decoder_is_saved_beside_the_loop_and_must_be_there(method, tmp_path):
         LatentModel.from_pretrained(folder)
 
 
-def test_a_decoder_with_more_layers_keeps_those_it_has_learned(tmp_path):
+def test_a_decoder_with_more_layers_keeps_those_it_has_learned_and_may_be_new(tmp_path):
+    method = Slr(decoder={"kind": "separate"})
     model = moved(tiny_model(Slr(decoder={"kind": "separate", "layers": 1})))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), Slr(decoder={"kind": "separate", "layers": 2}))
+    loaded = reloaded(model, tmp_path, method=method)
     old, new = (one.decoder.layers.layers[0].state_dict() for one in (model, loaded))
     assert all(torch.equal(new[name], old[name]) for name in old)
-
-
-def test_a_run_that_wrote_its_answers_goes_on_with_a_decoder_of_its_own(tmp_path):
-    model = moved(tiny_model(Slr()))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), Slr(decoder={"kind": "separate"}))
+    model = moved(tiny_model(Slr()))  # a run that wrote its answers goes on with a decoder of its own
+    loaded = reloaded(model, tmp_path, method=method)
     assert torch.equal(loaded.loop.time.table, model.loop.time.table)
     assert loaded.loss(EXAMPLES).loss.isfinite()
 
 
-def test_nothing_pickled_is_written(tmp_path):
-    names = {path.name for path in saved(tiny_model(Slr()), tmp_path / "run").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "innerloop.json", "innerloop.safetensors"} <= names
-    assert all(Path(name).suffix in {".json", ".safetensors", ".jinja"} for name in names)
-
-
 def test_a_plain_model_is_loaded_with_a_method(tmp_path):
     lm, tokenizer = tiny_lm(), chain_tokenizer()
-    lm.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    model = LatentModel.from_pretrained(tmp_path / "base", method=Cot())
+    for one in (lm, tokenizer):
+        one.save_pretrained(tmp_path)
+    model = LatentModel.from_pretrained(tmp_path, method=Cot())
     assert torch.equal(text_logits(model.backbone.lm, model.tokenizer), text_logits(lm, tokenizer))
 
 
@@ -251,7 +201,7 @@ def test_a_plain_model_is_loaded_with_a_method(tmp_path):
 
 def test_a_cot_run_goes_on_as_coconut_with_its_weights(tmp_path):
     model = moved(tiny_model(Cot()))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "cot"), method=Coconut())
+    loaded = reloaded(model, tmp_path, method=Coconut())
     assert loaded.method == Coconut()
     n_old = model.backbone.lm.get_input_embeddings().weight.shape[0]
     theirs = loaded.backbone.lm.state_dict()
@@ -264,65 +214,36 @@ def test_a_cot_run_goes_on_as_coconut_with_its_weights(tmp_path):
     assert torch.isfinite(loaded.loss(EXAMPLES, stage=1).loss)
 
 
-def test_the_same_method_with_more_loops_keeps_the_rows_it_has_learned(tmp_path):
-    model = moved(tiny_model(Slr(max_loops=4)))
-    loaded = LatentModel.from_pretrained(saved(model, tmp_path / "run"), method=Slr(max_loops=6))
-    assert loaded.loop.time.table.shape == (6, 32)
-    assert torch.equal(loaded.loop.time.table[:4], model.loop.time.table) and model.loop.time.table.any()
-
-
 # Failures
 
 
-def test_a_failed_save_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch):
-    model = tiny_model(Cot())
+@pytest.mark.parametrize("at", ["weights", "rename"])
+def test_a_save_that_fails_leaves_the_old_folder_as_it_was(at, tmp_path, monkeypatch):
+    model, rename = tiny_model(Cot()), Path.rename
     folder = saved(model, tmp_path / "run")
     before = contents(folder)
 
-    def full(*_, **__):
+    def fails(self, *args, **options):
+        if at == "rename" and self.name != ".run.writing":
+            return rename(self, *args)
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(*((Path, "rename") if at == "rename" else (checkpoint, "save_file")), fails)
     with pytest.raises(InputError, match=r"could not save to .*run: No space left on device; .* untouched"):
         moved(model).save_pretrained(folder)
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_save_that_fails_at_the_last_rename_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch):
-    model = tiny_model(Cot())
-    folder = saved(model, tmp_path / "run")
-    before, rename = contents(folder), Path.rename
-
-    def refuse(self, target):
-        if self.name == ".run.writing":
-            raise OSError("Stale file handle")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(InputError, match="untouched"):
-        moved(model).save_pretrained(folder)
-    assert folder.exists(), sorted(path.name for path in tmp_path.iterdir())
-    assert contents(folder) == before
-
-
-def test_a_save_replaces_the_whole_old_folder(tmp_path):
+def test_a_save_replaces_the_whole_old_folder_and_what_a_killed_one_left_behind(tmp_path):
+    (tmp_path / ".run.writing").mkdir()
+    (tmp_path / ".run.writing" / "half.txt").write_text("half")
     model = tiny_model(Cot())
     folder = saved(model, tmp_path / "run")
     (folder / "stale.txt").write_text("from another time")
     saved(moved(model), folder)
-    assert "stale.txt" not in contents(folder)
+    assert not {"half.txt", "stale.txt"} & set(contents(folder))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_what_a_killed_save_left_behind_does_not_hinder_the_next(tmp_path):
-    (tmp_path / ".run.writing").mkdir()
-    (tmp_path / ".run.writing" / "half.txt").write_text("half")
-    assert "half.txt" not in contents(saved(tiny_model(Cot()), tmp_path / "run"))
-
-
-def test_saving_makes_missing_parents(tmp_path):
-    assert saved(tiny_model(Cot()), tmp_path / "a" / "b" / "run").is_dir()
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +265,17 @@ def broken(slr_folder, tmp_path):
     return folder, message
 
 
+def change_settings(folder: Path, file: str = "innerloop.json", section: str | None = None, **fields) -> None:
+    """Change fields of a JSON file, or of a section of it; what is set to ... goes away."""
+    settings = json.loads((folder / file).read_text())
+    at = settings if section is None else settings[section]
+    for name, value in fields.items():
+        at[name] = value
+        if value is Ellipsis:
+            del at[name]
+    (folder / file).write_text(json.dumps(settings))
+
+
 def test_a_folder_without_settings_is_no_run(broken):
     folder, message = broken
     (folder / "innerloop.json").unlink()
@@ -359,66 +291,58 @@ def test_broken_settings_are_named(broken, text):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "expected"),
+    ("fields", "expected"),
     [
-        ("name", "slt", "did you mean 'slr'"),
-        ("max_lops", 3, "another version"),
-        ("alpha", 7.0, "between 0 and 1"),
-        ("max_loops", "many", "innerloop.json: method.max_loops is many, but must be a whole number"),
-        ("max_loops", None, "innerloop.json: method.max_loops is empty, but must be a whole number"),
+        ({"name": "slt"}, "did you mean 'slr'"),
+        ({"max_lops": 3}, "another version"),
+        ({"loop": {"alpha": 7.0}}, "between 0 and 1"),
+        ({"loop": {"alhpa": 0.5}}, "innerloop.json: method.loop.alhpa: 'method.loop' has no field 'alhpa'"),
+        ({"max_loops": "many"}, "innerloop.json: method.max_loops is many, but must be a whole number"),
+        ({"max_loops": None}, "innerloop.json: method.max_loops is empty, but must be a whole number"),
+        ({"max_loops": 9}, "does not fit the method 'slr'"),  # parts of another shape
+        ({"loop": {"time": "none"}}, "time.table"),  # parts of another method
     ],
 )
-def test_settings_that_no_method_has_are_refused(broken, field, value, expected):
+def test_settings_that_do_not_fit_are_refused(broken, fields, expected):
     folder, message = broken
-    settings = json.loads((folder / "innerloop.json").read_text())
-    settings["method"][field] = value
-    (folder / "innerloop.json").write_text(json.dumps(settings))
+    change_settings(folder, section="method", **fields)
     assert expected in message()
+
+
+def test_a_folder_of_settings_that_were_spelled_otherwise_is_refused(broken):
+    folder, message = broken
+    change_settings(folder, format=...)
+    assert message() == (
+        f"{folder} was saved by an earlier version of innerloop, whose settings were spelled otherwise: train it again"
+    )
 
 
 def test_settings_written_before_a_field_existed_still_load_the_trained_parts(tmp_path):
     """A new field has a default; a run from before it must not lose its timestep table over that."""
     model = moved(tiny_model(Slr()))
     folder = saved(model, tmp_path / "run")
-    settings = json.loads((folder / "innerloop.json").read_text())
-    del settings["method"]["detach"]
-    (folder / "innerloop.json").write_text(json.dumps(settings))
+    change_settings(folder, section="method", teacher_thinks=...)
+    loop = json.loads((folder / "innerloop.json").read_text())["method"]["loop"]
+    change_settings(folder, section="method", loop={name: value for name, value in loop.items() if name != "detach"})
     loaded = LatentModel.from_pretrained(folder)
     assert loaded.method == model.method
     assert torch.equal(answers_of(loaded), answers_of(model))
 
 
-def test_parts_of_another_shape_are_refused(broken):
-    folder, message = broken
-    settings = json.loads((folder / "innerloop.json").read_text())
-    settings["method"]["max_loops"] = 9
-    (folder / "innerloop.json").write_text(json.dumps(settings))
-    assert "does not fit" in message()
-
-
-def test_parts_of_another_method_are_refused(broken):
-    folder, message = broken
-    settings = json.loads((folder / "innerloop.json").read_text())
-    settings["method"]["time"] = "none"
-    (folder / "innerloop.json").write_text(json.dumps(settings))
-    assert "does not fit the method 'slr'" in message() and "time.table" in message()
-
-
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_missing_or_cut_parts_are_named(broken, damage):
+@pytest.mark.parametrize(("file", "n_kept"), [("innerloop.safetensors", 20), ("model.safetensors", 2000)])
+def test_missing_or_cut_weights_are_refused(broken, file, n_kept, damage):
     folder, message = broken
-    parts = folder / "innerloop.safetensors"
-    if damage == "missing":
-        parts.unlink()
-    else:
-        parts.write_bytes(parts.read_bytes()[:20])
-    assert "innerloop.safetensors" in message()
+    whole = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if damage == "cut":
+        (folder / file).write_bytes(whole[:n_kept])
+    assert str(folder / file if file.startswith("inner") else folder) in message()
 
 
 def test_weights_of_other_shapes_than_the_configuration_says_are_refused(broken):
     folder, message = broken
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    change_settings(folder, "config.json", intermediate_size=96)
     assert "the weights do not have the shapes that config.json says" in message() and "restore" in message()
 
 
@@ -427,17 +351,6 @@ def test_a_tokenizer_that_is_none_is_refused(broken, file, text):
     folder, message = broken
     (folder / file).write_text(text)
     assert "the tokenizer's files cannot be read" in message() and str(folder) in message()
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_missing_or_cut_weights_are_refused(broken, damage):
-    folder, message = broken
-    weights = folder / "model.safetensors"
-    if damage == "missing":
-        weights.unlink()
-    else:
-        weights.write_bytes(weights.read_bytes()[:2000])
-    assert str(folder) in message()
 
 
 def test_weights_with_a_hole_are_refused(broken):
@@ -457,47 +370,30 @@ def test_a_missing_folder_is_named_with_its_nearest_neighbour(slr_folder):
 # From scratch
 
 
-def test_from_scratch_is_set_by_its_seed():
-    first, again, other = (from_scratch(LLAMA, chain_tokenizer(), Coconut(), seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
-    assert not torch.equal(first.backbone.lm.lm_head.weight, other.backbone.lm.lm_head.weight)
-
-
 @pytest.mark.parametrize(
     "method",
-    [Slr(loop={"lora": "per_iter"}), Slr(loop={"residual": "C"}), *DECODERS[1:]],
-    ids=["lora", "gate", "separate", "linear"],
+    [Coconut(), Slr(loop={"lora": "per_iter"}), Slr(loop={"residual": "C"}), *DECODERS[1:]],
+    ids=["plain", "lora", "gate", "separate", "linear"],
 )
-def test_from_scratch_draws_the_parts_of_the_method_by_its_seed_too(method):
-    first, again, other = (from_scratch(LLAMA, chain_tokenizer(), method, seed).parts() for seed in (0, 0, 1))
-    for name, part in first.items():
-        assert all(torch.equal(a, b) for a, b in zip(part.parameters(), again[name].parameters()))
-    pairs = [(a, b) for name, part in first.items() for a, b in zip(part.parameters(), other[name].parameters())]
-    assert any(not torch.equal(a, b) for a, b in pairs)
+def test_from_scratch_draws_everything_by_its_seed(method):
+    tokenizer = chain_tokenizer()
+    first, again, other = (from_scratch(LLAMA, tokenizer, method, seed) for seed in (0, 0, 1))
+    config = first.backbone.config
+    assert config.vocab_size == len(tokenizer) + 3 == first.backbone.lm.get_input_embeddings().weight.shape[0]
+    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 2, None)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(first.backbone.lm.lm_head.weight, other.backbone.lm.lm_head.weight)
+    drawn, others = ([p for part in one.parts().values() for p in part.parameters()] for one in (first, other))
+    assert not drawn or any(not torch.equal(a, b) for a, b in zip(drawn, others, strict=True))
 
 
 @pytest.mark.parametrize("method", [Cot(), Slr(decoder={"kind": "separate"})], ids=lambda m: m.name)
-def test_from_scratch_leaves_the_global_generator_alone(method):
+def test_from_scratch_leaves_the_global_generator_and_the_settings_alone(method):
     torch.manual_seed(5)
-    expected = torch.rand(1)
+    expected, settings = torch.rand(1), dict(LLAMA)
     torch.manual_seed(5)
-    from_scratch(LLAMA, chain_tokenizer(), method)
-    assert torch.equal(torch.rand(1), expected)
-
-
-def test_from_scratch_takes_the_vocabulary_and_special_tokens_of_the_tokenizer():
-    tokenizer = chain_tokenizer()
-    n = len(tokenizer)
-    model = from_scratch(LLAMA, tokenizer, Coconut())
-    config = model.backbone.config
-    assert config.vocab_size == n + 3 == model.backbone.lm.get_input_embeddings().weight.shape[0]
-    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 2, None)
-
-
-def test_from_scratch_leaves_the_settings_as_they_were():
-    settings = dict(LLAMA)
-    from_scratch(settings, chain_tokenizer(), Cot())
-    assert settings == LLAMA
+    from_scratch(settings, chain_tokenizer(), method)
+    assert torch.equal(torch.rand(1), expected) and settings == LLAMA
 
 
 @pytest.mark.parametrize(
@@ -521,24 +417,20 @@ def test_from_scratch_says_what_cannot_be(settings, expected):
 
 
 def test_saving_into_a_folder_of_something_else_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    (tmp_path / "chapter.txt").write_text("mine")
     model = tiny_model(Slr(n_slots=2, max_loops=2))
-    model.save_pretrained(tmp_path / "thesis")
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
-    monkeypatch.chdir(tmp_path / "thesis")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "chapter.txt").read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
     model.save_pretrained(".")
-    assert LatentModel.from_pretrained(tmp_path / "thesis").method == model.method
+    assert LatentModel.from_pretrained(tmp_path).method == model.method
 
 
-def test_another_setting_of_the_same_method_keeps_the_trained_parts_that_fit(tmp_path: Path):
+@pytest.mark.parametrize("loops", [5, 1])
+def test_another_setting_of_the_same_method_keeps_the_trained_parts_that_fit(tmp_path: Path, loops: int):
     model = tiny_model(Slr(n_slots=2, max_loops=3))
     model.loop.time.table.data.normal_()
     model.loop.rescale.tau.fill_(0.5)
-    model.save_pretrained(tmp_path)
-    longer = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=5, step_weight=0.5))
-    assert torch.equal(longer.loop.time.table[:3], model.loop.time.table)
-    assert not longer.loop.time.table[3:].any()
-    assert longer.loop.rescale.tau == 0.5
-    shorter = LatentModel.from_pretrained(tmp_path, Slr(n_slots=2, max_loops=1))
-    assert torch.equal(shorter.loop.time.table, model.loop.time.table[:1])
+    other = reloaded(model, tmp_path, method=Slr(n_slots=2, max_loops=loops, step_weight=0.5))
+    assert torch.equal(other.loop.time.table[:3], model.loop.time.table[:loops])
+    assert not other.loop.time.table[3:].any() and other.loop.rescale.tau == 0.5

@@ -22,12 +22,14 @@ from innerloop.experiments.compare import (
     seeds_sentence,
     verdicts,
 )
+from innerloop.experiments.suite import load_suite
 from innerloop.experiments.summary import MethodResult, summary_table
 from innerloop.methods import Cot, NoCot, Pause
 from innerloop.tasks import Chain, Plain
 from innerloop.train.recipe import parse_recipe
 from tests.models import tiny_model
-from tests.test_cli import innerloop
+from tests.test_cli import innerloop, refused
+from tests.test_suite import RAW, here, in_this_process, written
 
 TASK = Chain(n_ops=2, n_train=8, n_valid=8, n_test=12)
 QUIET = Console(quiet=True)
@@ -36,13 +38,8 @@ QUIET = Console(quiet=True)
 def make_run(folder: Path, method, task: Chain = TASK) -> str:
     """Save an untrained model as a run."""
     tiny_model(method).save_pretrained(folder / "checkpoint")
-    recipe = {
-        "task": {"name": "chain", **asdict(task)},
-        "backbone": {"model": "x"},
-        "method": {"name": method.name},
-        "out": str(folder),
-    }
-    parse_recipe(recipe).save(folder / "config.yaml")
+    recipe = {"task": {"name": "chain", **asdict(task)}, "backbone": {"model": "x"}, "method": method.name}
+    parse_recipe({**recipe, "out": str(folder)}).save(folder / "config.yaml")
     return str(folder)
 
 
@@ -71,22 +68,30 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_what_is_missing_is_evaluated_once_and_kept_apart_from_the_runs(runs: list[str], tmp_path: Path, monkeypatch):
-    seen = evaluated(monkeypatch)
-    rows = compared(runs, tmp_path / "out", 4, limit=5)
+def test_what_is_missing_is_evaluated_once_and_reported_the_same_twice(
+    runs: list[str], tmp_path: Path, monkeypatch, capsys
+):
+    seen, out = evaluated(monkeypatch), tmp_path / "out"
+    rows = compared(runs, out, 4, limit=5)
     assert seen == ["cot", "pause"] and [s.name for s in rows] == ["cot", "pause"]
     assert all(s.results[0]["n"] == 5 and len(s.turns) == 5 and s.memory > 0 for s in rows)
     assert not (tmp_path / "a" / "result.json").exists()
-    again = compared(runs, tmp_path / "out", 4, limit=5)
-    assert again == rows and seen == ["cot", "pause"]
-    assert summary_table(rows).row_count == 2
+    assert compared(runs, out, 4, limit=5) == rows
+    arguments = ["compare", *runs, "--out", out, "--limit", 5, "--timed", 4, "--baseline", "pause"]
+    code, printed, _ = innerloop(capsys, *arguments)
+    assert code == 0 and "report.html" in printed and "cot and pause" in printed
+    page = (out / "report.html").read_bytes()
+    assert innerloop(capsys, *arguments)[0] == 0 and (out / "report.html").read_bytes() == page
+    assert [p["variant"] for p in json.loads((out / "results.json").read_text())["points"]] == ["cot", "pause"]
+    assert summary_table(rows).row_count == 2 and seen == ["cot", "pause"]
 
 
-def test_a_runs_own_result_is_taken_if_it_covers_the_test(runs: list[str], tmp_path: Path, monkeypatch, capsys):
+def test_a_runs_own_result_is_taken_if_it_covers_the_test_and_is_of_the_run_as_it_is(
+    runs: list[str], tmp_path: Path, monkeypatch, capsys
+):
     for run in runs:
         assert innerloop(capsys, "eval", run)[0] == 0
-    before = (tmp_path / "a" / "result.json").read_bytes()
-    seen = evaluated(monkeypatch)
+    before, seen = (tmp_path / "a" / "result.json").read_bytes(), evaluated(monkeypatch)
     whole, _ = compared(runs, tmp_path / "whole")
     assert not seen and whole.answers == [tmp_path / "a"]
     part, _ = compared(runs, tmp_path / "part", limit=7)
@@ -94,39 +99,30 @@ def test_a_runs_own_result_is_taken_if_it_covers_the_test(runs: list[str], tmp_p
     assert (tmp_path / "a" / "result.json").read_bytes() == before
     compared(runs, tmp_path / "valid", split="valid")
     assert seen == ["cot", "pause"] * 2
-
-
-def test_a_result_that_is_not_the_runs_as_it_is_is_not_taken(runs: list[str], tmp_path: Path, monkeypatch, capsys):
     innerloop(capsys, "eval", runs[0], "--max_new_tokens", 3)
-    innerloop(capsys, "eval", runs[1])
-    seen = evaluated(monkeypatch)
     compared(runs, tmp_path / "one")
-    assert seen == ["cot"]
+    assert seen[4:] == ["cot"]
     later = (tmp_path / "b" / "result.json").stat().st_mtime + 10
     os.utime(tmp_path / "b" / "checkpoint" / "innerloop.json", (later, later))  # trained on since
     compared(runs, tmp_path / "two")
-    assert seen == ["cot", "cot", "pause"]
+    assert seen[5:] == ["cot", "pause"]
 
 
-def test_runs_that_cannot_be_compared_are_named(runs: list[str], tmp_path: Path):
+def test_runs_that_cannot_be_compared_are_named_and_those_of_one_method_by_their_paths(runs: list[str], tmp_path: Path):
     other = make_run(tmp_path / "c", Cot(), Chain(n_ops=3, n_train=8, n_valid=8, n_test=12))
-    for arguments, words in (
-        ([runs[0], other], "other test examples: say which to answer with --task"),
-        ([runs[0], runs[0]], "is named twice"),
-        ([runs[0], str(tmp_path / "nothing")], "nothing"),
+    for arguments, out, words in (
+        ([runs[0], other], "out", "other test examples: say which to answer with --task"),
+        ([runs[0], runs[0]], "out", "is named twice"),
+        ([runs[0], str(tmp_path / "nothing")], "out", "nothing"),
+        (runs, "a", "would be overwritten"),
     ):
-        with pytest.raises(InputError) as error:
-            compared(arguments, tmp_path / "out")
-        assert words in str(error.value)
-    with pytest.raises(InputError, match="would be overwritten"):
-        compared(runs, tmp_path / "a")
+        with pytest.raises(InputError, match=words):
+            compared(arguments, tmp_path / out)
     rows = compared([runs[0], other], tmp_path / "out", task=TASK, limit=2)
     assert [s.name for s in rows] == ["a", "c"]
-
-
-def test_runs_of_one_method_are_told_apart_by_their_paths(tmp_path: Path):
-    folders = [Path(make_run(tmp_path / x / "0", Cot())) for x in ("one", "two")]
-    folders.append(Path(make_run(tmp_path / "pause", Pause())))
+    folders = [tmp_path / "one" / "0", tmp_path / "two" / "0", Path(runs[1])]
+    for folder in folders[:2]:
+        make_run(folder, Cot())
     assert run_names(folders) == ["one/0", "two/0", "pause"]
 
 
@@ -200,16 +196,6 @@ def test_a_sentence_over_seeds_by_hand():
     assert seeds_sentence("a", "b", [0.0, 0.0]) == "a and b are equally accurate in each of 2 seeds"
 
 
-def test_compare_writes_a_report_and_the_same_twice(runs: list[str], tmp_path: Path, capsys):
-    out = tmp_path / "out"
-    arguments = ["compare", *runs, "--out", out, "--limit", 4, "--timed", 2, "--baseline", "pause"]
-    code, printed, _ = innerloop(capsys, *arguments)
-    assert code == 0 and "report.html" in printed and "cot and pause" in printed
-    page = (out / "report.html").read_bytes()
-    assert innerloop(capsys, *arguments)[0] == 0 and (out / "report.html").read_bytes() == page
-    assert [p["variant"] for p in json.loads((out / "results.json").read_text())["points"]] == ["cot", "pause"]
-
-
 def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp_path: Path, capsys):
     for arguments, words in (
         ([runs[0]], "compare takes a suite, or two runs or more"),
@@ -218,15 +204,11 @@ def test_mistakes_are_answered_before_anything_is_evaluated(runs: list[str], tmp
         ([*runs, "--baseline", "coot", "--out", str(tmp_path / "o"), "--limit", 1], "--baseline coot: no such row"),
         (["recipes/suites/chain_methods.yaml", "--limit", "3"], "are of runs"),
     ):
-        code, _, err = innerloop(capsys, "compare", *arguments)
-        assert code == 2 and words in err, err
+        refused(capsys, words, "compare", *arguments)
     assert not (tmp_path / "o").exists()
 
 
 def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Path, monkeypatch, capsys):
-    from innerloop.experiments.suite import load_suite
-    from tests.test_suite import RAW, here, in_this_process, written
-
     raw = {**RAW, "variants": {"plain": {}, "too long": {"train": {"max_length": 1}}}, "test": {"controls": True}}
     path = written(tmp_path, raw)
     in_this_process(load_suite(path, seeds=[0]), skip=["too long"])
@@ -239,8 +221,6 @@ def test_the_report_of_a_suite_lists_what_failed_and_shows_the_rest(tmp_path: Pa
 
 
 def test_a_suite_all_of_whose_jobs_fail_says_why_once(tmp_path: Path, monkeypatch, capsys):
-    from tests.test_suite import RAW, here, written
-
     path = written(tmp_path, {**RAW, "variants": {"a": {}, "b": {"method": "pause"}}})
     why = {"a": "it [broke]", "b": "no room"}
     monkeypatch.setattr(jobs, "local_workers", lambda n: here())
@@ -254,8 +234,6 @@ def test_a_suite_all_of_whose_jobs_fail_says_why_once(tmp_path: Path, monkeypatc
 
 
 def test_a_task_that_cannot_be_made_is_refused_before_anything_is_trained(tmp_path: Path, capsys):
-    from tests.test_suite import RAW, written
-
     bad = {"task": {"n_train": 9_999}}
     path = written(tmp_path, {**RAW, "variants": {"small": {}, "much": bad, "more": bad}})
     code, _, err = innerloop(capsys, "compare", path)

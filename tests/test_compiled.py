@@ -20,6 +20,7 @@ METHODS = {
     "pccot": Pccot(n_slots=3, max_loops=2),
     "spiral": SpiralThinker(latents_per_block=2, max_loops=2),
 }
+ANSWERING = {name: "gpt2" if name in ("cot", "slr", "spiral") else "llama" for name in METHODS}
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +35,21 @@ def columns_read(context: Context) -> list[torch.Tensor]:
     return [t for layer in context.cache.layers for t in (layer.keys.clone(), layer.values.clone())]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_answers_are_those_of_passes_that_are_not_compiled(name):
-    model = lean_towards_end(own(METHODS[name], "gpt2" if name in ("cot", "slr", "spiral") else "llama"), 2.0)
+def own(method: Method, arch: str, n_layers: int = 1):
+    """Return a model of its own in double precision."""
+    changes = {} if arch in SLIDING else {"num_hidden_layers": n_layers}
+    return tiny_model(method, arch, **changes).double().eval()
+
+
+@pytest.mark.parametrize(("name", "arch"), [*ANSWERING.items(), ("windows", "mistral"), ("windows", "gemma2")])
+def test_answers_are_those_of_passes_that_are_not_compiled(name, arch):
+    model = lean_towards_end(own(METHODS.get(name, Cot()), arch), 2.0)
     plain = model.generate(QUESTIONS, max_new_tokens=9, batch_size=2)
     model.backbone.compile_passes("eager")
     compiled = model.generate(QUESTIONS, max_new_tokens=9, batch_size=2)
     assert [g.ids for g in compiled] == [g.ids for g in plain]
     assert [g.cost.passes for g in compiled] == [g.cost.passes for g in plain]
-
-
-def own(method: Method, arch: str, n_layers: int = 1):
-    """Return a model of its own in double precision."""
-    changes = {} if arch in SLIDING else {"num_hidden_layers": n_layers}
-    return tiny_model(method, arch, **changes).double().eval()
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == (name != "windows")
 
 
 @by_arch
@@ -109,14 +111,11 @@ def test_rows_that_leave_take_their_columns_along():
     backbone.compile_passes("eager")
     embeds, more = (torch.randn(3, n, backbone.width, dtype=torch.double) for n in (4, 1))
     with torch.no_grad():
-        context = Context(backbone, 3)
-        context.read(embeds)
-        context.read(more)
-        part = context.keep_rows(torch.tensor([2, 0]))
-        states = part.read(more[[2, 0]])
-        again = Context(backbone, 3)
-        for new in (embeds, more):
-            again.read(new)
+        context, again = Context(backbone, 3), Context(backbone, 3)
+        for one in (context, again):
+            one.read(embeds)
+            one.read(more)
+        states = context.keep_rows(torch.tensor([2, 0])).read(more[[2, 0]])
         assert_close(states, again.read(more)[[2, 0]], 1e-12)
 
 
@@ -127,15 +126,6 @@ def test_one_program_serves_all_lengths_of_a_room_and_all_iterations():
     counted = torch._dynamo.utils.counters
     assert sum(counted["graph_break"].values()) == 0
     assert counted["stats"]["unique_graphs"] == 3  # two columns of the thought; the answer's first; one more column
-
-
-@pytest.mark.parametrize("arch", ["mistral", "gemma2"])
-def test_windows_are_read_as_before(arch):
-    model = own(Cot(), arch)
-    plain = model.generate(QUESTIONS, max_new_tokens=5)
-    model.backbone.compile_passes("eager")
-    assert [g.ids for g in model.generate(QUESTIONS, max_new_tokens=5)] == [g.ids for g in plain]
-    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_nothing_is_compiled_where_gradients_are_asked_for():

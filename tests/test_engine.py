@@ -6,7 +6,6 @@ import torch
 from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr
 from innerloop.engine import decoding as writer
 from innerloop.engine import engine
-from tests.fields import make
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
@@ -19,13 +18,6 @@ METHODS = {
     "append": Slr(loop_scope="append", max_loops=2),
 }
 NEVER_ENDS = -100.0
-SOLVER = {
-    "loop.time": "none",
-    "loop.alpha": 0.5,
-    "fixed_point.solver": "plain",
-    "fixed_point.tol": 3e-3,
-    "max_loops": 40,
-}
 
 
 @pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
@@ -41,16 +33,12 @@ def ending_model(method, arch="gpt2"):
 def comparable(generation):
     """Everything but the seconds and the trace."""
     cost = generation.cost
-    return (
-        generation.text,
-        generation.answer,
-        generation.ended,
-        cost.passes,
-        cost.positions,
-        cost.flops,
-        cost.thought_tokens,
-        cost.loops,
-    )
+    counted = (cost.passes, cost.positions, cost.flops, cost.thought_tokens, cost.loops)
+    return generation.text, generation.answer, generation.ended, *counted
+
+
+def texts_of(model, asked=QUESTIONS, n=12, **options):
+    return [generation.text for generation in model.generate(asked, max_new_tokens=n, **options)]
 
 
 # Batching
@@ -73,9 +61,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged(method, ch
     with passes(model) as seen:
         compacted = [comparable(generation) for generation in model.generate(QUESTIONS, max_new_tokens=20)]
     n_rows = [embeds.shape[0] for embeds in seen]
-    assert n_rows[0] == len(QUESTIONS)
-    assert n_rows[-1] < len(QUESTIONS)
-    assert n_rows == sorted(n_rows, reverse=True)
+    assert n_rows[0] == len(QUESTIONS) > n_rows[-1] and n_rows == sorted(n_rows, reverse=True)
     assert compacted == kept
 
 
@@ -87,31 +73,17 @@ def test_decoding_stops_when_every_row_has_ended():
     assert (generation.text, generation.ended, generation.cost.passes) == ("", True, 1)
 
 
-def test_answers_come_in_the_order_of_the_questions_though_lengths_are_sorted():
-    model = ending_model(Cot())
-    order = [3, 1, 0, 5, 2, 4]
-    forward = model.generate(QUESTIONS, batch_size=2, max_new_tokens=12)
-    shuffled = model.generate([QUESTIONS[i] for i in order], batch_size=2, max_new_tokens=12)
-    assert len({generation.text for generation in forward}) > 3
-    assert [generation.text for generation in shuffled] == [forward[i].text for i in order]
-
-
-def test_rows_of_like_length_share_a_batch():
-    model = ending_model(NoCot())
-    with passes(model) as seen:
-        model.generate(QUESTIONS, batch_size=3, max_new_tokens=1)
-    lengths = sorted(len(row) for row in model.prompts(QUESTIONS))
-    assert [embeds.shape[1] for embeds in seen] == [lengths[2], lengths[5]]
-
-
-def test_progress_is_told_how_many_questions_are_done():
+def test_answers_come_in_the_order_of_the_questions_though_rows_of_like_length_share_a_batch():
+    model, order = ending_model(Cot()), [3, 1, 0, 5, 2, 4]
+    forward = texts_of(model, batch_size=2)
+    assert len(set(forward)) > 3
+    assert texts_of(model, [QUESTIONS[i] for i in order], batch_size=2) == [forward[i] for i in order]
     told = []
-    ending_model(NoCot()).generate(QUESTIONS, batch_size=4, max_new_tokens=2, progress=told.append)
-    assert told == [4, 2]
-
-
-def test_no_questions_have_no_answers():
-    assert tiny_model(Cot()).generate([]) == []
+    with passes(model) as seen:
+        model.generate(QUESTIONS, batch_size=4, max_new_tokens=1, progress=told.append)
+    lengths = sorted(len(row) for row in model.prompts(QUESTIONS))
+    assert [embeds.shape[1] for embeds in seen] == [lengths[3], lengths[5]] and told == [4, 2]
+    assert model.generate([]) == []
 
 
 def test_a_question_asked_twice_is_read_and_thought_about_once(method):
@@ -121,25 +93,11 @@ def test_a_question_asked_twice_is_read_and_thought_about_once(method):
     with passes(model) as seen:
         first, second = model.generate(QUESTIONS[:1] * 2, max_new_tokens=12)
     assert comparable(first) == comparable(single)
-    assert (second.text, second.cost.thought_tokens, second.cost.loops) == (
-        single.text,
-        single.cost.thought_tokens,
-        single.cost.loops,
-    )
-    n_first = len(alone) - (len(seen) - second.cost.passes)  # passes of prefill and thought
-    assert second.cost.passes == single.cost.passes - (len(seen) - second.cost.passes)
-    assert n_first == second.cost.passes
-    assert len(seen) == len(alone)
-    assert [len(embeds) for embeds in seen[: len(seen) - second.cost.passes]] == [1] * (len(seen) - second.cost.passes)
-
-
-def test_samples_of_one_question_differ_and_each_depends_on_its_index_alone():
-    model = ending_model(Slr(n_slots=2, max_loops=2))
-    asked = [QUESTIONS[0]] * 6
-    together = [g.text for g in model.generate(asked, max_new_tokens=12, temperature=1.5, seed=3)]
-    apart = [g.text for g in model.generate(asked, max_new_tokens=12, temperature=1.5, seed=3, batch_size=1)]
-    assert together == apart
-    assert len(set(together)) > 1
+    told = [(g.text, g.cost.thought_tokens, g.cost.loops) for g in (single, second)]
+    assert told[0] == told[1] and len(seen) == len(alone)
+    n_first = len(seen) - second.cost.passes  # passes of prefill and thought
+    assert second.cost.passes == single.cost.passes - n_first
+    assert [len(embeds) for embeds in seen[:n_first]] == [1] * n_first
 
 
 # Length
@@ -166,50 +124,35 @@ def test_passes_counted_by_a_hook_are_those_charged_when_a_row_ends(method, monk
         assert generation.cost.positions == sum(embeds.shape[1] for embeds in seen)
 
 
-def test_a_question_longer_than_the_context_is_refused_by_name():
-    model = tiny_model(Pause(), max_position_embeddings=16)
-    with pytest.raises(InputError, match=r"1 ; \+ 1 ; \+ 2.*at most 16.*shorten"):
-        model.generate(["2", QUESTIONS[3]])
-
-
-def test_writing_stops_where_the_context_ends():
+def test_writing_stops_where_the_context_ends_as_it_would_alone():
     model = lean_towards_end(sharp_model(Cot(), max_position_embeddings=20), NEVER_ENDS)
     (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=64)
     n_question = len(model.prompts(QUESTIONS[:1])[0])
     assert n_question + generation.cost.passes in (20, 21)  # the last token written is not read
     assert not generation.ended
-
-
-def test_near_the_end_of_the_context_a_row_writes_as_much_as_it_would_alone():
-    model = lean_towards_end(sharp_model(Cot(), max_position_embeddings=20), NEVER_ENDS)
     questions = [QUESTIONS[1], QUESTIONS[0]]  # short and long
     alone = [comparable(model.generate([question], max_new_tokens=12)[0]) for question in questions]
-    together = [comparable(generation) for generation in model.generate(questions, max_new_tokens=12)]
-    assert together == alone
+    assert [comparable(generation) for generation in model.generate(questions, max_new_tokens=12)] == alone
 
 
 # Choosing tokens
 
 
-def test_greedy_writes_the_likeliest_token_and_needs_no_seed():
+def test_greedy_writes_the_likeliest_token_as_a_very_low_temperature_does_and_needs_no_seed():
     model = ending_model(Cot())
-    texts = [[g.text for g in model.generate(QUESTIONS, max_new_tokens=12, seed=seed)] for seed in (0, 1)]
     slow = Reference(model)
     expected = [model.tokenizer.decode(slow.write(q, 12), skip_special_tokens=True) for q in QUESTIONS]
-    assert texts == [expected, expected]
+    for options in ({"seed": 0}, {"seed": 1}, {"temperature": 1e-4}):
+        assert texts_of(model, **options) == expected
 
 
-def test_sampling_is_reproduced_by_its_seed():
-    model = ending_model(Coconut())
-    texts = [
-        [g.text for g in model.generate(QUESTIONS, max_new_tokens=12, temperature=1.0, seed=seed)] for seed in (5, 5, 6)
-    ]
+def test_sampling_is_reproduced_by_its_seed_and_leaves_the_global_random_state_alone():
+    model, state = ending_model(Coconut()), torch.random.get_rng_state()
+    texts = [texts_of(model, temperature=1.0, seed=seed) for seed in (5, 5, 6)]
     assert texts[0] == texts[1] != texts[2]
-
-
-def test_sampling_leaves_the_global_random_state_alone():
-    state = torch.random.get_rng_state()
-    ending_model(NoCot()).generate(QUESTIONS[:2], temperature=1.0, max_new_tokens=3)
+    asked = [QUESTIONS[0]] * 6  # each draws by its index alone
+    together, apart = (texts_of(model, asked, temperature=1.5, seed=3, batch_size=n) for n in (32, 1))
+    assert together == apart and len(set(together)) > 1
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -223,12 +166,6 @@ def test_sampling_follows_the_probabilities_at_the_temperature():
         share = sum(generation.ended for generation in generations) / 2000
         expected = (logits / temperature).softmax(-1)[model.tokenizer.eos_token_id].item()
         assert share == pytest.approx(expected, abs=0.03)
-
-
-def test_a_very_low_temperature_is_greedy():
-    model = ending_model(Cot())
-    greedy, cold = ([g.text for g in model.generate(QUESTIONS, max_new_tokens=12, temperature=t)] for t in (0.0, 1e-4))
-    assert greedy == cold
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -249,40 +186,35 @@ def test_markers_are_never_written(marked, temperature):
     assert not set(written.tolist()) & set(ids)
 
 
-def test_generation_leaves_the_model_in_the_mode_it_was_in():
+def test_generation_leaves_the_model_in_the_mode_it_was_in_and_drops_nothing_out():
     model = ending_model(Cot())
+    expected = texts_of(model)
     for training in (True, False):
         model.train(training)
-        model.generate(QUESTIONS[:1], max_new_tokens=2)
+        assert texts_of(model) == expected
         assert model.training is training
-
-
-def test_generation_interrupted_leaves_the_model_in_the_mode_it_was_in():
-    model = ending_model(Cot()).train()
 
     def interrupt(n):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.generate(QUESTIONS[:1], max_new_tokens=2, progress=interrupt)
+        model.train().generate(QUESTIONS[:1], max_new_tokens=2, progress=interrupt)
     assert model.training
 
 
-def test_dropout_is_off_while_answering():
-    model = ending_model(Cot()).train()
-    texts = [[g.text for g in model.generate(QUESTIONS, max_new_tokens=12)] for _ in range(2)]
-    assert texts[0] == texts[1] == [g.text for g in model.eval().generate(QUESTIONS, max_new_tokens=12)]
-
-
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"max_new_tokens": 0}, {"batch_size": 0}], ids=str)
-def test_impossible_options_are_refused(options):
-    with pytest.raises(InputError, match=next(iter(options))):
-        tiny_model(Cot()).generate(["2"], **options)
-
-
-def test_options_that_do_not_exist_are_refused_with_the_nearest_that_do():
-    with pytest.raises(InputError, match=r"no option 'max_token' .* \(did you mean 'max_new_tokens'\?\)"):
-        tiny_model(Cot()).generate(["2"], max_token=3)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_token": 3}, r"no option 'max_token' .* \(did you mean 'max_new_tokens'\?\)"),
+    ],
+    ids=str,
+)
+def test_impossible_options_are_refused(option, message):
+    with pytest.raises(InputError, match=message):
+        tiny_model(Cot()).generate(["2"], **option)
 
 
 # What a generation tells
@@ -353,12 +285,14 @@ def test_loops_are_the_iterations_that_each_row_ran(method, n_loops):
         assert generation.cost.loops == len(generation.trace.iterations) == n_loops
 
 
-@pytest.mark.parametrize("fields", [{"stop.rule": "delta", "max_loops": 4}, SOLVER], ids=["stop", "solver"])
-def test_loops_are_counted_for_each_row_where_rows_end_by_themselves(fields):
-    method = make(
-        Slr, n_slots=3, **{"loop.residual": "A"}, **{"loop.rescale": "rms"}, **{"loop.time": "lookup", **fields}
-    )
-    model = halting("gpt2", method) if "stop" in fields else on("gpt2", method)
+@pytest.mark.parametrize("name", ["stop", "solver"])
+def test_loops_are_counted_for_each_row_where_rows_end_by_themselves(name):
+    if name == "stop":
+        loop = {"residual": "A", "rescale": "rms", "time": "lookup"}
+        model = halting("gpt2", Slr(n_slots=3, max_loops=4, loop=loop, stop={"rule": "delta"}))
+    else:
+        loop = {"residual": "A", "rescale": "rms", "time": "none", "alpha": 0.5}
+        model = on("gpt2", Slr(n_slots=3, loop=loop, max_loops=40, fixed_point={"solver": "plain", "tol": 3e-3}))
     generations = model.generate(QUESTIONS, max_new_tokens=2, trace=True)
     loops = [generation.cost.loops for generation in generations]
     assert loops == [len(generation.trace.iterations) for generation in generations]
@@ -374,12 +308,9 @@ def test_loops_follow_the_stage_and_the_number_asked_for():
 
 def test_seconds_are_split_over_phases_and_shared_over_the_batch(method):
     model = ending_model(method)
-    costs = [generation.cost for generation in model.generate(QUESTIONS, max_new_tokens=8)]
-    for cost in costs:
-        assert set(cost.seconds) == {"prefill", "thought", "answer"}
-        assert all(seconds >= 0 for seconds in cost.seconds.values())
-        assert cost.seconds["prefill"] > 0
-    assert len({cost.seconds["prefill"] for cost in costs}) == 1
+    seconds = [generation.cost.seconds for generation in model.generate(QUESTIONS, max_new_tokens=8)]
+    assert all(set(one) == {"prefill", "thought", "answer"} and min(one.values()) >= 0 for one in seconds)
+    assert len({one["prefill"] for one in seconds}) == 1 and seconds[0]["prefill"] > 0
 
 
 def test_flops_count_weights_attention_and_head():
@@ -391,45 +322,34 @@ def test_flops_count_weights_attention_and_head():
     assert cost.flops == 2 * weights * (n + 2) + 4 * 3 * d * keys + 2 * d * vocab * 3
 
 
-def test_the_trace_has_one_iteration_for_each_loop_with_read_outs_of_its_own_row():
+def test_the_trace_has_one_iteration_for_each_loop_with_read_outs_of_its_own_row_and_no_gradient():
     model = ending_model(Slr(n_slots=4, max_loops=3))
     together = model.generate(QUESTIONS, max_new_tokens=2, trace=True)
     for question, generation in zip(QUESTIONS, together):
         (alone,) = model.generate([question], max_new_tokens=2, trace=True)
         assert [entry.loop for entry in generation.trace.iterations] == [1, 2, 3]
         for entry, single in zip(generation.trace.iterations, alone.trace.iterations):
-            assert entry.top_ids.shape == (1, 4, 5)
+            assert entry.top_ids.shape == (1, 4, 5) and not entry.delta.requires_grad
             assert torch.equal(entry.top_ids, single.top_ids)
             assert torch.allclose(entry.top_probs, single.top_probs, atol=1e-5)
             assert torch.allclose(entry.delta, single.delta, atol=1e-5)
-    assert model.generate(QUESTIONS[:1], max_new_tokens=2)[0].trace is None
-
-
-def test_the_trace_of_a_method_without_a_loop_is_empty():
-    (generation,) = ending_model(Pause()).generate(QUESTIONS[:1], max_new_tokens=2, trace=True)
-    assert generation.trace.iterations == []
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_tracing_changes_no_text_and_no_cost(method):
     model = ending_model(method)
     plain, traced = (model.generate(QUESTIONS, max_new_tokens=12, trace=trace) for trace in (False, True))
     assert [comparable(generation) for generation in plain] == [comparable(generation) for generation in traced]
+    for one, other in zip(plain, traced):
+        assert one.trace is None and len(other.trace.iterations) == other.cost.loops
 
 
 @pytest.mark.parametrize("stage", [0, 1, 4])
 def test_a_stage_of_the_curriculum_may_be_asked(stage):
     model = ending_model(Coconut())
     slow = Reference(model)
-    texts = [generation.text for generation in model.generate(QUESTIONS, max_new_tokens=12, stage=stage)]
     expected = [model.tokenizer.decode(slow.write(q, 12, stage), skip_special_tokens=True) for q in QUESTIONS]
-    assert texts == expected
-
-
-def test_no_gradient_is_kept():
-    model = ending_model(Slr())
-    (generation,) = model.generate(QUESTIONS[:1], max_new_tokens=2, trace=True)
-    assert not generation.trace.iterations[0].delta.requires_grad
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert texts_of(model, stage=stage) == expected
 
 
 def test_examples_and_questions_are_laid_out_alike(method):

@@ -42,6 +42,8 @@ LONG = "1 ; + 1 ; + 2 ; - 4 ; * 3 ; + 4 ; * 2 ; - 1 ; + 2"
 POOL = [*QUESTIONS, LONG, "3 ; + 1", "4 ; * 4 ; + 2"]
 N = 14
 STOPS = Slr(n_slots=3, max_loops=4, loop={"residual": "A", "rescale": "rms", "time": "lookup"}, stop={"rule": "delta"})
+SPIRAL = SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2)
+OPENS = {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5}
 METHODS = {
     "cot": Cot(),
     "pause": Pause(),
@@ -69,10 +71,7 @@ def made(name: str):
     if name == "tah":
         model = deciding("llama")
     elif name == "spiral":
-        model = lean_towards(
-            tiny_model(SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2), "gpt2").double(),
-            {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5},
-        )
+        model = lean_towards(tiny_model(SPIRAL, "gpt2").double(), OPENS)
     elif name == "stops":
         model = lean_towards_end(halting("gpt2", STOPS), 1.0)
     elif name == "adainfer":
@@ -83,6 +82,17 @@ def made(name: str):
         model = lean_towards_end(sharp_model(METHODS[name]), 1.0)
     model.eval()
     return model, [told(model.generate([question], max_new_tokens=N)[0]) for question in POOL]
+
+
+def engine_of(model, n=N, **options):
+    return Engine(model, EngineOptions(max_new_tokens=n, **options))
+
+
+def answered(used, questions=POOL, **options):
+    """Return what an engine answers, in the order of the questions."""
+    found = dict(used.run(questions, **options))
+    assert sorted(found) == list(range(len(questions)))
+    return [found[i] for i in range(len(questions))]
 
 
 def told(one):
@@ -104,7 +114,7 @@ quiet = {"deadline": None, "derandomize": True, "suppress_health_check": list(He
 
 def longest(model):
     """Return the positions that the longest question of the pool may come to take."""
-    at_work = Engine(model, EngineOptions(max_new_tokens=N))
+    at_work = engine_of(model)
     for i, question in enumerate(POOL):
         at_work.admit(i, question)
     return max(at_work.most_positions(seat.row, seat.budget) for seat in at_work.waiting)
@@ -112,16 +122,11 @@ def longest(model):
 
 def assert_company_does_not_matter(name, asked, n, batch_size, room, check_every):
     model, alone = made(name)
-    chosen, max_positions = list(asked[:n]), room and room * longest(model)
-    before, engine.CHECK_EVERY = engine.CHECK_EVERY, check_every
-    try:
-        found = model.generate(
-            [POOL[i] for i in chosen], max_new_tokens=N, batch_size=batch_size, max_positions=max_positions
-        )
-    finally:
-        engine.CHECK_EVERY = before
-    for i, one in zip(chosen, found, strict=True):
-        assert told(one) == alone[i]
+    chosen, options = list(asked[:n]), {"batch_size": batch_size, "max_positions": room and room * longest(model)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "CHECK_EVERY", check_every)
+        found = model.generate([POOL[i] for i in chosen], max_new_tokens=N, **options)
+    assert list(map(told, found)) == [alone[i] for i in chosen]
 
 
 @every_method
@@ -154,11 +159,9 @@ def test_rows_join_others_that_keep_one_iteration_for_all(kv_share):
 
 
 WINDOWED = {
-    "append": Slr(
-        loop_scope="append", max_loops=4, loop={"residual": "none"}, stop={"rule": "delta"}
-    ),  # rows stop, and read padding
+    "append": Slr(loop_scope="append", max_loops=4, loop={"residual": "none"}, stop={"rule": "delta"}),  # rows stop
     "all": Slr(loop_scope="all", max_loops=2),  # regions are as long as questions
-    "spiral": SpiralThinker(pattern="odd", latents_per_block=2, max_loops=2),  # rows wait for others
+    "spiral": SPIRAL,  # rows wait for others
     "restrict": Looped(max_loops=3, kv_missing="restrict", stop={"rule": "delta", "threshold": 0.3}),  # tokens leave
 }
 
@@ -172,8 +175,7 @@ def test_windows_do_not_count_padding(name, arch):
     else:
         model = tiny_model(WINDOWED[name], arch).double()
         stir(model)
-        by = {"<bol>": 1.0, "<eot>": 1.0, "<bot>": 1.0, "<eos>": 2.5} if name == "spiral" else {"<eos>": 1.0}
-        model = lean_towards(model, by)
+        model = lean_towards(model, OPENS if name == "spiral" else {"<eos>": 1.0})
     assert_as_alone(model, POOL[:7], 8, batch_size=4)
 
 
@@ -185,23 +187,19 @@ def test_alone_is_what_the_plain_reference_writes(name):
         assert ids == slow.write(question, N)
 
 
-def test_rows_that_wait_join_those_that_write():
-    model, _ = made("slots")
-    with_company = Engine(model, EngineOptions(max_new_tokens=N, batch_size=3))
+def test_rows_that_wait_join_those_that_write_and_answers_come_as_soon_as_they_are_there():
+    model, alone = made("slots")
+    with_company = engine_of(model, batch_size=3)
     sizes, ready = [], []
     for _ in with_company.groups(POOL):
         sizes.append(0 if with_company.writer is None else len(with_company.writer.seats))
         ready.append(with_company.ready is not None)
     assert max(sizes) == 3 and any(ready)
-    n_steps = sum(size > 0 for size in sizes)
-    lengths = sorted(len(ids) for ids, *_ in made("slots")[1])
+    lengths = sorted(len(ids) for ids, *_ in alone)
     by_threes = sum(max(lengths[i : i + 3]) for i in range(0, len(lengths), 3))  # the least that waves alone could need
-    assert n_steps < by_threes
-
-
-def test_answers_come_as_soon_as_they_are_there():
+    assert sum(size > 0 for size in sizes) < by_threes
     model, alone = made("cot")
-    order = [index for index, _ in Engine(model, EngineOptions(max_new_tokens=N, batch_size=len(POOL))).run(POOL)]
+    order = [index for index, _ in engine_of(model, batch_size=len(POOL)).run(POOL)]
     lengths = [len(alone[i][0]) for i in order]
     assert sorted(order) == list(range(len(POOL)))
     assert lengths == sorted(lengths) and len(set(lengths)) > 2
@@ -212,7 +210,7 @@ def test_answers_come_as_soon_as_they_are_there():
 def test_an_engine_left_early_leaves_the_model_as_it_was_and_answers_again(n_seen, check_every, monkeypatch):
     monkeypatch.setattr(engine, "CHECK_EVERY", check_every)
     model, alone = made("slots")
-    used = Engine(model, EngineOptions(max_new_tokens=N, batch_size=2))
+    used = engine_of(model, batch_size=2)
     model.train()
     model.loop.eval()  # a part that is in another mode than the rest
     groups = used.groups(POOL[::-1])
@@ -222,16 +220,17 @@ def test_an_engine_left_early_leaves_the_model_as_it_was_and_answers_again(n_see
     groups.close()
     assert model.training and model.backbone.training and not model.loop.training
     model.eval()
-    again = dict(used.run(POOL))
-    assert [told(again[i]) for i in range(len(POOL))] == alone and len(again) == len(POOL)
+    assert list(map(told, answered(used))) == alone
 
 
-def test_an_engine_answers_after_an_error(monkeypatch):
+def test_an_engine_answers_after_an_error_but_no_other_questions_while_it_is_at_work(monkeypatch):
     model, alone = made("slots")
-    used = Engine(model, EngineOptions(max_new_tokens=N, batch_size=2))
+    used = engine_of(model, batch_size=2)
     run = used.groups(POOL)
     for _ in range(3):
         next(run)
+    with pytest.raises(InputError, match="still answering"):
+        next(used.run(POOL))
 
     def fail(*_):
         raise RuntimeError("out of memory")
@@ -239,29 +238,14 @@ def test_an_engine_answers_after_an_error(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         patch.setattr(model.backbone, "head", fail)
         next(run)
-    again = dict(used.run(POOL))
-    assert [told(again[i]) for i in range(len(POOL))] == alone
-
-
-def test_an_engine_that_is_at_work_refuses_other_questions():
-    model, _ = made("cot")
-    used = Engine(model, EngineOptions(max_new_tokens=2))
-    run = used.run(POOL)
-    next(run)
-    with pytest.raises(InputError, match="still answering"):
-        next(used.run(POOL))
-    run.close()
-    assert len(list(used.run(POOL))) == len(POOL)
+    assert list(map(told, answered(used))) == alone
 
 
 def test_two_engines_take_turns_on_one_model_and_one_ends_sooner():
     model = tiny_model(Cot(), "gpt2").double()
     expected = [told(one) for one in model.generate(POOL, max_new_tokens=N)]
     model.train()  # with dropout, which must stay off in both
-    short, long = (
-        Engine(model, EngineOptions(max_new_tokens=n, batch_size=2)).groups(POOL[:k])
-        for n, k in ((2, 2), (N, len(POOL)))
-    )
+    short, long = (engine_of(model, n, batch_size=2).groups(POOL[:k]) for n, k in ((2, 2), (N, len(POOL))))
     found = {}
     for _, group in itertools.zip_longest(short, long, fillvalue=[]):
         found |= dict(group)
@@ -272,7 +256,7 @@ def test_two_engines_take_turns_on_one_model_and_one_ends_sooner():
 def test_seconds_are_those_of_the_engine_not_of_who_reads_its_answers():
     model, _ = made("cot")
     start, slept, costs = time.perf_counter(), 0.0, []
-    for _, one in Engine(model, EngineOptions(max_new_tokens=N, batch_size=3)).run(POOL):
+    for _, one in engine_of(model, batch_size=3).run(POOL):
         costs.append(one.cost)
         time.sleep(0.03)
         slept += 0.03
@@ -283,21 +267,21 @@ def test_seconds_are_those_of_the_engine_not_of_who_reads_its_answers():
 @pytest.mark.parametrize("name", ["looped", "mod", "mor", "tah", "adainfer"])
 def test_a_question_asked_twice_has_the_depths_of_its_own_tokens(name):
     model, alone = made(name)
-    for first, second in itertools.pairwise([*POOL, POOL[0]]):
+    for first, second in itertools.pairwise([*range(len(POOL)), 0]):
         asked = [first, second, first, first]
-        for question, one in zip(asked, model.generate(asked, max_new_tokens=N)):
-            assert one.depths == alone[POOL.index(question)][-1]
+        found = model.generate([POOL[i] for i in asked], max_new_tokens=N)
+        assert [one.depths for one in found] == [alone[i][-1] for i in asked]
 
 
 def test_a_question_that_is_too_long_fails_alone_with_its_reason():
     model = tiny_model(Pause(), max_position_embeddings=16)
     asked = ["2", LONG, "4 ; - 3"]
-    with pytest.raises(InputError, match="shorten the question"):
-        model.generate(asked)
+    for questions in (asked, [QUESTIONS[3]]):
+        with pytest.raises(InputError, match=r"1 ; \+ 1 ; \+ 2.*at most 16.*shorten the question"):
+            model.generate(questions)
     first, second, third = model.generate(asked, max_new_tokens=2, strict=False)
     assert "at most 16" in second.error and (second.text, second.answer, second.ended) == ("", None, False)
-    assert second.cost.passes == 0
-    assert first.error is None and third.error is None
+    assert (second.cost.passes, first.error, third.error) == (0, None, None)
     assert [first.text, third.text] == [g.text for g in model.generate([asked[0], asked[2]], max_new_tokens=2)]
 
 
@@ -355,13 +339,11 @@ class Scarce:
 @pytest.mark.parametrize("name", ["cot", "coconut", "slots", "stops", "apart", "mor", "tah", "spiral"])
 def test_where_memory_runs_out_fewer_rows_run_together_and_nobody_notices(name, monkeypatch):
     model, alone = made(name)
-    longest = max(alone[i][4] for i in range(len(POOL)))  # positions, as if each had taken a column
-    memory = Scarce(monkeypatch, 2 * longest)
-    found = model.generate(POOL, max_new_tokens=N, batch_size=6)
-    assert [told(one) for one in found] == alone
-    assert (
-        memory.failed and len(memory.failed) < 8 and (name != "cot" or False in memory.failed)
-    )  # what has run out once is not asked for again
+    most = max(positions for _, _, _, _, positions, *_ in alone)  # as if each had taken a column
+    memory = Scarce(monkeypatch, 2 * most)
+    assert list(map(told, model.generate(POOL, max_new_tokens=N, batch_size=6))) == alone
+    assert 0 < len(memory.failed) < 8  # what has run out once is not asked for again
+    assert name != "cot" or False in memory.failed
 
 
 @pytest.mark.parametrize("batch_size", [1, 6])
@@ -370,23 +352,19 @@ def test_a_row_that_does_not_fit_into_memory_alone_fails_alone(batch_size, monke
     lengths = [len(row) for row in model.prompts(POOL)]
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     memory = Scarce(monkeypatch, max(lengths) - 1, error)
-    at_work = Engine(model, EngineOptions(max_new_tokens=3, batch_size=batch_size))
-    found = dict(at_work.run(POOL, strict=False))
-    assert sorted(found) == list(range(len(POOL))) and set(memory.failed) >= {True}
-    for i, one in found.items():
-        if lengths[i] == max(lengths):
-            assert f"takes {lengths[i]} positions and does not fit" in one.error and "can't allocate" in one.error
+    at_work = engine_of(model, 3, batch_size=batch_size)
+    found = answered(at_work, strict=False)
+    assert set(memory.failed) >= {True}
+    for one, length, (ids, *_) in zip(found, lengths, alone, strict=True):
+        if length == max(lengths):
+            assert f"takes {length} positions and does not fit" in one.error and "can't allocate" in one.error
         else:
-            assert one.ids == alone[i][0][:3] and one.error is None
+            assert one.ids == ids[:3] and one.error is None
     with pytest.raises(RuntimeError, match="can't allocate"):
         model.generate(POOL, max_new_tokens=3, batch_size=batch_size)
     monkeypatch.undo()
-    assert [one.ids for _, one in sorted(at_work.run(POOL))] == [ids[:3] for ids, *_ in alone]
-
-
-def test_other_errors_are_nobodys_memory(monkeypatch):
-    model, _ = made("cot")
-    Scarce(monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert [one.ids for one in answered(at_work)] == [ids[:3] for ids, *_ in alone]
+    Scarce(monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))  # nobody's memory
     with pytest.raises(RuntimeError, match="mat1"):
         model.generate(POOL, strict=False)
 
@@ -396,7 +374,7 @@ def test_other_errors_are_nobodys_memory(monkeypatch):
 def test_the_engine_keeps_to_its_positions(name, room):
     model, _ = made(name)
     max_positions, most = int(room * longest(model)), 0
-    at_work = Engine(model, EngineOptions(max_new_tokens=N, batch_size=8, max_positions=max_positions))
+    at_work = engine_of(model, batch_size=8, max_positions=max_positions)
     for _ in at_work.groups(POOL):
         busy = [seat for writer in (at_work.writer, at_work.ready) if writer is not None for seat in writer.seats]
         written = [len(seat.row) + len(seat.written) + seat.n_latents for seat in busy]
@@ -424,7 +402,7 @@ def test_a_question_that_needs_more_than_all_positions_fails_alone():
 def test_the_cache_holds_no_more_than_the_rows_that_write(name):
     """Columns that no row uses any more are dropped, or a cache that rows keep joining would grow without end."""
     model, _ = made(name)
-    steady = Engine(model, EngineOptions(max_new_tokens=N, batch_size=3))
+    steady = engine_of(model, batch_size=3)
     for _ in steady.groups([f"{i % 5} ; + {i % 3}" for i in range(60)]):
         if steady.writer is not None:
             longest = max(int(n) for n in steady.writer.context.next_position_B)
@@ -464,7 +442,7 @@ def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monke
     monkeypatch.setattr(engine, "CHECK_EVERY", 100)
     method = Slr(loop_scope="append", max_loops=3) if name == "append" else METHODS[name]
     model = tiny_model(method, arch).eval()
-    at_work = Engine(model, EngineOptions(max_new_tokens=N, batch_size=3))
+    at_work = engine_of(model, batch_size=3)
     groups = at_work.groups([POOL[0], POOL[3], POOL[7]])
     next(groups)
     in_loops, inner = Asked(), model.loop.forward
@@ -487,11 +465,10 @@ def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monke
 def test_thousands_of_requests_leave_no_memory_behind(name):
     model, _ = made(name)
     generator = torch.Generator().manual_seed(0)
-    asked = [
-        " ; ".join(["1", *("+ 2" for _ in range(int(n)))]) for n in torch.randint(0, 8, (3000,), generator=generator)
-    ]
+    lengths = torch.randint(0, 8, (3000,), generator=generator).tolist()
+    asked = [" ; ".join(["1", *["+ 2"] * n]) for n in lengths]
     peaks, seen = [], []
-    for index, _ in Engine(model, EngineOptions(max_new_tokens=8, batch_size=16)).run(asked):
+    for index, _ in engine_of(model, 8, batch_size=16).run(asked):
         seen.append(index)
         if len(seen) % 500 == 0:
             gc.collect()

@@ -20,6 +20,7 @@ N = 5
 texts = st.lists(st.sampled_from("1234+*-;="), max_size=8).map(" ".join)
 HEADER = "3 ; + 1 = 4 ; 4 * 2 = 3 ;"
 ASKED = [f"{HEADER} {end}" for end in ("2", "4 ; - 3", "1 ; + 1 ; + 2")]
+PER_ITER = Slr(n_slots=2, max_loops=2, prefix_kv="per_iter", loop={"lora": "per_iter", "lora_rank": 2})
 
 
 def answers(model, asked, spared_from, **options):
@@ -81,12 +82,7 @@ def test_one_row_is_charged_what_it_reads_for_all_and_time_is_everybodys(name):
         (lambda: made("looped")[0], {}),
         (lambda: made("mod")[0], {}),
         (lambda: made("apart")[0], {}),
-        (
-            lambda: sharp_model(
-                Slr(n_slots=2, max_loops=2, prefix_kv="per_iter", loop={"lora": "per_iter", "lora_rank": 2})
-            ),
-            {},
-        ),
+        (lambda: sharp_model(PER_ITER), {}),
         (lambda: made("slots")[0], {"trace": True}),
         (lambda: made("slots")[0], {"batch_size": 1}),
     ],
@@ -99,18 +95,15 @@ def test_where_the_prompt_is_not_read_once_and_alike_nothing_is_shared(model, op
     assert list(map(told, model.generate(ASKED, max_new_tokens=N, **options))) == list(map(told, plain))
 
 
-def test_while_latents_are_edited_nothing_is_shared(monkeypatch):
+def test_sharing_must_pay_for_its_pass_and_while_latents_are_edited_nothing_is_shared(monkeypatch):
+    model = sharp_model(Pause())
+    for n_words, n_rows, shares in ((60, 5, False), (64, 5, True), (260, 2, True), (300, 1, False)):
+        rows = model.prompts([" ".join(["1"] * n_words + [end]) for end in "1234+"[:n_rows]])
+        assert prefix.n_shared(model, rows) == (n_words if shares else 0)
+    assert prefix.n_shared(model, model.prompts(["1", "1 ; + 2"])) == 0
     monkeypatch.setattr(prefix, "SPARED_FROM", 1)
     model, _ = made("slots")
     rows = model.prompts(ASKED)
     assert prefix.n_shared(model, rows) > 0
     with hooked(model.loop, Recorder()):
         assert prefix.n_shared(model, rows) == 0
-
-
-def test_sharing_must_pay_for_its_pass():
-    model = sharp_model(Pause())
-    for n_words, n_rows, shares in ((60, 5, False), (64, 5, True), (260, 2, True), (300, 1, False)):
-        rows = model.prompts([" ".join(["1"] * n_words + [end]) for end in "1234+"[:n_rows]])
-        assert prefix.n_shared(model, rows) == (n_words if shares else 0)
-    assert prefix.n_shared(model, model.prompts(["1", "1 ; + 2"])) == 0

@@ -17,10 +17,6 @@ from innerloop.measure.control_verdict import Kind
 from tests.browser import needs_browser, screenshot
 
 
-def test_every_verdict_on_latents_has_its_words():
-    assert set(KINDS) == set(get_args(Kind))
-
-
 def result(method: str, accuracy: float, passes: float = 3.0, seconds: float = 0.01, seed: int = 0, **more) -> dict:
     cost = {"passes": passes, "positions": 9.0, "flops": 2e6, "thought_tokens": 1.0, "loops": 0.0}
     return {
@@ -51,20 +47,9 @@ CONTROLS = {
     "verdict": {"kind": "carried", "sentence": "Zeroing costs 60 points."},
 }
 SPREAD = {"mean": 0.5, "std": 0.1, "low": 0.3, "median": 0.5, "high": 0.7}
+MEASURED = dict.fromkeys(("change", "cosine", "drift", "radius", "kl"), SPREAD) | {"step_cosine": None, "growth": None}
 STABILITY = {
-    "loops": [
-        {
-            "loop": t,
-            "change": SPREAD,
-            "cosine": SPREAD,
-            "step_cosine": None,
-            "drift": SPREAD,
-            "radius": SPREAD,
-            "growth": None,
-            "kl": SPREAD,
-        }
-        for t in (1, 2)
-    ],
+    "loops": [{"loop": t, **MEASURED} for t in (1, 2)],
     "diverged": 0.02,
     "sentences": ["The loop contracts."],
 }
@@ -162,11 +147,6 @@ def test_the_report_says_what_was_measured_and_is_the_same_twice(tmp_path: Path,
     assert "slr <b>" in text and "<b>" not in own and "slr &lt;b&gt;" in str(parsed(page).figures)
 
 
-def test_a_report_without_any_result_lists_what_failed(tmp_path: Path):
-    write_report(tmp_path / "r.html", "Nothing", [], [], failures([{"variant": "a", "seed": 0, "error": "why"}]))
-    assert "a seed 0: why" in read((tmp_path / "r.html").read_text())
-
-
 def test_times_against_written_steps_are_of_turns_or_of_the_same_machine(rows: list[MethodResult]):
     cot, slr = against_cot(rows)
     assert cot["median"] == 1.0 and slr["median"] == pytest.approx(0.5)
@@ -187,11 +167,6 @@ def test_means_over_seeds_have_t_intervals_and_one_seed_has_wilsons():
     assert rows[0][head.index("by seed")] == "50 60 70"
 
 
-def test_the_front_is_what_nothing_beats():
-    marks = [Mark(n, s, s, s, x) for n, s, x in (("a", 0.5, 1), ("b", 0.4, 2), ("c", 0.9, 3), ("d", 0.9, 4))]
-    assert [m.name for m in pareto(marks)] == ["a", "c"]
-
-
 def test_pictures_have_a_mark_for_every_number_and_words_that_tell_it():
     marks = [Mark(f"m{i}", i / 10, i / 20, i / 10, 5.0) for i in range(12)]
     drawn = scatter(marks, "passes")
@@ -200,6 +175,8 @@ def test_pictures_have_a_mark_for_every_number_and_words_that_tell_it():
     assert shown[3]["name"] == "m3" and "m3 30.0% at 5" in drawn["label"]
     assert shown[3]["error_y"]["array"] == [0.0] and shown[3]["error_y"]["arrayminus"] == [pytest.approx(0.15)]
     assert scatter([Mark("", 0.5, 0.4, 0.6, 0.0)], "ms", log=True)["layout"]["xaxis"]["type"] == "linear"
+    beaten = [Mark(n, s, s, s, x) for n, s, x in (("a", 0.5, 1), ("b", 0.4, 2), ("c", 0.9, 3), ("d", 0.9, 4))]
+    assert [m.name for m in pareto(beaten)] == ["a", "c"]  # the front is what nothing beats
     (bar,) = bars(marks)["data"]
     assert bar["x"] == [mark.share for mark in marks]
     lines = curves([Curve("a", marks[:3], 5.0), Curve("b", marks[:3])], "loops")["data"]
@@ -224,6 +201,9 @@ def test_a_browser_shows_the_report_without_complaint(tmp_path: Path, rows: list
     assert not said and shown > 4 * screenshot(document("", []), tmp_path)[0]
 
 
-def test_cells_are_text():
+def test_cells_are_text_what_failed_is_listed_and_every_verdict_has_its_words(tmp_path: Path):
     page = document("t", [table(["a"], [["<i>"]])])
     assert "<i>" not in page and read(page).count("<i>") == 1 and "Plotly" not in page
+    write_report(tmp_path / "r.html", "Nothing", [], [], failures([{"variant": "a", "seed": 0, "error": "why"}]))
+    assert "a seed 0: why" in read((tmp_path / "r.html").read_text())
+    assert set(KINDS) == set(get_args(Kind))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import queue
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from innerloop.calibrate.threshold_search import ThresholdSearch
 from innerloop.cli.main import main
 from innerloop.experiments import jobs
+from innerloop.experiments.suite import parse_suite
 from innerloop.measure import result_cache, subject
 from innerloop.measure.result_cache import PARTS, ResultCache
 from innerloop.methods import Looped, Slr
@@ -89,20 +91,21 @@ def test_nothing_is_measured_twice_and_fresh_starts_over(run: Path, tmp_path: Pa
 
 
 def test_what_is_stale_is_not_taken(run: Path, tmp_path: Path, monkeypatch, capsys):
-    path = tmp_path / "out" / PARTS
-    assert evaluated(run, tmp_path / "out") == 0 and evaluated(run, tmp_path / "out", "--batch_size", "5") == 0
-    assert len(json.loads(path.read_text())) == 2
-    capsys.readouterr()
+    path, out = tmp_path / "out" / PARTS, tmp_path / "out"
+
+    def takes(*options: str) -> bool:
+        assert evaluated(run, out, *options) == 0
+        return "measured before" in capsys.readouterr().out
+
+    assert not takes() and not takes("--batch_size", "5") and len(json.loads(path.read_text())) == 2
     model = moved(tiny_model(Slr(n_slots=2, max_loops=1), num_hidden_layers=1))
     model.backbone.lm.get_input_embeddings().weight.data[5, 5] += 1.0
     saved(model, run)
-    assert evaluated(run, tmp_path / "out") == 0 and "measured before" not in capsys.readouterr().out
-    assert len(json.loads(path.read_text())) == 1  # parts of other weights are gone
+    assert not takes() and len(json.loads(path.read_text())) == 1  # parts of other weights are gone
     monkeypatch.setattr(result_cache, "versions", lambda: {"innerloop": "0"})
-    assert evaluated(run, tmp_path / "out") == 0 and "measured before" not in capsys.readouterr().out
-    assert evaluated(run, tmp_path / "out") == 0 and "measured before" in capsys.readouterr().out
+    assert not takes() and takes()
     path.write_text('[{"made_of"')
-    assert evaluated(run, tmp_path / "out") == 0 and "measured before" not in capsys.readouterr().out
+    assert not takes()
 
 
 def test_a_part_is_the_same_whether_measured_or_read(tmp_path: Path):
@@ -114,11 +117,8 @@ def test_a_part_is_the_same_whether_measured_or_read(tmp_path: Path):
     assert first("x", lambda: made) == {"a": [1, 2.5], "b": math.inf, "c": 0.1 + 0.2} and "x" not in again
     again = ResultCache(tmp_path / "p.json", {"of": [1, 2]})
     assert again("x", lambda: 1 / 0) == first("x", lambda: 1 / 0) and told == ["x"]
-    assert (
-        ResultCache(tmp_path / "p.json", {"of": [1, 3]}).missing(["x", "y"])
-        == ["x", "y"]
-        == ["x", *again.missing(["y"])]
-    )
+    other = ResultCache(tmp_path / "p.json", {"of": [1, 3]})
+    assert other.missing(["x", "y"]) == ["x", "y"] == ["x", *again.missing(["y"])]
     assert ResultCache()("x", lambda: 1) == 1
 
 
@@ -133,10 +133,6 @@ def test_a_file_that_cannot_be_read_has_no_parts(tmp_path: Path, text: str):
 
 
 def test_the_test_of_a_job_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch):
-    import queue
-
-    from innerloop.experiments.suite import parse_suite
-
     raw = {name: value for name, value in RAW.items() if name != "warm_up"} | {"out": str(tmp_path), "seeds": [0]}
     exam = {"loops": [1, 3], "limit": 5, "controls": True, "also": {"longer": {"n_ops": 3, "min_ops": 3}}}
     suite = parse_suite({**raw, "variants": {"plain": {"train": {"max_steps": 1}}}, "test": exam})

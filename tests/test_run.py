@@ -18,20 +18,23 @@ from tests.models import chain_examples, saved, tiny_model
 
 SCRATCH = {"type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 DRAWN = {
-    "decoder.kind": Slr(n_slots=2, decoder={"kind": "separate", "table": "own"}),
+    "decoder": Slr(n_slots=2, decoder={"kind": "separate", "table": "own"}),
     "classifier": Slr(n_slots=2, decoder={"kind": "linear", "classes": ("0", "1", "2", "3", "4")}),
-    "loop.lora": Slr(n_slots=2, loop={"lora": "per_iter"}),
-    "exits.gate": Slr(n_slots=2, loop={"residual": "C"}),
+    "lora": Slr(n_slots=2, loop={"lora": "per_iter"}),
+    "gate": Slr(n_slots=2, loop={"residual": "C"}),
 }
 
 
-@pytest.mark.parametrize("source", ["scratch", "model"])
-@pytest.mark.parametrize("method", DRAWN.values(), ids=DRAWN.keys())
-def test_what_the_method_draws_is_set_by_the_seed_whatever_ran_before(method, source, tmp_path: Path):
-    start = {"scratch": SCRATCH}
-    if source == "model":
-        start = {"model": str(saved(tiny_model(Slr(n_slots=2)), tmp_path / "start"))}
+@pytest.fixture(params=["scratch", "model"])
+def start(request, tmp_path: Path) -> dict[str, object]:
+    """What a backbone begins with."""
+    if request.param == "scratch":
+        return {"scratch": SCRATCH}
+    return {"model": str(saved(tiny_model(Slr(n_slots=2)), tmp_path / "start"))}
 
+
+@pytest.mark.parametrize("method", DRAWN.values(), ids=DRAWN.keys())
+def test_what_the_method_draws_is_set_by_the_seed_whatever_ran_before(method, start, tmp_path: Path):
     def parts(seed: int) -> list[torch.Tensor]:
         settings = {"seed": seed, "max_steps": 1, "use_cpu": True, "batch_size": 4}
         recipe = Recipe(Chain(n_ops=3), BackboneChoice(**start), method, settings, str(tmp_path))
@@ -43,12 +46,8 @@ def test_what_the_method_draws_is_set_by_the_seed_whatever_ran_before(method, so
     assert any(not torch.equal(a, b) for a, b in zip(first, other))
 
 
-@pytest.mark.parametrize("source", ["scratch", "model"])
-def test_the_kernels_of_attention_may_be_chosen(source, tmp_path: Path):
+def test_the_kernels_of_attention_may_be_chosen(start):
     examples, method = list(chain_examples(4)), Slr(n_slots=2)
-    start = {"scratch": SCRATCH}
-    if source == "model":
-        start = {"model": str(saved(tiny_model(method), tmp_path / "start"))}
     usual, eager = (build(BackboneChoice(**start, attention=kind), method, examples) for kind in ("sdpa", "eager"))
     assert usual.backbone.config._attn_implementation == "sdpa"
     assert eager.backbone.config._attn_implementation == "eager"

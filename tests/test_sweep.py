@@ -1,6 +1,7 @@
 """Sweeps: grids and searches over any field of a recipe, resumed, with their failures, as one page."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from innerloop.experiments.search import combinations, search
 from innerloop.experiments.suite import Suite, parse_suite
 from innerloop.experiments.sweep import read_sweep, run_sweep, sweep_page, sweep_table, write_sweep
 from tests.browser import needs_browser, screenshot
-from tests.test_cli import innerloop
+from tests.test_cli import innerloop, refused
 from tests.test_report import parsed, read
 from tests.test_suite import RAW, in_this_process
 
@@ -31,14 +32,13 @@ def recipe(tmp_path: Path) -> Path:
 
 def result(variant: str, seed: int, accuracy: float) -> dict:
     cost = {"passes": 3.0, "positions": 9.0, "flops": 2e6, "thought_tokens": 1.0, "loops": 0.0}
-    return {
-        "variant": variant,
-        "seed": seed,
-        "n": 50,
-        "accuracy": accuracy,
-        "ci95": [accuracy - 0.01, min(accuracy + 0.01, 1.0)],
-        "cost": {**cost, "seconds": {"prefill": 0.0, "thought": 0.0, "answer": 0.01}},
-    }
+    cost["seconds"] = {"prefill": 0.0, "thought": 0.0, "answer": 0.01}
+    interval = [accuracy - 0.01, min(accuracy + 0.01, 1.0)]
+    return {"variant": variant, "seed": seed, "n": 50, "accuracy": accuracy, "ci95": interval, "cost": cost}
+
+
+def swept_by(recipe: Path, *grid: str, trials: int | None = None, workers: int = 1, **asked):
+    return run_sweep(*read_sweep(recipe, list(grid), asked or None), trials, workers, QUIET)
 
 
 @pytest.fixture
@@ -65,38 +65,32 @@ def test_a_sweep_chooses_on_validation_data_unless_told_otherwise(recipe: Path, 
     assert raw["grid"] == {"method.max_loops": [1, 2]} == {field: values_of(axis) for field, axis in axes.items()}
     raw, _ = read_sweep(recipe, ["a=1,2"], {"out": "x", "seeds": [3, 4], "split": "test", "limit": 9})
     assert (raw["out"], raw["seeds"], raw["test"]) == ("x", [3, 4], {"split": "test", "limit": 9})
-
-
-def test_a_suite_with_a_grid_is_swept_as_it_says_and_its_axes_may_be_overridden(tmp_path: Path):
-    raw, axes = read_sweep("recipes/suites/chain_spiral_grid.yaml", ["method.max_loops=1,2"])
+    raw, axes = read_sweep("recipes/suites/chain_spiral_grid.yaml", ["method.max_loops=1,2"])  # a suite with a grid
     assert [len(values_of(axis)) for axis in axes.values()] == [10, 2] and raw["test"] == {"split": "test"}
     assert raw["out"] == "runs/suites/chain_spiral_grid" and len(raw["grid"]["method.latents_per_block"]) == 10
-
-
-@pytest.mark.parametrize(
-    ("grid", "words"),
-    [
-        ([], "a sweep needs values"),
-        (["a=1", "a=2"], "names a twice"),
-        (["method.max_loops=1..4"], "only a search draws from"),
-        (["method.max_lops=1,2"], "did you mean 'max_loops'"),
-        (["train.seed=1,2"], "list seeds"),
-    ],
-)
-def test_mistakes_are_named_before_anything_is_trained(recipe: Path, tmp_path: Path, grid: list[str], words: str):
-    with pytest.raises(InputError) as error:
-        run_sweep(*read_sweep(recipe, grid), None, 1, QUIET)
-    assert words in str(error.value) and not (tmp_path / "run-sweep").exists()
-
-
-def test_a_suite_of_variants_is_not_swept():
     with pytest.raises(InputError, match="innerloop compare"):
         read_sweep("recipes/suites/chain_methods.yaml", ["a=1"])
 
 
+@pytest.mark.parametrize(
+    ("grid", "trials", "words"),
+    [
+        ([], None, "a sweep needs values"),
+        (["a=1", "a=2"], None, "names a twice"),
+        (["method.max_loops=1..4"], None, "only a search draws from"),
+        (["method.max_lops=1,2"], None, "did you mean 'max_loops'"),
+        (["method.max_lops=1..4"], 2, "did you mean 'max_loops'"),
+        (["train.seed=1,2"], None, "list seeds"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(recipe: Path, tmp_path: Path, grid, trials, words: str):
+    with pytest.raises(InputError) as error:
+        swept_by(recipe, *grid, trials=trials)
+    assert words in str(error.value) and not (tmp_path / "run-sweep").exists()
+
+
 def test_a_grid_is_one_page_with_its_failures_and_the_same_twice(recipe: Path, tmp_path: Path, ran: list[Suite]):
-    grid = ["method.max_loops=1,2,3", "train.learning_rate=1e-3,1e-2"]
-    swept = run_sweep(*read_sweep(recipe, grid, {"seeds": [0, 1]}), None, 1, QUIET)
+    swept = swept_by(recipe, "method.max_loops=1,2,3", "train.learning_rate=1e-3,1e-2", seeds=[0, 1])
     assert len(ran[0].jobs) == 12 and swept.best.name == "max_loops=2, learning_rate=0.001"
     page = sweep_page(swept, "a sweep")
     assert page == sweep_page(swept, "a sweep")
@@ -105,9 +99,8 @@ def test_a_grid_is_one_page_with_its_failures_and_the_same_twice(recipe: Path, t
     layout = figure["layout"]
     assert len(layout["annotations"]) == 2 and len(layout["shapes"]) == 1  # both seeds of two cells failed
     assert "max_loops=3, learning_rate=0.01 seed 1: it broke" in text
-    assert "Best of 4 on valid: max_loops=2, learning_rate=0.001, 20.5%" in text and "12 to 29" in str(
-        figure
-    )  # 50 rows
+    assert "Best of 4 on valid: max_loops=2, learning_rate=0.001, 20.5%" in text
+    assert "12 to 29" in str(figure)  # 50 rows
     assert sweep_table(swept).row_count == 4
     write_sweep(swept, "a sweep", tmp_path)
     report = json.loads((tmp_path / "results.json").read_text())
@@ -116,11 +109,12 @@ def test_a_grid_is_one_page_with_its_failures_and_the_same_twice(recipe: Path, t
 
 
 def test_one_axis_is_a_row_and_three_are_several_maps(recipe: Path, ran: list[Suite]):
-    page = sweep_page(run_sweep(*read_sweep(recipe, ["method.max_loops=1,2,4"]), None, 1, QUIET), "one")
+    page = sweep_page(swept_by(recipe, "method.max_loops=1,2,4"), "one")
     map_, bars = (figure["data"][0] for figure in parsed(page).figures)
     assert map_["z"] == [bars["x"]] == [[0.1, 0.2, 0.4]]
-    grid = ["method.max_loops=1,2", "train.learning_rate=1e-3,1e-2", "method.n_slots=1,2"]
-    page = sweep_page(run_sweep(*read_sweep(recipe, grid), None, 1, QUIET), "three")
+    page = sweep_page(
+        swept_by(recipe, "method.max_loops=1,2", "train.learning_rate=1e-3,1e-2", "method.n_slots=1,2"), "three"
+    )
     assert len(parsed(page).figures) == 2 and "<h3>n_slots 1</h3>" in page and "<h3>n_slots 2</h3>" in page
 
 
@@ -158,39 +152,32 @@ def test_a_trial_that_failed_stays_open_and_is_scored_once_it_succeeds(tmp_path:
     assert (tmp_path / "study.log").read_text().count('"values":[') == 2
 
 
-def test_a_grid_is_drawn_once_and_kept(tmp_path: Path):
+def test_a_grid_is_drawn_once_and_kept_and_a_search_ends_when_all_trials_are_tried(tmp_path: Path):
     axes = parse_axes(["a=1,2,3", "c=x,y"])
     for _ in range(2):
         seen: list = []
         assert search(axes, None, 2, tmp_path, lambda t, seen=seen: seen.append(t) or [0.5] * 6) == combinations(axes)
         assert seen == [combinations(axes)]
-
-
-def test_a_search_ends_when_all_trials_are_tried(tmp_path: Path):
     tried = search(parse_axes(["c=1,2,3"]), 20, 2, tmp_path, lambda trials: [0.5] * len(trials))
     assert sorted(t["c"] for t in tried) == [1, 2, 3]
 
 
 def test_a_search_finds_what_is_better_and_shows_it(recipe: Path, tmp_path: Path, ran: list[Suite]):
-    grid = ["method.max_loops=1..6", "train.learning_rate=1e-4..1e-2:log"]
-    swept = run_sweep(*read_sweep(recipe, grid), 8, 4, QUIET)
+    swept = swept_by(recipe, "method.max_loops=1..6", "train.learning_rate=1e-4..1e-2:log", trials=8, workers=4)
     assert len(swept.settings) == 8 and len(ran[-1].jobs) == 8
     assert swept.best.mark.share == max(row.mark.share for row in swept.rows)
     text = read(sweep_page(swept, "a search"))
     assert "Accuracy by method.max_loops" in text and "Accuracy by train.learning_rate" in text
 
 
-def test_a_sweep_without_optuna_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+def test_without_what_is_optional_a_sweep_says_what_to_install(recipe: Path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ray = ["sweep", recipe, "--grid", "method.max_loops=1,2", "--on", "ray"]
+    refused(capsys, "pip install 'innerloop[cluster]'", *ray)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(InputError, match="pip install 'innerloop\\[sweep\\]'"):
         parse_axes(["c=1,2"])
     assert parse_suite(RAW | {"out": "x"}).variants == ["plain", "wide", "other"]  # which needs no grid
-
-
-def test_a_search_of_a_field_that_does_not_exist_is_refused_before_it_begins(recipe: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="did you mean 'max_loops'"):
-        run_sweep(*read_sweep(recipe, ["method.max_lops=1..4"]), 2, 1, QUIET)
-    assert not (tmp_path / "run-sweep").exists()
 
 
 def test_drawn_trials_of_staged_recipes_change_the_last_method(tmp_path: Path):
@@ -205,8 +192,8 @@ def test_a_sweep_all_of_whose_jobs_fail_says_why_once(recipe: Path, tmp_path: Pa
     code, out, err = innerloop(capsys, "sweep", recipe, "--grid", "method.max_loops=3", "--seeds", 0, 1)
     assert code == 2 and err == "innerloop: all of 2 jobs failed: it broke\n" and out.count("it broke") == 1
     assert "Best of" not in out and "it broke" in (tmp_path / "run-sweep" / "sweep.html").read_text()
-    code, _, err = innerloop(capsys, "sweep", recipe, "--grid", "task.n_train=9,99999", "--seeds", 0)
-    assert code == 2 and "nothing was trained: chain: there are only" in err and "(n_train=99999)" in err
+    many = ["sweep", recipe, "--grid", "task.n_train=9,99999", "--seeds", 0]
+    refused(capsys, "nothing was trained: chain: there are only", *many)
 
 
 @pytest.mark.slow
@@ -222,8 +209,8 @@ def test_the_command_trains_lists_failures_and_resumes(recipe: Path, tmp_path: P
 @pytest.mark.slow
 @needs_browser
 def test_a_browser_shows_the_page_without_complaint(recipe: Path, tmp_path: Path, ran: list[Suite]):
-    grid = ["method.max_loops=1,2,3,4", "train.learning_rate=1e-3,1e-2"]
-    page = sweep_page(run_sweep(*read_sweep(recipe, grid, {"seeds": [0, 1]}), None, 1, QUIET), "a sweep")
+    swept = swept_by(recipe, "method.max_loops=1,2,3,4", "train.learning_rate=1e-3,1e-2", seeds=[0, 1])
+    page = sweep_page(swept, "a sweep")
     shown, said = screenshot(page, tmp_path)
     assert not said and shown > 4 * screenshot(document("", []), tmp_path)[0]
 
@@ -245,9 +232,3 @@ def test_jobs_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, monk
     assert code == 2 and "2 of 4 jobs failed" in err and "longer than max_length=1" in err
     found = json.loads((tmp_path / "swept" / "results.json").read_text())["points"]
     assert sum("accuracy" in job for job in found) == 2
-
-
-def test_without_ray_the_command_says_what_to_install(recipe: Path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    code, _, err = innerloop(capsys, "sweep", recipe, "--grid", "method.max_loops=1,2", "--on", "ray")
-    assert code == 2 and "pip install 'innerloop[cluster]'" in err

@@ -93,13 +93,11 @@ def of(section: object) -> Summed:
 
 def test_a_group_changes_the_fields_that_are_written_of_the_methods_own_default():
     assert build() == Summed()
-    assert build(n_blocks=2, loop={"loop.alpha": 0.1}) == Summed(
-        n_blocks=2, loop=Loop("sum", 0.1, (), Inject("lookup"))
-    )
+    assert build(n_blocks=2, loop={"alpha": 0.1}) == Summed(n_blocks=2, loop=Loop("sum", 0.1, (), Inject("lookup")))
     assert build(loop={"inject": {"table": "x"}}).loop == Loop("sum", inject=Inject("lookup", "x"))
     assert build(loop={}).loop == Summed().loop
     assert build(loop={"layers": [1, 2]}).loop.layers == (1, 2)
-    assert build(loop={"loop.alpha": "1e-1"}).loop.alpha == 0.1  # as YAML reads 1e-1
+    assert build(loop={"alpha": "1e-1"}).loop.alpha == 0.1  # as YAML reads 1e-1
 
 
 def test_a_group_that_may_be_none_is_made_by_fields_and_removed_by_null():
@@ -140,30 +138,31 @@ def test_a_default_of_a_more_special_class_stays_of_that_class():
     [
         ({"n_block": 1}, "method.n_block: 'summed' has no field 'n_block' (did you mean 'n_blocks'?)"),
         (
-            {"loop": {"residul": "A"}},
-            "method.loop.residul: 'method.loop' has no field 'residul' (did you mean 'residual'?)",
+            {"loop": {"residul": 1}},
+            "method.loop.residul: 'method.loop' has no field 'residul' (did you mean 'residual'",
         ),
         ({"loop": {"inject": {"knd": "x"}}}, "method.loop.inject.knd: 'method.loop.inject' has no field 'knd'"),
-        ({"loop.residual": "A"}, "method.residual: 'summed' has no field 'residual' (did you mean 'loop.residual'?)"),
-        ({"aux.weight": 1}, "method.aux_weight: 'summed' has no field 'aux_weight' (did you mean 'aux.weight'?)"),
+        ({"residual": "A"}, "method.residual: 'summed' has no field 'residual' (did you mean 'loop.residual'?)"),
+        ({"aux.weight": 1}, "method.aux.weight: 'summed' has no field 'aux.weight'; write aux: {weight: ...}"),
+        ({"aux_weight": 1}, "method.aux_weight: 'summed' has no field 'aux_weight' (did you mean 'aux.weight'?)"),
         ({"n_blocks": "four"}, "method.n_blocks is four, but must be a whole number"),
         ({"n_blocks": None}, "method.n_blocks is empty, but must be a whole number"),
-        ({"curriculum.first_stage": 2.5}, "method.first_stage is 2.5, but must be a whole number"),
+        ({"first_stage": 2.5}, "method.first_stage is 2.5, but must be a whole number"),
         ({"with_markers": 3}, "method.with_markers is 3, but must be true or false"),
-        ({"curriculum.length": "x"}, "method.stage_length is x, but must be a whole number"),
-        ({"loop": {"loop.alpha": "much"}}, "method.loop.alpha is much, but must be a number"),
+        ({"stage_length": "x"}, "method.stage_length is x, but must be a whole number"),
+        ({"loop": {"alpha": "much"}}, "method.loop.alpha is much, but must be a number"),
         (
-            {"loop": {"loop.residual": "som"}},
-            "method.loop.residual is som, but must be one of none, sum, A (did you mean 'sum'?)",
+            {"loop": {"residual": "som"}},
+            "method.loop.residual is som, but must be one of none, sum, A (did you mean 's",
         ),
         ({"loop": {"layers": ["x"]}}, "method.loop.layers is x, but must be a list of whole numbers, as [1, 2]"),
         ({"loop": {"inject": {"kind": 3}}}, "method.loop.inject.kind is 3, but must be one of none, lookup"),
-        ({"loop": {"loop.alpha": None}}, "method.loop.alpha is empty, but must be a number"),
+        ({"loop": {"alpha": None}}, "method.loop.alpha is empty, but must be a number"),
         ({"loop": None}, "method.loop is empty, but must be fields, as {name: value}"),
         ({"loop": "sum"}, "the method.loop section must list fields, not 'sum'"),
         ({"aux": 1}, "the method.aux section must list fields, not 1"),
         ({"aux": {"weight": "x"}}, "method.aux.weight is x, but must be a number"),
-        ({"loop": {"loop.alpha": 2}}, "loop.alpha is 2.0, but must be between 0 and 1"),
+        ({"loop": {"alpha": 2}}, "loop.alpha is 2.0, but must be between 0 and 1"),
         ({"name.x": 2}, "method.name.x: 'summed' has no field 'name.x'"),
     ],
 )
@@ -183,20 +182,16 @@ def test_every_field_of_every_method_refuses_what_it_cannot_hold(cls: type):
 def test_fields_without_a_default_must_be_given():
     with pytest.raises(InputError, match=r"^method needs loop, n$"):
         typed(Needy, {}, "method")
-    assert typed(Needy, {"loop": {"loop.residual": "A"}, "n": 3}, "method") == Needy(Loop("A"), 3)
+    assert typed(Needy, {"loop": {"residual": "A"}, "n": 3}, "method") == Needy(Loop("A"), 3)
 
 
 def test_fields_are_merged_inside_groups():
-    before = {"name": "summed", "loop": {"loop.residual": "sum", "inject": {"kind": "none"}}, "aux": {"weight": 1}}
+    before = {"name": "summed", "loop": {"residual": "sum", "inject": {"kind": "none"}}, "aux": {"weight": 1}}
     changes = {"loop": {"inject": {"table": "x"}}, "aux": None, "n_blocks": 3}
-    assert merged(before, changes) == {
-        "name": "summed",
-        "loop": {"loop.residual": "sum", "inject": {"kind": "none", "table": "x"}},
-        "aux": None,
-        "n_blocks": 3,
-    }
+    loop = {"residual": "sum", "inject": {"kind": "none", "table": "x"}}
+    assert merged(before, changes) == {"name": "summed", "loop": loop, "aux": None, "n_blocks": 3}
     assert merged({"aux": None}, {"aux": {"weight": 2}}) == {"aux": {"weight": 2}}
-    assert before["loop"] == {"loop.residual": "sum", "inject": {"kind": "none"}}  # and stays as it was
+    assert before["loop"] == {"residual": "sum", "inject": {"kind": "none"}}  # and stays as it was
 
 
 def test_a_mark_is_filled_in_every_text():
@@ -207,16 +202,8 @@ def test_a_mark_is_filled_in_every_text():
 
 
 def test_own_fields_come_first_and_groups_are_known():
-    assert list(field_types(Summed)) == [
-        "n_blocks",
-        "teacher",
-        "loop",
-        "aux",
-        "kd",
-        "first_stage",
-        "stage_length",
-        "with_markers",
-    ]
+    own, inherited = ["n_blocks", "teacher", "loop", "aux", "kd"], ["first_stage", "stage_length", "with_markers"]
+    assert list(field_types(Summed)) == own + inherited
     assert groups(Summed) == {"loop": Loop, "aux": Aux, "kd": Aux} and groups(Loop) == {"inject": Inject}
     assert {"n_blocks", "loop", "loop.residual", "loop.inject.kind", "aux.weight"} <= set(field_names(Summed))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from innerloop.cli.arguments import console
 from innerloop.config.typed import field_parser, named, typed
@@ -16,7 +16,7 @@ from innerloop.tasks import TASKS, task_named
 
 def methods() -> None:
     """List the methods: family, paper, stages, what they need."""
-    table = Table("method", "family", "what it does", "paper", "stages", "needs")
+    table = Table(Column("method", no_wrap=True), "family", "what it does", "paper", "stages", "needs")
     for method in METHODS.values():
         n_stages = method().last_stage + 1
         table.add_row(method.name, method.family, method.summary, method.paper, str(n_stages), method.needs)

@@ -56,8 +56,9 @@ def typed(cls: type, settings: Any, key: str, base: Any = None) -> Any:
     types, inner, plain, made = field_types(cls), groups(cls), {}, {}
     for name, value in settings.items():
         if name not in types:
-            title = getattr(cls, "name", key)
-            raise InputError(f"{key}.{name}: '{title}' has no field '{name}'{nearest(str(name), field_names(cls))}")
+            title, known, path = getattr(cls, "name", key), field_names(cls), str(name).split(".")
+            hint = f"; write {': {'.join(path)}: ...{'}' * (len(path) - 1)}" if name in known else ""
+            raise InputError(f"{key}.{name}: '{title}' has no field '{name}'{hint or nearest(str(name), known)}")
         if value is None and not takes_none(types[name]):
             raise InputError(f"{key}.{name} is empty, but must be {told_type(types[name])}")
         if name in inner:

@@ -35,6 +35,7 @@ from innerloop.methods import Method, name_of
 from innerloop.text.encoder import Speller
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
+FORMAT = 2  # of innerloop.json: how settings are spelled
 RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
 
 
@@ -85,7 +86,8 @@ def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) 
         lm.save_pretrained(folder, state_dict=merged_state(lm))
     model.tokenizer.save_pretrained(folder)
     save_file(_apart(trained_parts(model)), folder / PARTS)
-    settings = {"innerloop": version("innerloop"), "method": method_settings(model.method), **(record or {})}
+    settings = {"innerloop": version("innerloop"), "format": FORMAT, "method": method_settings(model.method)}
+    settings |= record or {}
     if model.spell.running_text:
         settings["running_text"] = True
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

@@ -29,7 +29,16 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
 from innerloop.methods import method_named, name_of
 from innerloop.methods.depth.method import DepthMethod
-from innerloop.model.checkpoint import SETTINGS, Stored, first_line, load_parts, read_settings, resolve, without_bars
+from innerloop.model.checkpoint import (
+    FORMAT,
+    SETTINGS,
+    Stored,
+    first_line,
+    load_parts,
+    read_settings,
+    resolve,
+    without_bars,
+)
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 M = TypeVar("M", bound=Stored)
@@ -164,6 +173,11 @@ def from_scratch(
 
 def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
     """Return the method that innerloop.json says, its fields checked as those of a recipe are."""
+    if saved.get("format") != FORMAT:
+        raise InputError(
+            f"{folder} was saved by an earlier version of innerloop, whose settings were spelled otherwise: train it "
+            "again"
+        )
     settings = dict(saved["method"])
     cls = method_named(settings.pop("name"))
     unknown = sorted(settings.keys() - {field.name for field in fields(cls)})

@@ -256,7 +256,7 @@ class LatentTrainer(Trainer):
         what = "is not a finite number" if not finite else f"of text is {loss:.3g}, far above guessing ({guess:.3g})"
         raise DivergedError(
             f"training stopped at step {self.state.global_step}: the loss {what}; {kept}; "
-            "lower train.learning_rate or train.max_grad_norm, or steady the loop (residual, alpha, rescale)"
+            "lower train.learning_rate or train.max_grad_norm, or steady the loop (its residual, alpha, rescale)"
         )
 
     # Validation
