@@ -5,7 +5,6 @@ Every iteration runs all tokens of one row; those that have ended are shown to t
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from innerloop.methods.depth.initial_state import noise_at
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.tokens import PassOutput
+from tests.fields import change
 from tests.models import WIDTH, random_ids, tiny_model
 
 LENGTH = 9
@@ -40,7 +40,7 @@ def recurrent(method: RecurrentDepth = PLAIN, arch: str = "llama", seed: int = 0
 
 def with_settings(model: LatentModel, **fields) -> LatentModel:
     """Put other settings on the weights of a model, the adapter's among them."""
-    twin = LatentModel(model.backbone, model.tokenizer, replace(model.method, **fields))
+    twin = LatentModel(model.backbone, model.tokenizer, change(model.method, **fields))
     if twin.depth.adapter is not None and model.depth.adapter is not None:
         twin.depth.adapter.load_state_dict(model.depth.adapter.state_dict())
     return twin.to(next(model.backbone.parameters()).dtype).eval()
@@ -63,6 +63,18 @@ def read(
     for part, part_mask in zip(ids.split(pieces, dim=1), masks, strict=True):
         logits.append(model.backbone.head(context.read(model.backbone.embed(part), part_mask)))
     return torch.cat(logits, dim=1), context, list(context.depth.passes)
+
+
+def by_token(model: LatentModel, ids: Tensor = IDS, **options) -> Tensor:
+    """Return the logits (B, L, V) of ids that are read one by one."""
+    return read(model, ids, pieces=[1] * ids.shape[1], **options)[0]
+
+
+def flops_of(model: LatentModel, **options) -> float:
+    """Return what reading IDS costs."""
+    meter = Meter(1, torch.device("cpu"))
+    read(model, IDS, meter=meter, **options)
+    return meter.costs(model.backbone)[0].flops
 
 
 def assert_sees_no_later_token(model: LatentModel, **options) -> None:

@@ -72,6 +72,9 @@ def slow_logits(model: LatentModel, ids: Sequence[int], depths: Sequence[int]) -
     return torch.stack([shown[i] for i in range(len(ids))])
 
 
+slow = torch.no_grad()(slow_logits)
+
+
 @torch.no_grad()
 def read(
     model: LatentModel,

@@ -1,5 +1,7 @@
 """Think-at-Hard (tah.md, section 9): which states a token sees, what it shows, and that nothing else changes."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,18 +60,11 @@ def plain_logits(arch: str, tokens: Tensor) -> Tensor:
 
 @by_setting
 @by_arch
-def test_any_pattern_equals_the_slow_reference(arch, settings):
-    model, depths = model_with(arch, **settings)
-    logits, _ = read(model, ids(), depths)
-    for row in range(3):
-        assert_close(logits[row], slow(model, ids()[row].tolist(), depths[row].tolist()), 1e-6)
-
-
-@by_setting
-@by_arch
-def test_reading_part_by_part_or_token_by_token_equals_one_pass(arch, settings):
+def test_any_pattern_equals_the_slow_reference_in_one_pass_or_part_by_part_or_token_by_token(arch, settings):
     model, depths = model_with(arch, **settings)
     whole, _ = read(model, ids(), depths)
+    for row in range(3):
+        assert_close(whole[row], slow(model, ids()[row].tolist(), depths[row].tolist()), 1e-6)
     for parts in ([T - 1, 1], [1] * T, [3, 1, 4, 1]):
         assert_close(read(model, ids(), depths, parts)[0], whole, 1e-6)
 
@@ -106,6 +101,7 @@ def test_a_later_token_changes_nothing_before_it(arch):
 
 @by_arch
 def test_the_first_reading_is_the_plain_decoders_bit_for_bit_whatever_iterates(arch):
+    """While decoding, too, it does not see the second."""
     model, depths = model_with(arch)
     plain = plain_logits(arch, ids())
     never, nothing = read(model, ids(), torch.ones_like(depths))
@@ -113,18 +109,10 @@ def test_the_first_reading_is_the_plain_decoders_bit_for_bit_whatever_iterates(a
     for pattern in (depths, 3 - depths, torch.full_like(depths, 2)):
         logits, context = read(model, ids(), pattern)
         assert torch.equal(logits[pattern == 1], plain[pattern == 1])
-        for row in range(3):
-            for layer in range(2):
-                assert torch.equal(columns(context, 1, layer, row), columns(nothing, 1, layer, row))
-
-
-@by_arch
-def test_decoding_too_the_first_reading_does_not_see_the_second(arch):
-    model, depths = model_with(arch)
-    plain = plain_logits(arch, ids())
+        for row, layer in itertools.product(range(3), range(2)):
+            assert torch.equal(columns(context, 1, layer, row), columns(nothing, 1, layer, row))
     logits, context = read(model, ids(), depths, [4, 1, 1, 1, 1, 1])
     assert_close(logits[depths == 1], plain[depths == 1], 1e-6)
-    _, nothing = read(model, ids(), torch.ones_like(depths))
     for row in range(3):
         assert_close(columns(context, 1, 1, row), columns(nothing, 1, 1, row), 1e-6)
 
@@ -136,15 +124,13 @@ def test_the_cache_holds_every_token_once_and_those_that_iterate_twice(arch, dep
     _, context = read(model, ids(), depths, [4, 1, 4])
     for row in range(3):
         twice = int((depths[row] == 2).sum()) if depth_attention != "depth1_only" else 0  # nobody would look at them
-        assert len(columns(context, 1, row=row)) == T
-        assert len(columns(context, 2, row=row)) == twice
+        assert [len(columns(context, depth, row=row)) for depth in (1, 2)] == [T, twice]
 
 
 @by_arch
 def test_the_mask_is_the_cards_truth_table(arch):
-    """Tokens 1 and 3 of three iterate (tah.md, section 9)."""
-    model, _ = model_with(arch)
-    seen = []
+    """Tokens 1 and 3 of three iterate; columns are (1, 1), (2, 1), (3, 1), (1, 2) and (3, 2) (tah.md, section 9)."""
+    model, seen = model_with(arch)[0], []
 
     def note(module, args, kwargs):
         seen.append(kwargs["attention_mask"])
@@ -154,25 +140,16 @@ def test_the_mask_is_the_cards_truth_table(arch):
     handle.remove()
     first, second = seen
     assert first is None  # causal, as the decoder itself does it
-    keys = [(0, 1), (1, 1), (2, 1), (0, 2), (2, 2)]
-    table = {0: [1, 0, 0, 1, 0], 2: [1, 1, 1, 1, 1]}
-    for row, token in enumerate((0, 2)):
-        visible = (second[0, 0, row] == 0).int().tolist()
-        assert visible == table[token]
-        assert sum(visible) == (token + 1) + sum(i <= token for i in (0, 2))
-        assert visible == [int(j <= token and k <= 2) for j, k in keys]
+    assert (second[0, 0] == 0).int().tolist() == [[1, 0, 0, 1, 0], [1, 1, 1, 1, 1]]
 
 
 def test_which_depths_see_which():
-    keys = torch.tensor([0, 1, 2, 3])
+    keys, two_queries = torch.tensor([0, 1, 2, 3]), torch.tensor([[1], [2]])
     assert sees(keys, 2, "duo").tolist() == [False, True, True, False]
     assert sees(keys, 3, "duo").tolist() == [False, True, True, True]
     assert sees(keys, 3, "same_depth").tolist() == [False, False, False, True]
     assert sees(keys, 3, "depth1_only").tolist() == [False, True, False, False]
-    assert sees(keys, torch.tensor([[1], [2]]), "duo").tolist() == [
-        [False, True, False, False],
-        [False, True, True, False],
-    ]
+    assert sees(keys, two_queries, "duo").int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0]]
 
 
 # LoRA
@@ -181,11 +158,10 @@ def test_which_depths_see_which():
 @by_arch
 def test_at_the_start_the_second_reading_is_the_base_model_on_the_mixed_embeddings(arch):
     """B = 0: with or without LoRA is the same; later it is not, and the first reading never changes."""
-    model, depths = model_with(arch)
-    fresh = on(arch, SMALL, stirred=False)
-    without = on(arch, change(SMALL, lora={"kind": "none"}))
-    assert_close(read(fresh, ids(), depths)[0], read(without, ids(), depths)[0], 1e-12)
-    moved, plain = read(model, ids(), depths)[0], read(without, ids(), depths)[0]
+    (model, depths), without = model_with(arch), change(SMALL, lora={"kind": "none"})
+    models = on(arch, SMALL, stirred=False), on(arch, without), model
+    fresh, plain, moved = (read(one, ids(), depths)[0] for one in models)
+    assert_close(fresh, plain, 1e-12)
     assert torch.equal(moved[depths == 1], plain[depths == 1])
     assert (moved - plain)[depths == 2].abs().amax(-1).min() > 1e-4
     assert model.loop.lora.entry is None and not model.loop.lora.rows_by_entry  # off again
@@ -245,15 +221,13 @@ def test_where_nothing_iterates_it_is_the_plain_model(arch, method, answers):
     model, plain = on(arch, method), on(arch, Cot())
     for ours, theirs in zip(model.answer_logits(MIXED), plain.answer_logits(MIXED)):
         assert torch.equal(ours, theirs)
-    mine, others = answers(model), answers(plain)
-    for one, other in zip(mine, others):
-        assert one.ids == other.ids
-        assert {depth for _, depth in one.depths} == {1}
+    decides = method.iterate == "decider" and method.max_loops > 1
+    for one, other in zip(answers(model), answers(plain)):
+        assert one.ids == other.ids and {depth for _, depth in one.depths} == {1}
         assert (one.cost.passes, one.cost.positions) == (other.cost.passes, other.cost.positions)
-        n_asked = len(one.ids) if method.iterate == "decider" and method.max_loops > 1 else 0
-        decider = n_asked and n_asked * model.depth.chooser.decider.flops
-        read_out = 2.0 * model.backbone.width * V if n_asked else 0.0  # of the question's last token, once more
-        assert one.cost.flops == pytest.approx(other.cost.flops + decider + read_out, rel=1e-12)
+        more = len(one.ids) * model.depth.chooser.decider.flops if decides else 0.0
+        more += 2.0 * model.backbone.width * V * decides  # the question's last token is read out once more
+        assert one.cost.flops == pytest.approx(other.cost.flops + more, rel=1e-12)
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "mistral", "gemma3"])
@@ -263,14 +237,13 @@ def test_tied_heads_windows_and_scaled_embeddings(arch):
     for ours, theirs in zip(model.answer_logits(MIXED), plain.answer_logits(MIXED)):
         assert torch.equal(ours, theirs)
     tokens = ids() % len(model.tokenizer)
-    whole, _ = read(model, tokens, TWICE)
+    whole, once = (read(model, tokens, depths)[0] for depths in (TWICE, torch.ones_like(TWICE)))
     assert_close(read(model, tokens, TWICE, [1] * T)[0], whole, 1e-5)
-    assert (whole - read(model, tokens, torch.ones_like(TWICE))[0])[TWICE == 2].abs().amax(-1).min() > 1e-4
+    assert (whole - once)[TWICE == 2].abs().amax(-1).min() > 1e-4
 
 
 def test_a_method_may_be_asked_for_fewer_iterations(answers):
-    model = on("llama", change(SMALL, iterate="always"))
-    plain = [one.ids for one in answers(on("llama", Cot()))]
-    assert [one.ids for one in answers(model, loops=1)] == plain
-    assert [one.ids for one in answers(model)] != plain
-    assert max(depth for one in answers(model, loops=3) for _, depth in one.depths) == 3
+    model, plain = on("llama", change(SMALL, iterate="always")), on("llama", Cot())
+    once, twice, thrice = (answers(model, loops=loops) for loops in (1, None, 3))
+    assert [one.ids for one in once] == [one.ids for one in answers(plain)] != [one.ids for one in twice]
+    assert max(depth for one in thrice for _, depth in one.depths) == 3

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop import Cot, InputError, LatentModel, Tah
+from innerloop import InputError, LatentModel, Tah
 from innerloop.decoder.cost import Meter
-from innerloop.loop.trace import Trace
+from innerloop.engine.generation import Generation
 from innerloop.methods.depth import decider
 from innerloop.methods.depth.decider import FREE
 from tests.methods.reference_tah import read, slow
@@ -14,7 +14,7 @@ from tests.methods.tools import MIXED, QUESTIONS, assert_close, by_arch, change,
 from tests.models import tiny_model
 
 V = 15
-SMALL = Tah(lora={"rank": 2}, decider={"width": 8, "blocks": 1}, input_mix_topk=7)
+SMALL = Tah(lora={"rank": 2}, decider={"width": 8, "blocks": 1}, input_mix_topk=4)
 
 
 def scores_of(model: LatentModel) -> list[Tensor]:
@@ -24,7 +24,7 @@ def scores_of(model: LatentModel) -> list[Tensor]:
     return found
 
 
-def own(arch: str, method: Tah, ends: float = 1.6, **changes) -> LatentModel:
+def own(arch: str, method: Tah, ends: float = 1.4, **changes) -> LatentModel:
     """Return a model with weights of its own; the more ``ends`` is above 1, the sooner rows end."""
     model = tiny_model(method, arch, num_hidden_layers=2, **changes).double()
     stir(model)
@@ -44,10 +44,10 @@ def deciding(arch: str, method: Tah = SMALL, share: float = 0.5, **changes) -> L
     return own(arch, change(method, tau=middle[widest : widest + 2].mean().item()), **changes)
 
 
-def depths_of(generation, n_question: int) -> tuple[list[int], list[int]]:
+def depths_of(model: LatentModel, question: str, generation: Generation) -> tuple[list[int], list[int]]:
     """Return how often the tokens of the question and the written ones were read."""
-    depths = [depth for _, depth in generation.depths]
-    return depths[:n_question], depths[n_question:]
+    (row,), depths = model.prompts([question]), [depth for _, depth in generation.depths]
+    return depths[: len(row)], depths[len(row) :]
 
 
 # Waiting
@@ -62,15 +62,13 @@ def depths_of(generation, n_question: int) -> tuple[list[int], list[int]]:
 def test_what_is_written_is_what_the_slow_reference_shows_for_the_same_depths(arch, settings, answers):
     """A batch in which rows wait for their own tokens alone == single rows == the slow reference."""
     model = deciding(arch, change(SMALL, **settings))
-    together = answers(model)
-    found = set()
+    together, found = answers(model), set()
     for question, one in zip(QUESTIONS, together):
-        (alone,) = answers(model, [question])
-        (row,) = model.prompts([question])
+        (alone,), (row,) = answers(model, [question]), model.prompts([question])
         assert (one.ids, one.depths) == (alone.ids, alone.depths)
         assert (one.cost.passes, one.cost.positions) == (alone.cost.passes, alone.cost.positions)
         assert one.cost.flops == pytest.approx(alone.cost.flops, rel=1e-12)
-        asked, written = depths_of(one, len(row))
+        asked, written = depths_of(model, question, one)
         assert len(written) == len(one.ids) - 1  # nothing reads the last
         logits = slow(model, [*row.ids(), *one.ids[:-1]], [*asked, *written])[len(row) - 1 :]
         logits[:, model.suppressed_ids()] = -torch.inf
@@ -79,116 +77,88 @@ def test_what_is_written_is_what_the_slow_reference_shows_for_the_same_depths(ar
         assert asked[:-1] == [1] * (len(row) - 1) or model.method.prompt_iterates
     assert found == set(range(1, model.method.max_loops + 1))
     assert len({len(one.ids) for one in together}) > 1  # rows end at different times
-
-
-@by_arch
-def test_a_model_that_does_not_wait_writes_the_same(arch, answers):
-    model = deciding(arch)
-    waiting = answers(model)
-    model.depth.waits = False
-    for one, other in zip(waiting, answers(model)):
+    model.depth.waits = False  # a model that does not wait writes the same
+    for one, other in zip(together, answers(model)):
         assert (one.ids, one.cost.passes) == (other.ids, other.cost.passes)
         assert one.depths == other.depths[: len(one.depths)]  # what has ended rides along, and is listed too
 
 
 @by_arch
-def test_teacher_forcing_shows_what_was_written(arch, answers):
+def test_teacher_forcing_shows_what_was_written_and_the_decider_does_not_leak(arch):
     """The pass of the loss and the passes of generation are one policy: the same tokens iterate."""
     model = deciding(arch)
-    for example in MIXED:
-        row = model.rows([example])[0]
+    for i, row in enumerate(model.rows(MIXED)):
         batch = model.batch([row])
         with torch.no_grad():
             thought = model.think(batch)
             logits = model.written_logits(batch, thought)
-        depths = thought.deep[-1].depths_BL[0].tolist()
-        assert_close(logits, slow(model, row.ids(), depths)[len(row) - len(logits) - 1 : -1], 1e-6)
-        n_question = len(row) - len(logits)
-        assert set(depths[: n_question - 1]) <= {1} and depths[-1] == 1  # only what predicts a written token
+        depths, first = thought.deep[-1].depths_BL[0].tolist(), len(row) - len(logits)
+        assert_close(logits, slow(model, row.ids(), depths)[first - 1 : -1], 1e-6)
+        assert set(depths[: first - 1]) <= {1} and depths[-1] == 1  # only what predicts a written token
+        for at in range(first, len(row) - 1) if i < 2 else ():
+            moved = logits_of(model, [with_token(row, at, (row.ids()[at] + 1) % V)])[0]
+            assert_close(moved[: at - first + 1], logits[: at - first + 1], 1e-6)
+            assert (moved - logits)[at - first + 1 :].abs().amax(1).min() > 1e-6
 
 
 def test_a_row_reads_no_further_than_the_model_can(answers):
     """Rows that wait are late; none goes on past its budget while it waits for the others to end."""
-    always = own("gpt2", change(SMALL, iterate="always"), max_position_embeddings=16)
-    for one in (always, deciding("gpt2", max_position_embeddings=16)):
-        for question, generation in zip(QUESTIONS, answers(one, n=40)):
-            assert generation.ended or len(generation.ids) == 16 - len(one.prompts([question])[0])
+    short = {"max_position_embeddings": 16}
+    for model in (own("gpt2", change(SMALL, iterate="always"), **short), deciding("gpt2", **short)):
+        for question, generation in zip(QUESTIONS, answers(model, n=40)):
+            assert generation.ended or len(generation.ids) == 16 - len(model.prompts([question])[0])
 
 
 @by_arch
-def test_the_batch_takes_as_many_passes_as_its_slowest_row(arch):
-    model = deciding(arch, share=0.2, ends=0.0)
-    n_passes: list[int] = []
+def test_the_batch_takes_as_many_passes_as_its_slowest_row(arch, answers):
+    model, n_passes = deciding(arch, share=0.2, ends=0.0), []
     model.backbone.decoder.register_forward_pre_hook(lambda module, args: n_passes.append(1))
-    together = model.generate(QUESTIONS, max_new_tokens=8)
-    read_by_row = [depths_of(one, len(row)) for one, row in zip(together, model.prompts(QUESTIONS))]
-    first = max(max(asked) for asked, _ in read_by_row)
-    slowest = max(sum(written) for _, written in read_by_row)
-    assert not any(one.ended for one in together)
-    assert len(n_passes) == first + slowest
+    together = answers(model, n=8)
+    asked, written = zip(*(depths_of(model, question, one) for question, one in zip(QUESTIONS, together)))
+    needed = max(map(max, asked)) + max(map(sum, written))
+    assert len(n_passes) == needed and not any(one.ended for one in together)
     n_passes.clear()
     model.depth.waits = False
-    model.generate(QUESTIONS, max_new_tokens=8)
-    assert len(n_passes) > first + slowest  # wherever any row has a hard token, all wait
-
-
-@by_arch
-def test_the_decider_does_not_leak(arch):
-    model = deciding(arch)
-    for example in MIXED[:2]:
-        (row,) = model.rows([example])
-        logits = logits_of(model, [row])[0]
-        first = len(row) - len(logits)
-        for at in range(first, len(row) - 1):
-            moved = logits_of(model, [with_token(row, at, (row.ids()[at] + 1) % 15)])[0]
-            assert_close(moved[: at - first + 1], logits[: at - first + 1], 1e-6)
-            assert (moved - logits)[at - first + 1 :].abs().amax(1).min() > 1e-6
+    answers(model, n=8)
+    assert len(n_passes) > needed  # wherever any row has a hard token, all wait
 
 
 # The decider
 
 
-def test_a_token_goes_on_if_the_decider_is_surer_than_tau():
-    model = on("llama", change(SMALL, tau=0.3, prompt_iterates=True))
+def free_depths(model: LatentModel, ids: Tensor) -> Tensor:
+    """Return how often tokens (B, L) are read if only the decider says."""
+    return read(model, ids, torch.full_like(ids, FREE))[1].depth.passes[0].depths_BL
+
+
+def test_a_token_goes_on_if_the_decider_is_surer_than_tau_unless_its_depth_is_known():
+    model, ids = on("llama", change(SMALL, tau=0.3)), torch.randint(0, 18, (2, 7))
     scores = scores_of(model)
-    ids = torch.randint(0, 18, (2, 7))
-    context = model.new_context(model.batch(model.prompts(["2"])))
-    context.depth.wanted_BS = torch.full_like(ids, FREE)
-    _, context = read(model, ids, context.depth.wanted_BS)
-    went = context.depth.passes[0].depths_BL == 2
+    went = free_depths(model, ids) == 2
     assert torch.equal(went, (scores[0].sigmoid() > 0.3).view(2, 7))
     surest = scores[0].sigmoid().max().item()
     for tau, n_went in ((surest, 0), (surest - 1e-9, 1)):  # strictly surer
-        model.depth.chooser.settings = change(SMALL, tau=tau)
-        _, context = read(model, ids, torch.full_like(ids, FREE))
-        assert (context.depth.passes[0].depths_BL == 2).sum() == n_went
-    with torch.no_grad():
-        model.depth.chooser.decider.leave.bias.fill_(1e3)
-    model.depth.chooser.settings = change(SMALL, tau=1.0)
-    _, context = read(model, ids, torch.full_like(ids, FREE))
-    assert (scores[-1].sigmoid() == 1).all() and (context.depth.passes[0].depths_BL == 1).all()
+        model.depth.chooser.choice = change(SMALL, tau=tau)
+        assert (free_depths(model, ids) == 2).sum() == n_went
+    model.depth.chooser.decider.leave.bias.data.fill_(1e3)
+    model.depth.chooser.choice = change(SMALL, tau=1.0)
+    assert (free_depths(model, ids) == 1).all() and (scores[-1].sigmoid() == 1).all()
+    known = torch.tensor([[1, 2, 1, 2, 2, 1, 1]] * 2)
+    assert torch.equal(read(model, ids, known)[1].depth.passes[0].depths_BL, known)
 
 
 def test_what_the_decider_sees():
     """States at its layers, embeddings first, then the largest logits in order."""
-    model = on("llama", change(SMALL, decider={"layers": (1, 0)}))
-    seen = []
+    model, seen = on("llama", change(SMALL, decider={"layers": (1, 0)})), []
     model.depth.chooser.decider.register_forward_pre_hook(lambda module, args: seen.append(args))
     ids = torch.randint(0, 18, (1, 5))
-    read(model, ids, torch.full_like(ids, FREE))
-    (states, top) = seen[0]
+    free_depths(model, ids)
+    ((states, top),) = seen
     with torch.no_grad():
         embeds = model.backbone.embed(ids)
         layers = model.backbone(embeds, all_states=True)
     assert torch.equal(states[0], layers[1][0]) and torch.equal(states[1], embeds[0])
-    assert torch.equal(top, model.backbone.head(layers[-1])[0].topk(3).values)
-
-
-def test_known_depths_go_before_the_decider():
-    model = deciding("llama")
-    ids = torch.randint(0, V, (1, 6))
-    _, context = read(model, ids, torch.tensor([[1, 2, 1, 2, 2, 1]]))
-    assert context.depth.passes[0].depths_BL.tolist() == [[1, 2, 1, 2, 2, 1]]
+    assert torch.equal(top, model.backbone.head(layers[-1])[0].topk(4).values)
 
 
 # Counting
@@ -200,69 +170,56 @@ def test_flops_are_those_of_the_cards_formula(arch, settings, answers):
     """sum of step(s) over readings + mixing + deciding; a reading at depth 2 sees i + #(iterated <= i) keys."""
     model = deciding(arch, change(SMALL, **settings))
     backbone, chooser, limit = model.backbone, model.depth.chooser, model.method.max_loops
-    weights = sum(p.numel() for p in backbone.layers.parameters())
+    weights, read_out = sum(p.numel() for p in backbone.layers.parameters()), 2.0 * V * backbone.width
     attention = 4 * backbone.n_layers * backbone.width
     for question, one in zip(QUESTIONS, answers(model)):
-        depths = [depth for _, depth in one.depths]
-        n_question = len(model.prompts([question])[0])
-        total = 2.0 * V * backbone.width  # the question's last token is read out to decide, and to write
+        asked, written = depths_of(model, question, one)
+        depths, total = asked + written, read_out  # the question's last token is read out to decide, and to write
         for i, mine in enumerate(depths):
             for depth in range(1, mine + 1):
                 keys = sum(min(other, depth) for other in depths[: i + 1])
                 total += 2.0 * weights + attention * keys + (depth > 1) * model.loop.lora.flops
-                if i >= n_question - 1:
-                    total += 2.0 * V * backbone.width + (depth < limit) * chooser.decider.flops
-            total += (mine - 1) * 2.0 * backbone.width * 7
-        if depths[n_question - 1] == limit:
-            total -= 2.0 * V * backbone.width  # its last reading is not read out to decide
+                if i >= len(asked) - 1:
+                    total += read_out + (depth < limit) * chooser.decider.flops
+            total += (mine - 1) * 2.0 * backbone.width * 4
+        total -= (asked[-1] == limit) * read_out  # its last reading is not read out to decide
         assert one.cost.flops == pytest.approx(total, rel=1e-9)
 
 
 @torch.no_grad()
 def test_six_of_a_hundred_tokens_read_twice_cost_less_than_a_tenth_more():
     wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
-    small = Tah(iterate="never", lora={"rank": 4})
-    model, plain = tiny_model(small, "llama", **wide), tiny_model(Cot(), "llama", **wide)
-    ids = torch.randint(0, 15, (4, 100))
-    wanted = torch.where(torch.rand(ids.shape).argsort(1) < 6, 2, 1)
-    flops = []
-    for one in (model, plain):
+    model = tiny_model(Tah(iterate="never", lora={"rank": 4}), "llama", **wide)
+    ids, flops = torch.randint(0, V, (4, 100)), []
+    for n_twice in (6, 0):
         meter = Meter(4, ids.device)
-        context = one.new_context(one.batch(one.prompts(["2"] * 4)), meter)
-        context.depth.wanted_BS = wanted
-        context.read(one.backbone.embed(ids))
-        flops.append(sum(cost.flops for cost in meter.costs(one.backbone)))
+        context = model.new_context(model.batch(model.prompts(["2"] * 4)), meter)
+        context.depth.wanted_BS = torch.where(torch.rand(ids.shape).argsort(1) < n_twice, 2, 1)
+        context.read(model.backbone.embed(ids))
+        flops.append(sum(cost.flops for cost in meter.costs(model.backbone)))
     assert 1.06 < flops[0] / flops[1] < 1.10
 
 
 @pytest.mark.parametrize("at_once", [4096, 5])
 @by_arch
 def test_no_token_is_read_out_twice_unless_they_are_too_many_to_keep(arch, at_once, monkeypatch):
-    model = deciding(arch)
+    model, n_rows = deciding(arch), []
     whole = model.answer_logits(MIXED)
     monkeypatch.setattr(decider, "AT_ONCE", at_once)
-    n_rows: list[int] = []
-    model.backbone.lm.get_output_embeddings().register_forward_pre_hook(
-        lambda module, args: n_rows.append(len(args[0]))
-    )
-    logits = model.answer_logits(MIXED)
-    n_read_out = sum(n_rows)
-    for ours, theirs in zip(logits, whole):
+    head = model.backbone.lm.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: n_rows.append(len(args[0])))
+    for ours, theirs in zip(model.answer_logits(MIXED), whole):
         assert_close(ours, theirs, 1e-10)
-    out = model.loss(MIXED)
-    n = len(model.batch(model.rows(MIXED)).targets_U)
-    n_twice = round(out.terms["iterated"].item() * n)
+    n_read_out, n = sum(n_rows), len(model.batch(model.rows(MIXED)).targets_U)
+    n_twice = round(model.loss(MIXED).terms["iterated"].item() * n)
     assert 0 < n_twice < n
     assert n_read_out == n + (n_twice if at_once == 4096 else n)
 
 
 def test_a_trace_tells_what_each_reading_showed():
     model = on("llama", change(SMALL, iterate="always"))
-    trace = model.loss(MIXED[:2], trace=True).trace
-    assert isinstance(trace, Trace)
-    assert [entry.loop for entry in trace.iterations] == [1, 2]
-    assert trace.iterations[1].rows == [0, 1]
-    assert trace.iterations[0].top_ids is not None
+    first, second = model.loss(MIXED[:2], trace=True).trace.iterations
+    assert (first.loop, second.loop, second.rows) == (1, 2, [0, 1]) and first.top_ids is not None
     written = model.generate(QUESTIONS[:2], max_new_tokens=3, trace=True)
     assert [entry.loop for entry in written[1].trace.iterations] == [1, 2]  # the question's own pass
 

@@ -25,7 +25,7 @@ def test_what_the_model_cannot_is_refused_in_one_sentence():
     backbone, tokenizer = tiny_backbone("llama"), tiny_model(Cot()).tokenizer
     head = backbone.lm.get_output_embeddings()
     head.bias = nn.Parameter(torch.zeros(head.weight.shape[0]))
-    with pytest.raises(InputError, match="or has a bias.*its logits do not add up: set residual_logits to false"):
+    with pytest.raises(InputError, match=r"or has a bias.*its logits do not add up: set residual_logits to false"):
         LatentModel(backbone, tokenizer, SMALL)
     LatentModel(backbone, tokenizer, change(SMALL, residual_logits=False))
 
