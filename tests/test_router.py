@@ -10,19 +10,6 @@ from innerloop.methods.depth.router import Router, gate_of, mixed, share_of, tok
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
 
 
-@pytest.mark.parametrize(
-    ("scores", "k", "chosen"),
-    [
-        ([[9, 9, 1, 4, 2, 3], [5, 0, 4, 1, 3, 2]], [2, 3], [[3, 5], [0, 2, 4]]),
-        ([[1, 1, 0, 0, 0, 0], [0, 2, 0, 2, 0, 2]], [3, 2], [[2, 3, 4], [1, 3]]),
-    ],
-    ids=["unlike", "ties"],
-)
-def test_top_k_takes_the_highest_scores_among_the_allowed_and_of_equal_ones_the_earlier(scores, k, chosen):
-    found = top_k(torch.tensor(scores).float(), REAL, torch.tensor(k))
-    assert [row.nonzero()[:, 0].tolist() for row in found] == chosen
-
-
 def test_top_k_of_many_ties_is_exact_and_more_than_there_are_is_all():
     scores = torch.randint(0, 3, (50, 40), generator=torch.Generator().manual_seed(0)).float()
     real = torch.rand(50, 40, generator=torch.Generator().manual_seed(1)) > 0.3

@@ -119,15 +119,6 @@ def test_how_many_keys_a_token_keeps(kind, n_slots, pieces):
         assert torch.equal(entries(context, layers)[0], torch.ones_like(ran))
 
 
-def test_reused_slots_hold_no_more_columns_than_tokens():
-    model = looking_up("compress", 2, max_loops=9)
-    _, context, _ = read(model, IDS, pieces=[5, 1, 1, 1, 1])
-    lengths = {key: slot.length for key, slot in context.cache.slots.items() if slot.layers == model.depth.core}
-    assert lengths == {1: LENGTH, 2: LENGTH}
-    _, context, _ = read(looking_up("always_last"), IDS, pieces=ONE_BY_ONE)
-    assert context.cache.slots["ended", 0].length == LENGTH
-
-
 @by_arch
 @by_lookup
 def test_no_token_of_unlike_depth_sees_a_later_one(arch, kind, n_slots):
