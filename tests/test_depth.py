@@ -1,18 +1,14 @@
 """Tokens of unlike depth: packing, slots, and layers run on some tokens alone."""
 
-import pytest
 import torch
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cache import fork, join_rows, select_rows
 from innerloop.decoder.cost import Meter
-from innerloop.decoder.masks import visible
 from innerloop.decoder.ragged_cache import DepthCache, Slot
-from innerloop.methods import Looped
-from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
-from innerloop.passes.tokens import PassInput, Spending, Tokens, read_layers
+from innerloop.passes.tokens import Spending, Tokens, read_layers
 from tests.close import assert_close
-from tests.models import WIDTH, tiny_backbone, tiny_model
+from tests.models import WIDTH, tiny_backbone
 
 
 def some_tokens(n_rows: int = 3, n: int = 6, seed: int = 0) -> Tokens:
@@ -104,55 +100,6 @@ def test_reading_on_equals_reading_at_once(arch: str):
     assert_close(got, expected)
 
 
-def test_all_tokens_run_exactly_as_the_decoder_runs_them(arch: str):
-    backbone = tiny_backbone(arch)
-    embeds = some_tokens(2, 7).states_RND
-    for mask in (None, torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])):
-        positions = torch.arange(7).expand(2, 7) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-        cache = backbone.empty_cache()
-        own = backbone(embeds, mask=mask, positions_BL=positions, cache=cache)
-        slot = empty_slot(range(backbone.n_layers), 2)
-        tokens = Tokens(embeds, positions, None if mask is None else mask.bool())
-        ours = backbone.norm(read_layers(backbone, tokens, slot, inner=False))
-        assert torch.equal(ours, own) and slot.is_dense
-        for i, layer in enumerate(cache.layers):
-            assert torch.equal(slot.keys[i][:, :, -layer.keys.shape[2] :], layer.keys)
-
-
-def test_a_slot_can_be_looked_at_beside_ones_own_or_instead_of_it():
-    backbone, layers = tiny_backbone("llama"), range(1, 3)
-    first, second = some_tokens(2, 4), some_tokens(2, 4, seed=1)
-    shown = empty_slot(layers, 2)
-    read_layers(backbone, first, shown)
-    # beside: twice the keys, those of the same positions among them
-    both = read_layers(backbone, second, empty_slot(layers, 2), also=[shown])
-    at = torch.arange(4).expand(2, 4)
-    seen = torch.cat([at, at], dim=1)[:, None, :] <= at[:, :, None]
-    # layer by layer, queries of the second on keys of both: keys of the first come from its own, earlier run
-    inner_first = backbone(first.states_RND, positions_BL=at, layers=range(1, 2), inner=True)
-    h = second.states_RND
-    for layer, other in ((1, first.states_RND), (2, inner_first)):
-        square = torch.full((2, 8, 8), False)
-        square[:, :4] = seen
-        square[:, 4:, 4:] = at[:, None, :] <= at[:, :, None]
-        whole = backbone(
-            torch.cat([h, other], dim=1),
-            mask=visible(backbone.config, square, torch.zeros(2, 8, 8, dtype=torch.long), h.dtype),
-            positions_BL=torch.cat([at, at], dim=1),
-            layers=range(layer, layer + 1),
-            inner=True,
-        )
-        h = whole[:, :4]
-    assert_close(both, h)
-    # nothing shown of it: as if it were not there
-    hidden = read_layers(backbone, second, empty_slot(layers, 2), also=[shown.showing(torch.zeros(2, 4).bool())])
-    assert_close(hidden, read_layers(backbone, second, empty_slot(layers, 2)))
-    # instead: nothing of ours is remembered
-    length = shown.length
-    read_layers(backbone, second, shown, writes=False)
-    assert shown.length == length and shown.keys[0].shape[2] == length
-
-
 # Slots
 
 
@@ -190,38 +137,3 @@ def test_work_is_counted_for_the_tokens_that_ran_and_the_rows_that_count():
     assert meter.layer_keys.tolist() == [0, 2 * 1, 0, 2 * (1 + 2 + 3)]
     read_layers(backbone, some_tokens().pick(chosen), slot, spending=spending)  # on top of what is there
     assert meter.layer_keys.tolist()[3] == 2 * (1 + 2 + 3) + 2 * (2 + 4 + 6)
-
-
-# Passes
-
-
-@pytest.mark.parametrize("is_padded", [False, True])
-def test_tokens_as_rows_of_the_loop_are_the_tokens_side_by_side(is_padded: bool):
-    model = tiny_model(Looped(max_loops=3))
-    real = bits("011111", "111111", "000111") if is_padded else None
-    whole = some_tokens()
-    tokens = Tokens(whole.states_RND, whole.positions_RN, real)
-    depth: DepthForward = model.depth
-    side, each = (kind(depth, PassInput(tokens, depth.empty_cache()), range(3)) for kind in (BlockPass, TokenPass))
-    state = model.loop(side, tokens.states_RND, [3] * 3).state
-    lined = model.loop(each, each.line_up(tokens.states_RND), [3] * int(tokens.real.sum())).state
-    assert_close(each.place(lined[:, 0], tokens.states_RND)[tokens.real], state[tokens.real])
-
-
-def test_each_token_goes_its_own_number_of_times_round():
-    model = tiny_model(Looped(max_loops=4))
-    tokens = some_tokens()
-    n_loops = torch.tensor([[1, 4, 2, 1, 1, 3], [1, 1, 1, 1, 1, 1], [4, 2, 2, 1, 3, 1]])
-    each = TokenPass(model.depth, PassInput(tokens, cache := DepthCache()), range(3))
-    final = model.loop(each, each.line_up(tokens.states_RND), n_loops.flatten().tolist()).state
-    final = each.place(final[:, 0], tokens.states_RND)
-    for loop in range(1, 5):
-        assert int(cache.slots[loop].real_BP.sum()) == int((n_loops >= loop).sum())
-    # a token's loop sees the tokens that are still in it
-    expected = tokens.states_RND.clone()
-    for loop in range(1, 5):
-        for row in range(3):
-            own = torch.nonzero(n_loops[row] >= loop)[:, 0].tolist()
-            if own:
-                expected[row, own] = slowly(model.backbone, range(3), expected[row, own], own)
-    assert_close(final, expected)

@@ -5,34 +5,9 @@ import math
 import pytest
 import torch
 
-from innerloop.methods.depth.router import (
-    Notes,
-    Router,
-    gate_of,
-    membership_loss,
-    mixed,
-    row_means,
-    share_chosen,
-    share_of,
-    tokens_in,
-    top_k,
-    warmed,
-)
+from innerloop.methods.depth.router import Router, gate_of, mixed, share_of, tokens_in, top_k, warmed
 
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
-
-
-@pytest.mark.parametrize(
-    ("scores", "k", "chosen"),
-    [
-        ([[9, 9, 1, 4, 2, 3], [5, 0, 4, 1, 3, 2]], [2, 3], [[3, 5], [0, 2, 4]]),
-        ([[1, 1, 0, 0, 0, 0], [0, 2, 0, 2, 0, 2]], [3, 2], [[2, 3, 4], [1, 3]]),
-    ],
-    ids=["unlike", "ties"],
-)
-def test_top_k_takes_the_highest_scores_among_the_allowed_and_of_equal_ones_the_earlier(scores, k, chosen):
-    found = top_k(torch.tensor(scores).float(), REAL, torch.tensor(k))
-    assert [row.nonzero()[:, 0].tolist() for row in found] == chosen
 
 
 def test_top_k_of_many_ties_is_exact_and_more_than_there_are_is_all():
@@ -82,26 +57,6 @@ def test_gates_and_their_slopes():
         out = mixed(x, y, gate_of(r, "st" if straight else "sigmoid")[None], "delta", straight)
         slopes[straight] = torch.autograd.grad(out.sum(), r)[0]
     assert torch.equal(slopes[True], slopes[False]) and slopes[True].abs().min() > 0
-
-
-def test_the_membership_loss_of_a_constant_score_knows_the_share_of_the_chosen():
-    """BCE of a constant t is -p log s(t) - (1 - p) log (1 - s(t)); p = k / S is the mean of its targets."""
-    chosen = top_k(torch.randn(2, 6), REAL, torch.tensor([1, 4]))
-    t = torch.full((2, 6), 0.7)
-    expected = sum(-p * math.log(0.66818777) - (1 - p) * math.log(1 - 0.66818777) for p in (1 / 4, 4 / 6))
-    assert membership_loss(t, chosen, REAL).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_means_over_some_tokens():
-    values = torch.arange(12.0).view(2, 6)
-    assert row_means(values, REAL).tolist() == [3.5, 8.5]
-    assert row_means(values, torch.zeros_like(REAL)).tolist() == [0.0, 0.0]
-    assert share_chosen(values > 3.5, REAL).item() == pytest.approx(8 / 10)
-    notes = Notes()
-    for value in (1.0, 2.0):
-        notes.add("a", torch.tensor(value))
-        notes.measure("b", torch.tensor(value))
-    assert notes.sums["a"] == 3.0 and notes.measured["b"].tolist() == [1.0, 2.0]
 
 
 def test_a_router_computes_in_fp32_and_starts_at_small_scores_that_differ():

@@ -9,7 +9,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Cot, Looped, Method, RelaxedRecursive
-from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
+from innerloop.methods.depth.tying import depths_of, rebuild, stepwise, with_ends
 from tests.close import assert_close
 from tests.models import answers_of, chain_tokenizer, from_scratch, random_ids, tiny_backbone
 
@@ -23,23 +23,6 @@ OTHERS = {
 def other(arch: str, method: Method) -> LatentModel:
     """Make a model of an architecture with fused matrices, or with scaled embeddings."""
     return from_scratch({"type": arch, **SMALL, **OTHERS[arch]}, chain_tokenizer(), method).eval()
-
-
-def test_a_stack_may_be_put_together_anew(arch: str):
-    backbone, ids = tiny_backbone(arch), random_ids(2, 7)
-    at = torch.arange(7).expand(2, 7)
-    kinds = getattr(backbone.config, "layer_types", None) or ["any"] * 3
-    order = [0, 2, 1, 2] if arch == "gemma3" else [2, 0, 0, 1]
-    with torch.no_grad():
-        states = backbone.enter(backbone.embed(ids), at)
-        for layer in order:
-            states = backbone(states, layers=range(layer, layer + 1), positions_BL=at, inner=True)
-        rebuild(backbone, [[layer] for layer in order])
-        assert_close(backbone(backbone.embed(ids)), backbone.norm(states))
-    assert backbone.n_layers == backbone.config.num_hidden_layers == 4
-    assert (getattr(backbone.config, "layer_types", None) or ["any"] * 4) == [kinds[layer] for layer in order]
-    weights = [next(iter(backbone.layers[place].parameters())) for place in (1, 2)]
-    assert weights[0] is not weights[1]  # a layer twice is two layers
 
 
 def test_a_rebuilt_model_is_saved_by_transformers_and_loaded(arch: str, tmp_path):
@@ -69,14 +52,6 @@ def test_depths_are_shared_out_in_cycles():
         depths_of(7, 2)
     assert stepwise(5, 2) == [0, 4] and stepwise(4, 3) == [0, 2, 3]  # 1.5 is rounded up
     assert with_ends([[0, 2], [1]], 1, 6, 2) == [[0], [1, 3], [2], [4], [5]]
-
-
-def test_layers_that_attend_unlike_are_not_tied():
-    backbone = tiny_backbone("gemma3")
-    check_kinds(backbone, [[0, 2], [1]])
-    with pytest.raises(InputError, match="layers 0, 1 differ in layer_types"):
-        check_kinds(backbone, [[0, 1], [2]])
-    check_kinds(tiny_backbone("llama"), [[0, 1], [2]])
 
 
 @pytest.mark.parametrize(

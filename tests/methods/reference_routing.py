@@ -13,6 +13,7 @@ from innerloop.decoder.cost import Meter
 from innerloop.decoder.masks import visible
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
+from innerloop.passes.tokens import PassOutput
 from tests.methods.tools import ROUNDED
 from tests.models import random_ids
 
@@ -47,6 +48,13 @@ def on_same(model: LatentModel, **fields) -> LatentModel:
 def opened(model: LatentModel, n_rows: int = 1, meter: Meter | None = None) -> Context:
     """Return a context that has read nothing."""
     return Context(model.backbone, n_rows, meter, depth=DepthRun(model.depth))
+
+
+def only_pass(model: LatentModel, ids: Tensor, mask: Tensor | None = None) -> PassOutput:
+    """Read ids (B, L) with gradients; return what the pass gave."""
+    context = opened(model, len(ids))
+    context.read(model.backbone.embed(ids), mask)
+    return context.depth.passes[0]
 
 
 def read(model: LatentModel, ids: Tensor, mask: Tensor | None = None, meter: Meter | None = None):

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, cross_entropy, kl_div
 
 from innerloop import LatentModel
-from innerloop.halting.learned import exit_distribution
-from innerloop.methods.depth.exits import distribution_loss, improvement_loss
+from innerloop.methods.depth.exits import improvement_loss
 from innerloop.methods.depth.looped import LoopedExits, LoopedStop
 from tests.close import assert_close
 from tests.fields import change
@@ -77,27 +76,6 @@ def test_exits_follow_the_last_whose_own_distribution_is_left_alone():
 
 
 # The gate's mathematics
-
-
-def test_the_distribution_over_exits_is_one():
-    p = exit_distribution(5 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0)))
-    assert (p >= 0).all()
-    assert_close(p.sum(0), torch.ones(50))
-    for first, expected in ((-1e4, [0.0, 0, 0, 1]), (1e4, [1.0, 0, 0, 0])):
-        p = exit_distribution(torch.tensor([[first], [-1e4], [-1e4], [-1e4]]))
-        assert_close(p[:, 0], torch.tensor(expected))
-
-
-def test_the_expected_loss_is_that_of_all_outcomes_and_entropy_is_largest_where_exits_are_alike():
-    losses, logits = torch.tensor([[1.0], [2.0], [4.0]]), torch.logit(torch.tensor([[1 / 3], [1 / 2], [0.9]]))
-    assert_close(distribution_loss(losses, logits, 0.0), torch.tensor(7 / 3))  # all alike
-    even = distribution_loss(torch.zeros(3, 1), logits, 1.0)
-    assert even == pytest.approx(0.0, abs=1e-6)  # log 3 - H = 0
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        assert distribution_loss(torch.zeros(3, 1), torch.randn(3, 1, generator=generator), 1.0) > even - 1e-6
-    one = distribution_loss(torch.zeros(3, 1), torch.tensor([[1e4], [0.0], [0.0]]), 1.0)
-    assert one == pytest.approx(math.log(3), rel=1e-5)
 
 
 def test_an_iteration_is_worth_what_it_gains():

@@ -10,20 +10,13 @@ from innerloop import Cot, InputError, LatentModel, Mor
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods.depth.recursion import TokenChoicePass
 from innerloop.methods.depth.router import Notes
-from innerloop.passes.tokens import PassInput, PassOutput, Tokens
-from tests.methods.reference_routing import IDS, dense_mor, opened, read, some_ids
+from innerloop.passes.tokens import PassInput, Tokens
+from tests.methods.reference_routing import IDS, dense_mor, only_pass, read, some_ids
 from tests.methods.test_mor import TOKENS, recursive
 from tests.methods.tools import ROUNDED, assert_close
 from tests.models import answers_of, chain_examples, chain_tokenizer, from_scratch, saved, tiny_backbone, tiny_model
 
 EXAMPLES = list(chain_examples(8))
-
-
-def training_pass(model: LatentModel, ids: torch.Tensor = IDS, mask: torch.Tensor | None = None) -> PassOutput:
-    """Read ids in training mode; return what the pass gave."""
-    context = opened(model.train(), len(ids))
-    context.read(model.backbone.embed(ids), mask)
-    return context.depth.passes[0]
 
 
 def scored(model: LatentModel, scores: torch.Tensor) -> LatentModel:
@@ -35,19 +28,19 @@ def scored(model: LatentModel, scores: torch.Tensor) -> LatentModel:
 
 def test_balance_multiplies_loads_with_mean_probabilities_of_real_tokens():
     """It is one when depths are equally chosen, and N_r when one takes all."""
-    model = recursive(TOKENS)
+    model = recursive(TOKENS).train()
     mask, seen, router = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]), [], model.depth.routers[0].forward
     model.depth.routers[0].forward = lambda states: seen.append(router(states)) or seen[-1]
-    deep = training_pass(model, some_ids(2, 7), mask)
+    deep = only_pass(model, some_ids(2, 7), mask)
     shares = seen[0][mask.bool()].softmax(-1)
     chosen = torch.nn.functional.one_hot(shares.argmax(-1), 3).float()
     expected = (3 * chosen.mean(0) * shares.mean(0)).sum()
     assert deep.sums["balance"].item() == pytest.approx(2 * expected.item(), rel=1e-5)  # of two rows
     squares = [seen[0][row][mask[row].bool()].logsumexp(-1).square().mean() for row in (0, 1)]
     assert deep.sums["router_z"].item() == pytest.approx(sum(squares).item(), rel=1e-5)
-    even = training_pass(scored(model, 100.0 * torch.eye(3).repeat(3, 1)))
+    even = only_pass(scored(model, 100.0 * torch.eye(3).repeat(3, 1)), IDS)
     assert even.sums["balance"].item() == pytest.approx(1.0) and even.measured["load"].tolist() == [3, 3, 3]
-    one = training_pass(scored(model, torch.tensor([[0.0, 100.0, 0.0]]).expand(9, -1)))
+    one = only_pass(scored(model, torch.tensor([[0.0, 100.0, 0.0]]).expand(9, -1)), IDS)
     assert one.sums["balance"].item() == pytest.approx(3.0)
 
 
@@ -84,7 +77,7 @@ def test_squared_scores_are_a_term_where_they_have_a_weight():
     out = model.loss(EXAMPLES)
     total = out.terms["answer"] + 0.001 * out.terms["router"] + 0.5 * out.terms["router_z"]
     assert out.loss.item() == pytest.approx(total.item(), rel=1e-6)
-    assert training_pass(scored(model, torch.tensor([[3.0]]))).sums["router_z"].item() == pytest.approx(9.0)
+    assert only_pass(scored(model, torch.tensor([[3.0]])), IDS).sums["router_z"].item() == pytest.approx(9.0)
 
 
 def test_an_auxiliary_router_decides_when_answering_and_the_router_only_weighs():
@@ -120,7 +113,7 @@ def test_a_recursion_that_all_run_asks_no_rule():
     """With equal capacities every candidate goes on, also when answering, even if its score is below zero."""
     model = scored(recursive(Mor(n_recursions=2, capacities=(1.0, 1.0))), torch.tensor([[-3.0]]))
     assert (read(model, IDS)[2].depths_BL == 2).all()
-    assert (training_pass(model).depths_BL == 2).all()
+    assert (only_pass(model.train(), IDS).depths_BL == 2).all()
 
 
 def test_the_recursions_are_seen_in_a_trace():

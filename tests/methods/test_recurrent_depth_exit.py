@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop import Chain, LatentModel
-from innerloop.calibrate.calibrate import calibrate
-from innerloop.calibrate.settings import CalibrationSettings
+from innerloop import LatentModel
 from innerloop.methods.depth.recurrent_depth import CoreStop
 from tests.fields import change
 from tests.methods.reference_recurrence import (
@@ -119,15 +117,6 @@ def test_how_many_keys_a_token_keeps(kind, n_slots, pieces):
     assert torch.equal(entries(context, model.depth.core)[0], ran.clamp(max=most))
     for layers in (model.depth.prelude, model.depth.coda):
         assert torch.equal(entries(context, layers)[0], torch.ones_like(ran))
-
-
-def test_reused_slots_hold_no_more_columns_than_tokens():
-    model = looking_up("compress", 2, max_loops=9)
-    _, context, _ = read(model, IDS, pieces=[5, 1, 1, 1, 1])
-    lengths = {key: slot.length for key, slot in context.cache.slots.items() if slot.layers == model.depth.core}
-    assert lengths == {1: LENGTH, 2: LENGTH}
-    _, context, _ = read(looking_up("always_last"), IDS, pieces=ONE_BY_ONE)
-    assert context.cache.slots["ended", 0].length == LENGTH
 
 
 @by_arch
@@ -295,14 +284,6 @@ def test_flops_follow_the_depths_and_looking_at_words_is_counted():
     core = sum(UNEQUAL) * (2 * 2 * layer + 4 * width**2)
     seen = sum((at + 1) * ran for at, ran in enumerate(UNEQUAL))  # in every iteration all tokens before are found once
     assert flops_of(recurrent(), wanted=WANTED) == pytest.approx(core + 2 * coda + 2 * 4 * width * seen)
-
-
-@pytest.mark.parametrize("rule", ["delta", "kl_reverse"])
-def test_thresholds_are_calibrated_for_it(rule):
-    model, task = recurrent(), Chain(n_ops=2, n_valid=12)
-    found = calibrate(model, task, task.examples("valid"), rule, CalibrationSettings(agreement=0.9, max_new_tokens=4))
-    assert found.model is model and model.method.stop.rule == rule
-    assert found.report["tokens"]["agreement"] >= 0.9 and found.report["chosen"]["mean_loops"] < 4
 
 
 @by_arch

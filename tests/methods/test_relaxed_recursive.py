@@ -10,13 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers.pytorch_utils import Conv1D
 
-from innerloop import (
-    Cot,
-    InputError,
-    LatentModel,
-    Looped,
-    RelaxedRecursive,
-)
+from innerloop import Cot, InputError, LatentModel, Looped, RelaxedRecursive
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods.depth.residual_lora import key_of, truncated
 from innerloop.methods.depth.tying import rebuild, stepwise

@@ -1,4 +1,4 @@
-"""What MoD and MoR share: terms of the loss, what routers learn from, checkpointed passes, capacities, recipes."""
+"""What MoD and MoR share: terms of the loss, what routers learn from, checkpointed passes, capacities."""
 
 import dataclasses
 from pathlib import Path
@@ -13,13 +13,11 @@ from innerloop.methods import Method
 from innerloop.methods.depth import mod as mod_module
 from innerloop.methods.depth import recursion
 from innerloop.passes.tokens import PassOutput
-from innerloop.train.recipe import parse_recipe
-from innerloop.train.run import run_recipe
 from innerloop.train.trainer import LatentTrainer
 from innerloop.train.training_arguments import training_arguments
-from tests.methods.reference_routing import displaces, leak, on_same, opened, read, scattered, some_ids
+from tests.methods.reference_routing import displaces, leak, on_same, only_pass, read, scattered, some_ids
 from tests.methods.tools import MIXED, QUESTIONS, ROUNDED, assert_close, by_arch, gradients
-from tests.models import chain_examples, tiny_model
+from tests.models import answers_of, chain_examples, saved, tiny_model
 
 EXAMPLES = list(chain_examples(8))
 
@@ -48,9 +46,7 @@ def training(method: Method, arch: str = "llama", seed: int = 0) -> LatentModel:
 
 def one_pass(model: LatentModel, mask: torch.Tensor | None = None) -> PassOutput:
     """Read some tokens with gradients; return what the pass gave."""
-    context = opened(model, 2)
-    context.read(model.backbone.embed(some_ids(2, 10, seed=1)), mask)
-    return context.depth.passes[0]
+    return only_pass(model, some_ids(2, 10, seed=1), mask)
 
 
 def trainer_of(model: LatentModel, folder: Path, **settings) -> LatentTrainer:
@@ -182,28 +178,11 @@ def test_a_frozen_backbone_trains_routers_alone(method, tmp_path: Path):
         assert torch.equal(parameter, before[name]) != name.startswith("depth.routers"), name
 
 
-def test_a_pretrained_model_is_retrofitted_by_a_recipe_and_saved_as_one(tmp_path: Path):
-    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
-
-    def run(name: str, **last) -> tuple[LatentModel, LatentModel]:
-        raw = {
-            "task": {"name": "chain", "n_ops": 2, "n_train": 16, "n_valid": 4, "n_test": 4},
-            "backbone": {"scratch": {"type": "llama", **shape}},
-            "train": {"max_steps": 2, "batch_size": 4, "use_cpu": True, "save_strategy": "no"},
-            "stages": [{"method": {"name": "cot"}}, last],
-            "out": str(tmp_path / name),
-        }
-        folder = run_recipe(parse_recipe(raw))
-        return LatentModel.from_pretrained(folder / "stages" / "1"), LatentModel.from_pretrained(folder)
-
-    mod = {"name": "mod", "gate": "st", "capacity_warmup": 2}
-    first, last = run("mod", method=mod, backbone={"freeze": True})
-    assert isinstance(last.method, Mod) and last.depth is not None
-    theirs = first.backbone.lm.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in last.backbone.lm.state_dict().items())
-    _, last = run("mor", method={"name": "mor", "n_recursions": 2, "init": "upper"})
-    assert last.backbone.n_layers == last.backbone.config.num_hidden_layers == 3
-    assert isinstance(last.method, Mor) and last.generate(["1 ; + 2"], max_new_tokens=3)[0].depths is not None
+def test_a_pretrained_model_is_retrofitted_and_saved_as_one(tmp_path: Path):
+    plain, method = tiny_model(Cot(), num_hidden_layers=4), Mod(gate="st", capacity=1.0)
+    model = LatentModel.from_pretrained(saved(plain, tmp_path / "plain"), method)
+    again = LatentModel.from_pretrained(saved(model, tmp_path / "mod"))
+    assert again.method == method and torch.equal(answers_of(again), answers_of(plain))
 
 
 @pytest.mark.parametrize(

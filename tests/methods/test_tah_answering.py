@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from innerloop import InputError, LatentModel, Tah
-from innerloop.decoder.cost import Meter
 from innerloop.engine.generation import Generation
 from innerloop.methods.depth import decider
 from innerloop.methods.depth.decider import FREE
@@ -184,20 +183,6 @@ def test_flops_are_those_of_the_cards_formula(arch, settings, answers):
             total += (mine - 1) * 2.0 * backbone.width * 4
         total -= (asked[-1] == limit) * read_out  # its last reading is not read out to decide
         assert one.cost.flops == pytest.approx(total, rel=1e-9)
-
-
-@torch.no_grad()
-def test_six_of_a_hundred_tokens_read_twice_cost_less_than_a_tenth_more():
-    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
-    model = tiny_model(Tah(iterate="never", lora={"rank": 4}), "llama", **wide)
-    ids, flops = torch.randint(0, V, (4, 100)), []
-    for n_twice in (6, 0):
-        meter = Meter(4, ids.device)
-        context = model.new_context(model.batch(model.prompts(["2"] * 4)), meter)
-        context.depth.wanted_BS = torch.where(torch.rand(ids.shape).argsort(1) < n_twice, 2, 1)
-        context.read(model.backbone.embed(ids))
-        flops.append(sum(cost.flops for cost in meter.costs(model.backbone)))
-    assert 1.06 < flops[0] / flops[1] < 1.10
 
 
 @pytest.mark.parametrize("at_once", [4096, 5])

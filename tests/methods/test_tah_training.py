@@ -19,16 +19,7 @@ from innerloop.text.batch import Batch
 from innerloop.train.recipe import load_recipe, parse_recipe
 from innerloop.train.run import run_recipe
 from tests.methods.reference_tah import slow_logits
-from tests.methods.tools import (
-    MIXED,
-    QUESTIONS,
-    assert_close,
-    assert_same_gradients,
-    by_arch,
-    change,
-    gradients,
-    stir,
-)
+from tests.methods.tools import MIXED, QUESTIONS, assert_close, assert_same_gradients, by_arch, change, gradients, stir
 from tests.models import SETTINGS, chain_examples, from_scratch, saved, spelled_tokenizer, tiny_model
 
 TEXT = Tah(lora={"rank": 2, "dropout": 0.0}, decider={"width": 8, "blocks": 1, "dropout": 0.0}, input_mix_topk=7)
