@@ -135,9 +135,11 @@ def measure_prefill() -> dict:
     def read(model: LatentModel, wanted: Tensor | None, meter: Meter | None = None) -> Tensor:
         draws.generator.manual_seed(0)
         context = model.new_context(model.batch(model.prompts(["2"] * n_rows)), meter)
-        context.depth.wanted_BS = wanted
+        run = context.depth
+        if run is not None:
+            run.wanted_BS = wanted
         context.read_out(context.read(model.backbone.embed(ids)), *everywhere)
-        return context.depth.passes[0].depths_BL if context.depth.passes else torch.ones_like(ids)
+        return run.passes[0].depths_BL if run is not None and run.passes else torch.ones_like(ids)
 
     runs = {"plain": (plain, None), "pattern": (tah, pattern), "decider": (tah, free)}
     flops, shares = {}, {}

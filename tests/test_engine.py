@@ -9,14 +9,9 @@ from innerloop.engine import engine
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
+from tests.test_engine_continuous import METHODS as ALL_METHODS
 
-METHODS = {
-    "cot": Cot(),
-    "pause": Pause(),
-    "coconut": Coconut(),
-    "slots": Slr(n_slots=4, max_loops=2),
-    "append": Slr(loop_scope="append", max_loops=2),
-}
+METHODS = {name: ALL_METHODS[name] for name in ("cot", "pause", "coconut", "slots", "append")}
 NEVER_ENDS = -100.0
 
 
@@ -42,14 +37,6 @@ def texts_of(model, asked=QUESTIONS, n=12, **options):
 
 
 # Batching
-
-
-@pytest.mark.parametrize("batch_size", [4, 32])
-def test_text_and_cost_do_not_depend_on_batch_companions(method, batch_size):
-    model = ending_model(method)
-    alone = [comparable(model.generate([question], max_new_tokens=20)[0]) for question in QUESTIONS]
-    together = model.generate(QUESTIONS, max_new_tokens=20, batch_size=batch_size)
-    assert [comparable(generation) for generation in together] == alone
 
 
 @pytest.mark.parametrize("check_every", [1, 3, 8])

@@ -51,6 +51,7 @@ METHODS = {
     "coconut": Coconut(),
     "codi": Codi(n_latents_total=3),
     "slots": Slr(n_slots=4, max_loops=2),
+    "append": Slr(loop_scope="append", max_loops=2),
     "kv_last": Slr(n_slots=3, max_loops=2, answer_from="kv_last"),
     "per_iter": Slr(n_slots=3, max_loops=2, loop={"lora": "per_iter", "lora_rank": 2}, decode_lora=True),
     "stops": STOPS,
@@ -98,7 +99,8 @@ def answered(used, questions=POOL, **options):
 def told(one):
     """Everything that must not depend on the company."""
     cost = one.cost
-    return one.ids, one.text, one.ended, cost.passes, cost.positions, round(cost.flops), cost.loops, one.depths
+    counted = (cost.passes, cost.positions, round(cost.flops), cost.loops, cost.thought_tokens)
+    return one.ids, one.text, one.ended, *counted, one.answer, one.depths
 
 
 every_method = pytest.mark.parametrize("name", [*METHODS, "tah", "spiral", "adainfer"])
@@ -440,8 +442,7 @@ def test_what_makes_the_host_wait_is_noticed():
 def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monkeypatch):
     """Neither in a loop nor in a step of writing, whatever is padded (style.md, section 4)."""
     monkeypatch.setattr(engine, "CHECK_EVERY", 100)
-    method = Slr(loop_scope="append", max_loops=3) if name == "append" else METHODS[name]
-    model = tiny_model(method, arch).eval()
+    model = tiny_model(METHODS[name], arch).eval()
     at_work = engine_of(model, batch_size=3)
     groups = at_work.groups([POOL[0], POOL[3], POOL[7]])
     next(groups)

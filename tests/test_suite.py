@@ -210,12 +210,16 @@ def test_jobs_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
     assert summary_table(suite_rows(suite, results)).row_count == 3
 
 
-def test_results_of_other_commands_are_not_taken_for_a_jobs_and_those_before_there_were_attempts_are(path: Path):
+def test_a_job_is_tested_again_where_the_test_is_another(path: Path):
     suite = load_suite(path)
     out = Path(suite.jobs["plain", 0].out)
     out.mkdir(parents=True)
-    (out / "result.json").write_text(json.dumps({"accuracy": 1.0}))
+    (out / "result.json").write_text(json.dumps({"accuracy": 1.0}))  # of another command
     assert jobs.known_result(suite, ("plain", 0)) is None
+    result = {"variant": "plain", "exam": to_json(suite.test), "model": str(out)}
+    (out / "result.json").write_text(json.dumps(result))
+    assert jobs.known_result(suite, ("plain", 0)) == result
+    assert jobs.known_result(replace(suite, test=EvalConfig(limit=4)), ("plain", 0)) is None
     old = {"variant": "a", "exam": {"split": "test", "limit": None, "loops": [], "also": {}, "controls": False}}
     assert jobs.is_same_test(old, EvalConfig()) and not jobs.is_same_test(old, EvalConfig(samples=2))
 
@@ -248,12 +252,8 @@ def here():
 def test_other_ways_of_answering_are_rows_that_train_nothing(raw: dict, monkeypatch):
     vote, best = {"samples": 3, "temperature": 1.0}, {"samples": 3, "pick": "likelihood", "temperature": 1.0}
     raw["test"] |= {"limit": 3, "loops": [1], "stability": False}
-    raw["variants"] = {
-        "vote": {"of": "plain", "test": vote},
-        "plain": {},
-        "best": {"of": "plain", "test": best},
-        "search": {"of": "plain", "test": {"beams": 2}},
-    }
+    raw["variants"] = {"vote": {"of": "plain", "test": vote}, "plain": {}, "best": {"of": "plain", "test": best}}
+    raw["variants"] |= {"search": {"of": "plain", "test": {"beams": 2}}}
     suite = parse_suite(raw)
     assert suite.test_of("plain") == suite.test and suite.test_of("search").attempts.beams == 2
     trained = []
@@ -267,10 +267,8 @@ def test_other_ways_of_answering_are_rows_that_train_nothing(raw: dict, monkeypa
     assert "loops" in results["plain"] and "loops" not in results["vote"]  # those are of the run
     assert list(results["vote"]["also"]["longer"]) == ["trained"] and results["vote"]["n"] == 3
     assert results["vote"]["cost"]["loops"] == results["plain"]["cost"]["loops"] == 2  # thought about once
-    drawn = [
-        [json.loads(line)["samples"] for line in (out / name / "0" / "predictions.jsonl").read_text().splitlines()]
-        for name in ("vote", "best")
-    ]
+    told = [(out / name / "0" / "predictions.jsonl").read_text().splitlines() for name in ("vote", "best")]
+    drawn = [[json.loads(line)["samples"] for line in lines] for lines in told]
     assert drawn[0] == drawn[1] and all(len(samples) == 3 for samples in drawn[0])
 
     found = suite_rows(suite, list(results.values()))
@@ -335,16 +333,6 @@ def test_a_folder_with_jobs_of_another_recipe_is_refused_and_one_that_was_moved_
     jobs.check_jobs(parse_suite({**raw, "out": str(Path(raw["out"]).with_name("moved"))}))
     with pytest.raises(InputError, match=r"train.max_stepz is not a training argument"):
         jobs.check_jobs(parse_suite({**raw, "train": {"max_stepz": 1}}))
-
-
-def test_a_job_is_tested_again_where_the_test_is_another(path: Path):
-    suite = load_suite(path)
-    recipe = suite.jobs["plain", 0]
-    Path(recipe.out).mkdir(parents=True)
-    result = {"variant": "plain", "exam": to_json(suite.test), "model": recipe.out}
-    (Path(recipe.out) / "result.json").write_text(json.dumps(result))
-    assert jobs.known_result(suite, ("plain", 0)) == result
-    assert jobs.known_result(replace(suite, test=EvalConfig(limit=4)), ("plain", 0)) is None
 
 
 def test_one_suite_has_all_methods():
