@@ -24,7 +24,7 @@ from innerloop.calibrate.fit import fit_classifier, fitted_thresholds
 from innerloop.calibrate.loop_scan import LoopScan, scan_loop
 from innerloop.calibrate.threshold_search import TARGETS
 from innerloop.config.stopping import FEATURES
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.engine.latent_model import LatentModel
 from innerloop.halting.classifier import ExitClassifier
 from innerloop.measure.accuracy import device_name, versions
@@ -185,7 +185,7 @@ def run(model: LatentModel, examples: list[Example], batch_size: int) -> dict:
     loss, n, flops, n_run, n_layers, start = 0.0, 0, 0.0, 0.0, 0, time.perf_counter()
     for first in range(0, len(examples), batch_size):
         batch = model.batch(model.rows(examples[first : first + batch_size]))
-        meter = Meter(len(batch), model.device)
+        meter = CostMeter(len(batch), model.device)
         thought = think(model.method.plan, model.loop, batch, model.new_context(batch, meter))
         logits = model.written_logits(batch, thought)
         loss += cross_entropy(logits.float(), batch.targets_U, reduction="sum").item()

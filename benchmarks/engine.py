@@ -157,10 +157,10 @@ def shapes_of(model: LatentModel, question: str, n_tokens: int) -> list[int]:
 @torch.inference_mode()
 def bare(model: LatentModel, asked: list[str], shapes: list[int]) -> list[str]:
     """Read and write by calls of the Hugging Face model alone: the same passes, with its cache, side by side."""
-    lm, spell, k = model.backbone.lm, model.spell, BARE.n_latents(BARE.last_stage)
+    lm, encoder, k = model.backbone.lm, model.encoder, BARE.n_latents(BARE.last_stage)
     embed, decoder, never = lm.get_input_embeddings(), model.backbone.decoder, model.suppressed_ids()
     rows, cache = model.prompts(asked), DynamicCache(config=lm.config)
-    prefix = torch.tensor([[i for piece in row.prefix for i in piece.ids] for row in rows], device=model.device)
+    prefix = torch.tensor([[i for span in row.prefix for i in span.ids] for row in rows], device=model.device)
     close = torch.tensor([rows[0].suffix[0].ids] * len(rows), device=model.device)
     state = decoder(inputs_embeds=embed(prefix), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
     for _ in range(k - 1):
@@ -172,7 +172,7 @@ def bare(model: LatentModel, asked: list[str], shapes: list[int]) -> list[str]:
         written.append(logits.argmax(-1))
         read = embed(written[-1][:, None])
     tokens = torch.stack(written, dim=1).tolist()
-    assert spell.eos_id not in {token for ids in tokens for token in ids}
+    assert encoder.eos_id not in {token for ids in tokens for token in ids}
     return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.text.examples import Example
-from innerloop.text.row import Piece
+from innerloop.text.row import Span
 
 
 class FullPass:
@@ -47,9 +47,9 @@ class Reference:
         self.model, self.method, self.lm = model, method, model.backbone.lm
         self.positions = 0  # read so far for all questions
 
-    def embed(self, rows: list[list[Piece]]) -> Tensor:
+    def embed(self, rows: list[list[Span]]) -> Tensor:
         """Return the embeddings (B, L, D) of pieces of one length."""
-        ids = [[i for piece in pieces for i in piece.ids] for pieces in rows]
+        ids = [[i for span in spans for i in span.ids] for spans in rows]
         return self.model.backbone.embed(torch.tensor(ids, dtype=torch.long, device=self.model.device))
 
     def think(self, asked: list[str]) -> Tensor:
@@ -91,8 +91,8 @@ class Reference:
     def loss(self, examples: list[Example]) -> Tensor:
         """Return the mean loss of the written tokens of examples whose rows have one length."""
         stage = self.method.last_stage
-        rows = [self.method.lay_out(example, self.model.spell, stage) for example in examples]
-        n_read = len(self.method.prompt(examples[0].question, self.model.spell, stage))
+        rows = [self.method.lay_out(example, self.model.encoder, stage) for example in examples]
+        n_read = len(self.method.prompt(examples[0].question, self.model.encoder, stage))
         before = self.think([example.question for example in examples])
         ids = torch.tensor([row.ids()[n_read:] for row in rows], device=self.model.device)
         read_BLD = torch.cat([before, self.model.backbone.embed(ids)], dim=1)

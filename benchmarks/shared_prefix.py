@@ -1,4 +1,4 @@
-"""What it saves to read once what all questions of a wave begin with, against reading it for each.
+"""What it saves to read once what all questions of a prefill batch begin with, against reading it for each.
 
 Questions share their first ``shared`` tokens and have 20 of their own; both ways answer the same rows in turns, and
 must write the same tokens.
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(options, name: str, method: Method) -> list[dict]:
-    """Return what sharing saves a method, wave by wave."""
+    """Return what sharing saves a method, one prefill batch after the other."""
     shape = subjects.SHAPES[options.shape]
     model = subjects.random_model(shape, method, options.seed, options.device, options.dtype)
     points = []
@@ -65,7 +65,7 @@ def measure(options, name: str, method: Method) -> list[dict]:
 
 
 def answer(model: LatentModel, asked: list[str], spared: int) -> list[Generation]:
-    """Answer in one wave, sharing where it spares so many positions."""
+    """Answer in one prefill batch, sharing where it spares so many positions."""
     prefix.SPARED_FROM = spared
     return subjects.answer(model, asked, WRITTEN, len(asked))
 

@@ -25,7 +25,7 @@ from innerloop.decoder.memory import MIB
 from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Coconut, Cot, Method, Slr
-from innerloop.text import encoder as speller
+from innerloop.text import encoder as prompt_encoder
 
 METHODS: dict[str, Method] = {
     "slr": Slr(n_slots=4, max_loops=3, stop={"rule": "random", "histogram": (1.0, 1.0, 1.0)}),
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--too_long", type=float, default=0.02, help="share of requests that are too long")
     parser.add_argument("--alone", type=int, default=100, help="requests that are also answered alone")
     options = record.begin(parser)
-    speller.N_REMEMBERED = 1024
+    prompt_encoder.N_REMEMBERED = 1024
     if options.smoke:
         options.requests, options.per_call, options.alone, options.longest = 64, 8, 4, 12
         options.too_long = 0.1

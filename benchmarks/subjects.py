@@ -91,7 +91,7 @@ def random_model(
 def never_ending(model: LatentModel) -> LatentModel:
     """Make <eos> and ### unlikely, in place."""
     weight = model.backbone.lm.get_output_embeddings().weight
-    weight[[model.spell.eos_id, model.spell.stem()[0]]] = 0
+    weight[[model.encoder.eos_id, model.encoder.answer_prefix_ids()[0]]] = 0
     return model
 
 
@@ -104,7 +104,7 @@ def questions(model: LatentModel, n: int, length: int, seed: int = 0) -> list[st
     for _ in range(n):
         few = torch.randint(len(words), (length - 1,), generator=generator).tolist()
         asked.append(" ".join(words[i] for i in few))
-        found = len(model.spell.question(asked[-1]).ids)
+        found = len(model.encoder.question(asked[-1]).ids)
         if found != length:
             raise SystemExit(f"a question has {found} tokens instead of {length}: this tokenizer needs other words")
     return asked

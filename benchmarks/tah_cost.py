@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.measure.accuracy import device_name, versions
@@ -132,7 +132,7 @@ def measure_prefill() -> dict:
     pattern, free = torch.where(torch.rand(ids.shape) < SHARE, 2, ONCE), torch.full_like(ids, FREE)
     everywhere = torch.arange(n_rows).repeat_interleave(n_tokens), torch.arange(n_tokens).repeat(n_rows)
 
-    def read(model: LatentModel, wanted: Tensor | None, meter: Meter | None = None) -> Tensor:
+    def read(model: LatentModel, wanted: Tensor | None, meter: CostMeter | None = None) -> Tensor:
         draws.generator.manual_seed(0)
         context = model.new_context(model.batch(model.prompts(["2"] * n_rows)), meter)
         run = context.depth
@@ -144,7 +144,7 @@ def measure_prefill() -> dict:
     runs = {"plain": (plain, None), "pattern": (tah, pattern), "decider": (tah, free)}
     flops, shares = {}, {}
     for name, (model, wanted) in runs.items():
-        meter = Meter(n_rows, ids.device)
+        meter = CostMeter(n_rows, ids.device)
         depths = read(model, wanted, meter)
         shares[name] = (depths > 1).float().mean().item()
         # the decider reads out, and counts, all tokens; those that go on are read out once more at the end

@@ -82,12 +82,12 @@ def measure(options, name: str, method: Method, repeats: int) -> dict:
     turns = take_turns(runs, repeats, clock_of(options.device))
     model.zero_grad(set_to_none=True)
     stage = method.last_stage
-    (row,) = method.rows(examples[:1], model.spell, stage)
+    (row,) = method.rows(examples[:1], model.encoder, stage)
     point = {
         "method": name,
         "loops": row.n_loops,
         "positions": len(row),
-        "latents": sum(len(piece.ids) for piece in row.region),
+        "latents": sum(len(span.ids) for span in row.region),
         "gradients": apart,
         "ms": {side: spread([1000 * s for s in seconds_of(turns[side])]) for side in runs},
         "peak_mib": {side: peak_of(model, run, options.device) for side, run in runs.items()},

@@ -68,7 +68,7 @@ def built(method: Method, what: Built, n: int = 40) -> tuple[LatentModel, list[E
 
 
 def _set(model: LatentModel, what: Built) -> None:
-    lm, spell = model.backbone.lm, model.spell
+    lm, encoder = model.backbone.lm, model.encoder
     vocab, width = lm.get_input_embeddings().weight.shape
     noted, said, flag = vocab, vocab + 10, vocab + 20
     assert flag < width - 1, "the vocabulary is too large for the width"
@@ -76,7 +76,7 @@ def _set(model: LatentModel, what: Built) -> None:
         parameter.fill_(1.0 if "ln_" in name and name.endswith("weight") else 0.0)
     lm.get_input_embeddings().weight.copy_(torch.eye(vocab, width))
     tokens = {word: model.tokenizer.convert_tokens_to_ids(word) for word in (LAT, EOT, EOL)}
-    asked = [spell.question(f"{SINK} a {d} a").ids for d in range(10)]
+    asked = [encoder.question(f"{SINK} a {d} a").ids for d in range(10)]
     column = next(i for i in range(len(asked[0])) if len({ids[i] for ids in asked}) == 10)
     digits, sink = [ids[column] for ids in asked], asked[0][0]
 
@@ -106,7 +106,7 @@ def _set(model: LatentModel, what: Built) -> None:
     if model.loop.slots is not None:
         model.loop.slots.table[3, flag] = 1.0
     head: Tensor = lm.get_output_embeddings().weight
-    answers = [spell.answer(str(d)).ids for d in range(10)]
+    answers = [encoder.answer(str(d)).ids for d in range(10)]
     mark, _, end = answers[0]
     for opening in {tokens[EOT], tokens[EOL]} & set(range(vocab)) - {model.tokenizer.unk_token_id}:
         head[mark, opening] = LOUD

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from innerloop import Attempts, Cot, Gsm8k, InputError, NoCot, Slr
+from innerloop import Cot, Gsm8k, InputError, NoCot, Slr, TestTimeCompute
 from innerloop.decoder.cost import Cost, total_cost
-from innerloop.engine import decoding as writer
-from innerloop.engine.decoding import Writer
+from innerloop.engine import decoding
+from innerloop.engine.decoding import DecodeBatch
 from innerloop.engine.generation import Generation
 from innerloop.measure import evaluate
 from innerloop.methods import SpiralThinker
@@ -41,7 +41,9 @@ def test_a_question_is_read_and_thought_about_once_for_all_its_samples_and_charg
     model, _ = made(name)
     n_read, head = sum(map(len, model.prompts(ASKED))), 2 * model.backbone.width * model.backbone.config.vocab_size
     with passes(model) as seen:
-        shared = model.generate(ASKED, samples=3, batch_size=5, **DRAWN)  # a wave has room for one question and a part
+        shared = model.generate(
+            ASKED, samples=3, batch_size=5, **DRAWN
+        )  # a prefill batch has room for one question and a part
     apart = model.generate(ASKED, samples=3, batch_size=1, **DRAWN)
     assert name == "looped" or all(len(embeds) == 1 for embeds in seen if embeds.shape[1] > 1)
     whole, other = (total_cost([one.cost for one in found]) for found in (shared, apart))
@@ -82,7 +84,7 @@ def test_a_token_that_must_be_written_has_no_likelihood_even_where_it_is_chosen(
     eot, bol, other = model.tokenizer.convert_tokens_to_ids(["<eot>", "<bol>", "+"])
     for second in (bol, other):
         script = iter([eot, second, other])
-        monkeypatch.setattr(writer, "choose", lambda *_, script=script: torch.tensor([next(script)]))
+        monkeypatch.setattr(decoding, "choose", lambda *_, script=script: torch.tensor([next(script)]))
         found += model.generate(ASKED[:1], max_new_tokens=3, likelihoods=True)
     assert [one.ids for one in found] == [[eot, bol, other]] * 2
     assert found[0].log_likelihood == found[1].log_likelihood < 0
@@ -115,7 +117,7 @@ def said(*answers, likely=(), costs=()):
 )
 def test_the_answer_of_most_votes_counts(task, answers, chosen):
     tried = said(*answers)
-    one, found = Attempts(samples=max(len(answers), 2)).choose(task, tried)
+    one, found = TestTimeCompute(samples=max(len(answers), 2)).choose(task, tried)
     assert one is tried[chosen] and [answer is None for answer in found] == [answer is None for answer in answers]
 
 
@@ -130,7 +132,7 @@ def test_the_answer_of_most_votes_counts(task, answers, chosen):
 )
 def test_the_text_that_is_likeliest_for_its_length_is_picked(answers, likely, chosen):
     tried = said(*answers, likely=likely)
-    assert Attempts(samples=2, pick="likelihood").choose(Chain(), tried)[0] is tried[chosen]
+    assert TestTimeCompute(samples=2, pick="likelihood").choose(Chain(), tried)[0] is tried[chosen]
 
 
 def knowing(model, monkeypatch, shares):
@@ -140,7 +142,7 @@ def knowing(model, monkeypatch, shares):
     for i, known in enumerate(words.values()):
         for word, share in known.items():
             table[i, model.tokenizer.encode(word, add_special_tokens=False)] = math.log(share)
-    monkeypatch.setattr(Writer, "allowed", lambda self: table[self.n_written_R])
+    monkeypatch.setattr(DecodeBatch, "allowed", lambda self: table[self.n_written_R])
     return model
 
 
@@ -149,13 +151,13 @@ def test_a_model_that_knows_its_odds_is_voted_for_and_picked_by_them(method, mon
     shares = {"1": 0.2, "2": 0.5, "3": 0.3}
     model = knowing(tiny_model(method), monkeypatch, shares)
     examples, n = chain_examples(3), 200
-    (*_, last) = evaluate(model, Chain(), examples, attempts=Attempts(n, temperature=1.0), seed=1)
+    (*_, last) = evaluate(model, Chain(), examples, attempts=TestTimeCompute(n, temperature=1.0), seed=1)
     assert last.predicted == "2" and len(last.samples) == n
     for word, share in shares.items():
         assert last.samples.count(word) / n == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / n))
-    picked = evaluate(model, Chain(), examples, attempts=Attempts(8, "likelihood", 1.0))
+    picked = evaluate(model, Chain(), examples, attempts=TestTimeCompute(8, "likelihood", 1.0))
     assert all(p.predicted == max(p.samples, key=shares.__getitem__) for p in picked)
-    tried = Attempts(8, "likelihood", 0.5).answer(model, [examples[0].question])[0]
+    tried = TestTimeCompute(8, "likelihood", 0.5).answer(model, [examples[0].question])[0]
     assert [one.log_likelihood for one in tried] == pytest.approx([math.log(shares[one.answer]) for one in tried])
 
 
@@ -163,11 +165,11 @@ def test_one_greedy_attempt_is_a_plain_evaluation_and_several_cost_their_sum():
     model, _ = made("slots")
     examples, told = chain_examples(5), []
     plain = evaluate(model, Chain(), examples, max_new_tokens=N)
-    once = evaluate(model, Chain(), examples, N, attempts=Attempts(samples=1, temperature=0.0), seed=9)
+    once = evaluate(model, Chain(), examples, N, attempts=TestTimeCompute(samples=1, temperature=0.0), seed=9)
     assert [(p.text, p.predicted, p.cost.passes, p.samples) for p in once] == [
         (p.text, p.predicted, p.cost.passes, None) for p in plain
     ]
-    many = Attempts(samples=3, temperature=1.0)
+    many = TestTimeCompute(samples=3, temperature=1.0)
     found = evaluate(model, Chain(), examples, N, batch_size=4, attempts=many, seed=2, progress=told.append)
     tried = many.answer(model, [e.question for e in examples], seed=2, max_new_tokens=N)
     assert sum(told) == len(examples)
@@ -177,7 +179,10 @@ def test_one_greedy_attempt_is_a_plain_evaluation_and_several_cost_their_sum():
     first, second = Cost(1, 2, 3.0, 4, 5, {"prefill": 1.0, "thought": 0.5, "answer": 2.0}, 6, 7), Cost(10, 20, 30.0, 40)
     assert total_cost([first, second]) == Cost(11, 22, 33.0, 44, 5, first.seconds, 6, 7)
     assert first.passes == 1 and total_cost([]) == Cost()
-    assert many.asked(2) == {"samples": 3, "pick": "vote", "temperature": 1.0, "seed": 2} and Attempts().asked(0) == {}
+    assert (
+        many.asked(2) == {"samples": 3, "pick": "vote", "temperature": 1.0, "seed": 2}
+        and TestTimeCompute().asked(0) == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def test_one_greedy_attempt_is_a_plain_evaluation_and_several_cost_their_sum():
 )
 def test_attempts_that_make_no_sense_are_refused(fields, words):
     with pytest.raises(InputError, match=words):
-        Attempts(**fields)
+        TestTimeCompute(**fields)
 
 
 def test_questions_that_fail_do_so_in_each_sample_and_classes_are_not_drawn():

@@ -17,7 +17,7 @@ ASKED = POOL[:4]
 def test_the_texts_and_scores_are_those_of_transformers(arch):
     model = lean_towards_end(tiny_model(Cot(), arch), 2.0)
     theirs = {"num_beams": 4, "early_stopping": "never", "max_new_tokens": N, "do_sample": False, "pad_token_id": 0}
-    theirs |= {"eos_token_id": model.spell.eos_id, "return_dict_in_generate": True, "output_scores": True}
+    theirs |= {"eos_token_id": model.encoder.eos_id, "return_dict_in_generate": True, "output_scores": True}
     for batch_size in (32, 8):
         found = model.generate(ASKED, max_new_tokens=N, beams=4, batch_size=batch_size)
         assert any(one.ended for one in found) and not all(one.ended for one in found)
@@ -46,7 +46,7 @@ def log_probs_of(model, question):
 def test_with_a_beam_for_each_word_nothing_is_likelier(name):
     """Two tokens long, all texts are looked at: those that end at once, and those of two tokens."""
     model, _ = made(name)
-    n_words, eos, never = len(model.tokenizer), model.spell.eos_id, model.suppressed_ids().tolist()
+    n_words, eos, never = len(model.tokenizer), model.encoder.eos_id, model.suppressed_ids().tolist()
     for question, one in zip(ASKED[:2], model.generate(ASKED[:2], max_new_tokens=2, beams=n_words)):
         log_probs = log_probs_of(model, question)
         first = log_probs([])
@@ -82,7 +82,7 @@ def test_on_latents_and_depths_too_texts_are_those_of_a_search_without_a_cache(n
             assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-4)
     if name == "slots":
         assert any(one.ids != other.ids for one, other in zip(found, greedy))
-        ids, score = plain_search(log_probs_of(model, POOL[0]), model.spell.eos_id, 3, 4)
+        ids, score = plain_search(log_probs_of(model, POOL[0]), model.encoder.eos_id, 3, 4)
         assert found[0].ids == list(ids) and found[0].log_likelihood / len(ids) == pytest.approx(score, rel=1e-4)
 
 

@@ -78,7 +78,7 @@ def test_a_cost_tells_what_passes_found_in_the_cache_and_what_was_read_out():
     question = QUESTIONS[0]
     model = tiny_model(Cot())
     (one,) = model.generate([question], max_new_tokens=3)
-    n = len(model.spell.question(question).ids)
+    n = len(model.encoder.question(question).ids)
     assert one.cost.passes == 3 and one.cost.cached == 0 + n + (n + 1) and one.cost.logits == 3
     model = tiny_model(Slr(n_slots=4, max_loops=2))
     (one,) = model.generate([question], max_new_tokens=1)

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from innerloop import Coconut, Codi, Cot, LatentTrainer, LatentTrainingArguments, Lotus, SimCot, Slr
 from innerloop.decoder.fused_loss import check_fused, fused_loss
-from innerloop.decoder.token_losses import Shown, by_rows, summed_loss, token_losses
+from innerloop.decoder.token_losses import HeadInputs, by_rows, summed_loss, token_losses
 from innerloop.errors import InputError
 from innerloop.methods import Looped, RelaxedRecursive, SpiralThinker
 from tests.close import assert_close
@@ -84,7 +84,7 @@ def test_a_fused_loss_scales_and_caps_logits_as_the_head_does(arch, fields, monk
     for name, value in fields.items():
         setattr(backbone.config, name, value)
     monkeypatch.setattr("innerloop.decoder.backbone.fused_loss", plain_kernel)
-    show, targets = backbone.shown(5 * torch.randn(6, backbone.width)), torch.arange(6)
+    show, targets = backbone.head_inputs(5 * torch.randn(6, backbone.width)), torch.arange(6)
     assert_close(summed_loss(show, targets, "fused"), summed_loss(show, targets, None))
 
 
@@ -125,7 +125,7 @@ def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
 def test_every_token_has_its_own_loss_whatever_the_chunks(at_once):
     weight, states = torch.randn(11, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     targets = torch.tensor([0, 3, -100, 10, 5, 5, 1, 2])
-    show = Shown(lambda x: x @ weight.T, states)
+    show = HeadInputs(lambda x: x @ weight.T, states)
     found = token_losses(show, targets, at_once)
     expected = cross_entropy(states @ weight.T, targets, reduction="none")
     assert_close(found, expected)
@@ -142,7 +142,7 @@ def test_logits_are_not_kept_for_the_gradient():
     for at_once in (None, 8):
         kept: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            summed_loss(Shown(head, states), torch.zeros(64, dtype=torch.long), at_once)
+            summed_loss(HeadInputs(head, states), torch.zeros(64, dtype=torch.long), at_once)
         most.append(sum(kept))
     assert most[0] > 64 * 1000 and most[1] < 8 * 1000
 

@@ -83,27 +83,27 @@ def test_forks_that_live_keep_what_they_have_read_and_those_that_are_gone_leave_
         first = context.fork()
         first.read(new[0])
         before = columns_read(first)
-        room = first.cache.layers[0].room
+        room = first.cache.layers[0].buffer
         second = first.fork()  # has read nothing of its own, and must find what it shares
         context.read(new[1])
-        assert context.cache.layers[0].room is not room
+        assert context.cache.layers[0].buffer is not room
         first.read(new[2])
-        assert first.cache.layers[0].room is room
+        assert first.cache.layers[0].buffer is room
         for one, other in zip(columns_read(second), before):
             assert torch.equal(one, other)
         kept = columns_read(first)
         second.read(new[3])  # first has columns there
-        assert second.cache.layers[0].room is not room
+        assert second.cache.layers[0].buffer is not room
         for one, other in zip(columns_read(first), kept):
             assert torch.equal(one, other)
         peeked = [context.peek(new[0]) for _ in range(3)]
         assert torch.equal(peeked[0], peeked[2])
-        room = context.cache.layers[0].room
+        room = context.cache.layers[0].buffer
         context.peek(new[0])
-        assert context.cache.layers[0].room is room
+        assert context.cache.layers[0].buffer is room
         after = context.fork()
         after.read(new[3])
-        assert after.cache.layers[0].room is room  # the peeks are gone, so their place is free
+        assert after.cache.layers[0].buffer is room  # the peeks are gone, so their place is free
 
 
 def test_rows_that_leave_take_their_columns_along():

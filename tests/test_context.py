@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.passes.context import Context
 from tests.close import assert_close
 from tests.models import ARCHS, WINDOW, left_pad, random_ids, tiny_backbone
@@ -219,7 +219,7 @@ def test_kept_rows_read_on_as_if_alone(arch, kept):
 
 def test_kept_rows_can_be_kept_again():
     backbone, ids = tiny_backbone(), random_ids(4, 3)
-    meter = Meter(4, CPU)
+    meter = CostMeter(4, CPU)
     context = Context(backbone, 4, meter)
     read(context, ids)
     part = context.keep_rows(torch.tensor([3, 1, 0])).keep_rows(torch.tensor([2, 0]))
@@ -234,7 +234,7 @@ def test_kept_rows_can_be_kept_again():
 
 
 def test_the_meter_counts_passes_positions_and_keys():
-    meter = Meter(2, CPU)
+    meter = CostMeter(2, CPU)
     context = Context(tiny_backbone(), 2, meter)
     ids = random_ids(2, 4)
     read(context, ids)  # 4 positions see 1+2+3+4 keys
@@ -246,7 +246,7 @@ def test_the_meter_counts_passes_positions_and_keys():
 
 
 def test_padding_is_not_counted():
-    meter = Meter(2, CPU)
+    meter = CostMeter(2, CPU)
     context = Context(tiny_backbone(), 2, meter)
     read(context, random_ids(2, 4), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))  # 10 and 3 keys
     read(context, random_ids(2, 2), torch.tensor([[1, 1], [0, 0]]))  # 5+6 keys; the second row is not in it
@@ -258,7 +258,7 @@ def test_padding_is_not_counted():
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1], [1, 1], [0, 1]])])
 def test_rows_that_do_not_count_are_not_charged(mask):
-    meter = Meter(3, CPU)
+    meter = CostMeter(3, CPU)
     context = Context(tiny_backbone(), 3, meter)
     read(context, random_ids(3, 2), mask)
     counted = torch.tensor([True, False, True])
@@ -271,7 +271,7 @@ def test_rows_that_do_not_count_are_not_charged(mask):
 
 
 def test_kept_rows_are_charged_to_the_right_counters():
-    meter = Meter(3, CPU)
+    meter = CostMeter(3, CPU)
     context = Context(tiny_backbone(), 3, meter)
     read(context, random_ids(3, 2))
     part = context.keep_rows(torch.tensor([2, 0]))
@@ -284,7 +284,7 @@ def test_kept_rows_are_charged_to_the_right_counters():
 
 
 def test_peeked_passes_are_counted():
-    meter, backbone = Meter(1, CPU), tiny_backbone()
+    meter, backbone = CostMeter(1, CPU), tiny_backbone()
     context = Context(backbone, 1, meter)
     read(context, random_ids(1, 2))
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_peeked_passes_are_counted():
 
 def test_reading_and_counting_never_wait_for_the_device(monkeypatch):
     """No `.item()`, `.tolist()` or `if tensor:` of ours on the way (style.md, section 4)."""
-    context = Context(tiny_backbone(), 2, Meter(2, CPU))
+    context = Context(tiny_backbone(), 2, CostMeter(2, CPU))
     read(context, random_ids(2, 2), torch.ones(2, 2))
 
     def refused(*_):

@@ -275,7 +275,7 @@ def test_methods_that_begin_with_text_may_open_their_blocks_later():
     assert not any(Subject(model, TASK, examples).seen.blocks.values())
     model, examples = built(method, LATENTS)
     head = model.backbone.lm.get_output_embeddings().weight.data
-    opening, newline = model.block().opened_by, model.spell.question("q").ids[-1]
+    opening, newline = model.block().opened_by, model.encoder.question("q").ids[-1]
     head[opening, newline], head[opening, -1] = LOUD, -LOUD  # now each opens one after the question
     found = controls(Subject(model, TASK, examples))
     assert found.kind == "carried" and found.n_latents == 2 and found.effects["shuffled"].donor_answers == 1.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from innerloop.decoder.cost import PHASES, Cost, Meter, flops_of, mean_cost
+from innerloop.decoder.cost import PHASES, Cost, CostMeter, flops_of, mean_cost
 from innerloop.passes.context import Context
 from tests.models import VOCAB, random_ids, tiny_backbone
 
@@ -38,7 +38,7 @@ def test_flops_are_exact_beyond_single_precision():
 def test_flops_of_matrix_products_equal_torchs_count(arch):
     """Exactly, once the norms and biases, 2 per weight in the formula and none in torch's count, are taken off."""
     backbone, n_rows, length = tiny_backbone(arch), 2, 6
-    meter = Meter(n_rows, CPU)
+    meter = CostMeter(n_rows, CPU)
     context = Context(backbone, n_rows, meter)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         states = context.read(backbone.embed(random_ids(n_rows, length)))
@@ -55,7 +55,7 @@ def test_flops_of_matrix_products_equal_torchs_count(arch):
 def test_flops_of_attention_equal_torchs_count_when_decoding():
     """One new position over 6 earlier ones; GPT-2 has no rotary products in the way."""
     backbone = tiny_backbone("gpt2", attn_implementation="eager")
-    meter, ids = Meter(1, CPU), random_ids(1, 7)
+    meter, ids = CostMeter(1, CPU), random_ids(1, 7)
     context = Context(backbone, 1, meter)
     with torch.no_grad():
         context.read(backbone.embed(ids[:, :6]))
@@ -67,12 +67,12 @@ def test_flops_of_attention_equal_torchs_count_when_decoding():
 
 def test_a_batch_costs_what_its_rows_cost():
     backbone = tiny_backbone()
-    meter = Meter(2, CPU)
+    meter = CostMeter(2, CPU)
     with torch.no_grad():
         Context(backbone, 2, meter).read(torch.zeros(2, 5, 32), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]]))
         singles = []
         for length in (5, 3):
-            single = Meter(1, CPU)
+            single = CostMeter(1, CPU)
             Context(backbone, 1, single).read(torch.zeros(1, length, 32))
             singles += single.costs(backbone)
     assert [(c.passes, c.positions, c.flops) for c in meter.costs(backbone)] == [
@@ -81,7 +81,7 @@ def test_a_batch_costs_what_its_rows_cost():
 
 
 def test_logits_are_counted_for_the_rows_that_count():
-    meter = Meter(3, CPU)
+    meter = CostMeter(3, CPU)
     meter.count_logits(None, None)
     meter.count_logits(None, torch.tensor([True, False, True]))
     meter.count_logits(torch.tensor([2, 0]), None)
@@ -90,7 +90,7 @@ def test_logits_are_counted_for_the_rows_that_count():
 
 
 def test_counters_do_not_share_memory():
-    meter = Meter(2, CPU)
+    meter = CostMeter(2, CPU)
     meter.count(None, 3, 1)
     assert [c.tolist() for c in (meter.passes, meter.positions, meter.keys, meter.logits)] == [
         [1, 1],
@@ -102,7 +102,7 @@ def test_counters_do_not_share_memory():
 
 def test_phases_add_up_and_are_shared_by_the_rows(monkeypatch):
     ticks = iter([1.0, 3.0, 10.0, 10.5, 20.0, 24.0])
-    meter = Meter(2, CPU)
+    meter = CostMeter(2, CPU)
     monkeypatch.setattr(meter, "now", lambda: next(ticks))
     for name in ("prefill", "answer", "prefill"):
         with meter.phase(name):
@@ -115,7 +115,7 @@ def test_phases_add_up_and_are_shared_by_the_rows(monkeypatch):
 
 
 def test_an_unknown_phase_is_an_error():
-    with pytest.raises(KeyError), Meter(1, CPU).phase("lunch"):
+    with pytest.raises(KeyError), CostMeter(1, CPU).phase("lunch"):
         pass
 
 

@@ -10,7 +10,7 @@ from innerloop import Coconut
 from innerloop.config.curriculum import Schedule
 from innerloop.errors import InputError
 from innerloop.methods.latent.coconut import CoconutSchedule
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Kind
 from tests.models import spelled_tokenizer
@@ -49,10 +49,10 @@ def test_coconuts_stages_over_25_epochs():
 
 
 def test_coconut_skips_as_many_steps_as_the_stage_and_in_the_last_all():
-    method, spell = Coconut(), Speller(spelled_tokenizer())
+    method, encoder = Coconut(), PromptEncoder(spelled_tokenizer())
     example = Example("q", ("s1",) * 5, "a")
-    rows = [method.lay_out(example, spell, method.stage_at(e, 1)) for e in range(25)]
-    skipped = [5 - sum(piece.kind == Kind.STEP for piece in row.pieces) for row in rows]
+    rows = [method.lay_out(example, encoder, method.stage_at(e, 1)) for e in range(25)]
+    skipped = [5 - sum(span.kind == Kind.STEP for span in row.spans) for row in rows]
     assert skipped == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3] + [5] * 13
 
 

@@ -9,10 +9,9 @@ from torch.nn.functional import cross_entropy, gelu
 
 from innerloop import Example, InputError, LatentModel, Slr
 from innerloop.config.losses import DecoderSettings
-from innerloop.engine import decoding as writing
-from innerloop.engine import engine
+from innerloop.engine import decoding, engine
 from innerloop.model.answer_decoder import AnswerDecoder
-from innerloop.text.row import Kind, Piece
+from innerloop.text.row import Kind, Span
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     FULL,
@@ -122,20 +121,20 @@ def test_every_field_of_the_decoder_changes_the_answer(fields):
 @by_table
 def test_generated_tokens_are_the_likeliest_when_the_answer_is_read_whole(reads, table, monkeypatch):
     model = taught(change(APART, decoder={"reads": reads, "table": table}))
-    choose, chosen = writing.choose, []
+    choose, chosen = decoding.choose, []
 
     def note(logits, *rest):
         chosen.append(choose(logits, *rest))
         return chosen[-1]
 
     together = model.generate(QUESTIONS, max_new_tokens=12)
-    monkeypatch.setattr(writing, "choose", note)
+    monkeypatch.setattr(decoding, "choose", note)
     monkeypatch.setattr(engine, "CHECK_EVERY", 1)
     rows = model.prompts(QUESTIONS)
     for row, question, one in zip(rows, QUESTIONS, together):
         chosen.clear()
         (alone,) = model.generate([question], max_new_tokens=12)
-        row.suffix.append(Piece(tuple(ids.item() for ids in chosen), Kind.ANSWER, supervised=True))
+        row.suffix.append(Span(tuple(ids.item() for ids in chosen), Kind.ANSWER, supervised=True))
         assert one.text == alone.text == model.tokenizer.decode(row.suffix[-1].ids, skip_special_tokens=True)
         assert one.ended == alone.ended == (row.suffix[-1].ids[-1] == model.tokenizer.eos_token_id)
     assert len({len(row.suffix[-1].ids) for row in rows}) > 1  # rows end at different times
@@ -243,7 +242,7 @@ def test_the_loss_of_a_classifier_is_the_cross_entropy_of_its_logits_over_the_gl
     assert out.terms["answer"].item() == pytest.approx(out.loss.item(), abs=1e-9)
     for row, prompt, label in zip(model.rows(MIXED), model.prompts(QUESTIONS), gold.tolist(), strict=True):
         assert row.ids() == prompt.ids() and row.answer_class == label  # nothing is written after the thought
-        assert not any(piece.supervised for piece in row.pieces)
+        assert not any(span.supervised for span in row.spans)
     counts = {"rows": len(MIXED), "answer": 0, "step": 0, "hid": 0}
     assert sum(model(part, n_items=counts).loss.item() for part in parts) == pytest.approx(out.loss.item(), rel=1e-5)
     shown = sharp_model(change(CHOOSING, step_weight=0.5)).loss(MIXED)

@@ -4,9 +4,9 @@ import torch
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cache import fork, join_rows, select_rows
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.decoder.ragged_cache import DepthCache, Slot
-from innerloop.passes.tokens import Spending, Tokens, read_layers
+from innerloop.passes.tokens import CostScope, Tokens, read_layers
 from tests.close import assert_close
 from tests.models import WIDTH, tiny_backbone
 
@@ -127,13 +127,13 @@ def test_a_fork_of_slots_grows_by_itself_and_rows_can_be_taken():
 
 def test_work_is_counted_for_the_tokens_that_ran_and_the_rows_that_count():
     backbone, layers = tiny_backbone("llama"), range(1, 3)
-    meter = Meter(4, torch.device("cpu"))
+    meter = CostMeter(4, torch.device("cpu"))
     counted = torch.tensor([True, True, False])
-    spending = Spending(meter, torch.tensor([3, 1, 0]), counted)
+    cost_scope = CostScope(meter, torch.tensor([3, 1, 0]), counted)
     chosen = bits("010110", "000001", "110100")
     slot = empty_slot(layers, 3)
-    read_layers(backbone, some_tokens().pick(chosen), slot, spending=spending)
+    read_layers(backbone, some_tokens().pick(chosen), slot, cost_scope=cost_scope)
     assert meter.layer_positions.tolist() == [0, 2 * 1, 0, 2 * 3]
     assert meter.layer_keys.tolist() == [0, 2 * 1, 0, 2 * (1 + 2 + 3)]
-    read_layers(backbone, some_tokens().pick(chosen), slot, spending=spending)  # on top of what is there
+    read_layers(backbone, some_tokens().pick(chosen), slot, cost_scope=cost_scope)  # on top of what is there
     assert meter.layer_keys.tolist()[3] == 2 * (1 + 2 + 3) + 2 * (2 + 4 + 6)

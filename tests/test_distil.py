@@ -11,7 +11,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from innerloop import Cot, Example, InputError, LatentModel, LatentTrainer, LatentTrainingArguments, Pause, Slr
 from innerloop.methods import Method
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.train.recipe import parse_recipe
 from innerloop.train.run import run_recipe
 from tests.methods.tools import MIXED, assert_close, by_region, change, gradients, stir, thought_of
@@ -142,7 +142,7 @@ def test_a_teacher_that_does_not_fit_is_refused(method, changes, fields, words, 
 
 def test_a_teacher_reads_running_text_where_the_model_does(tmp_path: Path):
     student = student_of(made(TEACHER), tmp_path)
-    student.spell = Speller(student.tokenizer, running_text=True)
+    student.encoder = PromptEncoder(student.tokenizer, running_text=True)
     terms = student.eval().loss([Example("3 + 4 = 2", (), " 2 * 2 = 4")]).terms
     assert terms["hid"] < 1e-6 and terms["kd"].abs() < 1e-6
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr
-from innerloop.engine import decoding as writer
-from innerloop.engine import engine
+from innerloop.engine import decoding, engine
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
@@ -169,7 +168,7 @@ def test_markers_are_never_written(marked, temperature):
     model.backbone.lm.get_output_embeddings().register_forward_hook(prefer_markers)
     states = torch.randn(64, model.backbone.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits = model.backbone.head(states)
-    written = writer.choose(logits, model.suppressed_ids(), temperature, torch.rand(64, dtype=torch.float64))
+    written = decoding.choose(logits, model.suppressed_ids(), temperature, torch.rand(64, dtype=torch.float64))
     assert not set(written.tolist()) & set(ids)
 
 
@@ -234,7 +233,7 @@ def test_the_answer_follows_the_last_hash_signs_and_thought_comes_before_the_fir
     pieces, answer, n_step_tokens, monkeypatch
 ):
     model = sharp_model(Coconut())
-    monkeypatch.setattr(writer, "choose", script(model, *pieces))
+    monkeypatch.setattr(decoding, "choose", script(model, *pieces))
     monkeypatch.setattr(engine, "CHECK_EVERY", 1)
     (generation,) = model.generate(QUESTIONS[:1])
     assert (generation.text.replace("\n ", "\n"), generation.answer) == ("".join(pieces), answer)
@@ -247,7 +246,7 @@ def test_thought_tokens_are_latents_and_written_steps(monkeypatch):
     monkeypatch.setattr(engine, "CHECK_EVERY", 1)
     for method, latents in ((Cot(), 0), (NoCot(), 0), (Pause(n_pauses=3), 3), (Coconut(), 6), (Slr(n_slots=5), 5),
                             (Slr(loop_scope="append", max_loops=3), 4)):  # fmt: skip
-        monkeypatch.setattr(writer, "choose", script(model, "### 3"))
+        monkeypatch.setattr(decoding, "choose", script(model, "### 3"))
         assert under(model, method).generate(QUESTIONS[:1])[0].cost.thought_tokens == latents
 
 

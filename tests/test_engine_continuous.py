@@ -119,7 +119,7 @@ def longest(model):
     at_work = engine_of(model)
     for i, question in enumerate(POOL):
         at_work.admit(i, question)
-    return max(at_work.most_positions(seat.row, seat.budget) for seat in at_work.waiting)
+    return max(at_work.most_positions(request.row, request.budget) for request in at_work.waiting)
 
 
 def assert_company_does_not_matter(name, asked, n, batch_size, room, check_every):
@@ -194,7 +194,7 @@ def test_rows_that_wait_join_those_that_write_and_answers_come_as_soon_as_they_a
     with_company = engine_of(model, batch_size=3)
     sizes, ready = [], []
     for _ in with_company.groups(POOL):
-        sizes.append(0 if with_company.writer is None else len(with_company.writer.seats))
+        sizes.append(0 if with_company.decode_batch is None else len(with_company.decode_batch.requests))
         ready.append(with_company.ready is not None)
     assert max(sizes) == 3 and any(ready)
     lengths = sorted(len(ids) for ids, *_ in alone)
@@ -312,7 +312,7 @@ def test_a_question_that_the_tokenizer_refuses_fails_alone(monkeypatch):
         return encode(self, text, **options)
 
     monkeypatch.setattr(type(model.tokenizer), "encode", fussy)
-    model.spell._memory.clear()
+    model.encoder._memory.clear()
     assert [fits(model, question) for question in POOL] == [question != LONG for question in POOL]
     found = model.generate(POOL, max_new_tokens=N, strict=False)
     assert "Missing [UNK]" in found[POOL.index(LONG)].error
@@ -378,9 +378,18 @@ def test_the_engine_keeps_to_its_positions(name, room):
     max_positions, most = int(room * longest(model)), 0
     at_work = engine_of(model, batch_size=8, max_positions=max_positions)
     for _ in at_work.groups(POOL):
-        busy = [seat for writer in (at_work.writer, at_work.ready) if writer is not None for seat in writer.seats]
-        written = [len(seat.row) + len(seat.written) + seat.n_latents for seat in busy]
-        assert sum(written) <= sum(at_work.most_positions(seat.row, seat.budget) for seat in busy) <= max_positions
+        busy = [
+            request
+            for decode_batch in (at_work.decode_batch, at_work.ready)
+            if decode_batch is not None
+            for request in decode_batch.requests
+        ]
+        written = [len(request.row) + len(request.written) + request.n_latents for request in busy]
+        assert (
+            sum(written)
+            <= sum(at_work.most_positions(request.row, request.budget) for request in busy)
+            <= max_positions
+        )
         most = max(most, len(busy))
     assert most > 1 or room < 5.0
 
@@ -406,10 +415,10 @@ def test_the_cache_holds_no_more_than_the_rows_that_write(name):
     model, _ = made(name)
     steady = engine_of(model, batch_size=3)
     for _ in steady.groups([f"{i % 5} ; + {i % 3}" for i in range(60)]):
-        if steady.writer is not None:
-            longest = max(int(n) for n in steady.writer.context.next_position_B)
+        if steady.decode_batch is not None:
+            longest = max(int(n) for n in steady.decode_batch.context.next_position_B)
             n_waits = N * (name in ("tah", "spiral"))  # a row that waits leaves columns that others use
-            assert steady.writer.context.length <= longest + 4 * n_waits + 8
+            assert steady.decode_batch.context.length <= longest + 4 * n_waits + 8
 
 
 class Asked(TorchDispatchMode):
@@ -453,11 +462,11 @@ def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monke
             return inner(*args, **kwargs)
 
     monkeypatch.setattr(model.loop, "forward", watched)
-    next(groups)  # the wave, and the first token
+    next(groups)  # the prefill batch, and the first token
     with Asked() as in_steps:
         for _ in range(N - 2):
             next(groups)
-    assert at_work.writer is not None and len(at_work.unseen.tokens) == N - 1
+    assert at_work.decode_batch is not None and len(at_work.unseen.tokens) == N - 1
     assert (in_loops.found, in_steps.found) == ([], [])
 
 

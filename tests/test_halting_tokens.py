@@ -10,7 +10,7 @@ import torch
 from innerloop import LatentModel, Looped, Slr
 from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.config.stopping import StopKind
-from innerloop.decoder.cost import Meter, flops_of
+from innerloop.decoder.cost import CostMeter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods import Method
 from innerloop.model.stopping import use_rule
@@ -46,7 +46,7 @@ def looped(kind: str, arch: str = "llama", threshold: float | None = None, **sto
     return model
 
 
-def depths_of(model: LatentModel, examples=MIXED, meter: Meter | None = None) -> list[list[int]]:
+def depths_of(model: LatentModel, examples=MIXED, meter: CostMeter | None = None) -> list[list[int]]:
     """Return how often each token of each row went round."""
     batch = model.batch(model.rows(examples))
     with torch.no_grad():
@@ -134,7 +134,7 @@ LOOKS = [("delta", 1), ("kl", 1), ("gap", 2), ("argmax", 1), ("halt", 1), ("mlp_
 @pytest.mark.parametrize(("kind", "every"), LOOKS)
 def test_flops_are_those_of_the_iterations_and_of_the_looks(kind, every, arch):
     model = looped(kind, arch, check_every=every)
-    backbone, meter = model.backbone, Meter(1, model.device)
+    backbone, meter = model.backbone, CostMeter(1, model.device)
     (depths,) = depths_of(model, MIXED[:1], meter)
     looks = [sum(t % every == 0 for t in range(1, min(n, T - 1) + 1)) for n in depths]
     d, v = backbone.width, backbone.config.vocab_size

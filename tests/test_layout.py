@@ -7,9 +7,9 @@ from innerloop import Coconut, Cot, NoCot, Pause, Slr
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
 from innerloop.text.batch import collate
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import IGNORE, Kind, Piece, Row
+from innerloop.text.row import IGNORE, Kind, Row, Span
 from tests.methods.tools import labels_by_loop
 from tests.models import SPELLED, chain_examples, spelled_tokenizer, tiny_model
 
@@ -23,16 +23,16 @@ def ids(words: str) -> list[int]:
     return [SPELLED.index(word.replace("|", "\n")) for word in words.split()]
 
 
-def speller(*arguments, **special) -> Speller:
-    return Speller(spelled_tokenizer(*arguments, pad_token="<pad>", **special))
+def prompt_encoder(*arguments, **special) -> PromptEncoder:
+    return PromptEncoder(spelled_tokenizer(*arguments, pad_token="<pad>", **special))
 
 
 def laid_out(method, stage: int | None = None, example: Example = EXAMPLE) -> Row:
-    return method.lay_out(example, speller(), method.last_stage if stage is None else stage)
+    return method.lay_out(example, prompt_encoder(), method.last_stage if stage is None else stage)
 
 
 def segments(row: Row) -> list[list[int]]:
-    return [[i for piece in segment for i in piece.ids] for segment in (row.prefix, row.region, row.suffix)]
+    return [[i for span in segment for i in span.ids] for segment in (row.prefix, row.region, row.suffix)]
 
 
 def coconut(s_max: int, **fields) -> Coconut:
@@ -70,7 +70,7 @@ ROWS = [
 def test_a_row_is_spelled_as_its_method_says_and_its_prompt_is_what_comes_before_the_supervised(
     method, stage, prefix, n_latents, suffix
 ):
-    row, prompt = laid_out(method, stage), method.prompt(EXAMPLE.question, speller(), stage)
+    row, prompt = laid_out(method, stage), method.prompt(EXAMPLE.question, prompt_encoder(), stage)
     silent, supervised = map(ids, suffix.split(":"))
     latents = ids("<lat> " * n_latents)
     before = ids(prefix) + latents + silent
@@ -85,7 +85,7 @@ def test_a_row_is_spelled_as_its_method_says_and_its_prompt_is_what_comes_before
 def test_pieces_know_their_kind_and_their_step():
     marker, steps = (Kind.MARKER, -1), [(Kind.STEP, 1), (Kind.STEP, 2)]
     told = [(Kind.QUESTION, -1), marker, (Kind.LATENT, -1), marker, *steps, (Kind.ANSWER, -1)]
-    assert [(piece.kind, piece.step) for piece in laid_out(coconut(2), 1).pieces] == told
+    assert [(span.kind, span.step) for span in laid_out(coconut(2), 1).spans] == told
 
 
 def test_examples_of_few_steps_or_none():
@@ -99,19 +99,19 @@ def test_examples_of_few_steps_or_none():
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A <eos>"])
 def test_a_tokenizer_that_begins_and_ends_every_text_does_so_once_a_row(template):
-    spell = speller(template)
-    row = Cot().lay_out(EXAMPLE, spell)
+    encoder = prompt_encoder(template)
+    row = Cot().lay_out(EXAMPLE, encoder)
     assert row.ids() == ids(f"<s> q r | {STEPS} {ANSWER}") and row.labels()[:4] == [X] * 4
     for _ in range(2):  # the same text is spelled differently as question and as step
-        assert (list(spell.question("q").ids), list(spell.step("q", 0).ids)) == (ids("<s> q |"), ids("q |"))
+        assert (list(encoder.question("q").ids), list(encoder.step("q", 0).ids)) == (ids("<s> q |"), ids("q |"))
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_and_one_without_an_end_is_refused():
-    spell = Speller(spelled_tokenizer())
-    assert spell.tokenizer.pad_token_id is None
-    assert spell.pad_id == spell.eos_id == SPELLED.index("<eos>")
+    encoder = PromptEncoder(spelled_tokenizer())
+    assert encoder.tokenizer.pad_token_id is None
+    assert encoder.pad_id == encoder.eos_id == SPELLED.index("<eos>")
     with pytest.raises(InputError, match="end-of-sequence"):
-        Speller(spelled_tokenizer(eos_token=None))
+        PromptEncoder(spelled_tokenizer(eos_token=None))
 
 
 # Batches
@@ -119,11 +119,11 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_and_one_without_an_en
 
 def batch_of_three(pad_id: int = PAD):
     """Rows with 1, 2 and 0 latents, and prefixes and suffixes of three lengths."""
-    spell = speller()
+    encoder = prompt_encoder()
     rows = [
-        Row([spell.question("q")], [spell.marker("<lat>", 1)], [spell.marker("<eot>"), spell.answer("a")]),
-        Row([spell.question("q r r")], [spell.marker("<lat>", 2)], [spell.answer("a a")]),
-        Row([spell.question("q r")], [], [spell.step("s1", 0), spell.answer("a")]),
+        Row([encoder.question("q")], [encoder.marker("<lat>", 1)], [encoder.marker("<eot>"), encoder.answer("a")]),
+        Row([encoder.question("q r r")], [encoder.marker("<lat>", 2)], [encoder.answer("a a")]),
+        Row([encoder.question("q r")], [], [encoder.step("s1", 0), encoder.answer("a")]),
     ]
     return rows, collate(rows, pad_id)
 
@@ -161,7 +161,7 @@ def test_each_supervised_token_is_predicted_from_the_real_position_before_it():
     assert batch.n_targets == [3, 4, 5]
     assert batch.counts() == {"answer": 12, "step": 0, "hid": 0, "teacher": 0, "rows": 3}
     with pytest.raises(InputError, match="nothing comes before it"):
-        collate([Row([], [], [Piece((5,), Kind.ANSWER, supervised=True)])], PAD)
+        collate([Row([], [], [Span((5,), Kind.ANSWER, supervised=True)])], PAD)
 
 
 def test_the_position_that_predicts_is_real_and_is_the_one_before(examples):
@@ -188,7 +188,7 @@ def test_nothing_depends_on_what_pads(examples):
     model = tiny_model(Coconut())
     rows = model.rows([Example(e.question[: -4 * n], e.steps, e.answer) for n, e in enumerate(examples[:3])], stage=1)
     with torch.no_grad():
-        losses = [model(collate(rows, pad_id)).loss for pad_id in (model.spell.pad_id, model.spell.eos_id, 5)]
+        losses = [model(collate(rows, pad_id)).loss for pad_id in (model.encoder.pad_id, model.encoder.eos_id, 5)]
     assert losses[0] == losses[1] == losses[2]
 
 

@@ -181,7 +181,7 @@ def test_blocks_and_single_latents_stand_beside_their_gold_steps():
     model, record = seen(replace(SLR, max_loops=3))
     steps = record.looks[0].shown
     assert [step.where for step in steps] == ["latent 1, loop 1", "latent 2, loop 2", "latent 3, loop 3"]
-    first = [model.tokenizer.decode(model.spell.step(step, 0).ids[:1]).strip() for step in chain_examples(1)[0].steps]
+    first = [model.tokenizer.decode(model.encoder.step(step, 0).ids[:1]).strip() for step in chain_examples(1)[0].steps]
     assert [step.gold for step in steps] == first
 
 

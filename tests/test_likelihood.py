@@ -15,7 +15,7 @@ from innerloop.measure import evaluate
 from innerloop.measure.likelihood import Likelihood, likelihood
 from innerloop.methods import Method
 from innerloop.tasks import Text
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
 from tests.fields import FullLoop
@@ -34,7 +34,7 @@ def reader(method: Method) -> LatentModel:
     """A model that reads running text."""
     model = tiny_model(method, "gpt2", num_hidden_layers=2)
     stir(model)
-    model.spell = Speller(model.tokenizer, running_text=True)
+    model.encoder = PromptEncoder(model.tokenizer, running_text=True)
     return model.eval()
 
 
@@ -69,19 +69,19 @@ def test_with_a_loop_the_beginning_is_read_plainly_and_the_rest_after_the_though
 
 
 def _of_answer(row: Row) -> Row:
-    prefix = [dataclasses.replace(piece, supervised=False) for piece in row.prefix]
+    prefix = [dataclasses.replace(span, supervised=False) for span in row.prefix]
     return dataclasses.replace(row, prefix=prefix)
 
 
 @pytest.mark.parametrize("method", [NoCot(), Slr(n_slots=3, max_loops=2, loop_scope="all"), Looped(max_loops=2)])
 def test_the_likelihood_is_that_of_what_the_text_goes_on_with(method):
     model = reader(method)
-    model.spell = Speller(model.tokenizer)  # whatever else the model reads
+    model.encoder = PromptEncoder(model.tokenizer)  # whatever else the model reads
     found = likelihood(model, CHUNKS, batch_size=2)
     expected = []
     for chunk in CHUNKS:
-        row = method.rows([chunk], Speller(model.tokenizer, running_text=True))[0]
-        target = torch.tensor(row.pieces[-1].ids)
+        row = method.rows([chunk], PromptEncoder(model.tokenizer, running_text=True))[0]
+        target = torch.tensor(row.spans[-1].ids)
         expected.append(cross_entropy(model.row_logits([row])[0][-len(target) :], target, reduction="sum").item())
         assert found.n_tokens[len(expected) - 1] == len(target)
     assert list(found.losses) == pytest.approx(expected, rel=1e-5)
@@ -156,6 +156,6 @@ def test_text_then_chains_with_one_tokenizer(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(LatentModel, "generate", lambda model, *a, **k: asked.append(model) or generate(model, *a, **k))
     for run in (pretrained, str(tmp_path / "run")):
         assert main(["ask", run, "the loop reads", "--max_new_tokens", "2"]) == 0
-    assert [model.spell.running_text for model in asked] == [True, False]  # a text goes on, a question is answered
+    assert [model.encoder.running_text for model in asked] == [True, False]  # a text goes on, a question is answered
     assert main(["lens", pretrained, "--examples", "1", "--task", task, "--split", "train"]) == 0
-    assert asked[-1].spell.running_text
+    assert asked[-1].encoder.running_text

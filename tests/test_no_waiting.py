@@ -6,7 +6,7 @@ The meta device knows shapes alone: whatever would wait for a value (`item`, `to
 import pytest
 import torch
 
-from innerloop.engine.decoding import Writer
+from innerloop.engine.decoding import DecodeBatch
 from innerloop.methods import (
     Coconut,
     Codi,
@@ -37,17 +37,17 @@ METHODS: list[Method] = [
 by_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
 
-def write_three(model, batch: Batch) -> Writer:
+def write_three(model, batch: Batch) -> DecodeBatch:
     """Think and write three tokens, as the engine does between two looks."""
     columns, mask = batch.columns(2)
     suffix = [(model.backbone.embed(batch.ids_BS[:, columns]), mask)] if columns.start < columns.stop else []
     thought = model.think(batch)
-    writer = Writer(model, thought.context, [None] * len(batch))
-    writer.start(join([*thought.pending, *suffix]))
+    decode_batch = DecodeBatch(model, thought.context, [None] * len(batch))
+    decode_batch.start(join([*thought.pending, *suffix]))
     for _ in range(3):
-        writer.choose(model.suppressed_ids(), 0.0)
-        writer.write()
-    return writer
+        decode_batch.choose(model.suppressed_ids(), 0.0)
+        decode_batch.write()
+    return decode_batch
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def write_three(model, batch: Batch) -> Writer:
 @by_method
 def test_neither_thought_nor_writing_asks_for_a_value(method, arch):
     model = tiny_model(method, arch, num_hidden_layers=3).eval().to("meta")
-    writer = write_three(model, model.batch(model.prompts(QUESTIONS)))
-    assert writer.logits_RV.is_meta and len(writer.logits_RV) == len(QUESTIONS)
+    decode_batch = write_three(model, model.batch(model.prompts(QUESTIONS)))
+    assert decode_batch.logits_RV.is_meta and len(decode_batch.logits_RV) == len(QUESTIONS)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from innerloop import Cot, Pause, Slr
 from innerloop.engine import shared_prefix as prefix
-from innerloop.engine.decoding import Writer
+from innerloop.engine.decoding import DecodeBatch
 from innerloop.loop.hooks import hooked
 from innerloop.measure.latents import Recorder
 from tests.close import assert_close
@@ -25,15 +25,15 @@ PER_ITER = Slr(n_slots=2, max_loops=2, prefix_kv="per_iter", loop={"lora": "per_
 
 def answers(model, asked, spared_from, **options):
     """Return what is answered where sharing must spare so much, and the logits of each row's first token."""
-    logits, start = {}, Writer.start
+    logits, start = {}, DecodeBatch.start
 
     def note(self, pending):
         start(self, pending)
-        logits.update((repr(seat.row.ids()), row) for seat, row in zip(self.seats, self.logits_RV))
+        logits.update((repr(request.row.ids()), row) for request, row in zip(self.requests, self.logits_RV))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix, "SPARED_FROM", spared_from)
-        patch.setattr(Writer, "start", note)
+        patch.setattr(DecodeBatch, "start", note)
         found = model.generate(asked, max_new_tokens=N, **options)
     return found, torch.stack([logits[repr(row.ids())] for row in model.prompts(asked)])
 
@@ -67,8 +67,8 @@ def test_one_row_is_charged_what_it_reads_for_all_and_time_is_everybodys(name):
     with passes(model) as seen:
         found, plain = assert_shared_alike(model, ASKED)
     assert seen[0].shape[:2] == (1, n)
-    charged = [one.cost.positions - other.cost.positions for one, other in zip(found, plain)]
-    assert sorted(charged) == [-n, -n, 0]
+    billed = [one.cost.positions - other.cost.positions for one, other in zip(found, plain)]
+    assert sorted(billed) == [-n, -n, 0]
     assert sorted(one.cost.passes - other.cost.passes for one, other in zip(found, plain)) == [0, 0, 1]
     assert [one.cost.positions + one.cost.cached >= p.cost.positions for one, p in zip(found, plain)] == [True] * 3
     assert len({one.cost.seconds["prefill"] for one in found}) == 1 and found[0].cost.seconds["prefill"] > 0

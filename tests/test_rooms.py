@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from innerloop.decoder import kv_buffer as rooms
-from innerloop.decoder.kv_buffer import RoomLayer, WindowLayer
+from innerloop.decoder import kv_buffer
+from innerloop.decoder.kv_buffer import FullLayer, WindowLayer
 from innerloop.methods import Cot
 from innerloop.passes.context import Context
 from tests.close import assert_close
@@ -36,12 +36,12 @@ def columns(n_rows: int, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]
 @given(deeds=DEEDS, is_window=st.booleans())
 def test_whatever_layers_do_they_hold_what_concatenation_gives(deeds, is_window):
     """Several views of one past grow, split, lose rows and columns, and go; each is compared with plain tensors."""
-    first = WindowLayer(64) if is_window else RoomLayer()
+    first = WindowLayer(64) if is_window else FullLayer()
     if isinstance(first, WindowLayer):
         first.is_padded = True
     views = [(first, *columns(3, 0, 0))]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(rooms, "COLUMNS", 8)  # they fill up
+        patch.setattr(kv_buffer, "COLUMNS", 8)  # they fill up
         for seed, (deed, which, n) in enumerate(deeds):
             i = which % len(views)
             layer, keys, values = views[i]
@@ -72,19 +72,19 @@ def test_whatever_layers_do_they_hold_what_concatenation_gives(deeds, is_window)
 
 def test_written_columns_are_copied_once_in_a_room():
     """64 tokens are written with two copies of what was read, not 64."""
-    layer, addresses = RoomLayer(), []
+    layer, addresses = FullLayer(), []
     with torch.no_grad():
-        for seed in range(rooms.COLUMNS + 1):
+        for seed in range(kv_buffer.COLUMNS + 1):
             layer.update(*columns(1, 1, seed))
             addresses.append(layer.keys.data_ptr())
     assert len(set(addresses)) == 2
-    assert layer.get_seq_length() == rooms.COLUMNS + 1
+    assert layer.get_seq_length() == kv_buffer.COLUMNS + 1
 
 
 @pytest.mark.parametrize(("forget", "n"), [("crop", -2), ("cut", 2), ("cut", 9)])
 def test_columns_that_are_kept_are_nobody_elses(forget, n):
     with torch.no_grad():
-        layer = RoomLayer()
+        layer = FullLayer()
         layer.update(*columns(1, 1, 0))
         twin = copy.copy(layer)
         layer.update(*columns(1, 3, 1))
@@ -96,7 +96,7 @@ def test_columns_that_are_kept_are_nobody_elses(forget, n):
 
 
 def test_a_cache_can_be_pickled_and_goes_on_by_itself():
-    layer = RoomLayer()
+    layer = FullLayer()
     with torch.no_grad():
         layer.update(*columns(1, 2, 0))
         for again in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
@@ -106,11 +106,11 @@ def test_a_cache_can_be_pickled_and_goes_on_by_itself():
 
 
 def test_memory_is_let_go_where_columns_lie_elsewhere_now():
-    layer = RoomLayer()
+    layer = FullLayer()
     with torch.no_grad():
         layer.update(*columns(1, 2, 0))
     layer.update(*columns(1, 1, 1))
-    assert layer.room is None and layer.placed is None
+    assert layer.buffer is None and layer.placed is None
 
 
 def test_what_a_dropped_fork_left_behind_reaches_no_compiled_pass():
@@ -125,7 +125,7 @@ def test_what_a_dropped_fork_left_behind_reaches_no_compiled_pass():
 
 
 def test_memory_of_inference_mode_is_not_written_to_outside_of_it():
-    layer = RoomLayer()
+    layer = FullLayer()
     with torch.inference_mode():
         layer.update(*columns(1, 2, 0))
     with torch.no_grad():
@@ -134,18 +134,18 @@ def test_memory_of_inference_mode_is_not_written_to_outside_of_it():
 
 
 def test_gradients_flow_through_what_was_read():
-    """With gradients on, nothing lies in a room."""
+    """With gradients on, nothing lies in a buffer."""
     backbone = tiny_backbone("llama")
     cache, embeds = backbone.empty_cache(), torch.randn(1, 4, backbone.width, requires_grad=True)
     backbone(embeds[:, :3], cache=cache)
     backbone(embeds[:, 3:], cache=cache).sum().backward()
     assert embeds.grad is not None and embeds.grad[:, :3].abs().sum() > 0
-    assert all(layer.room is None for layer in cache.layers)
+    assert all(layer.buffer is None for layer in cache.layers)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_what_was_read_without_gradients_is_built_on_with_them(arch):
-    """A prefix in a room can be read on from while something is learned, and the room stays as it is."""
+    """A prefix in a buffer can be read on from while something is learned, and the buffer stays as it is."""
     backbone = tiny_backbone(arch)
     past, new = torch.randn(2, 1, 3, backbone.width)
     cache = backbone.empty_cache()
@@ -163,6 +163,6 @@ def test_answers_are_the_same_in_rooms_that_fill_up(monkeypatch):
     model, questions = tiny_model(Cot(), "gemma3"), ["3 ; + 4 ; * 2", "1 ; + 1", "4 ; - 1 ; - 1"]
     found = []
     for n in (1, 4, 64):
-        monkeypatch.setattr(rooms, "COLUMNS", n)
+        monkeypatch.setattr(kv_buffer, "COLUMNS", n)
         found.append([g.ids for g in model.generate(questions, max_new_tokens=12, batch_size=2)])
     assert found[0] == found[1] == found[2]

@@ -24,8 +24,8 @@ LABELLED = change(FREE, pattern="labelled")
 def steps_of(row) -> str:
     """Draw a row's steps: the number of one that is text, L for a block, A for the answer."""
     names = {Kind.LATENT: "L", Kind.ANSWER: "A"}
-    pieces = [piece for link in row.links() for piece in link.pieces]
-    return "".join(names.get(p.kind, str(p.step + 1)) for p in pieces if p.kind in (*names, Kind.STEP))
+    spans = [span for segment in row.segments() for span in segment.spans]
+    return "".join(names.get(p.kind, str(p.step + 1)) for p in spans if p.kind in (*names, Kind.STEP))
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +39,25 @@ def model() -> LatentModel:
 @pytest.mark.parametrize("schedule", ["parallel", "sequential"])
 @pytest.mark.parametrize(("stage", "expected"), [(0, "123A"), (0b1, "L23A"), (0b110, "1LLA"), (0b111, "LLLA")])
 def test_each_step_is_text_or_a_block_by_itself_and_both_are_learned(stage, expected, schedule, model):
-    row = change(FREE, block_schedule=schedule).lay_out(MIXED[0], model.spell, stage)
+    row = change(FREE, block_schedule=schedule).lay_out(MIXED[0], model.encoder, stage)
     assert steps_of(row) == expected
-    labels = [label for link in row.links() for label in link.labels()]
+    labels = [label for segment in row.segments() for label in segment.labels()]
     bol, bot = model.tokenizer.convert_tokens_to_ids(["<bol>", "<bot>"])
     assert [label for label in labels if label in (bol, bot)] == [bol if c == "L" else bot for c in expected[:-1]]
     marked = Example(MIXED[0].question, MIXED[0].steps, "3", meta={"latent": [bool(stage >> i & 1) for i in range(3)]})
-    assert change(LABELLED, block_schedule=schedule).lay_out(marked, model.spell, 0) == row
+    assert change(LABELLED, block_schedule=schedule).lay_out(marked, model.encoder, 0) == row
 
 
 def test_every_choice_of_steps_is_drawn_as_often_and_by_the_seed_alone(model):
-    drawn = [steps_of(row) for row in FREE.rows([MIXED[0]] * 2000, model.spell, seed="a")]
-    assert drawn == [steps_of(row) for row in FREE.rows([MIXED[0]] * 2000, model.spell, seed="a")]
+    drawn = [steps_of(row) for row in FREE.rows([MIXED[0]] * 2000, model.encoder, seed="a")]
+    assert drawn == [steps_of(row) for row in FREE.rows([MIXED[0]] * 2000, model.encoder, seed="a")]
     counts = [drawn.count(one) for one in set(drawn)]
     assert len(counts) == 8 and min(counts) > 190 and max(counts) < 310
 
 
 def test_questions_are_asked_without_a_block_so_that_the_model_chooses_the_first_step(model):
     free, labelled, text = (
-        method.prompt(MIXED[0].question, model.spell, 0) for method in (FREE, LABELLED, change(FREE, pattern="none"))
+        method.prompt(MIXED[0].question, model.encoder, 0) for method in (FREE, LABELLED, change(FREE, pattern="none"))
     )
     assert free == labelled == text
 
@@ -66,8 +66,8 @@ def test_questions_are_asked_without_a_block_so_that_the_model_chooses_the_first
 def test_the_longest_row_has_each_step_in_the_longer_of_its_forms(n, model):
     for method in (change(FREE, latents_per_block=n), change(LABELLED, latents_per_block=n)):
         for example in (MIXED[0], MIXED[4]):
-            rows = [change(FREE, latents_per_block=n).lay_out(example, model.spell, mask) for mask in range(8)]
-            assert method.longest(example, model.spell) == max(len(row) for row in rows)
+            rows = [change(FREE, latents_per_block=n).lay_out(example, model.encoder, mask) for mask in range(8)]
+            assert method.longest(example, model.encoder) == max(len(row) for row in rows)
 
 
 # Labels
@@ -87,13 +87,13 @@ def test_labels_say_after_which_blocks_every_token_that_follows_is_the_likeliest
             after = next((i for i, step in enumerate(drawn[:-1]) if step == "L" and "L" not in drawn[i + 1 :]))
             wrong = not can[question][after] or drawn.count("L") > 2
             labels, kinds = [], []
-            for piece in (piece for link in row.links() for piece in link.pieces if piece.supervised):
-                labels += piece.ids
-                kinds += [piece] * len(piece.ids)
+            for span in (span for segment in row.segments() for span in segment.spans if span.supervised):
+                labels += span.ids
+                kinds += [span] * len(span.ids)
             logits = torch.nn.functional.one_hot(torch.tensor(labels), 64).float()
-            for at, piece in enumerate(kinds):  # wrong before the block, which must not matter, or once after it
-                is_next = piece.step == after + 1 or (piece.kind is Kind.ANSWER and after + 2 == len(drawn))
-                is_before = piece.kind is Kind.STEP and piece.step == after - 1
+            for at, span in enumerate(kinds):  # wrong before the block, which must not matter, or once after it
+                is_next = span.step == after + 1 or (span.kind is Kind.ANSWER and after + 2 == len(drawn))
+                is_before = span.kind is Kind.STEP and span.step == after - 1
                 if is_before or (wrong and is_next and at % 2):
                     logits[at] = -logits[at]
             found.append(logits)

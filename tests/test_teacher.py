@@ -62,7 +62,7 @@ def test_a_stale_file_is_refused_and_left_alone(what, model, tmp_path: Path):
             next(backbone.lm.parameters())[0, 0] += 1e-3
     else:
         backbone, method = teacher(), change(STUDENT, pattern="even" if what == "other positions" else "odd")
-        rows = [method.lay_out(example, model.spell, 0) for example in OTHER[what]]
+        rows = [method.lay_out(example, model.encoder, 0) for example in OTHER[what]]
     with pytest.raises(InputError, match="of another teacher, other data or another method; delete the file"):
         cache(path, rows, backbone)
     assert path.read_bytes() == before

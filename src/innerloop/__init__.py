@@ -8,7 +8,7 @@ from innerloop.config.losses import AuxSettings, ExitSettings, HiddenSettings
 from innerloop.config.method import LatentMethod, Method
 from innerloop.config.stopping import StopSettings
 from innerloop.engine.latent_model import LatentModel
-from innerloop.engine.test_time import Attempts
+from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError
 from innerloop.methods import (
     AdaInfer,
@@ -39,7 +39,6 @@ from innerloop.train.training_arguments import LatentTrainingArguments
 
 __all__ = [
     "AdaInfer",
-    "Attempts",
     "AuxSettings",
     "Chain",
     "Coconut",
@@ -75,6 +74,7 @@ __all__ = [
     "SpiralThinker",
     "StopSettings",
     "Tah",
+    "TestTimeCompute",
     "read_examples",
     "write_examples",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop import LatentModel, RecurrentDepth
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.methods.depth.initial_state import noise_at
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
@@ -53,7 +53,7 @@ def read(
     mask: Tensor | None = None,
     wanted: Tensor | None = None,
     pieces: Sequence[int] | None = None,
-    meter: Meter | None = None,
+    meter: CostMeter | None = None,
 ) -> tuple[Tensor, Context, list[PassOutput]]:
     """Read ids (B, L) in pieces; return the logits (B, L, V), the context and what each pass gave."""
     context, logits = Context(model.backbone, len(ids), meter, depth=DepthRun(model.depth)), []
@@ -72,7 +72,7 @@ def by_token(model: LatentModel, ids: Tensor = IDS, **options) -> Tensor:
 
 def flops_of(model: LatentModel, **options) -> float:
     """Return what reading IDS costs."""
-    meter = Meter(1, torch.device("cpu"))
+    meter = CostMeter(1, torch.device("cpu"))
     read(model, IDS, meter=meter, **options)
     return meter.costs(model.backbone)[0].flops
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from innerloop import LatentModel
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.decoder.masks import visible
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
@@ -45,7 +45,7 @@ def on_same(model: LatentModel, **fields) -> LatentModel:
     return twin.eval()
 
 
-def opened(model: LatentModel, n_rows: int = 1, meter: Meter | None = None) -> Context:
+def opened(model: LatentModel, n_rows: int = 1, meter: CostMeter | None = None) -> Context:
     """Return a context that has read nothing."""
     return Context(model.backbone, n_rows, meter, depth=DepthRun(model.depth))
 
@@ -57,13 +57,13 @@ def only_pass(model: LatentModel, ids: Tensor, mask: Tensor | None = None) -> Pa
     return context.depth.passes[0]
 
 
-def read(model: LatentModel, ids: Tensor, mask: Tensor | None = None, meter: Meter | None = None):
+def read(model: LatentModel, ids: Tensor, mask: Tensor | None = None, meter: CostMeter | None = None):
     """Read ids (B, L) in one pass; return the logits (B, L, V), the context and what the pass gave."""
     return read_embeds(model, model.backbone.embed(ids), mask, meter)
 
 
 @torch.no_grad()
-def read_embeds(model: LatentModel, embeds: Tensor, mask: Tensor | None = None, meter: Meter | None = None):
+def read_embeds(model: LatentModel, embeds: Tensor, mask: Tensor | None = None, meter: CostMeter | None = None):
     """Read embeddings (B, L, D) in one pass."""
     context = opened(model, len(embeds), meter)
     states = context.read(embeds, mask)
@@ -100,7 +100,9 @@ def displaces(model: LatentModel, ids: Tensor, router: Tensor, early: Tensor) ->
 
 
 @torch.no_grad()
-def stepwise(model: LatentModel, ids: Tensor, n_first: int = 1, meter: Meter | None = None) -> tuple[Tensor, Context]:
+def stepwise(
+    model: LatentModel, ids: Tensor, n_first: int = 1, meter: CostMeter | None = None
+) -> tuple[Tensor, Context]:
     """Read the first ids in one pass and the others one by one; return all logits (B, L, V)."""
     context, logits = opened(model, len(ids), meter), []
     for part in (ids[:, :n_first], *ids[:, n_first:].split(1, dim=1)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from innerloop import Example, LatentModel
-from innerloop.text.row import Kind, Piece, Row
+from innerloop.text.row import Kind, Row, Span
 from tests.methods.reference import Reference
 from tests.methods.tools import (
     MIXED,
@@ -82,7 +82,7 @@ def assert_decodes_as_forced(model: LatentModel, slow: Reference, passes_before:
     alone = [model.generate([question], max_new_tokens=n_tokens)[0] for question in QUESTIONS]
     rows = model.prompts(QUESTIONS)
     for row, ids in zip(rows, expected):
-        row.suffix.append(Piece(tuple(ids), Kind.ANSWER, supervised=True))
+        row.suffix.append(Span(tuple(ids), Kind.ANSWER, supervised=True))
     for one, other, ids, logits in zip(together, alone, expected, logits_of(model, rows)):
         assert one.text == other.text == model.tokenizer.decode(ids, skip_special_tokens=True)
         assert one.cost.passes == other.cost.passes == passes_before + len(ids)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from innerloop import AdaInfer, Cot, LatentModel
 from innerloop.calibrate.loop_scan import scan_loop
-from innerloop.decoder.cost import Meter, flops_of
+from innerloop.decoder.cost import CostMeter, flops_of
 from innerloop.halting.rule import STATE_FLOPS
 from innerloop.methods.depth.exit_pass import ExitCache
 from innerloop.model.stopping import use_rule
@@ -57,7 +57,7 @@ def truncated(arch: str, n_layers: int) -> LatentModel:
 
 @torch.no_grad()
 def read(
-    model: LatentModel, examples, wanted_BS: Tensor | None = None, meter: Meter | None = None
+    model: LatentModel, examples, wanted_BS: Tensor | None = None, meter: CostMeter | None = None
 ) -> tuple[Batch, Thought, Tensor]:
     """Read whole rows, to the logits (U, V) of what is written; each token runs ``wanted_BS`` sections."""
     batch = model.batch(model.rows(examples))
@@ -292,7 +292,7 @@ def test_no_token_sees_a_later_one(policy):
 @by_policy
 def test_flops_of_a_row_are_those_of_what_was_run(policy, arch):
     model = on(base(arch), change(LEAVES, stop={"rule": "delta", "threshold": 0.3}, kv_missing=policy))
-    backbone, meter = model.backbone, Meter(1, model.device)
+    backbone, meter = model.backbone, CostMeter(1, model.device)
     thought = read(model, MIXED[3:4], meter=meter)[1]
     depths = thought.deep[-1].depths_BL[0]
     n_asked = int(thought.context.depth.asked_B)

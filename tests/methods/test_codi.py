@@ -23,7 +23,7 @@ from innerloop import Cot, Example, InputError
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Codi, Lotus
 from innerloop.model.losses import follow_loss
-from innerloop.text.row import ANSWER_PASS, Follow, Kind, Row
+from innerloop.text.row import ANSWER_PASS, HiddenTarget, Kind, Row
 from tests.fields import make
 from tests.methods.reference_codi import CodiReference
 from tests.methods.slowly import assert_batch_is_its_rows, assert_decodes_as_forced, assert_terms_of_the_reference
@@ -105,9 +105,9 @@ SIGNED = tuple(Example("2 ; + 3", ("2 + 3 = 0",), answer) for answer in ("-3", "
 def test_the_teacher_reads_all_steps_but_the_last_and_both_stand_before_the_answers_own_tokens():
     model, examples = on("gpt2", BASE), MIXED + SIGNED
     for example, row in zip(examples, model.rows(examples)):
-        read = [piece.step for piece in row.teacher.pieces if piece.kind is Kind.STEP]
+        read = [span.step for span in row.teacher.spans if span.kind is Kind.STEP]
         assert read == list(range(len(example.steps) - 1))
-        (follow,) = row.follows
+        (follow,) = row.hidden_targets
         assert (follow.loop, follow.weight) == (ANSWER_PASS, 1.0)
         mine, taught, n_asked = row.ids(), row.teacher.ids(), len(row.teacher.prefix[0].ids)
         assert mine[follow.at] == taught[follow.teacher_at] == model.tokenizer.encode("###")[-1]
@@ -124,7 +124,7 @@ LOTUS = Lotus(n_blocks=60, latents_per_block=1, max_loops=1, hid={"weight": 1.0,
 @pytest.mark.parametrize("method", [BASE, LOTUS], ids=lambda one: one.name)
 def test_what_the_teacher_reads_must_fit_the_context_too(method):
     model, example = on("gpt2", method), Example("2 ; + 3", ("2 + 3 = 0",) * 60, "0")
-    assert model.method.longest(example, model.spell) > model.backbone.context_length
+    assert model.method.longest(example, model.encoder) > model.backbone.context_length
     with pytest.raises(InputError, match="reads at most 256"):
         model.loss([example])
 
@@ -163,9 +163,9 @@ def test_4_the_distance_is_zero_where_student_and_teacher_read_the_same(arch, di
     model = on(arch, Codi(n_latents_total=0, hid={"distance": distance}))
     rows = []
     for row in model.rows([MIXED[1], MIXED[5], MIXED[2]]):  # of one step, the last, nothing is left
-        (follow,) = row.follows
+        (follow,) = row.hidden_targets
         twin = Row(row.prefix[:1], [], row.suffix[1:], teacher=row.teacher)
-        twin.follows = [Follow(ANSWER_PASS, follow.at - 2, follow.teacher_at)]
+        twin.hidden_targets = [HiddenTarget(ANSWER_PASS, follow.at - 2, follow.teacher_at)]
         assert twin.ids() == row.teacher.ids()
         rows.append(twin)
     assert model(model.batch(rows)).terms["hid"].abs() < 1e-6

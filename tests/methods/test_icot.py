@@ -107,8 +107,8 @@ def test_3_the_loss_is_that_of_plain_rows_one_by_one_and_so_is_the_number_of_sup
 def test_the_longest_row_is_the_one_before_any_removal():
     model = on("gpt2", change(PLAIN, first_stage=2))
     for example in MIXED:
-        assert PLAIN.longest(example, model.spell) == len(tokens(model, example)[0])
-        assert model.method.longest(example, model.spell) == len(tokens(model, example, 2)[0])
+        assert PLAIN.longest(example, model.encoder) == len(tokens(model, example)[0])
+        assert model.method.longest(example, model.encoder) == len(tokens(model, example, 2)[0])
 
 
 @by_arch
@@ -312,7 +312,7 @@ def test_9_an_internalised_model_needs_one_pass_more_than_no_cot(answers):
     silent, _, _ = taught(NoCot(), 100, 0)
     for example, one, other in zip(examples, answers(model, questions), answers(silent, questions)):
         assert one.answer == other.answer == example.answer
-        assert one.ids == [model.spell.eos_id, *other.ids]
+        assert one.ids == [model.encoder.eos_id, *other.ids]
         assert one.cost.passes == other.cost.passes + 1
         assert one.cost.thought_tokens == other.cost.thought_tokens == 0
     given = under(model, change(model.method, force_empty=True))
@@ -351,15 +351,15 @@ def test_settings_that_cannot_be_are_refused_in_one_sentence(fields, message):
 
 
 def test_every_setting_does_something_of_its_own():
-    spell = on("gpt2", PLAIN).spell
+    encoder = on("gpt2", PLAIN).encoder
 
     def results(method):
-        laid_out = {s: method.rows(MIXED, spell, s, "4") for s in (1, 4)}
+        laid_out = {s: method.rows(MIXED, encoder, s, "4") for s in (1, 4)}
         return {
             "stages": [method.stage_at(t, 6) for t in range(40)],
             "rows": [row.ids() for rows in laid_out.values() for row in rows],
             "skipped": [row.skipped for row in laid_out[4]],
-            "prompt": method.prompt("2", spell, 0).ids(),
+            "prompt": method.prompt("2", encoder, 0).ids(),
             "ends": method.n_ends,
             "last": method.last_stage,
             "resets": method.curriculum.reset_optimizer,

@@ -187,7 +187,7 @@ def test_every_setting_is_what_the_card_writes(arch, settings):
         for token in generation.ids:
             assert token == int(slowly(model, ids)[-1].argmax())
             ids.append(token)
-        assert generation.ended == (ids[-1] == model.spell.eos_id)
+        assert generation.ended == (ids[-1] == model.encoder.eos_id)
 
 
 @by_settings

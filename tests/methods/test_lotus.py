@@ -9,7 +9,7 @@ import torch
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus
-from innerloop.model.step_decoder import told_loss
+from innerloop.model.step_decoder import aux_loss
 from tests.methods.reference_lotus import LotusReference, shortened
 from tests.methods.slowly import assert_batch_is_its_rows, assert_decodes_as_forced, assert_terms_of_the_reference
 from tests.methods.tools import (
@@ -155,7 +155,7 @@ def test_the_gradient_reaches_the_latents_of_every_block_that_has_a_step(arch, f
     thought = model.think(batch)
     model.written_logits(batch, thought)
     thought.answer = tuple(state.detach().requires_grad_() for state in thought.answer)
-    told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop).backward()
+    aux_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop).backward()
     reached = thought.answer[-1].grad[:, :12].abs().amax(2).unflatten(1, (3, 4)) > 0
     assert reached.all(2).tolist() == reached.any(2).tolist() == [[True, False, False], [True, True, False]]
     model.zero_grad()

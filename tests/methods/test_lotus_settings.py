@@ -95,7 +95,7 @@ def test_steps_leave_the_text_block_by_block_and_those_beyond_the_blocks_stay():
     for stage in range(4):
         rows = model.rows(MIXED, stage)
         assert [row.ids().count(lat) for row in rows] == [4 * stage] * len(MIXED)  # whatever m
-        written = [[piece.step for piece in row.suffix if piece.step >= 0] for row in rows]
+        written = [[span.step for span in row.suffix if span.step >= 0] for row in rows]
         assert written == [list(range(stage, len(example.steps))) for example in MIXED]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from innerloop import Cot, InputError, LatentModel, Mod
 from innerloop.calibrate.router_thresholds import calibrate_routers
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.passes.context import Context
 from innerloop.passes.tokens import PassInput, Tokens
 from tests.methods.reference_routing import IDS, LENGTH, dense_mod, on_same, read, scattered, some_ids, stepwise
@@ -160,7 +160,7 @@ def test_a_slot_that_missed_a_pass_still_knows_how_far_apart_its_tokens_are():
 @by_arch
 def test_flops_are_those_of_the_tokens_that_ran(arch):
     base, model = tiny_model(Cot(), arch), routed(dataclasses.replace(CAUSAL, routed_layers=(1,)), arch)
-    width, n, plain, full, meter, stepped = base.backbone.width, 4, *(Meter(1, IDS.device) for _ in range(4))
+    width, n, plain, full, meter, stepped = base.backbone.width, 4, *(CostMeter(1, IDS.device) for _ in range(4))
     with torch.no_grad():
         Context(base.backbone, 1, plain).read(base.backbone.embed(IDS))
     read(tiny_model(NEUTRAL, arch), IDS, meter=full)
@@ -204,7 +204,7 @@ def test_with_a_gate_of_one_the_scale_of_the_scores_does_not_matter():
 
 
 def test_a_predictor_chooses_when_answering_and_the_router_only_weighs():
-    model, meter, plain = routed(PREDICTED), *(Meter(1, IDS.device) for _ in range(2))
+    model, meter, plain = routed(PREDICTED), *(CostMeter(1, IDS.device) for _ in range(2))
     backbone, (predictor,), (router,) = model.backbone, model.depth.predictors, model.depth.routers
     assert (predictor.inner.out_features, predictor.outer.in_features) == (8, 8)  # a quarter of the width
     state = backbone(backbone.embed(IDS), positions_BL=torch.arange(LENGTH)[None], layers=range(1))

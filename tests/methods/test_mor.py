@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from innerloop import Cot, LatentModel, Mor
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from tests.methods.reference_routing import (
     IDS,
     LENGTH,
@@ -215,7 +215,7 @@ def test_a_token_that_has_left_keeps_its_state_bit_for_bit_and_sets_are_nested(a
 @by_arch
 def test_later_recursions_make_no_keys_where_they_are_shared(arch, monkeypatch):
     model, calls = recursive(dataclasses.replace(TIED, kv=SHARED), arch), dict[str, int]()
-    layer, shared, wise = model.backbone.layers[1], *(Meter(1, torch.device("cpu")) for _ in range(2))
+    layer, shared, wise = model.backbone.layers[1], *(CostMeter(1, torch.device("cpu")) for _ in range(2))
     maps = ["attn.c_attn", "attn.c_proj"] if arch == "gpt2" else [f"self_attn.{name}_proj" for name in "kvq"]
     for name in maps:
         module = layer.get_submodule(name)
@@ -253,7 +253,7 @@ def test_reading_token_by_token_is_reading_at_once(arch, method):
 
 
 def test_flops_are_those_of_the_tokens_that_ran():
-    model, meter, stepped = recursive(CAUSAL), *(Meter(1, torch.device("cpu")) for _ in range(2))
+    model, meter, stepped = recursive(CAUSAL), *(CostMeter(1, torch.device("cpu")) for _ in range(2))
     width, weights = 32, sum(p.numel() for p in model.backbone.layers.parameters()) / 4
     counts = [c.sum().item() for c in dense_mor(model, IDS)[1]]
     assert counts[0] == LENGTH > counts[1] > 0

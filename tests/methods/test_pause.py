@@ -68,7 +68,7 @@ def test_pauses_stand_where_the_layout_says(method, expected):
     model = tiny_model(method)
     (row,) = model.rows(MIXED[:1])
     names = {"question": "Q", "step": "T", "answer": "A"}
-    spelt = [names.get(p.kind) or "".join(model.tokenizer.convert_ids_to_tokens(list(p.ids))) for p in row.pieces]
+    spelt = [names.get(p.kind) or "".join(model.tokenizer.convert_ids_to_tokens(list(p.ids))) for p in row.spans]
     assert "".join(spelt) == expected
 
 
@@ -76,7 +76,7 @@ def test_the_curriculum_trades_each_step_for_pauses():
     model = tiny_model(Pause(n_pauses=5, curriculum={"max_stage": 3}, per_stage=2))
     rows = [model.rows(MIXED[:1], stage)[0] for stage in range(5)]
     assert [row.ids().count(model.tokenizer.convert_tokens_to_ids("<lat>")) for row in rows] == [0, 2, 4, 5, 5]
-    assert [[piece.step for piece in row.pieces if piece.step >= 0] for row in rows] == [[0, 1, 2], [1, 2], [2], [], []]
+    assert [[span.step for span in row.spans if span.step >= 0] for row in rows] == [[0, 1, 2], [1, 2], [2], [], []]
 
 
 def test_answering_may_use_another_number_of_pauses_than_training():

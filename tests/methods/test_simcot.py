@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from innerloop import Coconut, Example
 from innerloop.methods import Codi, Lotus, SimCot, SimCotCodi
 from innerloop.model import step_decoder
-from innerloop.model.step_decoder import told_loss
+from innerloop.model.step_decoder import aux_loss
 from innerloop.text.row import FED
 from tests.methods.reference import Reference
 from tests.methods.tools import (
@@ -112,7 +112,7 @@ def aux_of(model, rows):
     batch = model.batch(rows)
     thought = model.think(batch)
     model.written_logits(batch, thought)
-    return told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop)
+    return aux_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop)
 
 
 def assert_told_as_brute_force_tells(model, stages=None):
@@ -122,7 +122,7 @@ def assert_told_as_brute_force_tells(model, stages=None):
     assert model(model.batch(rows)).terms["aux"].item() == pytest.approx(expected.item(), rel=1e-6)
     found, expected = gradients(model, aux_of(model, rows)), gradients(model, expected)
     if "backbone.lm.model.embed_tokens.weight" in expected:  # an embedding gives its padding row no gradient
-        expected["backbone.lm.model.embed_tokens.weight"][model.spell.pad_id] = 0
+        expected["backbone.lm.model.embed_tokens.weight"][model.encoder.pad_id] = 0
     assert_same_gradients(found, expected, 1e-5)
 
 
@@ -187,7 +187,7 @@ def test_the_latent_after_codis_last_is_made_as_the_others_are(loop):
         thought = twin.think(batch)
         twin.written_logits(batch, thought)
         places = {"rows_G": torch.tensor([0, 0, 0]), "first_G": torch.tensor([0, 1, 2]), "n_latents": 1}
-        sites = dataclasses.replace(batch.told[0], **places)
+        sites = dataclasses.replace(batch.aux_targets[0], **places)
         groups.append(step_decoder.group_latents(twin.loss_inputs(batch, thought), twin.loop, sites))
     assert_close(*groups)
 
@@ -260,10 +260,10 @@ def test_6_targets_are_the_steps_tokens_and_their_ends(m):
     texts = ("3 + 4 = 2", "2 * 2", "4", "1 - 1 = 0", "0 + 0")[:m]
     (row,) = model.rows([Example("3 ; + 4", tuple(f"<<{text}>>" for text in texts), "2")])
     groups = [*texts[:2], "\n".join(texts[2:])] if m > 3 else texts
-    ids = [(*model.tokenizer.encode(text, add_special_tokens=False), model.spell.eos_id) for text in groups]
-    assert [told.ids for told in row.told] == ids + [()] * (3 - len(ids))
-    assert [(t.group, t.loop, t.first, t.n_latents) for t in row.told] == [(k, FED, 2 * k, 2) for k in range(3)]
-    assert sum((sites.targets_GL >= 0).sum().item() for sites in model.batch([row]).told) == sum(map(len, ids))
+    ids = [(*model.tokenizer.encode(text, add_special_tokens=False), model.encoder.eos_id) for text in groups]
+    assert [told.ids for told in row.aux_targets] == ids + [()] * (3 - len(ids))
+    assert [(t.group, t.loop, t.first, t.n_latents) for t in row.aux_targets] == [(k, FED, 2 * k, 2) for k in range(3)]
+    assert sum((sites.targets_GL >= 0).sum().item() for sites in model.batch([row]).aux_targets) == sum(map(len, ids))
 
 
 @by_host
@@ -282,7 +282,7 @@ def test_8_a_group_reaches_bot_and_nothing_after_it(host):
     n_groups = {"coconut": 3, "codi": 4}[host]
     for k in range(n_groups):
         rows = model.rows(MIXED[3:4])
-        rows[0].told = [told for told in rows[0].told if told.group == k]
+        rows[0].aux_targets = [told for told in rows[0].aux_targets if told.group == k]
         with states(model) as seen:
             aux_of(model, rows).backward()
         reached = [h.grad is not None and bool(h.grad.abs().max() > 0) for h in seen]
@@ -300,5 +300,5 @@ def test_9_lotus_aux_is_the_same_function(monkeypatch):
     lotus = same_weights(mine, Lotus(n_blocks=1, latents_per_block=2, step_weight=0.0, aux={"weight": 1.0}))
     rows = mine.rows(examples)
     for row, example in zip(rows, examples):
-        row.told = [dataclasses.replace(row.told[0], ids=mine.spell.step(example.steps[0], 0).ids)]
+        row.aux_targets = [dataclasses.replace(row.aux_targets[0], ids=mine.encoder.step(example.steps[0], 0).ids)]
     assert mine(mine.batch(rows)).terms["aux"].item() == pytest.approx(lotus.loss(examples).terms["aux"].item())

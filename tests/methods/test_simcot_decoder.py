@@ -10,7 +10,7 @@ import torch
 from innerloop import Coconut, Example, LatentModel, NoCot
 from innerloop.errors import InputError
 from innerloop.methods import SimCot, SimCotCodi
-from innerloop.model.step_decoder import group_latents, told_loss
+from innerloop.model.step_decoder import aux_loss, group_latents
 from innerloop.train.trainer import LatentTrainer
 from innerloop.train.training_arguments import training_arguments
 from tests.fields import make
@@ -49,7 +49,7 @@ def thinking(model, examples):
 
 def told(model, batch, thought, **options):
     """Return the auxiliary term."""
-    return told_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop, **options)
+    return aux_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop, **options)
 
 
 def tell(model, examples):
@@ -57,9 +57,9 @@ def tell(model, examples):
     with torch.no_grad():
         batch, thought = thinking(model, examples)
         texts = [[] for _ in examples]
-        for sites in batch.told:
+        for sites in batch.aux_targets:
             latents = group_latents(model.loss_inputs(batch, thought), model.loop, sites)
-            ids = model.step_decoder.tell(latents, model.backbone, model.spell.eos_id)
+            ids = model.step_decoder.tell(latents, model.backbone, model.encoder.eos_id)
             for row, one in zip(sites.rows_G.tolist(), ids):
                 texts[row].append(model.tokenizer.decode(one).strip())
     return texts
@@ -133,7 +133,7 @@ def test_a_decoder_may_be_another_model_of_another_width(method, arch, another, 
     assert {name: p.shape for name, p in lm.named_parameters()} == {n: p.shape for n, p in bare.named_parameters()}
     batch, thought = thinking(model, MIXED[:1])
     totals = []
-    for sites in batch.told:
+    for sites in batch.aux_targets:
         latents = group_latents(model.loss_inputs(batch, thought), model.loop, sites)
         for z_cD, ids, targets in zip(latents, sites.ids_GL, sites.targets_GL):
             ids = ids[: (targets >= 0).sum()]
@@ -197,7 +197,7 @@ def test_the_shuffled_control_takes_the_latents_of_another_row(arch):
     model = on(arch, change(ON_COCONUT, latents_per_step=2, aux={"norm": "token_mean"}))
     examples = [example for example in MIXED if len(example.steps) > 1]
     batch, thought = thinking(model, examples)
-    (sites,) = batch.told
+    (sites,) = batch.aux_targets
     is_target = sites.targets_GL >= 0
     place = {(r, k): i for i, (r, k) in enumerate(zip(sites.rows_G.tolist(), sites.first_G.tolist()))}
 
@@ -240,13 +240,13 @@ def test_telling_is_greedy_decoding(method):
     """Token for token the likeliest of the whole sequence read anew, up to the end or the limit."""
     model = on("gpt2", method)
     latents = torch.randn(5, 1, 32, dtype=torch.double)
-    found = model.step_decoder.tell(latents, model.backbone, model.spell.eos_id, max_tokens=6)
+    found = model.step_decoder.tell(latents, model.backbone, model.encoder.eos_id, max_tokens=6)
     for one, ids in zip(latents, found):
         expected: list[int] = []
         while len(expected) < 6:
             x_LD = torch.cat([one, model.backbone.embed(torch.tensor(expected, dtype=torch.long))])
             token = model.step_decoder.own.lm(inputs_embeds=x_LD[None]).logits[0, -1].argmax().item()
-            if token == model.spell.eos_id:
+            if token == model.encoder.eos_id:
                 break
             expected.append(token)
         assert ids == expected

@@ -107,7 +107,7 @@ def test_11_the_first_word_that_a_stop_score_sees_is_that_of_an_uncached_pass(sc
     slow, together = Reference(model), words_read(model, MIXED)
     assert len(together) == 3
     with torch.no_grad():
-        eot = slow.embed([*slow.marker("<eot>"), *model.spell.stem()])
+        eot = slow.embed([*slow.marker("<eot>"), *model.encoder.answer_prefix_ids()])
         for row, example in enumerate(MIXED):
             alone = words_read(model, [example])
             for batched, single, thought in zip(together, alone, uncached(model, example), strict=True):
@@ -132,7 +132,7 @@ def test_11_the_first_word_that_a_stop_score_sees_is_that_of_the_answer_given_th
         for row in rows:
             row.n_loops = t
         for word_V, logits_UV in zip(words_BV, logits_of(model, rows)):
-            assert_close(word_V, logits_UV[len(model.spell.stem())], ROUNDED)
+            assert_close(word_V, logits_UV[len(model.encoder.answer_prefix_ids())], ROUNDED)
 
 
 @by_scope
@@ -150,7 +150,7 @@ def test_11_passes_and_positions_counted_by_a_hook_are_those_of_the_formula(scop
     width = 1 if scope == "append" else until - n_prefix
     fed = width if answer_from == "refeed" else 0
     prefill, again = [n_prefix] if scope != "all" else [], [n_prefix] if "prefix_kv" in fields else []
-    looked = [fed + 1 + len(model.spell.stem())] if "stop" in fields else []
+    looked = [fed + 1 + len(model.encoder.answer_prefix_ids())] if "stop" in fields else []
     expected = [*prefill, *[*again, width, *looked] * 2, *again, width, fed + 1, 1, 1, 1]
     assert [embeds.shape[1] for embeds in seen] == expected
     assert (generation.cost.passes, generation.cost.positions) == (len(expected), sum(expected))

@@ -224,7 +224,7 @@ def test_the_number_of_iterations_and_of_steps_left_follows_the_stage():
     model = tiny_model(method)
     rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(5)]
     assert [row.n_loops for row in rows] == [0, 2, 4, 5, 5]
-    in_text = [[piece.step for piece in row.pieces if piece.step >= 0] for row in rows]
+    in_text = [[span.step for span in row.spans if span.step >= 0] for row in rows]
     assert in_text == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3], []]
     assert [change(method, loops_per_stage=0).n_loops(stage) for stage in range(5)] == [5] * 5
     assert [change(method, loop_scope="append").n_latents(stage) for stage in range(5)] == [1, 3, 5, 6, 6]
@@ -238,14 +238,16 @@ def test_a_ramp_of_iterations_needs_no_steps_in_the_text():
     model = tiny_model(method)
     rows = [model.rows(MIXED[3:4], stage)[0] for stage in range(1, 5)]
     assert [row.n_loops for row in rows] == [1, 2, 3, 4]
-    assert not any(piece.kind is Kind.STEP for row in rows for piece in row.pieces)
+    assert not any(span.kind is Kind.STEP for row in rows for span in row.spans)
     assert len({tuple(row.ids()) for row in rows}) == 1
     assert not method.needs_steps and change(method, write_steps=True).needs_steps
     classes = tuple(str(i) for i in range(5))
     (row,) = tiny_model(change(method, decoder={"kind": "linear", "classes": classes})).rows(MIXED[3:4], 1)
     assert row.answer_class == 0 and not row.suffix[-1].supervised
     shown = change(method, step_weight=1.0, slots_per_step=1)  # all steps are shown, whatever the stage
-    firsts = [{readout.token for readout in tiny_model(shown).rows(MIXED[3:4], stage)[0].readouts} for stage in (1, 4)]
+    firsts = [
+        {readout.token for readout in tiny_model(shown).rows(MIXED[3:4], stage)[0].token_targets} for stage in (1, 4)
+    ]
     assert len(firsts[0]) == 1 and len(firsts[1]) > 1
 
 
@@ -369,7 +371,7 @@ def test_each_iteration_tells_its_step_to_an_auxiliary_decoder():
     with states(model) as seen, torch.no_grad():
         out = model.loss([example])
     for step, first, u_1ND in zip(example.steps, (0, 2, 0), seen[1:4]):
-        ids = torch.tensor(model.spell.told(step))
+        ids = torch.tensor(model.encoder.aux_target(step))
         fed = torch.cat([u_1ND[0, first : first + 2], model.backbone.embed(ids[:-1])])
         with torch.no_grad():
             logits = model.backbone.lm(inputs_embeds=fed[None]).logits[0, 1:]  # the decoder starts as a copy

@@ -31,7 +31,7 @@ def stages_of(pattern):
 def rows_of(model):
     """Lay out each example at a parity of its own, as random_parity does, or with steps of its own in blocks."""
     stages = stages_of(model.method.pattern)
-    return [model.method.lay_out(example, model.spell, stage) for example, stage in zip(MIXED, stages)]
+    return [model.method.lay_out(example, model.encoder, stage) for example, stage in zip(MIXED, stages)]
 
 
 def tolerance(arch):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from innerloop import Example
-from innerloop.engine import decoding as writing
+from innerloop.engine import decoding
 from innerloop.methods import SpiralThinker
-from innerloop.text.row import Kind, Piece, Row
+from innerloop.text.row import Kind, Row, Span
 from tests.methods.spiralthinker_reference import SPIRAL, Spiral, student
 from tests.methods.tools import (
     MIXED,
@@ -43,12 +43,12 @@ def writer(arch="gpt2", method=SPIRAL, by=None):
 
 def n_opened(model, ids):
     """The number of blocks that were read because a row has written <bol>, not as the last token it may write."""
-    return ids[:-1].count(model.spell.marker("<bol>").ids[0])
+    return ids[:-1].count(model.encoder.marker("<bol>").ids[0])
 
 
 def expected_cost(model, question, ids, k=K):
     """Passes, positions and loops by the card: a block is K + 1 passes, a token one; the last token is not read."""
-    asked = len(model.spell.question(question).ids)
+    asked = len(model.encoder.question(question).ids)
     opened = n_opened(model, ids)
     passes, positions = len(ids) - 1 + opened * (k + 1), len(ids) - 1 + opened * ((k + 1) * N + 1)
     if model.method.begins_with_block:  # its <eol> is part of the region that the loop reads
@@ -66,7 +66,7 @@ def assert_alike(one, other):
 
 def assert_answers_as_alone_and_as_the_twin(model, answers, n=14):
     """Batched == single rows == the slow twin, token for token; and the cost is the card's. Return the answers."""
-    slow, together, marker = Spiral(model), answers(model, n=n), model.spell.answer("").ids[0]
+    slow, together, marker = Spiral(model), answers(model, n=n), model.encoder.answer("").ids[0]
     for question, generation in zip(QUESTIONS, together):
         assert_alike(generation, answers(model, [question], n=n)[0])
         ids, n_blocks = slow.write(question, n)
@@ -100,7 +100,7 @@ def test_the_pattern_without_blocks_opens_none(answers):
     model = lean_towards(student("gpt2", SpiralThinker(pattern="none"), own=True), {"<bot>": 1.0, "<eot>": 1.0})
     for question, generation in zip(QUESTIONS, answers(model)):
         assert generation.ids == Spiral(model).write(question, 14)[0] and generation.cost.loops == 0
-        assert generation.cost.positions == len(model.spell.question(question).ids) + len(generation.ids) - 1
+        assert generation.cost.positions == len(model.encoder.question(question).ids) + len(generation.ids) - 1
 
 
 def test_rows_wait_so_that_their_blocks_are_refined_together(answers):
@@ -110,7 +110,7 @@ def test_rows_wait_so_that_their_blocks_are_refined_together(answers):
     generations = answers(model)
     shared = [n_loops for n_loops in runs[1:] if sum(n > 0 for n in n_loops) > 1]
     assert shared and len(runs) - 1 < sum(n_opened(model, generation.ids) for generation in generations)
-    bol = model.spell.marker("<bol>").ids[0]
+    bol = model.encoder.marker("<bol>").ids[0]
     firsts = {generation.ids.index(bol) for generation in generations if n_opened(model, generation.ids)}
     assert len(firsts) > 1
 
@@ -149,21 +149,21 @@ def test_a_trace_holds_every_block_as_the_slow_twin_reads_it(pattern, arch, answ
 
 def forced(model, question, ids):
     """Lay out what was written as a training row."""
-    spell, row = model.spell, model.method.prompt(question, model.spell, 0)
-    head, text, bol = row, [], spell.marker("<bol>").ids[0]
-    latents, end = spell.marker("<lat>", N), spell.marker("<eol>")
+    encoder, row = model.encoder, model.method.prompt(question, model.encoder, 0)
+    head, text, bol = row, [], encoder.marker("<bol>").ids[0]
+    latents, end = encoder.marker("<lat>", N), encoder.marker("<eol>")
     for place, token in enumerate(ids):
         text.append(token)
         if token == bol and place < len(ids) - 1:
-            piece = Piece(tuple(text), Kind.STEP, supervised=True)
+            span = Span(tuple(text), Kind.STEP, supervised=True)
             if model.method.block_schedule == "sequential":
-                row.suffix.append(piece)
+                row.suffix.append(span)
                 row.next = row = Row([], [latents, end], n_loops=K)
             else:
-                row.region += [piece, latents, end]
+                row.region += [span, latents, end]
                 row.n_loops = K
             text = []
-    row.suffix.append(Piece(tuple(text), Kind.ANSWER, supervised=True))
+    row.suffix.append(Span(tuple(text), Kind.ANSWER, supervised=True))
     return head
 
 
@@ -175,9 +175,9 @@ def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(
 ):
     """Sequential training is answering; in parallel that is so up to the second block."""
     model = writer(arch, change(SPIRAL, block_schedule=schedule, max_blocks=99, **fields))
-    choose, seen, fed = writing.choose, [], []
+    choose, seen, fed = decoding.choose, [], []
     note = lambda logits, *rest: (seen.append(logits.clone()), choose(logits, *rest))[1]  # noqa: E731
-    monkeypatch.setattr(writing, "choose", note)
+    monkeypatch.setattr(decoding, "choose", note)
     model.loop.register_forward_hook(lambda module, args, result: fed.append(result.state[:, :N]))
     n_with_more = 0
     for question in QUESTIONS:
@@ -186,7 +186,7 @@ def test_5_what_was_written_has_the_same_logits_and_latents_when_it_is_forced(
         written, latents = torch.cat(seen[: len(ids)]), list(fed)
         fed.clear()
         (logits,) = model.row_logits([forced(model, question, ids)])
-        second = ids.index(model.spell.marker("<bol>").ids[0]) + 1 if n_opened(model, ids) else len(ids)
+        second = ids.index(model.encoder.marker("<bol>").ids[0]) + 1 if n_opened(model, ids) else len(ids)
         assert_close(logits[:second], written[:second], ROUNDED)
         assert_close(fed[0], latents[0], ROUNDED)
         if schedule == "sequential":
@@ -216,7 +216,7 @@ def test_5_one_block_is_the_same_in_both_schedules(arch, answers):
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_more_blocks_than_max_blocks(most, pattern, arch, answers):
     model = writer(arch, change(SPIRAL, pattern=pattern, max_blocks=most), {"<bol>": 5.0})
-    bol = model.spell.marker("<bol>").ids[0]
+    bol = model.encoder.marker("<bol>").ids[0]
     generations = assert_answers_as_alone_and_as_the_twin(model, answers)
     assert max(generation.ids.count(bol) + (pattern == "odd") for generation in generations) == most
 
@@ -227,8 +227,8 @@ def test_a_block_after_every_step_of_text_if_so_wished(pattern, arch, answers):
     """All but where the answer begins; a model that would never do so by itself."""
     method = change(SPIRAL, pattern=pattern, force_block_after_text=True, max_blocks=3)
     model = writer(arch, method, {"<bol>": -9.0, "<eot>": 4.0, "<eos>": 0.0, "###": 2.5})
-    spell, followed = model.spell, []
-    bol, eot, marker = spell.marker("<bol>").ids[0], spell.marker("<eot>").ids[0], spell.answer("").ids[0]
+    encoder, followed = model.encoder, []
+    bol, eot, marker = encoder.marker("<bol>").ids[0], encoder.marker("<eot>").ids[0], encoder.answer("").ids[0]
     for generation in assert_answers_as_alone_and_as_the_twin(model, answers):
         n_blocks = int(pattern == "odd")
         for token, following in pairwise(generation.ids):
@@ -248,7 +248,7 @@ def test_draws_go_on_where_no_block_may_be_opened(force, answers):
     model = writer("gpt2", method, {"<bol>": 60.0})
     drawn = [g.ids for g in answers(model, QUESTIONS[:1] * 12, n=6, temperature=4.0)]
     assert len(set(map(tuple, drawn))) > 6
-    assert all(model.spell.marker("<bol>").ids[0] not in ids for ids in drawn)
+    assert all(model.encoder.marker("<bol>").ids[0] not in ids for ids in drawn)
 
 
 # Budgets
@@ -264,7 +264,7 @@ def test_blocks_take_from_the_room_of_the_context(pattern, room, answers):
     sizes = []
     for question, generation in zip(QUESTIONS, generations):
         n_blocks = n_opened(model, generation.ids) + (pattern == "odd")
-        asked = len(model.spell.question(question).ids)
+        asked = len(model.encoder.question(question).ids)
         sizes.append(asked + (pattern == "odd") + len(generation.ids) + n_blocks * (N + 1))
         assert_alike(generation, answers(model, [question], n=64)[0])
     assert max(sizes) == room

@@ -153,16 +153,16 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(distance, s
     n, d = len(batch.teacher.ids_BS.flatten()), model.backbone.width
     targets = tuple(torch.randn(len(batch), n // len(batch), d, dtype=torch.double) for _ in range(3))
     context = None
-    for link in batch.links():
-        thought = model.think(link, context=context)
-        model.written_logits(link, thought)
+    for segment in batch.segments():
+        thought = model.think(segment, context=context)
+        model.written_logits(segment, thought)
         context, found = thought.after, []
-        assert follow_loss(model.loss_inputs(link, thought), targets, model.method.hid) > 0.1
-        for sites in link.follows:  # every pass gets the states of a teacher at the sites, in all layers
+        assert follow_loss(model.loss_inputs(segment, thought), targets, model.method.hid) > 0.1
+        for sites in segment.hidden_targets:  # every pass gets the states of a teacher at the sites, in all layers
             is_last = sites.loop == 0
             passed = thought.answer if is_last else thought.layer_states[sites.loop - 1]
-            start = thought.first_column if is_last else link.bounds[0]
-            rows = list(range(len(link))) if is_last else thought.loop.outputs[sites.loop - 1][0]
+            start = thought.first_column if is_last else segment.bounds[0]
+            rows = list(range(len(segment))) if is_last else thought.loop.outputs[sites.loop - 1][0]
             at = torch.tensor([rows.index(row) for row in sites.rows_F.tolist()]), sites.columns_F - start
             layers = tuple(state.detach().clone() for state in passed)
             for state, target in zip(layers, targets):
@@ -173,7 +173,7 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(distance, s
                 thought.answer = layers
             else:
                 thought.layer_states[sites.loop - 1] = layers
-        loss = follow_loss(model.loss_inputs(link, thought), targets, model.method.hid)
+        loss = follow_loss(model.loss_inputs(segment, thought), targets, model.method.hid)
         assert loss.item() == 0
         loss.backward()
         assert all(state.grad is None or state.grad.abs().max() == 0 for state in found)

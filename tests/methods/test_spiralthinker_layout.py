@@ -1,6 +1,6 @@
 """SpiralThinker's rows: every pattern, schedule and number of steps, their labels, and what their blocks follow.
 
-A row is drawn as prefix | region | suffix, links joined by =>; Tn is step n, L a block's latents, * what is learned.
+A row is drawn as prefix | region | suffix, segments joined by =>; Tn is step n, L a block's latents, * what is learned.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import pytest
 from innerloop.errors import InputError
 from innerloop.methods import SpiralThinker
 from innerloop.methods.latent.spiralthinker import pass_weights
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Kind
 from tests.methods.spiralthinker_reference import ALIGNED, SPIRAL, Spiral, known, student
@@ -20,23 +20,23 @@ QUESTION = "3 ; + 4"
 
 
 @pytest.fixture(scope="module")
-def spell() -> Speller:
-    return tiny_model(SpiralThinker()).spell
+def encoder() -> PromptEncoder:
+    return tiny_model(SpiralThinker()).encoder
 
 
-def drawn(row, spell) -> str:
-    names = {spell.marker(text).ids: text for text in ("<bot>", "<eot>", "<bol>", "<eol>")}
+def drawn(row, encoder) -> str:
+    names = {encoder.marker(text).ids: text for text in ("<bot>", "<eot>", "<bol>", "<eol>")}
 
-    def word(piece):
-        kinds = {Kind.QUESTION: "Q", Kind.LATENT: "L", Kind.ANSWER: "A", Kind.STEP: f"T{piece.step + 1}"}
-        return ("*" if piece.supervised else "") + kinds.get(piece.kind, names.get(piece.ids, "?"))
+    def word(span):
+        kinds = {Kind.QUESTION: "Q", Kind.LATENT: "L", Kind.ANSWER: "A", Kind.STEP: f"T{span.step + 1}"}
+        return ("*" if span.supervised else "") + kinds.get(span.kind, names.get(span.ids, "?"))
 
-    segments = [(link.prefix, link.region, link.suffix) for link in row.links()]
-    return " => ".join(" | ".join(" ".join(map(word, segment)) for segment in link) for link in segments)
+    parts = [(segment.prefix, segment.region, segment.suffix) for segment in row.segments()]
+    return " => ".join(" | ".join(" ".join(map(word, part)) for part in segment) for segment in parts)
 
 
-def laid_out(method, m, spell, parity=0):
-    return method.lay_out(Example(QUESTION, FIVE[:m], "2"), spell, parity)
+def laid_out(method, m, encoder, parity=0):
+    return method.lay_out(Example(QUESTION, FIVE[:m], "2"), encoder, parity)
 
 
 T = [f"*<bot> *T{n} *<eot>" for n in range(6)]
@@ -68,20 +68,20 @@ by_pattern = pytest.mark.parametrize("pattern", ["odd", "even", "random_parity",
 
 
 @pytest.mark.parametrize(("which", "m", "expected"), ROWS)
-def test_a_row_is_one_region_from_the_first_block_to_the_last_or_has_a_link_for_each(which, m, expected, spell):
+def test_a_row_is_one_region_from_the_first_block_to_the_last_or_has_a_link_for_each(which, m, expected, encoder):
     pattern, _, schedule = which.partition(", ")
     method = change(SPIRAL, pattern=pattern, block_schedule=schedule or "parallel")
-    assert drawn(laid_out(method, m, spell), spell) == expected
+    assert drawn(laid_out(method, m, encoder), encoder) == expected
 
 
-def test_random_parity_draws_either_for_each_example_anew(spell):
+def test_random_parity_draws_either_for_each_example_anew(encoder):
     method = change(SPIRAL, pattern="random_parity")
     drawn_parities = [method.stage_of(0, 3, str(i)) for i in range(400)]
     assert 160 < sum(drawn_parities) < 240
     assert drawn_parities == [method.stage_of(0, 3, str(i)) for i in range(400)]
     assert [method.stage_of(0, 3, "") for _ in range(3)] == [0, 0, 0]  # answering and validation
-    rows = method.rows(MIXED[:1] * 40, spell, seed="7")
-    assert {drawn(row, spell)[:8] for row in rows} == {"Q <bol> ", "Q | *<bo"}
+    rows = method.rows(MIXED[:1] * 40, encoder, seed="7")
+    assert {drawn(row, encoder)[:8] for row in rows} == {"Q <bol> ", "Q | *<bo"}
     assert {change(SPIRAL, pattern=p).stage_of(0, 3, "a") for p in ("odd", "even", "all")} == {0}
 
 
@@ -94,11 +94,11 @@ def test_tokens_and_labels_are_the_cards(pattern, schedule, first):
     slow = Spiral(model)
     for example in MIXED:
         for parity in (0, 1) if pattern == "random_parity" else (0,):
-            row, expected = method.lay_out(example, model.spell, parity), slow.lay_out(example, parity)
-            assert [i for link in row.links() for i in link.ids()] == expected.ids
-            labels = [label for link in row.links() for label in link.labels()]
+            row, expected = method.lay_out(example, model.encoder, parity), slow.lay_out(example, parity)
+            assert [i for segment in row.segments() for i in segment.ids()] == expected.ids
+            labels = [label for segment in row.segments() for label in segment.labels()]
             assert [at for at, label in enumerate(labels) if label >= 0] == expected.learned
-            lat, eol = (model.spell.marker(text).ids[0] for text in ("<lat>", "<eol>"))
+            lat, eol = (model.encoder.marker(text).ids[0] for text in ("<lat>", "<eol>"))
             assert lat not in labels and eol not in labels
 
 
@@ -112,25 +112,25 @@ def test_tokens_and_labels_are_the_cards(pattern, schedule, first):
         ({"supervise_first_bol": True}, 3, f"Q *<bol> | L <eol> {T[2]} *<bol> L <eol> | *A"),
     ],
 )
-def test_rows_without_steps_may_have_no_block_and_the_first_bol_may_be_learned(fields, m, expected, spell):
-    row = laid_out(change(SPIRAL, **fields), m, spell)
-    assert drawn(row, spell) == expected and row.n_loops == (2 if "L" in expected else 0)
+def test_rows_without_steps_may_have_no_block_and_the_first_bol_may_be_learned(fields, m, expected, encoder):
+    row = laid_out(change(SPIRAL, **fields), m, encoder)
+    assert drawn(row, encoder) == expected and row.n_loops == (2 if "L" in expected else 0)
 
 
 @by_pattern
-def test_a_prompt_begins_with_a_block_unless_the_pattern_begins_with_text(pattern, spell):
-    prompt = change(SPIRAL, pattern=pattern).prompt(QUESTION, spell, 0)
-    assert drawn(prompt, spell).replace(" ", "") in ("Q||" if pattern in ("none", "even") else "Q<bol>|L<eol>|",)
+def test_a_prompt_begins_with_a_block_unless_the_pattern_begins_with_text(pattern, encoder):
+    prompt = change(SPIRAL, pattern=pattern).prompt(QUESTION, encoder, 0)
+    assert drawn(prompt, encoder).replace(" ", "") in ("Q||" if pattern in ("none", "even") else "Q<bol>|L<eol>|",)
     assert all(label < 0 for label in prompt.labels())
     assert prompt.n_loops == (0 if pattern in ("none", "even") else 2)
 
 
-def test_n_and_k_are_those_of_every_block(spell):
+def test_n_and_k_are_those_of_every_block(encoder):
     method = SpiralThinker(latents_per_block=4, max_loops=3, block_schedule="sequential")
-    links = list(laid_out(method, 5, spell).links())
-    assert [len(link.region[0].ids) for link in links] == [4, 4, 4]
-    assert [link.n_loops for link in links] == [3, 3, 3]
-    assert laid_out(change(method, count_static_pass=True), 5, spell).n_loops == 2
+    segments = list(laid_out(method, 5, encoder).segments())
+    assert [len(segment.region[0].ids) for segment in segments] == [4, 4, 4]
+    assert [segment.n_loops for segment in segments] == [3, 3, 3]
+    assert laid_out(change(method, count_static_pass=True), 5, encoder).n_loops == 2
 
 
 # What blocks follow
@@ -139,20 +139,20 @@ def test_n_and_k_are_those_of_every_block(spell):
 @by_schedule
 @pytest.mark.parametrize("pattern", ["odd", "even", "all"])
 @pytest.mark.parametrize("m", range(6))
-def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, spell):
+def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, encoder):
     method = change(ALIGNED, pattern=pattern, block_schedule=schedule)
-    row = laid_out(method, m, spell)
-    first_stage = laid_out(SpiralThinker(pattern="none"), m, spell)
-    assert drawn(row.teacher, spell) == drawn(first_stage, spell)
+    row = laid_out(method, m, encoder)
+    first_stage = laid_out(SpiralThinker(pattern="none"), m, encoder)
+    assert drawn(row.teacher, encoder) == drawn(first_stage, encoder)
     ends, at = [], -1
-    for piece in row.teacher.pieces:
-        at += len(piece.ids)
-        ends += [at] if piece.ids == spell.marker("<eot>").ids else []
+    for span in row.teacher.spans:
+        at += len(span.ids)
+        ends += [at] if span.ids == encoder.marker("<eot>").ids else []
     wanted = {"odd": range(0, m, 2), "even": range(1, m, 2), "all": range(m)}[pattern]
     found = []
-    for link in row.links():
-        assert all(link.ids()[follow.at] == spell.marker("<eol>").ids[0] for follow in link.follows)
-        found += [(follow.teacher_at, follow.loop, follow.weight) for follow in link.follows]
+    for segment in row.segments():
+        assert all(segment.ids()[follow.at] == encoder.marker("<eol>").ids[0] for follow in segment.hidden_targets)
+        found += [(follow.teacher_at, follow.loop, follow.weight) for follow in segment.hidden_targets]
     weights = pass_weights(3, 1, "softmax", 1.0)
     expected = [(ends[i], loop, v) for i in wanted for loop, v in zip([2, 3, ANSWER_PASS], weights)]
     assert found == expected
@@ -166,13 +166,13 @@ def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, s
         ({"align_schedule": "last"}, [ANSWER_PASS], 3),
     ],
 )
-def test_which_passes_are_aligned_is_an_option(fields, loops, first, spell):
-    row = laid_out(change(ALIGNED, **fields), 1, spell)
-    assert [(f.loop, f.weight) for f in row.follows] == list(zip(loops, pass_weights(3, first, "softmax", 1.0)))
+def test_which_passes_are_aligned_is_an_option(fields, loops, first, encoder):
+    row = laid_out(change(ALIGNED, **fields), 1, encoder)
+    assert [(f.loop, f.weight) for f in row.hidden_targets] == list(zip(loops, pass_weights(3, first, "softmax", 1.0)))
 
 
-def test_without_alignment_there_is_no_teacher(spell):
-    assert laid_out(SPIRAL, 3, spell).teacher is None and laid_out(SPIRAL, 3, spell).follows == []
+def test_without_alignment_there_is_no_teacher(encoder):
+    assert laid_out(SPIRAL, 3, encoder).teacher is None and laid_out(SPIRAL, 3, encoder).hidden_targets == []
 
 
 # Lengths
@@ -181,21 +181,21 @@ def test_without_alignment_there_is_no_teacher(spell):
 @by_schedule
 @by_pattern
 @pytest.mark.parametrize("m", range(6))
-def test_the_longest_row_is_counted_with_all_its_links(m, pattern, schedule, spell):
+def test_the_longest_row_is_counted_with_all_its_links(m, pattern, schedule, encoder):
     method = change(SPIRAL, pattern=pattern, block_schedule=schedule)
     example = Example(QUESTION, FIVE[:m], "2")
     sizes = [
-        sum(len(piece.ids) for link in method.lay_out(example, spell, parity).links() for piece in link.pieces)
+        sum(len(span.ids) for segment in method.lay_out(example, encoder, parity).segments() for span in segment.spans)
         for parity in (0, 1)
     ]
-    assert method.longest(example, spell) == (max(sizes) if pattern == "random_parity" else sizes[0])
+    assert method.longest(example, encoder) == (max(sizes) if pattern == "random_parity" else sizes[0])
 
 
-def test_what_the_teacher_reads_counts_towards_the_length(spell):
+def test_what_the_teacher_reads_counts_towards_the_length(encoder):
     long = Example(QUESTION, (" ".join(["3 + 4"] * 20),), "2")
-    teacher = len(laid_out(SpiralThinker(pattern="none"), 0, spell)) + 2 + len(spell.step(long.steps[0], 0).ids)
-    assert change(ALIGNED, pattern="all").longest(long, spell) == teacher
-    assert change(SPIRAL, pattern="all").longest(long, spell) < 20
+    teacher = len(laid_out(SpiralThinker(pattern="none"), 0, encoder)) + 2 + len(encoder.step(long.steps[0], 0).ids)
+    assert change(ALIGNED, pattern="all").longest(long, encoder) == teacher
+    assert change(SPIRAL, pattern="all").longest(long, encoder) < 20
 
 
 # Settings

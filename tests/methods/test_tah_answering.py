@@ -28,7 +28,7 @@ def own(arch: str, method: Tah, ends: float = 1.4, **changes) -> LatentModel:
     model = tiny_model(method, arch, num_hidden_layers=2, **changes).double()
     stir(model)
     with torch.no_grad():
-        model.backbone.lm.get_output_embeddings().weight[model.spell.eos_id] *= ends
+        model.backbone.lm.get_output_embeddings().weight[model.encoder.eos_id] *= ends
     return model
 
 

@@ -25,7 +25,7 @@ from tests.models import SETTINGS, chain_examples, from_scratch, saved, spelled_
 TEXT = Tah(lora={"rank": 2, "dropout": 0.0}, decider={"width": 8, "blocks": 1, "dropout": 0.0}, input_mix_topk=7)
 ORACLE = change(TEXT, iterate="oracle", oracle={"reference": "of the test"})
 DECIDES = change(TEXT, trains="decider", oracle={"reference": "of the test"})
-Show = Callable[[Batch], Tensor]
+LogitsFn = Callable[[Batch], Tensor]
 
 
 def right(batch: Batch) -> Tensor:
@@ -38,7 +38,7 @@ def sevens(batch: Batch) -> Tensor:
     return one_hot(torch.full_like(batch.targets_U, 7), 15).float()
 
 
-def learner(method: Tah, shows: Show = sevens, arch: str = "llama") -> LatentModel:
+def learner(method: Tah, shows: LogitsFn = sevens, arch: str = "llama") -> LatentModel:
     """Return a model in training with a reference that shows what it is told to, nothing of it at a neutral start."""
     model = tiny_model(method, arch, num_hidden_layers=2).double()
     stir(model)
@@ -178,7 +178,7 @@ def test_stage_1_is_the_cross_entropy_at_the_oracles_depths_and_so_is_its_gradie
     still = ours.keys() - moving(ours)
     assert settings or not any(part in name for name in still for part in ("lora", "layers", ".h."))
     for grads in (ours, theirs):  # a table gives the row of its padding no gradient; what is mixed has no padding
-        grads[next(iter(grads))][model.spell.pad_id] = 0
+        grads[next(iter(grads))][model.encoder.pad_id] = 0
     assert_same_gradients(ours, theirs, 1e-4)
 
 

@@ -62,9 +62,9 @@ def choices(**fields):
 
 def labels_by_loop(row: Row) -> list[list[int]]:
     """Return what each latent of the region must show in each iteration, IGNORE for nothing."""
-    n_latents = sum(len(piece.ids) for piece in row.region)
+    n_latents = sum(len(span.ids) for span in row.region)
     labels = [[IGNORE] * n_latents for _ in range(row.n_loops)]
-    for readout in row.readouts:
+    for readout in row.token_targets:
         labels[readout.loop - 1][readout.at - row.region_start] = readout.token
     return labels
 
@@ -352,12 +352,12 @@ def with_token(row: Row, position: int, token: int) -> Row:
     """Return a row with another token at a position, everything else alike."""
     row, at = copy.deepcopy(row), 0
     for segment in (row.prefix, row.region, row.suffix):
-        for i, piece in enumerate(segment):
-            if at <= position < at + len(piece.ids):
-                ids = list(piece.ids)
+        for i, span in enumerate(segment):
+            if at <= position < at + len(span.ids):
+                ids = list(span.ids)
                 ids[position - at] = token
-                segment[i] = dataclasses.replace(piece, ids=tuple(ids))
-            at += len(piece.ids)
+                segment[i] = dataclasses.replace(span, ids=tuple(ids))
+            at += len(span.ids)
     return row
 
 

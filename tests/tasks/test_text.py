@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from innerloop.errors import InputError
 from innerloop.methods import NoCot
 from innerloop.tasks import Text
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.row import IGNORE
 from innerloop.text.tokenizer import train_tokenizer
 
@@ -73,7 +73,7 @@ def test_a_chunk_is_spelled_as_if_it_had_not_been_cut_and_learned_from_its_secon
     task = Text(train=str(path), n_words=6, n_continued=2)
     (example,) = task.examples("train")
     tokenizer = train_tokenizer([example]) if kind == "word" else byte_level()
-    row = NoCot().lay_out(example, Speller(tokenizer, running_text=True))
+    row = NoCot().lay_out(example, PromptEncoder(tokenizer, running_text=True))
     whole = tokenizer.encode(example.question + example.answer)
     assert row.ids() == whole and row.labels() == [IGNORE, *whole[1:]]
     assert len(set(row.ids())) > 4 and tokenizer.eos_token_id not in row.ids()

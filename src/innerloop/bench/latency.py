@@ -17,7 +17,7 @@ from innerloop.bench.timing import clock_of, seconds_of, take_turns
 from innerloop.decoder.memory import peak_memory
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
-from innerloop.engine.test_time import ONCE, Attempts
+from innerloop.engine.test_time import ONCE, TestTimeCompute
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import digest
 from innerloop.model import checkpoint
@@ -32,7 +32,7 @@ def time_runs(
     task: Task,
     questions: Sequence[str],
     folder: Path,
-    attempts: Mapping[str, Attempts] | None = None,
+    attempts: Mapping[str, TestTimeCompute] | None = None,
 ) -> dict[str, Any]:
     """Return, and keep in FOLDER/times.json, the times of runs that take turns, and the memory each needs.
 

@@ -75,7 +75,7 @@ def data_show(
     """
     from innerloop.model.loading import load_tokenizer
     from innerloop.terminal.views import print_rows
-    from innerloop.text.encoder import Speller
+    from innerloop.text.encoder import PromptEncoder
     from innerloop.text.examples import read_examples
     from innerloop.text.tokenizer import train_tokenizer
     from innerloop.train.recipe import parse_value
@@ -87,4 +87,4 @@ def data_show(
     examples = read_examples(file, limit=None if tokenizer is None else n)
     words = train_tokenizer(examples) if tokenizer is None else load_tokenizer(tokenizer)
     words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)
-    print_rows(console, chosen.rows(examples[:n], Speller(words), stage), words)
+    print_rows(console, chosen.rows(examples[:n], PromptEncoder(words), stage), words)

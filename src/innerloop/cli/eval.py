@@ -20,7 +20,7 @@ from innerloop.cli.arguments import (
     writable,
 )
 from innerloop.engine.latent_model import LatentModel
-from innerloop.engine.test_time import Attempts
+from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, refuse
 from innerloop.lens import look, page_path, terminal_view, write_page
 from innerloop.lens.latents import names_of_columns
@@ -37,7 +37,7 @@ from innerloop.model import checkpoint
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.terminal.views import answer_view
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 
 
@@ -106,7 +106,7 @@ class EvalArguments(SplitArguments, ModelArguments):
         return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "stage": self.stage}
 
 
-def eval_(run: str, options: EvalArguments, attempts: Attempts) -> None:
+def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
     """Measure accuracy with its 95 % interval, and the cost per example; of running text, how well it is predicted.
 
     Args:
@@ -152,7 +152,7 @@ class Evaluation:
     task: Task
     examples: list[Example]
     options: EvalArguments
-    attempts: Attempts
+    attempts: TestTimeCompute
     folder: Path
 
     def answer(self) -> None:
@@ -266,7 +266,7 @@ def ask(run: str, question: str, model: ModelArguments, max_new_tokens: int = 12
     if model.method is None and not checkpoint.is_run(run):
         model = replace(model, method="cot")
     loaded = model.load_model(run)
-    loaded.spell = Speller(loaded.tokenizer, checkpoint.recorded(run, "running_text", False))
+    loaded.encoder = PromptEncoder(loaded.tokenizer, checkpoint.recorded(run, "running_text", False))
     answer = loaded.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
     console.print(answer_view(answer, loaded.tokenizer, *names_of_columns(loaded, question)))
 
@@ -301,7 +301,7 @@ def lens(
     asked = task.examples(split.split, 1 if terminal else examples)
     path = None if terminal else page_path(run, out)
     loaded = model.load_model(run)
-    loaded.spell = Speller(loaded.tokenizer, task.running_text)
+    loaded.encoder = PromptEncoder(loaded.tokenizer, task.running_text)
     if path is None:
         console.print(terminal_view(loaded, task, asked[0], loops, max_new_tokens))
         return

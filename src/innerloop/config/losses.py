@@ -170,7 +170,7 @@ class AuxSettings:
 
     def n_told_positions(self, row: Row) -> int:
         """Return the most positions that the decoder reads at once to tell a step of a row."""
-        told = [told for link in row.links() for told in link.told if told.ids]
+        told = [told for segment in row.segments() for told in segment.aux_targets if told.ids]
         before = self.position + (row.region_start if self.question else 0)
         return max((before + one.n_latents + len(one.ids) - 1 for one in told), default=0)
 

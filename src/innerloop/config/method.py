@@ -27,16 +27,16 @@ from innerloop.config.losses import (
 from innerloop.config.plan import Plan
 from innerloop.config.stopping import StopSettings
 from innerloop.errors import InputError, check_choices, nearest
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import BOT, EOT, LAT, Block, Piece, Row, ShownBlock
+from innerloop.text.row import BOT, EOT, LAT, Block, Row, ShownBlock, Span
 
 
 class Labeller(Protocol):
     """A model that can label examples: it lays out rows by its method and tells the logits of what they write."""
 
     method: Method
-    spell: Speller
+    encoder: PromptEncoder
     tokenizer: Any
 
     def row_logits(self, rows: Sequence[Row]) -> list[Any]:
@@ -131,34 +131,36 @@ class Method(ABC):
         return 1
 
     @abstractmethod
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out a training example at a stage of the curriculum."""
 
     @abstractmethod
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out a question to be answered: the row of `lay_out` up to the first written token."""
 
-    def rows(self, examples: Sequence[Example], spell: Speller, stage: int | None = None, seed: str = "") -> list[Row]:
+    def rows(
+        self, examples: Sequence[Example], encoder: PromptEncoder, stage: int | None = None, seed: str = ""
+    ) -> list[Row]:
         """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing, none: no draws."""
         scheduled, rows, method = self.last_stage if stage is None else stage, [], self.sampled(seed)
         for i, example in enumerate(examples):
             drawn = self.stage_of(scheduled, len(example.steps), f"{seed}/{i}") if seed else scheduled
-            rows.append(method.lay_out(example, spell, drawn))
+            rows.append(method.lay_out(example, encoder, drawn))
         return rows
 
-    def longest(self, example: Example, spell: Speller) -> int:
+    def longest(self, example: Example, encoder: PromptEncoder) -> int:
         """Return the number of positions of the longest row that training may make of an example."""
-        return max(self.n_positions(self.lay_out(example, spell, stage)) for stage in self.stages())
+        return max(self.n_positions(self.lay_out(example, encoder, stage)) for stage in self.stages())
 
     def n_positions(self, row: Row) -> int:
         """Return the most positions that are read at once: by the model, by its teacher, or to tell a step."""
         return max(row.n_positions, self.aux.n_told_positions(row))
 
-    def block(self, spell: Speller) -> Block | None:
+    def block(self, encoder: PromptEncoder) -> Block | None:
         """Return the latents that a written token opens, for methods that think between words."""
         return None
 
-    def shown_blocks(self, row: Row, steps: Sequence[Piece] = ()) -> list[ShownBlock]:
+    def shown_blocks(self, row: Row, steps: Sequence[Span] = ()) -> list[ShownBlock]:
         """Return where the latents of a row show steps, block by block; ``steps`` are the gold ones, where known."""
         return []
 
@@ -275,17 +277,17 @@ class LatentMethod(Method):
     def n_latents(self, stage: int) -> int:
         """Return the number of latent positions at a stage."""
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Return ``[Q][<bot>] | [<lat> x k] | [<eot>][T_s+1]..[T_m][### A][eos]`` (coconut.md, section 2)."""
-        row = self.prompt(example.question, spell, stage)
+        row = self.prompt(example.question, encoder, stage)
         if stage < self.last_stage:
-            row.suffix += spell.steps(example, first=stage)
-        row.suffix.append(spell.answer(example.answer))
+            row.suffix += encoder.steps(example, first=stage)
+        row.suffix.append(encoder.answer(example.answer))
         return row
 
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int) -> Row:
         """Return ``[Q][<bot>] | [<lat> x k] | [<eot>]``."""
         k = self.n_latents(stage)
-        region = [spell.marker(LAT, k)] if k else []
-        prefix, suffix = [spell.question(question), spell.marker(BOT)], [spell.marker(EOT)]
+        region = [encoder.marker(LAT, k)] if k else []
+        prefix, suffix = [encoder.question(question), encoder.marker(BOT)], [encoder.marker(EOT)]
         return Row(prefix, region, suffix, n_loops=self.n_loops(stage))

@@ -29,7 +29,7 @@ from innerloop.decoder.surrogates import (
     replaced,
     section,
 )
-from innerloop.decoder.token_losses import Shown
+from innerloop.decoder.token_losses import HeadInputs
 from innerloop.errors import InputError
 
 
@@ -116,11 +116,11 @@ class Backbone(nn.Module):
         bias: Any = getattr(table, "bias", None)
         return self._scaled(logits_AK if bias is None else logits_AK + bias[ids_AK])
 
-    def shown(self, states_UD: Tensor) -> Shown:
+    def head_inputs(self, states_UD: Tensor) -> HeadInputs:
         """Return what shows final-norm states; a head that is a plain matrix may be fused with the loss."""
         table = self.lm.get_output_embeddings()
         is_plain = type(table) is nn.Linear and (table.bias is None or self._logit_scale == 1)
-        return Shown(self.head, states_UD, self._fused_loss if is_plain else None)
+        return HeadInputs(self.head, states_UD, self._fused_loss if is_plain else None)
 
     def _fused_loss(self, states_UD: Tensor, targets_U: Tensor) -> Tensor:
         cap = getattr(self.config, "final_logit_softcapping", None)

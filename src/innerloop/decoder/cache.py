@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from innerloop.decoder.kv_buffer import RoomLayer, WindowLayer
+from innerloop.decoder.kv_buffer import FullLayer, WindowLayer
 from innerloop.decoder.ragged_cache import DepthCache, left_padded
 
 
@@ -26,7 +26,7 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
         if isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[i] = WindowLayer(layer.sliding_window)
         elif type(layer) is DynamicLayer:
-            cache.layers[i] = RoomLayer()
+            cache.layers[i] = FullLayer()
     return cache
 
 

@@ -1,14 +1,14 @@
 """Compiled passes of a decoder on memory that stands still: what a thought or a written token repeats.
 
-A pass that grows its cache has another shape each time. Here keys and values lie in rooms of a multiple of `COLUMNS`
-columns; a pass writes its own in place, attends to the whole room, and a mask hides what is not there. So passes of the
-same number of rows and new columns have the same shape: `torch.compile` makes one program of them, on a GPU one CUDA
-graph. Nothing in a pass asks the device anything.
+A pass that grows its cache has another shape each time. Here keys and values lie in buffers of a multiple of `COLUMNS`
+columns; a pass writes its own in place, attends to the whole buffer, and a mask hides what is not there. So passes of
+the same number of rows and new columns have the same shape: `torch.compile` makes one program of them, on a GPU one
+CUDA graph. Nothing in a pass asks the device anything.
 
     model.backbone.compile_passes()
     model.generate(questions)
 
-Shapes: `B` rows, `L` new positions, `C` columns of a room, `D` width, `h` heads of keys, `d` their width.
+Shapes: `B` rows, `L` new positions, `C` columns of a buffer, `D` width, `h` heads of keys, `d` their width.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from innerloop.decoder.anatomy import decoder_of, text_config
 from innerloop.decoder.cache import AnyCache
-from innerloop.decoder.kv_buffer import Room, RoomLayer
+from innerloop.decoder.kv_buffer import FullLayer, KvBuffer
 from innerloop.decoder.masks import visible, window_of
 
 MOST_COLUMNS = 64
@@ -31,7 +31,7 @@ MOST_COLUMNS = 64
 
 
 class StillLayer(DynamicLayer):
-    """A layer during a compiled pass: new keys and values are put in the columns ``at_L`` of a room."""
+    """A layer during a compiled pass: new keys and values are put in the columns ``at_L`` of a buffer."""
 
     def __init__(self, keys: Tensor, values: Tensor, at_L: Tensor):
         super().__init__()
@@ -39,7 +39,7 @@ class StillLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Remember new keys and values (B, h, L, d); return the whole room's."""
+        """Remember new keys and values (B, h, L, d); return the whole buffer's."""
         self.keys.index_copy_(2, self.at_L, key_states)
         self.values.index_copy_(2, self.at_L, value_states)
         return self.keys, self.values
@@ -66,7 +66,7 @@ class CompiledPasses:
             return False
         if window_of(text_config(self.lm)) is not None:
             return False
-        return all(isinstance(layer, RoomLayer) and layer.get_seq_length() > 0 for layer in cache.layers)
+        return all(isinstance(layer, FullLayer) and layer.get_seq_length() > 0 for layer in cache.layers)
 
     def __call__(self, embeds_BLD: Tensor, positions_BL: Tensor, mask_BP: Tensor | None, cache: DynamicCache) -> Tensor:
         """Read new columns and remember them; return their final-norm states (B, L, D).
@@ -79,14 +79,14 @@ class CompiledPasses:
         """
         layers: Sequence[Any] = cache.layers
         n_new = embeds_BLD.shape[1]
-        rooms: list[Room] = [layer.make_room(n_new) for layer in layers]
+        buffers: list[KvBuffer] = [layer.make_space(n_new) for layer in layers]
         if embeds_BLD.is_cuda:
-            for room in rooms:  # a CUDA graph writes to the memory it was recorded with
-                torch._dynamo.mark_static_address(room.keys, guard=False)
-                torch._dynamo.mark_static_address(room.values, guard=False)
-        end, n_columns = layers[0].get_seq_length() + n_new, rooms[0].n_columns
-        for room in rooms:
-            room.clear(end)  # hidden columns are multiplied by zero, which a NaN outlives
+            for buffer in buffers:  # a CUDA graph writes to the memory it was recorded with
+                torch._dynamo.mark_static_address(buffer.keys, guard=False)
+                torch._dynamo.mark_static_address(buffer.values, guard=False)
+        end, n_columns = layers[0].get_seq_length() + n_new, buffers[0].n_columns
+        for buffer in buffers:
+            buffer.clear(end)  # hidden columns are multiplied by zero, which a NaN outlives
         at_L = torch.arange(end - n_new, end, device=embeds_BLD.device)
         seen_BLC = torch.arange(n_columns, device=at_L.device) <= at_L[None, :, None]
         if mask_BP is None:
@@ -98,7 +98,7 @@ class CompiledPasses:
         config = text_config(self.lm)
         kind = torch.bool if config._attn_implementation == "sdpa" else embeds_BLD.dtype
         mask = visible(config, seen_BLC, seen_BLC, kind)
-        tensors = [room.keys for room in rooms], [room.values for room in rooms]
+        tensors = [buffer.keys for buffer in buffers], [buffer.values for buffer in buffers]
         states = self.step(embeds_BLD, positions_BL, mask, at_L, *tensors)
         for layer in layers:
             layer.place(end)

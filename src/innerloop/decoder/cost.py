@@ -60,7 +60,7 @@ def total_cost(costs: Sequence[Cost]) -> Cost:
     return whole
 
 
-class Meter:
+class CostMeter:
     """Counts the work of ``n_rows`` rows while they run.
 
     Attributes:
@@ -94,7 +94,7 @@ class Meter:
     def count(self, rows: Tensor | None, new_B: Tensor | int, past_B: Tensor | int) -> None:
         """Count one pass of ``new_B`` positions over ``past_B`` earlier ones, for the rows ``rows`` (None: all).
 
-        A row without a real position in the pass is not charged for it.
+        A row without a real position in the pass is not billed for it.
         """
         new = new_B if isinstance(new_B, Tensor) else self.passes.new_full((), new_B)  # filled there, not copied
         keys = new * past_B + new * (new + 1) // 2

@@ -1,11 +1,11 @@
 """Layers of a KV cache that grow in place: keys and values lie in memory with more columns than they have.
 
-Growing by concatenation copies all that was read for each token that is written. In a room new columns are written
+Growing by concatenation copies all that was read for each token that is written. In a buffer new columns are written
 behind those that are known, and forks of a prefix share it. What a layer has read is never changed while the layer
-lives: one that finds somebody else's columns behind its own goes to a room of its own. Where something is learned,
+lives: one that finds somebody else's columns behind its own goes to a buffer of its own. Where something is learned,
 layers grow by concatenation, through which gradients flow.
 
-Shapes: `B` rows, `H` heads of keys, `L` new columns, `P` known ones, `C` columns of a room, `d` width of a head.
+Shapes: `B` rows, `H` heads of keys, `L` new columns, `P` known ones, `C` columns of a buffer, `d` width of a head.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ COLUMNS = 64
 """Rooms have a multiple of so many columns: they are copied seldom, and compiled passes find few shapes."""
 
 
-class Room:
+class KvBuffer:
     """Memory for keys and values (B, H, C, d), of which the first columns are known."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values
-        self.guests: weakref.WeakSet[InRoom] = weakref.WeakSet()
+        self.owners: weakref.WeakSet[BufferedLayer] = weakref.WeakSet()
         self.n_used = 0  # columns that somebody has had here
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, n_columns: int) -> Room:
-        """Return a room for ``n_columns`` columns at least, the first of which are copies of these, the others zero."""
+    def of(cls, keys: Tensor, values: Tensor, n_columns: int) -> KvBuffer:
+        """Return a buffer for at least ``n_columns`` columns, whose first are copies of these, the others zero."""
         n_columns = -(-n_columns // COLUMNS) * COLUMNS
         return cls(_with_space(keys, n_columns), _with_space(values, n_columns))
 
@@ -40,11 +40,11 @@ class Room:
         """How many columns there is memory for."""
         return self.keys.shape[2]
 
-    def is_taken(self, n_columns: int, guest: InRoom) -> bool:
-        """Whether others than a guest have columns behind the first ones here."""
-        if len(self.guests) == 1:  # as it mostly is
+    def is_taken(self, n_columns: int, owner: BufferedLayer) -> bool:
+        """Whether others than an owner have columns behind the first ones here."""
+        if len(self.owners) == 1:  # as it mostly is
             return False
-        return any(one.room is self and one.n_placed > n_columns for one in self.guests if one is not guest)
+        return any(one.buffer is self and one.n_placed > n_columns for one in self.owners if one is not owner)
 
     def clear(self, n_columns: int) -> None:
         """Forget what those who are gone have left behind the first columns."""
@@ -54,24 +54,24 @@ class Room:
             self.n_used = n_columns
 
 
-class InRoom:
-    """What a layer does that may have its columns in a room."""
+class BufferedLayer:
+    """What a layer does that may have its columns in a buffer."""
 
     keys: Tensor
     values: Tensor
     is_initialized: bool
-    room: Room | None = None
-    placed: Tensor | None = None  # the keys as they lie in the room; others may have been put in their place since
+    buffer: KvBuffer | None = None
+    placed: Tensor | None = None  # the keys as they lie in the buffer; others may have been put in their place since
 
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        if twin.room is not None:
-            twin.room.guests.add(twin)
+        if twin.buffer is not None:
+            twin.buffer.owners.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "room": None, "placed": None}  # what is pickled or copied deeply is alone
+        return {**self.__dict__, "buffer": None, "placed": None}  # what is pickled or copied deeply is alone
 
     @property
     def n_kept(self) -> int:
@@ -80,40 +80,40 @@ class InRoom:
 
     @property
     def n_placed(self) -> int:
-        """The number of columns that lie in the room."""
+        """The number of columns that lie in the buffer."""
         return 0 if self.placed is None or self.keys is not self.placed else self.placed.shape[2]
 
     def grow(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember new keys and values (B, H, L, d) in a room; return all."""
+        """Remember new keys and values (B, H, L, d) in a buffer; return all."""
         n, end = self.n_kept, self.n_kept + keys.shape[2]
         if n == 0:
-            self.move(Room.of(keys, values, end), end)
+            self.move(KvBuffer.of(keys, values, end), end)
             return self.keys, self.values
-        room = self.make_room(keys.shape[2])
-        room.keys[:, :, n:end] = keys
-        room.values[:, :, n:end] = values
+        buffer = self.make_space(keys.shape[2])
+        buffer.keys[:, :, n:end] = keys
+        buffer.values[:, :, n:end] = values
         self.place(end)
         return self.keys, self.values
 
-    def make_room(self, n_new: int) -> Room:
-        """Return a room in which the columns lie and where nobody else's lie behind them, with space for ``n_new``."""
-        n, room = self.n_kept, self.room
+    def make_space(self, n_new: int) -> KvBuffer:
+        """Return a buffer in which the columns lie and nobody else's lie behind them, with space for ``n_new``."""
+        n, buffer = self.n_kept, self.buffer
         if (
-            room is None
+            buffer is None
             or self.n_placed != n
-            or n + n_new > room.n_columns
-            or room.is_taken(n, self)
-            or (room.keys.is_inference() and not torch.is_inference_mode_enabled())  # written to no more
+            or n + n_new > buffer.n_columns
+            or buffer.is_taken(n, self)
+            or (buffer.keys.is_inference() and not torch.is_inference_mode_enabled())  # written to no more
         ):
-            room = self.move(Room.of(self.keys, self.values, n + n_new), n)
-        return room
+            buffer = self.move(KvBuffer.of(self.keys, self.values, n + n_new), n)
+        return buffer
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Let the batch rows be ``rows`` (R,) of these; columns that lie in a room go to one as large."""
-        n, room = self.n_placed, self.room
-        if room is not None and n > 0 and not torch.is_grad_enabled():
-            part = Room(room.keys.index_select(0, rows), room.values.index_select(0, rows))
-            part.n_used = room.n_used
+        """Let the batch rows be ``rows`` (R,) of these; columns that lie in a buffer go to one as large."""
+        n, buffer = self.n_placed, self.buffer
+        if buffer is not None and n > 0 and not torch.is_grad_enabled():
+            part = KvBuffer(buffer.keys.index_select(0, rows), buffer.values.index_select(0, rows))
+            part.n_used = buffer.n_used
             self.move(part, n)
         elif self.n_kept > 0:
             self.hold(self.keys.index_select(0, rows), self.values.index_select(0, rows))
@@ -134,25 +134,25 @@ class InRoom:
             self.place(self.n_kept)
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Have these keys and values, which lie in no room."""
-        self.keys, self.values, self.room, self.placed = keys, values, None, None
+        """Have these keys and values, which lie in no buffer."""
+        self.keys, self.values, self.buffer, self.placed = keys, values, None, None
 
-    def move(self, room: Room, n_columns: int) -> Room:
-        """Let the first columns of another room be the layer's."""
-        self.room = room
-        room.guests.add(self)
+    def move(self, buffer: KvBuffer, n_columns: int) -> KvBuffer:
+        """Let the first columns of another buffer be the layer's."""
+        self.buffer = buffer
+        buffer.owners.add(self)
         self.place(n_columns)
-        return room
+        return buffer
 
     def place(self, n_columns: int) -> None:
-        """Let the first columns of the room be the layer's."""
-        assert self.room is not None
-        self.room.n_used = max(self.room.n_used, n_columns)
-        self.keys = self.placed = self.room.keys[:, :, :n_columns]
-        self.values = self.room.values[:, :, :n_columns]
+        """Let the first columns of the buffer be the layer's."""
+        assert self.buffer is not None
+        self.buffer.n_used = max(self.buffer.n_used, n_columns)
+        self.keys = self.placed = self.buffer.keys[:, :, :n_columns]
+        self.values = self.buffer.values[:, :, :n_columns]
 
 
-class RoomLayer(InRoom, DynamicLayer):
+class FullLayer(BufferedLayer, DynamicLayer):
     """A layer that forgets nothing."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -161,8 +161,8 @@ class RoomLayer(InRoom, DynamicLayer):
         self.keys, self.values = (t.new_empty(*t.shape[:2], 0, t.shape[3]) for t in (key_states, value_states))
 
     @classmethod
-    def holding(cls, keys: Tensor, values: Tensor) -> RoomLayer:
-        """Return a layer of keys and values (B, H, P, d) that lie in no room yet."""
+    def holding(cls, keys: Tensor, values: Tensor) -> FullLayer:
+        """Return a layer of keys and values (B, H, P, d) that lie in no buffer yet."""
         layer = cls()
         layer.lazy_initialization(keys, values)
         layer.hold(keys, values)
@@ -171,14 +171,14 @@ class RoomLayer(InRoom, DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
         if torch.is_grad_enabled():
-            self.room = self.placed = None
+            self.buffer = self.placed = None
             return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.grow(key_states, value_states)
 
 
-class WindowLayer(InRoom, DynamicSlidingWindowLayer):
+class WindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
     """A layer that forgets what lies behind its window, which is counted in real columns.
 
     Once columns may be padding (`cache.expect_padding`) it forgets nothing until `cache.keep_columns` says what no row
@@ -193,7 +193,7 @@ class WindowLayer(InRoom, DynamicSlidingWindowLayer):
             self.lazy_initialization(key_states, value_states)
         n_new = key_states.shape[2]
         if not self.is_padded and (torch.is_grad_enabled() or self.cumulative_length + n_new >= self.sliding_window):
-            self.room = self.placed = None
+            self.buffer = self.placed = None
             return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         self.cumulative_length += n_new
         if not torch.is_grad_enabled():

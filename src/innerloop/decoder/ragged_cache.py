@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from innerloop.decoder.kv_buffer import RoomLayer
+from innerloop.decoder.kv_buffer import FullLayer
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Slot:
     real_BP: Tensor
     is_dense: bool = True
     is_real: bool = True
-    kept: list[RoomLayer] = field(default_factory=list)
+    kept: list[FullLayer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.kept:
-            self.kept = [RoomLayer() for _ in self.layers]
+            self.kept = [FullLayer() for _ in self.layers]
 
     @property
     def keys(self) -> list[Tensor | None]:
@@ -70,10 +70,10 @@ class Slot:
             layer.keep_rows(rows)
         return part
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> list[RoomLayer]:
+    def changed(self, change: Callable[[Tensor], Tensor]) -> list[FullLayer]:
         """Return what is made of the keys and values of each layer."""
         return [
-            RoomLayer.holding(change(layer.keys), change(layer.values)) if layer.n_kept else RoomLayer()
+            FullLayer.holding(change(layer.keys), change(layer.values)) if layer.n_kept else FullLayer()
             for layer in self.kept
         ]
 
@@ -98,9 +98,9 @@ class Slot:
     def joined(self, slots: Sequence[Slot], order: Tensor) -> Slot:
         """Return slots of the same layers and length, of which this is the first, as one; rows go in an order."""
         kept = [
-            RoomLayer.holding(*(torch.cat([getattr(p, side) for p in parts])[order] for side in ("keys", "values")))
+            FullLayer.holding(*(torch.cat([getattr(p, side) for p in parts])[order] for side in ("keys", "values")))
             if all(part.n_kept for part in parts)
-            else RoomLayer()
+            else FullLayer()
             for parts in zip(*(slot.kept for slot in slots))
         ]
         columns = {name: torch.cat([slot.columns()[name] for slot in slots])[order] for name in self.columns()}

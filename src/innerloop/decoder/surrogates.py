@@ -31,7 +31,7 @@ class ZeroPositions(nn.Module):
         return torch.zeros(*position_ids.shape, 1, dtype=torch.bool, device=position_ids.device)
 
 
-class NoKeys(nn.Module):
+class SkipKV(nn.Module):
     """Stands in for a linear map to keys or values that nobody reads: zeros, without work."""
 
     def __init__(self, width: int):
@@ -43,7 +43,7 @@ class NoKeys(nn.Module):
         return states.new_zeros(()).expand(*states.shape[:-1], self.width)
 
 
-class QueriesAlone(NoKeys):
+class QueryOnly(SkipKV):
     """Stands in for one linear map to queries, keys and values of which the first ``n_queries`` outputs are read."""
 
     def __init__(self, whole: nn.Linear | Conv1D, n_queries: int):
@@ -58,24 +58,24 @@ class QueriesAlone(NoKeys):
         return torch.cat([queries, super().forward(queries)], dim=-1)
 
 
-def keyless(attention: nn.Module, config: Any) -> dict[str, NoKeys]:
+def keyless(attention: nn.Module, config: Any) -> dict[str, SkipKV]:
     """Return what stands in for parts of a layer's attention when keys and values are not wanted.
 
     A fused map that is not plain (low-rank updates, hooks) is left as it is: its keys are made in vain.
     """
-    found = dict[str, NoKeys]()
+    found = dict[str, SkipKV]()
     for name, part in attention.named_children():
         if name in ("k_proj", "v_proj"):
-            found[name] = NoKeys(int(part.out_features))  # type: ignore[arg-type]
+            found[name] = SkipKV(int(part.out_features))  # type: ignore[arg-type]
         elif name in ("c_attn", "qkv_proj") and type(part) in (Conv1D, nn.Linear) and not part._forward_hooks:
-            found[name] = QueriesAlone(part, config.num_attention_heads * head_dim_of(config))  # type: ignore[arg-type]
+            found[name] = QueryOnly(part, config.num_attention_heads * head_dim_of(config))  # type: ignore[arg-type]
     return found
 
 
-def queryless(attention: nn.Module, config: Any) -> dict[str, NoKeys]:
+def queryless(attention: nn.Module, config: Any) -> dict[str, SkipKV]:
     """Return what stands in for the map to queries when they are not wanted, where they have a map of their own."""
     queries: Any = attention._modules.get("q_proj")
-    return {} if queries is None else {"q_proj": NoKeys(queries.out_features)}
+    return {} if queries is None else {"q_proj": SkipKV(queries.out_features)}
 
 
 def replaced(layer: nn.Module, stand_ins: Any, config: Any) -> nn.Module:
@@ -102,7 +102,7 @@ def n_key_weights(layers: Iterable[nn.Module], config: Any) -> int:
     for attention in (child for layer in layers for child in layer.children()):
         for name, part in keyless(attention, config).items():
             n = sum(p.numel() for p in getattr(attention, name).parameters())
-            spared += n * part.width // (part.width + part.n_queries) if isinstance(part, QueriesAlone) else n
+            spared += n * part.width // (part.width + part.n_queries) if isinstance(part, QueryOnly) else n
     return spared
 
 

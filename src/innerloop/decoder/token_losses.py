@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-Show = Callable[[slice], Tensor]
+LogitsFn = Callable[[slice], Tensor]
 """Makes the logits (u, V) of a slice of some tokens."""
 AtOnce = int | Literal["fused"] | None
 """How many rows of logits may exist together; None: all."""
@@ -28,7 +28,7 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class Shown:
+class HeadInputs:
     """Shows states (U, D) through a head; ``summed`` is a kernel with their summed loss, but not all their logits."""
 
     head: Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Shown:
         return self.head(self.states_UD[part])
 
 
-def token_losses(show: Show, targets_U: Tensor, at_once: AtOnce, ignored: int = -100) -> Tensor:
+def token_losses(show: LogitsFn, targets_U: Tensor, at_once: AtOnce, ignored: int = -100) -> Tensor:
     """Return the cross-entropy of each token (U,), in fp32; 0 where its target is ``ignored``."""
 
     def losses_of(part: slice) -> Tensor:
@@ -48,9 +48,9 @@ def token_losses(show: Show, targets_U: Tensor, at_once: AtOnce, ignored: int = 
     return by_rows(losses_of, len(targets_U), at_once)
 
 
-def summed_loss(show: Show, targets_U: Tensor, at_once: AtOnce) -> Tensor:
+def summed_loss(show: LogitsFn, targets_U: Tensor, at_once: AtOnce) -> Tensor:
     """Return the summed cross-entropy of tokens, in fp32."""
-    if at_once == "fused" and isinstance(show, Shown) and show.summed is not None and len(targets_U):
+    if at_once == "fused" and isinstance(show, HeadInputs) and show.summed is not None and len(targets_U):
         return show.summed(show.states_UD, targets_U)
     if at_once is None:
         return cross_entropy(show(ALL).float(), targets_U, reduction="sum")

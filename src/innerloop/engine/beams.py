@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from innerloop.engine.decoding import Writer, without
+from innerloop.engine.decoding import DecodeBatch, without
 from innerloop.engine.engine import Engine, check_every
 from innerloop.engine.generation import finish
 from innerloop.engine.options import EngineOptions
-from innerloop.engine.requests import NOTHING, Seat
+from innerloop.engine.requests import NOTHING, Request
 from innerloop.errors import refuse
 from innerloop.model.model import LatentCore
 from innerloop.text.row import Row
@@ -50,43 +50,43 @@ class BeamEngine(Engine):
     def _advance(self) -> None:
         """Answer some questions."""
         self.thinking = done = self._next()
-        writer = self.prefill(done)
-        assert isinstance(writer, Writer)
-        self._search(done, writer)
+        batch = self.prefill(done)
+        assert isinstance(batch, DecodeBatch)
+        self._search(done, batch)
         found = finish(self.model, done, self.prefill.slots.meter)
         for generation in found:
             generation.depths = ()  # its texts have read tokens of their own
         self.thinking = []
         self._answer(done, found)
 
-    def _search(self, live: list[Seat], writer: Writer) -> None:
-        """Write the texts of questions, and give each seat its best one."""
-        device, eos, ticks = self.model.device, self.model.spell.eos_id, []
-        texts, mark = Texts([seat.budget for seat in live], self.options.beams, device), time.perf_counter()
+    def _search(self, live: list[Request], batch: DecodeBatch) -> None:
+        """Write the texts of questions, and give each request its best one."""
+        device, eos, ticks = self.model.device, self.model.encoder.eos_id, []
+        texts, mark = Texts([request.budget for request in live], self.options.beams, device), time.perf_counter()
         while True:
-            assert writer.context.meter is not None
-            writer.context.meter.count_logits(writer.context.rows, writer.ends_R > 0)
-            rows_R = texts.grow(without(writer.allowed(), self.suppressed), writer.ends_R, eos)
-            writer.take_rows(rows_R)
-            writer.chosen_R = texts.ids_GKL[..., -1].flatten()
-            ends_R = writer.ends_R - (writer.chosen_R == eos).long()
-            writer.ends_R = ends_R * ~texts.is_done_G.repeat_interleave(texts.width)  # what is done is billed no more
+            assert batch.context.meter is not None
+            batch.context.meter.count_logits(batch.context.rows, batch.ends_R > 0)
+            rows_R = texts.grow(without(batch.allowed(), self.suppressed), batch.ends_R, eos)
+            batch.take_rows(rows_R)
+            batch.chosen_R = texts.ids_GKL[..., -1].flatten()
+            ends_R = batch.ends_R - (batch.chosen_R == eos).long()
+            batch.ends_R = ends_R * ~texts.is_done_G.repeat_interleave(texts.width)  # what is done is billed no more
             now = time.perf_counter()
             ticks.append((now - mark) / len(live))
             mark = now
-            if texts.n % check_every(device) == 0 or texts.n >= min(seat.budget for seat in live):
+            if texts.n % check_every(device) == 0 or texts.n >= min(request.budget for request in live):
                 is_done = texts.is_done_G.tolist()
-                for g, seat in enumerate(live):
+                for g, request in enumerate(live):
                     if is_done[g]:
-                        _settle(seat, texts.best_GL[g].tolist(), float(texts.best_G[g]), ticks, eos)
+                        _settle(request, texts.best_GL[g].tolist(), float(texts.best_G[g]), ticks, eos)
                 left = [g for g, done in enumerate(is_done) if not done]
                 if not left:
                     return
                 if len(left) < len(live):
                     live = [live[g] for g in left]
-                    writer.take_rows(texts.keep(torch.tensor(left, device=device)))
-                    writer.context = writer.context.trim()
-            writer.write()
+                    batch.take_rows(texts.keep(torch.tensor(left, device=device)))
+                    batch.context = batch.context.trim()
+            batch.write()
 
 
 class Texts:
@@ -155,9 +155,9 @@ class Texts:
         return rows_GK.flatten()
 
 
-def _settle(seat: Seat, ids: Sequence[int], score: float, ticks: Sequence[float], eos: int) -> None:
-    """Give a seat its text, and the time of all that was written for it."""
-    seat.written = [token for token in ids if token != NOTHING]
-    n = len(seat.written)
-    seat.n_ends, seat.log_likelihood = seat.written.count(eos), score * n
-    seat.ticks = [*ticks[: n - 1], sum(ticks[n - 1 :])]
+def _settle(request: Request, ids: Sequence[int], score: float, ticks: Sequence[float], eos: int) -> None:
+    """Give a request its text, and the time of all that was written for it."""
+    request.written = [token for token in ids if token != NOTHING]
+    n = len(request.written)
+    request.n_ends, request.log_likelihood = request.written.count(eos), score * n
+    request.ticks = [*ticks[: n - 1], sum(ticks[n - 1 :])]

@@ -1,6 +1,6 @@
-"""Rows that write together, a token at each step. A writer is told which tokens were chosen, and says what may follow.
+"""Rows that write together, a token at each step. A batch is told which tokens were chosen, and says what may follow.
 
-Rows leave a writer (`keep_rows`) and are joined by others (`join`), whatever they have read and written; none notices.
+Rows leave a batch (`keep_rows`) and are joined by others (`join`), whatever they have read and written; none notices.
 
 Shapes: `R` rows that write, `V` vocabulary.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from innerloop.decoder.ragged_cache import DepthCache
-from innerloop.engine.requests import NOTHING, Seat
+from innerloop.engine.requests import NOTHING, Request
 from innerloop.model.answer_decoder import AnswerDecoder
 from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context, merge
@@ -24,13 +24,13 @@ from innerloop.passes.region import Masked, Region, RegionPass
 from innerloop.text.row import Block
 
 
-class Writer:
+class DecodeBatch:
     """Writes with the model itself, on what it has read.
 
     Args:
         model: what writes.
         context: what has been read.
-        seats: the rows.
+        requests: the rows.
 
     Attributes:
         uniforms: numbers in [0, 1) for the tokens that each row may write (R, budget), where tokens are drawn.
@@ -42,10 +42,10 @@ class Writer:
     uniforms: Tensor | None = None
     forced_id = NOTHING
 
-    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
-        self.model, self.backbone, self.context, self.seats = model, model.backbone, context, list(seats)
+    def __init__(self, model: LatentCore, context: Context, requests: Sequence[Request]):
+        self.model, self.backbone, self.context, self.requests = model, model.backbone, context, list(requests)
         self.first_states: Tensor | None = None  # of all that was read in the pass of the first token
-        zeros = torch.zeros(len(self.seats), dtype=torch.long, device=model.device)
+        zeros = torch.zeros(len(self.requests), dtype=torch.long, device=model.device)
         self.logits_RV = zeros[:, None]  # of the token that follows
         self.chosen_R, self.n_written_R = zeros, zeros
         self.ends_R = zeros + model.method.n_ends  # ends of sequence still to be written
@@ -76,7 +76,7 @@ class Writer:
         if self.context.meter is not None:
             self.context.meter.count_logits(self.context.rows, (self.ends_R > 0) & is_written)
         self.n_written_R = self.n_written_R + is_written
-        self.ends_R = self.ends_R - (ids_R == self.model.spell.eos_id).long()
+        self.ends_R = self.ends_R - (ids_R == self.model.encoder.eos_id).long()
         self.chosen_R = ids_R
 
     def write(self) -> None:
@@ -113,43 +113,45 @@ class Writer:
         """Go on with some rows; a row may be kept more than once."""
         self.take_rows(torch.tensor(list(kept), dtype=torch.long, device=self.chosen_R.device))
         self.context = self.context.trim()
-        self.seats = [self.seats[i] for i in kept]
+        self.requests = [self.requests[i] for i in kept]
 
     def take_rows(self, index: Tensor) -> None:
-        """Let the rows be others of the same rows (R,); seats and padding stay as they are."""
+        """Let the rows be others of the same rows (R,); requests and padding stay as they are."""
         for name in self.per_row:
             setattr(self, name, getattr(self, name)[index])
         self.uniforms = None if self.uniforms is None else self.uniforms[index]
         self.context = self.context.keep_rows(index)
         self.first_states = None
 
-    def split(self, n: int) -> Writer:
+    def split(self, n: int) -> DecodeBatch:
         """Let the first ``n`` rows go, and return them."""
         head = copy.copy(self)
         head.keep_rows(range(n))
-        self.keep_rows(range(n, len(self.seats)))
+        self.keep_rows(range(n, len(self.requests)))
         return head
 
-    def join(self, other: Writer) -> None:
-        """Take in the rows of another writer of the same kind."""
-        n, m = len(self.seats), len(other.seats)
+    def join(self, other: DecodeBatch) -> None:
+        """Take in the rows of another batch of the same kind."""
+        n, m = len(self.requests), len(other.requests)
         for name in self.per_row:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         if self.uniforms is not None and other.uniforms is not None:
             width = max(self.uniforms.shape[1], other.uniforms.shape[1])
             self.uniforms = torch.cat([pad(u, (0, width - u.shape[1])) for u in (self.uniforms, other.uniforms)])
         self.context = merge([(list(range(n)), self.context), (list(range(n, n + m)), other.context)])
-        self.seats = [*self.seats, *other.seats]
+        self.requests = [*self.requests, *other.requests]
 
 
-class WaitingWriter(Writer):
+class WaitingDecodeBatch(DecodeBatch):
     """Writes while some rows may wait: they write nothing in the meantime."""
 
-    per_row = (*Writer.per_row, "room_R", "waits_R")
+    per_row = (*DecodeBatch.per_row, "room_R", "waits_R")
 
-    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
-        super().__init__(model, context, seats)
-        self.room_R = torch.tensor([seat.budget for seat in seats], device=model.device)  # tokens still to be written
+    def __init__(self, model: LatentCore, context: Context, requests: Sequence[Request]):
+        super().__init__(model, context, requests)
+        self.room_R = torch.tensor(
+            [request.budget for request in requests], device=model.device
+        )  # tokens still to be written
         self.waits_R = torch.zeros_like(self.room_R, dtype=torch.bool)
 
     def settle(self, ids_R: Tensor) -> Tensor:
@@ -159,19 +161,19 @@ class WaitingWriter(Writer):
         return ids_R
 
 
-class BlockWriter(WaitingWriter):
+class LatentBlockBatch(WaitingDecodeBatch):
     """Writes, and refines a block of latents where a row opens one.
 
     A row that has opened a block waits until every other has too, or has ended; then their blocks are refined together.
     A block that leaves the context too little room lowers a row's budget.
     """
 
-    per_row = (*WaitingWriter.per_row, "n_blocks_R", "last_R")
+    per_row = (*WaitingDecodeBatch.per_row, "n_blocks_R", "last_R")
 
-    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], block: Block):
-        super().__init__(model, context, seats)
+    def __init__(self, model: LatentCore, context: Context, requests: Sequence[Request], block: Block):
+        super().__init__(model, context, requests)
         self.block, self.forced_id = block, block.opened_by
-        self.n_blocks_R = torch.tensor([int(bool(seat.row.region)) for seat in seats], device=model.device)
+        self.n_blocks_R = torch.tensor([int(bool(request.row.region)) for request in requests], device=model.device)
         self.last_R = torch.full_like(self.n_blocks_R, NOTHING)
 
     @property
@@ -211,7 +213,7 @@ class BlockWriter(WaitingWriter):
         mask = waits_R[:, None].long().expand_as(ids)
         steps = RegionPass(self.context, Region(mask, mask), model.loop.weights, model.method.plan.is_normed)
         n_loops = [block.n_loops if waits else 0 for waits in waits_R.tolist()]
-        record = None if self.seats[0].record is None else model.new_trace()
+        record = None if self.requests[0].record is None else model.new_trace()
         result = model.loop(steps, self.backbone.embed(ids), n_loops, record, model.read_out)
         closing = self.backbone.embed(torch.tensor(block.closing.ids, device=ids.device)).expand(len(waits_R), -1, -1)
         read = torch.cat([result.state, closing], dim=1)
@@ -222,16 +224,16 @@ class BlockWriter(WaitingWriter):
         self.n_blocks_R = self.n_blocks_R + waits_R
         self.last_R = torch.where(waits_R, block.closing.ids[-1], self.last_R)
         self.waits_R = torch.zeros_like(waits_R)
-        for r, (seat, waits, ran) in enumerate(zip(self.seats, waits_R.tolist(), result.n_loops)):
-            seat.n_latents += waits * len(block.region.ids)
-            seat.n_loops += ran
+        for r, (request, waits, ran) in enumerate(zip(self.requests, waits_R.tolist(), result.n_loops)):
+            request.n_latents += waits * len(block.region.ids)
+            request.n_loops += ran
             if record is not None and waits:
-                seat.opened.append((record, r))
+                request.opened.append((record, r))
         if (room := self.backbone.context_length) is not None:
             over_R = (self.room_R + self.context.next_position_B - room).clamp(min=0) * waits_R
             self.room_R = self.room_R - over_R
-            for seat, over in zip(self.seats, over_R.tolist()):
-                seat.budget -= over
+            for request, over in zip(self.requests, over_R.tolist()):
+                request.budget -= over
 
     @property
     def joins(self) -> bool:
@@ -239,14 +241,14 @@ class BlockWriter(WaitingWriter):
         return super().joins and not bool(self.waits_R.any())
 
 
-class PatientWriter(WaitingWriter):
+class RaggedDecodeBatch(WaitingDecodeBatch):
     """Writes with a model that may leave a token unfinished: its row waits for one more pass, the others write on.
 
     So one pass serves rows at every depth, and a token that needs more holds up its own row alone.
     """
 
-    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat]):
-        super().__init__(model, context, seats)
+    def __init__(self, model: LatentCore, context: Context, requests: Sequence[Request]):
+        super().__init__(model, context, requests)
         assert context.depth is not None
         context.depth.may_wait = True
 
@@ -272,22 +274,24 @@ class PatientWriter(WaitingWriter):
         self.logits_RV = self.show(states)
 
 
-class ApartWriter(Writer):
+class SeparateDecoderBatch(DecodeBatch):
     """Writes with a decoder of its own, which reads its few words anew for each; its work is not counted.
 
     Args:
         model: what writes.
         context: what has been read.
-        seats: the rows.
+        requests: the rows.
         memory: what the decoder attends to.
         ids_RS: the words that come first.
     """
 
-    per_row = (*Writer.per_row, "ids_RS")
+    per_row = (*DecodeBatch.per_row, "ids_RS")
     joins = False  # its words have no padding
 
-    def __init__(self, model: LatentCore, context: Context, seats: Sequence[Seat], memory: Masked, ids_RS: Tensor):
-        super().__init__(model, context, seats)
+    def __init__(
+        self, model: LatentCore, context: Context, requests: Sequence[Request], memory: Masked, ids_RS: Tensor
+    ):
+        super().__init__(model, context, requests)
         assert isinstance(model.decoder, AnswerDecoder)
         self.decoder, self.memory, self.ids_RS = model.decoder, memory, ids_RS
 

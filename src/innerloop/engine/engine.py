@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from innerloop.decoder.memory import is_out_of_memory
 from innerloop.decoder.packed import PackedWeights
-from innerloop.engine.decoding import Writer
+from innerloop.engine.decoding import DecodeBatch
 from innerloop.engine.generation import Generation, failed, finish
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.prefill import Prefill
-from innerloop.engine.requests import Seat, lay_out
+from innerloop.engine.requests import Request, lay_out
 from innerloop.errors import InputError, refuse
 from innerloop.model.answer_decoder import Classifier
 from innerloop.model.model import LatentCore
@@ -65,13 +65,13 @@ class Engine:
 
     def _reset(self) -> None:
         """Forget all requests."""
-        self.waiting: list[Seat] = []  # a heap
+        self.waiting: list[Request] = []  # a heap
         self.prompts: dict[tuple[int, ...], int] = {}  # number those that wait
         self.prefill = Prefill(self.model, self.options, 2 * self.batch_size)
-        self.thinking: list[Seat] = []
-        self.ready: Writer | None = None  # has thought, and written nothing yet
-        self.joining: list[Seat] = []  # rows on their way to those that write
-        self.writer: Writer | None = None
+        self.thinking: list[Request] = []
+        self.ready: DecodeBatch | None = None  # has thought, and written nothing yet
+        self.joining: list[Request] = []  # rows on their way to those that write
+        self.decode_batch: DecodeBatch | None = None
         self.most: int | None = None  # rows that may be in the engine together, once memory has run out
         self.unseen = Unseen()
         self.spent, self.mark = 0.0, 0.0
@@ -109,7 +109,7 @@ class Engine:
                     refused += [(i * n + s, failed(self.model, " ".join(str(error).split()))) for s in range(n)]
             yield refused
             packed = PackedWeights(parts if self.waiting and self.model.backbone.compiled is None else [])
-            while self.waiting or self.ready is not None or self.writer is not None:
+            while self.waiting or self.ready is not None or self.decode_batch is not None:
                 with _evaluating(parts), packed.used():
                     found = self.step(strict)
                 yield found
@@ -134,7 +134,7 @@ class Engine:
             )
         prompt = self.prompts.setdefault(tuple(row.ids()), len(self.prompts))
         for s in range(options.samples):
-            heappush(self.waiting, Seat(index * options.samples + s, row, budget, blocks, (index, s), prompt))
+            heappush(self.waiting, Request(index * options.samples + s, row, budget, blocks, (index, s), prompt))
 
     def _budget(self, row: Row) -> int:
         """Return how many tokens may be written for a row."""
@@ -168,11 +168,11 @@ class Engine:
 
     # Memory
 
-    def _read(self) -> list[Seat]:
+    def _read(self) -> list[Request]:
         """Return the rows that write, or are ready to."""
-        return [seat for writer in (self.ready, self.writer) if writer is not None for seat in writer.seats]
+        return [request for batch in (self.ready, self.decode_batch) if batch is not None for request in batch.requests]
 
-    def _in_flight(self) -> list[Seat]:
+    def _in_flight(self) -> list[Request]:
         """Return the rows that think, have thought or write."""
         return [*self.thinking, *self.joining, *self._read()]
 
@@ -182,21 +182,21 @@ class Engine:
         Rows that were being read wait again, and others write on; where memory ran out in writing, all begin anew.
         Costs are those of the attempt that succeeds.
         """
-        seats = self._in_flight()
-        if len(seats) > 1:
-            self.most = len(seats) // 2
-        fell = self.thinking or seats
+        requests = self._in_flight()
+        if len(requests) > 1:
+            self.most = len(requests) // 2
+        fell = self.thinking or requests
         if not self.thinking:
-            self.ready = self.writer = None
+            self.ready = self.decode_batch = None
             self.unseen = Unseen()
         self.thinking, self.joining = [], []
         self.prefill.slots.release(fell)
-        if len(seats) == 1:
-            index, n = seats[0].index, len(seats[0].row)
+        if len(requests) == 1:
+            index, n = requests[0].index, len(requests[0].row)
             told = f"the question takes {n} positions and does not fit into memory by itself ({reason}); shorten it"
             self.answered.append((index, failed(self.model, told)))
         else:
-            self.waiting += [seat.anew(self._budget(seat.row)) for seat in fell]
+            self.waiting += [request.anew(self._budget(request.row)) for request in fell]
             heapify(self.waiting)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -209,104 +209,106 @@ class Engine:
         self.mark = time.perf_counter()
         if not self.unseen.tokens:
             self._fill()
-        writer, unseen = self.writer, self.unseen
-        if writer is None:
+        batch, unseen = self.decode_batch, self.unseen
+        if batch is None:
             return
-        writer.choose(self.suppressed, self.options.temperature, self.options.likelihoods)
-        unseen.tokens.append(writer.chosen_R)
-        if writer.likely_R is not None:
-            unseen.likely.append(writer.likely_R)
+        batch.choose(self.suppressed, self.options.temperature, self.options.likelihoods)
+        unseen.tokens.append(batch.chosen_R)
+        if batch.likely_R is not None:
+            unseen.likely.append(batch.likely_R)
         now = time.perf_counter()
         unseen.ticks.append(self.spent + now - self.mark)
         self.spent, self.mark = 0.0, now
         n = len(unseen.tokens)
-        if n >= check_every(self.model.device) or n >= min(seat.budget - len(seat.written) for seat in writer.seats):
-            self._look(writer)
-        if writer.seats:
-            writer.write()
+        if n >= check_every(self.model.device) or n >= min(
+            request.budget - len(request.written) for request in batch.requests
+        ):
+            self._look(batch)
+        if batch.requests:
+            batch.write()
         else:
-            self.writer = None
+            self.decode_batch = None
         self.spent = time.perf_counter() - self.mark
 
     def _fill(self) -> None:
         """Let rows that have thought join those that write, if there is room."""
         while self.waiting or self.ready is not None:
-            writer, ready = self.writer, self.ready
-            free = self.batch_size - (0 if writer is None else len(writer.seats))
-            if writer is not None and (free < max(1, self.batch_size // 8) or self.options.trace or not writer.joins):
+            batch, ready = self.decode_batch, self.ready
+            free = self.batch_size - (0 if batch is None else len(batch.requests))
+            if batch is not None and (free < max(1, self.batch_size // 8) or self.options.trace or not batch.joins):
                 break
             if ready is None:
                 if not self._think():
                     break
                 continue
-            if writer is not None and not ready.joins:
+            if batch is not None and not ready.joins:
                 break
-            n, self.ready, part = min(free, len(ready.seats)), None, ready
-            self.joining = ready.seats
-            if n < len(ready.seats):
+            n, self.ready, part = min(free, len(ready.requests)), None, ready
+            self.joining = ready.requests
+            if n < len(ready.requests):
                 part, self.ready = ready.split(n), ready
-                self.joining = part.seats
-            if writer is None:
-                self.writer = part
+                self.joining = part.requests
+            if batch is None:
+                self.decode_batch = part
             else:
-                writer.join(part)
+                batch.join(part)
             self.joining = []
 
     def _think(self) -> bool:
         """Let some of those that wait think; False where there is no room for any."""
-        seats = self._next()
-        if seats:
+        requests = self._next()
+        if requests:
             self.spent += time.perf_counter() - self.mark
-            self.thinking = seats
-            found = self.prefill(seats)
-            if isinstance(found, Writer):
+            self.thinking = requests
+            found = self.prefill(requests)
+            if isinstance(found, DecodeBatch):
                 self.ready = found
             else:
-                self._answer(seats, found)
+                self._answer(requests, found)
             self.thinking = []
             self.mark = time.perf_counter()
-        return bool(seats)
+        return bool(requests)
 
-    def _next(self) -> list[Seat]:
+    def _next(self) -> list[Request]:
         """Take from those that wait as many as there is room for."""
         busy, limit = self._read(), self.options.max_positions
-        taken = sum(self.most_positions(seat.row, seat.budget) for seat in busy)
-        seats: list[Seat] = []
+        taken = sum(self.most_positions(request.row, request.budget) for request in busy)
+        requests: list[Request] = []
         most = self.batch_size if self.most is None else min(self.batch_size, self.most - len(busy))
-        while self.waiting and len(seats) < most:
+        while self.waiting and len(requests) < most:
             longest = self.waiting[0]  # rows are padded to the longest, which is the last
-            n = self.most_positions(longest.row, longest.budget) * (len(seats) + 1)
+            n = self.most_positions(longest.row, longest.budget) * (len(requests) + 1)
             if limit is not None and n > limit - taken:
                 break
-            seats.append(heappop(self.waiting))
-        if self.waiting and seats and self.waiting[0].prompt == seats[-1].prompt != seats[0].prompt:
-            while seats[-1].prompt == self.waiting[0].prompt:  # duplicates come together, and are read once
-                heappush(self.waiting, seats.pop())
-        return seats
+            requests.append(heappop(self.waiting))
+        if self.waiting and requests and self.waiting[0].prompt == requests[-1].prompt != requests[0].prompt:
+            while requests[-1].prompt == self.waiting[0].prompt:  # duplicates come together, and are read once
+                heappush(self.waiting, requests.pop())
+        return requests
 
-    def _look(self, writer: Writer) -> None:
+    def _look(self, batch: DecodeBatch) -> None:
         """Move chosen tokens to the host; rows that have ended leave."""
         unseen, self.unseen = self.unseen, Unseen()
         tokens = torch.stack(unseen.tokens, dim=1).tolist()
-        ticks = [seconds / len(writer.seats) for seconds in unseen.ticks]
+        ticks = [seconds / len(batch.requests) for seconds in unseen.ticks]
         likely = torch.stack(unseen.likely, dim=1).tolist() if unseen.likely else [None] * len(tokens)
-        eos, n_ends = self.model.spell.eos_id, self.model.method.n_ends
-        for seat, ids, log_probs in zip(writer.seats, tokens, likely):
-            seat.take(ids, ticks, eos, n_ends, log_probs)
-        done = [seat for seat in writer.seats if seat.is_done(n_ends)]
+        eos, n_ends = self.model.encoder.eos_id, self.model.method.n_ends
+        for request, ids, log_probs in zip(batch.requests, tokens, likely):
+            request.take(ids, ticks, eos, n_ends, log_probs)
+        done = [request for request in batch.requests if request.is_done(n_ends)]
         if not done:
             return
         found = finish(self.model, done, self.prefill.slots.meter)
-        if len(done) < len(writer.seats):
-            writer.keep_rows([i for i, seat in enumerate(writer.seats) if not seat.is_done(n_ends)])
+        if len(done) < len(batch.requests):
+            batch.keep_rows([i for i, request in enumerate(batch.requests) if not request.is_done(n_ends)])
         else:
-            writer.seats = []
+            batch.requests = []
         self._answer(done, found)
 
-    def _answer(self, seats: Sequence[Seat], found: Sequence[Generation]) -> None:
+    def _answer(self, requests: Sequence[Request], found: Sequence[Generation]) -> None:
         """Let requests go with what was written for them."""
-        self.prefill.slots.release(seats)
-        self.answered += [(seat.index, generation) for seat, generation in zip(seats, found)]
+        self.prefill.slots.release(requests)
+        self.answered += [(request.index, generation) for request, generation in zip(requests, found)]
 
 
 def check_every(device: torch.device) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from innerloop.decoder.cost import Cost, Meter
-from innerloop.engine.requests import Seat
+from innerloop.decoder.cost import Cost, CostMeter
+from innerloop.engine.requests import Request
 from innerloop.loop.trace import ShownStep, Trace
 from innerloop.model.model import LatentCore
 from innerloop.passes.thought import Thought
@@ -33,7 +33,7 @@ class Generation:
         depths: each token of the question, and each written one that was read, with the number of its iterations
             inside the model; empty for methods without.
         ids: the tokens written, the ends of sequence among them.
-        log_likelihood: the sum of their log-probabilities, where asked for; see `Writer.choose`.
+        log_likelihood: the sum of their log-probabilities, where asked for; see `DecodeBatch.choose`.
         error: why nothing was written, where the question could not be answered.
     """
 
@@ -49,38 +49,38 @@ class Generation:
     error: str | None = None
 
 
-def finish(model: LatentCore, seats: Sequence[Seat], meter: Meter) -> list[Generation]:
-    """Turn what seats have written into generations; split the time of writing into thought and answer."""
+def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> list[Generation]:
+    """Turn what requests have written into generations; split the time of writing into thought and answer."""
     depths = meter.token_depths()
     results = []
-    for seat, cost in zip(seats, meter.costs(model.backbone, [seat.slot for seat in seats])):
-        ids, n_ends = seat.written, model.method.n_ends
-        ended = seat.n_ends >= n_ends
+    for request, cost in zip(requests, meter.costs(model.backbone, [request.slot for request in requests])):
+        ids, n_ends = request.written, model.method.n_ends
+        ended = request.n_ends >= n_ends
         text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         n_steps, n_marked = n_step_tokens(model, ids, text)
         if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
-            n_steps -= ids[:n_steps].count(model.spell.eos_id)
-        cost.thought_tokens = seat.billed * model.n_thought_positions(seat.row) + seat.n_latents + n_steps
-        cost.loops = seat.n_loops
-        cost.seconds["thought"] += sum(seat.ticks[:n_marked])
-        cost.seconds["answer"] += sum(seat.ticks[n_marked:])
+            n_steps -= ids[:n_steps].count(model.encoder.eos_id)
+        cost.thought_tokens = request.billed * model.n_thought_positions(request.row) + request.n_latents + n_steps
+        cost.loops = request.n_loops
+        cost.seconds["thought"] += sum(request.ticks[:n_marked])
+        cost.seconds["answer"] += sum(request.ticks[n_marked:])
         marker = ANSWER_PREFIX.strip()
         answer = text.rsplit(marker, 1)[1].strip() if marker in text else None
-        own = depths[seat.slot][: len(seat.row) + len(ids) - 1]  # a row that has ended may ride along for a while
-        tokens = model.tokenizer.convert_ids_to_tokens([*seat.row.ids(), *ids]) if own else []
+        own = depths[request.slot][: len(request.row) + len(ids) - 1]  # a row that has ended may ride along for a while
+        tokens = model.tokenizer.convert_ids_to_tokens([*request.row.ids(), *ids]) if own else []
         one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
-        one.log_likelihood = seat.log_likelihood
-        results.append(traced(model, seat, one))
+        one.log_likelihood = request.log_likelihood
+        results.append(traced(model, request, one))
     return results
 
 
-def traced(model: LatentCore, seat: Seat, generation: Generation) -> Generation:
+def traced(model: LatentCore, request: Request, generation: Generation) -> Generation:
     """Put the trace of its row into a generation, where there is one."""
-    if seat.record is not None:
-        record, row = seat.record
+    if request.record is not None:
+        record, row = request.record
         trace = generation.trace = record.row(row)
-        trace.opened = [opened.row(at) for opened, at in seat.opened]
-        generation.blocks = tuple(trace.shown(block, model.tokenizer) for block in seat.blocks)
+        trace.opened = [opened.row(at) for opened, at in request.opened]
+        generation.blocks = tuple(trace.shown(block, model.tokenizer) for block in request.blocks)
     return generation
 
 
@@ -101,7 +101,7 @@ def n_step_tokens(model: LatentCore, ids: list[int], text: str) -> tuple[int, in
 
 def failed(model: LatentCore, reason: str) -> Generation:
     """Return what stands for a question that could not be answered."""
-    return Generation("", None, Meter(1, torch.device("cpu")).costs(model.backbone)[0], ended=False, error=reason)
+    return Generation("", None, CostMeter(1, torch.device("cpu")).costs(model.backbone)[0], ended=False, error=reason)
 
 
 def read_last(model: LatentCore, record: Trace, batch: Batch, thought: Thought, states: Tensor) -> None:
@@ -120,7 +120,7 @@ def read_last(model: LatentCore, record: Trace, batch: Batch, thought: Thought, 
 
 def gold_of(blocks: Sequence[Sequence[ShownBlock]], rows: Sequence[Row], device: torch.device) -> Tensor:
     """Return what the position before the latents and the latents should show (B, 1 + N), IGNORE where unknown."""
-    n = max(sum(len(piece.ids) for piece in row.region) for row in rows)
+    n = max(sum(len(span.ids) for span in row.region) for row in rows)
     gold = torch.full((len(rows), 1 + n), IGNORE)
     for r, found in enumerate(blocks):
         for block in found:

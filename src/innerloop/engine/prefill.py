@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from innerloop.decoder.cost import Meter
-from innerloop.engine.decoding import ApartWriter, BlockWriter, PatientWriter, Writer
+from innerloop.decoder.cost import CostMeter
+from innerloop.engine.decoding import DecodeBatch, LatentBlockBatch, RaggedDecodeBatch, SeparateDecoderBatch
 from innerloop.engine.generation import Generation, gold_of, read_last, traced
 from innerloop.engine.options import EngineOptions
-from innerloop.engine.requests import Seat
+from innerloop.engine.requests import Request
 from innerloop.engine.shared_prefix import begin, n_shared
 from innerloop.loop.trace import Trace
 from innerloop.model.answer_decoder import AnswerDecoder, Classifier
@@ -32,23 +32,23 @@ class Slots:
     """The rows of a meter: a request has one from when it is read until it is answered."""
 
     def __init__(self, n: int, device: torch.device):
-        self.meter, self.free = Meter(n, device), list(range(n))[::-1]
+        self.meter, self.free = CostMeter(n, device), list(range(n))[::-1]
 
-    def take(self, seats: Sequence[Seat]) -> None:
+    def take(self, requests: Sequence[Request]) -> None:
         """Give requests slots, in which nothing has been counted and whose time is theirs now."""
-        for seat in seats:
-            seat.slot = self.free.pop()
-        taken = [seat.slot for seat in seats]
-        self.meter.reset(self.of(seats), taken)
+        for request in requests:
+            request.slot = self.free.pop()
+        taken = [request.slot for request in requests]
+        self.meter.reset(self.of(requests), taken)
         self.meter.sharing = taken
 
-    def release(self, seats: Sequence[Seat]) -> None:
+    def release(self, requests: Sequence[Request]) -> None:
         """Take slots back."""
-        self.free += [seat.slot for seat in seats]
+        self.free += [request.slot for request in requests]
 
-    def of(self, seats: Sequence[Seat]) -> Tensor:
+    def of(self, requests: Sequence[Request]) -> Tensor:
         """Return the slots of requests."""
-        return torch.tensor([seat.slot for seat in seats], device=self.meter.passes.device)
+        return torch.tensor([request.slot for request in requests], device=self.meter.passes.device)
 
 
 class Prefill:
@@ -65,16 +65,16 @@ class Prefill:
         self.block = model.block(options.loops)
         self.slots = Slots(n_slots, model.device)
 
-    def __call__(self, seats: list[Seat]) -> Writer | list[Generation]:
+    def __call__(self, requests: list[Request]) -> DecodeBatch | list[Generation]:
         """Return those who write, with the logits of their first tokens; or their answers, where these are classes."""
         model, is_traced = self.model, self.options.trace
         first: dict[int, int] = {}
-        same = [i if is_traced else first.setdefault(seat.prompt, len(first)) for i, seat in enumerate(seats)]
-        read = [seats[same.index(i)] for i in range(len(set(same)))]
-        self._bill(seats)
-        record = self._trace(seats) if is_traced else None
-        self.slots.take(seats)
-        rows = [seat.row for seat in read]
+        same = [i if is_traced else first.setdefault(request.prompt, len(first)) for i, request in enumerate(requests)]
+        read = [requests[same.index(i)] for i in range(len(set(same)))]
+        self._bill(requests)
+        record = self._trace(requests) if is_traced else None
+        self.slots.take(requests)
+        rows = [request.row for request in read]
         n = 0 if is_traced else n_shared(model, rows)
         batch, context = begin(model, rows, n, self.slots.meter, self.slots.of(read))
 
@@ -83,67 +83,73 @@ class Prefill:
         suffix = [(model.backbone.embed(batch.ids_BS[:, columns]), mask)] if columns.start < columns.stop else []
         thought = model.think(batch, record, context)
         if thought.loop is not None:
-            for seat, i in zip(seats, same):
-                seat.n_loops = seat.billed * thought.loop.n_loops[i]
+            for request, i in zip(requests, same):
+                request.n_loops = request.billed * thought.loop.n_loops[i]
         if isinstance(model.decoder, Classifier):
-            return self._classify(seats, same, thought)
-        writer = self._writer(read, thought, batch.ids_BS[:, columns])
+            return self._classify(requests, same, thought)
+        decode_batch = self._decode_batch(read, thought, batch.ids_BS[:, columns])
         with self.slots.meter.phase("answer" if thought.context.length > n else "prefill"):
-            writer.start(join([*thought.pending, *suffix]))
-        if record is not None and writer.first_states is not None:
-            read_last(model, record, batch, thought, writer.first_states)
-        if len(read) < len(seats):
-            self._copy_depths(seats, [read[i] for i in same])
-            writer.keep_rows(same)
-            writer.seats, writer.context.rows = list(seats), self.slots.of(seats)
-        writer.context = writer.context.trim()
-        writer.uniforms = self._uniforms(seats) if self.options.temperature > 0 else None
-        return writer
+            decode_batch.start(join([*thought.pending, *suffix]))
+        if record is not None and decode_batch.first_states is not None:
+            read_last(model, record, batch, thought, decode_batch.first_states)
+        if len(read) < len(requests):
+            self._copy_depths(requests, [read[i] for i in same])
+            decode_batch.keep_rows(same)
+            decode_batch.requests, decode_batch.context.rows = list(requests), self.slots.of(requests)
+        decode_batch.context = decode_batch.context.trim()
+        decode_batch.uniforms = self._uniforms(requests) if self.options.temperature > 0 else None
+        return decode_batch
 
-    def _bill(self, seats: Sequence[Seat]) -> None:
+    def _bill(self, requests: Sequence[Request]) -> None:
         """Bill what the samples of a question share to the first of them here; in a trace each is read by itself."""
-        firsts = {seat.draw[0]: seat for seat in reversed(seats)}
-        for seat in seats:
-            seat.billed = self.options.trace or seat is firsts[seat.draw[0]]
+        firsts = {request.draw[0]: request for request in reversed(requests)}
+        for request in requests:
+            request.billed = self.options.trace or request is firsts[request.draw[0]]
 
-    def _trace(self, seats: list[Seat]) -> Trace:
+    def _trace(self, requests: list[Request]) -> Trace:
         """Begin a trace, with a meter of its own: both speak of rows by their place among the requests."""
-        self.slots, record = Slots(len(seats), self.model.device), self.model.new_trace()
-        if any(seat.blocks for seat in seats):
-            record.gold = gold_of([seat.blocks for seat in seats], [seat.row for seat in seats], self.model.device)
-        for i, seat in enumerate(seats):
-            seat.record = record, i
+        self.slots, record = Slots(len(requests), self.model.device), self.model.new_trace()
+        if any(request.blocks for request in requests):
+            record.gold = gold_of(
+                [request.blocks for request in requests], [request.row for request in requests], self.model.device
+            )
+        for i, request in enumerate(requests):
+            request.record = record, i
         return record
 
-    def _writer(self, seats: Sequence[Seat], thought: Thought, ids_RS: Tensor) -> Writer:
+    def _decode_batch(self, requests: Sequence[Request], thought: Thought, ids_RS: Tensor) -> DecodeBatch:
         model, context = self.model, thought.context
         if isinstance(model.decoder, AnswerDecoder):
-            return ApartWriter(model, context, seats, model.memory(thought), ids_RS)
+            return SeparateDecoderBatch(model, context, requests, model.memory(thought), ids_RS)
         if self.block is not None:
-            return BlockWriter(model, context, seats, self.block)
-        return (PatientWriter if model.depth is not None and model.depth.waits else Writer)(model, context, seats)
+            return LatentBlockBatch(model, context, requests, self.block)
+        return (RaggedDecodeBatch if model.depth is not None and model.depth.waits else DecodeBatch)(
+            model, context, requests
+        )
 
-    def _copy_depths(self, seats: Sequence[Seat], read: Sequence[Seat]) -> None:
+    def _copy_depths(self, requests: Sequence[Request], read: Sequence[Request]) -> None:
         """Let requests know how deeply their question was read, by whichever row it was read for."""
         depths = self.slots.meter.token_depths()
-        for seat, other in zip(seats, read):
-            depths[seat.slot] = list(depths[other.slot])
+        for request, other in zip(requests, read):
+            depths[request.slot] = list(depths[other.slot])
 
-    def _uniforms(self, seats: Sequence[Seat]) -> Tensor:
+    def _uniforms(self, requests: Sequence[Request]) -> Tensor:
         """Return the numbers that draw each row's tokens (R, budget)."""
-        n = max(seat.budget for seat in seats)
-        drawn = np.stack([np.random.default_rng([self.options.seed, *seat.draw]).random(n) for seat in seats])
+        n = max(request.budget for request in requests)
+        drawn = np.stack([np.random.default_rng([self.options.seed, *request.draw]).random(n) for request in requests])
         return torch.from_numpy(drawn).to(self.model.device)
 
-    def _classify(self, seats: list[Seat], same: list[int], thought: Thought) -> list[Generation]:
+    def _classify(self, requests: list[Request], same: list[int], thought: Thought) -> list[Generation]:
         """Answer by the class of the largest logit."""
         model, meter = self.model, self.slots.meter
         assert isinstance(model.decoder, Classifier)
         with meter.phase("answer"):
             best = model.decoder(thought).argmax(-1).tolist()
         found = []
-        for seat, i, cost in zip(seats, same, meter.costs(model.backbone, [seat.slot for seat in seats])):
+        for request, i, cost in zip(
+            requests, same, meter.costs(model.backbone, [request.slot for request in requests])
+        ):
             answer = model.decoder.classes[best[i]]
-            cost.thought_tokens, cost.loops = model.n_thought_positions(seat.row), seat.n_loops
-            found.append(traced(model, seat, Generation(ANSWER_PREFIX + answer, answer, cost)))
+            cost.thought_tokens, cost.loops = model.n_thought_positions(request.row), request.n_loops
+            found.append(traced(model, request, Generation(ANSWER_PREFIX + answer, answer, cost)))
         return found

@@ -1,4 +1,4 @@
-"""A question while it is answered: `Seat`; and what is refused where it is laid out, before anything runs."""
+"""A question while it is answered: `Request`; and what is refused where it is laid out, before anything runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOTHING = -1  # in place of a token, where a row waits
 
 
 @dataclass
-class Seat:
+class Request:
     """A question, or one of its samples, while it is answered.
 
     Attributes:
@@ -55,13 +55,13 @@ class Seat:
     record: tuple[Trace, int] | None = None
     opened: list[tuple[Trace, int]] = field(default_factory=list)
 
-    def __lt__(self, other: Seat) -> bool:
+    def __lt__(self, other: Request) -> bool:
         """Whether it is read before another: the shortest first, and duplicates after each other."""
         return (len(self.row), self.prompt, self.index) < (len(other.row), other.prompt, other.index)
 
-    def anew(self, budget: int) -> Seat:
+    def anew(self, budget: int) -> Request:
         """Return it as it was before it was read."""
-        return Seat(self.index, self.row, budget, self.blocks, self.draw, self.prompt)
+        return Request(self.index, self.row, budget, self.blocks, self.draw, self.prompt)
 
     def is_done(self, n_ends: int) -> bool:
         """Return whether it may write no more."""

@@ -24,11 +24,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context
 from innerloop.text.batch import Batch
-from innerloop.text.row import Kind, Piece, Row
+from innerloop.text.row import Kind, Row, Span
 
 SPARED_FROM = 256
 """Positions that sharing must spare for the pass that it costs. On one thread of a CPU it pays from about 50 on
@@ -41,7 +41,7 @@ def n_shared(model: LatentCore, rows: Sequence[Row]) -> int:
     reads_once = method.plan.prefix_kv == "base" and method.decoder.kind == "lm_head"
     if len(rows) < 2 or model.depth is not None or model.loop.hooks or not reads_once:
         return 0
-    prefixes = [[i for piece in row.prefix for i in piece.ids] for row in rows]
+    prefixes = [[i for span in row.prefix for i in span.ids] for row in rows]
     first, least = prefixes[0], min(map(len, prefixes)) - 1
     n = 0
     while n < least and all(prefix[n] == first[n] for prefix in prefixes):
@@ -49,7 +49,7 @@ def n_shared(model: LatentCore, rows: Sequence[Row]) -> int:
     return n if n * (len(rows) - 1) >= SPARED_FROM else 0
 
 
-def begin(model: LatentCore, rows: Sequence[Row], n: int, meter: Meter, slots: Tensor) -> tuple[Batch, Context]:
+def begin(model: LatentCore, rows: Sequence[Row], n: int, meter: CostMeter, slots: Tensor) -> tuple[Batch, Context]:
     """Return the batch of what rows have each to themselves, and the context in which it is to be read.
 
     Args:
@@ -74,13 +74,13 @@ def begin(model: LatentCore, rows: Sequence[Row], n: int, meter: Meter, slots: T
 
 def _first(row: Row, n: int) -> Row:
     """Return the first tokens of a row as one."""
-    return Row([Piece(tuple(row.ids()[:n]), Kind.QUESTION)])
+    return Row([Span(tuple(row.ids()[:n]), Kind.QUESTION)])
 
 
 def _without(row: Row, n: int) -> Row:
     """Return a row without the first tokens of its prefix."""
     kept = []
-    for piece in row.prefix:
-        kept.append(replace(piece, ids=piece.ids[n:]))
-        n = max(n - len(piece.ids), 0)
+    for span in row.prefix:
+        kept.append(replace(span, ids=span.ids[n:]))
+        n = max(n - len(span.ids), 0)
     return replace(row, prefix=kept)

@@ -1,10 +1,10 @@
 """Several attempts at one question, of which one answer counts: what compute at test time can do without training.
 
-    Attempts(samples=16)                        # self-consistency: the answer that most of 16 samples give
-    Attempts(samples=16, pick="likelihood")     # best of n: the sample whose text is likeliest
-    Attempts(beams=4)                           # the likeliest text that a beam search finds (`innerloop.engine.beams`)
+    TestTimeCompute(samples=16)                        # self-consistency: the answer that most of 16 samples give
+    TestTimeCompute(samples=16, pick="likelihood")     # best of n: the sample whose text is likeliest
+    TestTimeCompute(beams=4)                           # the likeliest text that a beam search finds
 
-    predictions = evaluate(model, task, examples, attempts=Attempts(samples=16))
+    predictions = evaluate(model, task, examples, attempts=TestTimeCompute(samples=16))
 
 A question costs what all its attempts cost; the question, and the thought of methods that think in latents, is read
 once for all samples and billed once (`innerloop.engine.prefill`). Sample j of question i depends on the seed, i and j
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
@@ -29,7 +29,7 @@ TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
-class Attempts:
+class TestTimeCompute:
     """How often a question is tried, and which answer counts.
 
     Args:
@@ -38,6 +38,8 @@ class Attempts:
         temperature: at which they are drawn; by default 0.7 for several, and 0, the likeliest tokens, for one.
         beams: texts that a search for the likeliest one follows; 1 searches for nothing.
     """
+
+    __test__: ClassVar[bool] = False  # pytest takes classes of such names for tests
 
     samples: int = 1
     pick: Pick = "vote"
@@ -128,7 +130,7 @@ class Attempts:
         return tried[max(votes, key=len)[0]], answers
 
 
-ONCE = Attempts()
+ONCE = TestTimeCompute()
 """One attempt, which writes the likeliest tokens."""
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from innerloop.bench.latency import time_runs
 from innerloop.config.typed import named
 from innerloop.engine.latent_model import LatentModel
-from innerloop.engine.test_time import Attempts
+from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
 from innerloop.experiments.jobs import check_tasks, run_suite
 from innerloop.experiments.report import write_report
@@ -282,7 +282,7 @@ def timed(
     questions: Sequence[str],
     folder: Path,
     runs: Mapping[str, Path] | None = None,
-    attempts: Mapping[str, Attempts] | None = None,
+    attempts: Mapping[str, TestTimeCompute] | None = None,
 ) -> list[MethodResult]:
     """Return rows with the times and the memory of the run of their first seed, measured in turns.
 

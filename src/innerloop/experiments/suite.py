@@ -35,20 +35,20 @@ from pathlib import Path
 from typing import Any
 
 from innerloop.config.typed import typed
-from innerloop.engine.test_time import Attempts
+from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
 from innerloop.experiments.grid import axes_of, variant_name
 from innerloop.experiments.search import combinations
 from innerloop.train.recipe import SECTIONS, Recipe, overridden, parse_recipe, read_recipe, set_field
 
 SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
-TRIED = tuple(f.name for f in fields(Attempts))  # the fields of a test that a variant may set
+TRIED = tuple(f.name for f in fields(TestTimeCompute))  # the fields of a test that a variant may set
 Key = tuple[str, int]
 """A job: a variant and a seed."""
 
 
 @dataclass(frozen=True)
-class EvalConfig(Attempts):
+class EvalConfig(TestTimeCompute):
     """How every job is tested.
 
     Args:
@@ -82,9 +82,9 @@ class EvalConfig(Attempts):
             )
 
     @property
-    def attempts(self) -> Attempts:
+    def attempts(self) -> TestTimeCompute:
         """How an example is answered."""
-        return Attempts(**{name: getattr(self, name) for name in TRIED})
+        return TestTimeCompute(**{name: getattr(self, name) for name in TRIED})
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _test(common: EvalConfig, changed: Mapping[str, Any], name: str) -> EvalConf
             f"variant '{name}': its test may set {', '.join(TRIED)}, not {told}; the others are the suite's"
         )
     try:
-        how: dict[str, Any] = asdict(typed(Attempts, own, "test"))
+        how: dict[str, Any] = asdict(typed(TestTimeCompute, own, "test"))
         if "of" in changed:
             how |= {"loops": (), "controls": False, "stability": False}
         return replace(common, **how)

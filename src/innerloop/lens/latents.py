@@ -79,9 +79,9 @@ def latent_columns(model: LatentModel, row: Row, blocks: Sequence[ShownBlock]) -
     groups = {block.first + q: number for number, block in enumerate(blocks, 1) for q in range(block.n)}
     columns: list[Column] = []
     slots = count(1)
-    for piece in row.region:
-        is_latent = piece.kind is Kind.LATENT
-        for token_id in piece.ids:
+    for span in row.region:
+        is_latent = span.kind is Kind.LATENT
+        for token_id in span.ids:
             name = str(next(slots)) if is_latent else visible(model.tokenizer, token_id)
             columns.append(Column(name, "latent" if is_latent else "text", group=groups.get(len(columns))))
     return tuple(columns)

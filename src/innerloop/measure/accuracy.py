@@ -12,7 +12,7 @@ import torch
 
 from innerloop.decoder.cost import Cost, mean_cost, total_cost
 from innerloop.engine.latent_model import LatentModel
-from innerloop.engine.test_time import ONCE, Attempts
+from innerloop.engine.test_time import ONCE, TestTimeCompute
 from innerloop.errors import InputError
 from innerloop.measure.statistics import wilson
 from innerloop.methods import name_of
@@ -49,7 +49,7 @@ def evaluate(
     stage: int | None = None,
     loops: int | None = None,
     progress: Callable[[int], None] | None = None,
-    attempts: Attempts = ONCE,
+    attempts: TestTimeCompute = ONCE,
     seed: int = 0,
 ) -> list[Prediction]:
     """Answer examples, by default greedily, and check the answers.

@@ -180,7 +180,7 @@ def weighed(model: LatentModel, requests: Sequence[tuple[str, str]], batch_size:
 def _check_answers_at_once(model: LatentModel, example: Example) -> None:
     """Refuse methods that write steps before the answer: what they would write is not known."""
     told = Example(example.question, ("a step", "a step"), example.answer)
-    writes = any(piece.kind is Kind.STEP for row in model.rows([told])[0].links() for piece in row.pieces)
+    writes = any(span.kind is Kind.STEP for row in model.rows([told])[0].segments() for span in row.spans)
     row, prompt = model.rows([example])[0], model.prompts([example.question])[0]
     alike = (row.prefix, row.region, row.n_loops) == (prompt.prefix, prompt.region, prompt.n_loops)
     if writes or not alike or row.next is not None:

@@ -118,7 +118,7 @@ def donors_of(keys: Sequence[Key], seed: int) -> dict[Key, Key]:
 
 def keys_of(rows: Sequence[Row]) -> list[Key]:
     """Return the keys of prompts."""
-    return [tuple(i for piece in [*row.prefix, *row.region] for i in piece.ids) for row in rows]
+    return [tuple(i for span in [*row.prefix, *row.region] for i in span.ids) for row in rows]
 
 
 def _mean(states: Sequence[Tensor | None]) -> Tensor | None:
@@ -183,7 +183,7 @@ class _Rows(LoopHook):
         end = batch.bounds[1]
         ids, mask = batch.ids_BS[:, :end].tolist(), batch.mask_BS[:, :end].tolist()
         self.keys |= {at: tuple(i for i, m in zip(*row) if m) for at, *row in zip(rows, ids, mask)}
-        self.text_BN, self.order = batch.pinned_BN, list(rows)
+        self.text_BN, self.order = batch.fixed_BN, list(rows)
 
     def on_start(self, f: Pass | None, state: Tensor, n_loops: Sequence[int]) -> None:
         """Learn which rows of the batch loop; a row none of whose positions is a latent does not."""

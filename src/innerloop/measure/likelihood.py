@@ -20,7 +20,7 @@ from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import told_of
 from innerloop.measure.statistics import Z95
 from innerloop.tasks import Task
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Kind, Row
 
@@ -79,17 +79,17 @@ def likelihood(
         (not examples, "there is no chunk of text to read"),
     )
     method = model.method if loops is None else model.method.with_loops(loops)
-    spell = Speller(model.tokenizer, running_text=True)
+    encoder = PromptEncoder(model.tokenizer, running_text=True)
     losses: list[float] = []
     counts: list[int] = []
     n_unknown, n_left_out, unknown = 0, 0, model.tokenizer.unk_token_id
     limit = model.backbone.context_length or math.inf
     for start in range(0, len(examples), batch_size):
-        found = [_continued(row) for row in method.rows(examples[start : start + batch_size], spell)]
+        found = [_continued(row) for row in method.rows(examples[start : start + batch_size], encoder)]
         rows = [row for row in found if method.n_positions(row) <= limit]
         n_left_out += len(found) - len(rows)
         for row, logits_UV in zip(rows, model.row_logits(rows) if rows else ()):
-            targets = [i for piece in row.pieces if piece.supervised for i in piece.ids]
+            targets = [i for span in row.spans if span.supervised for i in span.ids]
             wanted = torch.tensor(targets, device=logits_UV.device)
             losses.append(cross_entropy(logits_UV.double(), wanted, reduction="sum").item())
             counts.append(len(targets))
@@ -109,7 +109,7 @@ def likelihood(
 def _continued(row: Row) -> Row:
     """Return a row of which only what it goes on with counts."""
     prefix, region = (
-        [replace(piece, supervised=False) if piece.kind is Kind.QUESTION else piece for piece in part]
+        [replace(span, supervised=False) if span.kind is Kind.QUESTION else span for span in part]
         for part in (row.prefix, row.region)
     )
     return replace(row, prefix=prefix, region=region)

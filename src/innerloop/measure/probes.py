@@ -194,7 +194,7 @@ def _cells(subject: Subject, both: Sequence[Sequence[Example]]) -> Cells:
     """
     method, row = subject.model.method, subject.model.prompts(["?"], subject.stage)[0]
     appends = method.plan.scope == "append"
-    n_last = 1 if appends else sum(len(piece.ids) for piece in row.region)
+    n_last = 1 if appends else sum(len(span.ids) for span in row.region)
     reads_again = subject.model.block() is None and method.plan.answer_context == "refeed"
     reads_again = reads_again and method.decoder.kind == "lm_head"
     path, last = [], list[NDArray[Any]]()

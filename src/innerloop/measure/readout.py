@@ -54,7 +54,7 @@ def shown_steps(
         batch = model.batch(rows)
         thought = model.think(batch)
         model.written_logits(batch, thought)
-        for sites in batch.readouts:
+        for sites in batch.token_targets:
             log_p = site_logits(model.loss_inputs(batch, thought), sites).float().log_softmax(-1)
             own = log_p.gather(1, sites.targets_F[:, None])
             ranks = (log_p > own).sum(1).tolist()

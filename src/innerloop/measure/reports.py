@@ -21,7 +21,7 @@ from rich.text import Text
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
-from innerloop.engine.test_time import ONCE, Attempts
+from innerloop.engine.test_time import ONCE, TestTimeCompute
 from innerloop.errors import InputError, refuse
 from innerloop.measure import probes as probing
 from innerloop.measure import swap as swapping
@@ -136,7 +136,7 @@ def check_asked(
     with_controls: bool,
     with_stability: bool,
     with_probes: bool,
-    attempts: Attempts = ONCE,
+    attempts: TestTimeCompute = ONCE,
 ) -> None:
     """Refuse before anything starts what could not be measured afterwards."""
     what, is_any = "controls, stability and probes are of", with_controls or with_stability or with_probes

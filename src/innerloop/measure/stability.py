@@ -204,7 +204,7 @@ def _latents(states: Tensor, batch: Batch, is_prompt: bool) -> Tensor:
     if is_prompt:
         n_B = batch.mask_BS[:, : batch.bounds[1]].sum(1)
         return states.sum(1, keepdim=True) / n_B[:, None, None]
-    return states if batch.pinned_BN is None else states[:, batch.pinned_BN[0] == 0]
+    return states if batch.fixed_BN is None else states[:, batch.fixed_BN[0] == 0]
 
 
 def _gathered(

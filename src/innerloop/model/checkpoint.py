@@ -32,7 +32,7 @@ from innerloop.decoder.adapters import ADAPTER, adapted, merged_state
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, name_of
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
 FORMAT = 2  # of innerloop.json: how settings are spelled
@@ -45,7 +45,7 @@ class Stored(Protocol):
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
     method: Method
-    spell: Speller
+    encoder: PromptEncoder
 
     def parts(self) -> dict[str, nn.Module]:
         """Return what the method trains besides the backbone, by name."""
@@ -88,7 +88,7 @@ def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) 
     save_file(_apart(trained_parts(model)), folder / PARTS)
     settings = {"innerloop": version("innerloop"), "format": FORMAT, "method": method_settings(model.method)}
     settings |= record or {}
-    if model.spell.running_text:
+    if model.encoder.running_text:
         settings["running_text"] = True
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from innerloop.config.method import Method
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.token_losses import Show, by_rows, divergence
+from innerloop.decoder.token_losses import LogitsFn, by_rows, divergence
 from innerloop.errors import refuse
 from innerloop.model.answer_decoder import Classifier
 from innerloop.model.losses import distance, held
@@ -53,11 +53,11 @@ class Teacher(Student, Protocol):
     def think(self, batch: Batch) -> Thought:
         """Read the prefix of a batch and run the loop."""
 
-    def writing(self, batch: Batch, thought: Thought) -> Show:
+    def writing(self, batch: Batch, thought: Thought) -> LogitsFn:
         """Return what shows the logits of the supervised tokens."""
 
 
-def latent_teacher_terms(inputs: LossInputs, student: Student, teacher: Teacher, own: Show | None) -> PassTerms:
+def latent_teacher_terms(inputs: LossInputs, student: Student, teacher: Teacher, own: LogitsFn | None) -> PassTerms:
     """Return the distance to a thinking teacher's states and the divergence from its predictions.
 
     ``own`` shows the student's logits of the supervised tokens; None where it writes none.
@@ -65,7 +65,7 @@ def latent_teacher_terms(inputs: LossInputs, student: Student, teacher: Teacher,
     batch, loop = inputs.batch, inputs.thought.loop
     terms, weights = PassTerms(), student.method.term_weights
     n_loops = teacher.method.n_loops(teacher.method.last_stage)
-    read = replace(batch, n_loops=[n_loops] * len(batch), readouts=[], told=[], follows=[])
+    read = replace(batch, n_loops=[n_loops] * len(batch), token_targets=[], aux_targets=[], hidden_targets=[])
     with torch.no_grad():
         taught = teacher.think(read)
     if weights["hid"] and loop is not None:
@@ -158,4 +158,4 @@ def check_teacher(model: Student, teacher: Teacher, folder: str) -> None:
 def _layout(model: Student) -> Any:
     """Return how a question is laid out: where the loop works, and the tokens of each segment."""
     (row,) = model.prompts(["?"])
-    return model.method.plan.scope, [[piece.ids for piece in part] for part in (row.prefix, row.region, row.suffix)]
+    return model.method.plan.scope, [[span.ids for span in part] for part in (row.prefix, row.region, row.suffix)]

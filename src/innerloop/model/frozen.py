@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from innerloop.config.method import Method
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 
 
 class Reader(Protocol):
     """A model that reads rows which another has laid out."""
 
     method: Method
-    spell: Speller
+    encoder: PromptEncoder
 
     def think(self, batch: Batch) -> Thought:
         """Read the prefix of a batch and run the loop."""
@@ -52,7 +52,7 @@ class FrozenReference:
     def logits(self, batch: Batch) -> Tensor:
         """Return its logits (U, V) of the supervised tokens of a batch."""
         model = self.model
-        batch = replace(batch, depth=model.method.prompt("", model.spell, 0).depth)
+        batch = replace(batch, depth=model.method.prompt("", model.encoder, 0).depth)
         return model.written_logits(batch, model.think(batch))
 
     def fingerprint(self) -> str:

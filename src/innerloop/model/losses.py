@@ -17,13 +17,13 @@ from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
 from innerloop.config.losses import HaltSettings, HiddenSettings
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.token_losses import ALL, AtOnce, Show, summed_loss, token_losses
+from innerloop.decoder.token_losses import ALL, AtOnce, LogitsFn, summed_loss, token_losses
 from innerloop.halting.evidence import masked_mean
 from innerloop.halting.learned import exit_distribution, expected_loss, pull
 from innerloop.halting.rule import StopRule
 from innerloop.passes.context import Context
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
-from innerloop.text.batch import Batch, Sites
+from innerloop.text.batch import Batch, Targets
 from innerloop.text.row import ANSWER_PASS
 
 
@@ -52,17 +52,17 @@ class Terms:
 def step_loss(inputs: LossInputs) -> Tensor:
     """Return the summed cross-entropy of the read-outs (slr.md and lotus.md, L_step)."""
     total = inputs.batch.ids_BS.new_zeros((), dtype=torch.float32)
-    for sites in inputs.batch.readouts:
+    for sites in inputs.batch.token_targets:
         total = total + summed_loss(showing(inputs, sites), sites.targets_F, inputs.chunk)
     return total
 
 
-def site_logits(inputs: LossInputs, sites: Sites) -> Tensor:
+def site_logits(inputs: LossInputs, sites: Targets) -> Tensor:
     """Return what places of a pass show through the head (F, V); the position before the region is one of them."""
     return showing(inputs, sites)(ALL)
 
 
-def showing(inputs: LossInputs, sites: Sites) -> Show:
+def showing(inputs: LossInputs, sites: Targets) -> LogitsFn:
     """Return what shows places of a pass through the head."""
     batch, thought = inputs.batch, inputs.thought
     is_answer = sites.loop == ANSWER_PASS
@@ -76,7 +76,7 @@ def showing(inputs: LossInputs, sites: Sites) -> Show:
         before = inputs.head_input(before) if is_answer else before  # the answer's pass gives inputs of the head
         states, start = torch.cat([before, states], dim=1), start - 1
     chosen = states[sites.rows_F, sites.columns_F - start]
-    return inputs.backbone.shown(chosen if is_answer else inputs.head_input(chosen))
+    return inputs.backbone.head_inputs(chosen if is_answer else inputs.head_input(chosen))
 
 
 def held(parts: list[tuple[list[int], Tensor]], like: Tensor, loop: int) -> Tensor:
@@ -114,7 +114,7 @@ def read_teacher(backbone: Backbone, taught: Batch, learns: bool, passes: int, c
         states, loss = read(), None
     if learns:
         chosen = states[-1].flatten(0, 1)[taught.predict_at_U]
-        loss = summed_loss(backbone.shown(chosen), taught.targets_U, chunk)
+        loss = summed_loss(backbone.head_inputs(chosen), taught.targets_U, chunk)
         if passes == 2:
             with torch.no_grad():
                 states = read()
@@ -134,9 +134,9 @@ def follow_loss(
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
     for layer in range(first, len(targets)):
         flat = targets[layer].flatten(0, 1)
-        wanted = [flat[sites.targets_F].float() for sites in batch.follows]
+        wanted = [flat[sites.targets_F].float() for sites in batch.hidden_targets]
         spread = flat[batch.followed_P].float().std().clamp(min=1e-6)
-        for sites, target in zip(batch.follows, wanted):
+        for sites, target in zip(batch.hidden_targets, wanted):
             student = _following(inputs, sites, layer - len(targets))
             if projection is not None:
                 student = projection(student.to(projection.weight.dtype))
@@ -145,7 +145,7 @@ def follow_loss(
     return total
 
 
-def _following(inputs: LossInputs, sites: Sites, layer: int) -> Tensor:
+def _following(inputs: LossInputs, sites: Targets, layer: int) -> Tensor:
     """Return the states (F, D) of a layer, counted from the last, that follow at some sites of a pass."""
     batch, thought = inputs.batch, inputs.thought
     if sites.loop == ANSWER_PASS:

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from innerloop.decoder.adapters import add_markers
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.cost import Meter
-from innerloop.decoder.token_losses import ALL, AtOnce, Show, Shown, summed_loss
+from innerloop.decoder.cost import CostMeter
+from innerloop.decoder.token_losses import ALL, AtOnce, HeadInputs, LogitsFn, summed_loss
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
@@ -41,14 +41,14 @@ from innerloop.model.losses import (
     step_loss,
 )
 from innerloop.model.row_layout import RowLayout
-from innerloop.model.step_decoder import StepDecoder, told_loss
+from innerloop.model.step_decoder import StepDecoder, aux_loss
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.region import Masked, join
 from innerloop.passes.thought import Thought, think
 from innerloop.text.batch import Batch
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
 
@@ -84,7 +84,7 @@ class LatentCore(RowLayout):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.method = method
-        self.spell = Speller(tokenizer)
+        self.encoder = PromptEncoder(tokenizer)
         add_markers(backbone, tokenizer, method.markers)
         aux = method.aux
         self.step_decoder = None
@@ -126,19 +126,19 @@ class LatentCore(RowLayout):
         """
         terms = Terms(n_items or batch.counts())
         context, measured, taught = None, dict[str, Tensor](), tuple[Tensor, ...]()
-        for link in batch.links():
-            thought = self.think(link, trace, context)
-            inputs = self.loss_inputs(link, thought)
+        for segment in batch.segments():
+            thought = self.think(segment, trace, context)
+            inputs = self.loss_inputs(segment, thought)
             if isinstance(self.decoder, Classifier):
                 assert batch.class_B is not None
                 logits_BC = self.decoder(thought).float()
                 terms.add("answer", cross_entropy(logits_BC, batch.class_B, reduction="sum"), "rows")
                 show = None
             else:
-                show = self.writing(link, thought)
-                total = summed_loss(show, link.targets_U, self.loss_chunk)
+                show = self.writing(segment, thought)
+                total = summed_loss(show, segment.targets_U, self.loss_chunk)
                 terms.add("answer", every_pass_loss(inputs, total) if self.method.learns_every_pass else total)
-            taught = self._teacher_states(link, terms) or taught
+            taught = self._teacher_states(segment, terms) or taught
             self._add_loop_terms(terms, inputs, taught)
             if self.method.has_latent_teacher:
                 terms.add_all(latent_teacher_terms(inputs, self, self.load_teacher(), show))
@@ -149,10 +149,10 @@ class LatentCore(RowLayout):
         loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
         return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace, measured)
 
-    def loss_inputs(self, link: Batch, thought: Thought) -> LossInputs:
+    def loss_inputs(self, segment: Batch, thought: Thought) -> LossInputs:
         """Return what the terms of a segment's loss are made of."""
-        write = partial(self.writing, link, thought)
-        return LossInputs(link, thought, self.backbone, self.head_input, self.loss_chunk, write, self.reference)
+        write = partial(self.writing, segment, thought)
+        return LossInputs(segment, thought, self.backbone, self.head_input, self.loss_chunk, write, self.reference)
 
     def _teacher_states(self, batch: Batch, terms: Terms) -> tuple[Tensor, ...]:
         """Return the teacher's states after every layer (B, S, D), and add what it lost if it is this model."""
@@ -171,27 +171,27 @@ class LatentCore(RowLayout):
 
     def _add_loop_terms(self, terms: Terms, inputs: LossInputs, states: tuple[Tensor, ...]) -> None:
         """Add the terms that look inside the loop and that the method gives a weight."""
-        link, loop, method = inputs.batch, inputs.thought.loop, self.method
-        if link.readouts:
+        segment, loop, method = inputs.batch, inputs.thought.loop, self.method
+        if segment.token_targets:
             terms.add("step", step_loss(inputs))
-        if link.follows:
+        if segment.hidden_targets:
             terms.add("hid", follow_loss(inputs, states, method.hid, self.follower))
-        if link.told and self.step_decoder is not None:
-            told = told_loss(inputs, self.step_decoder, self.loop, counts_K3=terms.counts.get("told"))
+        if segment.aux_targets and self.step_decoder is not None:
+            told = aux_loss(inputs, self.step_decoder, self.loop, counts_K3=terms.counts.get("aux"))
             terms.add_mean("aux", told)
         if loop is None:
             return
         if self.training and method.deep.weight + method.halt.weight > 0:
             losses_TB = answer_losses(inputs)
             if method.deep.weight > 0:
-                terms.add("deep", deep_loss(losses_TB, method.deep.schedule, link.n_loops), "answer")
+                terms.add("deep", deep_loss(losses_TB, method.deep.schedule, segment.n_loops), "answer")
             if method.halt.weight > 0 and self.loop.stop is not None:
                 terms.add("halt", halting_loss(inputs, losses_TB, method.halt, self.loop.stop), "rows")
         if loop.ponder_B is not None and self.training and method.ponder_weight > 0:
             terms.add("ponder", loop.ponder_B.sum(), "rows")
         if loop.gain is not None:
             bound = method.fixed_point.spectral_bound
-            terms.add("gain", len(link) * (loop.gain - bound).clamp(min=0).square(), "rows")
+            terms.add("gain", len(segment) * (loop.gain - bound).clamp(min=0).square(), "rows")
 
     def loss(self, examples: Sequence[Example], stage: int | None = None, trace: bool = False) -> Output:
         """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
@@ -212,12 +212,12 @@ class LatentCore(RowLayout):
         batch = self.batch(rows)
         logits: list[list[Tensor]] = [[] for _ in rows]
         context = None
-        for link in batch.links():
-            thought = self.think(link, context=context)
+        for segment in batch.segments():
+            thought = self.think(segment, context=context)
             if isinstance(self.decoder, Classifier):
                 parts = self.decoder(thought).split(1)
             else:
-                parts = self.written_logits(link, thought).split(link.n_targets)
+                parts = self.written_logits(segment, thought).split(segment.n_targets)
             for row, part in zip(logits, parts):
                 row.append(part)
             context = thought.after
@@ -230,11 +230,20 @@ class LatentCore(RowLayout):
             context = self.new_context(batch, checkpoint_passes=self.checkpoint_passes and self.training)
         if context.depth is not None:
             context.depth.trace = trace
-        follows = any(sites.loop != ANSWER_PASS for sites in batch.follows)
-        stem = self.spell.stem()
-        return think(self.method.plan, self.loop, batch, context, trace, self.read_out, all_states=follows, stem=stem)
+        follows = any(sites.loop != ANSWER_PASS for sites in batch.hidden_targets)
+        answer_prefix_ids = self.encoder.answer_prefix_ids()
+        return think(
+            self.method.plan,
+            self.loop,
+            batch,
+            context,
+            trace,
+            self.read_out,
+            all_states=follows,
+            answer_prefix_ids=answer_prefix_ids,
+        )
 
-    def new_context(self, batch: Batch, meter: Meter | None = None, checkpoint_passes: bool = False) -> Context:
+    def new_context(self, batch: Batch, meter: CostMeter | None = None, checkpoint_passes: bool = False) -> Context:
         """Return the context of a batch that has read nothing."""
         depth = None
         if self.depth is not None:
@@ -246,16 +255,16 @@ class LatentCore(RowLayout):
         """Return the logits (U, V) of the supervised tokens, written on a final state (None: the thought's own)."""
         return self.writing(batch, thought, state)(ALL)
 
-    def writing(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> Show:
+    def writing(self, batch: Batch, thought: Thought, state: Tensor | None = None) -> LogitsFn:
         """Read the supervised tokens on a final state (None: the thought's own); return what shows their logits."""
         columns, mask = batch.columns(2)
         n_columns = batch.ids_BS.shape[1]
         rows, at = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns
         if isinstance(self.decoder, AnswerDecoder):
             read = self.decoder.read(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
-            return Shown(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
-        if state is not None and thought.pinned is not None:
-            state = torch.where(*thought.pinned, state)
+            return HeadInputs(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
+        if state is not None and thought.fixed is not None:
+            state = torch.where(*thought.fixed, state)
         pending = thought.pending if state is None else [(state, thought.region_mask)]
         context, start = thought.context.fork(), thought.first_column
         if batch.skipped_B is not None:  # only what comes before the suffix keeps its positions
@@ -263,7 +272,7 @@ class LatentCore(RowLayout):
             context.next_position_B = context.next_position_B + batch.skipped_B
             pending, start = [], columns.start
         embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
-        follows = any(sites.loop == ANSWER_PASS for sites in batch.follows)
+        follows = any(sites.loop == ANSWER_PASS for sites in batch.hidden_targets)
         states = context.read(embeds, mask, all_states=follows)
         layers = states if follows else (states,)
         if state is None:
@@ -312,7 +321,7 @@ class LatentCore(RowLayout):
         assert folder is not None
         if "teacher" not in self._frozen:
             teacher = self._load_frozen(folder)
-            teacher.spell = Speller(teacher.tokenizer, self.spell.running_text)  # it reads this model's rows
+            teacher.encoder = PromptEncoder(teacher.tokenizer, self.encoder.running_text)  # it reads this model's rows
             if self.method.has_latent_teacher:
                 check_teacher(self, teacher, folder)
             else:

@@ -13,7 +13,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
 from innerloop.model.step_decoder import StepDecoder
 from innerloop.text.batch import Batch, collate
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import LAT, Block, Row, ShownBlock
 
@@ -24,7 +24,7 @@ class RowLayout(nn.Module):
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
     method: Method
-    spell: Speller
+    encoder: PromptEncoder
     step_decoder: StepDecoder | None
 
     @property
@@ -34,24 +34,24 @@ class RowLayout(nn.Module):
 
     def rows(self, examples: Sequence[Example], stage: int | None = None, seed: str = "") -> list[Row]:
         """Lay out training examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing."""
-        return self.method.rows(examples, self.spell, stage, seed)
+        return self.method.rows(examples, self.encoder, stage, seed)
 
     def prompts(self, questions: Sequence[str], stage: int | None = None, loops: int | None = None) -> list[Row]:
         """Lay out questions to be answered at a stage (None: the last), with another number of loops than trained."""
         method = self._looping(loops)
         stage = method.last_stage if stage is None else stage
-        return [method.prompt(question, self.spell, stage) for question in questions]
+        return [method.prompt(question, self.encoder, stage) for question in questions]
 
     def block(self, loops: int | None = None) -> Block | None:
         """Return the latents that a written token opens, with another number of loops than trained."""
-        return self._looping(loops).block(self.spell)
+        return self._looping(loops).block(self.encoder)
 
     def shown_blocks(
         self, rows: Sequence[Row], steps: Sequence[Sequence[str]] | None = None, loops: int | None = None
     ) -> list[list[ShownBlock]]:
         """Return where the latents of rows to be answered show steps; ``steps`` are the gold ones, where known."""
         method, known = self._looping(loops), steps or [()] * len(rows)
-        pieces = [[self.spell.step(text, i) for i, text in enumerate(texts)] for texts in known]
+        pieces = [[self.encoder.step(text, i) for i, text in enumerate(texts)] for texts in known]
         return [method.shown_blocks(row, gold) for row, gold in zip(rows, pieces, strict=True)]
 
     def _looping(self, loops: int | None) -> Method:
@@ -68,7 +68,7 @@ class RowLayout(nn.Module):
             )
         if self.step_decoder is not None:
             self.step_decoder.check_room(rows, self.backbone)
-        return collate(rows, self.spell.pad_id).to(self.device)
+        return collate(rows, self.encoder.pad_id).to(self.device)
 
     def marker_ids(self) -> list[int]:
         """Return the ids of the method's markers."""

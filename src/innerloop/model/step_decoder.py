@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from innerloop.config.losses import AuxSettings
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.token_losses import Shown, token_losses
+from innerloop.decoder.token_losses import HeadInputs, token_losses
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.lora import LoopLora
@@ -27,7 +27,7 @@ from innerloop.model.losses import held
 from innerloop.passes.context import Context
 from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.region import Masked
-from innerloop.text.batch import ToldSites
+from innerloop.text.batch import AuxTargets
 from innerloop.text.row import ANSWER_PASS, FED, IGNORE, Row
 
 
@@ -123,7 +123,7 @@ class StepDecoder(nn.Module):
         return [row[: row.index(eos_id)] if eos_id in row else row for row in told]
 
 
-def group_latents(inputs: LossInputs, loop: InnerLoop, sites: ToldSites) -> Tensor:
+def group_latents(inputs: LossInputs, loop: InnerLoop, sites: AuxTargets) -> Tensor:
     """Return the latents (G, c, D) that tell: those fed as inputs, or the outputs of a pass."""
     batch, thought = inputs.batch, inputs.thought
     assert thought.loop is not None or sites.loop == ANSWER_PASS
@@ -145,7 +145,7 @@ def group_latents(inputs: LossInputs, loop: InnerLoop, sites: ToldSites) -> Tens
     return states[sites.rows_G[:, None], columns]
 
 
-def group_questions(inputs: LossInputs, decoder: StepDecoder, sites: ToldSites) -> Masked | None:
+def group_questions(inputs: LossInputs, decoder: StepDecoder, sites: AuxTargets) -> Masked | None:
     """Return the questions that the decoder of each group reads (G, L, D) and their mask; None if it reads none."""
     if not decoder.settings.question:
         return None
@@ -154,7 +154,7 @@ def group_questions(inputs: LossInputs, decoder: StepDecoder, sites: ToldSites) 
     return asked[sites.rows_G], None if mask is None else mask[sites.rows_G]
 
 
-def _of_another_row(sites: ToldSites) -> Tensor:
+def _of_another_row(sites: AuxTargets) -> Tensor:
     """Return for each group the place (G,) of the same group in the next row that has it; its own if none has."""
     places: dict[int, list[int]] = {}
     for place, first in enumerate(sites.first_G.tolist()):
@@ -163,7 +163,7 @@ def _of_another_row(sites: ToldSites) -> Tensor:
     return torch.tensor([other[place] for place in range(len(other))], device=sites.first_G.device)
 
 
-def told_weights(groups_G: Tensor, counts_K3: Tensor, norm: Literal["per_row", "token_mean"]) -> Tensor:
+def aux_weights(groups_G: Tensor, counts_K3: Tensor, norm: Literal["per_row", "token_mean"]) -> Tensor:
     """Return what groups (G,) count in the mean over all groups of the mean over rows, or tokens, of each.
 
     A group that tells nothing in any row counts too.
@@ -172,7 +172,7 @@ def told_weights(groups_G: Tensor, counts_K3: Tensor, norm: Literal["per_row", "
     return 1 / (n_groups * counts_K3[groups_G, 1 if norm == "per_row" else 2])
 
 
-def told_loss(
+def aux_loss(
     inputs: LossInputs,
     decoder: StepDecoder,
     loop: InnerLoop,
@@ -186,9 +186,9 @@ def told_loss(
     those of this batch.
     """
     batch, settings = inputs.batch, decoder.settings
-    counts_K3 = batch.told_K3 if counts_K3 is None else counts_K3
+    counts_K3 = batch.aux_K3 if counts_K3 is None else counts_K3
     total = batch.ids_BS.new_zeros((), dtype=torch.float32)
-    for sites in batch.told:
+    for sites in batch.aux_targets:
         latents = group_latents(inputs, loop, sites)
         if settings.detach:
             latents = latents.detach()
@@ -196,9 +196,9 @@ def told_loss(
             latents = latents[_of_another_row(sites)]
         asked = group_questions(inputs, decoder, sites)
         states = decoder.read(latents, sites.ids_GL, inputs.backbone, asked).flatten(0, 1)
-        show = Shown(decoder.reader(inputs.backbone).head, states)
+        show = HeadInputs(decoder.reader(inputs.backbone).head, states)
         losses = token_losses(show, sites.targets_GL.flatten(), inputs.chunk, IGNORE)
         loss_GL = losses.view_as(sites.targets_GL)
         assert counts_K3 is not None
-        total = total + (loss_GL.sum(1) * told_weights(sites.groups_G, counts_K3, settings.norm)).sum()
+        total = total + (loss_GL.sum(1) * aux_weights(sites.groups_G, counts_K3, settings.norm)).sum()
     return total

@@ -102,7 +102,7 @@ class TeacherCache:
 
 def positions(row: Row) -> list[int]:
     """Return the positions of the teacher's row that a row, and those it goes on with, follow."""
-    return sorted({follow.teacher_at for link in row.links() for follow in link.follows})
+    return sorted({follow.teacher_at for segment in row.segments() for follow in segment.hidden_targets})
 
 
 def fingerprint(backbone: Backbone, entries: Iterable[tuple[int, ...]]) -> str:

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cache import AnyCache, expect_padding, fork, join_rows, keep_columns, select_rows, window_of
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.decoder.ragged_cache import DepthCache
-from innerloop.decoder.token_losses import Show
+from innerloop.decoder.token_losses import LogitsFn
 from innerloop.passes.depth_run import DepthRun
-from innerloop.passes.tokens import Spending, Tokens
+from innerloop.passes.tokens import CostScope, Tokens
 
 Weights = Callable[[], AbstractContextManager[None]]
 
@@ -45,7 +45,7 @@ class Context:
         self,
         backbone: Backbone,
         n_rows: int,
-        meter: Meter | None = None,
+        meter: CostMeter | None = None,
         checkpoint_passes: bool = False,
         depth: DepthRun | None = None,
     ):
@@ -102,7 +102,7 @@ class Context:
             all_states: return the states after every layer, not only the last.
             normed: False gives the states before the final norm.
             weights: makes the block that the pass runs in; None: the context's own.
-            counted_B: the rows whose cost counts; None: all. A row that has ended rides along without being charged.
+            counted_B: the rows whose cost counts; None: all. A row that has ended rides along without being billed.
 
         Returns:
             The final-norm states (B, L, D), or the tuple of all states (see `Backbone.forward`).
@@ -116,8 +116,8 @@ class Context:
             new_B = mask_BL.sum(1)
             positions_BL = (self.next_position_B[:, None] + mask_BL.cumsum(1) - 1).clamp(min=0)
         if self.meter is not None:
-            charged_B = new_B if counted_B is None else counted_B * new_B
-            self.meter.count(self.rows, charged_B, self.next_position_B)
+            billed_B = new_B if counted_B is None else counted_B * new_B
+            self.meter.count(self.rows, billed_B, self.next_position_B)
         self._extend_mask(mask_BL, n_rows, n_new)
         self.next_position_B = self.next_position_B + new_B
         self.length += n_new
@@ -151,11 +151,11 @@ class Context:
             part.length = len(kept)
         return part
 
-    def shown(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Show:
+    def shown(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> LogitsFn:
         """Return what shows places of the last pass."""
         if self.depth is not None and self.depth.has_shown:
             return lambda part: self.read_out(states_BLD, rows_U[part], columns_U[part])
-        return self.backbone.shown(states_BLD[rows_U, columns_U])
+        return self.backbone.head_inputs(states_BLD[rows_U, columns_U])
 
     def read_out(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> Tensor:
         """Return the logits (U, V) of places of the last pass; those that it has read out are not read out again."""
@@ -194,7 +194,7 @@ class Context:
         """Let what the depth method owns make the pass."""
         assert self.depth is not None and isinstance(self.cache, DepthCache)
         tokens = Tokens(embeds_BLD, positions_BL, None if mask_BL is None else mask_BL.bool())
-        scope = None if self.meter is None else Spending(self.meter, self.rows, counted_B)
+        scope = None if self.meter is None else CostScope(self.meter, self.rows, counted_B)
         columns = range(self.length - embeds_BLD.shape[1], self.length)
         keeps_little = self.checkpoint_passes and torch.is_grad_enabled()
         states, self.cache = self.depth.read(tokens, self.cache, columns, scope, self.rows, weights, keeps_little)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from innerloop.decoder.cache import fork
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.loop.trace import Trace
-from innerloop.passes.tokens import DepthPass, PassInput, PassOutput, Spending, Tokens
+from innerloop.passes.tokens import CostScope, DepthPass, PassInput, PassOutput, Tokens
 
 
 @dataclass
@@ -77,7 +77,7 @@ class DepthRun:
         tokens: Tokens,
         past: DepthCache,
         columns: range,
-        spending: Spending | None,
+        cost_scope: CostScope | None,
         rows: Tensor | None,
         weights: Callable[[], AbstractContextManager[None]],
         keeps_little: bool,
@@ -91,7 +91,7 @@ class DepthRun:
 
         def run(embeds: Tensor, cache: DepthCache, trace: Trace | None) -> PassOutput:
             with weights():
-                known = (self.loops, columns.start, spending, trace, wanted_BL, choices, self.may_wait, self.asked_B)
+                known = (self.loops, columns.start, cost_scope, trace, wanted_BL, choices, self.may_wait, self.asked_B)
                 return self.forward(PassInput(tokens.with_states(embeds), cache, *known))
 
         if keeps_little:
@@ -116,7 +116,7 @@ class DepthRun:
         for slot in cache.slots.values():  # those in which nobody took part lack the pass's columns
             slot.is_dense = slot.is_dense and slot.length >= columns.stop
         self.passes = (*self.passes, deep)
-        if spending is not None:
+        if cost_scope is not None:
             done_BL = tokens.real_RN if deep.done_BL is None else deep.done_BL
-            spending.meter.depths.append((rows, deep.depths_BL, done_BL))
+            cost_scope.meter.depths.append((rows, deep.depths_BL, done_BL))
         return deep.states_BLD, cache

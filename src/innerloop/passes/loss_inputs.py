@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.token_losses import AtOnce, Show
+from innerloop.decoder.token_losses import AtOnce, LogitsFn
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
 
@@ -49,5 +49,5 @@ class LossInputs:
     backbone: Backbone
     head_input: Callable[[Tensor], Tensor]
     chunk: AtOnce
-    write: Callable[[Tensor], Show]
+    write: Callable[[Tensor], LogitsFn]
     reference: Reference | None = None

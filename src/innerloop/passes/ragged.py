@@ -86,7 +86,7 @@ class DepthForward(Onlooker):
         """Run some layers on some tokens, in the slot ``key``; see `read_layers`."""
         slot = reading.cache.slot(key, layers, reading.tokens.positions_RN)
         slot.is_dense = slot.is_dense and slot.length >= reading.n_read  # else nobody took part in some pass
-        return read_layers(self.backbone, tokens, slot, also, writes, inner, reading.spending)
+        return read_layers(self.backbone, tokens, slot, also, writes, inner, reading.cost_scope)
 
 
 class BlockPass:
@@ -137,10 +137,10 @@ class BlockPass:
 
     def count(self, flops_B: Tensor) -> None:
         """Count FLOPs of the rows, for what looks at their states."""
-        spending = self.reading.spending
-        if spending is not None:
-            counted_B = flops_B if spending.counted_B is None else flops_B * spending.counted_B
-            spending.meter.add(spending.rows, counted_B)
+        cost_scope = self.reading.cost_scope
+        if cost_scope is not None:
+            counted_B = flops_B if cost_scope.counted_B is None else flops_B * cost_scope.counted_B
+            cost_scope.meter.add(cost_scope.rows, counted_B)
 
 
 class TokenPass(BlockPass):

@@ -20,7 +20,7 @@ from innerloop.passes.context import Context, Weights, merge
 LoopWeights = Callable[[int], AbstractContextManager[None]]
 Masked = tuple[Tensor, Tensor | None]
 """Embeddings (B, L, D) and their mask (B, L), None when all is real."""
-Pinned = tuple[Tensor, Tensor]
+FixedText = tuple[Tensor, Tensor]
 """Which positions of the region are text (B, N, 1), and its embeddings (B, N, D)."""
 
 
@@ -31,12 +31,12 @@ class Region:
     Attributes:
         mask_BN: 1 where one is real; None when all are.
         state_mask: 1 where it is a latent; None when all are.
-        pinned: the text between the latents, which is read as it is whatever the state.
+        fixed: the text between the latents, which is read as it is whatever the state.
     """
 
     mask_BN: Tensor | None
     state_mask: Tensor | None
-    pinned: Pinned | None = None
+    fixed: FixedText | None = None
 
 
 def join(pieces: Sequence[Masked]) -> Masked:
@@ -75,7 +75,7 @@ class RegionPass:
         prompt: Masked | None = None,
         keeps_caches: bool = False,
     ):
-        self.mask_BN, self.state_mask, self.pinned = parts.mask_BN, parts.state_mask, parts.pinned
+        self.mask_BN, self.state_mask, self.fixed = parts.mask_BN, parts.state_mask, parts.fixed
         self.prefix, self.weights, self.normed = prefix, weights, normed
         self.prompt, self.keeps_caches, self.all_states = prompt, keeps_caches, False
         self.before: Tensor | None = None
@@ -93,8 +93,8 @@ class RegionPass:
             self.context = self.prefix.fresh()
             self.context.read(*self.prompt, weights=weights)
         mask = self.mask_BN if n_extra == 0 else with_extra(self.mask_BN, n_extra)
-        if self.pinned is not None:
-            fed = torch.where(*self.pinned, inputs_BND[:, n_extra:])
+        if self.fixed is not None:
+            fed = torch.where(*self.fixed, inputs_BND[:, n_extra:])
             inputs_BND = torch.cat([inputs_BND[:, :n_extra], fed], dim=1)
         if self.all_states:
             states = self.context.read(inputs_BND, mask, all_states=True, normed=self.normed, weights=weights)
@@ -116,9 +116,9 @@ class RegionPass:
         self.mask_BN = None if self.mask_BN is None else self.mask_BN[index]
         self.state_mask = None if self.state_mask is None else self.state_mask[index]
         self.before = None if self.before is None else self.before[index]
-        if self.pinned is not None:
-            is_text, text = self.pinned
-            self.pinned = is_text[index], text[index]
+        if self.fixed is not None:
+            is_text, text = self.fixed
+            self.fixed = is_text[index], text[index]
         if self.prompt is not None:
             embeds, mask = self.prompt
             self.prompt = embeds[index], None if mask is None else mask[index]

@@ -20,7 +20,7 @@ from innerloop.config.plan import Plan
 from innerloop.loop.loop import InnerLoop, LoopResult
 from innerloop.loop.trace import Trace
 from innerloop.passes.context import Context
-from innerloop.passes.region import AppendPass, Masked, Pinned, Region, RegionPass, join
+from innerloop.passes.region import AppendPass, FixedText, Masked, Region, RegionPass, join
 from innerloop.passes.tokens import PassOutput
 from innerloop.text.batch import Batch
 
@@ -36,7 +36,7 @@ class Thought:
         loop: what the loop did; None when nothing looped.
         region_mask: of the looped columns.
         state_mask: of the positions of the final state.
-        pinned: the text between the latents, which is read as it is whatever the state.
+        fixed: the text between the latents, which is read as it is whatever the state.
         prompt: the states of the prefix, for a decoder that reads them, and their mask.
         answer: what the pass of the answer gave: the states of its columns (B, L, D), after every layer if asked for.
         after: the context in which the answer has been read too.
@@ -50,7 +50,7 @@ class Thought:
     loop: LoopResult | None = None
     region_mask: Tensor | None = None
     state_mask: Tensor | None = None
-    pinned: Pinned | None = None
+    fixed: FixedText | None = None
     prompt: Masked | None = None
     layer_states: list[tuple[Tensor, ...]] = field(default_factory=list)
     answer: tuple[Tensor, ...] = ()
@@ -71,9 +71,9 @@ def think(
     trace: Trace | None = None,
     read_out: Callable[[Tensor], Tensor] | None = None,
     all_states: bool = False,
-    stem: Sequence[int] = (),
+    answer_prefix_ids: Sequence[int] = (),
 ) -> Thought:
-    """Read the prefix and refine the region of a batch; ``stem`` are the tokens that every answer begins with.
+    """Read the prefix and refine the region of a batch; every answer begins with the tokens ``answer_prefix_ids``.
 
     Positions of the region that are text are read as they are in every pass, and the final state has them so.
     """
@@ -103,7 +103,9 @@ def think(
             f.layer_states.clear()
         if plan.detach and plan.first_state == "forward":
             state = state.detach()
-        read_answer = _answer_reader(plan, loop, batch, f, stem) if plan.reads_answer and not loop.training else None
+        read_answer = (
+            _answer_reader(plan, loop, batch, f, answer_prefix_ids) if plan.reads_answer and not loop.training else None
+        )
         result = loop(f, state, batch.n_loops, trace, read_out, read_answer)
         if isinstance(f, RegionPass) and plan.answer_context == "kv_last":
             context = f.finish(context, region, region_mask)
@@ -127,11 +129,11 @@ def _unread(loop: InnerLoop, batch: Batch, thought: Thought, region: Tensor) -> 
 
 def _parts_of(batch: Batch, region: Tensor, mask_BN: Tensor | None) -> Region:
     """Return what is known of the looped positions: which are real, latents, or text that stays as it is."""
-    if batch.pinned_BN is None:
+    if batch.fixed_BN is None:
         return Region(mask_BN, mask_BN)
-    is_latent = 1 - batch.pinned_BN
+    is_latent = 1 - batch.fixed_BN
     state_mask = is_latent if mask_BN is None else mask_BN * is_latent
-    return Region(mask_BN, state_mask, (batch.pinned_BN[..., None].bool(), region))
+    return Region(mask_BN, state_mask, (batch.fixed_BN[..., None].bool(), region))
 
 
 def _thought_of(
@@ -150,21 +152,21 @@ def _thought_of(
     if plan.scope == "append":
         mask = state_mask = None if mask is None else mask.amax(1, keepdim=True)  # every row feeds its last latent
     layer_states = f.layer_states if isinstance(f, RegionPass) else []
-    thought = Thought(context, [], batch.bounds[1], result, parts.mask_BN, state_mask, parts.pinned)
+    thought = Thought(context, [], batch.bounds[1], result, parts.mask_BN, state_mask, parts.fixed)
     thought.layer_states = layer_states
     if plan.answer_context == "refeed":
         fed = result.state.detach() if plan.detach and plan.scope == "append" else result.state
-        fed = fed if parts.pinned is None else torch.where(*parts.pinned, fed)
+        fed = fed if parts.fixed is None else torch.where(*parts.fixed, fed)
         thought.pending, thought.first_column = [(fed, mask)], batch.bounds[1] - fed.shape[1]
     return thought
 
 
 def _answer_reader(
-    plan: Plan, loop: InnerLoop, batch: Batch, f: AppendPass | RegionPass, stem: Sequence[int]
+    plan: Plan, loop: InnerLoop, batch: Batch, f: AppendPass | RegionPass, answer_prefix_ids: Sequence[int]
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return what reads the logits (A, 1, V) of the answer's first own token, were a state (A, N, D) the last."""
     eot = batch.ids_BS[:1, batch.bounds[1] : batch.bounds[1] + 1]
-    begin_1LD = f.context_now.backbone.embed(torch.cat([eot, eot.new_tensor([stem])], dim=1))
+    begin_1LD = f.context_now.backbone.embed(torch.cat([eot, eot.new_tensor([answer_prefix_ids])], dim=1))
     weights = partial(loop.weights, loop.max_loops) if plan.decode_lora else None
     refeeds = plan.answer_context == "refeed"
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.cost import Meter
+from innerloop.decoder.cost import CostMeter
 from innerloop.decoder.ragged_cache import DepthCache, Slot, view
 from innerloop.loop.trace import Trace
 
 
 @dataclass
-class Spending:
+class CostScope:
     """Where the work of a pass is counted: for which rows of which meter."""
 
-    meter: Meter
+    meter: CostMeter
     rows: Tensor | None
     counted_B: Tensor | None
 
@@ -147,7 +147,7 @@ class PassInput:
         cache: what has been read before.
         loops: how many iterations; None: as the method says.
         n_read: how many columns of the row were read before this pass.
-        spending: where the work is counted, if anywhere.
+        cost_scope: where the work is counted, if anywhere.
         trace: filled with the iterations, if given.
         wanted_BL: how many iterations each token shall have, where that is known beforehand.
         choices: what was chosen in the pass, by name; a pass that is run again for its gradient finds it here.
@@ -160,7 +160,7 @@ class PassInput:
     cache: DepthCache
     loops: int | None = None
     n_read: int = 0
-    spending: Spending | None = None
+    cost_scope: CostScope | None = None
     trace: Trace | None = None
     wanted_BL: Tensor | None = None
     choices: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -221,7 +221,7 @@ def read_layers(
     also: Sequence[Slot] = (),
     writes: bool = True,
     inner: bool = True,
-    spending: Spending | None = None,
+    cost_scope: CostScope | None = None,
 ) -> Tensor:
     """Run a slot's layers on some tokens, which attend to what the slot holds, to each other and to ``also``.
 
@@ -232,7 +232,7 @@ def read_layers(
         also: further slots of the same layers that are attended to.
         writes: False: the tokens are not remembered, and attend to what is there alone, keys of their own included.
         inner: the input are states between two layers; False: embeddings.
-        spending: where the work is counted.
+        cost_scope: where the work is counted.
 
     Returns:
         The states (R, N, D) after the last of the layers, before any final norm.
@@ -243,10 +243,10 @@ def read_layers(
         slot.extend(tokens.positions_RN, tokens.real_RN, tokens.rows_R)
         slot.is_dense = was_dense and tokens.is_whole
     keys, real = _seen(slot, tokens.rows_R, also)
-    if spending is not None:
+    if cost_scope is not None:
         behind = tokens.positions_RN[:, :, None] >= keys[:, None, :]
         spared = 0.0 if writes else -2.0 * backbone.n_key_weights(slot.layers)
-        spending.spend(tokens, (behind & real[:, None, :]).sum(-1), len(slot.layers), spared)
+        cost_scope.spend(tokens, (behind & real[:, None, :]).sum(-1), len(slot.layers), spared)
     mask: Any
     n_new = tokens.positions_RN.shape[1]
     if slot.is_dense and writes and not also:  # just as the decoder itself would do it

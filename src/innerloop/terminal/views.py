@@ -43,12 +43,12 @@ def legend() -> Text:
 def row_view(row: Row, tokenizer: PreTrainedTokenizerBase) -> RenderableType:
     """Return a row as cells of token, label and position, as many side by side as there is room for."""
     if row.next is not None:
-        views = (row_view(replace(link, next=None), tokenizer) for link in row.links())
+        views = (row_view(replace(segment, next=None), tokenizer) for segment in row.segments())
         return Group(*(part for i, view in enumerate(views) for part in ((Text("then"), view) if i else (view,))))
     lines: list[RenderableType] = [Columns(_cells(row, tokenizer))]
-    for loop, readouts in groupby(row.readouts, key=lambda readout: readout.loop):
+    for loop, token_targets in groupby(row.token_targets, key=lambda readout: readout.loop):
         when = f"loop {loop}" if loop != ANSWER_PASS else "the pass of the answer"
-        shown = " ".join(f"{visible(tokenizer, readout.token)}@{readout.at}" for readout in readouts)
+        shown = " ".join(f"{visible(tokenizer, readout.token)}@{readout.at}" for readout in token_targets)
         lines.append(Text(f"{when} must show: {shown}", style=COLOURS[Kind.LATENT]))
     if row.n_loops:
         lines.append(Text(f"the latents are refined {row.n_loops} times", style=COLOURS[Kind.LATENT]))
@@ -57,15 +57,15 @@ def row_view(row: Row, tokenizer: PreTrainedTokenizerBase) -> RenderableType:
 
 def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
     position = slot = 0
-    suffix_start = len(row) - sum(len(piece.ids) for piece in row.suffix)
-    for piece in row.pieces:
-        for token_id in piece.ids:
+    suffix_start = len(row) - sum(len(span.ids) for span in row.suffix)
+    for span in row.spans:
+        for token_id in span.ids:
             token = visible(tokenizer, token_id)
-            label = (token, "white") if piece.supervised else (NO_LABEL, "dim")
-            if piece.kind is Kind.LATENT:
+            label = (token, "white") if span.supervised else (NO_LABEL, "dim")
+            if span.kind is Kind.LATENT:
                 token, slot = f"{token}{slot}", slot + 1
             counted = str(position + (row.skipped if position >= suffix_start else 0))
-            yield Text.assemble((token, COLOURS[piece.kind]), "\n", label, "\n", (counted, "dim"))
+            yield Text.assemble((token, COLOURS[span.kind]), "\n", label, "\n", (counted, "dim"))
             position += 1
 
 

@@ -19,7 +19,7 @@ from innerloop.text.row import IGNORE, Row
 
 
 @dataclass
-class Sites:
+class Targets:
     """Places in one pass of a batch, and what belongs to each of them.
 
     Attributes:
@@ -40,7 +40,7 @@ class Sites:
 
 
 @dataclass
-class ToldSites:
+class AuxTargets:
     """Groups of latents of one pass, and the steps that must be told from them.
 
     Attributes:
@@ -77,14 +77,14 @@ class Batch:
         n_loops: how often each row's region is refined.
         is_padded: whether any row has padding in the prefix, region, suffix.
         skipped_B: how many position ids the suffix jumps over; None when no row jumps.
-        pinned_BN: 1 where a position of the region is read as it is in every pass; None when all are latents.
-        readouts: which tokens must be read where, pass by pass.
+        fixed_BN: 1 where a position of the region is read as it is in every pass; None when all are latents.
+        token_targets: which tokens must be read where, pass by pass.
         teacher: what the teacher reads, or None.
         taught: the teacher's states after every layer (n_layers + 1, P, D) where they are known already.
-        follows: which of the teacher's states are followed where, pass by pass.
-        followed_P: where the teacher's states are that the rows follow, in any link and pass, each once.
-        told: which steps must be told from which latents, pass by pass.
-        told_K3: of group 0, 1, .., how many rows have it, in how many it tells something, and how many tokens.
+        hidden_targets: which of the teacher's states are followed where, pass by pass.
+        followed_P: where the teacher's states are that the rows follow, in any segment and pass, each once.
+        aux_targets: which steps must be told from which latents, pass by pass.
+        aux_K3: of group 0, 1, .., how many rows have it, in how many it tells something, and how many tokens.
         class_B: the class that a classifier must answer.
         depth: how often a pass iterates inside the tokens.
         next: what the rows go on with.
@@ -100,14 +100,14 @@ class Batch:
     n_loops: list[int]
     is_padded: tuple[bool, ...]
     skipped_B: Tensor | None = None
-    pinned_BN: Tensor | None = None
-    readouts: list[Sites] = field(default_factory=list)
+    fixed_BN: Tensor | None = None
+    token_targets: list[Targets] = field(default_factory=list)
     teacher: Batch | None = None
     taught: Tensor | None = None
-    follows: list[Sites] = field(default_factory=list)
+    hidden_targets: list[Targets] = field(default_factory=list)
     followed_P: Tensor | None = None
-    told: list[ToldSites] = field(default_factory=list)
-    told_K3: Tensor | None = None
+    aux_targets: list[AuxTargets] = field(default_factory=list)
+    aux_K3: Tensor | None = None
     class_B: Tensor | None = None
     depth: int | None = None
     next: Batch | None = None
@@ -118,24 +118,24 @@ class Batch:
     def counts(self) -> dict[str, Any]:
         """Return how much each term of the loss counts: supervised items, or the weight of what is followed.
 
-        ``told``, where something must be told, has a line for each group (see ``told_K3``); all else are numbers.
+        ``aux_targets``, where something must be told, has a line for each group (see ``aux_K3``); all else are numbers.
         """
-        links = list(self.links())
-        told = [link.told_K3 for link in links if link.told_K3 is not None]
+        segments = list(self.segments())
+        target = [segment.aux_K3 for segment in segments if segment.aux_K3 is not None]
         return {
-            "answer": sum(len(link.targets_U) for link in links),
-            "step": sum(len(sites.rows_F) for link in links for sites in link.readouts),
-            "hid": sum(sites.total for link in links for sites in link.follows),
+            "answer": sum(len(segment.targets_U) for segment in segments),
+            "step": sum(len(sites.rows_F) for segment in segments for sites in segment.token_targets),
+            "hid": sum(sites.total for segment in segments for sites in segment.hidden_targets),
             "teacher": 0 if self.teacher is None else len(self.teacher.targets_U),
             "rows": len(self),
-            **({"told": added(told)} if told else {}),
+            **({"aux": added(target)} if target else {}),
         }
 
-    def links(self) -> Iterator[Batch]:
+    def segments(self) -> Iterator[Batch]:
         """Return this batch and those its rows go on with."""
         yield self
         if self.next is not None:
-            yield from self.next.links()
+            yield from self.next.segments()
 
     def columns(self, part: int) -> tuple[slice, Tensor | None]:
         """Return the columns of part 0 (prefix), 1 (region) or 2 (suffix) and its mask, None when all is real."""
@@ -149,7 +149,7 @@ class Batch:
 
 
 def collate(rows: Sequence[Row], pad_id: int, states_of: Callable[[Row], dict[int, Tensor]] | None = None) -> Batch:
-    """Pad rows into one batch: prefixes on the left, regions and suffixes on the right; link by link.
+    """Pad rows into one batch: prefixes on the left, regions and suffixes on the right; segment by segment.
 
     ``states_of`` gives the teacher's states at the positions that a row follows; without, the teacher must be run.
     """
@@ -164,17 +164,19 @@ def collate(rows: Sequence[Row], pad_id: int, states_of: Callable[[Row], dict[in
         batch.teacher = _pad(teachers, pad_id)
         n = batch.teacher.ids_BS.shape[1]
         seen = [[r * n + column for column in columns] for r, columns in enumerate(_real_columns(batch.teacher))]
-    link, linked = batch, list(rows)
+    segment, chained = batch, list(rows)
     while True:
-        _place(link, linked, seen, pad_id)
-        if all(row.next is None for row in linked):
+        _place(segment, chained, seen, pad_id)
+        if all(row.next is None for row in chained):
             break
-        linked = [Row([]) if row.next is None else row.next for row in linked]
-        link.next = _pad(linked, pad_id)
-        link = link.next
-    followed = {at for link in batch.links() for sites in link.follows for at in sites.targets_F.tolist()}
-    for link in batch.links():
-        link.followed_P = torch.tensor(sorted(followed)) if followed else None
+        chained = [Row([]) if row.next is None else row.next for row in chained]
+        segment.next = _pad(chained, pad_id)
+        segment = segment.next
+    followed = {
+        at for segment in batch.segments() for sites in segment.hidden_targets for at in sites.targets_F.tolist()
+    }
+    for segment in batch.segments():
+        segment.followed_P = torch.tensor(sorted(followed)) if followed else None
     return batch
 
 
@@ -202,15 +204,17 @@ def _taught(found: list[dict[int, Tensor]]) -> tuple[Tensor, list[dict[int, int]
 
 def _place(batch: Batch, rows: Sequence[Row], seen: list[list[int]] | list[dict[int, int]], pad_id: int) -> None:
     """Turn the positions that rows speak of into columns; ``seen`` are the teacher's, flat."""
-    real = _real_columns(batch) if any(row.readouts or row.follows for row in rows) else []
-    batch.readouts = _sites(
-        (entry.loop, r, real[r][entry.at], entry.token, 1.0) for r, row in enumerate(rows) for entry in row.readouts
+    real = _real_columns(batch) if any(row.token_targets or row.hidden_targets for row in rows) else []
+    batch.token_targets = _sites(
+        (entry.loop, r, real[r][entry.at], entry.token, 1.0)
+        for r, row in enumerate(rows)
+        for entry in row.token_targets
     )
-    batch.told, batch.told_K3 = _told(rows, pad_id)
-    batch.follows = _sites(
+    batch.aux_targets, batch.aux_K3 = _aux_targets(rows, pad_id)
+    batch.hidden_targets = _sites(
         (entry.loop, r, -1 if entry.at is None else real[r][entry.at], seen[r][entry.teacher_at], entry.weight)
         for r, row in enumerate(rows)
-        for entry in (row.follows if seen else ())
+        for entry in (row.hidden_targets if seen else ())
     )
 
 
@@ -225,35 +229,35 @@ def added(counts: Sequence[Tensor]) -> Tensor:
     return torch.stack([pad(count, (0, 0, 0, n_groups - len(count))) for count in counts]).sum(0)
 
 
-def _told(rows: Sequence[Row], pad_id: int) -> tuple[list[ToldSites], Tensor | None]:
+def _aux_targets(rows: Sequence[Row], pad_id: int) -> tuple[list[AuxTargets], Tensor | None]:
     """Group what must be told by pass, and count it by group, over all passes."""
-    every = [told for row in rows for told in row.told]
-    entries = [(r, told) for r, row in enumerate(rows) for told in row.told if told.ids]
+    every = [target for row in rows for target in row.aux_targets]
+    entries = [(r, target) for r, row in enumerate(rows) for target in row.aux_targets if target.ids]
     if not entries:
         return [], None
-    counts = torch.zeros(1 + max(told.group for told in every), 3)
-    for told in every:
-        counts[told.group] += torch.tensor([1, bool(told.ids), len(told.ids)])
+    counts = torch.zeros(1 + max(target.group for target in every), 3)
+    for target in every:
+        counts[target.group] += torch.tensor([1, bool(target.ids), len(target.ids)])
     sites = []
-    for loop, c in sorted({(told.loop, told.n_latents) for _, told in entries}):
-        found = [(r, told) for r, told in entries if (told.loop, told.n_latents) == (loop, c)]
-        longest = max(len(told.ids) for _, told in found)
-        gaps = [longest - len(told.ids) for _, told in found]
+    for loop, c in sorted({(target.loop, target.n_latents) for _, target in entries}):
+        found = [(r, target) for r, target in entries if (target.loop, target.n_latents) == (loop, c)]
+        longest = max(len(target.ids) for _, target in found)
+        gaps = [longest - len(target.ids) for _, target in found]
         sites.append(
-            ToldSites(
+            AuxTargets(
                 loop=loop,
                 n_latents=c,
                 rows_G=torch.tensor([r for r, _ in found]),
-                first_G=torch.tensor([told.first for _, told in found]),
-                ids_GL=torch.tensor([[*told.ids, *[pad_id] * gap] for (_, told), gap in zip(found, gaps)]),
-                targets_GL=torch.tensor([[*told.ids, *[IGNORE] * gap] for (_, told), gap in zip(found, gaps)]),
-                groups_G=torch.tensor([told.group for _, told in found]),
+                first_G=torch.tensor([target.first for _, target in found]),
+                ids_GL=torch.tensor([[*target.ids, *[pad_id] * gap] for (_, target), gap in zip(found, gaps)]),
+                targets_GL=torch.tensor([[*target.ids, *[IGNORE] * gap] for (_, target), gap in zip(found, gaps)]),
+                groups_G=torch.tensor([target.group for _, target in found]),
             )
         )
     return sites, counts
 
 
-def _sites(entries: Iterable[tuple[int, int, int, int, float]]) -> list[Sites]:
+def _sites(entries: Iterable[tuple[int, int, int, int, float]]) -> list[Targets]:
     """Group (pass, row, column, target, weight) by pass."""
     by_pass: dict[int, list[tuple[int, int, int, float]]] = {}
     for loop, *entry in entries:
@@ -261,14 +265,12 @@ def _sites(entries: Iterable[tuple[int, int, int, int, float]]) -> list[Sites]:
     grouped = []
     for loop, found in sorted(by_pass.items()):
         rows, columns, targets, weights = (torch.tensor(column) for column in zip(*found, strict=True))
-        grouped.append(Sites(loop, weights.sum().item(), rows, columns, targets, weights))
+        grouped.append(Targets(loop, weights.sum().item(), rows, columns, targets, weights))
     return grouped
 
 
 def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
-    parts = [
-        [[i for piece in part for i in piece.ids] for part in (row.prefix, row.region, row.suffix)] for row in rows
-    ]
+    parts = [[[i for span in part for i in span.ids] for part in (row.prefix, row.region, row.suffix)] for row in rows]
     widths = [max(len(row[s]) for row in parts) for s in range(3)]
     ids, mask, predict_at, targets, n_targets = [], [], [], [], []
     for r, (row, (prefix, region, suffix)) in enumerate(zip(rows, parts)):
@@ -286,8 +288,8 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         n_targets.append(len(supervised))
         ids.append(row_ids)
         mask.append(row_mask)
-    pinned = [
-        [int(is_pinned) for is_pinned in row.pinned()] + [0] * (widths[1] - len(region))
+    fixed = [
+        [int(is_fixed) for is_fixed in row.fixed()] + [0] * (widths[1] - len(region))
         for row, (_, region, _) in zip(rows, parts)
     ]
     return Batch(
@@ -300,7 +302,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         first_predicting=min((at % max(sum(widths), 1) for at in predict_at), default=sum(widths)),
         n_loops=[row.n_loops for row in rows],
         skipped_B=torch.tensor([row.skipped for row in rows]) if any(row.skipped for row in rows) else None,
-        pinned_BN=torch.tensor(pinned) if any(map(any, pinned)) else None,
+        fixed_BN=torch.tensor(fixed) if any(map(any, fixed)) else None,
         depth=rows[0].depth if rows else None,
         is_padded=(*(any(len(row[s]) < width for row in parts) for s, width in enumerate(widths)),),
     )

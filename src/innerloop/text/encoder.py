@@ -1,4 +1,4 @@
-"""How the parts of an example are spelled in a tokenizer's ids: questions, steps, answers, markers; or running text."""
+"""How the parts of an example are encoded in a tokenizer's ids: questions, steps, answers, markers; or running text."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from transformers import PreTrainedTokenizerBase
 
 from innerloop.errors import InputError
 from innerloop.text.examples import Example
-from innerloop.text.row import LAT, Kind, Piece
+from innerloop.text.row import LAT, Kind, Span
 
 ANSWER_PREFIX = "### "
 
 
-A_WORD = "a"  # any: what comes after it is spelled as in the middle of a text
+A_WORD = "a"  # any: what comes after it is encoded as in the middle of a text
 
 
-N_REMEMBERED = 2**15  # texts whose tokens a speller keeps
+N_REMEMBERED = 2**15  # texts whose tokens an encoder keeps
 
 
-class Speller:
-    """Spells the parts of an example in a tokenizer's ids.
+class PromptEncoder:
+    """Encodes the parts of an example in a tokenizer's ids.
 
     Strings are remembered, because every example is laid out anew at every epoch and stage.
 
@@ -42,43 +42,43 @@ class Speller:
         pad = self.tokenizer.pad_token_id
         return self.eos_id if pad is None else pad
 
-    def marker(self, text: str, n: int = 1) -> Piece:
-        """Return ``n`` copies of a marker as one piece: latent slots for <lat>, else a marker."""
+    def marker(self, text: str, n: int = 1) -> Span:
+        """Return ``n`` copies of a marker as one span: latent slots for <lat>, else a marker."""
         marker_id = self.tokenizer.convert_tokens_to_ids(text)
-        return Piece((marker_id,) * n, Kind.LATENT if text == LAT else Kind.MARKER)
+        return Span((marker_id,) * n, Kind.LATENT if text == LAT else Kind.MARKER)
 
-    def question(self, text: str) -> Piece:
-        """Spell a question, with the beginning-of-sequence token if the tokenizer adds one."""
+    def question(self, text: str) -> Span:
+        """Encode a question, with the beginning-of-sequence token if the tokenizer adds one."""
         ids = self._ids(text if self.running_text else text + "\n", special=True)
         ids = ids[:-1] if ids and ids[-1] == self.eos_id else ids
-        return Piece(ids, Kind.QUESTION, supervised=self.running_text)
+        return Span(ids, Kind.QUESTION, supervised=self.running_text)
 
-    def step(self, text: str, index: int) -> Piece:
-        """Spell step ``index`` (0-based), ended by a newline."""
-        return Piece(self._ids(text + "\n", special=False), Kind.STEP, supervised=True, step=index)
+    def step(self, text: str, index: int) -> Span:
+        """Encode step ``index`` (0-based), ended by a newline."""
+        return Span(self._ids(text + "\n", special=False), Kind.STEP, supervised=True, step=index)
 
-    def steps(self, example: Example, first: int = 0) -> list[Piece]:
-        """Spell the steps from index ``first`` on."""
+    def steps(self, example: Example, first: int = 0) -> list[Span]:
+        """Encode the steps from index ``first`` on."""
         return [self.step(text, i) for i, text in enumerate(example.steps) if i >= first]
 
-    def answer(self, text: str) -> Piece:
-        """Spell the answer: ``### A`` and the end-of-sequence token; or what a text goes on with."""
+    def answer(self, text: str) -> Span:
+        """Encode the answer: ``### A`` and the end-of-sequence token; or what a text goes on with."""
         if self.running_text:
             before, whole = (self._ids(words, special=False) for words in (A_WORD, A_WORD + text))
-            return Piece(whole[len(before) :], Kind.ANSWER, supervised=True)
+            return Span(whole[len(before) :], Kind.ANSWER, supervised=True)
         ids = self._ids(ANSWER_PREFIX + text, special=False)
-        return Piece((*ids, self.eos_id), Kind.ANSWER, supervised=True)
+        return Span((*ids, self.eos_id), Kind.ANSWER, supervised=True)
 
-    def stem(self) -> tuple[int, ...]:
-        """Spell what every answer begins with."""
+    def answer_prefix_ids(self) -> tuple[int, ...]:
+        """Encode what every answer begins with."""
         return () if self.running_text else self._ids(ANSWER_PREFIX.strip(), special=False)
 
-    def told(self, text: str) -> tuple[int, ...]:
-        """Spell what an auxiliary decoder must tell, with the end of sequence; nothing for no text."""
+    def aux_target(self, text: str) -> tuple[int, ...]:
+        """Encode what an auxiliary decoder must tell, with the end of sequence; nothing for no text."""
         return (*self._ids(text, special=False), self.eos_id) if text else ()
 
     def n_before_answer(self, text: str) -> int:
-        """Return how many tokens of a spelled answer come before what is the answer's own, such as its digits."""
+        """Return how many tokens of an encoded answer come before what is the answer's own, such as its digits."""
         stem, whole = self._ids(ANSWER_PREFIX, special=False), self._ids(ANSWER_PREFIX + text, special=False)
         return next((i for i, (a, b) in enumerate(zip(stem, whole)) if a != b), min(len(stem), len(whole)))
 

@@ -1,10 +1,11 @@
 """From examples to token rows: markers, latent slots, labels, padding and positions (cot.md, section 0).
 
-A row has three parts: the *prefix* is read once, the inner loop refines the *region*, the *suffix* is written.
+A row has three parts: the *prefix* is read once, the inner loop refines the *region* (the latent span), the
+*suffix* is written.
 
     [Q][<bot>] | [<lat> x N] | [<eot>][T_s+1]..[T_m][### A][eos]
 
-`Speller` makes the pieces, `Batch` holds rows as tensors.
+`PromptEncoder` makes the spans, `Batch` holds rows as tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Some consecutive positions of one kind. ``step`` is the 0-based reasoning step they spell, or -1."""
 
     ids: tuple[int, ...]
@@ -43,7 +44,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Readout:
+class TokenTarget:
     """In pass ``loop`` the state at the row's position ``at`` must show ``token`` through the head."""
 
     loop: int
@@ -52,7 +53,7 @@ class Readout:
 
 
 @dataclass(frozen=True)
-class Follow:
+class HiddenTarget:
     """In pass ``loop`` the state at the row's position ``at`` (None: the mean of the latents) follows the teacher's.
 
     ``teacher_at`` is a position of the teacher's row.
@@ -65,7 +66,7 @@ class Follow:
 
 
 @dataclass(frozen=True)
-class Told:
+class AuxTarget:
     """From ``n_latents`` latents of pass ``loop`` (or FED), beginning with the 0-based ``first``, ``ids`` must be told.
 
     ``group`` numbers the groups of a row, over which the loss is averaged; one that tells nothing counts, too.
@@ -105,8 +106,8 @@ class Block:
     """
 
     opened_by: int
-    region: Piece
-    closing: Piece
+    region: Span
+    closing: Span
     n_loops: int
     most: int
     forced_after: int | None = None
@@ -124,71 +125,71 @@ class Row:
 
     The region is refined ``n_loops`` times; text between its latents is read in every pass as it is.
     The position ids of the suffix go on ``skipped`` further.
-    A row may go on with a ``next`` one, which is read after it: without a prefix, its own region refined by itself.
-    ``teacher`` is the row that a teacher reads, whose states ``follows`` speak of. ``answer_class`` is the class that a
-    classifier must answer.
+    A row may go on with a ``next`` segment, which is read after it: without a prefix, its own region refined by itself.
+    ``teacher`` is the row that a teacher reads, whose states ``hidden_targets`` speak of. ``answer_class`` is the class
+    that a classifier must answer.
     """
 
-    prefix: list[Piece]
-    region: list[Piece] = field(default_factory=list)
-    suffix: list[Piece] = field(default_factory=list)
+    prefix: list[Span]
+    region: list[Span] = field(default_factory=list)
+    suffix: list[Span] = field(default_factory=list)
     n_loops: int = 0
     depth: int | None = None
     skipped: int = 0
-    readouts: list[Readout] = field(default_factory=list)
+    token_targets: list[TokenTarget] = field(default_factory=list)
     teacher: Row | None = None
-    follows: list[Follow] = field(default_factory=list)
-    told: list[Told] = field(default_factory=list)
+    hidden_targets: list[HiddenTarget] = field(default_factory=list)
+    aux_targets: list[AuxTarget] = field(default_factory=list)
     answer_class: int = -1
     next: Row | None = None
 
     @property
-    def pieces(self) -> list[Piece]:
-        """All pieces from left to right."""
+    def spans(self) -> list[Span]:
+        """All spans from left to right."""
         return [*self.prefix, *self.region, *self.suffix]
 
     @property
     def region_start(self) -> int:
         """The position at which the region begins."""
-        return sum(len(piece.ids) for piece in self.prefix)
+        return sum(len(span.ids) for span in self.prefix)
 
     def step_ends(self) -> list[int]:
         """Return the position of the last token of each step."""
         ends, position = [], 0
-        for piece in self.pieces:
-            position += len(piece.ids)
-            if piece.kind is Kind.STEP:
+        for span in self.spans:
+            position += len(span.ids)
+            if span.kind is Kind.STEP:
                 ends.append(position - 1)
         return ends
 
     def answer_boundary(self, n_before: int) -> int:
-        """Return the last position before the answer's own tokens, given how many of its piece come before them."""
-        return len(self) - len(self.pieces[-1].ids) + n_before - 1
+        """Return the last position before the answer's own tokens, given how many of its span come before them."""
+        return len(self) - len(self.spans[-1].ids) + n_before - 1
 
-    def pinned(self) -> list[bool]:
+    def fixed(self) -> list[bool]:
         """Tell of each position of the region whether it is text between latents."""
-        has_latents = any(piece.kind is Kind.LATENT for piece in self.region)
-        return [has_latents and piece.kind is not Kind.LATENT for piece in self.region for _ in piece.ids]
+        has_latents = any(span.kind is Kind.LATENT for span in self.region)
+        return [has_latents and span.kind is not Kind.LATENT for span in self.region for _ in span.ids]
 
     def ids(self) -> list[int]:
         """All token ids."""
-        return [i for piece in self.pieces for i in piece.ids]
+        return [i for span in self.spans for i in span.ids]
 
     def labels(self) -> list[int]:
         """The unshifted labels, IGNORE where nothing is supervised: nothing predicts the first token of a question."""
-        labels = [i if piece.supervised else IGNORE for piece in self.pieces for i in piece.ids]
-        return [IGNORE, *labels[1:]] if labels and self.pieces[0].kind is Kind.QUESTION else labels
+        labels = [i if span.supervised else IGNORE for span in self.spans for i in span.ids]
+        return [IGNORE, *labels[1:]] if labels and self.spans[0].kind is Kind.QUESTION else labels
 
     def __len__(self) -> int:
-        return sum(len(piece.ids) for piece in self.pieces)
+        return sum(len(span.ids) for span in self.spans)
 
     @property
     def n_positions(self) -> int:
         """The most positions that are read at once, by the model or its teacher."""
-        return max(sum(map(len, self.links())) + self.skipped, 0 if self.teacher is None else len(self.teacher))
+        return max(sum(map(len, self.segments())) + self.skipped, 0 if self.teacher is None else len(self.teacher))
 
-    def links(self) -> Iterator[Row]:
+    def segments(self) -> Iterator[Row]:
         """Return this row and those it goes on with."""
         yield self
         if self.next is not None:
-            yield from self.next.links()
+            yield from self.next.segments()

@@ -28,7 +28,7 @@ from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
 from innerloop.train.callbacks import MetricsFile, StopOnInterrupt
@@ -75,9 +75,9 @@ class LatentTrainer(Trainer):
     ):
         self.task = task
         self.curriculum = model.method.curriculum
-        if task is not None and task.running_text != model.spell.running_text:
-            model.spell = Speller(model.tokenizer, task.running_text)
-        if model.spell.running_text:
+        if task is not None and task.running_text != model.encoder.running_text:
+            model.encoder = PromptEncoder(model.tokenizer, task.running_text)
+        if model.encoder.running_text:
             check_text(model, eval_dataset)
         train, self.n_left_out = training_examples(model, train_dataset, args.max_length)
         valid = validation_examples(model, eval_dataset, task, args)
@@ -106,7 +106,7 @@ class LatentTrainer(Trainer):
         """Return the order of the examples; with train_sampling_strategy=group_by_length like lengths go together."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = [self.model.method.longest(example, self.model.spell) for example in self.train_dataset]
+        lengths = [self.model.method.longest(example, self.model.encoder) for example in self.train_dataset]
         n = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ByLength(lengths, n, self.args.data_seed or self.args.seed)
 
@@ -165,17 +165,17 @@ class LatentTrainer(Trainer):
             return [{"batch": batch, "n_items": None} for batch in micro_batches], None
         counts: dict[str, list[Any]] = {}
         if self.model.step_decoder is not None:  # all processes count the same things
-            counts["told"] = [torch.zeros(1, 3, device=self.args.device)]
+            counts["aux"] = [torch.zeros(1, 3, device=self.args.device)]
         for batch in micro_batches:
             for name, n in batch.counts().items():
                 counts.setdefault(name, []).append(n)
-        totals = {name: added(ns) if name == "told" else sum(ns) for name, ns in counts.items()}
+        totals = {name: added(ns) if name == "aux" else sum(ns) for name, ns in counts.items()}
         n_items = {name: self._over_processes(n, device) for name, n in totals.items()}
         return [{"batch": batch, "n_items": n_items} for batch in micro_batches], None
 
     def _collate(self, rows: list[Row]) -> Batch:
         states_of = None if self._taught is None else self._taught.states_of
-        return collate(rows, self.model.spell.pad_id, states_of).to(self.args.device)
+        return collate(rows, self.model.encoder.pad_id, states_of).to(self.args.device)
 
     def _over_processes(self, n: Any, device: torch.device) -> Any:
         if self.args.world_size == 1:
@@ -195,9 +195,9 @@ class LatentTrainer(Trainer):
 
     def _changes(self, before: int, stage: int) -> bool:
         """Tell whether any example is laid out differently at two stages."""
-        method, spell = self.model.method, self.model.spell
+        method, encoder = self.model.method, self.model.encoder
         return before != stage and any(
-            method.lay_out(example, spell, before) != method.lay_out(example, spell, stage)
+            method.lay_out(example, encoder, before) != method.lay_out(example, encoder, stage)
             for example in self.train_dataset
         )
 

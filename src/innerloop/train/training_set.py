@@ -43,7 +43,7 @@ def training_examples(model: LatentModel, source: Any, max_length: int | None) -
     train = model.prepared(kept)
     if model.step_decoder is not None:
         stages = model.method.stages()
-        rows = (model.method.lay_out(example, model.spell, stage) for example in train for stage in stages)
+        rows = (model.method.lay_out(example, model.encoder, stage) for example in train for stage in stages)
         model.step_decoder.check_room(rows, model.backbone)
     return train, len(examples) - len(kept)
 
@@ -56,7 +56,7 @@ def validation_examples(
     if valid is not None and args.eval_limit < 1:
         raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")
     for example in valid or ():
-        row = model.method.prompt(example.question, model.spell, model.method.last_stage)
+        row = model.method.prompt(example.question, model.encoder, model.method.last_stage)
         check_length(model, example.question, row)
     if valid and task is None:
         raise InputError("validation by generation needs a task that checks answers: pass task=...")
@@ -80,7 +80,7 @@ def fitting(model: LatentModel, examples: list[Example], max_length: int | None)
     limit = max_length or model.backbone.context_length
     if limit is None:
         return examples
-    lengths = [method.longest(example, model.spell) for example in examples]
+    lengths = [method.longest(example, model.encoder) for example in examples]
     if max_length is None and max(lengths) > limit:
         worst = examples[lengths.index(max(lengths))]
         raise InputError(
@@ -136,8 +136,8 @@ def taught_states(
         raise InputError(
             "train.teacher_cache keeps a frozen teacher's states: set hid.weight above 0 and its teacher to a folder"
         )
-    rows = [method.lay_out(example, model.spell, stage) for stage in method.stages() for example in examples]
-    return TeacherCache(path, rows, model.teacher, model.spell.pad_id)
+    rows = [method.lay_out(example, model.encoder, stage) for stage in method.stages() for example in examples]
+    return TeacherCache(path, rows, model.teacher, model.encoder.pad_id)
 
 
 def _check_room_of(model: LatentModel, examples: Sequence[Example], max_length: int | None) -> None:
@@ -145,7 +145,7 @@ def _check_room_of(model: LatentModel, examples: Sequence[Example], max_length: 
     limit, own = model.load_teacher().backbone.context_length, max_length or model.backbone.context_length
     if limit is None or (own is not None and own <= limit):
         return
-    longest = max(model.method.longest(example, model.spell) for example in examples)
+    longest = max(model.method.longest(example, model.encoder) for example in examples)
     if longest > limit:
         raise InputError(
             f"an example takes {longest} positions, but the teacher in {model.method.teacher} reads at most {limit}: "

@@ -165,8 +165,8 @@ class ExitingDecoder(DepthForward):
 
     def last_words(self, reading: PassInput, each: ExitPass, deep: PassOutput) -> Tensor | None:
         """Return the logits (B, V) of the last column, where some of them have been read out already."""
-        words_BV, spending = each.last_BV, reading.spending
-        if words_BV is None or spending is None:
+        words_BV, cost_scope = each.last_BV, reading.cost_scope
+        if words_BV is None or cost_scope is None:
             return None
         is_new_B = words_BV.isnan().any(1)
         each.count_rows(~is_new_B * (-2.0 * self.backbone.width * words_BV.shape[1]))  # whoever writes counts it again

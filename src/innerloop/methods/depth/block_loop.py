@@ -196,19 +196,19 @@ class LoopedPass(BlockPass):
 
     def run(self, tokens: Tokens, loop: int) -> Tensor:
         """Run the block on some tokens."""
-        depth, spending = self.depth, self.reading.spending
+        depth, cost_scope = self.depth, self.reading.cost_scope
         if depth.gamma is not None:
             added = depth.gamma.to(self.first.dtype) * tokens.take(self.first)
             tokens = tokens.with_states(tokens.states_RND + added)
-        if spending is not None and (extra := depth.extra_flops(loop)):
-            spending.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, extra)
+        if cost_scope is not None and (extra := depth.extra_flops(loop)):
+            cost_scope.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, extra)
         if self.shared is not None:
             slot = self.shared.slot()
-            states = read_layers(depth.backbone, tokens, slot, spending=spending)
+            states = read_layers(depth.backbone, tokens, slot, cost_scope=cost_scope)
             self.shared.remember(slot, loop)
         else:
             slot = self.reading.cache.slot(loop, self.layers, self.reading.tokens.positions_RN)
-            states = read_layers(depth.backbone, tokens, slot, self.also(tokens, loop), spending=spending)
+            states = read_layers(depth.backbone, tokens, slot, self.also(tokens, loop), cost_scope=cost_scope)
         return states
 
     def also(self, tokens: Tokens, loop: int) -> Sequence[Slot]:

@@ -21,7 +21,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.onlooker import Onlooker
 from innerloop.errors import refuse
 from innerloop.loop.stabilize import at_least_fp32
-from innerloop.passes.tokens import Spending, Tokens
+from innerloop.passes.tokens import CostScope, Tokens
 
 EXPANSION = 4
 AT_ONCE = 4096  # tokens that are read out together: their logits are large
@@ -191,7 +191,7 @@ class Chooser(Onlooker):
         depth: int | Tensor,
         limit: int,
         logits_RNV: Tensor | None = None,
-        spending: Spending | None = None,
+        cost_scope: CostScope | None = None,
     ) -> Choice | None:
         """Choose among tokens.
 
@@ -203,8 +203,8 @@ class Chooser(Onlooker):
             depth: the depth, or that of each row (R, 1).
             limit: D, from which none goes on.
             logits_RNV: what the states show, if that is known.
-            spending: where the work is counted. Logits that are known are so for tokens that go on alone: those of the
-                others are what is written from.
+            cost_scope: where the work is counted. Logits that are known are so for tokens that go on alone: those of
+                the others are what is written from.
 
         Returns:
             The choice, or None where there is nothing to choose.
@@ -231,13 +231,13 @@ class Chooser(Onlooker):
         goes_A = goes.flatten()[at_A]
         mixed = self.mix(values[goes_A], words[goes_A]).to(flat.dtype)
         inputs = torch.zeros_like(flat).index_copy(0, at_A[goes_A], mixed).view(states_RND.shape)
-        if spending is not None:
+        if cost_scope is not None:
             looks, mixes = self.decider_flops, self.mix_flops
             if logits_RNV is None:
                 looks += self.read_out_flops
             else:
                 mixes += self.read_out_flops
-            charge(spending, tokens, (asked | knows).double() * looks + goes.double() * mixes)
+            charge(cost_scope, tokens, (asked | knows).double() * looks + goes.double() * mixes)
         return Choice(goes, inputs, asked, scores, at_A.masked_fill(goes_A, -1), shown_AV)
 
     def largest(self, flat: Tensor, at_A: Tensor, shown_AV: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -253,11 +253,11 @@ class Chooser(Onlooker):
         return self.backbone.embed_mix(words_AK[:, : self.n_mixed], shares)
 
 
-def charge(spending: Spending, tokens: Tokens, flops_RN: Tensor) -> None:
+def charge(cost_scope: CostScope, tokens: Tokens, flops_RN: Tensor) -> None:
     """Count FLOPs of each of some tokens."""
     flops_R, rows = flops_RN.sum(1), tokens.rows_R
-    if spending.counted_B is not None:
-        flops_R = flops_R * (spending.counted_B if rows is None else spending.counted_B[rows])
-    if rows is not None and spending.rows is not None:
-        rows = spending.rows[rows]
-    spending.meter.add(spending.rows if rows is None else rows, flops_R)
+    if cost_scope.counted_B is not None:
+        flops_R = flops_R * (cost_scope.counted_B if rows is None else cost_scope.counted_B[rows])
+    if rows is not None and cost_scope.rows is not None:
+        rows = cost_scope.rows[rows]
+    cost_scope.meter.add(cost_scope.rows if rows is None else rows, flops_R)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot, view
-from innerloop.passes.tokens import Spending, Tokens
+from innerloop.passes.tokens import CostScope, Tokens
 
 DepthAttention = Literal["duo", "depth1_only", "same_depth"]
 
@@ -129,7 +129,7 @@ def read_at(
     slot: DuoSlot,
     depth_R1: Tensor | int,
     attention: DepthAttention,
-    spending: Spending | None = None,
+    cost_scope: CostScope | None = None,
     all_states: bool = False,
 ) -> tuple[Tensor, ...]:
     """Read tokens by the whole decoder at a depth, the same for all or one for each row (R, 1); the slot grows by them.
@@ -153,9 +153,9 @@ def read_at(
         keys = torch.cat([keys, tokens.positions_RN], dim=1)
         own = torch.ones_like(tokens.positions_RN, dtype=torch.bool) if real_RN is None else real_RN
         seen = torch.cat([seen, own], dim=1)
-    if spending is not None:
+    if cost_scope is not None:
         behind_RNK = tokens.positions_RN[:, :, None] >= keys[:, None, :]
-        spending.spend(tokens, (behind_RNK & seen[:, None, :]).sum(-1), backbone.n_layers)
+        cost_scope.spend(tokens, (behind_RNK & seen[:, None, :]).sum(-1), backbone.n_layers)
     mask: Any
     if was_plain and slot.is_dense:
         mask = None if slot.is_real else seen.long()

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot, SlotLayer
 from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
-from innerloop.passes.tokens import PassInput, Spending, Tokens
+from innerloop.passes.tokens import CostScope, PassInput, Tokens
 
 KvMissing = Literal["lazy_backfill", "propagate", "full_compute"]
 
@@ -78,7 +78,7 @@ class KeyTaker(SlotLayer):
         raise KeysMadeError
 
 
-def make_keys(backbone: Backbone, tokens: Tokens, slot: Slot, spending: Spending | None) -> None:
+def make_keys(backbone: Backbone, tokens: Tokens, slot: Slot, cost_scope: CostScope | None) -> None:
     """Give a slot the keys and values that its layers make of some tokens' states; nothing else of them is run."""
     takers = [KeyTaker(slot, i, tokens.rows_R, (), True) for i in range(len(slot.layers))]
     slot.extend(tokens.positions_RN, tokens.real_RN, tokens.rows_R)
@@ -88,8 +88,8 @@ def make_keys(backbone: Backbone, tokens: Tokens, slot: Slot, spending: Spending
         cache.layers = [taker] * (layer + 1)
         with suppress(KeysMadeError):
             backbone.make_keys(tokens.states_RND, tokens.positions_RN, cache, layer)
-    if spending is not None:
-        spending.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, 2.0 * backbone.n_made_by(slot.layers))
+    if cost_scope is not None:
+        cost_scope.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, 2.0 * backbone.n_made_by(slot.layers))
 
 
 Tap = tuple[str, int]
@@ -234,7 +234,7 @@ class ExitPass(TokenPass):
         part = self.open.pick(chosen_BW)
         if part is not None:
             slot = self.reading.cache.slot(section, self.sections[section], self.reading.tokens.positions_RN)
-            make_keys(self.depth.backbone, part, slot, self.reading.spending)
+            make_keys(self.depth.backbone, part, slot, self.reading.cost_scope)
             self.done_BW = self.done_BW + chosen_BW.long()
 
     def read_all(self, states_A1D: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class ExitPass(TokenPass):
 
     def _note_words(self, gone_A: Tensor) -> None:
         """Keep what tokens of the last column showed when they left: nothing is read out twice while writing."""
-        if self.words_AV is None or self.reading.spending is None:
+        if self.words_AV is None or self.reading.cost_scope is None:
             return
         n_rows, n_columns = self.active_BL.shape
         gone_A = gone_A & (self.flat_A % n_columns == n_columns - 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div
 
 from innerloop.config.losses import ExitSettings
-from innerloop.decoder.token_losses import ALL, AtOnce, Show, Shown, by_rows, token_losses
+from innerloop.decoder.token_losses import ALL, AtOnce, HeadInputs, LogitsFn, by_rows, token_losses
 from innerloop.halting.learned import exit_distribution, expected_loss, gain_targets, pull
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
 
@@ -37,11 +37,11 @@ def exit_terms(settings: ExitSettings, inputs: LossInputs) -> PassTerms:
         total = states[-1].new_zeros((), dtype=torch.float32)
         for t, state in enumerate(states[:-1], 1):
             share = 1.0 if settings.schedule == "equal" else t / len(states)
-            losses_of = partial(_losses_of, Shown(head, state), targets_U, last, settings.kd)
+            losses_of = partial(_losses_of, HeadInputs(head, state), targets_U, last, settings.kd)
             total = total + share * by_rows(losses_of, len(targets_U), chunk).sum()
         terms["exits"] = total, "answer"
     if settings.gate != "none":
-        losses_TU = torch.stack([token_losses(Shown(head, s), batch.targets_U, chunk) for s in states])
+        losses_TU = torch.stack([token_losses(HeadInputs(head, s), batch.targets_U, chunk) for s in states])
         logits_TU = torch.stack([gate_BL[rows, at] for gate_BL in deep.gates])
         if settings.gate == "distribution":
             total = distribution_loss(losses_TU, logits_TU, settings.gate_beta) - losses_TU[-1].sum()
@@ -51,9 +51,9 @@ def exit_terms(settings: ExitSettings, inputs: LossInputs) -> PassTerms:
     return terms
 
 
-def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: AtOnce) -> Show:
+def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: AtOnce) -> LogitsFn:
     """Return what gives the log-probabilities of the last exit, which learns nothing here; made once if all at once."""
-    show = Shown(lambda states: head(states).float().log_softmax(-1), states_UD)
+    show = HeadInputs(lambda states: head(states).float().log_softmax(-1), states_UD)
     if chunk is not None:
         return show
     with torch.no_grad():
@@ -61,7 +61,7 @@ def _last_said(head: Callable[[Tensor], Tensor], states_UD: Tensor, chunk: AtOnc
     return lambda part: whole_UV[part]
 
 
-def _losses_of(show: Show, targets_U: Tensor, last: Show | None, kd: float, part: slice) -> Tensor:
+def _losses_of(show: LogitsFn, targets_U: Tensor, last: LogitsFn | None, kd: float, part: slice) -> Tensor:
     last_UV = None
     if last is not None:
         with torch.no_grad():

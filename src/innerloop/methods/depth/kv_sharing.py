@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from innerloop.decoder.kv_buffer import RoomLayer
+from innerloop.decoder.kv_buffer import FullLayer
 from innerloop.decoder.ragged_cache import DepthCache, Slot
 from innerloop.passes.tokens import PassInput, Tokens
 
@@ -74,7 +74,7 @@ class SharedKv:
             merged = slots[0 if kind == "first_loop" else -1]
             if kind == "mean":
                 keys, values = (_mean([getattr(slot, side) for slot in slots]) for side in ("keys", "values"))
-                merged = replace(merged, kept=[RoomLayer.holding(*pair) for pair in zip(keys, values)])
+                merged = replace(merged, kept=[FullLayer.holding(*pair) for pair in zip(keys, values)])
             cache.slots[SHARED] = merged
         self.before = cache.slots[SHARED]
         self.own: list[tuple[Sides, Sides]] = []  # for the mean: the pass's own keys and values in each iteration

@@ -12,7 +12,7 @@ from innerloop.config.method import Method
 from innerloop.decoder.backbone import Backbone
 from innerloop.loop.loop import InnerLoop
 from innerloop.passes.ragged import DepthForward
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
 
@@ -35,15 +35,15 @@ class DepthMethod(Method):
         """Return how often a pass iterates; None where the method has no such number."""
         return None
 
-    def lay_out(self, example: Example, spell: Speller, stage: int = 0) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q] | | [T_1]..[T_m][### A][eos]``."""
-        row = self.prompt(example.question, spell, stage)
-        row.suffix += [*(spell.steps(example) if self.write_steps else ()), spell.answer(example.answer)]
+        row = self.prompt(example.question, encoder, stage)
+        row.suffix += [*(encoder.steps(example) if self.write_steps else ()), encoder.answer(example.answer)]
         return row
 
-    def prompt(self, question: str, spell: Speller, stage: int = 0) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q]``."""
-        return Row([spell.question(question)], depth=self.depth())
+        return Row([encoder.question(question)], depth=self.depth())
 
     def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward | None:
         """Make what makes the passes in the decoder's stead; None: the decoder itself does."""

@@ -185,8 +185,8 @@ class ModDepth(DepthForward):
         if self.predictors:
             rule = self.predictors[index](state_BLD)
             flops += float(self.predictors[index].flops)  # type: ignore[arg-type]
-        if reading.spending is not None:
-            reading.spending.spend(reading.tokens, torch.zeros_like(reading.tokens.positions_RN), 0, flops)
+        if reading.cost_scope is not None:
+            reading.cost_scope.spend(reading.tokens, torch.zeros_like(reading.tokens.positions_RN), 0, flops)
         if method.capacity == 1:
             notes.measure("selected", share_chosen(real, real))
             return real, logits

@@ -32,7 +32,7 @@ from innerloop.methods.depth.key_lookup import DEFAULT_SLOTS, ENDED, Lookup, Loo
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.passes.ragged import DepthForward
 from innerloop.passes.tokens import PassInput, PassOutput, Tokens
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
 
@@ -171,15 +171,17 @@ class RecurrentDepth(DepthMethod):
         """Return the method for answering with r = ``loops``."""
         return replace(self, max_loops=loops, ramp="none", ramp_steps=0)
 
-    def prompt(self, question: str, spell: Speller, stage: int = 0) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q]``, to be read with the iterations of the stage."""
-        row = super().prompt(question, spell, stage)
+        row = super().prompt(question, encoder, stage)
         row.depth = self.n_loops(stage)
         return row
 
-    def rows(self, examples: Sequence[Example], spell: Speller, stage: int | None = None, seed: str = "") -> list[Row]:
+    def rows(
+        self, examples: Sequence[Example], encoder: PromptEncoder, stage: int | None = None, seed: str = ""
+    ) -> list[Row]:
         """Lay out examples; ``seed`` draws r, the same for the whole batch and in all processes."""
-        rows = super().rows(examples, spell, stage, seed)
+        rows = super().rows(examples, encoder, stage, seed)
         if seed:
             mean = self.n_loops(self.last_stage if stage is None else stage)
             drawn = draw_loops(self.loop_sampling, mean, seed)
@@ -361,8 +363,8 @@ class RecurrentDecoder(DepthForward):
 
 def _spend(reading: PassInput, tokens: Tokens, flops: float) -> None:
     """Count FLOPs per token that are no part of the layers."""
-    if reading.spending is not None:
-        reading.spending.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, flops)
+    if reading.cost_scope is not None:
+        reading.cost_scope.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, flops)
 
 
 def make_adapter(init: AdapterInit, width: int) -> nn.Linear:

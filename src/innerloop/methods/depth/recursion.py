@@ -90,9 +90,9 @@ class RecursionPass(BlockPass):
 
     def scores(self, router: Router, states_BLD: Tensor) -> Tensor:
         """Return a router's scores (B, L, N) of all tokens."""
-        if self.reading.spending is not None:
+        if self.reading.cost_scope is not None:
             none = torch.zeros_like(self.reading.tokens.positions_RN)
-            self.reading.spending.spend(self.reading.tokens, none, 0, router.flops)
+            self.reading.cost_scope.spend(self.reading.tokens, none, 0, router.flops)
         return router(states_BLD)
 
     def mix(self, before: Tensor, after: Tensor, gate: Tensor, target: GateTarget | None = None) -> Tensor:

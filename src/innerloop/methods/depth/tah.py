@@ -36,7 +36,7 @@ from innerloop.passes.loss_inputs import LossInputs, PassTerms, Reference
 from innerloop.passes.ragged import DepthForward
 from innerloop.passes.tokens import PassInput, PassOutput, Tokens
 from innerloop.text.batch import Batch
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import read_examples
 
 
@@ -169,8 +169,8 @@ class Tah(DepthMethod):
         """Delete the layers that are missed least."""
         if self.prune_rows is None:
             return
-        spell = Speller(tokenizer)
-        rows = [self.lay_out(example, spell).ids() for example in read_examples(self.prune_rows, limit=N_ROWS)]
+        encoder = PromptEncoder(tokenizer)
+        rows = [self.lay_out(example, encoder).ids() for example in read_examples(self.prune_rows, limit=N_ROWS)]
         prune_layer(backbone, rows)
 
     def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
@@ -325,9 +325,9 @@ class TahDepth(DepthForward):
         assert isinstance(reading.cache, DuoCache)
         slot = reading.cache.whole(self.backbone.n_layers, reading.tokens.positions_RN)
         looks = self.chooser is not None and self.chooser.decider is not None
-        if reading.spending is not None and not (isinstance(depth, int) and depth == 1):
-            charge(reading.spending, tokens, (tokens.real & (depth > 1)).double() * self.lora_flops)
-        return read_at(self.backbone, tokens, slot, depth, self.method.depth_attention, reading.spending, looks)
+        if reading.cost_scope is not None and not (isinstance(depth, int) and depth == 1):
+            charge(reading.cost_scope, tokens, (tokens.real & (depth > 1)).double() * self.lora_flops)
+        return read_at(self.backbone, tokens, slot, depth, self.method.depth_attention, reading.cost_scope, looks)
 
     def choose(
         self,
@@ -343,7 +343,7 @@ class TahDepth(DepthForward):
         if self.chooser is None:
             return None
         limit = self.limit(reading)
-        return self.chooser(part, states_RND, layers, known_RN, depth, limit, logits_RNV, reading.spending)
+        return self.chooser(part, states_RND, layers, known_RN, depth, limit, logits_RNV, reading.cost_scope)
 
     def weights_of_rows(self, depth_R1: Tensor) -> AbstractContextManager[None]:
         """Return the block in which each row has the weights of its own depth."""
@@ -360,7 +360,7 @@ class TahDepth(DepthForward):
         assert reading.trace is not None
         mask_BL = (deep.depths_BL == depth).long()
         kept = torch.nonzero(mask_BL.any(1))[:, 0]
-        rows = None if reading.spending is None else reading.spending.rows
+        rows = None if reading.cost_scope is None else reading.cost_scope.rows
         numbers = (kept if rows is None else rows[kept]).tolist()
         new, old = deep.states_BLD[kept], before[kept]
         reading.trace.record(depth, numbers, new, new, old, mask=mask_BL[kept])

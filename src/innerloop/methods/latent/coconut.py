@@ -10,7 +10,7 @@ from innerloop.config.curriculum import ResetOptimizer, Schedule, StageMix, Stag
 from innerloop.config.plan import Plan
 from innerloop.errors import refuse
 from innerloop.methods.latent.feedback import FeedbackLoop, FeedbackMethod
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import LAT, Row
 
@@ -74,15 +74,15 @@ class Coconut(FeedbackMethod):
         """Return k - 1, and none for pauses."""
         return super().n_loops(stage) if self.thought == "feedback" else 0
 
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int) -> Row:
         """Return ``[Q][<bot>] | [<lat> x k] | [<eot>]``, or ``[Q]`` for "no thought"."""
-        return super().prompt(question, spell, stage) if self.latents_per_step else Row([spell.question(question)])
+        return super().prompt(question, encoder, stage) if self.latents_per_step else Row([encoder.question(question)])
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out as every latent method does, with fewer latents for short examples if so configured."""
-        row = super().lay_out(example, spell, stage)
+        row = super().lay_out(example, encoder, stage)
         if stage == self.last_stage and not self.pad_latent_to_max:
             k = min(len(example.steps), self.max_stage) * self.latents_per_step
-            row.region = [spell.marker(LAT, k)] if k else []
+            row.region = [encoder.marker(LAT, k)] if k else []
             row.n_loops = max(k - 1, 0) if self.thought == "feedback" else 0
         return row

@@ -14,9 +14,9 @@ from innerloop.config.losses import AuxSettings, HiddenLayers, HiddenSettings
 from innerloop.config.method import LatentMethod
 from innerloop.config.stopping import CommonStop
 from innerloop.errors import refuse
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import ANSWER_PASS, Follow, Piece, Readout, Row, ShownBlock, Told
+from innerloop.text.row import ANSWER_PASS, AuxTarget, HiddenTarget, Row, ShownBlock, Span, TokenTarget
 
 
 @dataclass(frozen=True)
@@ -157,35 +157,35 @@ class Lotus(LatentMethod):
         """Return the method for answering with R = ``loops``; how it was supervised no longer matters."""
         return replace(self, max_loops=loops, supervision="post")
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out; the steps of the K_e blocks are shown by latents, those after them are written."""
-        row, steps = self.prompt(example.question, spell, stage), spell.steps(example)
-        row.suffix += [*steps[stage:], spell.answer(example.answer)]
+        row, steps = self.prompt(example.question, encoder, stage), encoder.steps(example)
+        row.suffix += [*steps[stage:], encoder.answer(example.answer)]
         c, n = self.latents_per_block, self.n_latents(stage)
         if self.step_weight > 0:
-            row.readouts = [
-                Readout(self._pass_of(block, row.n_loops), row.region_start + q + self.readout_offset, token)
+            row.token_targets = [
+                TokenTarget(self._pass_of(block, row.n_loops), row.region_start + q + self.readout_offset, token)
                 for block, step in enumerate(steps[:stage])
                 for q, token in enumerate(step.ids[:c] if self.overflow == "truncate" else step.ids, block * c)
                 if q < n
             ]
         if self.aux.weight > 0:
-            row.told = [
-                Told(0, self._pass_of(block, row.n_loops), block * c, c, step.ids)
+            row.aux_targets = [
+                AuxTarget(0, self._pass_of(block, row.n_loops), block * c, c, step.ids)
                 for block, step in enumerate(steps[:stage])
             ]
         if self.hid.weight > 0:
-            row.teacher = Row([spell.question(example.question)], [], [*steps, spell.answer(example.answer)])
-            n_before = spell.n_before_answer(example.answer)
-            row.follows = [
-                Follow(ANSWER_PASS, row.answer_boundary(n_before), row.teacher.answer_boundary(n_before)),
+            row.teacher = Row([encoder.question(example.question)], [], [*steps, encoder.answer(example.answer)])
+            n_before = encoder.n_before_answer(example.answer)
+            row.hidden_targets = [
+                HiddenTarget(ANSWER_PASS, row.answer_boundary(n_before), row.teacher.answer_boundary(n_before)),
             ]
         return row
 
-    def shown_blocks(self, row: Row, steps: Sequence[Piece] = ()) -> list[ShownBlock]:
+    def shown_blocks(self, row: Row, steps: Sequence[Span] = ()) -> list[ShownBlock]:
         """Return where block i shows step i, of which c tokens at most."""
         c = self.latents_per_block
-        n_blocks = sum(len(piece.ids) for piece in row.region) // c
+        n_blocks = sum(len(span.ids) for span in row.region) // c
         gold = [step.ids[:c] for step in steps[:n_blocks]] + [()] * (n_blocks - len(steps))
         passes = [self._pass_of(block, row.n_loops) for block in range(n_blocks)]
         return [ShownBlock(passes[block], block * c + self.readout_offset, c, gold[block]) for block in range(n_blocks)]

@@ -13,9 +13,9 @@ from innerloop.config.losses import HiddenLayers, HiddenSettings
 from innerloop.config.method import LatentMethod, Method
 from innerloop.config.plan import Plan
 from innerloop.errors import refuse
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import ANSWER_PASS, Follow, Row
+from innerloop.text.row import ANSWER_PASS, HiddenTarget, Row
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,19 @@ class SelfTeaching(LatentMethod):
         """The teacher reads them."""
         return self.hid.weight > 0 or self.teacher_weight > 0
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out the student, and beside it the teacher with the position that teaches."""
-        row = super().lay_out(example, spell, stage)
+        row = super().lay_out(example, encoder, stage)
         if self.needs_steps:
-            steps = spell.steps(example)
+            steps = encoder.steps(example)
             read = steps if self.include_last_step else steps[:-1]
-            row.teacher = Row([spell.question(example.question)], [], [*read, spell.answer(example.answer)])
-            n_before = spell.n_before_answer(example.answer)
+            row.teacher = Row([encoder.question(example.question)], [], [*read, encoder.answer(example.answer)])
+            n_before = encoder.n_before_answer(example.answer)
             here, there = row.answer_boundary(n_before), row.teacher.answer_boundary(n_before)
             if n_before:
                 assert row.ids()[here] == row.teacher.ids()[there]
             if self.hid.weight > 0:
-                row.follows = [Follow(ANSWER_PASS, here, there)]
+                row.hidden_targets = [HiddenTarget(ANSWER_PASS, here, there)]
         return row
 
 

@@ -13,9 +13,9 @@ from innerloop.config.method import Method
 from innerloop.errors import refuse
 from innerloop.methods.latent.feedback import FeedbackLoop, FeedbackMethod
 from innerloop.methods.latent.self_teaching import OwnStates, ProjectedLoop, SequentialLatents
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import FED, Row, Told
+from innerloop.text.row import FED, AuxTarget, Row
 
 Surplus = Literal["answer", "ignore", "repeat_last"]
 
@@ -90,12 +90,12 @@ class SimCot(SoftLatents, FeedbackMethod):
         super().__post_init__()
         refuse((self.latents_per_step < 1, "simcot reads latents: set latents_per_step to at least 1"))
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out, with what each group of latents must tell."""
-        row = super().lay_out(example, spell, stage)
-        c, n_latents = self.latents_per_step, sum(len(piece.ids) for piece in row.region)
+        row = super().lay_out(example, encoder, stage)
+        c, n_latents = self.latents_per_step, sum(len(span.ids) for span in row.region)
         texts = told_texts(example, self.max_stage, self.surplus)[: n_latents // c]
-        row.told = [Told(k, FED, k * c, c, spell.told(text)) for k, text in enumerate(texts)]
+        row.aux_targets = [AuxTarget(k, FED, k * c, c, encoder.aux_target(text)) for k, text in enumerate(texts)]
         return row
 
 
@@ -133,11 +133,11 @@ class SimCotCodi(SoftLatents, SequentialLatents):
         super().__post_init__()
         refuse((self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"))
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out, with what each latent must tell; the last is fed to nothing else."""
-        row = super().lay_out(example, spell, stage)
+        row = super().lay_out(example, encoder, stage)
         texts = told_texts(example, self.n_latents_total + 1, self.surplus)
-        row.told = [Told(k, FED, k, 1, spell.told(text)) for k, text in enumerate(texts) if text]
+        row.aux_targets = [AuxTarget(k, FED, k, 1, encoder.aux_target(text)) for k, text in enumerate(texts) if text]
         return row
 
 

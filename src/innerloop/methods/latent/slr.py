@@ -15,9 +15,9 @@ from innerloop.config.stopping import GATED
 from innerloop.errors import InputError, refuse
 from innerloop.loop.sampling import draw_loops
 from innerloop.methods.latent.slr_settings import SlrAux, SlrKd, SlrSchedule, SlrStates, SlrStop, StabilisedLoop
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import BOT, EOT, Follow, Kind, Piece, Readout, Row, Told
+from innerloop.text.row import BOT, EOT, AuxTarget, HiddenTarget, Kind, Row, Span, TokenTarget
 
 
 @dataclass(frozen=True)
@@ -314,40 +314,42 @@ class Slr(LatentMethod):
         object.__setattr__(method, "_cut_short", drawn < self.max_loops)
         return method
 
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int) -> Row:
         """Return the row up to <eot>: the region is the slots, the prompt (all) or <bot> (last)."""
-        asked, bot, eot = spell.question(question), spell.marker(BOT), spell.marker(EOT)
+        asked, bot, eot = encoder.question(question), encoder.marker(BOT), encoder.marker(EOT)
         if self.loop_scope == "all":
             return Row([], [asked], [eot], n_loops=self.n_loops(stage))
         if self.loop_scope == "last":
             return Row([asked], [bot], [eot], n_loops=self.n_loops(stage))
-        return super().prompt(question, spell, stage)
+        return super().prompt(question, encoder, stage)
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out, with the steps that each iteration must show or follow."""
-        row = super().lay_out(example, spell, stage)
+        row = super().lay_out(example, encoder, stage)
         if not self.write_steps:
-            row.suffix = [piece for piece in row.suffix if piece.kind is not Kind.STEP]
+            row.suffix = [span for span in row.suffix if span.kind is not Kind.STEP]
         if self.decoder.kind == "linear":
             row.suffix.pop()  # the answer is chosen, not written
             row.answer_class = self._class_of(example)
         all_gone = stage == self.last_stage or not self.write_steps
-        steps = spell.steps(example) if all_gone else spell.steps(example)[:stage]
+        steps = encoder.steps(example) if all_gone else encoder.steps(example)[:stage]
         cut = getattr(self, "_cut_short", False)
         taught = {t: self._step_of(t, len(steps), row.n_loops, cut) for t in range(1, row.n_loops + 1)}
         pairs = [(t, index) for t, index in taught.items() if index is not None]
         if self.step_weight:
             shown = (self._readouts(t, row.region_start, index, steps[index]) for t, index in pairs)
-            row.readouts = [readout for readouts in shown for readout in readouts]
+            row.token_targets = [readout for token_targets in shown for readout in token_targets]
         if self.aux.weight:
             texts, c = example.steps, self._block_length
-            row.told = [Told(t - 1, t, self._block_of(i), c, spell.told(texts[i])) for t, i in pairs]
+            row.aux_targets = [
+                AuxTarget(t - 1, t, self._block_of(i), c, encoder.aux_target(texts[i])) for t, i in pairs
+            ]
         if self._follows_steps:
-            written = [*spell.steps(example), spell.answer(example.answer)]
-            row.teacher = Row([spell.question(example.question)], [], written)
+            written = [*encoder.steps(example), encoder.answer(example.answer)]
+            row.teacher = Row([encoder.question(example.question)], [], written)
             ends = row.teacher.step_ends()
-            at = None if self.hid.site == "mean" else row.region_start + sum(len(piece.ids) for piece in row.region) - 1
-            row.follows = [Follow(t, at, ends[index]) for t, index in pairs]
+            at = None if self.hid.site == "mean" else row.region_start + sum(len(span.ids) for span in row.region) - 1
+            row.hidden_targets = [HiddenTarget(t, at, ends[index]) for t, index in pairs]
         return row
 
     def _class_of(self, example: Example) -> int:
@@ -372,10 +374,10 @@ class Slr(LatentMethod):
     def _block_length(self) -> int:
         return self.slots_per_step or self.n_slots
 
-    def _readouts(self, t: int, start: int, index: int, step: Piece) -> list[Readout]:
+    def _readouts(self, t: int, start: int, index: int, step: Span) -> list[TokenTarget]:
         """Return the first c tokens of a step, to be shown in iteration t by the slots of its block."""
         first = start + self._block_of(index)
-        return [Readout(t, first + j, token) for j, token in enumerate(step.ids[: self._block_length])]
+        return [TokenTarget(t, first + j, token) for j, token in enumerate(step.ids[: self._block_length])]
 
     def _block_of(self, index: int) -> int:
         """Return the first of the slots that show the 0-based step."""

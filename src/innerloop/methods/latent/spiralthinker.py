@@ -23,9 +23,9 @@ from innerloop.config.method import Labeller, Method
 from innerloop.config.stopping import CommonStop
 from innerloop.errors import refuse
 from innerloop.methods.latent.step_labels import check_labels, label_steps, latent_mask
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import ANSWER_PASS, BOL, BOT, EOL, EOT, LAT, Block, Follow, Kind, Piece, Row
+from innerloop.text.row import ANSWER_PASS, BOL, BOT, EOL, EOT, LAT, Block, HiddenTarget, Kind, Row, Span
 
 ALL_LATENT = -1  # as a number whose bits tell of steps
 
@@ -189,13 +189,13 @@ class SpiralThinker(Method):
             return (0, ALL_LATENT)
         return (0, 1) if self.pattern == "random_parity" else (0,)
 
-    def longest(self, example: Example, spell: Speller) -> int:
+    def longest(self, example: Example, encoder: PromptEncoder) -> int:
         """Return the length of the longest row: a step that is free is whichever is longer."""
         if not self.is_free:
-            return super().longest(example, spell)
-        latent = (len(step.ids) < self.latents_per_block for step in spell.steps(example))
+            return super().longest(example, encoder)
+        latent = (len(step.ids) < self.latents_per_block for step in encoder.steps(example))
         mask = sum(1 << i for i, is_latent in enumerate(latent) if is_latent)
-        return self.n_positions(self.lay_out(replace(example, meta={}), spell, mask))
+        return self.n_positions(self.lay_out(replace(example, meta={}), encoder, mask))
 
     @property
     def labeller_source(self) -> str | None:
@@ -208,43 +208,43 @@ class SpiralThinker(Method):
             return label_steps(labeller, examples)
         return check_labels(examples) if self.pattern == "labelled" else list(examples)
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out; the region goes from the first latent to the last <eol>, with the text between as it is."""
-        steps = spell.steps(example)
+        steps = encoder.steps(example)
         if self.pattern == "labelled":
             stage = latent_mask(example, stage)
-        head = row = Row([spell.question(example.question)])
+        head = row = Row([encoder.question(example.question)])
         if self.hid.weight > 0:
-            head.teacher = self._teacher(example, spell)
+            head.teacher = self._teacher(example, encoder)
         for i, step in enumerate(steps):
             if self._is_latent(i, stage):
-                row = self._add_block(row, spell)
+                row = self._add_block(row, encoder)
                 if head.teacher is not None:
-                    row.follows += self._follows(row, head.teacher, i)
+                    row.hidden_targets += self._follows(row, head.teacher, i)
             else:
-                row.suffix += self._text(step, spell)
+                row.suffix += self._text(step, encoder)
         if not steps and self.m0 == "one_block_no_align" and self.pattern != "none":
-            row = self._add_block(row, spell)
-        row.suffix.append(spell.answer(example.answer))
+            row = self._add_block(row, encoder)
+        row.suffix.append(encoder.answer(example.answer))
         return head
 
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int) -> Row:
         """Return ``[Q]``, with the first block where the pattern begins with one."""
-        row = Row([spell.question(question)])
-        return self._add_block(row, spell) if self.begins_with_block else row
+        row = Row([encoder.question(question)])
+        return self._add_block(row, encoder) if self.begins_with_block else row
 
-    def block(self, spell: Speller) -> Block | None:
+    def block(self, encoder: PromptEncoder) -> Block | None:
         """What happens when <bol> is written."""
         if self.pattern == "none":
             return None
-        forced = spell.answer("") if self.force_block_after_text else None
+        forced = encoder.answer("") if self.force_block_after_text else None
         return Block(
-            opened_by=spell.marker(BOL).ids[0],
-            region=spell.marker(LAT, self.latents_per_block),
-            closing=spell.marker(EOL),
+            opened_by=encoder.marker(BOL).ids[0],
+            region=encoder.marker(LAT, self.latents_per_block),
+            closing=encoder.marker(EOL),
             n_loops=self.n_updates,
             most=self.max_blocks,
-            forced_after=spell.marker(EOT).ids[0] if forced else None,
+            forced_after=encoder.marker(EOT).ids[0] if forced else None,
             unless=forced.ids[0] if forced else None,
         )
 
@@ -260,7 +260,7 @@ class SpiralThinker(Method):
                 return bool(stage >> index & 1)
         return index % 2 == (self.pattern == "even")
 
-    def _add_block(self, row: Row, spell: Speller) -> Row:
+    def _add_block(self, row: Row, encoder: PromptEncoder) -> Row:
         """Append a block and return the row that it is in.
 
         In parallel, what was written since the last block becomes part of the region; sequentially, a block that is not
@@ -268,7 +268,7 @@ class SpiralThinker(Method):
         """
         is_first = not row.region and not row.suffix
         is_given = is_first and self.begins_with_block
-        begin = Piece(spell.marker(BOL).ids, Kind.MARKER, supervised=not is_given or self.supervise_first_bol)
+        begin = Span(encoder.marker(BOL).ids, Kind.MARKER, supervised=not is_given or self.supervise_first_bol)
         if is_first:
             row.prefix.append(begin)
         elif self.block_schedule == "sequential":
@@ -278,26 +278,26 @@ class SpiralThinker(Method):
         else:
             row.region += [*row.suffix, begin]
             row.suffix = []
-        row.region += [spell.marker(LAT, self.latents_per_block), spell.marker(EOL)]
+        row.region += [encoder.marker(LAT, self.latents_per_block), encoder.marker(EOL)]
         row.n_loops = self.n_updates
         return row
 
-    def _text(self, step: Piece, spell: Speller) -> list[Piece]:
+    def _text(self, step: Span, encoder: PromptEncoder) -> list[Span]:
         """Return ``[<bot>] T [<eot>]``, all of it to be written."""
-        begin, end = (Piece(spell.marker(text).ids, Kind.MARKER, supervised=True) for text in (BOT, EOT))
+        begin, end = (Span(encoder.marker(text).ids, Kind.MARKER, supervised=True) for text in (BOT, EOT))
         return [begin, step, end]
 
-    def _teacher(self, example: Example, spell: Speller) -> Row:
-        written = [piece for step in spell.steps(example) for piece in self._text(step, spell)]
-        return Row([spell.question(example.question)], [], [*written, spell.answer(example.answer)])
+    def _teacher(self, example: Example, encoder: PromptEncoder) -> Row:
+        written = [span for step in encoder.steps(example) for span in self._text(step, encoder)]
+        return Row([encoder.question(example.question)], [], [*written, encoder.answer(example.answer)])
 
-    def _follows(self, row: Row, teacher: Row, step: int) -> list[Follow]:
+    def _follows(self, row: Row, teacher: Row, step: int) -> list[HiddenTarget]:
         """Return how the <eol> that a row has just got follows the teacher's <eot>, pass by pass."""
         at, there = len(row) - 1, teacher.step_ends()[step] + 1
         first = 0 if self.align_static_pass else 1
         weights = pass_weights(self.n_updates, first, self.align_schedule, self.align_alpha)
         return [
-            Follow(ANSWER_PASS if k == self.n_updates else k + 1, at, there, weight)
+            HiddenTarget(ANSWER_PASS if k == self.n_updates else k + 1, at, there, weight)
             for k, weight in enumerate(weights, first)
             if weight > 0
         ]

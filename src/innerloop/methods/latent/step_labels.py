@@ -39,7 +39,7 @@ def label_steps(model: Labeller, examples: Sequence[Example], batch_size: int = 
         asked = [n for n, example in enumerate(examples) if len(example.steps) > i]
         for start in range(0, len(asked), batch_size):
             part = asked[start : start + batch_size]
-            rows = [method.lay_out(bare[n], model.spell, masks[n] | 1 << i) for n in part]
+            rows = [method.lay_out(bare[n], model.encoder, masks[n] | 1 << i) for n in part]
             for n, row, logits_UV in zip(part, rows, model.row_logits(rows)):
                 if _goes_on(row, logits_UV, i, len(examples[n].steps)):
                     masks[n] |= 1 << i
@@ -63,13 +63,13 @@ def _one_after_another(method: Method) -> Method:
 
 def _goes_on(row: Row, logits_UV: Tensor, step: int, n_steps: int) -> bool:
     """Tell whether every token of the next step, or after the last of the answer, is the likeliest."""
-    written = [piece for link in row.links() for piece in link.pieces if piece.supervised]
+    written = [span for segment in row.segments() for span in segment.spans if span.supervised]
     is_last = step + 1 == n_steps
     best, at = logits_UV.argmax(-1).tolist(), 0
-    for piece in written:
-        if piece.kind is Kind.ANSWER if is_last else piece.kind is Kind.STEP and piece.step == step + 1:
-            return best[at : at + len(piece.ids)] == list(piece.ids)
-        at += len(piece.ids)
+    for span in written:
+        if span.kind is Kind.ANSWER if is_last else span.kind is Kind.STEP and span.step == step + 1:
+            return best[at : at + len(span.ids)] == list(span.ids)
+        at += len(span.ids)
     raise AssertionError("a step is followed by another or by the answer")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from innerloop.config.method import Method
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, Row
 
@@ -18,13 +18,13 @@ class NoCot(Method):
     paper: ClassVar[str] = "baseline"
     summary: ClassVar[str] = "writes the answer at once"
 
-    def lay_out(self, example: Example, spell: Speller, stage: int = 0) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q] | | [### A][eos]``."""
-        return Row([spell.question(example.question)], [], [spell.answer(example.answer)])
+        return Row([encoder.question(example.question)], [], [encoder.answer(example.answer)])
 
-    def prompt(self, question: str, spell: Speller, stage: int = 0) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q]``."""
-        return Row([spell.question(question)])
+        return Row([encoder.question(question)])
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Cot(Method):
         """<bot> and <eot>, if asked for."""
         return (BOT, EOT) if self.with_markers else ()
 
-    def lay_out(self, example: Example, spell: Speller, stage: int = 0) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q] | | [T_1]..[T_m][### A][eos]``."""
-        row = self.prompt(example.question, spell, stage)
-        row.suffix += [*spell.steps(example), spell.answer(example.answer)]
+        row = self.prompt(example.question, encoder, stage)
+        row.suffix += [*encoder.steps(example), encoder.answer(example.answer)]
         return row
 
-    def prompt(self, question: str, spell: Speller, stage: int = 0) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q]``, followed by the markers if there are any."""
-        return Row([spell.question(question)], [], [spell.marker(text) for text in self.markers])
+        return Row([encoder.question(question)], [], [encoder.marker(text) for text in self.markers])

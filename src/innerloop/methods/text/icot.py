@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 from innerloop.config.curriculum import ResetOptimizer, Schedule, uniforms
 from innerloop.config.method import Method
 from innerloop.errors import refuse
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
-from innerloop.text.row import Kind, Piece, Row
+from innerloop.text.row import Kind, Row, Span
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Icot(Method):
         """One ends the chain of thought, one the answer."""
         return 1 if self.force_empty else 2
 
-    def longest(self, example: Example, spell: Speller) -> int:
+    def longest(self, example: Example, encoder: PromptEncoder) -> int:
         """Return the length before anything is removed."""
-        return len(self.lay_out(example, spell, self.first_stage))
+        return len(self.lay_out(example, encoder, self.first_stage))
 
     @property
     def last_stage(self) -> int:
@@ -113,15 +113,15 @@ class Icot(Method):
         drawn = stage + removal_offset(uniforms(seed)[0], self.smoothing)
         return drawn if drawn < self.max_removed else drawn + 1  # s_max itself stands for all tokens
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out with the first (or last) ``stage`` units of the chain of thought gone, at stage s_max with all.
 
         A stage past s_max is what smoothing has drawn: stage - 1 units.
         """
         stage = self.first_stage if stage < 0 else stage
         is_all = stage == self.max_removed
-        end = Piece((spell.eos_id,), Kind.MARKER)
-        steps = spell.steps(example)
+        end = Span((encoder.eos_id,), Kind.MARKER)
+        steps = encoder.steps(example)
         stage -= stage > self.max_removed
         if is_all:
             steps = []
@@ -129,16 +129,16 @@ class Icot(Method):
             steps = steps[stage:] if self.side == "left" else steps[: max(len(steps) - stage, 0)]
         else:
             steps = _without(steps, stage, self.side)
-        stop = Piece((spell.eos_id,), Kind.STEP, supervised=True)
-        row = Row([spell.question(example.question)], [], [end, *steps, stop, spell.answer(example.answer)])
+        stop = Span((encoder.eos_id,), Kind.STEP, supervised=True)
+        row = Row([encoder.question(example.question)], [], [end, *steps, stop, encoder.answer(example.answer)])
         if self.keep_position:
-            row.skipped = sum(len(step.ids) for step in spell.steps(example)) - sum(len(step.ids) for step in steps)
+            row.skipped = sum(len(step.ids) for step in encoder.steps(example)) - sum(len(step.ids) for step in steps)
         return row
 
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int) -> Row:
         """Return ``[Q][eos]``, and the second separator if it is given."""
-        end = Piece((spell.eos_id,), Kind.MARKER)
-        return Row([spell.question(question), end, *([end] if self.force_empty else [])])
+        end = Span((encoder.eos_id,), Kind.MARKER)
+        return Row([encoder.question(question), end, *([end] if self.force_empty else [])])
 
 
 def removal_offset(uniform: float, smoothing: float) -> int:
@@ -146,13 +146,13 @@ def removal_offset(uniform: float, smoothing: float) -> int:
     return int(-math.log(1 - uniform) / smoothing)
 
 
-def _without(steps: list[Piece], n: int, side: str) -> list[Piece]:
-    """Remove the first (left) or last (right) ``n`` tokens of some pieces."""
+def _without(steps: list[Span], n: int, side: str) -> list[Span]:
+    """Remove the first (left) or last (right) ``n`` tokens of some spans."""
     kept = []
     for step in steps if side == "left" else reversed(steps):
         gone = min(n, len(step.ids))
         n -= gone
         ids = step.ids[gone:] if side == "left" else step.ids[: len(step.ids) - gone]
         if ids:
-            kept.append(Piece(ids, Kind.STEP, supervised=True, step=step.step))
+            kept.append(Span(ids, Kind.STEP, supervised=True, step=step.step))
     return kept if side == "left" else kept[::-1]

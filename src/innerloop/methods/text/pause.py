@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from innerloop.config.curriculum import Schedule, StageUnit
 from innerloop.config.method import LatentMethod
 from innerloop.errors import InputError
-from innerloop.text.encoder import Speller
+from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, LAT, Row
 
@@ -72,22 +72,22 @@ class Pause(LatentMethod):
         """Return M, or s * per_stage on the way there."""
         return self.n_pauses if stage == self.last_stage else min(stage * self.per_stage, self.n_pauses)
 
-    def lay_out(self, example: Example, spell: Speller, stage: int) -> Row:
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Return ``[Q]([<bot>]) | [<pause> x M] | ([<eot>])([T_s+1]..)[### A][eos]``."""
-        row = self._row(example.question, spell, self.n_latents(stage))
+        row = self._row(example.question, encoder, self.n_latents(stage))
         if self.keep_steps or stage < self.last_stage:
-            row.suffix += spell.steps(example, first=0 if self.keep_steps else stage)
-        row.suffix.append(spell.answer(example.answer))
+            row.suffix += encoder.steps(example, first=0 if self.keep_steps else stage)
+        row.suffix.append(encoder.answer(example.answer))
         return row
 
-    def prompt(self, question: str, spell: Speller, stage: int) -> Row:
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int) -> Row:
         """Return the row up to the first written token."""
         override = self.n_pauses_inference if stage == self.last_stage else None
-        return self._row(question, spell, self.n_latents(stage) if override is None else override)
+        return self._row(question, encoder, self.n_latents(stage) if override is None else override)
 
-    def _row(self, question: str, spell: Speller, n_pauses: int) -> Row:
-        asked, pauses = spell.question(question), [spell.marker(LAT, n_pauses)] if n_pauses else []
-        bot, eot = ([spell.marker(BOT)], [spell.marker(EOT)]) if self.with_markers else ([], [])
+    def _row(self, question: str, encoder: PromptEncoder, n_pauses: int) -> Row:
+        asked, pauses = encoder.question(question), [encoder.marker(LAT, n_pauses)] if n_pauses else []
+        bot, eot = ([encoder.marker(BOT)], [encoder.marker(EOT)]) if self.with_markers else ([], [])
         if self.placement == "prepend":
             return Row([*bot, *pauses, *eot, asked])
         return Row([asked, *bot], pauses, eot)
