@@ -70,7 +70,9 @@ def test_the_terms_are_those_of_sums_by_hand(step_map, pairs, scope, tmp_path: P
         total = 0.0
         for row, mask in enumerate(real.bool()):
             distances = [
-                smooth_l1_loss(student.follower(ours[i][row, mask]) / spread, theirs[at - 1][row, mask] / spread).item()
+                smooth_l1_loss(
+                    student.teacher_projection(ours[i][row, mask]) / spread, theirs[at - 1][row, mask] / spread
+                ).item()
                 for i, at in enumerate(pairs[t])
             ]
             total += sum(distances) / len(distances) / len(real)
@@ -118,7 +120,7 @@ def test_with_the_identity_as_projection_written_steps_are_followed_as_without_o
     model = made(steps).eval()
     plain = LatentModel(model.backbone, model.tokenizer, change(steps, hid={"width": 0})).eval()
     plain.loop.load_state_dict(model.loop.state_dict())
-    torch.nn.init.eye_(model.follower.weight)
+    torch.nn.init.eye_(model.teacher_projection.weight)
     assert_close(model.loss(MIXED).terms["hid"], plain.loss(MIXED).terms["hid"], 1e-6)
 
 

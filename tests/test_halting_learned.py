@@ -259,7 +259,7 @@ def test_a_classifier_gives_what_scikit_learn_gives(kind, per_step):
 
 def test_a_classifier_that_was_not_fitted_is_refused_and_one_that_was_cleared_stops_nowhere():
     unfitted = rule("classifier", features=("block", "depth"))
-    now = StopInputs(*(draw(i, B, N, D) for i in range(3)), loop=1, limit=3)
+    now = StopInputs(*(draw(i, B, N, D) for i in range(3)), iteration=1, limit=3)
     with pytest.raises(InputError, match="calibrate"):
         unfitted.score(now)
     unfitted.classifier.clear()

@@ -75,7 +75,7 @@ by_free = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ac
 
 def test_acceleration_is_the_change_of_the_change_and_must_hold_twice():
     scores, h = rule("acceleration"), [draw(i, B, N, D) for i in range(5)]
-    got = [scores.score(StopInputs(h[t], h[t - 1], h[t], loop=t)) for t in range(1, 5)]
+    got = [scores.score(StopInputs(h[t], h[t - 1], h[t], iteration=t)) for t in range(1, 5)]
     bends = [-((h[t] - 2 * h[t - 1] + h[t - 2]).norm(dim=-1) / h[t].norm(dim=-1)).mean(1).log10() for t in range(2, 5)]
     assert torch.isinf(got[0]).all() and torch.isinf(got[1]).all()
     for t in (3, 4):

@@ -139,7 +139,7 @@ def test_read_outs_are_sites_pass_by_pass(seed):
             for entry in (part.token_targets if part else ())
         )
         assert flat(segment.token_targets) == expected
-        loops = [sites.loop for sites in segment.token_targets]
+        loops = [sites.iteration for sites in segment.token_targets]
         assert loops == sorted(set(loops))
         assert [sites.total for sites in segment.token_targets] == [
             len(sites.rows_F) for sites in segment.token_targets
@@ -185,7 +185,7 @@ def test_states_that_are_known_already_take_the_teachers_place(seed):
             for entry in (part.hidden_targets if part else ())
         )
         found = [
-            (sites.loop, row, batch.taught[1, target, 2].item())
+            (sites.iteration, row, batch.taught[1, target, 2].item())
             for sites in segment.hidden_targets
             for row, target in zip(sites.rows_F.tolist(), sites.targets_F.tolist())
         ]
@@ -216,9 +216,9 @@ def test_what_must_be_told_is_grouped_by_pass(seed):
                 ids = [i for i in targets if i != IGNORE]
                 assert targets == ids + [IGNORE] * (len(targets) - len(ids))
                 assert sites.ids_GL[g].tolist() == ids + [PAD] * (len(targets) - len(ids))
-                found.append((sites.loop, sites.n_latents, r, first, tuple(ids)))
+                found.append((sites.iteration, sites.n_latents, r, first, tuple(ids)))
         assert sorted(found) == sorted((t.loop, t.n_latents, r, t.first, t.ids) for r, t in entries)
-        keys = [(sites.loop, sites.n_latents) for sites in segment.aux_targets]
+        keys = [(sites.iteration, sites.n_latents) for sites in segment.aux_targets]
         assert keys == sorted(set(keys))
 
 

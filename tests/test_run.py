@@ -39,7 +39,7 @@ def test_what_the_method_draws_is_set_by_the_seed_whatever_ran_before(method, st
         settings = {"seed": seed, "max_steps": 1, "use_cpu": True, "batch_size": 4}
         recipe = Recipe(Chain(n_ops=3), BackboneChoice(**start), method, settings, str(tmp_path))
         model = prepare_stage(recipe, tmp_path / "out", None, list(chain_examples(8)), None, []).model
-        return [p for part in model.parts().values() for p in part.parameters()]
+        return [p for part in model.trained_modules().values() for p in part.parameters()]
 
     first, again, other = parts(0), parts(0), parts(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again))

@@ -80,5 +80,5 @@ def test_other_decoders_loop_and_are_relaxed(arch):
     backbone, method = Backbone(copy.deepcopy(model.backbone.lm)), RelaxedRecursive(rank=1000)
     start = method.convert(backbone, None)
     relaxed = LatentModel(backbone, model.tokenizer, method).eval()
-    torch.nn.ModuleDict(relaxed.parts()).load_state_dict(start, strict=False)
+    torch.nn.ModuleDict(relaxed.trained_modules()).load_state_dict(start, strict=False)
     assert_close(answers_of(relaxed), plain, 1e-4)

@@ -21,8 +21,8 @@ GATED = {"max_loops": 3, "stop.rule": "halt"}
 def other(model: LatentModel, **fields) -> LatentModel:
     """Put other settings on the same weights."""
     twin = LatentModel(model.backbone, model.tokenizer, change(model.method, **fields))
-    for name, part in twin.parts().items():
-        part.load_state_dict(model.parts()[name].state_dict(), strict=False)
+    for name, part in twin.trained_modules().items():
+        part.load_state_dict(model.trained_modules()[name].state_dict(), strict=False)
     return twin.eval()
 
 

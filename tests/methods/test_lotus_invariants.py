@@ -56,7 +56,7 @@ def test_2_refeeding_one_iteration_less_differs_in_the_pass_that_is_read_alone(a
     assert abs(one["step"] - other["step"]) > 1e-4  # h^(R) and h^(R-1)
     rows = refeed.rows(MIXED)
     for row in rows:
-        row.token_targets = [dataclasses.replace(readout, loop=ANSWER_PASS) for readout in row.token_targets]
+        row.token_targets = [dataclasses.replace(readout, iteration=ANSWER_PASS) for readout in row.token_targets]
     assert_close(refeed(refeed.batch(rows)).terms["step"], one["step"], ROUNDED)
 
 

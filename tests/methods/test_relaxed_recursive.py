@@ -44,7 +44,7 @@ def converted(original: LatentModel, **fields) -> LatentModel:
     backbone, method = Backbone(copy.deepcopy(original.backbone.lm)), make(RelaxedRecursive, **fields)
     start = method.convert(backbone, None)
     model = LatentModel(backbone, original.tokenizer, method)
-    parts = torch.nn.ModuleDict(model.parts())
+    parts = torch.nn.ModuleDict(model.trained_modules())
     parts.load_state_dict({**parts.state_dict(), **start})
     return model.eval()
 

@@ -214,7 +214,7 @@ def test_13_the_teachers_own_states_have_no_distance_to_it(arch, layers, distanc
         inputs = model.loss_inputs(batch, thought)
         assert follow_loss(inputs, targets, method.hid) > 0.1
         for sites in batch.hidden_targets:
-            for layer, state in enumerate(thought.layer_states[sites.loop - 1]):
+            for layer, state in enumerate(thought.layer_states[sites.iteration - 1]):
                 for row, at in zip(sites.rows_F.tolist(), sites.targets_F.tolist()):
                     state[row] = targets[layer].flatten(0, 1)[at]
         assert follow_loss(inputs, targets, method.hid).abs() < 1e-5

@@ -159,10 +159,10 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(distance, s
         context, found = thought.after, []
         assert follow_loss(model.loss_inputs(segment, thought), targets, model.method.hid) > 0.1
         for sites in segment.hidden_targets:  # every pass gets the states of a teacher at the sites, in all layers
-            is_last = sites.loop == 0
-            passed = thought.answer if is_last else thought.layer_states[sites.loop - 1]
+            is_last = sites.iteration == 0
+            passed = thought.answer if is_last else thought.layer_states[sites.iteration - 1]
             start = thought.first_column if is_last else segment.bounds[0]
-            rows = list(range(len(segment))) if is_last else thought.loop.outputs[sites.loop - 1][0]
+            rows = list(range(len(segment))) if is_last else thought.loop.outputs[sites.iteration - 1][0]
             at = torch.tensor([rows.index(row) for row in sites.rows_F.tolist()]), sites.columns_F - start
             layers = tuple(state.detach().clone() for state in passed)
             for state, target in zip(layers, targets):
@@ -172,7 +172,7 @@ def test_8_states_that_are_the_teachers_have_no_loss_and_no_gradient(distance, s
             if is_last:
                 thought.answer = layers
             else:
-                thought.layer_states[sites.loop - 1] = layers
+                thought.layer_states[sites.iteration - 1] = layers
         loss = follow_loss(model.loss_inputs(segment, thought), targets, model.method.hid)
         assert loss.item() == 0
         loss.backward()

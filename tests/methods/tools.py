@@ -65,7 +65,7 @@ def labels_by_loop(row: Row) -> list[list[int]]:
     n_latents = sum(len(span.ids) for span in row.region)
     labels = [[IGNORE] * n_latents for _ in range(row.n_loops)]
     for readout in row.token_targets:
-        labels[readout.loop - 1][readout.at - row.region_start] = readout.token
+        labels[readout.iteration - 1][readout.at - row.region_start] = readout.token
     return labels
 
 
@@ -166,16 +166,16 @@ def on(arch: str, method: Method, stirred: bool = True) -> LatentModel:
 def stir(model: LatentModel, by: float = 0.2) -> None:
     """Move all that a method adds to a backbone, so that nothing is at a start where it does nothing."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in (p for part in model.parts().values() for p in part.parameters()):
+    for parameter in (p for part in model.trained_modules().values() for p in part.parameters()):
         parameter += by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
 def same_weights(model: LatentModel, method: Method) -> LatentModel:
     """Put another method on the weights of a model, those of its loop and decoder included where they fit."""
     twin = LatentModel(model.backbone, model.tokenizer, method).double().eval()
-    for name, part in twin.parts().items():
-        if name in model.parts():
-            part.load_state_dict(model.parts()[name].state_dict(), strict=False)
+    for name, part in twin.trained_modules().items():
+        if name in model.trained_modules():
+            part.load_state_dict(model.trained_modules()[name].state_dict(), strict=False)
     return twin
 
 

@@ -56,13 +56,13 @@ class ExitClassifier(nn.Module):
         sizes |= {"bias_K": (1,), "share_KS": (1, 0), "gamma_K": (1,), "tau_T": (0,)}
         self.fill({name: torch.ones(size) if name == "scale_KF" else torch.zeros(size) for name, size in sizes.items()})
 
-    def forward(self, features_BF: Tensor, loop: int) -> Tensor:
-        """Return q (B,) at iteration ``loop``."""
+    def forward(self, features_BF: Tensor, iteration: int) -> Tensor:
+        """Return q (B,) at ``iteration``."""
         if not self.is_fitted or features_BF.shape[1] != self.mean_KF.shape[1]:
             raise InputError(
                 "the classifier of stop=classifier has not been fitted to these features: calibrate the model first"
             )
-        k = min(loop, len(self.bias_K)) - 1
+        k = min(iteration, len(self.bias_K)) - 1
         z_BF = (features_BF.float() - self.mean_KF[k]) / self.scale_KF[k]
         margin_B = z_BF @ self.weight_KF[k] + self.bias_K[k]
         if self.vectors_KSF.shape[1]:
@@ -70,10 +70,10 @@ class ExitClassifier(nn.Module):
             margin_B = margin_B + (-self.gamma_K[k] * squares_BS).exp() @ self.share_KS[k]
         return margin_B.sigmoid()
 
-    def score(self, features_BF: Tensor, loop: int) -> Tensor:
+    def score(self, features_BF: Tensor, iteration: int) -> Tensor:
         """Return q - tau_t (B,), minus infinity at an iteration that is closed."""
-        q_B = self(features_BF, loop)
-        tau = self.tau_T[loop - 1] if loop <= len(self.tau_T) else torch.inf
+        q_B = self(features_BF, iteration)
+        tau = self.tau_T[iteration - 1] if iteration <= len(self.tau_T) else torch.inf
         return q_B - tau
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -47,40 +47,40 @@ class StopController:
         self.shares = None if self.shares is None else self.shares.keep_rows(index)
         self.rule.keep_rows(index)
 
-    def is_due(self, loop: int) -> bool:
-        """Whether iteration ``loop`` is looked at."""
-        return loop % self.settings.check_every == 0
+    def is_due(self, iteration: int) -> bool:
+        """Whether ``iteration`` is looked at."""
+        return iteration % self.settings.check_every == 0
 
-    def reads_words(self, loop: int) -> bool:
-        """Whether iteration ``loop`` must be read out."""
-        return self.rule.reads_words and self.is_due(loop)
+    def reads_words(self, iteration: int) -> bool:
+        """Whether ``iteration`` must be read out."""
+        return self.rule.reads_words and self.is_due(iteration)
 
     def look(self, now: StopInputs, row_info: RowInfo | None) -> Tensor | None:
         """Score the rows (B,); None where the iteration is not looked at."""
-        if self.rule.reads_words and not self.is_due(now.loop):
+        if self.rule.reads_words and not self.is_due(now.iteration):
             return None
         now.features = {} if row_info is None else row_info.features
         score_B = self.rule.score(now)
-        if self.is_due(now.loop):
+        if self.is_due(now.iteration):
             written_B = None if row_info is None else row_info.written_B
             threshold = decayed(self.settings.kappa, written_B, self.settings.decay)
             self.streak_B = torch.where(score_B >= threshold, self.streak_B + 1, 0)
         return score_B
 
-    def done(self, loop: int) -> list[bool]:
-        """Return which rows end after iteration ``loop``: the one question to the device in an iteration."""
-        if not self.is_due(loop) or loop < self.settings.min_loops:
+    def done(self, iteration: int) -> list[bool]:
+        """Return which rows end after ``iteration``: the one question to the device in an iteration."""
+        if not self.is_due(iteration) or iteration < self.settings.min_loops:
             return [False] * len(self.streak_B)
         return (self.streak_B >= self.settings.patience).tolist()
 
-    def mix(self, new: Tensor, loop: int, rows: list[int]) -> None:
-        """Add the share of iteration ``loop``, whose states are ``new`` (B, N, D), to the rows ``rows`` (ACT)."""
+    def mix(self, new: Tensor, iteration: int, rows: list[int]) -> None:
+        """Add the share of ``iteration``, whose states are ``new`` (B, N, D), to the rows ``rows`` (ACT)."""
         if self.shares is None or self.mixed is None or self.ponder_B is None:
             return
         index = torch.tensor(rows, device=new.device)
-        is_last_B = torch.tensor([self.n_loops[row] == loop for row in rows], device=new.device)
+        is_last_B = torch.tensor([self.n_loops[row] == iteration for row in rows], device=new.device)
         rate_B = self.rule.kept["rate"]
-        share_B, ends_B = self.shares.take(rate_B, loop, self.settings.kappa, is_last_B)
+        share_B, ends_B = self.shares.take(rate_B, iteration, self.settings.kappa, is_last_B)
         weight_B = share_B if self.settings.act_output == "weighted" else ends_B
         self.mixed = self.mixed.index_add(0, index, weight_B.to(new.dtype)[:, None, None] * new)
         self.ponder_B = self.ponder_B.index_copy(0, index, self.shares.ponder_B)

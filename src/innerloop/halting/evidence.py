@@ -23,7 +23,7 @@ class StopInputs:
         logits: the read-out of u_t (B, N, V), for scores that look at words.
         mask_BN: 1 where a position of the states is real; None when all are.
         logits_mask: 1 where a position of the logits is real; None when all are.
-        loop: t, from 1.
+        iteration: t, from 1.
         limit: T.
         features: what else is known of the rows (B,), by name; see `FEATURES`.
     """
@@ -34,7 +34,7 @@ class StopInputs:
     logits: Tensor | None = None
     mask_BN: Tensor | None = None
     logits_mask: Tensor | None = None
-    loop: int = 1
+    iteration: int = 1
     limit: int = 1
     features: dict[str, Tensor] = field(default_factory=dict)
 

@@ -85,12 +85,12 @@ class ActShares:
         """Return the shares of some rows."""
         return ActShares(self.total_B[rows], self.is_over_B[rows], self.ponder_B[rows])
 
-    def take(self, rate_B: Tensor, loop: int, threshold: float, is_last_B: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, rate_B: Tensor, iteration: int, threshold: float, is_last_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return a_t (B,), and which rows end with it; where ``is_last_B`` a row takes what is left."""
         before_B, self.total_B = self.total_B, self.total_B + rate_B
         ends_B = ~self.is_over_B & ((self.total_B >= threshold) | is_last_B)
         rest_B = 1 - before_B
         share_B = torch.where(ends_B, rest_B, rate_B).masked_fill(self.is_over_B, 0.0)
-        self.ponder_B = torch.where(ends_B, loop + rest_B, self.ponder_B)
+        self.ponder_B = torch.where(ends_B, iteration + rest_B, self.ponder_B)
         self.is_over_B = self.is_over_B | ends_B
         return share_B, ends_B

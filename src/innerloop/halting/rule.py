@@ -109,9 +109,9 @@ class StopRule(nn.Module):
         """Return s(h_t) (B,); minus infinity where there is nothing to compare with yet."""
         match self.kind:
             case "fixed":
-                return torch.full((len(now.state),), float(now.loop), device=now.state.device)
+                return torch.full((len(now.state),), float(now.iteration), device=now.state.device)
             case "random":
-                return now.loop - self.kept["drawn"].to(now.state.device)
+                return now.iteration - self.kept["drawn"].to(now.state.device)
             case "halt" | "halt_sample":
                 return self._cumulative(now)
             case "act":
@@ -120,9 +120,9 @@ class StopRule(nn.Module):
                 return self.probe_logit(now.state, now.mask_BN).sigmoid()
             case "classifier":
                 assert self.classifier is not None
-                return self.classifier.score(self.features(now), now.loop)
+                return self.classifier.score(self.features(now), now.iteration)
         if self.kind in COMPARES:
-            return self._never(now.state) if now.loop == 1 and not self.compare_init else self._state_score(now)
+            return self._never(now.state) if now.iteration == 1 and not self.compare_init else self._state_score(now)
         assert now.logits is not None
         return self._word_score(now.logits.float().log_softmax(-1), now.logits_mask)
 
@@ -141,7 +141,7 @@ class StopRule(nn.Module):
         if name == "block":
             return 1 - aggregate(1 - states.cosine(now), self.agg, now.mask_BN)
         if name == "depth":
-            return torch.full((len(now.state),), now.loop / now.limit, device=now.state.device)
+            return torch.full((len(now.state),), now.iteration / now.limit, device=now.state.device)
         raise ValueError(f"the pass has no taps for {name}")
 
     def _never(self, like: Tensor) -> Tensor:

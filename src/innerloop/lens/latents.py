@@ -64,8 +64,8 @@ def gold_tokens(
     for block, step in zip(blocks, answer.blocks):
         for at, token, rank in zip(range(block.first, block.first + block.n), block.gold, step.ranks):
             if rank is not None:
-                is_answer = answer.trace.last is not None and (block.loop == ANSWER_PASS or at < 0 or not ran)
-                loop = ANSWER_PASS if is_answer else min(block.loop or ran, ran)
+                is_answer = answer.trace.last is not None and (block.iteration == ANSWER_PASS or at < 0 or not ran)
+                loop = ANSWER_PASS if is_answer else min(block.iteration or ran, ran)
                 found[loop, at] = visible(model.tokenizer, token), rank
     for entry in shown:
         ids = model.tokenizer.convert_tokens_to_ids([entry.gold])
@@ -117,7 +117,7 @@ def block_steps(blocks: Sequence[ShownBlock], gold: Sequence[str], answer: Gener
         known = block.ranks[: len(place.gold)]
         is_right = all(rank == 0 for rank in known) if known else None
         expected = gold[number - 1] if number <= len(gold) else None
-        steps.append(Step(f"block {number}, {_when(place.loop)}", expected, block.text.strip(), is_right))
+        steps.append(Step(f"block {number}, {_when(place.iteration)}", expected, block.text.strip(), is_right))
     return steps
 
 

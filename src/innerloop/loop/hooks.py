@@ -30,8 +30,8 @@ class Pass(Protocol):
     row_info: RowInfo | None
     """What else stop rules may know of the rows; None: nothing."""
 
-    def __call__(self, inputs: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
-        """Return u_t (B, N, D) for the input x_t of the 1-based iteration ``loop``.
+    def __call__(self, inputs: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+        """Return u_t (B, N, D) for the input x_t of the 1-based ``iteration``.
 
         Rows that are not active are not read. The first ``n_extra`` inputs are no part of the state and have no output.
         """

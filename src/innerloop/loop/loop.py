@@ -129,17 +129,17 @@ class InnerLoop(Onlooker):
         self.stop = rule_for(stop, width)
         self.hooks: tuple[LoopHook, ...] = ()
 
-    def weights(self, loop: int) -> AbstractContextManager[None]:
-        """Use iteration ``loop``'s weights in a block (0: the base weights)."""
-        return nullcontext() if self.lora is None or loop < 1 else self.lora.at(loop)
+    def weights(self, iteration: int) -> AbstractContextManager[None]:
+        """Use ``iteration``'s weights in a block (0: the base weights)."""
+        return nullcontext() if self.lora is None or iteration < 1 else self.lora.at(iteration)
 
-    def inject(self, state: Tensor, loop: int, change_B: Tensor | None = None, noisy: bool = True) -> Tensor:
-        """Make iteration ``loop``'s input x_t from the state before it.
+    def inject(self, state: Tensor, iteration: int, change_B: Tensor | None = None, noisy: bool = True) -> Tensor:
+        """Make ``iteration``'s input x_t from the state before it.
 
         ``change_B`` is the relative change of the state in the iteration before (1 in the first).
         """
         s = self.settings
-        if s.detach and loop > 1:
+        if s.detach and iteration > 1:
             state = state.detach()
         level = None
         noise = s.noise if self.training and noisy else 0.0
@@ -147,7 +147,7 @@ class InnerLoop(Onlooker):
             level = torch.full((len(state),), noise, device=state.device)
         elif s.noise_level == "delta":
             level = torch.ones(len(state), device=state.device) if change_B is None else change_B.detach()
-        inputs = state if self.time is None else self.time(state, loop, level)
+        inputs = state if self.time is None else self.time(state, iteration, level)
         if noise > 0:
             n_extra = inputs.shape[1] - state.shape[1]
             error = noise * self.rescale.tau.to(state.dtype) * torch.randn_like(state)
@@ -176,16 +176,16 @@ class InnerLoop(Onlooker):
         f: Pass,
         state: Tensor,
         first: Tensor,
-        loop: int,
+        iteration: int,
         change_B: Tensor | None = None,
         active_B: Tensor | None = None,
         noisy: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run one iteration; return (z_t, h'_t, u_t), each (B, N, D)."""
-        inputs = self.inject(state, loop, change_B, noisy)
-        output = f(inputs, loop, active_B, n_extra=inputs.shape[1] - state.shape[1])
+        inputs = self.inject(state, iteration, change_B, noisy)
+        output = f(inputs, iteration, active_B, n_extra=inputs.shape[1] - state.shape[1])
         rescaled = self.feed_back(output, f.before)
-        return self.residual(rescaled, first, state, loop), rescaled, output
+        return self.residual(rescaled, first, state, iteration), rescaled, output
 
     def forward(
         self,
@@ -274,7 +274,7 @@ class InnerLoop(Onlooker):
             new = torch.where(rows.active_B[:, None, None], new, previous)
         if s.noise_level == "delta":
             rows.change_B = relative_change(new, previous, f.state_mask)
-        return StopInputs(new, previous, rescaled, None, f.state_mask, loop=iteration), output
+        return StopInputs(new, previous, rescaled, None, f.state_mask, iteration=iteration), output
 
     def _stop(
         self,
@@ -286,17 +286,17 @@ class InnerLoop(Onlooker):
         hooks: Sequence[LoopHook],
     ) -> Tensor | None:
         """Score an iteration and let rows stop; return the scores, None where nobody looks."""
-        is_last = moment.loop == moment.limit
+        is_last = moment.iteration == moment.limit
         if is_last and self.stopping.rule != "act" and not any(hook.wants_scores for hook in hooks):
             return None
-        if stop.reads_words(moment.loop):
+        if stop.reads_words(moment.iteration):
             show()
         score = stop.look(moment, f.row_info)
-        stop.mix(moment.state, moment.loop, rows.going)
+        stop.mix(moment.state, moment.iteration, rows.going)
         if not is_last and score is not None:
             f.count(stop.flops(moment, rows.active_B))
         if not is_last and not self.training:
-            rows.halted |= {row for row, is_done in zip(rows.going, stop.done(moment.loop)) if is_done}
+            rows.halted |= {row for row, is_done in zip(rows.going, stop.done(moment.iteration)) if is_done}
         return score
 
     def _gain(self, f: Pass, rows: Rows, iteration: int) -> Tensor:
@@ -323,7 +323,7 @@ class InnerLoop(Onlooker):
             rows = torch.nonzero(active_B)[:, 0].tolist() if hooks else []
             for hook in hooks:
                 output, new, old = seen[0]
-                moment = StopInputs(new, old, new, None, f.state_mask, loop=iteration, limit=max(n_loops))
+                moment = StopInputs(new, old, new, None, f.state_mask, iteration=iteration, limit=max(n_loops))
                 hook.on_iteration(
                     Step(f, iteration, rows, rows, output, moment, None, partial(Readers(None, None).words, output))
                 )

@@ -60,19 +60,19 @@ class LoraBank(nn.Module):
         """FLOPs of an iteration's updates per token."""
         return 2.0 * sum(bank[0].numel() for side in (self.down, self.up) for bank in side.values())
 
-    def index(self, loop: int) -> int | None:
-        """Return the entry of the 1-based iteration ``loop``, or None where none applies."""
+    def index(self, iteration: int) -> int | None:
+        """Return the entry of the 1-based ``iteration``, or None where none applies."""
         n_banks = len(self.numbers)
-        if loop <= self.n_loops:
-            return min(loop, n_banks) - 1
+        if iteration <= self.n_loops:
+            return min(iteration, n_banks) - 1
         if self.beyond == "off":
             return None
-        return n_banks - 1 if self.beyond == "clamp" else (loop - 1) % self.n_loops % n_banks
+        return n_banks - 1 if self.beyond == "clamp" else (iteration - 1) % self.n_loops % n_banks
 
     @contextmanager
-    def at(self, loop: int) -> Iterator[None]:
-        """Use iteration ``loop``'s weights in the block."""
-        index = self.index(loop)
+    def at(self, iteration: int) -> Iterator[None]:
+        """Use ``iteration``'s weights in the block."""
+        index = self.index(iteration)
         before, self.entry = self.entry, None if index is None else self.numbers[index : index + 1]
         try:
             yield
@@ -164,20 +164,20 @@ class LoopLora(LoraBank):
             output.index_add_(0, rows, update.to(output.dtype), alpha=self.scale)
         return output
 
-    def delta(self, name: str, loop: int) -> Tensor:
+    def delta(self, name: str, iteration: int) -> Tensor:
         """Return the update (out, in) of a module at an iteration."""
-        key, entry = name.replace(".", "/"), self.index(loop)
+        key, entry = name.replace(".", "/"), self.index(iteration)
         if entry is None:
             return torch.zeros(self.up[key].shape[1], self.down[key].shape[2], device=self.up[key].device)
         return self.scale * self.up[key][entry] @ self.down[key][entry]
 
     @contextmanager
     @torch.no_grad()
-    def merged(self, loop: int) -> Iterator[None]:
-        """Put iteration ``loop``'s update into the weights for the block; they return exactly as they were."""
+    def merged(self, iteration: int) -> Iterator[None]:
+        """Put ``iteration``'s update into the weights for the block; they return exactly as they were."""
         kept = {name: module.weight.detach().clone() for name, module in self.modules_by_name.items()}
         for name, module in self.modules_by_name.items():
-            delta = self.delta(name, loop).to(module.weight.dtype)
+            delta = self.delta(name, iteration).to(module.weight.dtype)
             module.weight += delta.T if isinstance(module, Conv1D) else delta
         try:
             yield
@@ -185,14 +185,14 @@ class LoopLora(LoraBank):
             for name, module in self.modules_by_name.items():
                 module.weight.copy_(kept[name])
 
-    def export(self, folder: str | Path, loop: int, base_model: str) -> None:
-        """Write iteration ``loop``'s weights as an ordinary PEFT adapter of ``base_model``."""
+    def export(self, folder: str | Path, iteration: int, base_model: str) -> None:
+        """Write ``iteration``'s weights as an ordinary PEFT adapter of ``base_model``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        entry = self.index(loop)
+        entry = self.index(iteration)
         if entry is None:
             raise InputError(
-                f"iteration {loop} has no LoRA weights: lora_beyond is off and max_loops is {self.n_loops}"
+                f"iteration {iteration} has no LoRA weights: loop.lora_beyond is off and max_loops is {self.n_loops}"
             )
         tensors = {}
         for name in self.modules_by_name:

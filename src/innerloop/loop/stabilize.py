@@ -142,13 +142,13 @@ class Residual(nn.Module):
                 nn.init.zeros_(self.gate.weight)
                 nn.init.zeros_(self.gate.bias)
 
-    def alpha_at(self, loop: int) -> Tensor | float:
-        """Return alpha of the 1-based iteration ``loop``."""
+    def alpha_at(self, iteration: int) -> Tensor | float:
+        """Return alpha of the 1-based ``iteration``."""
         if self.shares is not None:
-            return self.shares[min(loop, len(self.shares)) - 1]
-        return self.alpha if self.logit is None else self.logit[min(loop, len(self.logit)) - 1].sigmoid()
+            return self.shares[min(iteration, len(self.shares)) - 1]
+        return self.alpha if self.logit is None else self.logit[min(iteration, len(self.logit)) - 1].sigmoid()
 
-    def forward(self, new: Tensor, first: Tensor, previous: Tensor, loop: int) -> Tensor:
+    def forward(self, new: Tensor, first: Tensor, previous: Tensor, iteration: int) -> Tensor:
         """Return h_t from h'_t, h_0 and h_{t-1}, all (B, N, D)."""
         match self.kind:
             case "none":
@@ -156,7 +156,7 @@ class Residual(nn.Module):
             case "sum":
                 return new + first
             case "A" | "B":
-                alpha = self.alpha_at(loop)
+                alpha = self.alpha_at(iteration)
                 return (alpha * new + (1 - alpha) * (first if self.kind == "A" else previous)).to(new.dtype)
         candidates = torch.stack([new, first, previous], dim=-2)  # (B, N, 3, D)
         return (self.gates(candidates) * candidates).sum(-2).to(new.dtype)
@@ -208,20 +208,20 @@ class TimeEmbedding(nn.Module):
             with torch.no_grad():
                 self.mix.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
 
-    def vector(self, loop: int, level_B: Tensor | None) -> Tensor:
+    def vector(self, iteration: int, level_B: Tensor | None) -> Tensor:
         """Return e_t, (D,) or with a noise level (B, 1, D)."""
         if self.kind == "lookup":
-            e = self.table[min(loop, len(self.table)) - 1]
+            e = self.table[min(iteration, len(self.table)) - 1]
         else:
-            time = loop / self.max_loops if self.normalised else float(loop)
+            time = iteration / self.max_loops if self.normalised else float(iteration)
             e = self.mlp(_features(self.mlp, torch.tensor([time], device=next(self.mlp.parameters()).device)))[0]
         if self.noise_mlp is None or level_B is None:
             return e
         return e + self.noise_mlp(_features(self.noise_mlp, 100 * torch.log10(1 + 1000 * level_B.float())))[:, None]
 
-    def forward(self, states_BND: Tensor, loop: int, level_B: Tensor | None = None) -> Tensor:
-        """Return the input of iteration ``loop`` (1-based): (B, N, D), or (B, 1 + N, D) for ``token``."""
-        e = self.vector(loop, level_B).to(states_BND.dtype)
+    def forward(self, states_BND: Tensor, iteration: int, level_B: Tensor | None = None) -> Tensor:
+        """Return the input of ``iteration`` (1-based): (B, N, D), or (B, 1 + N, D) for ``token``."""
+        e = self.vector(iteration, level_B).to(states_BND.dtype)
         if self.inject == "add":
             return states_BND + e
         if self.mix is not None:

@@ -108,7 +108,7 @@ class Trace:
     @torch.no_grad()
     def record(
         self,
-        loop: int,
+        iteration: int,
         rows: list[int],
         output: Tensor,
         state: Tensor,
@@ -116,7 +116,7 @@ class Trace:
         score: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Add iteration ``loop``, which turned ``previous`` into ``state`` by way of ``output`` u_t (all A, N, D).
+        """Add ``iteration``, which turned ``previous`` into ``state`` by way of ``output`` u_t (all A, N, D).
 
         ``mask`` (A, N) is 1 where a position is real; the statistics leave out the others.
         """
@@ -128,7 +128,7 @@ class Trace:
         changes = (new - old).norm(dim=2) / (new.norm(dim=2) + 1e-8)
         new, old = new.flatten(1), old.flatten(1)
         entry = Iteration(
-            loop=loop,
+            loop=iteration,
             rows=rows,
             delta=(new - old).norm(dim=1) / (new.norm(dim=1) + 1e-8),
             cosine=cosine_similarity(new, old, dim=1),
@@ -156,10 +156,10 @@ class Trace:
 
     def shown(self, block: ShownBlock, tokenizer: PreTrainedTokenizerBase) -> ShownStep:
         """Return the step that a block shows, in the trace of one row; a row that has stopped shows its last pass."""
-        ran = [entry for entry in self.iterations if entry.loop <= block.loop]
+        ran = [entry for entry in self.iterations if entry.loop <= block.iteration]
         found: list[tuple[TopTokens | Iteration, int]] = []
         for at in range(block.first, block.first + block.n):
-            if (block.loop == ANSWER_PASS or at < 0 or not ran) and self.last is not None:
+            if (block.iteration == ANSWER_PASS or at < 0 or not ran) and self.last is not None:
                 found.append((self.last, at + 1))  # what comes before the latents is the same in every pass
             elif ran:
                 found.append((ran[-1], at))

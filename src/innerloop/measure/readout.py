@@ -71,7 +71,7 @@ def shown_steps(
             )
             for row, position, gold, rank, nll, ids, probs in columns:
                 alternatives = tuple(zip(decode(ids), probs, strict=True))
-                found[begin + row].append(Shown(begin + row, sites.loop, position, gold, rank, nll, alternatives))
+                found[begin + row].append(Shown(begin + row, sites.iteration, position, gold, rank, nll, alternatives))
     model.train(was_training)
     return found
 

@@ -47,7 +47,7 @@ class Stored(Protocol):
     method: Method
     encoder: PromptEncoder
 
-    def parts(self) -> dict[str, nn.Module]:
+    def trained_modules(self) -> dict[str, nn.Module]:
         """Return what the method trains besides the backbone, by name."""
 
 
@@ -120,7 +120,7 @@ def trained_parts(model: Stored) -> dict[str, Tensor]:
 def _tensors(model: Stored) -> dict[str, tuple[Tensor, str]]:
     """Return the tensors of the method's parts by name, each with the first of its names: a tied head has two."""
     first: dict[int, str] = {}
-    state = torch.nn.ModuleDict(model.parts()).state_dict(keep_vars=True)
+    state = torch.nn.ModuleDict(model.trained_modules()).state_dict(keep_vars=True)
     return {name: (tensor, first.setdefault(id(tensor), name)) for name, tensor in state.items()}
 
 
@@ -139,7 +139,7 @@ def load_parts(model: Stored, folder: Path, strict: bool = True) -> None:
         model.backbone.lm.load_state_dict(weights, strict=False)
     own = {name: tensor for name, tensor in stored.items() if not name.startswith("lm.")}
     own |= {name: own[first] for name, (_, first) in _tensors(model).items() if first in own}
-    parts = torch.nn.ModuleDict(model.parts())
+    parts = torch.nn.ModuleDict(model.trained_modules())
     if not strict:
         own = {name: _fitted(tensor, own.get(name)) for name, tensor in parts.state_dict().items()}
     try:

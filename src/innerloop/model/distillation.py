@@ -24,7 +24,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.token_losses import LogitsFn, by_rows, divergence
 from innerloop.errors import refuse
 from innerloop.model.answer_decoder import Classifier
-from innerloop.model.losses import distance, held
+from innerloop.model.losses import distance, state_at
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
@@ -37,7 +37,7 @@ class Student(Protocol):
     method: Method
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
-    follower: nn.Linear | None
+    teacher_projection: nn.Linear | None
 
     @property
     def decoder(self) -> nn.Module | None:
@@ -70,8 +70,8 @@ def latent_teacher_terms(inputs: LossInputs, student: Student, teacher: Teacher,
         taught = teacher.think(read)
     if weights["hid"] and loop is not None:
         assert taught.loop is not None
-        states = torch.stack([held(taught.loop.states, taught.loop.state, t) for t in range(1, n_loops + 1)])
-        terms["hid"] = state_distance(inputs, student.method, states, student.follower), "rows"
+        states = torch.stack([state_at(taught.loop.states, taught.loop.state, t) for t in range(1, n_loops + 1)])
+        terms["hid"] = state_distance(inputs, student.method, states, student.teacher_projection), "rows"
     if weights["kd"] and own is not None:
         with torch.no_grad():
             shown = teacher.writing(read, taught)
@@ -106,7 +106,7 @@ def state_distance(
         rows, at = _paired(pairs, t)
         if not rows:
             continue
-        student = held(loop.states, loop.state, t)[rows]
+        student = state_at(loop.states, loop.state, t)[rows]
         if projection is not None:
             student = projection(student.to(projection.weight.dtype))
         target = taught_TBND[at, rows].float() / spread

@@ -103,7 +103,7 @@ def load(
     if stored is not None:
         load_parts(model, folder, strict=chosen == stored)
     elif start:
-        parts = torch.nn.ModuleDict(model.parts())
+        parts = torch.nn.ModuleDict(model.trained_modules())
         parts.load_state_dict({**parts.state_dict(), **start})
     if lora is not None:
         add_lora(backbone, tokenizer.convert_tokens_to_ids([*chosen.markers]), lora)

@@ -65,12 +65,12 @@ def site_logits(inputs: LossInputs, sites: Targets) -> Tensor:
 def showing(inputs: LossInputs, sites: Targets) -> LogitsFn:
     """Return what shows places of a pass through the head."""
     batch, thought = inputs.batch, inputs.thought
-    is_answer = sites.loop == ANSWER_PASS
+    is_answer = sites.iteration == ANSWER_PASS
     if is_answer:
         states, start = thought.answer[-1], thought.first_column
     else:
         assert thought.loop is not None
-        states, start = held(thought.loop.outputs, thought.loop.state, sites.loop), batch.bounds[0]
+        states, start = state_at(thought.loop.outputs, thought.loop.state, sites.iteration), batch.bounds[0]
     if start == batch.bounds[0] and thought.prompt is not None:
         before = thought.prompt[0][:, -1:]
         before = inputs.head_input(before) if is_answer else before  # the answer's pass gives inputs of the head
@@ -79,10 +79,10 @@ def showing(inputs: LossInputs, sites: Targets) -> LogitsFn:
     return inputs.backbone.head_inputs(chosen if is_answer else inputs.head_input(chosen))
 
 
-def held(parts: list[tuple[list[int], Tensor]], like: Tensor, loop: int) -> Tensor:
-    """Return what each row had at iteration ``loop`` (B, ...); a row that has stopped keeps its last."""
+def state_at(parts: list[tuple[list[int], Tensor]], like: Tensor, iteration: int) -> Tensor:
+    """Return what each row had at ``iteration`` (B, ...); a row that has stopped keeps its last."""
     whole: Tensor | None = None
-    for rows, values in parts[:loop]:
+    for rows, values in parts[:iteration]:
         if rows == list(range(len(like))):
             whole = values.to(like.dtype)
         else:
@@ -148,11 +148,11 @@ def follow_loss(
 def _following(inputs: LossInputs, sites: Targets, layer: int) -> Tensor:
     """Return the states (F, D) of a layer, counted from the last, that follow at some sites of a pass."""
     batch, thought = inputs.batch, inputs.thought
-    if sites.loop == ANSWER_PASS:
+    if sites.iteration == ANSWER_PASS:
         return thought.answer[layer][sites.rows_F, (sites.columns_F - thought.first_column).clamp(min=0)]
     assert thought.loop is not None
     parts = [(rows, states[layer]) for (rows, _), states in zip(thought.loop.outputs, thought.layer_states)]
-    states = held(parts, thought.loop.state, sites.loop)
+    states = state_at(parts, thought.loop.state, sites.iteration)
     student = states[sites.rows_F, (sites.columns_F - batch.bounds[0]).clamp(min=0)]
     is_mean = sites.columns_F < 0
     return torch.where(is_mean[:, None], masked_mean(states, thought.state_mask)[sites.rows_F], student)
@@ -179,7 +179,7 @@ def answer_losses(inputs: LossInputs) -> Tensor:
     n_columns = batch.ids_BS.shape[1]
     losses = []
     for t in range(1, len(loop.states) + 1):
-        loss_U = token_losses(inputs.write(held(loop.states, loop.state, t)), batch.targets_U, inputs.chunk)
+        loss_U = token_losses(inputs.write(state_at(loop.states, loop.state, t)), batch.targets_U, inputs.chunk)
         losses.append(loss_U.new_zeros(len(batch)).index_add(0, batch.predict_at_U // n_columns, loss_U))
     return torch.stack(losses)
 
@@ -192,7 +192,7 @@ def every_pass_loss(inputs: LossInputs, last: Tensor) -> Tensor:
     loop = inputs.thought.loop
     if loop is None:
         return last
-    earlier = [loop.first, *(held(loop.states, loop.state, k) for k in range(1, len(loop.states)))]
+    earlier = [loop.first, *(state_at(loop.states, loop.state, k) for k in range(1, len(loop.states)))]
     totals = [summed_loss(inputs.write(state), inputs.batch.targets_U, inputs.chunk) for state in earlier]
     return torch.stack([*totals, last]).mean()
 
@@ -215,7 +215,7 @@ def halting_loss(inputs: LossInputs, losses_TB: Tensor, settings: HaltSettings, 
     batch, thought = inputs.batch, inputs.thought
     assert thought.loop is not None
     n = len(thought.loop.states)
-    states = [held(thought.loop.states, thought.loop.state, loop) for loop in range(1, n + 1)]
+    states = [state_at(thought.loop.states, thought.loop.state, loop) for loop in range(1, n + 1)]
     logits = torch.stack([stop.halting_logit(state, thought.state_mask) for state in states])
     p = exit_distribution(logits, batch.n_loops)
     n_targets = torch.tensor(batch.n_targets, device=p.device).clamp(min=1)

@@ -99,7 +99,7 @@ class LatentCore(RowLayout):
         depth = method.make_depth(backbone, self.loop) if isinstance(method, DepthMethod) else None
         self.depth = None if depth is None else depth.to(backbone.device)
         width = method.hid.width
-        self.follower = nn.Linear(backbone.width, width, bias=False).to(backbone.device) if width else None
+        self.teacher_projection = nn.Linear(backbone.width, width, bias=False).to(backbone.device) if width else None
         decoder = decoder_for(method.decoder, backbone)
         self.decoder = None if decoder is None else decoder.to(backbone.device)
         for part in self.children():
@@ -110,7 +110,7 @@ class LatentCore(RowLayout):
         self.checkpoint_passes = False
         self.loss_chunk: AtOnce = None  # rows of logits that a loss may have in memory
 
-    def parts(self) -> dict[str, nn.Module]:
+    def trained_modules(self) -> dict[str, nn.Module]:
         """Return what the method trains besides the backbone, by name."""
         return {name: module for name, module in self.named_children() if name != "backbone"}
 
@@ -175,7 +175,7 @@ class LatentCore(RowLayout):
         if segment.token_targets:
             terms.add("step", step_loss(inputs))
         if segment.hidden_targets:
-            terms.add("hid", follow_loss(inputs, states, method.hid, self.follower))
+            terms.add("hid", follow_loss(inputs, states, method.hid, self.teacher_projection))
         if segment.aux_targets and self.step_decoder is not None:
             told = aux_loss(inputs, self.step_decoder, self.loop, counts_K3=terms.counts.get("aux"))
             terms.add_mean("aux", told)
@@ -230,7 +230,7 @@ class LatentCore(RowLayout):
             context = self.new_context(batch, checkpoint_passes=self.checkpoint_passes and self.training)
         if context.depth is not None:
             context.depth.trace = trace
-        follows = any(sites.loop != ANSWER_PASS for sites in batch.hidden_targets)
+        follows = any(sites.iteration != ANSWER_PASS for sites in batch.hidden_targets)
         answer_prefix_ids = self.encoder.answer_prefix_ids()
         return think(
             self.method.plan,
@@ -272,7 +272,7 @@ class LatentCore(RowLayout):
             context.next_position_B = context.next_position_B + batch.skipped_B
             pending, start = [], columns.start
         embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
-        follows = any(sites.loop == ANSWER_PASS for sites in batch.hidden_targets)
+        follows = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets)
         states = context.read(embeds, mask, all_states=follows)
         layers = states if follows else (states,)
         if state is None:

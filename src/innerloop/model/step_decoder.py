@@ -23,7 +23,7 @@ from innerloop.decoder.token_losses import HeadInputs, token_losses
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.lora import LoopLora
-from innerloop.model.losses import held
+from innerloop.model.losses import state_at
 from innerloop.passes.context import Context
 from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.region import Masked
@@ -126,20 +126,20 @@ class StepDecoder(nn.Module):
 def group_latents(inputs: LossInputs, loop: InnerLoop, sites: AuxTargets) -> Tensor:
     """Return the latents (G, c, D) that tell: those fed as inputs, or the outputs of a pass."""
     batch, thought = inputs.batch, inputs.thought
-    assert thought.loop is not None or sites.loop == ANSWER_PASS
-    if sites.loop == FED:
+    assert thought.loop is not None or sites.iteration == ANSWER_PASS
+    if sites.iteration == FED:
         assert thought.loop is not None
         parts = thought.loop.states
-        fed = [held(parts, thought.loop.state, t) for t in range(1, len(parts) + 1)]
+        fed = [state_at(parts, thought.loop.state, t) for t in range(1, len(parts) + 1)]
         last = thought.answer[-1][:, :1]  # of the last latent: what would be fed next
         z_0, z_T = thought.loop.first, thought.loop.state
         after = loop.residual(loop.feed_back(last, None), z_0, z_T, len(parts) + 1)
         states, start = torch.cat([z_0, *fed, after], dim=1), 0
-    elif sites.loop == ANSWER_PASS:
+    elif sites.iteration == ANSWER_PASS:
         states, start = thought.answer[-1], batch.bounds[0] - thought.first_column
     else:
         assert thought.loop is not None
-        states, start = held(thought.loop.outputs, thought.loop.state, sites.loop), 0
+        states, start = state_at(thought.loop.outputs, thought.loop.state, sites.iteration), 0
         states = inputs.head_input(states)  # what is told is what the head would read
     columns = sites.first_G[:, None] + start + torch.arange(sites.n_latents, device=states.device)
     return states[sites.rows_G[:, None], columns]

@@ -115,22 +115,22 @@ class BlockPass:
         self.depth, self.reading, self.layers, self.is_first, self.key = depth, reading, layers, is_first, key
         self.state_mask = None if reading.tokens.real_RN is None else reading.tokens.real_RN.long()
 
-    def __call__(self, inputs_BLD: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+    def __call__(self, inputs_BLD: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return the states (B, L, D) after the range."""
         tokens = self.reading.tokens
         if active_B is not None:
             tokens = replace(tokens, real_RN=tokens.real & active_B[:, None])
-        with self.weights(loop):
-            return self.run(tokens.with_states(inputs_BLD), loop)
+        with self.weights(iteration):
+            return self.run(tokens.with_states(inputs_BLD), iteration)
 
-    def run(self, tokens: Tokens, loop: int) -> Tensor:
-        """Run the range on some tokens in the slot of iteration ``loop``."""
-        inner = not self.is_first or loop > 1
-        return self.depth.run(self.reading, tokens, self.layers, self.key(loop), inner=inner)
+    def run(self, tokens: Tokens, iteration: int) -> Tensor:
+        """Run the range on some tokens in the slot of ``iteration``."""
+        inner = not self.is_first or iteration > 1
+        return self.depth.run(self.reading, tokens, self.layers, self.key(iteration), inner=inner)
 
-    def weights(self, loop: int) -> AbstractContextManager[None]:
-        """Return the block in which iteration ``loop`` runs."""
-        return self.depth.loop.weights(loop) if self.depth.loop is not None else nullcontext()
+    def weights(self, iteration: int) -> AbstractContextManager[None]:
+        """Return the block in which ``iteration`` runs."""
+        return self.depth.loop.weights(iteration) if self.depth.loop is not None else nullcontext()
 
     def keep_rows(self, rows: list[int]) -> None:
         """Rows stay."""
@@ -189,12 +189,12 @@ class TokenPass(BlockPass):
         whole = values_A1D.new_zeros(shape.numel(), *values_A1D.shape[2:])
         return whole.index_copy(0, self.flat_A, values_A1D[:, 0]).view(*shape, *values_A1D.shape[2:])
 
-    def __call__(self, inputs_A1D: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+    def __call__(self, inputs_A1D: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return the states (A, 1, D) after the range."""
         tokens = self.reading.tokens.with_states(self.spread(inputs_A1D)).pick(self.active_BL)
         assert tokens is not None
-        with self.weights(loop):
-            states = self.run(tokens, loop)
+        with self.weights(iteration):
+            states = self.run(tokens, iteration)
         return self.line_up(tokens.put(self.spread(torch.zeros_like(inputs_A1D)), states))
 
     def keep_rows(self, rows: list[int]) -> None:

@@ -84,9 +84,9 @@ class RegionPass:
         self.ended: list[tuple[list[int], Context | None]] = []
         self.layer_states: list[tuple[Tensor, ...]] = []
 
-    def __call__(self, inputs_BND: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+    def __call__(self, inputs_BND: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return u (B, N, D); the first ``n_extra`` inputs are no slots, and have no output."""
-        weights: Weights = partial(self.weights, loop)
+        weights: Weights = partial(self.weights, iteration)
         if self.prompt is None:
             self.context = self.prefix.fork()
         else:
@@ -197,13 +197,13 @@ class AppendPass:
         twin.peeks = True
         return twin
 
-    def __call__(self, inputs_B1D: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+    def __call__(self, inputs_B1D: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return u (B, 1, D)."""
-        mask = None if self.mask_BN is None else self.mask_BN[:, loop - 1 : loop]
+        mask = None if self.mask_BN is None else self.mask_BN[:, iteration - 1 : iteration]
         if active_B is not None:
             mask = active_B[:, None].long() if mask is None else mask * active_B[:, None]
         context = self.context.fork() if self.peeks else self.context
-        return context.read(inputs_B1D, mask, normed=self.normed, weights=partial(self.weights, loop))
+        return context.read(inputs_B1D, mask, normed=self.normed, weights=partial(self.weights, iteration))
 
     def keep_rows(self, rows: list[int]) -> None:
         """Rows stay."""

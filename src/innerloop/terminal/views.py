@@ -46,7 +46,7 @@ def row_view(row: Row, tokenizer: PreTrainedTokenizerBase) -> RenderableType:
         views = (row_view(replace(segment, next=None), tokenizer) for segment in row.segments())
         return Group(*(part for i, view in enumerate(views) for part in ((Text("then"), view) if i else (view,))))
     lines: list[RenderableType] = [Columns(_cells(row, tokenizer))]
-    for loop, token_targets in groupby(row.token_targets, key=lambda readout: readout.loop):
+    for loop, token_targets in groupby(row.token_targets, key=lambda readout: readout.iteration):
         when = f"loop {loop}" if loop != ANSWER_PASS else "the pass of the answer"
         shown = " ".join(f"{visible(tokenizer, readout.token)}@{readout.at}" for readout in token_targets)
         lines.append(Text(f"{when} must show: {shown}", style=COLOURS[Kind.LATENT]))

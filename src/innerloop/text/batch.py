@@ -23,7 +23,7 @@ class Targets:
     """Places in one pass of a batch, and what belongs to each of them.
 
     Attributes:
-        loop: the pass.
+        iteration: the pass.
         total: the sum of the weights.
         rows_F: the rows.
         columns_F: the columns of the batch; -1 for the mean of the latents.
@@ -31,7 +31,7 @@ class Targets:
         weights_F: what each counts.
     """
 
-    loop: int
+    iteration: int
     total: float
     rows_F: Tensor
     columns_F: Tensor
@@ -44,7 +44,7 @@ class AuxTargets:
     """Groups of latents of one pass, and the steps that must be told from them.
 
     Attributes:
-        loop: the pass, or FED.
+        iteration: the pass, or FED.
         n_latents: c.
         rows_G: the rows.
         first_G: the first latent of each group, 0-based.
@@ -53,7 +53,7 @@ class AuxTargets:
         groups_G: the number of each group within its row, by which the loss is averaged.
     """
 
-    loop: int
+    iteration: int
     n_latents: int
     rows_G: Tensor
     first_G: Tensor
@@ -206,13 +206,13 @@ def _place(batch: Batch, rows: Sequence[Row], seen: list[list[int]] | list[dict[
     """Turn the positions that rows speak of into columns; ``seen`` are the teacher's, flat."""
     real = _real_columns(batch) if any(row.token_targets or row.hidden_targets for row in rows) else []
     batch.token_targets = _sites(
-        (entry.loop, r, real[r][entry.at], entry.token, 1.0)
+        (entry.iteration, r, real[r][entry.at], entry.token, 1.0)
         for r, row in enumerate(rows)
         for entry in row.token_targets
     )
     batch.aux_targets, batch.aux_K3 = _aux_targets(rows, pad_id)
     batch.hidden_targets = _sites(
-        (entry.loop, r, -1 if entry.at is None else real[r][entry.at], seen[r][entry.teacher_at], entry.weight)
+        (entry.iteration, r, -1 if entry.at is None else real[r][entry.at], seen[r][entry.teacher_at], entry.weight)
         for r, row in enumerate(rows)
         for entry in (row.hidden_targets if seen else ())
     )
@@ -239,13 +239,13 @@ def _aux_targets(rows: Sequence[Row], pad_id: int) -> tuple[list[AuxTargets], Te
     for target in every:
         counts[target.group] += torch.tensor([1, bool(target.ids), len(target.ids)])
     sites = []
-    for loop, c in sorted({(target.loop, target.n_latents) for _, target in entries}):
-        found = [(r, target) for r, target in entries if (target.loop, target.n_latents) == (loop, c)]
+    for iteration, c in sorted({(target.iteration, target.n_latents) for _, target in entries}):
+        found = [(r, target) for r, target in entries if (target.iteration, target.n_latents) == (iteration, c)]
         longest = max(len(target.ids) for _, target in found)
         gaps = [longest - len(target.ids) for _, target in found]
         sites.append(
             AuxTargets(
-                loop=loop,
+                iteration=iteration,
                 n_latents=c,
                 rows_G=torch.tensor([r for r, _ in found]),
                 first_G=torch.tensor([target.first for _, target in found]),
@@ -260,12 +260,12 @@ def _aux_targets(rows: Sequence[Row], pad_id: int) -> tuple[list[AuxTargets], Te
 def _sites(entries: Iterable[tuple[int, int, int, int, float]]) -> list[Targets]:
     """Group (pass, row, column, target, weight) by pass."""
     by_pass: dict[int, list[tuple[int, int, int, float]]] = {}
-    for loop, *entry in entries:
-        by_pass.setdefault(loop, []).append(tuple(entry))  # type: ignore[arg-type]
+    for iteration, *entry in entries:
+        by_pass.setdefault(iteration, []).append(tuple(entry))  # type: ignore[arg-type]
     grouped = []
-    for loop, found in sorted(by_pass.items()):
+    for iteration, found in sorted(by_pass.items()):
         rows, columns, targets, weights = (torch.tensor(column) for column in zip(*found, strict=True))
-        grouped.append(Targets(loop, weights.sum().item(), rows, columns, targets, weights))
+        grouped.append(Targets(iteration, weights.sum().item(), rows, columns, targets, weights))
     return grouped
 
 

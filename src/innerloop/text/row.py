@@ -45,21 +45,21 @@ class Span:
 
 @dataclass(frozen=True)
 class TokenTarget:
-    """In pass ``loop`` the state at the row's position ``at`` must show ``token`` through the head."""
+    """In pass ``iteration`` the state at the row's position ``at`` must show ``token`` through the head."""
 
-    loop: int
+    iteration: int
     at: int
     token: int
 
 
 @dataclass(frozen=True)
 class HiddenTarget:
-    """In pass ``loop`` the state at the row's position ``at`` (None: the mean of the latents) follows the teacher's.
+    """In a pass the state at the row's position ``at`` (None: the mean of the latents) follows the teacher's.
 
     ``teacher_at`` is a position of the teacher's row.
     """
 
-    loop: int
+    iteration: int
     at: int | None
     teacher_at: int
     weight: float = 1.0
@@ -67,13 +67,13 @@ class HiddenTarget:
 
 @dataclass(frozen=True)
 class AuxTarget:
-    """From ``n_latents`` latents of pass ``loop`` (or FED), beginning with the 0-based ``first``, ``ids`` must be told.
+    """From ``n_latents`` latents of a pass (or FED), beginning with the 0-based ``first``, ``ids`` must be told.
 
     ``group`` numbers the groups of a row, over which the loss is averaged; one that tells nothing counts, too.
     """
 
     group: int
-    loop: int
+    iteration: int
     first: int
     n_latents: int
     ids: tuple[int, ...]
@@ -81,12 +81,12 @@ class AuxTarget:
 
 @dataclass(frozen=True)
 class ShownBlock:
-    """The step that some latents show: in pass ``loop`` at ``n`` positions, the first of them ``first``.
+    """The step that some latents show: in pass ``iteration`` at ``n`` positions, the first of them ``first``.
 
     Positions count from the region's first. ``gold`` are the step's tokens, as far as they are known.
     """
 
-    loop: int
+    iteration: int
     first: int
     n: int
     gold: tuple[int, ...] = ()

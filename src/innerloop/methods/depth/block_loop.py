@@ -117,14 +117,14 @@ class LoopedDepth(DepthForward):
                 part.requires_grad_(False)
             loop.stop.requires_grad_(True)
 
-    def weights(self, loop: int) -> AbstractContextManager[None]:
-        """Return the block in which iteration ``loop`` runs."""
-        return self.loop.weights(loop)
+    def weights(self, iteration: int) -> AbstractContextManager[None]:
+        """Return the block in which ``iteration`` runs."""
+        return self.loop.weights(iteration)
 
-    def extra_flops(self, loop: int) -> float:
+    def extra_flops(self, iteration: int) -> float:
         """Return what an iteration costs per token besides its layers."""
         lora = self.loop.lora
-        return 0.0 if lora is None or lora.index(loop) is None else lora.flops
+        return 0.0 if lora is None or lora.index(iteration) is None else lora.flops
 
     def read_out(self, states: Tensor) -> Tensor:
         """Return the logits that what an iteration gives back shows."""
@@ -190,28 +190,28 @@ class LoopedPass(BlockPass):
         shares = depth.method.kv_share != "none" and not depth.training and reading.n_read > 0
         self.shared = SharedKv(depth.method.kv_share, reading.cache, n_loops) if shares else None
 
-    def weights(self, loop: int) -> AbstractContextManager[None]:
-        """Return the block in which iteration ``loop`` runs."""
-        return self.depth.weights(loop)
+    def weights(self, iteration: int) -> AbstractContextManager[None]:
+        """Return the block in which ``iteration`` runs."""
+        return self.depth.weights(iteration)
 
-    def run(self, tokens: Tokens, loop: int) -> Tensor:
+    def run(self, tokens: Tokens, iteration: int) -> Tensor:
         """Run the block on some tokens."""
         depth, cost_scope = self.depth, self.reading.cost_scope
         if depth.gamma is not None:
             added = depth.gamma.to(self.first.dtype) * tokens.take(self.first)
             tokens = tokens.with_states(tokens.states_RND + added)
-        if cost_scope is not None and (extra := depth.extra_flops(loop)):
+        if cost_scope is not None and (extra := depth.extra_flops(iteration)):
             cost_scope.spend(tokens, torch.zeros_like(tokens.positions_RN), 0, extra)
         if self.shared is not None:
             slot = self.shared.slot()
             states = read_layers(depth.backbone, tokens, slot, cost_scope=cost_scope)
-            self.shared.remember(slot, loop)
+            self.shared.remember(slot, iteration)
         else:
-            slot = self.reading.cache.slot(loop, self.layers, self.reading.tokens.positions_RN)
-            states = read_layers(depth.backbone, tokens, slot, self.also(tokens, loop), cost_scope=cost_scope)
+            slot = self.reading.cache.slot(iteration, self.layers, self.reading.tokens.positions_RN)
+            states = read_layers(depth.backbone, tokens, slot, self.also(tokens, iteration), cost_scope=cost_scope)
         return states
 
-    def also(self, tokens: Tokens, loop: int) -> Sequence[Slot]:
+    def also(self, tokens: Tokens, iteration: int) -> Sequence[Slot]:
         """Return further slots that are attended to."""
         return ()
 
@@ -219,8 +219,8 @@ class LoopedPass(BlockPass):
 class LoopedTokenPass(LoopedPass, TokenPass):
     """f: the block over tokens that may stop one by one."""
 
-    def also(self, tokens: Tokens, loop: int) -> Sequence[Slot]:
+    def also(self, tokens: Tokens, iteration: int) -> Sequence[Slot]:
         """Return the slots of tokens that stopped earlier."""
         if self.depth.method.kv_missing == "restrict":
             return ()
-        return stopped_earlier(self.reading, tokens, loop)
+        return stopped_earlier(self.reading, tokens, iteration)

@@ -180,9 +180,9 @@ class ExitPass(TokenPass):
         """Return (B, L, ...) in which the tokens that write, also those that have left, have these values."""
         return whole.flatten(0, 1).index_copy(0, self.start_A, values_A.to(whole.dtype)).view(whole.shape)
 
-    def __call__(self, inputs_A1D: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+    def __call__(self, inputs_A1D: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
         """Return the states (A, 1, D) at the next exit of the tokens that go on, whose inputs are here already."""
-        section, self.words_AV = loop - 1, None
+        section, self.words_AV = iteration - 1, None
         here_BW = self.open.real & (self.done_BW == section)
         needed_BW = here_BW & self._needed()
         if self.kv_missing == "propagate":

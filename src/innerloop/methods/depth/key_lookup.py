@@ -67,16 +67,16 @@ class Lookup:
         self.n_going = -1  # how many tokens are still running; below 0: all
         self.written: dict[int, tuple[int, Tokens, int]] = {}  # the first column of each slot's newest keys, and whose
 
-    def slot_of(self, loop: int) -> int:
+    def slot_of(self, iteration: int) -> int:
         """Return the slot of an iteration."""
         if self.kind == "compress":
-            return (loop - 1) % self.n_slots + 1
-        return min(loop, self.n_slots + 1) if self.kind == "anchor" else loop
+            return (iteration - 1) % self.n_slots + 1
+        return min(iteration, self.n_slots + 1) if self.kind == "anchor" else iteration
 
-    def read(self, tokens: Tokens, loop: int) -> Tensor:
-        """Run the layers on tokens that are in iteration ``loop``; return their states (R, N, D)."""
-        self.loop, number = loop, self.slot_of(loop)
-        is_free = loop <= self.n_free
+    def read(self, tokens: Tokens, iteration: int) -> Tensor:
+        """Run the layers on tokens that are in ``iteration``; return their states (R, N, D)."""
+        self.loop, number = iteration, self.slot_of(iteration)
+        is_free = iteration <= self.n_free
         if self.is_fleeting or is_free:
             self.here, self.written = replace(self.reading, cache=DepthCache()), {}
         else:
@@ -133,9 +133,9 @@ class LookupPass(BlockPass):
         super().__init__(lookup.depth, lookup.reading, lookup.layers)
         self.lookup, self.prepare = lookup, prepare
 
-    def run(self, tokens: Tokens, loop: int) -> Tensor:
+    def run(self, tokens: Tokens, iteration: int) -> Tensor:
         """Run one iteration on some tokens."""
-        return self.lookup.read(self.prepare(tokens, loop), loop)
+        return self.lookup.read(self.prepare(tokens, iteration), iteration)
 
     def finish(self) -> None:
         """Note that all tokens are done."""

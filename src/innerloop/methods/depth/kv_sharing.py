@@ -27,25 +27,25 @@ Sides = list[Tensor]
 SHARED = "shared"
 
 
-def stopped_earlier(reading: PassInput, tokens: Tokens, loop: int) -> list[Slot]:
+def stopped_earlier(reading: PassInput, tokens: Tokens, iteration: int) -> list[Slot]:
     """Return the slots 1..loop - 1, each with those tokens in view that have stopped at its iteration.
 
     Args:
         reading: the pass, whose cache has a slot for each iteration.
-        tokens: the tokens that run iteration ``loop`` now.
-        loop: the iteration.
+        tokens: the tokens that run ``iteration`` now.
+        iteration: the iteration.
     """
     cache, everyone = reading.cache, reading.tokens
     active_BL = tokens.put(torch.zeros_like(everyone.real), tokens.real)
     found = []
-    for earlier in range(1, loop):
+    for earlier in range(1, iteration):
         slot, later = cache.slots.get(earlier), cache.slots.get(earlier + 1)
         if slot is None:
             continue
         went_on = slot.real_BP & False
         if later is not None:
             went_on = went_on | _among(slot.positions_BP, later.positions_BP, later.real_BP)
-        if earlier + 1 == loop:
+        if earlier + 1 == iteration:
             went_on = went_on | _among(slot.positions_BP, everyone.positions_RN, active_BL)
         stopped = slot.real_BP & ~went_on
         if bool(stopped.any()):
@@ -83,17 +83,17 @@ class SharedKv:
         """Return a slot for one iteration to read."""
         return self.before.fork()
 
-    def remember(self, slot: Slot, loop: int) -> None:
-        """Keep what stands for all iterations, of what iteration ``loop`` has read."""
+    def remember(self, slot: Slot, iteration: int) -> None:
+        """Keep what stands for all iterations, of what ``iteration`` has read."""
         if self.kind == "mean":
             n = self.before.length
             keys, values = ([s[:, :, n:].clone() for s in side if s is not None] for side in (slot.keys, slot.values))
             self.own.append((keys, values))
-            if loop == self.n_loops:
+            if iteration == self.n_loops:
                 for layer, *new in zip(slot.kept, *(_mean([own[side] for own in self.own]) for side in (0, 1))):
                     layer.cut(n)
                     layer.update(*new)
-        if loop == (1 if self.kind == "first_loop" else self.n_loops):
+        if iteration == (1 if self.kind == "first_loop" else self.n_loops):
             self.cache.slots[SHARED] = slot
 
 

@@ -325,10 +325,10 @@ class RecurrentDecoder(DepthForward):
         before = torch.zeros_like(state) if cache.state_B1D is None else cache.state_B1D
         cache.state_B1D = torch.where(real.any(1)[:, None, None], state, before)
 
-    def inject(self, reading: PassInput, told_BLD: Tensor, tokens: Tokens, loop: int) -> Tokens:
+    def inject(self, reading: PassInput, told_BLD: Tensor, tokens: Tokens, iteration: int) -> Tokens:
         """Return tokens with the core's input in place of their states: A [s; e], or s + e."""
         states, told, lora = tokens.states_RND, tokens.take(told_BLD), self.loop.lora
-        flops = 0.0 if lora is None or lora.index(loop) is None else lora.flops
+        flops = 0.0 if lora is None or lora.index(iteration) is None else lora.flops
         if self.adapter is None:
             fed = states + told
         else:

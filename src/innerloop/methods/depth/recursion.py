@@ -59,32 +59,32 @@ class RecursionPass(BlockPass):
         self.depths_BL = torch.zeros_like(reading.tokens.positions_RN)
         self.first_BLD: Tensor | None = None
 
-    def __call__(self, inputs_BLD: Tensor, loop: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
-        """Return the states (B, L, D) after recursion ``loop``."""
+    def __call__(self, inputs_BLD: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+        """Return the states (B, L, D) after ``iteration``."""
         if self.first_BLD is None:
             self.first_BLD = inputs_BLD
-        chosen_BL = self.choose(inputs_BLD, loop)
+        chosen_BL = self.choose(inputs_BLD, iteration)
         self.depths_BL = self.depths_BL + chosen_BL
         self.notes.measure("selected", share_chosen(chosen_BL, self.real_BL))
         picked = self.reading.tokens.with_states(inputs_BLD).pick(chosen_BL)
         if picked is None:
             return inputs_BLD
-        return picked.put(inputs_BLD, self.gated(picked, self.run(picked, loop), loop))
+        return picked.put(inputs_BLD, self.gated(picked, self.run(picked, iteration), iteration))
 
-    def choose(self, states_BLD: Tensor, loop: int) -> Tensor:
-        """Return which tokens run recursion ``loop`` (B, L)."""
+    def choose(self, states_BLD: Tensor, iteration: int) -> Tensor:
+        """Return which tokens run ``iteration`` (B, L)."""
         raise NotImplementedError  # pragma: no cover - each kind has its own
 
-    def gated(self, tokens: Tokens, after_RND: Tensor, loop: int) -> Tensor:
+    def gated(self, tokens: Tokens, after_RND: Tensor, iteration: int) -> Tensor:
         """Return the states (R, N, D) of tokens of which the stack made ``after_RND``."""
         raise NotImplementedError  # pragma: no cover - each kind has its own
 
-    def run(self, tokens: Tokens, loop: int) -> Tensor:
-        """Run the layers of recursion ``loop`` on some tokens."""
+    def run(self, tokens: Tokens, iteration: int) -> Tensor:
+        """Run the layers of ``iteration`` on some tokens."""
         shares = self.depth.method.kv == "recursive_sharing"
         state = tokens.states_RND
-        for place, layers in enumerate(self.depth.recursions[loop - 1]):
-            key, writes = ((1, place), loop == 1) if shares else ((loop, place), True)
+        for place, layers in enumerate(self.depth.recursions[iteration - 1]):
+            key, writes = ((1, place), iteration == 1) if shares else ((iteration, place), True)
             state = self.depth.run(self.reading, tokens.with_states(state), layers, key, writes=writes)
         return state
 
@@ -109,13 +109,13 @@ class ExpertPass(RecursionPass):
         self.among_BL = self.real_BL
         self.logits_BL = torch.empty(0)
 
-    def choose(self, states_BLD: Tensor, loop: int) -> Tensor:
+    def choose(self, states_BLD: Tensor, iteration: int) -> Tensor:
         """Return which candidates go on."""
         depth, method, among, notes = self.depth, self.depth.method, self.among_BL, self.notes
-        rule = self.logits_BL = self.scores(depth.routers[loop - 1], states_BLD)[..., 0]  # type: ignore[arg-type]
+        rule = self.logits_BL = self.scores(depth.routers[iteration - 1], states_BLD)[..., 0]  # type: ignore[arg-type]
         if depth.aux_routers:
-            rule = self.scores(depth.aux_routers[loop - 1], states_BLD.detach())[..., 0]  # type: ignore[arg-type]
-        share, before = method.shares[loop - 1], (1.0, *method.shares)[loop - 1]
+            rule = self.scores(depth.aux_routers[iteration - 1], states_BLD.detach())[..., 0]  # type: ignore[arg-type]
+        share, before = method.shares[iteration - 1], (1.0, *method.shares)[iteration - 1]
         allowed = among if share == before else among & (rule.detach() >= 0)
         if not (depth.training or depth.sees_later):
             self.among_BL = allowed
@@ -126,13 +126,13 @@ class ExpertPass(RecursionPass):
             now = warmed(share, step, method.capacity_warmup, "cosine")
             return top_k(self.logits_BL, among, share_of(tokens_in(self.real_BL, method.capacity_base), now, "down"))
 
-        chosen = self.among_BL = self.reading.choice(loop, highest)
+        chosen = self.among_BL = self.reading.choice(iteration, highest)
         notes.measure("agreement", share_chosen(allowed == chosen, among))
         notes.add("aux_router" if depth.aux_routers else "router", membership_loss(rule, chosen, among))
         notes.add("router_z", row_means(self.logits_BL.square(), among).sum() / method.n_recursions)
         return chosen
 
-    def gated(self, tokens: Tokens, after_RND: Tensor, loop: int) -> Tensor:
+    def gated(self, tokens: Tokens, after_RND: Tensor, iteration: int) -> Tensor:
         """Return H + g F(H), or with delta H + g (F(H) - H)."""
         method = self.depth.method
         gate = gate_of(tokens.take(self.logits_BL), method.gate, 0.1 if method.alpha is None else method.alpha)
@@ -142,11 +142,11 @@ class ExpertPass(RecursionPass):
 class TokenChoicePass(RecursionPass):
     """Each token runs as many recursions as its state before them says."""
 
-    def choose(self, states_BLD: Tensor, loop: int) -> Tensor:
+    def choose(self, states_BLD: Tensor, iteration: int) -> Tensor:
         """Return which tokens have not reached their depth yet."""
-        if loop == 1:
+        if iteration == 1:
             self._choose_depths(states_BLD)
-        return self.real_BL & (self.wanted_BL >= loop)
+        return self.real_BL & (self.wanted_BL >= iteration)
 
     def _choose_depths(self, states_BLD: Tensor) -> None:
         depth, real = self.depth, self.real_BL
@@ -171,7 +171,7 @@ class TokenChoicePass(RecursionPass):
             self.notes.add("balance", balance * len(real))
         self.notes.add("router_z", row_means(logits_BLN.logsumexp(-1).square(), real).sum())
 
-    def gated(self, tokens: Tokens, after_RND: Tensor, loop: int) -> Tensor:
+    def gated(self, tokens: Tokens, after_RND: Tensor, iteration: int) -> Tensor:
         """Return F(H), for tokens in their last recursion g F(H) + H^1, or with delta H^1 + g (F(H) - H^1)."""
         method, going = self.depth.method, after_RND
         assert self.first_BLD is not None
@@ -181,4 +181,4 @@ class TokenChoicePass(RecursionPass):
         if method.tc_weighting == "every":
             going = self.mix(tokens.states_RND, after_RND, gate, "replace" if method.gate_target == "full" else "delta")
         done = self.mix(tokens.take(self.first_BLD), after_RND, gate)
-        return torch.where((tokens.take(self.wanted_BL) == loop)[..., None], done, going)
+        return torch.where((tokens.take(self.wanted_BL) == iteration)[..., None], done, going)

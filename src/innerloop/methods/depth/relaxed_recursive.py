@@ -175,17 +175,17 @@ class RelaxedDepth(LoopedDepth):
         self.vectors = None if method.tie_1d else GainsAndBiases(backbone, self.block, method.max_loops)
 
     @contextmanager
-    def weights(self, loop: int) -> Iterator[None]:
-        """Run iteration ``loop`` in the block."""
+    def weights(self, iteration: int) -> Iterator[None]:
+        """Run ``iteration`` in the block."""
         with ExitStack() as stack:
             for part in (self.lora, self.vectors):
                 if part is not None:
-                    stack.enter_context(part.at(loop))
+                    stack.enter_context(part.at(iteration))
             yield
 
-    def extra_flops(self, loop: int) -> float:
+    def extra_flops(self, iteration: int) -> float:
         """Return what an iteration costs per token besides its layers."""
-        return super().extra_flops(loop) + (0.0 if self.lora is None else self.lora.flops)
+        return super().extra_flops(iteration) + (0.0 if self.lora is None else self.lora.flops)
 
     def loss_terms(self, inputs: LossInputs) -> PassTerms:
         """Return what is learned at the exits, and from the original model."""

@@ -107,12 +107,12 @@ class GainsAndBiases(Onlooker):
     places: dict[str, tuple[nn.Module, str]]
 
     @contextmanager
-    def at(self, loop: int) -> Iterator[None]:
-        """Use iteration ``loop``'s copies in the block."""
+    def at(self, iteration: int) -> Iterator[None]:
+        """Use ``iteration``'s copies in the block."""
         own = {key: module._parameters[name] for key, (module, name) in self.places.items()}
         try:
             for key, (module, name) in self.places.items():
-                module._parameters[name] = self.copies[key][loop - 1]  # type: ignore[assignment]
+                module._parameters[name] = self.copies[key][iteration - 1]  # type: ignore[assignment]
             yield
         finally:
             for key, (module, name) in self.places.items():
