@@ -383,7 +383,9 @@ def test_from_scratch_draws_everything_by_its_seed(method):
     assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 2, None)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(first.backbone.lm.lm_head.weight, other.backbone.lm.lm_head.weight)
-    drawn, others = ([p for part in one.parts().values() for p in part.parameters()] for one in (first, other))
+    drawn, others = (
+        [p for part in one.trained_modules().values() for p in part.parameters()] for one in (first, other)
+    )
     assert not drawn or any(not torch.equal(a, b) for a, b in zip(drawn, others, strict=True))
 
 

@@ -302,8 +302,8 @@ def test_a_decoder_learns_eight_examples(decoder, examples):
 def test_the_model_itself_answers_unless_told_otherwise():
     assert Slr().decoder == DecoderSettings() == DecoderSettings(kind="lm_head", layers=2, classes=())
     plain, apart = tiny_model(SMALL), tiny_model(APART)
-    assert plain.decoder is None and plain.parts().keys() == {"loop"}
-    assert isinstance(apart.decoder, AnswerDecoder) and apart.parts().keys() == {"loop", "decoder"}
+    assert plain.decoder is None and plain.trained_modules().keys() == {"loop"}
+    assert isinstance(apart.decoder, AnswerDecoder) and apart.trained_modules().keys() == {"loop", "decoder"}
 
 
 TWO = ("a", "b")

@@ -91,7 +91,7 @@ def test_gradients_reach_the_student_alone(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Slr, "answer_weight", 0.0)
     student = student_of(made(TEACHER, seed=3, hidden_size=48), tmp_path, hid=WIDE).train()
     got = gradients(student, student.loss(MIXED).loss)
-    assert all(got[name].abs().max() > 0 for name in ("follower.weight", "loop.time.table"))
+    assert all(got[name].abs().max() > 0 for name in ("teacher_projection.weight", "loop.time.table"))
     teacher = student.load_teacher()
     assert not teacher.training and not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not any("teacher" in name for name in student.state_dict())

@@ -1,6 +1,7 @@
 """Stop rules token by token, in a looped decoder (halting.md, section 9), and what looking costs."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -75,7 +76,7 @@ def test_every_rule_stops_tokens_one_by_one_batches_as_single_rows(kind):
 def test_no_rule_sees_a_later_token(kind):
     model = looped(kind)
     example = MIXED[3]
-    other = change(example, steps=(*example.steps[:-1], "4 - 4 = 4"), answer="4")
+    other = replace(example, steps=(*example.steps[:-1], "4 - 4 = 4"), answer="4")
     left, right = (model.answer_logits([one])[0] for one in (example, other))
     both = zip(*(model.rows([one])[0].ids() for one in (example, other)))
     n_same = next(i for i, (a, b) in enumerate(both) if a != b)

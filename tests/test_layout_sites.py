@@ -134,7 +134,7 @@ def test_read_outs_are_sites_pass_by_pass(seed):
     batch = collate(rows, PAD)
     for segment, parts in zip(batch.segments(), segments_of(rows)):
         expected = sorted(
-            (entry.loop, r, cell(segment, r, entry.at), entry.token, 1.0)
+            (entry.iteration, r, cell(segment, r, entry.at), entry.token, 1.0)
             for r, part in enumerate(parts)
             for entry in (part.token_targets if part else ())
         )
@@ -160,7 +160,7 @@ def test_follows_are_sites_that_point_into_the_teachers_rows(seed):
             for entry in part.hidden_targets if part else ():
                 column = -1 if entry.at is None else cell(segment, r, entry.at)
                 target = r * n + cell(teacher, r, entry.teacher_at)
-                expected.append((entry.loop, r, column, target, round(entry.weight, 5)))
+                expected.append((entry.iteration, r, column, target, round(entry.weight, 5)))
                 total += entry.weight
         assert flat(segment.hidden_targets) == sorted(expected)
     assert batch.counts()["hid"] == pytest.approx(total, rel=1e-6)
@@ -180,7 +180,7 @@ def test_states_that_are_known_already_take_the_teachers_place(seed):
     assert batch.teacher is None
     for segment, parts in zip(batch.segments(), segments_of(rows)):
         expected = sorted(
-            (entry.loop, r, 100.0 * r + entry.teacher_at)
+            (entry.iteration, r, 100.0 * r + entry.teacher_at)
             for r, part in enumerate(parts)
             for entry in (part.hidden_targets if part else ())
         )
@@ -217,7 +217,7 @@ def test_what_must_be_told_is_grouped_by_pass(seed):
                 assert targets == ids + [IGNORE] * (len(targets) - len(ids))
                 assert sites.ids_GL[g].tolist() == ids + [PAD] * (len(targets) - len(ids))
                 found.append((sites.iteration, sites.n_latents, r, first, tuple(ids)))
-        assert sorted(found) == sorted((t.loop, t.n_latents, r, t.first, t.ids) for r, t in entries)
+        assert sorted(found) == sorted((t.iteration, t.n_latents, r, t.first, t.ids) for r, t in entries)
         keys = [(sites.iteration, sites.n_latents) for sites in segment.aux_targets]
         assert keys == sorted(set(keys))
 

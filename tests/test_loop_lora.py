@@ -117,7 +117,7 @@ def test_blocks_may_be_nested_and_are_left_after_an_error():
     ("beyond", "expected"),
     [("clamp", [0, 1, 2, 2, 2, 2, 2]), ("cycle", [0, 1, 2, 0, 1, 2, 0]), ("off", [0, 1, 2, *[None] * 4])],
 )
-def test_iterations_past_the_bank_use_the_last_update_or_start_over_or_none(kind, beyond, expected):
+def test_iterations_past_the_bank_use_the_last_update_or_start_over_or_none(tmp_path, kind, beyond, expected):
     backbone = tiny_backbone()
     plain = logits(backbone)
     bank = bank_on(backbone, kind=kind, beyond=beyond)
@@ -127,7 +127,8 @@ def test_iterations_past_the_bank_use_the_last_update_or_start_over_or_none(kind
     assert next(iter(bank.up.values())).shape[0] == (1 if kind == "shared" else 3)
     if beyond == "off":
         with pytest.raises(InputError, match="lora_beyond is off"):
-            bank.export("nowhere", 4, "base")
+            bank.export(tmp_path / "new", 4, "base")
+        assert not (tmp_path / "new").exists()
 
 
 @by_arch

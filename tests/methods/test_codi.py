@@ -108,7 +108,7 @@ def test_the_teacher_reads_all_steps_but_the_last_and_both_stand_before_the_answ
         read = [span.step for span in row.teacher.spans if span.kind is Kind.STEP]
         assert read == list(range(len(example.steps) - 1))
         (follow,) = row.hidden_targets
-        assert (follow.loop, follow.weight) == (ANSWER_PASS, 1.0)
+        assert (follow.iteration, follow.weight) == (ANSWER_PASS, 1.0)
         mine, taught, n_asked = row.ids(), row.teacher.ids(), len(row.teacher.prefix[0].ids)
         assert mine[follow.at] == taught[follow.teacher_at] == model.tokenizer.encode("###")[-1]
         own = [*model.tokenizer.encode(example.answer, add_special_tokens=False), model.tokenizer.eos_token_id]

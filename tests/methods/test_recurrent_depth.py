@@ -188,8 +188,8 @@ def test_it_is_the_slow_reference_read_at_once_and_token_by_token(arch, fields):
 
 def test_reading_at_once_equals_reading_in_pieces(arch):
     model = recurrent(arch=arch)
-    for spans in ([1] * LENGTH, [4, 2, 3]):
-        assert_close(read(model, IDS, spans=spans)[0], read(model, IDS)[0])
+    for pieces in ([1] * LENGTH, [4, 2, 3]):
+        assert_close(read(model, IDS, pieces=pieces)[0], read(model, IDS)[0])
 
 
 @by_arch
@@ -235,8 +235,8 @@ def test_a_new_token_goes_on_from_the_last_state_of_the_one_before():
     mask = torch.cat([mask, torch.tensor([[1, 1], [0, 1]])], dim=1)
     ids = torch.cat([ids, some_ids(2, 2, seed=9)], dim=1)
     seen, noise = first_states(model), first_states(plain)
-    _, context, _ = read(model, ids, mask, spans=[5, 1, 1])
-    read(plain, ids, mask, spans=[5, 1, 1])
+    _, context, _ = read(model, ids, mask, pieces=[5, 1, 1])
+    read(plain, ids, mask, pieces=[5, 1, 1])
     assert torch.equal(seen[0], noise[0])  # tokens read together begin with noise
     assert_close(seen[1][0, 0], slowly(model, ids[:1, 3:5], [4, 4])[1][0, -1])
     assert_close(seen[2][1, 0], slowly(plain, ids[1:, :5], [4] * 5)[1][0, -1])  # the second row read nothing between

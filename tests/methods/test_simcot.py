@@ -262,7 +262,9 @@ def test_6_targets_are_the_steps_tokens_and_their_ends(m):
     groups = [*texts[:2], "\n".join(texts[2:])] if m > 3 else texts
     ids = [(*model.tokenizer.encode(text, add_special_tokens=False), model.encoder.eos_id) for text in groups]
     assert [told.ids for told in row.aux_targets] == ids + [()] * (3 - len(ids))
-    assert [(t.group, t.loop, t.first, t.n_latents) for t in row.aux_targets] == [(k, FED, 2 * k, 2) for k in range(3)]
+    assert [(t.group, t.iteration, t.first, t.n_latents) for t in row.aux_targets] == [
+        (k, FED, 2 * k, 2) for k in range(3)
+    ]
     assert sum((sites.targets_GL >= 0).sum().item() for sites in model.batch([row]).aux_targets) == sum(map(len, ids))
 
 

@@ -152,7 +152,7 @@ def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, e
     found = []
     for segment in row.segments():
         assert all(segment.ids()[follow.at] == encoder.marker("<eol>").ids[0] for follow in segment.hidden_targets)
-        found += [(follow.teacher_at, follow.loop, follow.weight) for follow in segment.hidden_targets]
+        found += [(follow.teacher_at, follow.iteration, follow.weight) for follow in segment.hidden_targets]
     weights = pass_weights(3, 1, "softmax", 1.0)
     expected = [(ends[i], loop, v) for i in wanted for loop, v in zip([2, 3, ANSWER_PASS], weights)]
     assert found == expected
@@ -168,7 +168,9 @@ def test_each_end_of_a_block_follows_the_end_of_its_step(m, pattern, schedule, e
 )
 def test_which_passes_are_aligned_is_an_option(fields, loops, first, encoder):
     row = laid_out(change(ALIGNED, **fields), 1, encoder)
-    assert [(f.loop, f.weight) for f in row.hidden_targets] == list(zip(loops, pass_weights(3, first, "softmax", 1.0)))
+    assert [(f.iteration, f.weight) for f in row.hidden_targets] == list(
+        zip(loops, pass_weights(3, first, "softmax", 1.0))
+    )
 
 
 def test_without_alignment_there_is_no_teacher(encoder):

@@ -187,8 +187,6 @@ class LoopLora(LoraBank):
 
     def export(self, folder: str | Path, iteration: int, base_model: str) -> None:
         """Write ``iteration``'s weights as an ordinary PEFT adapter of ``base_model``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         entry = self.index(iteration)
         if entry is None:
             raise InputError(
@@ -199,6 +197,8 @@ class LoopLora(LoraBank):
             key = name.replace(".", "/")
             tensors[f"base_model.model.{name}.lora_A.weight"] = self.down[key][entry].detach().contiguous().cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = self.up[key][entry].detach().contiguous().cpu()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter_model.safetensors")
         config = {
             "peft_type": "LORA",
