@@ -74,7 +74,7 @@ def places(sites):
 
 def flat(sites):
     """Targets as a list that can be compared, in any order."""
-    return sorted((one.loop, *place, round(weight, 5)) for one in sites for *place, weight in places(one))
+    return sorted((one.iteration, *place, round(weight, 5)) for one in sites for *place, weight in places(one))
 
 
 # Links
