@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, Slr
+from innerloop import AdaInfer, Cot, InputError, LatentModel, Looped, Lotus, RecurrentDepth, Slr
 from innerloop.calibrate.calibrate import REPORT, Calibration, adopt_rule, calibrate
 from innerloop.calibrate.loop_scan import scan_loop
 from innerloop.calibrate.oracles import first_showing
@@ -333,3 +333,11 @@ def test_a_rule_in_a_block_is_gone_after_it():
     with ruled_by(model, rule="fixed", threshold=1.0):
         assert model.method.stop.rule == model.loop.stop.kind == "fixed"
     assert model.loop.stop is probe and model.method.stop.rule == model.loop.stopping.rule == "mlp_probe"
+
+
+@pytest.mark.parametrize("rule", ["delta", "kl_reverse"])
+def test_thresholds_of_recurrent_depth_are_calibrated(rule):
+    model = model_of(RecurrentDepth(n_prelude=1, n_core=1, n_coda=1, max_loops=T), layers=3)
+    report = quick(model, rule, agreement=0.9).report
+    assert model.method.stop.rule == rule
+    assert report["tokens"]["agreement"] >= 0.9 and report["chosen"]["mean_loops"] <= T
