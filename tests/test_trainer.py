@@ -330,7 +330,8 @@ def uneven_examples() -> list[Example]:
 def test_two_processes_give_the_loss_of_one_with_twice_the_batch(tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command in ([sys.executable, script, tmp_path / "one", "16"], [*launch, script, tmp_path / "two", "8"]):
         subprocess.run([str(c) for c in command], check=True, env=environment, capture_output=True, timeout=300)
