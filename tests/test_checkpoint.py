@@ -156,7 +156,7 @@ def test_a_record_is_kept_beside_the_settings_in_the_checkpoint_of_a_run_where_n
     checkpoint.save(model, tmp_path / "a" / "run" / "checkpoint", {"seed": 3})  # missing parents are made
     assert torch.equal(answers_of(LatentModel.from_pretrained(tmp_path / "a" / "run")), answers_of(model))
     settings = checkpoint.read_settings(tmp_path / "a" / "run" / "checkpoint")
-    assert set(settings) == {"innerloop", "format", "method", "seed"} and settings["seed"] == 3
+    assert set(settings) == {"innerloop", "format", "method", "seed", "files"} and settings["seed"] == 3
     assert settings["method"] == {"name": "cot", "with_markers": False} and settings["format"] == 2
     names = set(contents(tmp_path / "a" / "run" / "checkpoint"))
     assert {"config.json", "model.safetensors", "tokenizer.json", "innerloop.json", "innerloop.safetensors"} <= names
@@ -235,14 +235,20 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(at, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_save_replaces_the_whole_old_folder_and_what_a_killed_one_left_behind(tmp_path):
+def test_a_save_replaces_what_one_before_wrote_and_a_killed_one_left_behind_and_nothing_else(tmp_path):
     (tmp_path / ".run.writing").mkdir()
     (tmp_path / ".run.writing" / "half.txt").write_text("half")
     model = tiny_model(Cot())
     folder = saved(model, tmp_path / "run")
-    (folder / "stale.txt").write_text("from another time")
-    saved(moved(model), folder)
-    assert not {"half.txt", "stale.txt"} & set(contents(folder))
+    for name in ("stale.safetensors", "notes.txt"):
+        (folder / name).write_text("from another time")
+    change_settings(folder, files=["stale.safetensors", *json.loads((folder / "innerloop.json").read_text())["files"]])
+    for _ in range(2):
+        saved(moved(model), folder)
+        assert not {"half.txt", "stale.safetensors"} & set(contents(folder))
+        assert (folder / "notes.txt").read_text() == "from another time"
+    (folder / "notes.txt").unlink()
+    saved(model, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -425,6 +431,7 @@ def test_saving_into_a_folder_of_something_else_leaves_its_files(tmp_path: Path,
     assert (tmp_path / "chapter.txt").read_text() == "mine"
     monkeypatch.chdir(tmp_path)
     model.save_pretrained(".")
+    assert (tmp_path / "chapter.txt").read_text() == "mine"
     assert LatentModel.from_pretrained(tmp_path).method == model.method
 
 

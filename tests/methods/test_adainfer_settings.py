@@ -52,7 +52,7 @@ def test_every_setting_of_leaving_changes_where_tokens_leave(fields):
 def test_exits_that_the_model_does_not_have_are_refused():
     with pytest.raises(InputError, match="choose layers from 1 to 5"):
         model_of(AdaInfer(layers=(2, 6)))
-    with pytest.raises(InputError, match="begin exits at 2"):
+    with pytest.raises(InputError, match="begin layers at 2"):
         model_of(AdaInfer(layers=(1, 3), stop={"rule": "classifier", "features": ("gap", "mlp")}))
     with pytest.raises(InputError, match="calibrate the model first"):
         model_of(AdaInfer(stop={"rule": "classifier"})).answer_logits(MIXED)

@@ -54,7 +54,7 @@ class Stored(Protocol):
 def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
     """Write a complete folder aside, then put it in place of the model that was there.
 
-    Other files in a folder that is no saved model of ours stay. ``record`` goes into innerloop.json.
+    Files that no save of ours has written stay, whatever folder it is. ``record`` goes into innerloop.json.
     """
     path = Path(path).resolve()
     aside, replaced = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
@@ -62,9 +62,13 @@ def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = Non
     try:
         write(model, aside, record)
         shutil.rmtree(replaced, ignore_errors=True)
-        if path.exists() and not (path / SETTINGS).exists() and any(path.iterdir()):
+        own = _written(path)
+        if path.exists() and any(file.name not in own for file in path.iterdir()):
+            stale = own - {file.name for file in aside.iterdir()}
             for file in aside.iterdir():
                 file.replace(path / file.name)
+            for name in stale:
+                (path / name).unlink(missing_ok=True)
             aside.rmdir()
             return
         if path.exists():
@@ -81,7 +85,7 @@ def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = Non
 def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) -> None:
     """Write the files of a checkpoint into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    lm = model.backbone.lm
+    before, lm = {file.name for file in folder.iterdir()}, model.backbone.lm
     with without_bars():
         lm.save_pretrained(folder, state_dict=merged_state(lm))
     model.tokenizer.save_pretrained(folder)
@@ -90,7 +94,16 @@ def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) 
     settings |= record or {}
     if model.encoder.running_text:
         settings["running_text"] = True
+    settings["files"] = sorted({file.name for file in folder.iterdir()} - before | {SETTINGS})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _written(folder: Path) -> set[str]:
+    """Return the names of the files that the last save into a folder wrote."""
+    try:
+        return set(json.loads((folder / SETTINGS).read_text())["files"])
+    except (OSError, ValueError, TypeError, KeyError):  # no model of ours, or one that is broken
+        return set()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
