@@ -424,6 +424,38 @@ def test_from_scratch_says_what_cannot_be(settings, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("n", [1, 4, 8, 11])
+def test_a_save_beside_others_files_that_fails_halfway_puts_all_back(n, tmp_path, monkeypatch):
+    model = tiny_model(Cot())
+    folder = saved(model, tmp_path / "run")
+    (folder / "notes.txt").write_text("mine")
+    before, rename, renamed = contents(folder), Path.rename, []
+
+    def fails(self, target):
+        renamed.append(self)
+        if len(renamed) == n:
+            raise OSError("No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(InputError, match="what was there before is untouched"):
+        moved(model).save_pretrained(folder)
+    assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("files", [["../victim.txt", "notes.txt/", 3, "folder"], "notes.txt", 7])
+def test_names_of_files_in_settings_lead_nowhere_else(files, tmp_path):
+    model = tiny_model(Cot())
+    folder = saved(model, tmp_path / "run")
+    (folder / "folder").mkdir()
+    for path in (folder / "notes.txt", tmp_path / "victim.txt"):
+        path.write_text("mine")
+    change_settings(folder, files=files)
+    saved(model, folder)
+    assert (folder / "folder").is_dir()
+    assert (folder / "notes.txt").read_text() == (tmp_path / "victim.txt").read_text() == "mine"
+
+
 def test_saving_into_a_folder_of_something_else_leaves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "chapter.txt").write_text("mine")
     model = tiny_model(Slr(n_slots=2, max_loops=2))

@@ -8,7 +8,7 @@ import yaml
 
 from innerloop.config.typed import field_names, field_parser, field_types, filled, groups, merged, named, typed
 from innerloop.errors import InputError
-from innerloop.methods import METHODS
+from innerloop.methods import METHODS, Slr
 
 
 @dataclass(frozen=True)
@@ -213,3 +213,9 @@ def test_help_tells_the_fields_but_for_groups():
     assert "--method.n_blocks" in told and "blocks of latents, 100 % of them" in told and "default: 6" in told
     assert "--method.first_stage" in told and "loop" not in told
     assert "what is added to a state" in field_parser(Loop, "method.loop.").format_help()
+
+
+@pytest.mark.parametrize("value", ["A", None, 3])
+def test_what_is_no_group_is_refused_in_python_too(value):
+    with pytest.raises(InputError, match="loop is a group of settings, such as StabilisedLoop"):
+        Slr(loop=value)

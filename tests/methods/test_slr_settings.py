@@ -132,7 +132,7 @@ FIELDS = table(
     ({"gain", "passes"} | LEARNS, {}, GAIN),
     ({"gain"} | LEARNS, GAIN, {"fixed_point.spectral_bound": 0.0}),
 )  # fmt: skip
-ELSEWHERE = {"hid.width"} | STOPPING  # of a wider teacher: tests/test_distil.py
+ELSEWHERE = {"hid.width"} | STOPPING  # of a wider teacher: tests/test_distillation.py
 
 
 @pytest.mark.parametrize(("base", "fields", "what"), FIELDS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -47,10 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_when_asked()
     try:
         _run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads along, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
     except (InputError, ArgumentError) as error:
         if debug:
             traceback.print_exc()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from innerloop.config.curriculum import Schedule
@@ -77,6 +77,10 @@ class Method(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if not isinstance(value, Mapping) and is_dataclass(field.default) and not is_dataclass(value):
+                raise InputError(
+                    f"{field.name} is a group of settings, such as {type(field.default).__name__}(), or a mapping"
+                )
             if isinstance(value, Mapping):
                 object.__setattr__(self, field.name, _changed(field.default, value, field.name))
         check_choices(self)

@@ -64,12 +64,7 @@ def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = Non
         shutil.rmtree(replaced, ignore_errors=True)
         own = _written(path)
         if path.exists() and any(file.name not in own for file in path.iterdir()):
-            stale = own - {file.name for file in aside.iterdir()}
-            for file in aside.iterdir():
-                file.replace(path / file.name)
-            for name in stale:
-                (path / name).unlink(missing_ok=True)
-            aside.rmdir()
+            _put_among_others(aside, path, own, replaced)
             return
         if path.exists():
             path.rename(replaced)
@@ -94,16 +89,38 @@ def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) 
     settings |= record or {}
     if model.encoder.running_text:
         settings["running_text"] = True
-    settings["files"] = sorted({file.name for file in folder.iterdir()} - before | {SETTINGS})
+    settings["files"] = sorted({file.name for file in folder.iterdir()} - before | _written(folder) | {SETTINGS})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _written(folder: Path) -> set[str]:
     """Return the names of the files that the last save into a folder wrote."""
     try:
-        return set(json.loads((folder / SETTINGS).read_text())["files"])
+        names = json.loads((folder / SETTINGS).read_text())["files"]
     except (OSError, ValueError, TypeError, KeyError):  # no model of ours, or one that is broken
-        return set()
+        names = ()
+    names = names if isinstance(names, list) else ()
+    return {name for name in names if isinstance(name, str) and Path(name).name == name and (folder / name).is_file()}
+
+
+def _put_among_others(aside: Path, path: Path, own: set[str], replaced: Path) -> None:
+    """Put what was written aside in place of a folder's own files, where others' lie too; all of it, or nothing."""
+    new, placed = {file.name for file in aside.iterdir()}, list[Path]()
+    replaced.mkdir()
+    try:
+        for name in sorted(own | {name for name in new if (path / name).is_file()}):
+            (path / name).rename(replaced / name)
+        for name in sorted(new):
+            placed.append((aside / name).rename(path / name))
+        aside.rmdir()
+    except OSError:
+        for file in placed:
+            file.unlink()
+        for file in replaced.iterdir():
+            file.rename(path / file.name)
+        raise
+    finally:
+        shutil.rmtree(replaced)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

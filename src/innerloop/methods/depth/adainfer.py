@@ -119,9 +119,7 @@ class ExitingDecoder(DepthForward):
             [] if classifier is None else [name for name in classifier.features if name in (*TAPPED, "block")]
         )
         is_alone = len(self.sections[0]) < 2
-        refuse(
-            (bool(taps) and is_alone, "the first layer has none before it to compare with: begin layers at 2")
-        )
+        refuse((bool(taps) and is_alone, "the first layer has none before it to compare with: begin layers at 2"))
         return taps
 
     def empty_cache(self) -> DepthCache:
