@@ -79,7 +79,7 @@ def test_at_equal_depths_all_ways_agree_where_they_claim_to(arch):
     for kind, n_slots in (*LOOKUPS, ("compress", 4), ("anchor", 4)):  # at once: none has read a token that is done
         assert torch.equal(read(looking_up(kind, n_slots, arch), IDS)[0], exact)
     for kind, n_slots in (("latest", None), ("skip", None), ("compress", 4), ("compress", 7), ("anchor", 3)):
-        assert_close(by_token(looking_up(kind, n_slots, arch)), exact)
+        assert_close(by_token(looking_up(kind, n_slots, arch)), exact, passes=PLAIN.max_loops)
 
 
 @pytest.mark.parametrize(("kind", "n_slots"), [("always_last", None), ("compress", 2), ("anchor", 1)])
