@@ -31,9 +31,7 @@ TASK = Chain(n_ops=3)
 STAGED = Coconut(latents_per_step=1, curriculum={"max_stage": 2, "unit": "step", "length": 3, "mix": "linear"})
 
 
-def make_trainer(
-    folder: Path, model: LatentModel, examples=None, valid=None, callbacks=(), **settings
-) -> LatentTrainer:
+def make_trainer(folder: Path, model, examples=None, valid=None, callbacks=(), **settings) -> LatentTrainer:
     settings = {"batch_size": 4, "max_steps": 8, "logging_steps": 1, "use_cpu": True, "save_strategy": "no", **settings}
     args = training_arguments(folder, settings)
     return LatentTrainer(model, args, examples or list(chain_examples(32, 3)), valid, TASK, callbacks)

@@ -10,6 +10,7 @@ Shapes: `B` rows, `L` tokens of a pass, `A` tokens in a line, `D` width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -28,7 +29,7 @@ from innerloop.passes.tokens import PassInput, PassOutput, Tokens, read_layers
 from innerloop.text.batch import Batch
 
 
-class DepthForward(Onlooker):
+class DepthForward(Onlooker, ABC):
     """How a decoder makes a pass. A method's own subclass says it in `forward`; parts that it trains are its modules.
 
     Args:
@@ -61,9 +62,9 @@ class DepthForward(Onlooker):
         """Return how many iterations each column of a batch shall have (B, S), for methods that know beforehand."""
         return None
 
+    @abstractmethod
     def forward(self, reading: PassInput) -> PassOutput:
         """Make one pass."""
-        raise NotImplementedError  # pragma: no cover - every method has its own
 
     def loss_terms(self, inputs: LossInputs) -> PassTerms:
         """Return the method's own terms of the loss, those that its passes have summed up over rows."""

@@ -8,6 +8,7 @@ Shapes: `B` rows, `L` tokens of a pass, `R` and `N` rows and columns of a packed
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class RecursiveDepth(DepthForward):
     sees_later: bool
 
 
-class RecursionPass(BlockPass):
+class RecursionPass(BlockPass, ABC):
     """f: the shared stack over the tokens that go on, gated; the others stay.
 
     Args:
@@ -71,13 +72,13 @@ class RecursionPass(BlockPass):
             return inputs_BLD
         return picked.put(inputs_BLD, self.gated(picked, self.run(picked, iteration), iteration))
 
+    @abstractmethod
     def choose(self, states_BLD: Tensor, iteration: int) -> Tensor:
         """Return which tokens run ``iteration`` (B, L)."""
-        raise NotImplementedError  # pragma: no cover - each kind has its own
 
+    @abstractmethod
     def gated(self, tokens: Tokens, after_RND: Tensor, iteration: int) -> Tensor:
         """Return the states (R, N, D) of tokens of which the stack made ``after_RND``."""
-        raise NotImplementedError  # pragma: no cover - each kind has its own
 
     def run(self, tokens: Tokens, iteration: int) -> Tensor:
         """Run the layers of ``iteration`` on some tokens."""

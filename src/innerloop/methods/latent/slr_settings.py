@@ -18,7 +18,7 @@ from innerloop.config.loop import (
     TimeKind,
 )
 from innerloop.config.losses import AuxSettings, Distance, HiddenLayers, HiddenSettings, KdSettings
-from innerloop.config.stopping import Agg, StopKind, StopSettings
+from innerloop.config.stopping import Agg, CommonStop
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,9 @@ class StabilisedLoop(LoopSettings):
 
 
 @dataclass(frozen=True)
-class SlrStop(StopSettings):
+class SlrStop(CommonStop):
     """All that may end a loop."""
 
-    rule: StopKind = "none"
-    threshold: float | None = None
-    min_loops: int = 1
-    patience: int = 1
-    check_every: int = 1
-    histogram: tuple[float, ...] = ()
     site: Literal["latents", "answer"] = "latents"
     agg: Agg = "mean"
     act_output: Literal["weighted", "last"] = "weighted"
