@@ -1,7 +1,7 @@
 """Look inside a model that thinks in latents: what do they show, loop by loop, and does the answer need them?
 
-    python examples/train_slr.py
-    python examples/look_inside.py
+python examples/train_slr.py
+python examples/look_inside.py
 """
 
 import argparse
