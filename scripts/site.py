@@ -10,6 +10,7 @@ import ast
 import json
 from pathlib import Path
 
+from markdown import Extension, Markdown
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -17,6 +18,19 @@ ROOT = Path(__file__).parents[1]
 ALONE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
 FOLDERS = ("docs", "recipes", "examples", "benchmarks/results")
 KINDS = (".md", ".css", ".png", ".svg", ".json", ".yaml", ".py", ".ipynb")
+
+
+class Markers(Extension):
+    """Leaves ``<bot>`` and the like in running text as they are, which are no HTML."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        """Take inline HTML out."""
+        md.inlinePatterns.deregister("html")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Add what reads markers as text."""
+    config.markdown_extensions.append(Markers())  # type: ignore[arg-type]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,4 +1,4 @@
-"""The guides: their Python runs as printed, their recipes load, their files and commands exist, and the site shows all."""
+"""The guides: their Python runs as printed, recipes load, files and commands exist, and the site shows them all."""
 
 import json
 import re

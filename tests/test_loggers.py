@@ -1,5 +1,7 @@
 """Metrics reach what `train.report_to` names, and a logger that is not there is refused before anything is read."""
 
+from typing import ClassVar
+
 import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
@@ -14,7 +16,7 @@ LOGGERS = integration_utils.INTEGRATION_TO_CALLBACK
 
 
 class Listener(TrainerCallback):
-    heard: dict = {}
+    heard: ClassVar[dict] = {}
 
     def on_log(self, args, state, control, logs=None, **_):
         self.heard.update(logs)
