@@ -10,6 +10,7 @@ import yaml
 
 import innerloop
 from innerloop.cli.main import VERBS
+from innerloop.tasks import task_named
 from innerloop.train.recipe import parse_recipe
 from innerloop.train.training_arguments import LatentTrainingArguments
 
@@ -45,6 +46,24 @@ def test_the_recipes_of_the_guides_load(page: Path):
         if "task" in raw:
             assert parse_recipe(raw).out.startswith("runs/")
         assert set(raw.get("train", {})) <= set(LatentTrainingArguments.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("task", "gold", "written"),
+    [
+        ("plain", "Paris", " Paris "),
+        ("gsm8k", "1200", "1,200"),
+        ("gsm8k", "1200", "$1200"),
+        ("gsm8k", "1200", "1200.0"),
+        ("strategyqa", "yes", "Yes"),
+        ("prontoqa", "true", "True"),
+    ],
+)
+def test_an_answer_is_right_as_the_guide_says(tmp_path: Path, task: str, gold: str, written: str):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": "?", "steps": [], "answer": gold}))
+    chosen = task_named(task)(test=str(tmp_path / "own.jsonl"))
+    (example,) = chosen.examples("test")
+    assert chosen.is_correct(chosen.extract(f"a step\n### {written}"), example.answer)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
