@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0
 WORKERS    := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-pretrained pretrained lint clean
+.PHONY: help demo test test-slow test-pretrained pretrained lint docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | awk -F '\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -45,8 +45,12 @@ lint: $(STAMP)  ## check style, types and which folder imports which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP)  ## build the documentation site into site/, with the reference made from docstrings
+	$(PIP) --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove caches and builds; .venv, models and runs stay
-	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf dist build site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch goes first and with its pin, so that the build for this machine is chosen before anything else asks for torch.

@@ -50,7 +50,7 @@ class LoopSettings:
         lora: low-rank updates of the weights inside the loop: none, one for each iteration (per_iter), or shared.
         lora_rank: r.
         lora_gamma: the update is scaled by gamma / r.
-        lora_targets: patterns of module names within the layers, such as q_proj, *_proj or 1.mlp.*; empty: all
+        lora_targets: patterns of module names within the layers, such as q_proj, 1.mlp.up_proj or *_proj; empty: all
             attention and MLP linears.
         lora_beyond: iterations past max_loops use the last update (clamp), start over (cycle) or none (off).
         bptt: back-propagate through the last so many iterations only, 0 through none; None: all.

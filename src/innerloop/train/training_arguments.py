@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from innerloop.errors import InputError, nearest
 
@@ -70,6 +72,7 @@ class LatentTrainingArguments(TrainingArguments):
             raise InputError(f"loss_chunk is '{self.loss_chunk}'; give a number of rows, or fused")
         self.per_device_train_batch_size = self.batch_size
         super().__post_init__()
+        _check_loggers(self.report_to or ())
 
 
 def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> LatentTrainingArguments:
@@ -104,6 +107,20 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
         return LatentTrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError) as error:
         raise InputError(f"the train section cannot be used: {error}") from error
+
+
+def _check_loggers(names: str | Sequence[str]) -> None:
+    """Refuse what metrics cannot be reported to before anything is read; transformers would refuse it afterwards."""
+    for name in [names] if isinstance(names, str) else names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise InputError(
+                f"train.report_to knows no '{name}'{nearest(name, INTEGRATION_TO_CALLBACK)}: it may be {known}"
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError):
+            raise InputError(f"train.report_to={name} needs a package: pip install {name}, or leave it out") from None
 
 
 def _number(name: str, value: Any, default: Any) -> Any:
