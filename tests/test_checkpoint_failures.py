@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from innerloop import Cot, InputError, LatentModel, Slr
+from innerloop.disk.folders import MANIFEST
 from innerloop.model import checkpoint
 from tests.models import answers_of, moved, saved, tiny_model
 from tests.test_checkpoint import contents
@@ -39,7 +40,7 @@ def test_a_save_replaces_what_one_before_wrote_and_a_killed_one_left_behind_and_
     folder = saved(model, tmp_path / "run")
     for name in ("stale.safetensors", "notes.txt"):
         (folder / name).write_text("from another time")
-    change_settings(folder, files=["stale.safetensors", *json.loads((folder / "innerloop.json").read_text())["files"]])
+    change_settings(folder, MANIFEST, "files", **{"stale.safetensors": {}})
     for _ in range(2):
         saved(moved(model), folder)
         assert not {"half.txt", "stale.safetensors"} & set(contents(folder))
@@ -189,14 +190,16 @@ def test_a_save_beside_others_files_that_fails_halfway_puts_all_back(n, tmp_path
     assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("files", [["../victim.txt", "notes.txt/", 3, "folder"], "notes.txt", 7])
-def test_names_of_files_in_settings_lead_nowhere_else(files, tmp_path):
+@pytest.mark.parametrize(
+    "files", [{"../victim.txt": {}, "notes.txt/": {}, "folder": {}}, {"notes.txt": 3}, ["notes.txt"], 7]
+)
+def test_names_of_files_in_a_manifest_lead_nowhere_else(files, tmp_path):
     model = tiny_model(Cot())
     folder = saved(model, tmp_path / "run")
     (folder / "folder").mkdir()
     for path in (folder / "notes.txt", tmp_path / "victim.txt"):
         path.write_text("mine")
-    change_settings(folder, files=files)
+    change_settings(folder, MANIFEST, files=files)
     saved(model, folder)
     assert (folder / "folder").is_dir()
     assert (folder / "notes.txt").read_text() == (tmp_path / "victim.txt").read_text() == "mine"

@@ -15,6 +15,7 @@ from typing import Any
 
 from innerloop.bench.timing import clock_of, seconds_of, take_turns
 from innerloop.decoder.memory import peak_memory
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, TestTimeCompute
@@ -69,7 +70,7 @@ def time_runs(
         name: {"seconds": [s / len(questions) for s in seconds_of(turns[name])], "memory": peak_memory(job, device)}
         for name, job in jobs.items()
     }
-    checkpoint.write_text(folder / TIMES, json.dumps({**asked, "runs": found}, indent=1) + "\n")
+    write_text(folder / TIMES, json.dumps({**asked, "runs": found}, indent=1) + "\n")
     return {**asked, "runs": found}
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.model import checkpoint
@@ -82,7 +83,7 @@ class ResultCache:
     def _write(self) -> None:
         if self.path is not None:
             entries = [*self.others, {"made_of": self.made_of, "parts": self.known}]
-            checkpoint.write_text(self.path, json.dumps(entries, ensure_ascii=False) + "\n")
+            write_text(self.path, json.dumps(entries, ensure_ascii=False) + "\n")
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
