@@ -155,10 +155,11 @@ def covers(place: Path, run: Path, asked: EvalSet) -> bool:
     """Tell whether a folder holds the answers of a run, as it is now, to exactly what is asked."""
     if not (place / RESULT).exists() or not (place / PREDICTIONS).exists():
         return False
-    result, trained = read_json(place / RESULT), (Path(checkpoint.resolve(run)) / checkpoint.SETTINGS).stat().st_mtime
+    result = read_json(place / RESULT)
     task = result.get("task", {})
     found = (task.get("name"), task.get("version"), result.get("split"), "asked" in result or "error" in result)
-    if found != (asked.task.name, asked.task.version, asked.split, False) or (place / RESULT).stat().st_mtime < trained:
+    is_same_model = result.get("saved") == checkpoint.identity(run)
+    if found != (asked.task.name, asked.task.version, asked.split, False) or not is_same_model:
         return False
     now, then = (named(m, "method", method_named) for m in (checkpoint.recorded(run, "method"), result["method"]))
     # Unless it reasons in another way since, such as by another stop rule.

@@ -28,7 +28,7 @@ from innerloop.measure.result_cache import ResultCache, digest_of, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
 from innerloop.measure.subject import Subject
-from innerloop.model.checkpoint import SETTINGS, resolve
+from innerloop.model.checkpoint import identity
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.codec import to_json
@@ -185,8 +185,8 @@ def known_result(suite: Suite, key: Key) -> dict[str, Any] | None:
         return None
     if key[0] not in suite.runs:
         return result
-    is_newer = (run / FINISHED).exists() and path.stat().st_mtime >= (Path(resolve(run)) / SETTINGS).stat().st_mtime
-    return result if is_newer else None
+    is_of_it = (run / FINISHED).exists() and result.get("saved") == identity(run)
+    return result if is_of_it else None
 
 
 def is_same_test(result: Mapping[str, Any], test: EvalConfig) -> bool:

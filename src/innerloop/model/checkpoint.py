@@ -12,6 +12,7 @@ renamed (`disk/folders.py`): a write that fails leaves the old folder as it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from innerloop.decoder.adapters import ADAPTER, adapted, merged_state
 from innerloop.decoder.backbone import Backbone
 from innerloop.disk.files import told
-from innerloop.disk.folders import is_unsettled, replacing_folder, settle
+from innerloop.disk.folders import MANIFEST, is_unsettled, replacing_folder, settle
 from innerloop.errors import InputError, few, nearest
 from innerloop.methods import Method, name_of
 from innerloop.text.encoder import PromptEncoder
@@ -185,6 +186,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or "name" not in (settings.get("method") or ()):
         raise InputError(f"{folder / SETTINGS} names no method; restore it or save the run again")
     return settings
+
+
+def identity(path: str | Path) -> str | None:
+    """Return what tells a saved model from one that takes its place, whatever the clock says; None: it is none."""
+    folders = (Path(path) / RUN_CHECKPOINT, Path(path))
+    folder = next((folder for folder in folders if (folder / SETTINGS).exists()), None)
+    if folder is None:
+        return None
+    parts = [(folder / name).read_bytes() for name in (SETTINGS, MANIFEST) if (folder / name).exists()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
 def resolve(path: str | Path) -> str | Path:
