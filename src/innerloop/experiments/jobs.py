@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from innerloop.disk.files import write_text
+from innerloop.disk.files import try_to_unlink, write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.errors import InputError
@@ -292,7 +292,7 @@ def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str 
         result["diverged"] = behaves.diverged
         write_text(out / STABILITY, json.dumps({**what, "n": len(read), **behaves.as_dict()}, indent=2) + "\n")
     write_answers(out, result, predictions)
-    (out / TEST_CACHE).unlink(missing_ok=True)
+    try_to_unlink(out / TEST_CACHE)
 
 
 class _Asking:
