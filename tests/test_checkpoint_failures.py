@@ -24,7 +24,7 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(at, tmp_path, monkeyp
     before = contents(folder)
 
     def fails(self, *args, **options):
-        if at == "rename" and self.name != ".run.writing":
+        if at == "rename" and self.name != ".run.innerloop.writing":
             return rename(self, *args)
         raise OSError("No space left on device")
 
@@ -36,8 +36,8 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(at, tmp_path, monkeyp
 
 
 def test_a_save_replaces_what_one_before_wrote_and_a_killed_one_left_behind_and_nothing_else(tmp_path):
-    (tmp_path / ".run.writing").mkdir()
-    (tmp_path / ".run.writing" / "half.txt").write_text("half")
+    (tmp_path / ".run.innerloop.writing").mkdir()
+    (tmp_path / ".run.innerloop.writing" / "half.txt").write_text("half")
     model = tiny_model(Cot())
     folder = saved(model, tmp_path / "run")
     for name in ("stale.safetensors", "notes.txt"):

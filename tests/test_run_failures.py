@@ -67,6 +67,22 @@ def test_a_run_killed_after_its_last_save_trains_no_further(lost, copy, whole):
     assert torch.equal(weights(copy), weights(whole))
 
 
+@pytest.mark.parametrize("at", ["written", "unsealed", "unrotated"])
+def test_what_a_kill_leaves_of_a_checkpoint_is_finished_or_removed(at, copy, whole):
+    (copy / "finished").unlink()
+    if at == "unrotated":
+        shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-1")
+    else:
+        (copy / "checkpoint-4").rename(copy / ".checkpoint-4.innerloop.writing")
+        if at == "unsealed":
+            (copy / ".checkpoint-4.innerloop.writing" / MANIFEST).unlink()
+    (copy / ".checkpoint-3.innerloop.writing").mkdir()
+    count = Count()
+    run(copy, resume=True, callbacks=[count], save_steps=9)
+    assert count.steps == (2 if at == "unsealed" else 0) and torch.equal(weights(copy), weights(whole))
+    assert checkpoints(copy) == ["checkpoint-2", "checkpoint-4"] and not [*copy.glob(".checkpoint*")]
+
+
 def test_a_validation_that_a_kill_prevented_is_made_up_for(tmp_path, monkeypatch):
     """The save of an epoch's last step comes before the validation at the epoch's end."""
     monkeypatch.setattr("innerloop.train.trainer.accuracy_of", lambda predictions: 0.5)

@@ -1,8 +1,8 @@
 """Folders that are whole or as they were, and that say what was written into them.
 
-A folder is written aside (`.NAME.writing`), sealed by a manifest of its files, their sizes and checksums, which is
-written last, and put in place of what an earlier one wrote; the files of others stay. A kill at any moment leaves the
-old folder, or one that `settle` brings to its end.
+A folder is written aside (`.NAME.innerloop.writing`), sealed by a manifest of its files, their sizes and checksums,
+which is written last, and put in place of what an earlier one wrote; the files of others stay. A kill at any moment
+leaves the old folder, or one that `settle` brings to its end.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from innerloop.disk.files import NO_LINKS, WRITING, flush, told, try_to_unlink, write_text
+from innerloop.disk.files import NO_LINKS, flush, told, try_to_unlink, write_text
 
 MANIFEST = "manifest.json"
+WRITING, OLD = ".innerloop.writing", ".innerloop.old"  # end the names of what is written, and of what it replaces
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def place(written: Path, path: Path) -> None:
 
 def beside(path: Path) -> tuple[Path, Path]:
     """Return where a folder is written, and where what it replaces lies meanwhile."""
-    return path.with_name(f".{path.name}{WRITING}"), path.with_name(f".{path.name}.old")
+    return path.with_name(f".{path.name}{WRITING}"), path.with_name(f".{path.name}{OLD}")
 
 
 def seal(folder: Path) -> None:
@@ -130,6 +131,15 @@ def settle(path: Path) -> None:
     if replaced.is_dir() and not path.exists():
         replaced.rename(path)
     clear(replaced)
+
+
+def settle_all(parent: Path) -> None:
+    """Settle what killed processes have left in a folder beside the folders in it."""
+    for left in [*parent.glob(f".*{WRITING}"), *parent.glob(f".*{OLD}")]:
+        path = left.with_name(left.name[1:].removesuffix(WRITING).removesuffix(OLD))
+        if left.is_dir() and not left.is_symlink() and path.name:
+            settle(path)
+            clear(beside(path)[0])
 
 
 def is_unsettled(path: Path) -> bool:

@@ -53,7 +53,7 @@ def locked(folder: str | Path, written: Sequence[str] = ()) -> Iterator[None]:
         yield
     finally:
         _own.discard(own)
-        if [path.name for path in folder.iterdir()] == [MARK]:
+        if [path.name for path in folder.glob("*")] == [MARK]:
             try_to_unlink(mark)
         _remove_empty(made)
         os.ftruncate(handle, 0)

@@ -157,7 +157,8 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path, unbounded: S
 
 
 def _is_finite(tensor: Tensor, may_be_infinite: bool) -> bool:
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+    has_range = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16
+    if not has_range or tensor.is_meta or tensor.numel() == 0:
         return True
     least, most = tensor.detach().aminmax()  # needs no memory, unlike isfinite; what is no number is both
     return not bool(least.isnan() if may_be_infinite else (least.isinf() | most.isinf() | least.isnan()))

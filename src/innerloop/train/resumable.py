@@ -54,17 +54,22 @@ class ResumableTrainer(Trainer):
         Raises:
             InputError: no checkpoint is whole, another process trains in ``output_dir``, or others' files are there.
         """
-        folder = self.args.output_dir
-        start = self._start(resume_from_checkpoint)
-        is_own = start is not None and start.resolve().parent == Path(folder).resolve()
+        folder = Path(self.args.output_dir)
+        given = folder / "any" if resume_from_checkpoint is True else Path(resume_from_checkpoint or "/")
+        is_own = given.resolve().parent == folder.resolve()
         lock = locked(folder, () if is_own else WRITTEN) if self.args.process_index == 0 else nullcontext()
         with lock:
             if self.args.should_save:
-                folders.clear(Path(folder) / STAGING)
-                folders.settle(self.best_folder)
+                folders.clear(folder / STAGING)
+                folders.settle_all(folder)
+            self.accelerator.wait_for_everyone()
+            start = self._start(resume_from_checkpoint)
+            if self.args.should_save:
                 if start is None:
                     folders.remove(self.best_folder)
                     checkpoints.remove_all(folder)
+                elif is_own:
+                    self._rotate(start)
             try:
                 output = super().train(None if start is None else str(start), **kwargs)
             except BaseException:
@@ -121,12 +126,16 @@ class ResumableTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     folders.place(staging / folder.name, folder)
-                    best = self.state.best_model_checkpoint
-                    checkpoints.rotate(run, self.args.save_total_limit, folder, *([Path(best)] if best else []))
+                    self._rotate(folder)
         finally:
             self._staging = None
             if self.args.should_save:
                 folders.clear(staging)
+
+    def _rotate(self, newest: Path) -> None:
+        best = self.state.best_model_checkpoint
+        kept = [newest, *([Path(best)] if best else [])]
+        checkpoints.rotate(self.args.output_dir, self.args.save_total_limit, *kept)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
