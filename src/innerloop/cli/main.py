@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from innerloop.cli.verb import Verb
+from innerloop.disk.files import of_the_machine
 from innerloop.errors import InputError, UnreadWarning, nearest
 from innerloop.terminal.signals import end_when_asked
 
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a defect, or something a library refuses in its own words
         if debug:
             traceback.print_exc()
+        if sentence := of_the_machine(error):
+            print(f"innerloop: {sentence}", file=sys.stderr)
+            return 2
         reason = " ".join(str(error).split())[:300]
         print(f"innerloop: {type(error).__name__}: {reason} (--debug shows where it arose)", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ append(path, line)                  # logs alone, whose readers take a last line
 
 from __future__ import annotations
 
+import errno
 import glob
 import itertools
 import os
@@ -25,6 +26,11 @@ from innerloop.errors import InputError
 WRITING = ".writing"  # ends the names of what is written aside
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 HOST = re.sub(r"[^\w-]", "_", socket.gethostname())[:32]
+HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room on the disk"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that you may read and write"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files, with ulimit -n 4096"),
+}
 OF_TORCH = re.compile("PytorchStreamWriter|inline_container|iostream")
 MOST_OF_NAME = 100  # letters of a file's name that are in the one beside it
 _numbers = itertools.count()
@@ -99,6 +105,12 @@ def told(what: str, end: str = "what was there before is untouched") -> Iterator
 def reason(error: Exception) -> str:
     """Return why something could not be written, without the names of files that are none of the user's."""
     return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
+
+
+def of_the_machine(error: Exception) -> str | None:
+    """Return a sentence about what the machine, not a library, refuses; None: it is something else."""
+    hint = HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
+    return hint and f"{error.filename or 'a file'} cannot be used ({error.strerror}): {hint}"  # type: ignore[attr-defined]
 
 
 def flush(path: Path) -> None:
