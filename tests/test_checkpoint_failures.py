@@ -200,6 +200,13 @@ def test_lora_weights_that_do_not_fit_are_refused(tmp_path):
         checkpoint.load_parts(other, saved(one, tmp_path / "run"))
 
 
+def test_a_configuration_that_was_changed_since_is_named(broken):
+    folder, _ = broken
+    change_settings(folder, "config.json", rms_norm_eps=0.5)  # which no shape tells
+    with pytest.warns(UnreadWarning, match=r"config.json is not the one that was saved with the weights"):
+        LatentModel.from_pretrained(folder)
+
+
 FOREIGN = ("tah_config.json", "iter_decider.bin", "lora/adapter_model.safetensors", "medusa/head.pt")
 
 

@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 
 class UnreadWarning(UserWarning):
-    """Something that lies where a model is loaded from is not read; the message names it."""
+    """Something that lies where a model is loaded from is not read, or not as it was saved; the message names it."""
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

@@ -82,6 +82,12 @@ def manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
         return None
 
 
+def is_changed(folder: Path, name: str) -> bool:
+    """Tell whether a file has other contents than the manifest of its folder says; not where that says nothing."""
+    facts = (manifest(folder) or {}).get(name)
+    return facts is not None and (folder / name).is_file() and _digest(folder / name) != facts.get("sha256")
+
+
 def damage(folder: Path) -> str | None:
     """Return what a folder lacks of that which was written into it, or what differs; None: it is whole."""
     files = manifest(folder)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from innerloop.disk.folders import MANIFEST, manifest
+from innerloop.disk.folders import MANIFEST, is_changed, manifest
 from innerloop.errors import UnreadWarning, few
 
 # What `transformers` reads, other formats of the same weights, and what innerloop writes.
@@ -34,10 +34,13 @@ def unread_files(folder: Path) -> list[str]:
 
 
 def tell_unread(path: str | Path, tensors: Iterable[str]) -> None:
-    """Warn, in one line, of files in a model's folder and of tensors in its weights that are not read."""
+    """Warn, in one line each, of a changed configuration, and of files and tensors of a model that are not read."""
     files = unread_files(Path(path)) if Path(path).is_dir() else []
     tensors = sorted(tensors)
     parts = [few(files)] if files else []
     parts += [f"the weights {few(tensors)}"] if tensors else []
+    if Path(path).is_dir() and is_changed(Path(path), "config.json"):
+        what = f"{path}/config.json is not the one that was saved with the weights; it is read as it is now"
+        warnings.warn(what, UnreadWarning, stacklevel=2)
     if parts:
         warnings.warn(f"{path} also holds {' and '.join(parts)}, not read by innerloop", UnreadWarning, stacklevel=2)
