@@ -1,6 +1,7 @@
 """What every test shares; the models themselves are made by plain functions in tests/models.py."""
 
 import gc
+import os
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ LARGE_GRID = 12  # cases of one test
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # no test pulls the plug, and disks are slow
     transformers.utils.logging.disable_progress_bar()
 
 

@@ -5,6 +5,7 @@ from tests.models import ARCHS, chain_examples, tiny_backbone, tiny_model
 
 import copy
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,10 @@ def answers_of(model: LatentModel, n: int = 3) -> Tensor:
 def text_logits(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return the logits of a short text, read by the model itself."""
     return lm(input_ids=torch.tensor([tokenizer.encode("3 + 4 = 2\n")])).logits
+
+
+def trained_on(run: Path) -> None:
+    """Change the model of a run, with a clock that says it was long ago."""
+    settings = run / "checkpoint" / "innerloop.json"
+    settings.write_text(settings.read_text() + "\n")
+    os.utime(settings, (0, 0))

@@ -54,6 +54,23 @@ def test_nothing_lies_in_the_hall():
     assert names == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
 
 
+BY_HAND = re.compile(
+    r"shutil|os\.(open|replace|rename|remove)\((?!os\.devnull)|\.(unlink|rename|touch|write_bytes|st_mtime)\b|(?<!aside)\.open\(\"[wa]"
+    r"|(?<!aside / checkpoint\.SETTINGS\))(?<!folder / SETTINGS\))(?<!aside / \"adapter_config\.json\"\))\.write_text\("
+)
+
+
+def test_files_are_written_and_removed_in_one_room():
+    by_hand = [
+        f"{path.relative_to(SRC)}: {line.strip()}"
+        for path in FILES
+        if path.parent.name != "disk"
+        for line in path.read_text().splitlines()
+        if BY_HAND.search(line)
+    ]
+    assert by_hand == []
+
+
 def test_files_and_functions_can_be_read_whole():
     long_files = [str(path) for path in FILES if len(path.read_text().splitlines()) > 400]
     assert long_files == []

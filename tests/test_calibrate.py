@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from innerloop.model.stopping import ruled_by, use_rule
 from innerloop.tasks import Chain
 from tests.close import assert_close
 from tests.fields import FullStop
+from tests.kills import killed_at
 from tests.methods.tools import MIXED, change
 from tests.models import saved, tiny_model
 
@@ -341,3 +344,20 @@ def test_thresholds_of_recurrent_depth_are_calibrated(rule):
     report = quick(model, rule, agreement=0.9).report
     assert model.method.stop.rule == rule
     assert report["tokens"]["agreement"] >= 0.9 and report["chosen"]["mean_loops"] <= T
+
+
+def test_adopting_a_rule_that_is_killed_at_any_step_leaves_the_run_as_it_was_or_as_it_will_be(tmp_path):
+    model = model_of(SLR)
+    quick(model, "classifier", agreement=0.7)
+    before, step = saved(model_of(SLR), tmp_path / "before"), 1
+    found = []
+    while True:
+        run = Path(shutil.copytree(before, tmp_path / str(step) / "run"))
+        (run / "notes.txt").write_text("mine")
+        was_killed = killed_at(step, lambda run=run: adopt_rule(model, run))
+        found.append(LatentModel.from_pretrained(run, device="cpu").method)
+        assert found[-1] in (SLR, model.method) and (run / "notes.txt").read_text() == "mine"
+        if not was_killed:
+            break
+        step += 3
+    assert found[0] == SLR and found[-1] == model.method

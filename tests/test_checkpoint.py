@@ -154,7 +154,7 @@ def test_a_record_is_kept_beside_the_settings_in_the_checkpoint_of_a_run_where_n
     checkpoint.save(model, tmp_path / "a" / "run" / "checkpoint", {"seed": 3})  # missing parents are made
     assert torch.equal(answers_of(LatentModel.from_pretrained(tmp_path / "a" / "run")), answers_of(model))
     settings = checkpoint.read_settings(tmp_path / "a" / "run" / "checkpoint")
-    assert set(settings) == {"innerloop", "format", "method", "seed", "files"} and settings["seed"] == 3
+    assert set(settings) == {"innerloop", "format", "method", "seed"} and settings["seed"] == 3
     assert settings["method"] == {"name": "cot", "with_markers": False} and settings["format"] == 2
     names = set(contents(tmp_path / "a" / "run" / "checkpoint"))
     assert {"config.json", "model.safetensors", "tokenizer.json", "innerloop.json", "innerloop.safetensors"} <= names

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from innerloop import Cot, InputError, LatentModel, Slr
+from innerloop.disk.folders import MANIFEST
+from innerloop.errors import UnreadWarning
 from innerloop.model import checkpoint
+from tests.kills import killed_at
 from tests.models import answers_of, moved, saved, tiny_model
 from tests.test_checkpoint import contents
 
@@ -21,7 +24,7 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(at, tmp_path, monkeyp
     before = contents(folder)
 
     def fails(self, *args, **options):
-        if at == "rename" and self.name != ".run.writing":
+        if at == "rename" and self.name != ".run.innerloop.writing":
             return rename(self, *args)
         raise OSError("No space left on device")
 
@@ -33,13 +36,13 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(at, tmp_path, monkeyp
 
 
 def test_a_save_replaces_what_one_before_wrote_and_a_killed_one_left_behind_and_nothing_else(tmp_path):
-    (tmp_path / ".run.writing").mkdir()
-    (tmp_path / ".run.writing" / "half.txt").write_text("half")
+    (tmp_path / ".run.innerloop.writing").mkdir()
+    (tmp_path / ".run.innerloop.writing" / "half.txt").write_text("half")
     model = tiny_model(Cot())
     folder = saved(model, tmp_path / "run")
     for name in ("stale.safetensors", "notes.txt"):
         (folder / name).write_text("from another time")
-    change_settings(folder, files=["stale.safetensors", *json.loads((folder / "innerloop.json").read_text())["files"]])
+    change_settings(folder, MANIFEST, "files", **{"stale.safetensors": {}})
     for _ in range(2):
         saved(moved(model), folder)
         assert not {"half.txt", "stale.safetensors"} & set(contents(folder))
@@ -165,6 +168,81 @@ def test_weights_with_a_hole_are_refused(broken):
     assert "model.norm.weight" in message()
 
 
+@pytest.mark.parametrize(("file", "name"), [("model", "model.norm.weight"), ("innerloop", "loop.time.table")])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(broken, file, name, number):
+    folder, message = broken
+    weights = load_file(folder / f"{file}.safetensors")
+    weights[name].view(-1)[-1] = number
+    save_file(weights, folder / f"{file}.safetensors", {"format": "pt"})
+    assert f"holds numbers that are not finite, in {name}: take an earlier checkpoint" in message()
+
+
+@pytest.mark.parametrize("harm", ["more", "fewer"])
+def test_weights_that_the_configuration_knows_nothing_of_are_refused(broken, harm):
+    folder, message = broken
+    if harm == "fewer":
+        change_settings(folder, "config.json", num_hidden_layers=2)
+    else:
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, "model.layers.2.extra": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    assert "config.json has no place for the weights model.layers.2." in message()
+
+
+def test_lora_weights_that_do_not_fit_are_refused(tmp_path):
+    """Where a run is resumed with other ones, none may be left as drawn."""
+    base = saved(tiny_model(Cot()), tmp_path / "base")
+    one, other = (
+        LatentModel.from_pretrained(base, Cot(), lora={"r": r, "target_modules": names})
+        for r, names in ((2, ["q_proj"]), (2, ["q_proj", "v_proj"]))
+    )
+    with pytest.raises(InputError, match=r"other LoRA layers than backbone.lora: they differ in .*v_proj.* and 1 more"):
+        checkpoint.load_parts(other, saved(one, tmp_path / "run"))
+
+
+def test_a_configuration_that_was_changed_since_is_named(broken):
+    folder, _ = broken
+    change_settings(folder, "config.json", rms_norm_eps=0.5)  # which no shape tells
+    with pytest.warns(UnreadWarning, match=r"config.json is not the one that was saved with the weights"):
+        LatentModel.from_pretrained(folder)
+
+
+FOREIGN = ("tah_config.json", "iter_decider.bin", "lora/adapter_model.safetensors", "medusa/head.pt")
+
+
+def test_what_belongs_to_a_model_and_is_not_read_is_named(tmp_path):
+    model = tiny_model(Cot())
+    for part in (model.backbone.lm, model.tokenizer):
+        part.save_pretrained(tmp_path)
+    for name in (*FOREIGN, "README.md", "notes.json", "training_args.bin", "onnx/model.bin", ".cache/a.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    told = r"also holds iter_decider.bin, lora/, medusa/, tah_config.json, not read by innerloop"
+    with pytest.warns(UnreadWarning, match=told):
+        LatentModel.from_pretrained(tmp_path, method=Cot())
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "decider.weight": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UnreadWarning, match=r"tah_config.json and the weights decider.weight, not read"):
+        LatentModel.from_pretrained(tmp_path, method=Cot())
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_model_whose_save_was_killed_at_any_step_is_loaded_as_it_was_or_as_it_will_be(others, tmp_path):
+    old, new, step = tiny_model(Cot()), moved(tiny_model(Cot())), 1
+    answers, found = [answers_of(model) for model in (old, new)], []
+    while True:
+        folder = saved(old, tmp_path / str(step) / "run")
+        if others:
+            (folder / "notes.txt").write_text("mine")
+        was_killed = killed_at(step, lambda folder=folder: new.save_pretrained(folder))
+        loaded = answers_of(LatentModel.from_pretrained(folder))
+        found.append([torch.equal(loaded, one) for one in answers])
+        if not was_killed:
+            break
+        step += 4  # rather than all: each is tried on small files in tests/test_disk.py
+    assert found[0] == [True, False] and found[-1] == [False, True] and all(map(any, found))
+
+
 def test_a_missing_folder_is_named_with_its_nearest_neighbour(slr_folder):
     with pytest.raises(InputError, match=r"rum.*did you mean 'run'"):
         LatentModel.from_pretrained(slr_folder.with_name("rum"))
@@ -189,14 +267,16 @@ def test_a_save_beside_others_files_that_fails_halfway_puts_all_back(n, tmp_path
     assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("files", [["../victim.txt", "notes.txt/", 3, "folder"], "notes.txt", 7])
-def test_names_of_files_in_settings_lead_nowhere_else(files, tmp_path):
+@pytest.mark.parametrize(
+    "files", [{"../victim.txt": {}, "notes.txt/": {}, "folder": {}}, {"notes.txt": 3}, ["notes.txt"], 7]
+)
+def test_names_of_files_in_a_manifest_lead_nowhere_else(files, tmp_path):
     model = tiny_model(Cot())
     folder = saved(model, tmp_path / "run")
     (folder / "folder").mkdir()
     for path in (folder / "notes.txt", tmp_path / "victim.txt"):
         path.write_text("mine")
-    change_settings(folder, files=files)
+    change_settings(folder, MANIFEST, files=files)
     saved(model, folder)
     assert (folder / "folder").is_dir()
     assert (folder / "notes.txt").read_text() == (tmp_path / "victim.txt").read_text() == "mine"

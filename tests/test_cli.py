@@ -110,8 +110,8 @@ def test_eval_writes_the_result_of_the_contract_and_the_same_twice(run: Path, tm
         assert code == 0 and "accuracy" in out
         results.append(json.loads((tmp_path / folder / "result.json").read_text()))
     first, second = results
-    assert list(first) == ["task", "split", "n", "accuracy", "ci95", "unparsable", "cost", "method", "model", "seed",
-                           "versions", "device", "asked"]  # fmt: skip
+    assert list(first) == ["task", "split", "n", "accuracy", "ci95", "unparsable", "cost", "method", "model", "saved",
+                           "seed", "versions", "device", "asked"]  # fmt: skip
     assert first["asked"] == {"max_new_tokens": 8}  # answers that are not those of the run as it is say so
     assert list(first["cost"]) == ["passes", "positions", "flops", "thought_tokens", "loops", "seconds"]
     assert list(first["cost"]["seconds"]) == ["prefill", "thought", "answer"]

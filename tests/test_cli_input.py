@@ -1,6 +1,8 @@
 """The command line before a run is there: lists, help, mistakes, and recipes that are trained here."""
 
+import errno
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -221,3 +223,14 @@ def test_a_run_that_does_not_say_its_task_is_named(tmp_path: Path, capsys, confi
     refused(capsys, unsaid, "eval", tmp_path, "--limit", 1)
     refused(capsys, "--task 5: write a task's name", "eval", tmp_path, "--task", "5")
     refused(capsys, "no task '5'", "eval", tmp_path, "--task", "{name: 5}", "--data", "x.jsonl")
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EMFILE"])
+def test_what_the_machine_refuses_is_one_sentence_with_a_hint(code: str, capsys, monkeypatch):
+    def fails(arguments):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), "/data/a")
+
+    monkeypatch.setattr("innerloop.cli.main._run", fails)
+    hint = {"ENOSPC": "make room", "EROFS": "choose a folder", "EMFILE": "allow more open files"}[code]
+    assert innerloop(capsys, "data", "list")[0] == 2
+    refused(capsys, f"/data/a cannot be used ({os.strerror(getattr(errno, code))}): {hint}", "data", "list")

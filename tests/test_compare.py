@@ -1,7 +1,6 @@
 """Comparing: the same data for all, results that fit are taken and others made, and nothing of a run is overwritten."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from innerloop.experiments.summary import MethodResult, summary_table
 from innerloop.methods import Cot, NoCot, Pause
 from innerloop.tasks import Chain, Plain
 from innerloop.train.recipe import parse_recipe
-from tests.models import tiny_model
+from tests.models import tiny_model, trained_on
 from tests.test_cli import innerloop, refused
 from tests.test_suite import RAW, here, in_this_process, written
 
@@ -102,8 +101,7 @@ def test_a_runs_own_result_is_taken_if_it_covers_the_test_and_is_of_the_run_as_i
     innerloop(capsys, "eval", runs[0], "--max_new_tokens", 3)
     compared(runs, tmp_path / "one")
     assert seen[4:] == ["cot"]
-    later = (tmp_path / "b" / "result.json").stat().st_mtime + 10
-    os.utime(tmp_path / "b" / "checkpoint" / "innerloop.json", (later, later))  # trained on since
+    trained_on(tmp_path / "b")
     compared(runs, tmp_path / "two")
     assert seen[5:] == ["cot", "pause"]
 

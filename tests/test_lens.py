@@ -297,7 +297,7 @@ def test_where_the_page_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(InputError, match="is a folder"):
         page_path(str(tmp_path / "run"), str(tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be written to"):
         page_path(str(tmp_path / "run"), str(tmp_path / "file" / "a.html"))
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(InputError, match=r"innerloop\[viz\]"):

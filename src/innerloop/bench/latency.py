@@ -15,6 +15,7 @@ from typing import Any
 
 from innerloop.bench.timing import clock_of, seconds_of, take_turns
 from innerloop.decoder.memory import peak_memory
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, TestTimeCompute
@@ -58,8 +59,9 @@ def time_runs(
     asked = {"n": len(questions), "repeats": REPEATS, "device": device_name(device), "versions": versions()}
     asked |= {"questions": digest(list(questions)), "max_new_tokens": task.max_new_tokens}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
+    asked["saved"] = [checkpoint.identity(folder) for folder in loaded]
     asked["attempts"] = {name: asdict(one) for name, one in tried.items()} or None
-    if (known := _known(folder / TIMES, asked, list(loaded))) is not None:
+    if (known := _known(folder / TIMES, asked)) is not None:
         return known
     options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": len(questions)}
     options["strict"] = False  # what does not fit into memory was told when it was evaluated
@@ -69,16 +71,15 @@ def time_runs(
         name: {"seconds": [s / len(questions) for s in seconds_of(turns[name])], "memory": peak_memory(job, device)}
         for name, job in jobs.items()
     }
-    checkpoint.write_text(folder / TIMES, json.dumps({**asked, "runs": found}, indent=1) + "\n")
+    write_text(folder / TIMES, json.dumps({**asked, "runs": found}, indent=1) + "\n")
     return {**asked, "runs": found}
 
 
-def _known(path: Path, asked: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any] | None:
+def _known(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what was measured before, if it was the same; what cannot be read is measured again."""
     try:
-        written, found = path.stat().st_mtime, json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    changed = [(Path(checkpoint.resolve(folder)) / checkpoint.SETTINGS).stat().st_mtime for folder in folders]
     is_same = isinstance(found, dict) and all(found.get(name) == value for name, value in asked.items())
-    return found if is_same and max(changed) <= written else None
+    return found if is_same else None

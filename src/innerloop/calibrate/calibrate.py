@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.calibrate.threshold_search import ThresholdSearch, summary
 from innerloop.config.stopping import StopKind
+from innerloop.disk.files import write_text
+from innerloop.disk.folders import link, own_files, replacing_folder
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, refuse
 from innerloop.halting.rule import GATES
@@ -53,8 +55,7 @@ class Calibration:
     def save(self, run: str | Path, adopt: bool = False) -> Path:
         """Write RUN/calibration.json; with ``adopt`` the saved run stops by the chosen rule from now on."""
         path = Path(run) / REPORT
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(self.report, indent=2) + "\n")
+        write_text(path, json.dumps(self.report, indent=2) + "\n")
         if adopt:
             adopt_rule(self.model, run)
         return path
@@ -117,8 +118,10 @@ def adopt_rule(model: LatentModel, run: str | Path) -> None:
         raise InputError(f"{folder} is a run of '{settings['method']['name']}', not of '{model.method.name}'")
     own = {name: tensor for name, tensor in checkpoint.trained_parts(model).items() if name.startswith(rule)}
     kept = {name: tensor for name, tensor in load_file(parts).items() if not name.startswith(rule)}
-    aside = parts.with_name(f".{parts.name}.writing")
-    save_file({**kept, **{name: tensor.contiguous() for name, tensor in own.items()}}, aside)
-    aside.replace(parts)
     settings["method"] = checkpoint.method_settings(model.method)
-    checkpoint.write_text(folder / checkpoint.SETTINGS, json.dumps(settings, indent=2) + "\n")
+    with replacing_folder(folder) as aside:  # parts and settings in one step
+        for name in own_files(folder):
+            if name not in (checkpoint.PARTS, checkpoint.SETTINGS):
+                link(folder / name, aside / name)
+        save_file({**kept, **{name: tensor.contiguous() for name, tensor in own.items()}}, aside / checkpoint.PARTS)
+        (aside / checkpoint.SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

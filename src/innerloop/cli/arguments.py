@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from innerloop.config.typed import named
+from innerloop.disk.files import check_writable
 from innerloop.errors import InputError
 from innerloop.methods import Method, method_named
 from innerloop.tasks import Task, task_named
@@ -148,14 +149,7 @@ def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: in
 
 def writable(folder: Path, hint: str = "give another folder by --out DIR") -> Path:
     """Make a folder for results, and see that it can be written to, before anything is measured."""
-    from innerloop.model import checkpoint
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}): {hint}") from None
-    checkpoint.write_text(probe := folder / ".can_be_written", "")
-    probe.unlink(missing_ok=True)
+    check_writable(folder, hint)
     return folder
 
 

@@ -25,6 +25,7 @@ from innerloop.cli.arguments import (
     writable,
 )
 from innerloop.config.stopping import StopKind
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.errors import InputError, refuse
@@ -187,7 +188,7 @@ def bench(run: str, options: BenchArguments) -> None:
         found["model"] = run if name == RUN else options.baseline
     asked_of = {"task": {"name": task.name, "version": task.version, **asdict(task)}, "split": options.split}
     report = {"kind": "bench", **asked_of, **report}
-    checkpoint.write_text(path, json.dumps(report, indent=1) + "\n")
+    write_text(path, json.dumps(report, indent=1) + "\n")
     console.print(bench_table(report))
     for line in bench_lines(report):
         console.print(line, soft_wrap=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.experiments.compare import suite_rows, verdicts
@@ -79,7 +80,7 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     if failed := [f"{r['variant']}: {r['error']}" for r in results if "error" in r]:
         raise InputError(f"the demo could not finish: {'; '.join(failed)}")
     examples = TASK.examples("test", 8)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
     rows = suite_rows(suite, results)
     write_report(folder / "report.html", title, rows, verdicts(rows, "cot"))

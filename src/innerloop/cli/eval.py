@@ -19,6 +19,7 @@ from innerloop.cli.arguments import (
     progress_of,
     writable,
 )
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, refuse
@@ -172,7 +173,7 @@ class Evaluation:
                 )
             result = result_of(model, task, split, predictions, checkpoint.recorded(self.run, "seed"), self.run)
             lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
-            checkpoint.write_text(self.folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+            write_text(self.folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
             asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
             self._write(result, asked | self._asked | self.attempts.asked(options.seed))
             self._print(result)
@@ -211,7 +212,7 @@ class Evaluation:
         """Write the result, with what was asked for where answers are not those of the run as it is."""
         if asked := {name: value for name, value in asked.items() if value is not None}:
             result["asked"] = asked
-        checkpoint.write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
 
     def _print(self, result: dict[str, Any]) -> None:
         if "failed" in result:

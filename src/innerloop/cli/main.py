@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from innerloop.cli.verb import Verb
-from innerloop.errors import InputError, nearest
+from innerloop.disk.files import of_the_machine
+from innerloop.errors import InputError, UnreadWarning, nearest
 from innerloop.terminal.signals import end_when_asked
 
 VERBS = {  # each with its function and what it does
@@ -31,6 +34,7 @@ VERBS = {  # each with its function and what it does
     "calibrate": ("calibrate_bench:calibrate", "choose the threshold of a stop rule on validation data"),
     "bench": ("calibrate_bench:bench", "measure time, memory and the share of the machine's floor"),
 }
+_shown = warnings.showwarning
 HELP = ("-h", "--help")
 
 
@@ -43,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     end_when_asked()
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         _run(arguments)
     except (InputError, ArgumentError) as error:
@@ -56,10 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a defect, or something a library refuses in its own words
         if debug:
             traceback.print_exc()
+        if sentence := of_the_machine(error):
+            print(f"innerloop: {sentence}", file=sys.stderr)
+            return 2
         reason = " ".join(str(error).split())[:300]
         print(f"innerloop: {type(error).__name__}: {reason} (--debug shows where it arose)", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Print our own warnings as a line; others' tell their place."""
+    if category is UnreadWarning:
+        print(f"note: {message}", file=sys.stderr)
+    else:
+        _shown(message, category, *where)
 
 
 def _underscored(argument: str) -> str:

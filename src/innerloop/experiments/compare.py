@@ -14,6 +14,7 @@ from rich.console import Console
 
 from innerloop.bench.latency import time_runs
 from innerloop.config.typed import named
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
@@ -107,7 +108,6 @@ def _evaluate(run: Path, place: Path, asked: EvalSet, advance: Callable[[int], A
     model = LatentModel.from_pretrained(run)
     predictions = evaluate(model, asked.task, asked.examples, progress=advance)
     result = result_of(model, asked.task, asked.split, predictions, checkpoint.recorded(run, "seed"), str(run))
-    place.mkdir(exist_ok=True)
     write_answers(place, result, predictions)
 
 
@@ -155,10 +155,11 @@ def covers(place: Path, run: Path, asked: EvalSet) -> bool:
     """Tell whether a folder holds the answers of a run, as it is now, to exactly what is asked."""
     if not (place / RESULT).exists() or not (place / PREDICTIONS).exists():
         return False
-    result, trained = read_json(place / RESULT), (Path(checkpoint.resolve(run)) / checkpoint.SETTINGS).stat().st_mtime
+    result = read_json(place / RESULT)
     task = result.get("task", {})
     found = (task.get("name"), task.get("version"), result.get("split"), "asked" in result or "error" in result)
-    if found != (asked.task.name, asked.task.version, asked.split, False) or (place / RESULT).stat().st_mtime < trained:
+    is_same_model = result.get("saved") == checkpoint.identity(run)
+    if found != (asked.task.name, asked.task.version, asked.split, False) or not is_same_model:
         return False
     now, then = (named(m, "method", method_named) for m in (checkpoint.recorded(run, "method"), result["method"]))
     # Unless it reasons in another way since, such as by another stop rule.
@@ -202,7 +203,7 @@ def compare_folders(
     chosen, asked = chosen_baseline(run_names(folders), baseline), eval_set(folders, task, split, limit)
     rows = compare_runs(runs, out, console, asked, n_timed)
     report = {"baseline": chosen, "points": [{"variant": row.name, **row.results[0]} for row in rows]}
-    checkpoint.write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
     sentences = verdicts(rows, chosen)
     write_report(out / REPORT, f"Comparison of {len(rows)} runs", rows, sentences)
     _show(rows, {}, sentences, out, console)
@@ -233,8 +234,7 @@ def compare_suite(
     raw, folder = read_recipe(path, overrides), Path(suite.out)
     report = json.dumps(suite_report(raw, found), indent=1) + "\n"
     for file in [folder / "results.json", *([Path(results)] if results else [])]:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(file, report)
+        write_text(file, report)
     failed, rows = failures(found), suite_rows(suite, found)
     if rows and n_timed:
         task = next(iter(suite.jobs.values())).task

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
@@ -16,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from innerloop.disk.files import try_to_unlink, write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.errors import InputError
@@ -28,11 +28,12 @@ from innerloop.measure.result_cache import ResultCache, digest_of, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
 from innerloop.measure.subject import Subject
-from innerloop.model.checkpoint import SETTINGS, resolve, write_text
+from innerloop.model.checkpoint import identity
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
+from innerloop.train.checkpoints import remove_all
 from innerloop.train.recipe import Recipe, load_recipe
 from innerloop.train.run import CONFIG, FINISHED, run_recipe
 from innerloop.train.training_arguments import training_arguments
@@ -184,8 +185,8 @@ def known_result(suite: Suite, key: Key) -> dict[str, Any] | None:
         return None
     if key[0] not in suite.runs:
         return result
-    is_newer = (run / FINISHED).exists() and path.stat().st_mtime >= (Path(resolve(run)) / SETTINGS).stat().st_mtime
-    return result if is_newer else None
+    is_of_it = (run / FINISHED).exists() and result.get("saved") == identity(run)
+    return result if is_of_it else None
 
 
 def is_same_test(result: Mapping[str, Any], test: EvalConfig) -> bool:
@@ -250,8 +251,8 @@ def train_job(key: Key, recipe: Recipe, messages: Any) -> None:
     finished = [s.train.get("max_steps", 0) for s in recipe.stages]
     run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
     if (out / FINISHED).exists():
-        for checkpoint in out.rglob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)  # what was kept to resume from
+        for folder in (out, *out.glob("stages/*")):
+            remove_all(folder)  # what was kept to resume from
 
 
 def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str | None = None) -> None:
@@ -291,7 +292,7 @@ def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str 
         result["diverged"] = behaves.diverged
         write_text(out / STABILITY, json.dumps({**what, "n": len(read), **behaves.as_dict()}, indent=2) + "\n")
     write_answers(out, result, predictions)
-    (out / TEST_CACHE).unlink(missing_ok=True)
+    try_to_unlink(out / TEST_CACHE)
 
 
 class _Asking:

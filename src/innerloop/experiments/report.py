@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from innerloop.disk.files import write_text
 from innerloop.experiments.charts import Curve, Figure, bars, curves, scatter
 from innerloop.experiments.summary import (
     CONTROLS,
@@ -25,7 +26,6 @@ from innerloop.experiments.summary import (
 )
 from innerloop.lens.page import page
 from innerloop.measure.control_verdict import Kind
-from innerloop.model.checkpoint import write_text
 from innerloop.train.run import CONFIG
 
 Section = Mapping[str, Any]

@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from innerloop.bench.timing import spread
+from innerloop.disk.files import write_text
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.statistics import over_seeds, share_noise
-from innerloop.model.checkpoint import write_text
 from innerloop.text.codec import to_json
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from innerloop.disk.files import write_text
 from innerloop.errors import InputError
 from innerloop.experiments.charts import Cell, bars, heat_map, scatter
 from innerloop.experiments.compare import suite_rows
@@ -34,7 +35,6 @@ from innerloop.experiments.search import combinations, search
 from innerloop.experiments.suite import parse_suite, suite_report
 from innerloop.experiments.summary import MethodResult, failure_lines, failures, terminal_table
 from innerloop.experiments.workers import Workers
-from innerloop.model.checkpoint import write_text
 from innerloop.train.recipe import read_recipe
 
 N_NAMED = 8  # trials of a picture that are named
@@ -122,7 +122,6 @@ def write_sweep(sweep: Sweep, title: str, folder: Path) -> None:
     report = suite_report(sweep.raw, sweep.results)
     for job in report["points"]:
         job["settings"] = dict(sweep.settings[job["variant"]])
-    folder.mkdir(parents=True, exist_ok=True)  # jobs that fail at once leave none
     write_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
     write_text(folder / "sweep.html", sweep_page(sweep, title))
 

@@ -10,9 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from innerloop.disk.files import check_writable, write_text
 from innerloop.errors import InputError
 from innerloop.lens.record import Record
-from innerloop.model.checkpoint import is_run, write_text
+from innerloop.model.checkpoint import is_run
 from innerloop.text.codec import to_json
 
 NAME = "lens.html"
@@ -53,12 +54,7 @@ def page_path(run: str, out: str | None = None) -> Path:
     if path.is_dir():
         raise InputError(f"{path} is a folder: give --out a file, such as {path / NAME}")
     check_viz()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be made: {error}; give --out another file") from error
-    write_text(aside := path.with_name(f".{path.name}.partial"), "")
-    aside.unlink()
+    check_writable(path.parent, "give --out another file")
     return path
 
 

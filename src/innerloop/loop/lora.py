@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from innerloop.config.loop import BankKind, Beyond
 from innerloop.decoder.backbone import Backbone
+from innerloop.disk.folders import replacing_folder
 from innerloop.errors import InputError, nearest
 
 
@@ -197,9 +198,6 @@ class LoopLora(LoraBank):
             key = name.replace(".", "/")
             tensors[f"base_model.model.{name}.lora_A.weight"] = self.down[key][entry].detach().contiguous().cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = self.up[key][entry].detach().contiguous().cpu()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "adapter_model.safetensors")
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -212,7 +210,9 @@ class LoopLora(LoraBank):
             "target_modules": sorted(self.modules_by_name),
             "inference_mode": True,
         }
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with replacing_folder(folder) as aside:
+            save_file(tensors, aside / "adapter_model.safetensors")
+            (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _layers_prefix(backbone: Backbone) -> str:

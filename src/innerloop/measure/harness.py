@@ -18,11 +18,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import ResultCache, digest
-from innerloop.model.checkpoint import write_text
 from innerloop.text.examples import Example
 from innerloop.text.row import Kind
 

@@ -19,6 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, TestTimeCompute
@@ -30,7 +31,6 @@ from innerloop.measure.controls import controls
 from innerloop.measure.latents import keys_of, unseen
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.measure.subject import Subject
-from innerloop.model import checkpoint
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.terminal.wide_table import Bands
@@ -123,7 +123,7 @@ class Measurement:
 
 
 def _write(path: Path, report: Mapping[str, Any]) -> None:
-    checkpoint.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def check_asked(

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from innerloop.disk.files import try_to_unlink, write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.model import checkpoint
@@ -74,7 +75,7 @@ class ResultCache:
     def forget(self) -> None:
         """Remove the file: what it is for is done."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            try_to_unlink(self.path)
 
     def _may_be_asked_for(self, made_of: Mapping[str, Any]) -> bool:
         return all(made_of.get(name) == self.made_of.get(name) for name in LASTING)
@@ -82,7 +83,7 @@ class ResultCache:
     def _write(self) -> None:
         if self.path is not None:
             entries = [*self.others, {"made_of": self.made_of, "parts": self.known}]
-            checkpoint.write_text(self.path, json.dumps(entries, ensure_ascii=False) + "\n")
+            write_text(self.path, json.dumps(entries, ensure_ascii=False) + "\n")
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

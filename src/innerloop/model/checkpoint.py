@@ -4,15 +4,17 @@
     innerloop.json                                        method, settings, versions
     innerloop.safetensors                                 the method's parts, and LoRA weights if any
 
+    manifest.json                                         what was written, with sizes and checksums
+
 LoRA weights are merged into model.safetensors, so that the folder is complete in itself. Folders are written aside and
-renamed: a write that fails leaves the old folder as it was.
+renamed (`disk/folders.py`): a write that fails leaves the old folder as it was.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -30,7 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from innerloop.decoder.adapters import ADAPTER, adapted, merged_state
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import InputError, nearest
+from innerloop.disk.files import told
+from innerloop.disk.folders import MANIFEST, is_unsettled, replacing_folder, settle
+from innerloop.errors import InputError, few, nearest
 from innerloop.methods import Method, name_of
 from innerloop.text.encoder import PromptEncoder
 
@@ -56,31 +60,14 @@ def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = Non
 
     Files that no save of ours has written stay, whatever folder it is. ``record`` goes into innerloop.json.
     """
-    path = Path(path).resolve()
-    aside, replaced = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with replacing_folder(path) as aside:
         write(model, aside, record)
-        shutil.rmtree(replaced, ignore_errors=True)
-        own = _written(path)
-        if path.exists() and any(file.name not in own for file in path.iterdir()):
-            _put_among_others(aside, path, own, replaced)
-            return
-        if path.exists():
-            path.rename(replaced)
-        aside.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(f"could not save to {path}: {error}; what was there before is untouched") from error
 
 
 def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) -> None:
     """Write the files of a checkpoint into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    before, lm = {file.name for file in folder.iterdir()}, model.backbone.lm
+    lm = model.backbone.lm
     with without_bars():
         lm.save_pretrained(folder, state_dict=merged_state(lm))
     model.tokenizer.save_pretrained(folder)
@@ -89,38 +76,7 @@ def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) 
     settings |= record or {}
     if model.encoder.running_text:
         settings["running_text"] = True
-    settings["files"] = sorted({file.name for file in folder.iterdir()} - before | _written(folder) | {SETTINGS})
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _written(folder: Path) -> set[str]:
-    """Return the names of the files that the last save into a folder wrote."""
-    try:
-        names = json.loads((folder / SETTINGS).read_text())["files"]
-    except (OSError, ValueError, TypeError, KeyError):  # no model of ours, or one that is broken
-        names = ()
-    names = names if isinstance(names, list) else ()
-    return {name for name in names if isinstance(name, str) and Path(name).name == name and (folder / name).is_file()}
-
-
-def _put_among_others(aside: Path, path: Path, own: set[str], replaced: Path) -> None:
-    """Put what was written aside in place of a folder's own files, where others' lie too; all of it, or nothing."""
-    new, placed = {file.name for file in aside.iterdir()}, list[Path]()
-    replaced.mkdir()
-    try:
-        for name in sorted(own | {name for name in new if (path / name).is_file()}):
-            (path / name).rename(replaced / name)
-        for name in sorted(new):
-            placed.append((aside / name).rename(path / name))
-        aside.rmdir()
-    except OSError:
-        for file in placed:
-            file.unlink()
-        for file in replaced.iterdir():
-            file.rename(path / file.name)
-        raise
-    finally:
-        shutil.rmtree(replaced)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,12 +120,12 @@ def load_parts(model: Stored, folder: Path, strict: bool = True) -> None:
         stored = load_file(folder / PARTS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {folder / PARTS}: {first_line(error)}") from None
+    parts = torch.nn.ModuleDict(model.trained_modules())
+    check_finite(stored, folder / PARTS, unbounded=[name for name, _ in parts.named_buffers()])
     if adapted(model.backbone.lm):
-        weights = {name.removeprefix("lm."): tensor for name, tensor in stored.items() if name.startswith("lm.")}
-        model.backbone.lm.load_state_dict(weights, strict=False)
+        _load_adapters(model, {n.removeprefix("lm."): t for n, t in stored.items() if n.startswith("lm.")}, folder)
     own = {name: tensor for name, tensor in stored.items() if not name.startswith("lm.")}
     own |= {name: own[first] for name, (_, first) in _tensors(model).items() if first in own}
-    parts = torch.nn.ModuleDict(model.trained_modules())
     if not strict:
         own = {name: _fitted(tensor, own.get(name)) for name, tensor in parts.state_dict().items()}
     try:
@@ -179,6 +135,33 @@ def load_parts(model: Stored, folder: Path, strict: bool = True) -> None:
         raise InputError(
             f"{folder / PARTS} does not fit the method '{model.method.name}' with these settings: {reason}"
         ) from None
+
+
+def _load_adapters(model: Stored, weights: dict[str, Tensor], folder: Path) -> None:
+    """Load LoRA weights, all of which must be there and have their place."""
+    lm = model.backbone.lm
+    wanted = {name for name, _ in lm.named_parameters() if f".{ADAPTER}" in name}
+    if differ := sorted(wanted ^ weights.keys()):
+        raise InputError(f"{folder / PARTS} has other LoRA layers than backbone.lora: they differ in {few(differ)}")
+    try:
+        lm.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # of another rank
+        raise InputError(f"{folder / PARTS} does not fit backbone.lora: {' '.join(str(error).split())}") from None
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | Path, unbounded: Sequence[str] = ()) -> None:
+    """Refuse weights that are no numbers, as what is computed with them is none either; thresholds may be infinite."""
+    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor, name in unbounded)]
+    if bad:
+        raise InputError(f"{source} holds numbers that are not finite, in {few(bad)}: take an earlier checkpoint")
+
+
+def _is_finite(tensor: Tensor, may_be_infinite: bool) -> bool:
+    has_range = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16
+    if not has_range or tensor.is_meta or tensor.numel() == 0:
+        return True
+    least, most = tensor.detach().aminmax()  # needs no memory, unlike isfinite; what is no number is both
+    return not bool(least.isnan() if may_be_infinite else (least.isinf() | most.isinf() | least.isnan()))
 
 
 def _fitted(own: Tensor, stored: Tensor | None) -> Tensor:
@@ -206,6 +189,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def identity(path: str | Path) -> str | None:
+    """Return what tells a saved model from one that takes its place, whatever the clock says; None: it is none."""
+    folders = (Path(path) / RUN_CHECKPOINT, Path(path))
+    folder = next((folder for folder in folders if (folder / SETTINGS).exists()), None)
+    if folder is None:
+        return None
+    parts = [(folder / name).read_bytes() for name in (SETTINGS, MANIFEST) if (folder / name).exists()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+
+
 def resolve(path: str | Path) -> str | Path:
     """Return the checkpoint folder of a run, a model folder as it is, or a Hub name.
 
@@ -213,6 +206,10 @@ def resolve(path: str | Path) -> str | Path:
         InputError: it can only be a folder, and that does not exist or holds no model.
     """
     folder = Path(path)
+    for own in (folder.resolve(), folder.resolve() / RUN_CHECKPOINT):
+        if is_unsettled(own):
+            with told(f"cannot finish the save of {own} that was killed", "make its folder writable"):
+                settle(own)
     if (folder / RUN_CHECKPOINT / SETTINGS).exists():
         return folder / RUN_CHECKPOINT
     if folder.is_dir():
@@ -254,14 +251,3 @@ def recorded(path: str | Path, name: str, default: Any = None) -> Any:
     """Return what a run's innerloop.json says of its training, such as ``seed`` and ``stage``."""
     folder = Path(resolve(path))
     return read_settings(folder).get(name, default) if (folder / SETTINGS).exists() else default
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that a full disk leaves the old one as it was."""
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"could not write {path}: {error}; what was there before is untouched") from error

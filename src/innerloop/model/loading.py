@@ -26,19 +26,21 @@ from innerloop.config.method import Method
 from innerloop.config.typed import typed
 from innerloop.decoder.adapters import MarkerInit, add_lora, add_markers
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import InputError, nearest
+from innerloop.errors import InputError, few, nearest
 from innerloop.methods import method_named, name_of
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.checkpoint import (
     FORMAT,
     SETTINGS,
     Stored,
+    check_finite,
     first_line,
     load_parts,
     read_settings,
     resolve,
     without_bars,
 )
+from innerloop.model.unread import tell_unread
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 M = TypeVar("M", bound=Stored)
@@ -81,7 +83,7 @@ def load(
     source = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = _tokenizer_of(path, **source)
-        lm = _lm_of(path, dtype=dtype, **source, **options)
+        lm = load_lm(path, dtype=dtype, is_own=saved is not None, **source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load a model from '{path}': {first_line(error)}") from error
     backbone = Backbone(lm)
@@ -201,7 +203,7 @@ def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: to
     path = resolve(path)
     try:
         theirs = _tokenizer_of(path)
-        lm = _lm_of(path, dtype=dtype)
+        lm = load_lm(path, dtype=dtype, is_own=(Path(path) / SETTINGS).exists())
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load a decoder from '{path}': {first_line(error)}") from error
     check_tokens(theirs, tokenizer, path)
@@ -216,22 +218,28 @@ def check_tokens(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase,
         raise InputError(f"the tokens of '{path}' have other ids than those of the model: choose one of its family")
 
 
-def _lm_of(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a bare model, all of whose weights must be there and have the shapes that its configuration says.
+def load_lm(path: str | Path, is_own: bool, **options: Any) -> PreTrainedModel:
+    """Load a bare model, all of whose weights must be there, finite, and of the shapes that its configuration says.
 
-    Transformers fills a hole with random numbers and only logs it.
+    Transformers fills a hole with random numbers and only logs it. Where innerloop has written the folder (``is_own``),
+    there may be no other weights either.
     """
     with without_bars():
         lm, report = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    if report["missing_keys"]:
-        raise InputError(f"the weights lack {', '.join(sorted(report['missing_keys']))}")
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"the weights lack {few(missing)}")
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         raise InputError(
             f"the weights do not have the shapes that config.json says ({name} is {tuple(stored)}, and would have to "
             f"be {tuple(wanted)}): restore config.json"
         )
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected and is_own:
+        raise InputError(f"config.json has no place for the weights {few(unexpected)}: restore config.json")
+    tell_unread(path, unexpected)
+    check_finite(lm.state_dict(), path)
     return lm
 
 

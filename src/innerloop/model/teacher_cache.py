@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from innerloop.decoder.backbone import Backbone
+from innerloop.disk.files import replacing
 from innerloop.errors import InputError
 from innerloop.passes.context import Context
 from innerloop.text.batch import collate
@@ -81,14 +82,8 @@ class TeacherCache:
             for r, row in enumerate(chosen):
                 _, at = self.places[tuple(row.ids())]
                 parts.append(states_BSLD[r, first_B[r] + torch.tensor(at)])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.writing")
-        try:
+        with replacing(self.path) as aside:
             save_file({STATES: torch.cat(parts)}, aside, metadata={MADE_OF: made_of})
-            aside.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
-            raise InputError(f"could not write the teacher's states to {self.path}: {error}") from error
 
     def states_of(self, row: Row) -> dict[int, Tensor]:
         """Return the states after every layer (n_layers + 1, D) at each position that a row follows; it may be none."""

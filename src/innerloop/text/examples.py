@@ -6,7 +6,6 @@ write_examples(examples, "copy.jsonl.gz")
 
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
+from innerloop.disk.files import check_writable, replacing
 from innerloop.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -110,21 +110,13 @@ def write_examples(examples: Iterable[Example], path: str | Path) -> None:
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write examples to {path}: name the file .jsonl or .jsonl.gz")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as raw:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
-                    packed.writelines(_to_line(example) for example in examples)
-            else:
-                raw.writelines(_to_line(example) for example in examples)
-        aside.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write examples to {path} ({error.strerror}): choose another folder") from error
-    finally:
-        if aside.exists():
-            aside.unlink()
+    check_writable(path.parent, "choose another folder")
+    with replacing(path) as aside, aside.open("wb") as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
+                packed.writelines(_to_line(example) for example in examples)
+        else:
+            raw.writelines(_to_line(example) for example in examples)
 
 
 def _to_line(example: Example) -> bytes:

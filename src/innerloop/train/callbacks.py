@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 
+from innerloop.disk.files import append, write_text
 from innerloop.terminal.progress import bar
+from innerloop.train.checkpoints import INTERRUPTED, folder_of, log_entries
 
 METRICS = "metrics.jsonl"
-INTERRUPTED = "interrupted"  # an empty file in a checkpoint that train.save_strategy would not have made
 SHOWN = {"loss": "loss", "loss_answer": "answer", "loss_step": "step", "stage": "stage", "eval_accuracy": "accuracy"}
 
 
@@ -60,10 +61,9 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir or ".") / METRICS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = path.read_text().splitlines() if path.exists() and state.global_step > 0 else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        old = log_entries(path) if state.global_step > 0 else []
+        kept = [entry for entry in old if entry["step"] <= state.global_step][: len(state.log_history)]
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -71,8 +71,19 @@ class MetricsFile(TrainerCallback):
         """Append one line."""
         if not state.is_world_process_zero:
             return
-        with (Path(args.output_dir or ".") / METRICS).open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        append(Path(args.output_dir or ".") / METRICS, json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class Begun(TrainerCallback):
+    """Does something once, when training begins: when all that could be refused has been checked."""
+
+    def __init__(self, does: Callable[[], object]):
+        self.does = does
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Do it, in one process."""
+        if state.is_world_process_zero:
+            self.does()
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -104,16 +115,10 @@ class StopOnInterrupt(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark a checkpoint that is there only because training was interrupted."""
         if self.saves_early and state.is_world_process_zero:
-            (Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / INTERRUPTED).touch()
+            write_text(folder_of(args.output_dir or ".", state.global_step) / INTERRUPTED, "")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave signals as they were."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
-
-
-def remove_interrupted(folder: Path) -> None:
-    """Remove the checkpoints that interruptions left in a folder, once the training there has come to its end."""
-    for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{INTERRUPTED}"):
-        shutil.rmtree(mark.parent)

@@ -25,6 +25,7 @@ import yaml
 
 from innerloop.config.typed import filled, merged, named, typed
 from innerloop.decoder.adapters import MarkerInit
+from innerloop.disk.files import write_text
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named, name_of
 from innerloop.tasks import Task, task_named
@@ -97,8 +98,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

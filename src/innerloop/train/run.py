@@ -9,6 +9,7 @@ RUN/stages/1/ ...    the stages before the last, each a run of its own
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,24 @@ from typing import Any
 from transformers import set_seed
 
 from innerloop.decoder.adapters import add_lora, freeze
+from innerloop.disk.files import write_text
+from innerloop.disk.lock import locked
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Method
 from innerloop.model import loading
 from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
-from innerloop.train.callbacks import remove_interrupted
+from innerloop.train.callbacks import Begun
+from innerloop.train.checkpoints import remove_interrupted, saved
 from innerloop.train.recipe import BackboneChoice, Recipe, load_recipe
+from innerloop.train.resumable import WRITTEN as OF_TRAINING
 from innerloop.train.trainer import LatentTrainer
 from innerloop.train.training_arguments import training_arguments
 
 CONFIG = "config.yaml"
 FINISHED = "finished"  # an empty file: this stage need not run again
+WRITTEN = (CONFIG, FINISHED, "stages", *OF_TRAINING)  # what a run writes into its folder
 MAY_CHANGE = ("max_steps", "num_train_epochs", "logging_", "save_", "eval_", "report_to", "disable_tqdm")
 
 
@@ -50,17 +56,30 @@ def run_recipe(
     if resume and (out / CONFIG).exists():
         _check_same(load_recipe(out / CONFIG), recipe)
     stages = recipe.stages or (recipe,)
-    folders = [out / "stages" / str(i + 1) for i in range(len(stages) - 1)] + [out]
+    is_begun = (out / CONFIG).exists()
     for stage in stages:
-        training_arguments(out, stage.train)  # wrong arguments are found before anything is trained or written
+        args = training_arguments(out, stage.train)  # wrong arguments are found before anything is trained or written
+    with locked(out, () if is_begun else WRITTEN) if args.process_index == 0 else nullcontext():
+        return _run_stages(recipe, stages, resume, callbacks)
+
+
+def _run_stages(
+    recipe: Recipe, stages: Sequence[Recipe], resume: bool, callbacks: Callable[[Recipe, str], Sequence[Any]]
+) -> Path:
+    """Train the stages that are not finished."""
+    out = Path(recipe.out)
+    folders = [out / "stages" / str(i + 1) for i in range(len(stages) - 1)] + [out]
     data = [_data(stage) for stage in stages]
     start: Path | None = None
     words = _read_by(stages, [train for train, _ in data])
     for number, (stage, folder, (train, valid)) in enumerate(zip(stages, folders, data), 1):
         title = stage.method.name if len(stages) == 1 else f"{number}/{len(stages)} {stage.method.name}"
-        if not (resume and (folder / FINISHED).exists()):
-            trainer = prepare_stage(stage.with_paths(), folder, start, train, valid, callbacks(stage, title), words)
-            recipe.save(out / CONFIG)  # nothing is left behind by a recipe that cannot start
+        if resume and (folder / FINISHED).exists():
+            remove_interrupted(folder)  # what a kill left to do
+        else:
+            begun = Begun(lambda: recipe.save(out / CONFIG))  # nothing is left behind by a recipe that cannot start
+            calls = [*callbacks(stage, title), begun]
+            trainer = prepare_stage(stage.with_paths(), folder, start, train, valid, calls, words)
             if not train_stage(trainer, resume):
                 return out
         start = folder
@@ -100,8 +119,7 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
     if trainer.n_left_out:
         print(f"left out {trainer.n_left_out} examples longer than train.max_length={trainer.args.max_length}")
     folder = Path(trainer.args.output_dir)
-    saved = resume and any(folder.glob("checkpoint-*/trainer_state.json"))
-    trainer.train(resume_from_checkpoint=True if saved else None)
+    trainer.train(resume_from_checkpoint=resume and bool(saved(folder)))
     if trainer.interrupted:
         return False
     if trainer.reached_stage < trainer.model.method.last_stage:
@@ -109,8 +127,8 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
             f"note: training ended in stage {trainer.reached_stage} of {trainer.model.method.last_stage}, before the "
             "curriculum did; train longer, or shorten it"
         )
-    (folder / FINISHED).touch()
     if trainer.args.should_save:
+        write_text(folder / FINISHED, "")
         remove_interrupted(folder)
     return True
 

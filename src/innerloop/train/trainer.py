@@ -8,7 +8,6 @@ depend on nothing but the step and the seed, and a resumed run sees what an unin
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PrinterCallback
 
 from innerloop.decoder.adapters import adapted
 from innerloop.decoder.fused_loss import check_fused
@@ -26,12 +24,15 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint
+from innerloop.model.loading import load_lm
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
+from innerloop.train import checkpoints
 from innerloop.train.callbacks import MetricsFile, StopOnInterrupt
+from innerloop.train.resumable import ResumableTrainer
 from innerloop.train.training_arguments import LatentTrainingArguments
 from innerloop.train.training_set import (
     ByLength,
@@ -49,7 +50,7 @@ class DivergedError(InputError):
     """The loss is not finite, or far above that of guessing."""
 
 
-class LatentTrainer(Trainer):
+class LatentTrainer(ResumableTrainer):
     """Trains a `LatentModel` on examples.
 
     Args:
@@ -251,7 +252,7 @@ class LatentTrainer(Trainer):
         guess = math.log(self.model.backbone.config.vocab_size)  # other terms have other scales
         if finite and (loss is None or loss <= DIVERGED * guess):
             return
-        saved = self._saved_checkpoints()
+        saved = checkpoints.saved(self.args.output_dir)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
         what = "is not a finite number" if not finite else f"of text is {loss:.3g}, far above guessing ({guess:.3g})"
         raise DivergedError(
@@ -283,14 +284,10 @@ class LatentTrainer(Trainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @property
-    def best_folder(self) -> Path:
-        """Where the best model is kept."""
-        return Path(self.args.output_dir) / checkpoint.RUN_CHECKPOINT
-
     def _kept_validation(self) -> dict[str, Any] | None:
         """Return what validation chose the kept model by; None where it was not chosen, or there is none."""
-        return checkpoint.read_settings(self.best_folder).get("validation") if self.best_folder.exists() else None
+        is_there = (self.best_folder / checkpoint.SETTINGS).exists()
+        return checkpoint.read_settings(self.best_folder).get("validation") if is_there else None
 
     def _keep_if_best(self, accuracy: float, stage: int) -> None:
         best = self._kept_validation()
@@ -303,28 +300,9 @@ class LatentTrainer(Trainer):
 
     # Checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, and leave the best model (without validation: the last) in ``output_dir/checkpoint``.
-
-        Args:
-            resume_from_checkpoint: a checkpoint-<step> folder, or True for the newest complete one.
-            kwargs: see transformers.
-        """
-        if resume_from_checkpoint is True:
-            saved = self._saved_checkpoints()
-            if not saved:
-                raise InputError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
-            resume_from_checkpoint = str(saved[-1])
-        elif not resume_from_checkpoint:
-            shutil.rmtree(self.best_folder, ignore_errors=True)
-        try:
-            output = super().train(resume_from_checkpoint, **kwargs)
-        except BaseException:
-            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and signals are put away
-            raise
-        if self.args.should_save and not self.interrupted and self._kept_validation() is None:
+    def _save_result(self) -> None:
+        if not self.interrupted and self._kept_validation() is None:
             checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed, "stage": self.reached_stage})
-        return output
 
     @property
     def reached_stage(self) -> int:
@@ -336,26 +314,9 @@ class LatentTrainer(Trainer):
         """Whether Ctrl-C ended training early."""
         return self.state.global_step < self.state.max_steps
 
-    def _saved_checkpoints(self) -> list[Path]:
-        """Return the complete checkpoints, oldest first; the trainer's state is what is written last."""
-        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
-        return sorted((p.parent for p in folders), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-
     def _check_weights(self) -> None:
         self._finite &= torch.stack([torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad]).all()
         self._check_health()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._check_weights()
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            saved = self._saved_checkpoints()
-            kept = f"; {saved[-1]} is untouched: make room and resume from it" if saved else ""
-            reason = " ".join(str(error).split())
-            raise InputError(f"could not save {folder} (is the disk full?): {reason}{kept}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         checkpoint.write(self.model, Path(output_dir or self.args.output_dir))
@@ -365,7 +326,7 @@ class LatentTrainer(Trainer):
         checkpoint.read_settings(folder)
         lm = self.model.backbone.lm
         if not adapted(lm):
-            lm.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype).state_dict())
+            lm.load_state_dict(load_lm(folder, is_own=True, dtype=lm.dtype).state_dict())
         checkpoint.load_parts(self.model, folder)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from innerloop.disk.files import append, write_text
 from innerloop.errors import InputError, check_choices, refuse
 from innerloop.passes.loss_inputs import Reference
 from innerloop.text.batch import Batch
@@ -89,8 +90,7 @@ class Oracle:
             parts = self.measure(batch, reference).split(batch.n_targets)
             found = {key: part.tolist() for key, part in zip(keys, parts) if key in missing}
             self._known |= found
-            with self.path.open("a") as file:
-                file.writelines("\n" + json.dumps([key, values]) for key, values in found.items())
+            append(self.path, "".join(json.dumps([key, values]) + "\n" for key, values in found.items()))
         values = [value for key in keys for value in self._known[key]]
         return torch.tensor(values, device=batch.ids_BS.device)
 
@@ -110,8 +110,7 @@ class Oracle:
         assert self.path is not None
         title = {"metric": self.metric, "reference": reference.fingerprint()}
         if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(title))
+            write_text(self.path, json.dumps(title) + "\n")
         lines = self.path.read_text().splitlines()
         if not lines or lines[0] != json.dumps(title):
             raise InputError(
