@@ -443,6 +443,17 @@ def switch_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], note + f"torch {versions['torch']}, transformers {versions['transformers']}; "
 
 
+def family_lines(results: dict, chosen: Callable[[dict], bool], abilities: bool) -> tuple[Lines, str]:
+    """Return the lines of some families of decoders: what each can, or why it is refused."""
+    names = {"text": "text", "latents": "latents", "trains": "training", "loops": "loops in the token"}
+    rows = [one for one in results["families"] if chosen(one)]
+    marks = [[("yes" if name in one["can"] else "no") for name in names] if abilities else [] for one in rows]
+    lines = [[f"`{one['family']}`", *marked, one["why"].replace("|", "/")] for one, marked in zip(rows, marks)]
+    versions = results["versions"]
+    note = f"{len(rows)} families; torch {versions['torch']}, transformers {versions['transformers']}; "
+    return [["family", *(names.values() if abilities else ()), "why not"], *lines], note
+
+
 KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("losses", ""): loss_lines,
     ("adaptive_loops", ""): adaptive_lines,
@@ -462,6 +473,11 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("shared_prefix", ""): shared_lines,
     ("loss_memory", ""): loss_memory_lines,
     ("breakdown", ""): breakdown_lines,
+    ("families", "supported"): lambda results: family_lines(results, lambda one: "loads" in one["can"], True),
+    ("families", "refused"): lambda results: family_lines(
+        results, lambda one: not one["can"] and not one.get("not_tried"), False
+    ),
+    ("families", "untried"): lambda results: family_lines(results, lambda one: bool(one.get("not_tried")), False),
 }
 
 

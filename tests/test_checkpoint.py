@@ -249,7 +249,7 @@ def test_from_scratch_leaves_the_global_generator_and_the_settings_alone(method)
         ({"type": "lama"}, "did you mean 'llama'"),
         ({"type": "llama", "hiden_size": 32}, "a llama has no 'hiden_size' (did you mean 'hidden_size'?)"),
         ({"type": "gpt2", "hiden_size": 32}, "a gpt2 has no 'hiden_size' (did you mean 'hidden_size'?)"),
-        ({"type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 4}, "GPTNeoXForCausalLM has no 'norm'"),
+        ({"type": "bert", "hidden_size": 32, "num_attention_heads": 4}, "its BertModel has no list of layers"),
         ({"type": "distilbert"}, "distilbert"),
         ({**LLAMA, "hidden_size": 33}, "33"),
         ({**LLAMA, "hidden_size": "wide"}, "hidden_size"),
@@ -257,7 +257,7 @@ def test_from_scratch_leaves_the_global_generator_and_the_settings_alone(method)
     ],
 )
 def test_from_scratch_says_what_cannot_be(settings, expected):
-    small = {"num_hidden_layers": 1, "intermediate_size": 8} if settings["type"] == "gpt_neox" else {}
+    small = {"num_hidden_layers": 1, "intermediate_size": 8} if settings["type"] == "bert" else {}
     with pytest.raises(InputError) as caught:
         from_scratch({**settings, **small}, chain_tokenizer(), Cot())
     assert expected in str(caught.value)

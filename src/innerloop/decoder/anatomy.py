@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from innerloop.errors import InputError
+
+LAYERS = ("layers", "h", "blocks")
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "layernorm", "embedding_norm")
+ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")  # of a layer
+MLPS = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe")
+POSITIONS = ("wpe", "embed_positions")
+DROPOUTS = ("drop", "dropout", "emb_dropout", "embed_dropout")
 
 
 @dataclass(frozen=True)
@@ -16,12 +27,39 @@ class Anatomy:
 
     layers: str
     norm: str
-    positions: str | None = None  # a table of learned absolute positions, added to the input embeddings
+    positions: str | None = None  # a table of absolute positions, added to the input embeddings
     dropout: str | None = None  # applied to the input embeddings
 
+    @classmethod
+    def of(cls, decoder: nn.Module, family: str) -> Anatomy:
+        """Find the parts of a decoder by the names that families give them.
 
-LLAMA_LIKE = Anatomy(layers="layers", norm="norm")  # Llama, Qwen2/3, Mistral, Gemma 2/3, SmolLM3, Phi-3, OLMo 2, ...
-GPT2_LIKE = Anatomy(layers="h", norm="ln_f", positions="wpe", dropout="drop")
+        Raises:
+            InputError: it has no list of layers or no final norm, or none that is known; ``family`` is its name.
+        """
+        layers = _named(decoder, LAYERS, nn.ModuleList)
+        norm = _named(decoder, NORMS, nn.Module)
+        for found, what, names in ((layers, "list of layers", LAYERS), (norm, "final norm", NORMS)):
+            if found is None:
+                raise InputError(
+                    f"{family} cannot be used: its {type(decoder).__name__} has no {what} under a name that innerloop "
+                    f"knows ({', '.join(names)}); docs/models.md lists what can"
+                )
+        assert layers is not None and norm is not None
+        return cls(layers, norm, _named(decoder, POSITIONS, nn.Module), _named(decoder, DROPOUTS, nn.Dropout))
+
+
+def _named(decoder: nn.Module, names: Sequence[str], kind: type[nn.Module]) -> str | None:
+    """Return the first of some names that a part of a kind has."""
+    return next((name for name in names if isinstance(getattr(decoder, name, None), kind)), None)
+
+
+def place_in(table: nn.Module, positions_BL: Tensor) -> Tensor:
+    """Return the rows (B, L, D) of a table of positions; some tables want their positions by name."""
+    if isinstance(table, nn.Embedding):
+        return embedding(positions_BL + getattr(table, "offset", 0), table.weight)
+    return table(positions_BL)
+
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # fields of configurations that list the layers
 FUSED = {"c_attn": ("q", "k", "v"), "qkv_proj": ("q", "k", "v"), "gate_up_proj": ("gate", "up")}
@@ -48,7 +86,8 @@ class Matrix:
 
 def decoder_of(lm: PreTrainedModel) -> nn.Module:
     """Return the inner model: embeddings, layers and final norm, without the head."""
-    return lm.get_decoder() if hasattr(lm, "get_decoder") else lm.base_model
+    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else lm.base_model
+    return getattr(decoder, "model", decoder) if decoder is lm else decoder  # Llama 4 names no decoder
 
 
 def text_config(lm: PreTrainedModel) -> Any:

@@ -15,11 +15,22 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import DynamicCache, PreTrainedModel
 
-from innerloop.decoder.anatomy import GPT2_LIKE, LLAMA_LIKE, PER_LAYER, Matrix, decoder_of, matrices_of, text_config
+from innerloop.decoder.anatomy import (
+    ATTENTIONS,
+    MLPS,
+    PER_LAYER,
+    Anatomy,
+    Matrix,
+    decoder_of,
+    matrices_of,
+    place_in,
+    text_config,
+)
 from innerloop.decoder.cache import new_cache
 from innerloop.decoder.compiled import CompiledPasses
 from innerloop.decoder.fused_loss import fused_loss
 from innerloop.decoder.masks import kinds_of, visible
+from innerloop.decoder.real_columns import count_real_columns, has_alibi
 from innerloop.decoder.surrogates import (
     fuse_activations,
     keyless,
@@ -37,8 +48,11 @@ class Backbone(nn.Module):
     """One view over Hugging Face decoders, run from embeddings.
 
     Args:
-        lm: any decoder-only ``...ForCausalLM`` model. GPT-2's activation is replaced in it by one operator, which gives
-            the same up to rounding.
+        lm: a decoder-only ``...ForCausalLM`` model. GPT-2's activation is replaced in it by one operator, which gives
+            the same up to rounding; attention that counts padding is taught not to.
+
+    Raises:
+        InputError: its layers or its final norm have no known name.
     """
 
     def __init__(self, lm: PreTrainedModel):
@@ -46,13 +60,8 @@ class Backbone(nn.Module):
         self.lm = lm
         self.compiled: CompiledPasses | None = None  # makes short passes, where it can
         fuse_activations(lm)
-        self.anatomy = GPT2_LIKE if hasattr(self.decoder, "wpe") else LLAMA_LIKE
-        for name in (self.anatomy.layers, self.anatomy.norm):
-            if not hasattr(self.decoder, name):
-                raise InputError(
-                    f"{type(lm).__name__} has no '{name}' in its decoder, so innerloop cannot read its layers; "
-                    "use a decoder shaped like Llama, Qwen, Mistral, Gemma or GPT-2"
-                )
+        count_real_columns(lm)
+        self.anatomy = Anatomy.of(self.decoder, type(lm).__name__)
 
     @property
     def decoder(self) -> nn.Module:
@@ -144,7 +153,7 @@ class Backbone(nn.Module):
     def enter(self, embeds_BLD: Tensor, positions_BL: Tensor) -> Tensor:
         """Return the state that the first layer sees: what the decoder itself does to embeddings, done to them."""
         if self.anatomy.positions:
-            embeds_BLD = embeds_BLD + getattr(self.decoder, self.anatomy.positions)(positions_BL)
+            embeds_BLD = embeds_BLD + place_in(getattr(self.decoder, self.anatomy.positions), positions_BL)
         if self.anatomy.dropout:
             embeds_BLD = getattr(self.decoder, self.anatomy.dropout)(embeds_BLD)
         scale: Any = getattr(self.decoder, "embedding_multiplier", None)  # Granite
@@ -169,7 +178,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def expect_depth(self, n_layers: int) -> None:
         """Scale fresh weights that are drawn the smaller the deeper a model is (GPT-2's) for so many layers."""
-        if self.anatomy is GPT2_LIKE:
+        if self.config.model_type in ("gpt2", "gpt_bigcode"):
             for name, parameter in self.layers.named_parameters():
                 if name.endswith("c_proj.weight"):
                     parameter.mul_((self.n_layers / n_layers) ** 0.5)
@@ -242,7 +251,8 @@ class Backbone(nn.Module):
         """Return the attention mask of the last ``n_new`` columns, of which ``mask_BP`` says which are real.
 
         Windows are counted in real columns: padding between them, wherever it is, is as if it were not there. Made
-        here, the mask asks the device nothing. Kernels that pack real columns get ``mask_BP`` as it is.
+        here, the mask asks the device nothing. Kernels that pack real columns get ``mask_BP`` as it is, and decoders
+        with ALiBi too, which count in it how far back a key lies.
 
         Args:
             mask_BP: 1 where a column is real, the new ones included.
@@ -251,7 +261,8 @@ class Backbone(nn.Module):
             dtype: of an additive mask.
         """
         kind = self.config._attn_implementation
-        if kind not in ("sdpa", "eager") or not kinds_of(self.config) <= {"full_attention", "sliding_attention"}:
+        is_known = kind in ("sdpa", "eager") and kinds_of(self.config) <= {"full_attention", "sliding_attention"}
+        if not is_known or has_alibi(self.decoder):
             return mask_BP
         ranks_BP, columns_P = mask_BP.cumsum(1), torch.arange(mask_BP.shape[1], device=mask_BP.device)
         is_past_QP = columns_P <= columns_P[-n_new:, None]
@@ -277,11 +288,20 @@ class Backbone(nn.Module):
         return visible(self.config, seen_BQK, behind_BQK, dtype)
 
     def taps(self, layer: int) -> tuple[nn.Module, nn.Module]:
-        """Return the modules of a layer that give what its attention and its MLP add to the state."""
+        """Return the modules of a layer that give what its attention and its MLP add to the state.
+
+        Raises:
+            InputError: the layer has no such modules.
+        """
         parts = dict(self.layers[layer].named_children())
         if "post_feedforward_layernorm" in parts:  # Gemma and OLMo 2 norm what is added
             return parts["post_attention_layernorm"], parts["post_feedforward_layernorm"]
-        return parts["attn" if "attn" in parts else "self_attn"], parts["mlp"]
+        attention = next((parts[name] for name in ATTENTIONS if name in parts), None)
+        mlp = next((parts[name] for name in MLPS if name in parts), None)
+        if attention is None or mlp is None:
+            kind, names = type(self.layers[layer]).__name__, ", ".join((*ATTENTIONS, *MLPS))
+            raise InputError(f"{kind} has no attention or no MLP under a name that innerloop knows ({names})")
+        return attention, mlp
 
     def make_keys(self, states_BLD: Tensor, positions_BL: Tensor, cache: DynamicCache, layer: int) -> None:
         """Make the keys and values that a layer makes of states; the cache must end the pass when it gets them."""
@@ -296,22 +316,3 @@ class Backbone(nn.Module):
     def n_key_weights(self, layers: range) -> int:
         """Return how many weights of some layers are not used where no keys and values are made."""
         return n_key_weights((self.layers[i] for i in layers), self.config)
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Verify on four tokens that embed -> layers -> head gives the model's own logits.
-
-        Raises:
-            InputError: the model does something to its embeddings or logits that innerloop does not know.
-        """
-        was_training = self.lm.training
-        self.lm.eval()
-        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        own, ours = self.lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, self.head(self(self.embed(ids)))
-        self.lm.train(was_training)
-        gap = (own.float() - ours.float()).abs().max().item()
-        if not gap <= 1e-3 * max(own.float().abs().max().item(), 1.0):
-            raise InputError(
-                f"{type(self.lm).__name__} run from embeddings gives other logits than by itself (by {gap:.2g}): "
-                "this architecture is not supported"
-            )

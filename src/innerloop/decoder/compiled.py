@@ -24,7 +24,8 @@ from transformers.cache_utils import DynamicLayer
 from innerloop.decoder.anatomy import decoder_of, text_config
 from innerloop.decoder.cache import AnyCache
 from innerloop.decoder.kv_buffer import FullLayer, KvBuffer
-from innerloop.decoder.masks import visible, window_of
+from innerloop.decoder.masks import kinds_of, visible, window_of
+from innerloop.decoder.real_columns import counts_columns
 
 MOST_COLUMNS = 64
 """Passes of more new columns than this are no steps, and not compiled."""
@@ -55,6 +56,7 @@ class CompiledPasses:
 
     def __init__(self, lm: PreTrainedModel, backend: str = "inductor"):
         self.lm = lm
+        self.is_plain = kinds_of(text_config(lm)) <= {"full_attention"} and not counts_columns(decoder_of(lm))
         is_cuda = lm.get_input_embeddings().weight.device.type == "cuda" and backend == "inductor"
         self.step: Callable[..., Tensor] = torch.compile(
             self._step, backend=backend, mode="reduce-overhead" if is_cuda else None
@@ -64,7 +66,7 @@ class CompiledPasses:
         """Whether a pass can be compiled: it is a short one, on keys that no layer forgets, and nothing is learned."""
         if torch.is_grad_enabled() or n_new > MOST_COLUMNS or not isinstance(cache, DynamicCache):
             return False
-        if window_of(text_config(self.lm)) is not None:
+        if not self.is_plain or window_of(text_config(self.lm)) is not None:
             return False
         return all(isinstance(layer, FullLayer) and layer.get_seq_length() > 0 for layer in cache.layers)
 

@@ -26,8 +26,9 @@ from innerloop.decoder.anatomy import Anatomy, head_dim_of, n_outputs
 class ZeroPositions(nn.Module):
     """Stands in for a table of learned positions where they have been added already."""
 
-    def forward(self, position_ids: Tensor) -> Tensor:
+    def forward(self, *args: Any, position_ids: Tensor | None = None) -> Tensor:
         """Return zeros (B, L, 1), which broadcast over the width; as booleans they leave any type of state as it is."""
+        position_ids = args[0] if position_ids is None else position_ids
         return torch.zeros(*position_ids.shape, 1, dtype=torch.bool, device=position_ids.device)
 
 
@@ -121,6 +122,8 @@ def section(decoder: nn.Module, anatomy: Anatomy, config: Any, layers: dict[int,
             setattr(part, anatomy.positions, ZeroPositions())
         if anatomy.dropout:
             setattr(part, anatomy.dropout, nn.Identity())
+        if isinstance(getattr(part, "dropout", None), float):  # BioGPT
+            setattr(part, "dropout", 0.0)  # noqa: B010 - not a field that modules declare
         if hasattr(part, "embedding_multiplier"):  # Granite
             setattr(part, "embedding_multiplier", 1.0)  # noqa: B010 - not a field that modules declare
     part.config = config = copy.copy(config)

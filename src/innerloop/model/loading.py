@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from innerloop.config.method import Method
 from innerloop.config.typed import typed
 from innerloop.decoder.adapters import MarkerInit, add_lora, add_markers
 from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.check import check_passes
 from innerloop.errors import InputError, few, nearest
 from innerloop.methods import method_named, name_of
 from innerloop.methods.depth.method import DepthMethod
@@ -42,8 +44,10 @@ from innerloop.model.checkpoint import (
 )
 from innerloop.model.unread import tell_unread
 
+REMOTE_CODE = "transformers_modules"  # where transformers puts it
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 M = TypeVar("M", bound=Stored)
+_CHECKED: set[str] = set()  # shapes of fresh models that have been tried
 
 
 def load(
@@ -84,16 +88,18 @@ def load(
     try:
         tokenizer = _tokenizer_of(path, **source)
         lm = load_lm(path, dtype=dtype, is_own=saved is not None, **source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load a model from '{path}': {first_line(error)}") from error
+    except Exception as error:
+        if (reason := _reason(error, trust_remote_code)) is None:
+            raise
+        raise InputError(f"cannot load a model from '{path}': {reason}") from error
     backbone = Backbone(lm)
-    backbone.check()
     stored = None
     if saved and (method is None or name_of(method) == saved["method"]["name"]):
         stored = _method_of(saved, folder)
     chosen = method or stored
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
+    check_passes(backbone, sections=isinstance(chosen, DepthMethod))
     if stored is not None and stored.decoder.classes not in ((), chosen.decoder.classes):
         raise InputError(
             f"{folder} chooses among the classes {', '.join(stored.decoder.classes)}; give the same, in this order"
@@ -167,7 +173,10 @@ def from_scratch(
         except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
-        backbone = Backbone(lm)
+        backbone, is_deep = Backbone(lm), isinstance(method, DepthMethod)
+        if (shape := repr((model_type, settings, is_deep))) not in _CHECKED:
+            check_passes(backbone, sections=is_deep)
+            _CHECKED.add(shape)
         if isinstance(method, DepthMethod):
             method.begin(backbone)
         return make(backbone, tokenizer, method)  # whose parts are drawn, too
@@ -198,16 +207,31 @@ def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: to
     """Load a bare model that shares a vocabulary, such as another size of the same family.
 
     Raises:
-        InputError: it cannot be loaded, or its tokens have other ids.
+        InputError: it cannot be loaded or used, or its tokens have other ids.
     """
     path = resolve(path)
     try:
         theirs = _tokenizer_of(path)
         lm = load_lm(path, dtype=dtype, is_own=(Path(path) / SETTINGS).exists())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load a decoder from '{path}': {first_line(error)}") from error
+    except Exception as error:
+        if (reason := _reason(error, False)) is None:
+            raise
+        raise InputError(f"cannot load a decoder from '{path}': {reason}") from error
     check_tokens(theirs, tokenizer, path)
+    check_passes(Backbone(lm))
     return lm
+
+
+def _reason(error: Exception, trust_remote_code: bool) -> str | None:
+    """Say why a model cannot be loaded; None: it is nothing that whoever gave the model can mend."""
+    if not trust_remote_code and "trust_remote_code" in str(error):
+        return "it comes with code of its own; read that, and let it run with trust_remote_code: true"
+    cause = error.__cause__ if isinstance(error, InputError) and isinstance(error.__cause__, Exception) else error
+    frames = traceback.extract_tb(cause.__traceback__)
+    if trust_remote_code and (isinstance(cause, ImportError) or any(REMOTE_CODE in f.filename for f in frames)):
+        told = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        return f"the code that it comes with, which trust_remote_code let run, fails ({told})"
+    return first_line(error) if isinstance(error, (OSError, ValueError, SafetensorError)) else None
 
 
 def check_tokens(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, path: str | Path) -> None:
