@@ -24,10 +24,11 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Turn(Generic[T]):
-    """One timed call: its seconds, and what it returned."""
+    """One timed call: its seconds, what it returned, and the seconds that the process's processors worked."""
 
     seconds: float
     result: T
+    cpu_seconds: float = 0.0
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -54,11 +55,11 @@ def take_turns(
     turns: dict[K, list[Turn[T]]] = {name: [] for name in names}
     for number in range(-warm_up, repeats):
         for name in names if number % 2 == 0 else reversed(names):
-            started = clock()
+            started, worked = clock(), time.process_time()
             result = runs[name]()
-            seconds = clock() - started
+            seconds, cpu_seconds = clock() - started, time.process_time() - worked
             if number >= 0:
-                turns[name].append(Turn(seconds, result))
+                turns[name].append(Turn(seconds, result, cpu_seconds))
     return turns
 
 
@@ -78,3 +79,8 @@ def seconds_of(turns: Sequence[Turn]) -> list[float]:
 def ratio(above: Sequence[Turn], below: Sequence[Turn]) -> dict[str, float]:
     """Return how many times longer one run took than another, as the spread over the turns that both took together."""
     return spread([a / b for a, b in zip(seconds_of(above), seconds_of(below), strict=True)])
+
+
+def cpu_ratio(above: Sequence[Turn], below: Sequence[Turn]) -> dict[str, float]:
+    """Return `ratio` of the seconds that processors worked, which others on the machine disturb less."""
+    return spread([a.cpu_seconds / b.cpu_seconds for a, b in zip(above, below, strict=True)])
