@@ -4,8 +4,8 @@ Same weights, same prompts, greedy; sides take turns in one process, and must wr
 times less CPU time, and wall time, the engine takes; a call is timed whole, packing of weights included once a process.
 
 together: all rows write the same number of tokens; `generate` gets them as one batch.
-apart: rows end at unlike tokens, as their end of sequence is a token that the model writes now and then. `generate` gets
-    them sorted by how long they will write, which nobody knows before, a batch at a time; the engine, and
+apart: rows end at unlike tokens, as their end of sequence is a token that the model writes now and then. `generate`
+    gets them sorted by how long they will write, which nobody knows before, a batch at a time; the engine, and
     `generate_batch`, let waiting rows in where others have ended.
 
     python benchmarks/peers.py --model models/smollm2-135m --threads 1 --out benchmarks/results/peers.json
@@ -114,13 +114,9 @@ class Peers:
         return list(ids[: ids.index(self.end)] if self.end in ids else ids)
 
 
-def measure(
-    peers: Peers, asked: Sequence[str], n_tokens: int, size: int, sides: Sequence[str], repeats: int
-) -> dict:
+def measure(peers: Peers, asked: Sequence[str], n_tokens: int, size: int, sides: Sequence[str], repeats: int) -> dict:
     """Return how many times less time the engine takes than its rivals."""
-    calls: dict[str, Callable[[], Ids]] = {
-        side: partial(getattr(peers, side), asked, n_tokens, size) for side in sides
-    }
+    calls: dict[str, Callable[[], Ids]] = {side: partial(getattr(peers, side), asked, n_tokens, size) for side in sides}
     turns: dict[str, list[Turn[Ids]]] = take_turns(calls, repeats, clock_of(peers.device))
     written = {side: turns[side][0].result for side in sides}
     unlike = {side: sum(a != b for a, b in zip(written[side], written[ENGINE])) for side in sides if side != ENGINE}

@@ -101,7 +101,7 @@ class Packed:
     same input. It holds no module, so that it goes when they do.
     """
 
-    def __init__(self, group: Sequence[nn.Module], packed: Tensor):
+    def __init__(self, group: Sequence[Any], packed: Tensor):
         self.packed = packed
         self.weights = [module.weight for module in group]
         self.versions = [_version(weight) for weight in self.weights]
@@ -110,7 +110,7 @@ class Packed:
         self.takes_one = _pays_for_one_row(packed.dtype, torch.get_num_threads())
         self.rest: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
-    def fits(self, group: Sequence[nn.Module]) -> bool:
+    def fits(self, group: Sequence[Any]) -> bool:
         """Tell whether this is what packing some modules would give now."""
         weights = [module.weight for module in group]
         return (
@@ -209,7 +209,7 @@ def _groups(modules: Iterable[nn.Module]) -> list[list[Any]]:
     listed, groups, taken = list(modules), list[list[Any]](), set[nn.Module]()
     for parent in listed:
         for names in SAME_INPUT:
-            group = [getattr(parent, name, None) for name in names]
+            group: list[Any] = [getattr(parent, name, None) for name in names]
             if all(type(m) is nn.Linear and _is_plain(m) for m in group) and _share_input(group):
                 groups.append(group)
                 taken.update(group)
