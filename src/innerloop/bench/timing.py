@@ -14,7 +14,10 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import torch
+from torch import nn
 
+from innerloop.decoder.memory import peak_memory
+from innerloop.decoder.packed import release
 from innerloop.errors import InputError
 
 K = TypeVar("K")
@@ -84,3 +87,9 @@ def ratio(above: Sequence[Turn], below: Sequence[Turn]) -> dict[str, float]:
 def cpu_ratio(above: Sequence[Turn], below: Sequence[Turn]) -> dict[str, float]:
     """Return `ratio` of the seconds that processors worked, which others on the machine disturb less."""
     return spread([a.cpu_seconds / b.cpu_seconds for a, b in zip(above, below, strict=True)])
+
+
+def peak_of(model: nn.Module, run: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that a run holds as a model's first one, which takes memory for packed weights too."""
+    release(model.modules())
+    return peak_memory(run, device)
