@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from innerloop.bench.bench import BenchSettings, bench, bench_lines, bench_table
-from innerloop.bench.roofline import COPY, MATMUL, READ, Ceilings, Rates, bytes_of, floor_of, least_calls, position_bytes
+from innerloop.bench.roofline import (
+    COPY,
+    MATMUL,
+    READ,
+    Ceilings,
+    Rates,
+    bytes_of,
+    floor_of,
+    least_calls,
+    position_bytes,
+)
 from innerloop.bench.timing import Turn, ratio, spread, take_turns
 from innerloop.cli import main as cli
 from innerloop.decoder.cost import Cost
@@ -165,7 +175,8 @@ def test_ratios_come_from_the_turns(monkeypatch: pytest.MonkeyPatch):
 
     real = type(models["run"]).generate
     monkeypatch.setattr(type(models["run"]), "generate", generate)
-    monkeypatch.setattr(Ceilings, "jobs", lambda self: {"matmul": clock.job([1.0] * 4), "copy": clock.job([1.0] * 4)})
+    jobs = {name: clock.job([1.0] * 4) for name in (MATMUL, COPY, READ)}
+    monkeypatch.setattr(Ceilings, "jobs", lambda self: jobs)
     report = bench(models, QUESTIONS, SMALL, clock)
     for one in report["ratios"]:
         assert one["speedup"] == {"median": 1.5, "p10": 1.5, "p90": 1.5}

@@ -67,7 +67,10 @@ def time_runs(
     jobs = {name: partial(tried.get(name, ONCE).answer, model, questions, **options) for name, model in models.items()}
     turns = take_turns(jobs, REPEATS, clock_of(device))
     found = {
-        name: {"seconds": [s / len(questions) for s in seconds_of(turns[name])], "memory": peak_of(models[name], job, device)}
+        name: {
+            "seconds": [s / len(questions) for s in seconds_of(turns[name])],
+            "memory": peak_of(models[name], job, device),
+        }
         for name, job in jobs.items()
     }
     write_text(folder / TIMES, json.dumps({**asked, "runs": found}, indent=1) + "\n")

@@ -2,8 +2,9 @@
 
     floor = max(FLOPs / matmul rate, bytes / bandwidth)
 
-The bandwidth is that of a copy or of reading a matrix in a product with a vector, whichever is higher. The bytes are those that any engine must move that runs at most ``b`` rows together. A call of the decoder serves at
-most one pass of each of b rows, so answers of P_1 .. P_n passes need at least
+The bandwidth is that of a copy or of a matrix read in a product with a vector, whichever is higher. The bytes are those
+that any engine must move that runs at most ``b`` rows together. A call of the decoder serves at most one pass of each
+of b rows, so answers of P_1 .. P_n passes need at least
 
     calls = max(ceil(sum P_i / b), max P_i),    likewise  head calls  from how often each was read out,
 
