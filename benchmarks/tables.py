@@ -158,9 +158,10 @@ def bench_lines(results: dict) -> tuple[Lines, str]:
     ]
     gains = ", ".join(f"{wide(one['speedup'], 2)} at batch {one['batch_size']}" for one in results.get("ratios", ()))
     ceilings = results["ceilings"]
+    memory = ceilings.get("memory_gb_s", ceilings.get("copy_gb_s"))  # of a copy alone, once
     facts = [
         f"{results['settings']['repeats']} turns",
-        f"ceilings {ceilings['matmul_gflops']['best']:.0f} GFLOP/s and {ceilings['copy_gb_s']['best']:.1f} GB/s",
+        f"ceilings {ceilings['matmul_gflops']['best']:.0f} GFLOP/s and {memory['best']:.1f} GB/s",
         *([f"the run is so many times as fast as the baseline: {gains}"] if gains else []),
     ]
     return [head, *rows], made(results, *facts)
@@ -299,6 +300,26 @@ def packed_lines(results: dict) -> tuple[Lines, str]:
         for point in results["points"]
     ]
     return [head, *rows], made(results, f"{results['repeats']} turns; questions of {results['question_tokens']} tokens")
+
+
+def peers_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of answering in text against what people would run instead."""
+    head = ["rows", "batch", "questions", "tokens each", "rival", "CPU time of rival / engine", "wall time"]
+    rows = [
+        [
+            f"end {job['rows']}",
+            str(job["batch_size"]),
+            str(job["questions"]),
+            f"{job['tokens']['mean']:.0f} ({job['tokens']['least']} to {job['tokens']['most']})",
+            f"`{side}`",
+            wide(job["times_less_cpu"][side], 2),
+            wide(job["times_less_wall"][side], 2),
+        ]
+        for job in results["jobs"]
+        for side in job["times_less_cpu"]
+    ]
+    work = f"{results['model']}, questions of {results['question_tokens']} tokens, {results['repeats']} turns"
+    return [head, *rows], made(results, work)
 
 
 def thought_pass_lines(results: dict) -> tuple[Lines, str]:
@@ -469,6 +490,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("soak", ""): soak_lines,
     ("compiled", ""): compiled_lines,
     ("packed", ""): packed_lines,
+    ("peers", ""): peers_lines,
     ("compiled", "pass"): thought_pass_lines,
     ("shared_prefix", ""): shared_lines,
     ("loss_memory", ""): loss_memory_lines,

@@ -1,12 +1,15 @@
 """The backbone against the models' own forward passes, on every architecture."""
 
 import copy
+import os
 from itertools import pairwise
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
 
+from innerloop.decoder import masks
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.check import check_passes
 from innerloop.decoder.ragged_cache import DepthCache, view
@@ -369,3 +372,20 @@ def test_check_refuses_a_model_that_scales_its_embeddings_in_an_unknown_way(monk
     monkeypatch.setattr(decoder, "forward", scaled)
     with pytest.raises(InputError, match="run from embeddings"):
         check_passes(backbone)
+
+
+def test_shared_keys_are_read_where_they_lie_with_the_same_result(monkeypatch):
+    """Where there is a mask too; and transformers' own switch is as it was afterwards."""
+    backbone, seen = tiny_backbone("llama"), []
+    assert backbone.config.num_key_value_heads < backbone.config.num_attention_heads
+    embeds, mask = backbone.embed(torch.arange(12).view(2, 6)), torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
+    mask_4d = backbone.mask_of(mask, 6, None, embeds.dtype)
+    repeat = sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *args: seen.append(1) or repeat(*args))
+    found = []
+    for value in (None, "0"):
+        if value is not None:
+            monkeypatch.setenv(masks.GROUPED, value)
+        found.append(backbone(embeds, mask=mask_4d))
+        assert os.environ.get(masks.GROUPED) == value and bool(seen) == (value is not None)
+    assert_close(found[0][mask.bool()], found[1][mask.bool()])

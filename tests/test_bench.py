@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from innerloop.bench.bench import BenchSettings, bench, bench_lines, bench_table
-from innerloop.bench.roofline import Ceilings, Rates, bytes_of, floor_of, least_calls, position_bytes
+from innerloop.bench.roofline import (
+    COPY,
+    MATMUL,
+    READ,
+    Ceilings,
+    Rates,
+    bytes_of,
+    floor_of,
+    least_calls,
+    position_bytes,
+)
 from innerloop.bench.timing import Turn, ratio, spread, take_turns
 from innerloop.cli import main as cli
 from innerloop.decoder.cost import Cost
@@ -110,8 +120,9 @@ def test_ceilings_count_the_work_of_their_jobs(monkeypatch: pytest.MonkeyPatch):
         job()
     assert torch.allclose(ceilings.product(), ceilings.left @ ceilings.linear.weight.T, atol=1e-6)
     assert bool((ceilings.target == 1).all())
-    rates = ceilings.rates([Turn(2.0, None), Turn(1.0, None)], [Turn(0.5, None), Turn(1.0, None)])
-    assert rates.flops == [2 * 8**3 / 2, 2 * 8**3] and rates.n_bytes == [2 * 4096 / 0.5, 2 * 4096]
+    seconds = {MATMUL: (2.0, 1.0), COPY: (0.5, 1.0), READ: (1.0, 0.25)}
+    rates = ceilings.rates({job: [Turn(s, None) for s in taken] for job, taken in seconds.items()})
+    assert rates.flops == [2 * 8**3 / 2, 2 * 8**3] and rates.n_bytes == [2 * 4096 / 0.5, 4096 / 0.25]
     assert rates.report()["matmul_gflops"]["best"] == 1024 / 1e9
 
 
@@ -164,7 +175,8 @@ def test_ratios_come_from_the_turns(monkeypatch: pytest.MonkeyPatch):
 
     real = type(models["run"]).generate
     monkeypatch.setattr(type(models["run"]), "generate", generate)
-    monkeypatch.setattr(Ceilings, "jobs", lambda self: {"matmul": clock.job([1.0] * 4), "copy": clock.job([1.0] * 4)})
+    jobs = {name: clock.job([1.0] * 4) for name in (MATMUL, COPY, READ)}
+    monkeypatch.setattr(Ceilings, "jobs", lambda self: jobs)
     report = bench(models, QUESTIONS, SMALL, clock)
     for one in report["ratios"]:
         assert one["speedup"] == {"median": 1.5, "p10": 1.5, "p90": 1.5}

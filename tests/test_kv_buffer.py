@@ -134,13 +134,49 @@ def test_memory_of_inference_mode_is_not_written_to_outside_of_it():
 
 
 def test_gradients_flow_through_what_was_read():
-    """With gradients on, nothing lies in a buffer."""
+    """A prefix and what follows lie in no buffer; what a loop reads after them may."""
     backbone = tiny_backbone("llama")
     cache, embeds = backbone.empty_cache(), torch.randn(1, 4, backbone.width, requires_grad=True)
     backbone(embeds[:, :3], cache=cache)
     backbone(embeds[:, 3:], cache=cache).sum().backward()
     assert embeds.grad is not None and embeds.grad[:, :3].abs().sum() > 0
     assert all(layer.buffer is None for layer in cache.layers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(deeds=st.lists(st.tuples(st.sampled_from(["grow", "grow", "fork"]), st.integers(0, 9), st.integers(1, 3))))
+def test_gradients_are_those_of_concatenation(deeds):
+    """Forks grow side by side; each column that any of them attends to gets its gradient."""
+    found = []
+    for is_buffered in (True, False):
+        new, views, total = [], [(FullLayer(), *columns(2, 0, 0))], torch.zeros(())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kv_buffer, "COLUMNS", 8)
+            for seed, (deed, which, n) in enumerate(deeds):
+                layer, keys, values = views[which % len(views)]
+                if deed == "fork":
+                    views.append((copy.copy(layer), keys, values))
+                    continue
+                more = [t.requires_grad_() for t in columns(2, n, seed)]
+                new += more
+                keys, values = torch.cat([keys, more[0]], dim=2), torch.cat([values, more[1]], dim=2)
+                if is_buffered:
+                    keys, values = layer.update(*more)
+                views[which % len(views)] = (layer, keys, values)
+                total = total + (keys**2).sum() + (keys * values).sum()
+        found.append((total, torch.autograd.grad(total, new) if new else ()))
+    assert_close(found[0][0], found[1][0])
+    for ours, plain in zip(found[0][1], found[1][1], strict=True):
+        assert_close(ours, plain)
+
+
+def test_a_long_thought_keeps_its_keys_once():
+    layer, kept = FullLayer(), set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
+        for seed in range(20):
+            keys, values = layer.update(*(t.requires_grad_() for t in columns(2, 1, seed)))
+            (keys * values).sum()
+    assert len(kept) <= 8  # two that were read first, and one buffer
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])

@@ -176,6 +176,61 @@ def test_weights_that_change_between_two_runs_are_seen():
     assert ids_of(model) == ids_of(other) != before
 
 
+def test_packed_weights_are_kept_until_a_weight_changes(monkeypatch):
+    made, reorder = [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda w: made.append(1) or reorder(w))
+    monkeypatch.setattr(packed, "_pays_for_one_row", lambda *_: True)
+    model = tiny_for(Cot(), "llama")
+    ids_of(model)
+    n = len(made)
+    assert n > 0 and ids_of(model) and len(made) == n
+    head = model.backbone.lm.get_output_embeddings()
+    for change in (lambda: head.weight.data[5].zero_(), lambda: head.weight.data[:, 3].mul_(2)):  # torch counts neither
+        before = len(made)
+        change()
+        ids_of(model)
+        assert len(made) == before + 1
+    model.train()
+    ids_of(model)
+    assert not any(module in packed._kept for module in model.modules())
+
+
+def test_queries_keys_and_values_are_one_product_however_they_are_asked_for(monkeypatch):
+    layer = tiny_model(Cot(), "qwen2").backbone.layers[0]
+    attention, states = layer.self_attn, torch.randn(2, 3, layer.self_attn.q_proj.in_features)
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    with torch.no_grad():
+        for part in parts:
+            part.bias.normal_()
+        plain, other = [part(states) for part in parts], parts[1](states + 1)
+        weights = PackedWeights(layer.modules())
+        assert len({id(product.packed) for _, product in weights.products}) == len(weights.products) - 3
+        with weights.used():
+            for order in ((0, 1, 2), (2, 1, 0), (0, 0, 1, 1)):
+                for i in order:
+                    assert_close(parts[i](states), plain[i])
+            parts[0](states)
+            assert_close(parts[1](states + 1), other)
+            changed = states.clone()
+            parts[0](changed)
+            changed += 1
+            assert_close(parts[1](changed), other)
+
+
+def test_one_row_multiplies_by_plain_weights_where_these_are_faster(monkeypatch):
+    asked = []
+    monkeypatch.setattr(packed, "_pays_for_one_row", lambda *_: False)
+    module = nn.Linear(20, 12)
+    kept = PackedWeights([module])
+    part = packed.Packed.part
+    monkeypatch.setattr(packed.Packed, "part", lambda *args: asked.append(1) or part(*args))
+    with torch.no_grad(), kept.used():
+        module(torch.randn(1, 1, 20))
+        assert not asked
+        module(torch.randn(2, 1, 20))
+    assert asked
+
+
 @pytest.mark.parametrize("arch", ["gpt2", "qwen2"])
 def test_biases_of_the_moment_are_added(arch, monkeypatch):
     """Relaxed recursive models have biases of their own at each depth, put in the modules' place during a pass."""

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from innerloop.bench.roofline import COPY, MATMUL, Ceilings, Rates, floor_of
-from innerloop.bench.timing import Clock, Turn, clock_of, ratio, seconds_of, spread, take_turns
+from innerloop.bench.roofline import Ceilings, Rates, floor_of
+from innerloop.bench.timing import Clock, Turn, clock_of, peak_of, ratio, seconds_of, spread, take_turns
 from innerloop.decoder.cost import PHASES, mean_cost
-from innerloop.decoder.memory import MIB, peak_memory
+from innerloop.decoder.memory import MIB
 from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
@@ -97,10 +97,10 @@ def bench(
             check_length(model, question, row)
     ceilings, points = Ceilings(device, dtype), [(name, size) for name in models for size in settings.batch_sizes]
     asks = {point: partial(_answer, models[point[0]], questions, settings, point[1]) for point in points}
-    peaks = {point: peak_memory(ask, device) for point, ask in asks.items()}
+    peaks = {point: peak_of(models[point[0]], ask, device) for point, ask in asks.items()}
     runs: dict[Any, Any] = {**asks, **ceilings.jobs()}
     turns: dict[Any, list[Turn]] = take_turns(runs, settings.repeats, clock or clock_of(device))
-    rates = ceilings.rates(turns[MATMUL], turns[COPY])
+    rates = ceilings.rates(turns)
     report: dict[str, Any] = {"settings": asdict(settings), "models": {}}
     for name, model in models.items():
         report["models"][name] = {
@@ -196,7 +196,7 @@ def bench_lines(report: Mapping[str, Any]) -> list[str]:
     ceilings = report["ceilings"]
     lines = [
         f"ceilings: {ceilings['matmul_gflops']['best']:.1f} GFLOP/s in products of matrices, "
-        f"{ceilings['copy_gb_s']['best']:.1f} GB/s in copies; floor: what the least work takes at these rates"
+        f"{ceilings['memory_gb_s']['best']:.1f} GB/s from memory; floor: what the least work takes at these rates"
     ]
     for one in report.get("ratios", ()):
         lines.append(

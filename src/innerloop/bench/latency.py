@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from innerloop.bench.timing import clock_of, seconds_of, take_turns
-from innerloop.decoder.memory import peak_memory
+from innerloop.bench.timing import clock_of, peak_of, seconds_of, take_turns
 from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
@@ -68,7 +67,10 @@ def time_runs(
     jobs = {name: partial(tried.get(name, ONCE).answer, model, questions, **options) for name, model in models.items()}
     turns = take_turns(jobs, REPEATS, clock_of(device))
     found = {
-        name: {"seconds": [s / len(questions) for s in seconds_of(turns[name])], "memory": peak_memory(job, device)}
+        name: {
+            "seconds": [s / len(questions) for s in seconds_of(turns[name])],
+            "memory": peak_of(models[name], job, device),
+        }
         for name, job in jobs.items()
     }
     write_text(folder / TIMES, json.dumps({**asked, "runs": found}, indent=1) + "\n")

@@ -1,9 +1,10 @@
-"""The floor: the least time in which a machine could do the work of some answers, from two rates measured on it.
+"""The floor: the least time in which a machine could do the work of some answers, from rates measured on it.
 
-    floor = max(FLOPs / matmul rate, bytes / copy bandwidth)
+    floor = max(FLOPs / matmul rate, bytes / bandwidth)
 
-The bytes are those that any engine must move that runs at most ``b`` rows together. A call of the decoder serves at
-most one pass of each of b rows, so answers of P_1 .. P_n passes need at least
+The bandwidth is that of a copy or of a matrix read in a product with a vector, whichever is higher. The bytes are those
+that any engine must move that runs at most ``b`` rows together. A call of the decoder serves at most one pass of each
+of b rows, so answers of P_1 .. P_n passes need at least
 
     calls = max(ceil(sum P_i / b), max P_i),    likewise  head calls  from how often each was read out,
 
@@ -20,7 +21,7 @@ faster than a copy does; and a pass counts as one through every layer, also wher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -33,11 +34,11 @@ from innerloop.decoder.packed import PackedWeights
 
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # well beyond what caches hold
-MATMUL, COPY = "matmul", "copy"
+MATMUL, COPY, READ = "matmul", "copy", "read"
 
 
 class Ceilings:
-    """Two jobs that show what a device can do: a product of square matrices as the engine makes it, and a copy.
+    """Jobs that show what a device can do: a product of square matrices as the engine makes it, a copy, and a read.
 
     Args:
         device: the device.
@@ -53,10 +54,16 @@ class Ceilings:
         self.packed = PackedWeights([self.linear])
         self.source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
         self.target = torch.zeros_like(self.source)
+        self.matrix = self.source.view(torch.float32).view(-1, min(4096, n_bytes // 4))
+        self.vector = torch.ones(self.matrix.shape[1], device=device)
 
     def jobs(self) -> dict[str, Callable[[], object]]:
         """Return the jobs, to take turns with what is measured."""
-        return {MATMUL: self.product, COPY: lambda: self.target.copy_(self.source)}
+        return {
+            MATMUL: self.product,
+            COPY: lambda: self.target.copy_(self.source),
+            READ: lambda: self.matrix @ self.vector,
+        }
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -74,10 +81,11 @@ class Ceilings:
         """Bytes that the copy moves: as many are read as written."""
         return 2.0 * self.source.numel()
 
-    def rates(self, matmul: Sequence[Turn], copy: Sequence[Turn]) -> Rates:
-        """Return the rates that turns of the two jobs show."""
-        times = ((self.flops, seconds_of(matmul)), (self.n_bytes, seconds_of(copy)))
-        return Rates(*([work / seconds for seconds in turns] for work, turns in times))
+    def rates(self, turns: Mapping[str, Sequence[Turn]]) -> Rates:
+        """Return the rates that turns of the jobs show: of bytes, that of the faster of the two jobs in each turn."""
+        copied = [self.n_bytes / seconds for seconds in seconds_of(turns[COPY])]
+        read = [self.source.numel() / seconds for seconds in seconds_of(turns[READ])]
+        return Rates([self.flops / s for s in seconds_of(turns[MATMUL])], list(map(max, copied, read)))
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Rates:
 
     def report(self) -> dict[str, dict[str, float]]:
         """Return the ceilings and how far the turns spread, in GFLOP/s and GB/s."""
-        rates = {"matmul_gflops": self.flops, "copy_gb_s": self.n_bytes}
+        rates = {"matmul_gflops": self.flops, "memory_gb_s": self.n_bytes}
         return {name: {"best": max(of) / 1e9, **spread([rate / 1e9 for rate in of])} for name, of in rates.items()}
 
 

@@ -14,7 +14,10 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import torch
+from torch import nn
 
+from innerloop.decoder.memory import peak_memory
+from innerloop.decoder.packed import release
 from innerloop.errors import InputError
 
 K = TypeVar("K")
@@ -24,10 +27,11 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Turn(Generic[T]):
-    """One timed call: its seconds, and what it returned."""
+    """One timed call: its seconds, what it returned, and the seconds that the process's processors worked."""
 
     seconds: float
     result: T
+    cpu_seconds: float = 0.0
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -54,11 +58,11 @@ def take_turns(
     turns: dict[K, list[Turn[T]]] = {name: [] for name in names}
     for number in range(-warm_up, repeats):
         for name in names if number % 2 == 0 else reversed(names):
-            started = clock()
+            started, worked = clock(), time.process_time()
             result = runs[name]()
-            seconds = clock() - started
+            seconds, cpu_seconds = clock() - started, time.process_time() - worked
             if number >= 0:
-                turns[name].append(Turn(seconds, result))
+                turns[name].append(Turn(seconds, result, cpu_seconds))
     return turns
 
 
@@ -78,3 +82,14 @@ def seconds_of(turns: Sequence[Turn]) -> list[float]:
 def ratio(above: Sequence[Turn], below: Sequence[Turn]) -> dict[str, float]:
     """Return how many times longer one run took than another, as the spread over the turns that both took together."""
     return spread([a / b for a, b in zip(seconds_of(above), seconds_of(below), strict=True)])
+
+
+def cpu_ratio(above: Sequence[Turn], below: Sequence[Turn]) -> dict[str, float]:
+    """Return `ratio` of the seconds that processors worked, which others on the machine disturb less."""
+    return spread([a.cpu_seconds / b.cpu_seconds for a, b in zip(above, below, strict=True)])
+
+
+def peak_of(model: nn.Module, run: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that a run holds as a model's first one, which takes memory for packed weights too."""
+    release(model.modules())
+    return peak_memory(run, device)

@@ -29,7 +29,7 @@ from innerloop.decoder.anatomy import (
 from innerloop.decoder.cache import new_cache
 from innerloop.decoder.compiled import CompiledPasses
 from innerloop.decoder.fused_loss import fused_loss
-from innerloop.decoder.masks import kinds_of, visible
+from innerloop.decoder.masks import grouped_queries, kinds_of, visible
 from innerloop.decoder.real_columns import count_real_columns, has_alibi
 from innerloop.decoder.surrogates import (
     fuse_activations,
@@ -233,14 +233,15 @@ class Backbone(nn.Module):
                 parts = {i: replaced(layer, keyless, self.config) for i, layer in parts.items()}
             inner = layers.start > 0 if inner is None else inner
             decoder = section(decoder, self.anatomy, self.config, parts, inner)
-        out = decoder(
-            inputs_embeds=embeds_BLD,
-            attention_mask=mask,
-            position_ids=positions_BL,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            output_hidden_states=all_states,
-        )
+        with grouped_queries(embeds_BLD.device):
+            out = decoder(
+                inputs_embeds=embeds_BLD,
+                attention_mask=mask,
+                position_ids=positions_BL,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=all_states,
+            )
         return out.hidden_states if all_states else out.last_hidden_state
 
     def norm(self, states: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Growing by concatenation copies all that was read for each token that is written. In a buffer new columns are written
 behind those that are known, and forks of a prefix share it. What a layer has read is never changed while the layer
 lives: one that finds somebody else's columns behind its own goes to a buffer of its own. Where something is learned,
-layers grow by concatenation, through which gradients flow.
+gradients flow through the buffer (`_Appended`): a thought of T latents keeps its keys once, not T times.
 
 Shapes: `B` rows, `H` heads of keys, `L` new columns, `P` known ones, `C` columns of a buffer, `d` width of a head.
 """
@@ -62,6 +62,7 @@ class BufferedLayer:
     is_initialized: bool
     buffer: KvBuffer | None = None
     placed: Tensor | None = None  # the keys as they lie in the buffer; others may have been put in their place since
+    n_appended = 0  # how often columns have come where something is learned
 
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
@@ -93,6 +94,26 @@ class BufferedLayer:
         buffer.keys[:, :, n:end] = keys
         buffer.values[:, :, n:end] = values
         self.place(end)
+        return self.keys, self.values
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember new keys and values (B, H, L, d), through which gradients flow; return all.
+
+        What is read once, or once more, as a row's answer, is no longer than it must be; from the second time on there
+        is space for more.
+        """
+        n, known = self.n_kept, self.keys
+        self.n_appended += 1
+        if n == 0 or self.n_appended < 3:
+            whole = (keys, values) if n == 0 else (torch.cat([known, keys], 2), torch.cat([self.values, values], 2))
+            self.hold(*whole)
+            return whole
+        past = self.values
+        buffer = self.make_space(keys.shape[2])
+        grown = _Appended.apply(known, keys, buffer.keys), _Appended.apply(past, values, buffer.values)
+        self.place(n + keys.shape[2])
+        self.keys, self.values = grown
+        self.placed = self.keys
         return self.keys, self.values
 
     def make_space(self, n_new: int) -> KvBuffer:
@@ -170,12 +191,9 @@ class FullLayer(BufferedLayer, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Remember new keys and values (B, H, L, d); return all that the pass attends to."""
-        if torch.is_grad_enabled():
-            self.buffer = self.placed = None
-            return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self.grow(key_states, value_states)
+        return (self.append if torch.is_grad_enabled() else self.grow)(key_states, value_states)
 
 
 class WindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
@@ -196,10 +214,7 @@ class WindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
             self.buffer = self.placed = None
             return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         self.cumulative_length += n_new
-        if not torch.is_grad_enabled():
-            return self.grow(key_states, value_states)
-        self.hold(torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2))
-        return self.keys, self.values
+        return (self.append if torch.is_grad_enabled() else self.grow)(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many columns a pass attends to, and how many came before them."""
@@ -208,9 +223,28 @@ class WindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
         return self.n_kept + query_length, self.cumulative_length - self.n_kept
 
 
+class _Appended(torch.autograd.Function):
+    """Columns written behind known ones in a buffer that both lie in: nothing is copied, and each gets its gradient.
+
+    The buffer is written to where no tensor that a backward pass needs has columns, so torch need not count it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, known: Tensor, new: Tensor, buffer: Tensor) -> Tensor:
+        ctx.n = known.shape[2]
+        whole = buffer.data[:, :, : ctx.n + new.shape[2]]
+        whole[:, :, ctx.n :] = new
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients
+        return gradient[:, :, : ctx.n], gradient[:, :, ctx.n :], None
+
+
 def _with_space(known: Tensor, n_columns: int) -> Tensor:
     """Return a copy of keys or values (B, H, P, d) with zeros behind them, ``n_columns`` in all."""
     whole = known.new_empty(*known.shape[:2], n_columns, known.shape[3])
-    whole[:, :, : known.shape[2]] = known
+    whole[:, :, : known.shape[2]] = known.detach()
     whole[:, :, known.shape[2] :].zero_()
     return whole

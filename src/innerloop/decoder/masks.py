@@ -3,10 +3,32 @@
 Shapes: `B` rows, `Q` queries, `K` keys.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
+
+
+@contextmanager
+def grouped_queries(device: torch.device) -> Iterator[None]:
+    """Let queries that share a key read it where it lies, in the block.
+
+    Where there is a mask, transformers copies keys and values for each of them, as kernels of GPUs want; those of a CPU
+    do not, and are several times faster without. The switch is transformers' own.
+    """
+    if device.type != "cpu" or GROUPED in os.environ:
+        yield
+        return
+    os.environ[GROUPED] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(GROUPED, None)
 
 
 def kinds_of(config: Any) -> set[str]:

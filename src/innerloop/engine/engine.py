@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.decoder.memory import is_out_of_memory
-from innerloop.decoder.packed import PackedWeights
+from innerloop.decoder.packed import PackedWeights, release
 from innerloop.engine.decoding import DecodeBatch
 from innerloop.engine.generation import Generation, failed, finish
 from innerloop.engine.options import EngineOptions
@@ -114,6 +114,8 @@ class Engine:
                     found = self.step(strict)
                 yield found
         finally:  # whatever ended the run, the next one begins afresh
+            if self.model.training:  # weights are about to change
+                release(parts)
             self._reset()
             self.is_busy = False
 

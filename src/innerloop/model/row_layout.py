@@ -26,6 +26,7 @@ class RowLayout(nn.Module):
     method: Method
     encoder: PromptEncoder
     step_decoder: StepDecoder | None
+    looped: tuple[Method, int, Method] | None = None  # a method, a number of loops, and the method with that many
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +56,12 @@ class RowLayout(nn.Module):
         return [method.shown_blocks(row, gold) for row, gold in zip(rows, pieces, strict=True)]
 
     def _looping(self, loops: int | None) -> Method:
-        return self.method if loops is None else self.method.with_loops(loops)
+        if loops is None:
+            return self.method
+        known = self.looped
+        if known is None or known[0] is not self.method or known[1] != loops:
+            self.looped = known = self.method, loops, self.method.with_loops(loops)
+        return known[2]
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Pad rows into one batch on the model's device; rows longer than the context are refused."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,12 @@ from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.model.teacher_cache import TeacherCache
 from innerloop.tasks import Task
+from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.examples import Example, from_rows
 from innerloop.train.training_arguments import LatentTrainingArguments
+
+NORMALISED = 33
+"""The most bytes that a character outside of ASCII becomes in a normal form of Unicode (U+FDFA)."""
 
 
 class ByLength(Sampler):
@@ -80,17 +84,34 @@ def fitting(model: LatentModel, examples: list[Example], max_length: int | None)
     limit = max_length or model.backbone.context_length
     if limit is None:
         return examples
-    lengths = [method.longest(example, model.encoder) for example in examples]
-    if max_length is None and max(lengths) > limit:
-        worst = examples[lengths.index(max(lengths))]
+    lengths = {id(example): method.longest(example, model.encoder) for example in may_exceed(model, examples, limit)}
+    worst = max(examples, key=lambda example: lengths.get(id(example), 0))
+    if max_length is None and lengths.get(id(worst), 0) > limit:
         raise InputError(
-            f"example '{worst.id}' takes {max(lengths)} positions but the model reads at most {limit}; "
+            f"example '{worst.id}' takes {lengths[id(worst)]} positions but the model reads at most {limit}; "
             f"set train.max_length={limit} to leave longer examples out"
         )
-    kept = [example for example, length in zip(examples, lengths) if length <= limit]
+    kept = [example for example in examples if lengths.get(id(example), 0) <= limit]
     if not kept:
         raise InputError(f"every training example is longer than max_length={limit}; raise it")
     return kept
+
+
+def may_exceed(model: LatentModel, examples: Iterable[Example], limit: int) -> Iterator[Example]:
+    """Yield the examples that may take more positions than a limit, without laying out those that cannot.
+
+    A text has no more tokens than bytes, so a row has no more positions than one of as many one-letter steps and all
+    its bytes, line breaks and the answer's mark among them.
+    """
+    shortest: dict[int, int] = {}
+    for example in examples:
+        n = len(example.steps)
+        if n not in shortest:
+            shortest[n] = model.method.longest(Example("1", ("1",) * n, "1"), model.encoder)
+        text = "".join((example.question, *example.steps, example.answer))
+        n_bytes = len(text) + NORMALISED * (len(text.encode(errors="surrogatepass")) - len(text))
+        if shortest[n] + n_bytes + n + 1 + len(ANSWER_PREFIX) > limit:
+            yield example
 
 
 def check_text(model: LatentModel, eval_dataset: Any) -> None:
