@@ -73,7 +73,7 @@ class Slow(Reference):
         return self.method.soft_alpha * z_1D + self.method.soft_beta * (p_1V @ table)
 
     def texts(self, example, stage) -> list[str]:
-        """What group k must tell; the last one all steps left, on Coconut in the last stage, on CODI but the last step."""
+        """What group k must tell; the last one all that are left: of no written steps, or of all but CODI's last."""
         m, steps = self.method, list(example.steps)
         n, between = (m.n_latents_total + 1, " ") if self.is_codi else (min(stage, m.max_stage), "\n")
         if self.is_codi or stage <= m.max_stage:
@@ -330,7 +330,9 @@ def test_9_lotus_aux_is_the_same_function(monkeypatch):
     examples = [example for example in MIXED if example.steps]
     vectors = torch.randn(len(examples), 2, 32, dtype=torch.double)
     monkeypatch.setattr(step_decoder, "group_latents", lambda inputs, loop, sites: vectors[sites.rows_G])
-    mine = on("gpt2", SimCot(curriculum={"max_stage": 1}, latents_per_step=2, aux={"norm": "token_mean", "position": 0}))
+    mine = on(
+        "gpt2", SimCot(curriculum={"max_stage": 1}, latents_per_step=2, aux={"norm": "token_mean", "position": 0})
+    )
     lotus = same_weights(mine, Lotus(n_blocks=1, latents_per_block=2, step_weight=0.0, aux={"weight": 1.0}))
     rows = mine.rows(examples)
     for row, example in zip(rows, examples):
