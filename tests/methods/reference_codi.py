@@ -112,8 +112,9 @@ def kd(students: list[Tensor], teachers: list[Tensor], settings: HiddenSettings)
                 d = gap.sum(-1).mean() / std
             case "l2":
                 d = gap.square().mean() / std / std
-            case "smooth_l1":
-                d = torch.where(gap < 1, 0.5 * gap.square(), gap - 0.5).mean() / std
+            case "smooth_l1" | "smooth_l1_raw":
+                smooth = torch.where(gap < 1, 0.5 * gap.square(), gap - 0.5).mean()
+                d = smooth / std if settings.distance == "smooth_l1" else smooth
             case "cosine":
                 d = (1 - (s * t).sum(-1) / s.norm(dim=-1) / t.norm(dim=-1)).mean()
         total = total + d / (s_BMD.shape[1] - first)

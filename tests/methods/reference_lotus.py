@@ -79,7 +79,7 @@ class LotusReference(Reference):
 
     def blocks(self, example: Example, stage: int) -> list[tuple[int, int, list[int]]]:
         """(block, pass t, tokens) of the steps that have left the text, 0-based."""
-        post = self.method.supervision == "post"
+        post = self.method.supervision != "per_iter"
         steps = self.steps(example)[:stage]
         return [(i, self.rounds(stage) if post else i + 1, step) for i, step in enumerate(steps)]
 
@@ -89,15 +89,22 @@ class LotusReference(Reference):
         found = []
         for i, t, step in self.blocks(example, stage):
             for j, token in enumerate(step):
-                fits = i * c + j < stage * c if self.method.overflow == "spill" else j < c
-                found += [(t, 1 + i * c + j + self.method.readout_offset, token)] if fits else []
+                place = 1 + i * c + j + self.method.readout_offset
+                fits = place <= stage * c if self.method.overflow == "spill" else j < c
+                found += [(t, place, token)] if fits else []
         return found
+
+    def n_counted(self, example: Example, stage: int) -> int:
+        """By what the read tokens are divided: spill counts those too that find no latent."""
+        spills, steps = self.method.overflow == "spill", self.steps(example)[:stage]
+        return sum(map(len, steps)) if spills else len(self.shown(example, stage))
 
     def terms(self, examples: list[Example], stages: list[int] | int | None = None) -> dict[str, Tensor]:
         """L_ans, L_step and what else has a weight, of a batch."""
         if not isinstance(stages, list):
             stages = [self.last_stage if stages is None else stages] * len(examples)
         method, written, shown, told, students, teachers = self.method, [], [], [], [], []
+        n_counted = sum(self.n_counted(example, stage) for example, stage in zip(examples, stages))
         for example, stage in zip(examples, stages):
             run, ids = self.run(example.question, stage), self.written(example, stage)
             thought, _ = self.think(example.question, stage)
@@ -106,17 +113,16 @@ class LotusReference(Reference):
                 for t, place, token in self.shown(example, stage):
                     shown.append(cross_entropy(run.logits[t][place], torch.tensor(token)))
             if method.aux.weight:
-                told += [self.told(example, run.states[t], i, step) for i, t, step in self.blocks(example, stage)]
+                told += self.every_told(example, run, stage)
             if method.hid.weight:
-                before = len(ids) - len(self.answer(example))  # the position of ### is the last before the answer's own
-                students.append(states_at(self.lm, torch.cat([thought, self.embed(ids)]), len(thought) + before))
-                steps = [token for step in self.steps(example) for token in step]
-                read = [*self.question(example.question), *steps]
+                students.append(states_at(self.lm, torch.cat([thought, self.embed(ids)]), len(thought)))
+                gone = [token for step in self.steps(example)[:stage] for token in step]
+                read = [*self.question(example.question), *gone]
                 with torch.no_grad():
-                    teachers.append(states_at(self.lm, self.embed([*read, *self.answer(example)]), len(read)))
+                    teachers.append(states_at(self.lm, self.embed([*read, *ids]), len(read)))
         terms = {"answer": torch.cat(written).mean()}
         if shown:
-            terms["step"] = torch.stack(shown).mean()
+            terms["step"] = torch.stack(shown).sum() / n_counted
         if told:
             is_mean = method.aux.norm == "token_mean"
             terms["aux"] = torch.cat(told).mean() if is_mean else torch.stack([losses.sum() for losses in told]).mean()
@@ -124,15 +130,22 @@ class LotusReference(Reference):
             terms["hid"] = kd(students, teachers, method.hid)
         return terms
 
-    def told(self, example: Example, states: Tensor, block: int, step: list[int]) -> Tensor:
+    def every_told(self, example: Example, run: Run, stage: int) -> list[Tensor]:
+        """The losses of each step told from its block, or of all steps told from all latents at once."""
+        c, blocks = self.method.latents_per_block, self.blocks(example, stage)
+        if self.method.supervision != "post_all":
+            return [self.told(example, run.states[t][1 + i * c : 1 + (i + 1) * c], step) for i, t, step in blocks]
+        text = [token for *_, step in blocks for token in step]
+        return [self.told(example, run.states[self.rounds(stage)][1 : 1 + stage * c], text)] if text else []
+
+    def told(self, example: Example, latents: Tensor, step: list[int]) -> Tensor:
         """LOTUS-aux: the losses (n,) of a step that g_phi must tell from the c latents of its block alone.
 
         With aux.question it reads the question and <bot> before them.
         """
-        aux, decoder, c = self.method.aux, self.model.step_decoder, self.method.latents_per_block
+        aux, decoder, c = self.method.aux, self.model.step_decoder, len(latents)
         reader = self.lm if decoder.own is None else decoder.own.lm
         embed = (reader if aux.embed == "own" else self.lm).get_input_embeddings()
-        latents = states[1 + block * c : 1 + (block + 1) * c]
         if self.method.loop.site == "pre_norm":  # h is what the head reads
             latents = self.norm(latents)
         latents = latents.detach() if aux.detach else latents

@@ -6,6 +6,7 @@ test_lotus_readout.py.
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Lotus
@@ -91,7 +92,7 @@ def test_other_loops_equal_the_reference(arch, fields):
 def test_fewer_steps_than_blocks_more_and_none_in_one_batch_do_as_alone(arch, fields):
     model = lotus(arch, fields)
     rows = rows_at(model, MIXED, [3, 0, 3, 3, 2, 3])
-    assert_batch_is_its_rows(model, rows, apart={"hid"})  # whose unit is the spread in the batch
+    assert_batch_is_its_rows(model, rows)
 
 
 @pytest.mark.parametrize("stop", ["kl", "delta"])
@@ -123,6 +124,7 @@ DECODERS = [
     {"aux.embed": "own", "aux.norm": "per_row", "aux.position": 3},
     {"step_weight": 0.5, "loop.site": "pre_norm"},
     {"aux.question": True},
+    {"supervision": "post_all", "aux.norm": "per_row"},
     {**SHARED, "aux.question": True, "aux.position": 2},
 ]
 
@@ -136,11 +138,27 @@ def test_the_terms_with_a_decoder_equal_the_reference(arch, fields):
     assert_terms_of_the_reference(model, LotusReference(model), STAGES)
 
 
-@choices(supervision=["post", "per_iter"], last_pass=["kv", "refeed"], **{"loop.site": ["post_norm", "pre_norm"]})
+@choices(
+    supervision=["post", "per_iter", "post_all"], last_pass=["kv", "refeed"], **{"loop.site": ["post_norm", "pre_norm"]}
+)
 def test_what_is_told_comes_from_the_pass_of_h(settings):
-    """post: h^(R); per_iter: block i from h^(i); after the final norm, whichever pass computes it."""
+    """post: h^(R), post_all at once; per_iter: block i from h^(i); after the final norm, whichever pass computes it."""
     model = on("gpt2", change(AUX, **settings))
     assert_close(model.loss(MIXED).terms["aux"], LotusReference(model).terms(list(MIXED))["aux"].detach())
+
+
+@torch.no_grad()
+def test_what_spills_over_the_last_latent_is_divided_by_but_not_read():
+    """Position K c, the last latent, reads one token more, as in the authors' code; of each step all tokens count."""
+    model = on("gpt2", Lotus(n_blocks=1, latents_per_block=2, step_weight=1.0, overflow="spill"))
+    (example,) = [one for one in MIXED if len(one.steps) == 1]
+    (row,), ids = model.rows([example]), model.encoder.steps(example)[0].ids
+    assert [target.at - row.region_start for target in row.token_targets] == [-1, 0, 1]
+    assert row.n_unread == len(ids) - 3 > 0
+    slow = LotusReference(model)
+    logits = slow.run(example.question, 1).logits[-1]
+    total = cross_entropy(logits, torch.tensor(ids[:3]), reduction="sum")
+    assert_close(model.loss([example]).terms["step"], total / len(ids))
 
 
 def test_where_there_are_no_steps_nothing_is_told():
@@ -157,7 +175,8 @@ def test_the_gradient_reaches_the_latents_of_every_block_that_has_a_step(arch, f
     thought.answer = tuple(state.detach().requires_grad_() for state in thought.answer)
     aux_loss(model.loss_inputs(batch, thought), model.step_decoder, model.loop).backward()
     reached = thought.answer[-1].grad[:, :12].abs().amax(2).unflatten(1, (3, 4)) > 0
-    assert reached.all(2).tolist() == reached.any(2).tolist() == [[True, False, False], [True, True, False]]
+    told = [[True] * 3] * 2 if model.method.supervision == "post_all" else [[True, False, False], [True, True, False]]
+    assert reached.all(2).tolist() == reached.any(2).tolist() == told
     model.zero_grad()
 
 

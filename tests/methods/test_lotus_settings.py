@@ -29,7 +29,7 @@ FIELDS = table(
     ({"aux", "trained"} | LEARNS, {}, AUX),
     (LEARNS, AUX, {"aux.weight": 1.0}),
     ({"aux", "trained"} | LEARNS, AUX, {"aux.layers": 1}),
-    ({"aux"} | LEARNS, AUX, {"aux.question": True}),
+    ({"aux"} | LEARNS, AUX, {"aux.question": True}, {"supervision": "post_all"}),
     (STOPS, {}, AT_ONCE),
     (STOPS, AT_ONCE, {"stop.threshold": math.inf}, {"stop.min_loops": 2}, {"stop.patience": 2}),
 )  # fmt: skip

@@ -77,7 +77,8 @@ def test_squared_scores_are_a_term_where_they_have_a_weight():
     out = model.loss(EXAMPLES)
     total = out.terms["answer"] + 0.001 * out.terms["router"] + 0.5 * out.terms["router_z"]
     assert out.loss.item() == pytest.approx(total.item(), rel=1e-6)
-    assert only_pass(scored(model, torch.tensor([[3.0]])), IDS).sums["router_z"].item() == pytest.approx(9.0)
+    squares = only_pass(scored(model, torch.tensor([[3.0]])), IDS).sums["router_z"]
+    assert squares.item() == pytest.approx(3 * 9.0)  # of three recursions, added up as the authors do
 
 
 def test_an_auxiliary_router_decides_when_answering_and_the_router_only_weighs():

@@ -73,12 +73,14 @@ class Slow(Reference):
         return self.method.soft_alpha * z_1D + self.method.soft_beta * (p_1V @ table)
 
     def texts(self, example, stage) -> list[str]:
-        """What group k must tell; the last of all groups takes all steps that are left."""
-        m, steps = self.method, [step.removeprefix("<<").removesuffix(">>") for step in example.steps]
-        n = m.n_latents_total + 1 if self.is_codi else m.max_stage
-        groups = [*steps[: n - 1], "\n".join(steps[n - 1 :])] if len(steps) > n else steps
+        """What group k must tell; the last one all that are left: of no written steps, or of all but CODI's last."""
+        m, steps = self.method, list(example.steps)
+        n, between = (m.n_latents_total + 1, " ") if self.is_codi else (min(stage, m.max_stage), "\n")
+        if self.is_codi or stage <= m.max_stage:
+            del steps[-1 if self.is_codi else stage :]
+        groups = [*steps[: n - 1], between.join(steps[n - 1 :])] if len(steps) > n else steps
         more = {"answer": f"### {example.answer}", "ignore": "", "repeat_last": ["", *groups][-1]}[m.surplus]
-        return [*groups, *[more] * (n - len(groups))][: len(self.latents(example, stage)) // self.c]
+        return [*groups, *[more] * (n - len(groups))]
 
     def told(self, z_cD: torch.Tensor, ids: list[int]) -> torch.Tensor:
         """The summed loss of one group."""
@@ -140,7 +142,7 @@ def test_7_the_loss_is_that_of_a_loop_over_rows_and_groups(host, stages, surplus
 @by_arch
 @by_host
 @pytest.mark.parametrize(
-    "aux", [{"embed": "own"}, {"position": 1}, {"position": 5}, {"layers": 1}, {"lora_rank": 2}], ids=str
+    "aux", [{"embed": "own"}, {"position": 0}, {"position": 5}, {"layers": 1}, {"lora_rank": 2}], ids=str
 )
 def test_7_every_decoder_is_brute_forces(aux, host, arch):
     assert_told_as_brute_force_tells(on(arch, change(HOSTS[host], aux=aux)))
@@ -236,7 +238,7 @@ def test_3_answers_are_those_of_the_host(host, arch):
 @by_arch
 @pytest.mark.parametrize("n_prefix", [1, 4])
 def test_4_a_text_prefix_and_the_bases_weights_give_the_bases_loss(n_prefix, arch):
-    model = on(arch, ON_COCONUT, stirred=False)
+    model = on(arch, change(ON_COCONUT, aux={"position": 0}), stirred=False)
     ids = torch.tensor([model.tokenizer.encode("3 + 4 = 2 ; * 1 - 0")])
     prefix, text = ids[:, :n_prefix], ids[:, n_prefix:]
     logits = model.step_decoder(model.backbone.embed(prefix), text, model.backbone)
@@ -258,7 +260,7 @@ def test_6_targets_are_the_steps_tokens_and_their_ends(m):
     """m steps for G = 3 groups: none too few, as many, or more, which the last group takes together."""
     model = on("gpt2", change(ON_COCONUT, surplus="ignore"))
     texts = ("3 + 4 = 2", "2 * 2", "4", "1 - 1 = 0", "0 + 0")[:m]
-    (row,) = model.rows([Example("3 ; + 4", tuple(f"<<{text}>>" for text in texts), "2")])
+    (row,) = model.rows([Example("3 ; + 4", texts, "2")])
     groups = [*texts[:2], "\n".join(texts[2:])] if m > 3 else texts
     ids = [(*model.tokenizer.encode(text, add_special_tokens=False), model.encoder.eos_id) for text in groups]
     assert [told.ids for told in row.aux_targets] == ids + [()] * (3 - len(ids))
@@ -266,6 +268,35 @@ def test_6_targets_are_the_steps_tokens_and_their_ends(m):
         (k, FED, 2 * k, 2) for k in range(3)
     ]
     assert sum((sites.targets_GL >= 0).sum().item() for sites in model.batch([row]).aux_targets) == sum(map(len, ids))
+
+
+STEPS = ("<<12*2=24>>", "<<24-5=19>>", "<<19+3=22>>")
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "told"),
+    [
+        (SimCot(latents_per_step=1, curriculum={"max_stage": 2}), 1, STEPS[:1]),
+        (SimCot(latents_per_step=1, curriculum={"max_stage": 2}), 2, STEPS[:2]),  # the third is still written
+        (SimCot(latents_per_step=1, curriculum={"max_stage": 2}), 3, (STEPS[0], "<<24-5=19>>\n<<19+3=22>>")),
+        (SimCot(latents_per_step=1, curriculum={"max_stage": 4}), 5, (*STEPS, "### 22")),
+        (SimCotCodi(n_latents_total=2), 0, STEPS[:2]),
+        (SimCotCodi(n_latents_total=1), 0, STEPS[:2]),
+    ],
+)
+def test_6_steps_are_told_as_the_authors_tell_them(method, stage, told):
+    """With << and >>, each by the group of its own, several as lines (Coconut) or words (CODI) of one text."""
+    model = on("gpt2", method)
+    (row,) = model.rows([Example("3 ; + 4", STEPS, "22")], stage)
+    assert [target.ids for target in row.aux_targets] == [model.encoder.aux_target(text) for text in told]
+    assert method.aux.position == 1
+
+
+def test_6_codis_last_step_is_told_by_none_and_steps_told_together_are_one_line():
+    model = on("gpt2", SimCotCodi(n_latents_total=1))
+    (row,) = model.rows([Example("3 ; + 4", (*STEPS, "<<22+1=23>>"), "23")])
+    told = [model.encoder.aux_target(text) for text in (STEPS[0], "<<24-5=19>> <<19+3=22>>")]
+    assert [target.ids for target in row.aux_targets] == told
 
 
 @by_host
@@ -280,7 +311,8 @@ def test_6_nothing_is_told_where_there_are_no_steps(host):
 @by_host
 def test_8_a_group_reaches_bot_and_nothing_after_it(host):
     """seen[j] shows latent j + 1: it learns from groups at it and after it alone."""
-    model = on("gpt2", change(HOSTS[host], **({"latents_per_step": 1} if host == "coconut" else {})))
+    fields = {"latents_per_step": 1} if host == "coconut" else {"surplus": "repeat_last"}
+    model = on("gpt2", change(HOSTS[host], **fields))
     n_groups = {"coconut": 3, "codi": 4}[host]
     for k in range(n_groups):
         rows = model.rows(MIXED[3:4])
@@ -298,7 +330,9 @@ def test_9_lotus_aux_is_the_same_function(monkeypatch):
     examples = [example for example in MIXED if example.steps]
     vectors = torch.randn(len(examples), 2, 32, dtype=torch.double)
     monkeypatch.setattr(step_decoder, "group_latents", lambda inputs, loop, sites: vectors[sites.rows_G])
-    mine = on("gpt2", SimCot(curriculum={"max_stage": 1}, latents_per_step=2, aux={"norm": "token_mean"}))
+    mine = on(
+        "gpt2", SimCot(curriculum={"max_stage": 1}, latents_per_step=2, aux={"norm": "token_mean", "position": 0})
+    )
     lotus = same_weights(mine, Lotus(n_blocks=1, latents_per_block=2, step_weight=0.0, aux={"weight": 1.0}))
     rows = mine.rows(examples)
     for row, example in zip(rows, examples):

@@ -161,7 +161,7 @@ def test_a_decoder_begins_as_the_model_that_is_named_unless_its_tokens_are_other
             fresh(change(own, aux={"source": str(tmp_path / name)}))
 
 
-@pytest.mark.parametrize(("fields", "more"), [({}, 0), ({"aux.question": True, "aux.position": 3}, 3 + 9)])
+@pytest.mark.parametrize(("fields", "more"), [({}, 1), ({"aux.question": True, "aux.position": 3}, 3 + 9)])
 def test_what_the_decoder_reads_must_fit_into_the_context(fields, more, tmp_path: Path):
     """A long step is told after the latents, and after the question where that is read too."""
     (example,) = [Example("3 ; + 4 ; * 2", (" ".join(["3 + 4 = 2"] * 4), "2 * 2 = 4"), "4")]
@@ -182,9 +182,9 @@ def test_what_the_decoder_reads_must_fit_into_the_context(fields, more, tmp_path
 def test_a_decoder_of_a_smaller_context_than_the_models_refuses_steps_that_are_too_long(another, tmp_path: Path):
     model = fresh(change(ON_COCONUT, aux={"source": another, "embed": "own"}))
     model.step_decoder.own.config.max_position_embeddings = 6
-    with pytest.raises(InputError, match="needs 8 positions to tell a step but reads at most 6"):
+    with pytest.raises(InputError, match="needs 9 positions to tell a step but reads at most 6"):
         model.loss([Example("3 ; + 4", ("3 + 4 = 2 = 2",), "2")])
-    with pytest.raises(InputError, match="needs 8 positions to tell a step"):
+    with pytest.raises(InputError, match="needs 9 positions to tell a step"):
         make_trainer(tmp_path, model, [Example("3 ; + 4", ("3 + 4 = 2 = 2",), "2")])
 
 
@@ -245,7 +245,8 @@ def test_telling_is_greedy_decoding(method):
         expected: list[int] = []
         while len(expected) < 6:
             x_LD = torch.cat([one, model.backbone.embed(torch.tensor(expected, dtype=torch.long))])
-            token = model.step_decoder.own.lm(inputs_embeds=x_LD[None]).logits[0, -1].argmax().item()
+            at = method.aux.position + torch.arange(len(x_LD))[None]
+            token = model.step_decoder.own.lm(inputs_embeds=x_LD[None], position_ids=at).logits[0, -1].argmax().item()
             if token == model.encoder.eos_id:
                 break
             expected.append(token)
@@ -358,4 +359,4 @@ def test_the_cards_defaults():
     on_coconut, on_codi = SimCot(), SimCotCodi()
     assert (on_coconut.surplus, on_coconut.aux.norm, on_coconut.aux.weight) == ("answer", "per_row", 1.0)
     assert (on_codi.surplus, on_codi.aux.norm, on_codi.aux.weight) == ("ignore", "token_mean", 1.0)
-    assert (on_coconut.aux.embed, on_coconut.aux.position, on_coconut.aux.trains) == ("base", 0, "both")
+    assert (on_coconut.aux.embed, on_coconut.aux.position, on_coconut.aux.trains) == ("base", 1, "both")

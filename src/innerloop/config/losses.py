@@ -12,7 +12,7 @@ from innerloop.text.row import Row
 
 Pull = Literal["geometric", "geometric_reverse", "uniform"]
 HiddenLayers = Literal["last", "all", "all+emb"]
-Distance = Literal["smooth_l1", "l1", "l1_sum", "l2", "cosine"]
+Distance = Literal["smooth_l1", "smooth_l1_raw", "l1", "l1_sum", "l2", "cosine"]
 
 
 class HiddenSettings:
@@ -21,8 +21,8 @@ class HiddenSettings:
     Args:
         weight: lambda_hid; 0: they are not.
         layers: the teacher's last layer, all layers, or all and the embeddings.
-        distance: smooth L1, L1 (a mean or a sum over the width) or squared L2, in units of the teacher's spread; or one
-            minus cosine.
+        distance: smooth L1, L1 (a mean or a sum over the width) or squared L2, in units of the teacher's spread; smooth
+            L1 as it is (smooth_l1_raw); or one minus cosine.
         width: width of the teacher's states where it is not this model's; what follows them is then projected by a
             learned matrix, for all layers the same. 0: the same width.
         site: a teacher's state is followed by the mean of the latents, or by the last of them.

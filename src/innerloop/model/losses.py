@@ -126,8 +126,8 @@ def follow_loss(
 ) -> Tensor:
     """Return the summed, weighted distance of followed states to the teacher's (slr.md, L_hid; codi.md, L_KD).
 
-    A distance is a mean over the width and the layers; all but the cosine are in units of the standard deviation of the
-    layer's targets in the batch, all segments and passes of it, each counted once.
+    A distance is a mean over the width and the layers; all but the cosine and smooth_l1_raw are in units of the
+    standard deviation of the layer's targets in the batch, all segments and passes of it, each counted once.
     """
     batch = inputs.batch
     first = {"last": len(targets) - 1, "all": 1, "all+emb": 0}[settings.layers]
@@ -169,7 +169,8 @@ def distance(student: Tensor, target: Tensor, kind: str, spread: Tensor) -> Tens
             return (student - target).abs().sum(-1) / spread
         case "l2":
             return (student - target).square().mean(-1) / spread**2
-    return smooth_l1_loss(student, target, reduction="none").mean(-1) / spread
+    smooth = smooth_l1_loss(student, target, reduction="none").mean(-1)
+    return smooth if kind == "smooth_l1_raw" else smooth / spread
 
 
 def answer_losses(inputs: LossInputs) -> Tensor:

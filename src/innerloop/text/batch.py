@@ -79,6 +79,7 @@ class Batch:
         skipped_B: how many position ids the suffix jumps over; None when no row jumps.
         fixed_BN: 1 where a position of the region is read as it is in every pass; None when all are latents.
         token_targets: which tokens must be read where, pass by pass.
+        n_unread: how many more tokens the mean over these counts, which are read nowhere.
         teacher: what the teacher reads, or None.
         taught: the teacher's states after every layer (n_layers + 1, P, D) where they are known already.
         hidden_targets: which of the teacher's states are followed where, pass by pass.
@@ -102,6 +103,7 @@ class Batch:
     skipped_B: Tensor | None = None
     fixed_BN: Tensor | None = None
     token_targets: list[Targets] = field(default_factory=list)
+    n_unread: int = 0
     teacher: Batch | None = None
     taught: Tensor | None = None
     hidden_targets: list[Targets] = field(default_factory=list)
@@ -124,12 +126,17 @@ class Batch:
         target = [segment.aux_K3 for segment in segments if segment.aux_K3 is not None]
         return {
             "answer": sum(len(segment.targets_U) for segment in segments),
-            "step": sum(len(sites.rows_F) for segment in segments for sites in segment.token_targets),
+            "step": sum(segment.n_shown for segment in segments),
             "hid": sum(sites.total for segment in segments for sites in segment.hidden_targets),
             "teacher": 0 if self.teacher is None else len(self.teacher.targets_U),
             "rows": len(self),
             **({"aux": added(target)} if target else {}),
         }
+
+    @property
+    def n_shown(self) -> int:
+        """How many tokens the mean over shown ones is divided by."""
+        return sum(len(sites.rows_F) for sites in self.token_targets) + self.n_unread
 
     def segments(self) -> Iterator[Batch]:
         """Return this batch and those its rows go on with."""
@@ -301,6 +308,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         n_targets=n_targets,
         first_predicting=min((at % max(sum(widths), 1) for at in predict_at), default=sum(widths)),
         n_loops=[row.n_loops for row in rows],
+        n_unread=sum(row.n_unread for row in rows),
         skipped_B=torch.tensor([row.skipped for row in rows]) if any(row.skipped for row in rows) else None,
         fixed_BN=torch.tensor(fixed) if any(map(any, fixed)) else None,
         depth=rows[0].depth if rows else None,

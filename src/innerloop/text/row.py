@@ -126,6 +126,7 @@ class Row:
     The region is refined ``n_loops`` times; text between its latents is read in every pass as it is.
     The position ids of the suffix go on ``skipped`` further.
     A row may go on with a ``next`` segment, which is read after it: without a prefix, its own region refined by itself.
+    ``n_unread`` tokens of steps are shown nowhere for lack of latents, and still counted in the mean over shown ones.
     ``teacher`` is the row that a teacher reads, whose states ``hidden_targets`` speak of. ``answer_class`` is the class
     that a classifier must answer.
     """
@@ -137,6 +138,7 @@ class Row:
     depth: int | None = None
     skipped: int = 0
     token_targets: list[TokenTarget] = field(default_factory=list)
+    n_unread: int = 0
     teacher: Row | None = None
     hidden_targets: list[HiddenTarget] = field(default_factory=list)
     aux_targets: list[AuxTarget] = field(default_factory=list)

@@ -5,10 +5,14 @@ A token that has run r iterations has keys in slots 1..r. One that runs iteratio
     latest       those of iteration i; of tokens that ended before i, their last. Decoding equals reading at once.
     skip         those of iteration i; tokens that ended before are not seen. Decoding equals reading at once.
     always_last  the last that a token has, even past i. Approximate: while tokens are read together, those not done yet
-                 show iteration i.
+                 show iteration i. (Huginn's code does so only where some token lacks iteration i, else it takes that.)
     compress     m slots, iteration i in slot i mod m; a token that never reached the slot shows its last. Approximate
                  beyond m iterations.
     anchor       m iterations with a slot each, one more slot for all that follow. Approximate beyond m + 1 iterations.
+
+Where a stop rule reads words through a coda all are approximate: tokens that are read together look, before they end,
+at keys that the coda has made of each other's states so far; read one by one, at those of the last states. So they may
+end after another number of iterations.
 
 Tokens that end are moved to a slot of those that ended there, so that a token is found exactly once, and nothing is
 computed for those that no longer run.

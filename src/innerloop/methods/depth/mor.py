@@ -66,7 +66,8 @@ class Mor(DepthMethod):
             load (loss_free).
         balance_weight: token: weight of that term.
         bias_rate: token: how far the bias moves with each training batch.
-        z_weight: weight of the squared scores; None: 0 with expert choice, 1e-5 with token choice.
+        z_weight: weight of the squared scores, added up over recursions; None: 0 with expert choice, 1e-5 with token
+            choice.
         kv: each recursion keeps the keys and values of its own tokens (recursion_wise), or all read those of the first
             and make none (recursive_sharing).
     """

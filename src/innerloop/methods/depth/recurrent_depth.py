@@ -78,14 +78,15 @@ class RecurrentDepth(DepthMethod):
         bptt: k, back-propagate through the last so many iterations; the others run without a gradient; None: all.
         injection: how the core is told e: a linear map of [s; e] (concat), or s + e (add).
         adapter_init: concat: the map starts as e alone (pass_e), s alone (pass_s), their mean, or at random (default).
-        state_std: standard deviation of s_0, cut at three of them; 0: zeros; None: sqrt(2 / (5 D)).
+        state_std: standard deviation of s_0, cut at three; 0: zeros; None: sqrt(2 / (5 D)); retrofits' code has 0.0087.
         state_seed: of s_0 when answering: it depends on this and the position; training draws it anew.
         chains_state: when answering, s_0 of a new token is the last state of the token before. Approximate: tokens read
             together begin with noise.
         double_norm: the final norm also before the coda, as in Huginn; off: as in pretrained decoders made so.
         kv_lookup: which keys are found of tokens that ended before: their last (latest, exact), none (skip, exact), the
-            last of all, even a later one (always_last, approximate), m slots used round and round (compress,
-            approximate beyond m iterations), m slots and one for all later (anchor, approximate beyond m + 1).
+            last of all, even a later one (always_last, approximate; Huginn's code only where a token lacks its keys), m
+            slots used round and round (compress, approximate beyond m iterations), m slots and one for all later
+            (anchor, approximate beyond m + 1). Approximate all, where a stop.rule reads words through a coda.
         kv_slots: m; None: 4 for compress, 8 for anchor.
         write_steps: off: the answer alone is written, so that all thinking happens inside the tokens.
     """

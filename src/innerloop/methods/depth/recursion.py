@@ -130,7 +130,7 @@ class ExpertPass(RecursionPass):
         chosen = self.among_BL = self.reading.choice(iteration, highest)
         notes.measure("agreement", share_chosen(allowed == chosen, among))
         notes.add("aux_router" if depth.aux_routers else "router", membership_loss(rule, chosen, among))
-        notes.add("router_z", row_means(self.logits_BL.square(), among).sum() / method.n_recursions)
+        notes.add("router_z", row_means(self.logits_BL.square(), among).sum())
         return chosen
 
     def gated(self, tokens: Tokens, after_RND: Tensor, iteration: int) -> Tensor:

@@ -84,9 +84,11 @@ class Tah(DepthMethod):
             always or never.
         tau: a token goes on if the decider is surer than this.
         input_mix_topk: K, words mixed into the input of the next reading, and logits that the decider looks at.
-        prompt_iterates: whether tokens of the question may go on, too; they have no labels.
+        prompt_iterates: whether tokens of the question may go on, too, as in the authors' code; they have no labels,
+            where theirs are easy.
         force_one: in training, let one token of a batch iterate where the oracle wants none: the LoRA has a gradient.
-        pos_weight: weight of hard tokens in the decider's loss: easy ones for each hard one.
+        pos_weight: weight of hard tokens in the decider's loss: easy ones for each hard one. That is a mean over all
+            decisions; the authors' a sum of the means at each depth.
         residual_logits: add up the logits of all readings; off: the last alone.
         depth_attention: a token read again sees all depths up to its own (duo), the first (depth1_only), or its own.
         prune_rows: of a pretrained model one layer is deleted, to make room for LoRA and decider: file of examples on

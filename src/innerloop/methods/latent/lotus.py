@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from innerloop.config.curriculum import ResetOptimizer, Schedule, StageMix, StageUnit
 from innerloop.config.loop import LoopSettings, ResidualKind
-from innerloop.config.losses import AuxSettings, HiddenLayers, HiddenSettings
+from innerloop.config.losses import AuxSettings, Distance, HiddenLayers, HiddenSettings
 from innerloop.config.method import LatentMethod
 from innerloop.config.stopping import CommonStop
 from innerloop.errors import refuse
@@ -30,10 +30,12 @@ class LotusLoop(LoopSettings):
 
 @dataclass(frozen=True)
 class LotusStates(HiddenSettings):
-    """At the token before the answer, states of every layer are pulled to a chain-of-thought run's."""
+    """At the first token that is written, states of every layer are pulled to a chain-of-thought run's, undivided."""
 
     weight: float = 0.0
     teacher: str | None = None
+
+    distance: ClassVar[Distance] = "smooth_l1_raw"  # type: ignore[misc]
 
     layers: ClassVar[HiddenLayers] = "all+emb"  # type: ignore[misc]
 
@@ -75,8 +77,10 @@ class Lotus(LatentMethod):
         last_pass: the answer sees the pass whose input is E + h^(R-1) (kv), or one more, E + h^(R) (refeed).
         readout_offset: token j of a step is read at latent j of its block (0), or one position before (-1), as in the
             authors' code.
-        overflow: steps longer than c are cut (truncate), or run on into the blocks after (spill).
-        supervision: read all blocks after the last pass (post), or block t alone after iteration t (per_iter, R = K).
+        overflow: steps longer than c are cut (truncate), or run on into the blocks after (spill, as in the authors'
+            code: the mean counts all tokens of the steps, also those that find no latent).
+        supervision: read all blocks after the last pass (post), or block t alone after iteration t (per_iter, R = K);
+            post_all is post but for the auxiliary decoder, which tells all steps from all latents at once.
         step_weight: lambda_step; blocks must show their steps through the model's own head.
         answer_weight: of the written tokens.
     """
@@ -93,7 +97,7 @@ class Lotus(LatentMethod):
     last_pass: Literal["kv", "refeed"] = "kv"
     readout_offset: Literal[-1, 0] = -1
     overflow: Literal["truncate", "spill"] = "truncate"
-    supervision: Literal["post", "per_iter"] = "post"
+    supervision: Literal["post", "per_iter", "post_all"] = "post"
     step_weight: float = 0.05
     answer_weight: float = 1.0
     loop: LotusLoop = LotusLoop()
@@ -161,26 +165,41 @@ class Lotus(LatentMethod):
         """Lay out; the steps of the K_e blocks are shown by latents, those after them are written."""
         row, steps = self.prompt(example.question, encoder, stage), encoder.steps(example)
         row.suffix += [*steps[stage:], encoder.answer(example.answer)]
-        c, n = self.latents_per_block, self.n_latents(stage)
         if self.step_weight > 0:
-            row.token_targets = [
-                TokenTarget(self._pass_of(block, row.n_loops), row.region_start + q + self.readout_offset, token)
-                for block, step in enumerate(steps[:stage])
-                for q, token in enumerate(step.ids[:c] if self.overflow == "truncate" else step.ids, block * c)
-                if q < n
-            ]
+            self._show(row, steps[:stage], self.n_latents(stage))
         if self.aux.weight > 0:
-            row.aux_targets = [
-                AuxTarget(0, self._pass_of(block, row.n_loops), block * c, c, step.ids)
-                for block, step in enumerate(steps[:stage])
-            ]
+            row.aux_targets = self._told(row, steps[:stage], self.n_latents(stage))
         if self.hid.weight > 0:
             row.teacher = Row([encoder.question(example.question)], [], [*steps, encoder.answer(example.answer)])
-            n_before = encoder.n_before_answer(example.answer)
-            row.hidden_targets = [
-                HiddenTarget(ANSWER_PASS, row.answer_boundary(n_before), row.teacher.answer_boundary(n_before)),
-            ]
+            here, there = row.region_start + self.n_latents(stage), row.teacher.region_start
+            gone = sum(len(step.ids) for step in steps[:stage])
+            row.hidden_targets = [HiddenTarget(ANSWER_PASS, here + 1, there + gone)]  # + 1: <eot>
         return row
+
+    def _show(self, row: Row, steps: Sequence[Span], n: int) -> None:
+        """Say which tokens of the steps that have left the text must be shown where by n latents."""
+        c = self.latents_per_block
+        every = [
+            (block, q + self.readout_offset, token)
+            for block, step in enumerate(steps)
+            for q, token in enumerate(step.ids[:c] if self.overflow == "truncate" else step.ids, block * c)
+        ]
+        row.token_targets = [
+            TokenTarget(self._pass_of(block, row.n_loops), row.region_start + at, token)
+            for block, at, token in every
+            if at < n
+        ]
+        row.n_unread = len(every) - len(row.token_targets)
+
+    def _told(self, row: Row, steps: Sequence[Span], n: int) -> list[AuxTarget]:
+        """Return what the auxiliary decoder must tell of the steps that have left the text."""
+        if self.supervision == "post_all":
+            text = tuple(token for step in steps for token in step.ids)
+            return [AuxTarget(0, self._pass_of(0, row.n_loops), 0, n, text)] if text else []
+        c = self.latents_per_block
+        return [
+            AuxTarget(0, self._pass_of(block, row.n_loops), block * c, c, step.ids) for block, step in enumerate(steps)
+        ]
 
     def shown_blocks(self, row: Row, steps: Sequence[Span] = ()) -> list[ShownBlock]:
         """Return where block i shows step i, of which c tokens at most."""
@@ -193,5 +212,5 @@ class Lotus(LatentMethod):
     def _pass_of(self, block: int, n_loops: int) -> int:
         """Return the pass whose output shows a 0-based block: that of h^(R), or of h^(block + 1)."""
         injections = n_loops - (self.last_pass == "refeed")
-        t = injections if self.supervision == "post" else block + 1
+        t = block + 1 if self.supervision == "per_iter" else injections
         return ANSWER_PASS if t + 1 > n_loops else t + 1

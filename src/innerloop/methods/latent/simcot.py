@@ -4,6 +4,7 @@ The host's layout and loop stay as they are; the decoder's loss flows back into 
 decoder is left out when answering (simcot.md).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,7 +30,7 @@ class SimCotDecoder(AuxSettings):
     layers: int = 0
     lora_rank: int = 0
     embed: Literal["base", "own"] = "base"
-    position: int = 0
+    position: int = 1
     norm: Literal["per_row", "token_mean"] = "per_row"
     detach: bool = False
     trains: Literal["both", "base", "decoder"] = "both"
@@ -46,9 +47,10 @@ class SimCotSchedule(Schedule):
     reset_optimizer: ResetOptimizer = "stage"
 
 
-class SoftLatents(Method):
-    """A latent z may be fed as alpha z + beta E^T softmax(W z), a mixture with the words that it shows."""
+class ToldLatents(Method):
+    """Latents that tell steps; z may be fed as alpha z + beta E^T softmax(W z), a mixture with the words it shows."""
 
+    surplus: Surplus
     soft_alpha: float
     soft_beta: float
 
@@ -61,10 +63,16 @@ class SoftLatents(Method):
         """(alpha, beta)."""
         return self.soft_alpha, self.soft_beta
 
+    def _more(self, example: Example) -> str | None:
+        """Return what groups tell that have no step; None: the last step again."""
+        return {"answer": f"### {example.answer}", "ignore": "", "repeat_last": None}[self.surplus]
+
 
 @dataclass(frozen=True)
-class SimCot(SoftLatents, FeedbackMethod):
-    """Coconut's rows; group k of c latents tells step k, and the last stage's last group all steps that are left.
+class SimCot(ToldLatents, FeedbackMethod):
+    """Coconut's rows; group k of c latents tells step k, as it is written, with its << and >>.
+
+    Only in the last stage, where no step is written any more, the last group tells all that are left, line by line.
 
     Args:
         latents_per_step: c.
@@ -93,16 +101,18 @@ class SimCot(SoftLatents, FeedbackMethod):
     def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out, with what each group of latents must tell."""
         row = super().lay_out(example, encoder, stage)
-        c, n_latents = self.latents_per_step, sum(len(span.ids) for span in row.region)
-        texts = told_texts(example, self.max_stage, self.surplus)[: n_latents // c]
+        c = self.latents_per_step
+        left = example.steps if stage == self.last_stage else example.steps[:stage]  # the others are written
+        texts = told_texts(left, self.n_latents(stage) // c, self._more(example), "\n")
         row.aux_targets = [AuxTarget(k, FED, k * c, c, encoder.aux_target(text)) for k, text in enumerate(texts)]
         return row
 
 
 @dataclass(frozen=True)
-class SimCotCodi(SoftLatents, SequentialLatents):
+class SimCotCodi(ToldLatents, SequentialLatents):
     """CODI's rows; of the k + 1 latents, the one from <bot> and what each pass makes, each tells a step.
 
+    Nobody tells the last step, which the teacher does not read either; the last latent tells all others that are left.
     The loss is the mean over the latents that tell something; on Coconut it is over all groups.
 
     Args:
@@ -136,22 +146,18 @@ class SimCotCodi(SoftLatents, SequentialLatents):
     def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out, with what each latent must tell; the last is fed to nothing else."""
         row = super().lay_out(example, encoder, stage)
-        texts = told_texts(example, self.n_latents_total + 1, self.surplus)
+        texts = told_texts(example.steps[:-1], self.n_latents_total + 1, self._more(example), " ")
         row.aux_targets = [AuxTarget(k, FED, k, 1, encoder.aux_target(text)) for k, text in enumerate(texts) if text]
         return row
 
 
-def told_texts(example: Example, n_groups: int, surplus: Surplus) -> list[str]:
-    """Return the text that each of some groups must tell, "" for nothing; the last group takes all steps left."""
-    texts = [step.removeprefix("<<").removesuffix(">>") for step in example.steps]
+def told_texts(steps: Sequence[str], n_groups: int, more: str | None, between: str) -> list[str]:
+    """Return the text that each of some groups must tell, "" for nothing; the last group takes all steps left.
+
+    ``more`` is told by groups that have no step, None: the last step again; ``between`` joins steps told together.
+    """
     if n_groups == 0:
         return []
-    if len(texts) > n_groups:
-        texts = [*texts[: n_groups - 1], "\n".join(texts[n_groups - 1 :])]
-    more = n_groups - len(texts)
-    match surplus:
-        case "answer":
-            return [*texts, *[f"### {example.answer}"] * more]
-        case "repeat_last" if texts:
-            return [*texts, *texts[-1:] * more]
-    return [*texts, *[""] * more]
+    texts = [*steps[: n_groups - 1], between.join(steps[n_groups - 1 :])] if len(steps) > n_groups else list(steps)
+    rest = ["", *texts][-1] if more is None else more
+    return [*texts, *[rest] * (n_groups - len(texts))]
