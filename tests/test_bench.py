@@ -208,9 +208,9 @@ def test_the_command_writes_bench_json_and_prints_a_table(runs: tuple[Path, Path
     [
         (["--batch_sizes", "[0]"], "each at least 1"),
         (["--batch_sizes", "[2, 2]"], "give each once"),
-        (["--repeats", 0], "must be at least 1"),
-        (["--max_new_tokens", 0], "must be at least 1"),
-        (["--threads", 0], "at least one thread"),
+        (["--repeats", 0], "--repeats is 0, but must be a whole number, at least 1"),
+        (["--max_new_tokens", 0], "--max_new_tokens is 0, but must be a whole number"),
+        (["--threads", 0], "--threads is 0, but must be a whole number, at least 1"),
         (["--baseline_method", "cot"], "there is none"),
         (["--batch_sizes", "[17]"], "there are 16"),
         (["--device", "tpu9"], "is no device"),

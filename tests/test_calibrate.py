@@ -313,7 +313,7 @@ def test_what_is_learned_of_rows_and_of_tokens_is_agreement_or_correctness(metho
         ("none", {}, "no threshold"),
         ("random", {"stop": {"histogram": (1.0,)}}, "no threshold"),
         ("halt", {}, "train it with that rule first"),
-        ("delta", {"max_drop": -0.1}, "cannot be negative"),
+        ("delta", {"max_drop": -0.1}, "between 0 and 1"),
         ("delta", {"agreement": 1.5}, "between 0 and 1"),
         ("delta", {"agreement": 0.5, "mean_loops": 2.0}, "not both"),
         ("delta", {"fit_share": 1.0}, "between 0 and 1"),

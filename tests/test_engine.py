@@ -194,7 +194,7 @@ def test_generation_leaves_the_model_in_the_mode_it_was_in_and_drops_nothing_out
         ({"temperature": -1.0}, "temperature"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"batch_size": 0}, "batch_size"),
-        ({"max_token": 3}, r"no option 'max_token' .* \(did you mean 'max_new_tokens'\?\)"),
+        ({"max_token": 3}, r"generate has no 'max_token' \(did you mean 'max_new_tokens'\?\)"),
     ],
     ids=str,
 )

@@ -128,9 +128,15 @@ def test_groups_of_a_method_reach_from_the_recipe_over_stages_to_the_command_lin
     [
         ({"method": {"name": "slrr"}}, "there is no method 'slrr' .did you mean 'slr'"),
         ({"method": {"name": "slr", "n_slotz": 4}}, "method.n_slotz: 'slr' has no field 'n_slotz' .did you mean 'n_sl"),
-        ({"method": {"name": "slr", "n_slots": "four"}}, "^method.n_slots is four, but must be a whole number$"),
+        (
+            {"method": {"name": "slr", "n_slots": "four"}},
+            "^method.n_slots is four, .* a whole number, at least 1$",
+        ),
         ({"backbone": {"scratch": 3}}, "^backbone.scratch is 3, but must be fields, as {name: value}$"),
-        ({"method": {"name": "slr", "loop": {"alpha": 2}}}, "alpha is 2.*between 0 and 1"),
+        (
+            {"method": {"name": "slr", "loop": {"alpha": 2}}},
+            "^method.loop.alpha is 2, .* between 0 and 1",
+        ),
         ({"method": {"n_slots": 4}}, "the method section needs a name"),
         ({"method": None}, "the method section needs a name"),
         ({"task": {"name": "chain", "preset": "hard"}}, r"task.preset: 'chain' has no preset 'hard'; it has none"),

@@ -190,7 +190,7 @@ def test_one_greedy_attempt_is_a_plain_evaluation_and_several_cost_their_sum():
     [
         ({"samples": 0}, "samples is 0"),
         ({"samples": 4, "temperature": 0.0}, "are all the same"),
-        ({"temperature": -1.0}, "must be 0 or more"),
+        ({"temperature": -1.0}, "temperature is -1.0, but must be a number, at least 0"),
         ({"beams": 4, "samples": 2}, "either beams, or samples"),
         ({"beams": 4, "temperature": 0.5}, "either beams, or samples"),
         ({"pick": "likelihood"}, "chooses among samples"),

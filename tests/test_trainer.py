@@ -114,7 +114,7 @@ def test_examples_of_like_length_share_a_batch_and_a_resumed_run_sees_the_same(t
     make_trainer(tmp_path / "cut", tiny_model(Cot()), examples, callbacks=[stop_at(26)], **GROUPED).train()
     make_trainer(tmp_path / "cut", tiny_model(Cot(), seed=1), examples, **GROUPED).train(resume_from_checkpoint=True)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
-    with pytest.raises(InputError, match="random, sequential or group_by_length"):
+    with pytest.raises(InputError, match="one of random, sequential, group_by_length"):
         training_arguments(tmp_path, {"train_sampling_strategy": "batch_rebalance"})
 
 
@@ -298,11 +298,11 @@ def test_a_data_set_with_the_right_columns_serves_as_examples_and_yaml_text_as_n
     ("settings", "message"),
     [
         ({"learning_rat": 1}, "train.learning_rat is not a training argument .did you mean 'learning_rate'"),
-        ({"learning_rate": "fast"}, "train.learning_rate is 'fast', but must be a number"),
-        ({"loss_chunk": 2.5}, "train.loss_chunk is 2.5, but must be at least 1, and whole"),
+        ({"learning_rate": "fast"}, "train.learning_rate is fast, but must be a number"),
+        ({"loss_chunk": 2.5}, "train.loss_chunk is 2.5, but must be a whole number, at least 1"),
         ({"torch_compile": True}, "leave torch_compile, torch_compile_backend and torch_compile_mode out"),
         ({"torch_compile_mode": "default"}, "leave torch_compile"),
-        ({"eval_strategy": "often"}, "the train section cannot be used"),
+        ({"eval_strategy": "often"}, "train.eval_strategy is often, but must be one of no, steps, epoch"),
     ],
 )
 def test_wrong_training_arguments_are_named(tmp_path: Path, settings: dict, message: str):

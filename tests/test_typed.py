@@ -155,7 +155,7 @@ def test_a_default_of_a_more_special_class_stays_of_that_class():
             {"loop": {"residual": "som"}},
             "method.loop.residual is som, but must be one of none, sum, A (did you mean 's",
         ),
-        ({"loop": {"layers": ["x"]}}, "method.loop.layers is x, but must be a list of whole numbers, as [1, 2]"),
+        ({"loop": {"layers": ["x"]}}, "method.loop.layers is ['x'], but must be a list of whole numbers, as [1, 2]"),
         ({"loop": {"inject": {"kind": 3}}}, "method.loop.inject.kind is 3, but must be one of none, lookup"),
         ({"loop": {"alpha": None}}, "method.loop.alpha is empty, but must be a number"),
         ({"loop": None}, "method.loop is empty, but must be fields, as {name: value}"),

@@ -134,7 +134,7 @@ def test_states_before_the_first_latent_do_not_depend_on_the_latents():
 @pytest.mark.parametrize(
     ("fields", "mend"),
     [
-        ({"latents_per_step": -1}, "no thought"),
+        ({"latents_per_step": -1}, "latents_per_step is -1, but must be"),
         ({"curriculum.max_stage": 0}, "first_stage"),
         ({"loop.alpha": 1.5}, "between 0 and 1"),
         ({"thought": "pause", "loop.detach": True}, "leave the loop's settings out"),

@@ -281,8 +281,8 @@ def test_gradients_do_not_change_when_passes_are_checkpointed():
 @pytest.mark.parametrize(
     ("fields", "mend"),
     [
-        ({"n_latents_total": -1}, "cannot be negative"),
-        ({"hid.weight": -1.0}, "cannot be negative"),
+        ({"n_latents_total": -1}, "n_latents_total is -1, but must be"),
+        ({"hid.weight": -1.0}, "weight is -1.0, but must be"),
         ({"hid.teacher": None}, "set hid.teacher"),
         ({"hid.teacher": "runs/cot"}, "set hid.teacher to self"),
         ({"hid.teacher": "runs/cot", "teacher_weight": 0.0, "teacher_passes": 2}, "set hid.teacher to self"),

@@ -334,13 +334,13 @@ def test_tokens_of_the_chain_that_are_still_written_are_counted(answers):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"removed_per_epoch": 0}, "must be above 0"),
-        ({"max_removed": 0}, "must be above 0"),
-        ({"removal_free_epochs": -1.0}, "cannot be negative"),
-        ({"smoothing": 0.0}, "smoothing must be above 0, or none"),
+        ({"removed_per_epoch": 0}, "removed_per_epoch is 0, but must be"),
+        ({"max_removed": 0}, "max_removed is 0, but must be"),
+        ({"removal_free_epochs": -1.0}, "removal_free_epochs is -1.0, but must be"),
+        ({"smoothing": 0.0}, "smoothing is 0.0, but must be"),
         ({"first_stage": 40}, "the stages run from 0 to 39"),
-        ({"unit": "word"}, "choose one of token, step"),
-        ({"side": "top"}, "choose one of left, right"),
+        ({"unit": "word"}, "must be one of token, step"),
+        ({"side": "top"}, "must be one of left, right"),
         ({"side": "right", "keep_position": True}, "set side to left"),
     ],
 )

@@ -117,8 +117,8 @@ def test_p7_pauses_change_the_answer_but_no_state_of_the_question():
 @pytest.mark.parametrize(
     ("fields", "mend"),
     [
-        ({"n_pauses": -1}, "cannot be negative"),
-        ({"n_pauses_inference": -1}, "cannot be negative"),
+        ({"n_pauses": -1}, "n_pauses is -1, but must be"),
+        ({"n_pauses_inference": -1}, "n_pauses_inference is -1, but must be"),
         ({"curriculum": {"max_stage": 2}, "keep_steps": True}, "set keep_steps to false"),
         ({"curriculum": {"max_stage": 2}, "placement": "prepend"}, "placement to append"),
         ({"curriculum": {"first_stage": 1}}, "from 0 to 0"),

@@ -94,8 +94,8 @@ def test_the_number_of_iterations_may_be_changed_when_answering():
 @pytest.mark.parametrize(
     ("fields", "mend"),
     [
-        ({"n_slots": 0}, "n_slots >= 1"),
-        ({"max_loops": -1}, "max_loops >= 0"),
+        ({"n_slots": 0}, "n_slots is 0, but must be"),
+        ({"max_loops": -1}, "max_loops is -1, but must be"),
         ({"hid.teacher": None}, "set hid.teacher"),
         ({"hid.teacher": "runs/cot"}, "set hid.teacher to self"),
     ],

@@ -147,9 +147,9 @@ def test_no_setting_is_forgotten():
 PLAIN = {"fixed_point.solver": "plain", **TIMELESS}
 REFUSED = [
     # the loop
-    ({"max_loops": -1}, "max_loops >= 0"),
-    ({"n_slots": 0}, "n_slots >= 1"),
-    ({"loops_per_stage": -1}, "loops_per_stage >= 0"),
+    ({"max_loops": -1}, "max_loops is -1, but must be"),
+    ({"n_slots": 0}, "n_slots is 0, but must be"),
+    ({"loops_per_stage": -1}, "loops_per_stage is -1, but must be"),
     ({"answer_from": "kv_last", "max_loops": 0}, "max_loops to at least 1"),
     ({"loop_sampling": "lognormal_poisson", "max_loops": 0}, "max_loops to at least 1"),
     *(({"prefix_kv": "per_iter", "loop_scope": scope}, "loop_scope to slots or last") for scope in ("all", "append")),
@@ -162,10 +162,10 @@ REFUSED = [
     ({"curriculum.max_stage": -1}, "at least 0"),
     # stabilisers
     ({"loop.alpha": -0.1}, "between 0 and 1"),
-    ({"loop.noise": -1.0}, "cannot be negative"),
+    ({"loop.noise": -1.0}, "noise is -1.0, but must be"),
     ({"loop.width": 8}, "rescale=adapter or project"),
     ({"loop.lora_rank": 0}, "set lora to none"),
-    ({"loop.bptt": -1}, "none for all"),
+    ({"loop.bptt": -1}, "bptt is -1, but must be"),
     *(({**TIMELESS, **told}, "set time to lookup") for told in ({"loop.noise_level": "delta"},
                                                                 {"loop.time_inject": "concat"})),
     ({"loop.noise_level": "injected"}, "set noise above 0"),
@@ -174,7 +174,7 @@ REFUSED = [
     ({"loop.time_norm": True}, "time=sinusoidal"),
     ({**ATTENTION, "loop.gate_shape": "channel"}, "gate_shape to scalar"),
     # fixed points
-    *(({f"fixed_point.spectral_{name}": -1.0}, "cannot be negative") for name in ("weight", "bound")),
+    *(({f"fixed_point.spectral_{name}": -1.0}, f"spectral_{name} is -1.0") for name in ("weight", "bound")),
     ({"fixed_point.solver": "plain"}, "loop.time to none"),
     ({**PLAIN, "loop.lora": "per_iter"}, "none or shared"),
     ({**PLAIN, "loop.noise": 0.1}, "noise to 0"),
@@ -198,7 +198,7 @@ REFUSED = [
       for name in ("step_weight", "aux.weight", "hid.weight", "deep.weight")),
     ({"hid.weight": 1.0}, "set teacher"),
     ({**HID, "loop_scope": "append"}, "slots, all or last"),
-    ({"deep.weight": -1.0}, "cannot be negative"),
+    ({"deep.weight": -1.0}, "weight is -1.0, but must be"),
     ({"deep.weight": 1.0, "answer_from": "kv_last"}, "answer_from=refeed"),
     ({"deep.weight": 1.0, "loop_scope": "append"}, "slots, all or last"),
     *(({**PLAIN, name: 1.0}, "fixed_point.solver to none") for name in ("deep.weight", "aux.weight")),

@@ -107,9 +107,9 @@ def test_too_small_a_space_names_the_number_and_the_fields():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"n_ops": 0}, "n_ops is 0, but must be at least 1"),
-        ({"modulus": 1}, "modulus is 1, but must be at least 2"),
-        ({"n_test": 0}, "n_test is 0, but must be at least 1"),
+        ({"n_ops": 0}, "n_ops is 0, but must be a whole number, at least 1"),
+        ({"modulus": 1}, "modulus is 1, but must be a whole number, at least 2"),
+        ({"n_test": 0}, "n_test is 0, but must be a whole number, at least 1"),
         ({"min_ops": 6}, r"min_ops is 6, but must be from 1 to n_ops \(5\)"),
         ({"min_ops": 0}, "min_ops is 0"),
         ({"operations": "+/"}, r"operations is '\+/', but must be some of '\+-\*', each once"),
@@ -144,5 +144,5 @@ def test_steps_may_be_their_results_alone():
         assert (long.question, long.answer) == (short.question, short.answer)
         assert [step.split(" = ")[-1] for step in long.steps] == list(short.steps)
         assert short.steps[-1] == short.answer
-    with pytest.raises(InputError, match="steps is 'words', but must be equations or results"):
+    with pytest.raises(InputError, match="steps is words, but must be one of equations, results"):
         Chain(steps="words")

@@ -57,7 +57,7 @@ def test_broken_lines_are_named(tmp_path):
 def test_options():
     assert Gsm8k().max_new_tokens == Gsm8k.max_new_tokens == 64
     assert Gsm8k(steps="text").max_new_tokens == 256
-    with pytest.raises(InputError, match="steps is 'words': choose equations or text"):
+    with pytest.raises(InputError, match="steps is words, but must be one of equations, text"):
         Gsm8k(steps="words")
-    with pytest.raises(InputError, match="match is 'float': choose number or string"):
+    with pytest.raises(InputError, match="match is float, but must be one of number, string"):
         Gsm8k(match="float")

@@ -12,13 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.table import Table
 
 from innerloop.bench.roofline import Ceilings, Rates, floor_of
 from innerloop.bench.timing import Clock, Turn, clock_of, peak_of, ratio, seconds_of, spread, take_turns
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Bounds, Count, Seed
 from innerloop.decoder.cost import PHASES, mean_cost
 from innerloop.decoder.memory import MIB
 from innerloop.engine.generation import Generation
@@ -31,7 +33,7 @@ RUN, BASELINE = "run", "baseline"
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(Checked):
     """What is asked, and how often.
 
     Args:
@@ -42,22 +44,16 @@ class BenchSettings:
         seed: of what models draw.
     """
 
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
-    repeats: int = 5
-    questions: int = 8
-    max_new_tokens: int = 64
-    seed: int = 0
+    batch_sizes: Annotated[tuple[Count, ...], Bounds(1)] = (1, 8, 32)
+    repeats: Count = 5
+    questions: Count = 8
+    max_new_tokens: Count = 64
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = self.batch_sizes
-        refuse(
-            (not sizes or min(sizes) < 1, f"batch_sizes are {list(sizes)}: give at least one, each at least 1"),
-            (len(set(sizes)) < len(sizes), f"batch_sizes are {list(sizes)}: give each once"),
-            (
-                min(self.repeats, self.questions, self.max_new_tokens) < 1,
-                "repeats, questions and max_new_tokens must be at least 1",
-            ),
-        )
+        refuse((len(set(sizes)) < len(sizes), f"batch_sizes are {list(sizes)}: give each once"))
 
     def n_asked(self, batch_size: int) -> int:
         """Return how many questions a turn at a batch size answers."""

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Chance, Count, Natural, Seed, Share, Weight
 from innerloop.errors import refuse
 
 
 @dataclass(frozen=True)
-class CalibrationSettings:
+class CalibrationSettings(Checked):
     """What may be lost by stopping early, and how the threshold that loses no more is found.
 
     Args:
@@ -25,22 +27,20 @@ class CalibrationSettings:
         seed: of draws in fitting.
     """
 
-    max_drop: float = 0.01
-    agreement: float | None = None
-    mean_loops: float | None = None
-    fit_share: float = 0.5
+    max_drop: Share = 0.01
+    agreement: Share | None = None
+    mean_loops: Weight | None = None
+    fit_share: Chance = 0.5
     label: Literal["agree", "correct"] = "agree"
-    min_rows: int = 50
-    batch_size: int = 64
-    max_new_tokens: int | None = None
-    seed: int = 0
+    min_rows: Natural = 50
+    batch_size: Count = 64
+    max_new_tokens: Count | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse(
             (self.agreement is not None and self.mean_loops is not None, "give agreement or mean_loops, not both"),
-            (self.max_drop < 0, "max_drop cannot be negative"),
-            (not 0 <= (self.agreement or 0) <= 1, "agreement is a share between 0 and 1"),
-            (not 0 < self.fit_share < 1, "fit_share is a share between 0 and 1"),
         )
 
     def is_met(self, found: Mapping[str, Any], full: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -15,6 +15,7 @@ from innerloop.bench.bench import bench as benchmark
 from innerloop.calibrate.calibrate import CALIBRATION_PARTS, FEWEST
 from innerloop.calibrate.calibrate import calibrate as calibration
 from innerloop.calibrate.settings import CalibrationSettings
+from innerloop.checks.values import Bounds, Count, Natural, Seed, Share, SomeLoops, Weight
 from innerloop.cli.arguments import (
     ModelArguments,
     SplitArguments,
@@ -57,17 +58,17 @@ class CalibrateArguments(TaskArguments, ModelArguments):
     """
 
     rule: StopKind = "kl"
-    max_drop: float = 0.01
-    agreement: float | None = None
-    mean_loops: float | None = None
-    patience: int | None = None
-    min_loops: int | None = None
-    limit: int | None = None
-    check: int = 0
+    max_drop: Share = 0.01
+    agreement: Share | None = None
+    mean_loops: Weight | None = None
+    patience: SomeLoops | None = None
+    min_loops: SomeLoops | None = None
+    limit: Count | None = None
+    check: Natural = 0
     adopt: bool = False
     out: str | None = None
     fresh: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
 
 def calibrate(run: str, options: CalibrateArguments) -> None:
@@ -138,23 +139,17 @@ class BenchArguments(SplitArguments, ModelArguments):
     baseline: str | None = None
     baseline_method: str | None = None
     out: str | None = None
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
-    repeats: int = 5
-    questions: int = 8
-    max_new_tokens: int | None = None
+    batch_sizes: tuple[Count, ...] = (1, 8, 32)
+    repeats: Count = 5
+    questions: Count = 8
+    max_new_tokens: Count | None = None
     compile: bool = False
-    threads: int | None = None
-    seed: int = 0
+    threads: Annotated[int, Bounds(1, 1024)] | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         is_alone = self.baseline_method is not None and self.baseline is None
-        refuse(
-            (is_alone, "--baseline_method is for a --baseline, and there is none"),
-            (
-                self.threads is not None and self.threads < 1,
-                f"--threads {self.threads}: give at least one thread, or leave it out",
-            ),
-        )
+        refuse((is_alone, "--baseline_method is for a --baseline, and there is none"))
 
     def settings(self, task: Task) -> BenchSettings:
         """Return what is asked, and how often."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from innerloop.checks.values import Bounds, Count, Natural, Seed
 from innerloop.cli.arguments import TaskArguments, console
 from innerloop.errors import InputError
 from innerloop.experiments.compare import compare_folders, compare_suite
@@ -15,18 +16,20 @@ from innerloop.experiments.summary import failure_lines, failure_sentence, failu
 from innerloop.experiments.sweep import best_line, read_sweep, run_sweep, sweep_table, write_sweep
 from innerloop.lens.page import check_viz
 
+Workers = Annotated[int, Bounds(1, 1024)]
+
 
 def compare(
     subjects: list[str],
     out: str | None = None,
     baseline: str | None = None,
-    seeds: list[int] | None = None,
-    workers: int = 2,
+    seeds: list[Seed] | None = None,
+    workers: Workers = 2,
     results: str | None = None,
     task: str | None = None,
     split: str | None = None,
-    limit: int | None = None,
-    timed: int = 64,
+    limit: Count | None = None,
+    timed: Natural = 64,
     overrides: Sequence[str] = (),
 ) -> None:
     """Compare a suite's variants, or runs: train and evaluate what is missing, print the table, write report.html.
@@ -45,8 +48,6 @@ def compare(
         timed: examples that all answer in turns, for times and memory; 0: times are those of each evaluation.
         overrides: of a suite, fields that all variants share, written --section.field value.
     """
-    if timed < 0:
-        raise InputError(f"--timed is {timed}, but must be 0 or more")
     if len(subjects) == 1 and is_suite(subjects[0]):
         if (task, split, limit) != (None, None, None):
             raise InputError("--task, --split and --limit are of runs: a suite says under 'test' what is answered")
@@ -70,13 +71,13 @@ def sweep(
     recipe: str,
     grid: list[str] = [],  # noqa: B006  (jsonargparse shows it)
     search: Literal["none", "optuna"] = "none",
-    trials: int = 20,
-    seeds: list[int] | None = None,
+    trials: Count = 20,
+    seeds: list[Seed] | None = None,
     out: str | None = None,
-    workers: int = 2,
+    workers: Workers = 2,
     on: Literal["local", "ray"] = "local",
     split: str | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
     """Train a recipe over a grid of values, or over trials that a search draws; writes sweep.html and results.json.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
+from innerloop.checks.values import Count, Natural
 from innerloop.cli.arguments import console
 from innerloop.config.typed import field_parser, named, typed
 from innerloop.errors import InputError
@@ -62,7 +63,7 @@ def fields_help(name: str, overrides: Sequence[str] = ()) -> str:
 
 
 def data_show(
-    file: str, method: str = "cot", tokenizer: str | None = None, stage: int | None = None, n: int = 2
+    file: str, method: str = "cot", tokenizer: str | None = None, stage: Natural | None = None, n: Count = 2
 ) -> None:
     """Show how a method lays out examples: tokens, slots, labels and positions, in colour.
 
@@ -81,9 +82,7 @@ def data_show(
     from innerloop.train.recipe import parse_value
 
     chosen = named(parse_value(method, "--method"), "method", method_named)
-    last = chosen.last_stage
-    if n < 1 or (stage is not None and not 0 <= stage <= last):
-        raise InputError(f"show at least one example, of a stage from 0 to {last}")
+    chosen.stage_or_last(stage)
     examples = read_examples(file, limit=None if tokenizer is None else n)
     words = train_tokenizer(examples) if tokenizer is None else load_tokenizer(tokenizer)
     words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from innerloop.checks.values import Count, Seed
 from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
@@ -50,7 +51,7 @@ def demo_methods(steps: int) -> list[Method]:
     ]
 
 
-def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int = 2) -> None:
+def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Count = 2) -> None:
     """Train and compare methods on the embedded chain task, on a CPU in minutes, and print the table.
 
     Args:
@@ -61,8 +62,6 @@ def demo(out: str = "runs/demo", steps: int = 800, seed: int = 0, workers: int =
     """
     console = Console()
     folder = Path(out)
-    if steps < 1 or workers < 1:
-        raise InputError("the demo needs steps >= 1 and workers >= 1")
     check_viz()
     if (folder / "results.json").exists():
         raise InputError(f"{folder} holds a demo already; choose another folder with --out, or remove it")

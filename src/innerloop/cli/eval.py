@@ -6,10 +6,11 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.table import Table
 
+from innerloop.checks.values import Bounds, Count, Loops, Natural, Seed, Weight
 from innerloop.cli.arguments import (
     ModelArguments,
     SplitArguments,
@@ -21,6 +22,7 @@ from innerloop.cli.arguments import (
 )
 from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.options import Many
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, refuse
 from innerloop.lens import look, page_path, terminal_view, write_page
@@ -65,13 +67,13 @@ class EvalArguments(SplitArguments, ModelArguments):
         shots: of lm-eval, examples put before a question; by default as the task says.
     """
 
-    limit: int | None = None
+    limit: Count | None = None
     out: str | None = None
-    batch_size: int = 64
-    max_new_tokens: int | None = None
-    stage: int | None = None
-    loops: int | None = None
-    seed: int = 0
+    batch_size: Many = 64
+    max_new_tokens: Count | None = None
+    stage: Natural | None = None
+    loops: Loops | None = None
+    seed: Seed = 0
     controls: bool = False
     stability: bool = False
     probes: bool = False
@@ -80,15 +82,11 @@ class EvalArguments(SplitArguments, ModelArguments):
     backend: Literal["innerloop", "lm-eval"] = "innerloop"
     tasks: str | None = None
     tasks_dir: str | None = None
-    shots: int | None = None
+    shots: Annotated[int, Bounds(0, 1000)] | None = None
 
     def __post_init__(self) -> None:
-        n_tokens, loops = self.max_new_tokens, self.loops
         of_harness = (self.tasks, self.tasks_dir, self.shots) != (None, None, None)
         refuse(
-            (self.batch_size < 1, f"--batch_size {self.batch_size}: give at least one row"),
-            (n_tokens is not None and n_tokens < 1, f"--max_new_tokens {n_tokens}: let at least one be written"),
-            (loops is not None and loops < 0, f"--loops {loops}: give 0 or more"),
             (self.backend == "lm-eval" and not self.tasks, "--backend lm-eval needs --tasks NAME,NAME"),
             (
                 self.backend != "lm-eval" and of_harness,
@@ -252,7 +250,7 @@ def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
     console.print(f"{folder / HARNESS_RESULT}", soft_wrap=True)
 
 
-def ask(run: str, question: str, model: ModelArguments, max_new_tokens: int = 128, temperature: float = 0.0) -> None:
+def ask(run: str, question: str, model: ModelArguments, max_new_tokens: Count = 128, temperature: Weight = 0.0) -> None:
     """Answer one question, and show what the latents held at each loop.
 
     Args:
@@ -276,10 +274,10 @@ def lens(
     run: str,
     split: SplitArguments,
     model: ModelArguments,
-    examples: int = 8,
-    loops: int | None = None,
+    examples: Count = 8,
+    loops: Loops | None = None,
     out: str | None = None,
-    max_new_tokens: int | None = None,
+    max_new_tokens: Count | None = None,
     terminal: bool = False,
 ) -> None:
     """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
@@ -294,8 +292,6 @@ def lens(
         max_new_tokens: the most tokens to write per example; by default as the task says.
         terminal: show the first example in the terminal, and write no file.
     """
-    if examples < 1 or (loops is not None and loops < 0) or (max_new_tokens is not None and max_new_tokens < 1):
-        raise InputError("lens needs examples >= 1, loops >= 0 and max_new_tokens >= 1")
     task = split.load_task(run)
     if model.method is None and not checkpoint.is_run(run):
         raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")

@@ -11,12 +11,13 @@ from dataclasses import fields, is_dataclass
 from inspect import Parameter, signature
 from typing import Any, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser
 
-from innerloop.config.typed import add_fields, field_types
-from innerloop.errors import InputError, misfit, nearest
-
-TRUTHS = ("true", "false", "yes", "no")
+from innerloop.checks.settings import kinds_of
+from innerloop.checks.values import TRUTHS, fitted
+from innerloop.config.typed import add_fields, field_default, field_types
+from innerloop.errors import InputError, nearest
 
 
 class Verb:
@@ -30,13 +31,16 @@ class Verb:
     def __init__(self, name: str, function: Callable[..., None]):
         self.name, self.function = name, function
         self.types = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
+        self.kinds = get_type_hints(function, include_extras=True)
         self.takes_overrides = self.types.pop("overrides", None) is not None
         self.bundles = {n: kind for n, kind in self.types.items() if isinstance(kind, type) and is_dataclass(kind)}
-        defaults = {name: parameter.default for name, parameter in signature(function).parameters.items()}
-        self.places = [n for n in self.types if n not in self.bundles and defaults[n] is Parameter.empty]
+        self.defaults = {name: parameter.default for name, parameter in signature(function).parameters.items()}
+        self.places = [n for n in self.types if n not in self.bundles and self.defaults[n] is Parameter.empty]
         for name, bundle in self.bundles.items():
             del self.types[name]
             self.types |= field_types(bundle)
+            self.kinds |= kinds_of(bundle)
+            self.defaults |= {field.name: field_default(bundle, field.name) for field in fields(bundle)}
 
     @property
     def parser(self) -> ArgumentParser:
@@ -44,8 +48,14 @@ class Verb:
         about = (self.function.__doc__ or "").strip().splitlines()[0]
         usage = " ".join(("innerloop", self.name, *map(str.upper, self.places), "[--OPTION VALUE ...]"))
         parser = ArgumentParser(exit_on_error=False, usage=usage, description=about)
-        skipped: set[str | int] = {*self.bundles, "overrides"}
-        parser.add_function_arguments(self.function, as_positional=True, as_group=False, skip=skipped)
+        told = {param.arg_name: param.description for param in parse_docstring(self.function.__doc__ or "").params}
+        own = [name for name in signature(self.function).parameters if name not in (*self.bundles, "overrides")]
+        for name in own:
+            if name in self.places:
+                parser.add_argument(name, type=self.types[name], help=told.get(name))
+            else:
+                default = self.defaults[name]
+                parser.add_argument(f"--{name}", type=self.types[name], help=told.get(name), default=default)
         for bundle in self.bundles.values():
             add_fields(parser.add_argument_group((bundle.__doc__ or "").splitlines()[0].rstrip(".").lower()), bundle)
         return parser
@@ -63,10 +73,9 @@ class Verb:
             raise InputError(f"innerloop {self.name} does not take {places[0]}; {more}")
         if lacking := [name.upper() for name in self.places if name not in given]:
             raise InputError(f"innerloop {self.name} needs {', '.join(lacking)}; {more}")
-        try:
-            values = self.parser.parse_object(given).as_dict()
-        except ArgumentError as error:
-            raise InputError(misfit(error, self.types, "--")) from error
+        called = {name: name.upper() if name in self.places else f"--{name}" for name in self.types}
+        values = {name: self.defaults[name] for name in self.types}
+        values |= {n: fitted(called[n], value, self.kinds[n], is_text=True) for n, value in given.items()}
         for name, bundle in self.bundles.items():
             values[name] = bundle(**{field.name: values.pop(field.name) for field in fields(bundle)})
         self.function(**values, **({"overrides": overrides} if self.takes_overrides else {}))

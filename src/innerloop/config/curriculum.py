@@ -1,16 +1,20 @@
 """Curricula: at stage s the first s reasoning steps have left the text (coconut.md, sections 2 and 5)."""
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
-from innerloop.errors import check_choices, refuse
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Bounds, Count, Share
+from innerloop.errors import refuse
 
 StageUnit = Literal["epoch", "step"]
 StageMix = Literal["none", "uniform", "linear"]
 ResetOptimizer = Literal["stage", "epoch", "never"]
+Stage = Annotated[int, Bounds(0, 1000)]
+"""A stage of a curriculum: so many steps have left the text."""
 
 
-class Schedule:
+class Schedule(Checked):
     """When a method's stages 0, 1, ..., the last are trained; a schedule of stage 0 alone is none.
 
     A method's own schedule is a frozen dataclass whose fields are those of these that the method has.
@@ -25,24 +29,13 @@ class Schedule:
         reset_optimizer: when the optimizer's state is cleared.
     """
 
-    first_stage: int = 0
-    length: int = 3
+    first_stage: Stage = 0
+    length: Count = 3
     unit: StageUnit = "epoch"
-    max_stage: int = 0
+    max_stage: Stage = 0
     mix: StageMix = "none"
-    uniform_prob: float = 0.0
+    uniform_prob: Share = 0.0
     reset_optimizer: ResetOptimizer = "stage"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        refuse(
-            (self.length < 1, "curriculum.length must be at least 1"),
-            (self.max_stage < 0, "curriculum.max_stage must be at least 0"),
-            (
-                not 0.0 <= self.uniform_prob <= 1.0,
-                f"curriculum.uniform_prob is {self.uniform_prob}; a probability lies between 0 and 1",
-            ),
-        )
 
     @property
     def last_stage(self) -> int:

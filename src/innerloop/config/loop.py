@@ -5,9 +5,11 @@ are those that the method has, so a method says once what it accepts, and the lo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from innerloop.errors import check_choices, refuse
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Bounds, Loops, Positive, Share, Weight, Width
+from innerloop.errors import refuse
 
 ResidualKind = Literal["none", "sum", "A", "B", "C"]
 RescaleKind = Literal["none", "rms", "adapter", "project"]
@@ -25,7 +27,7 @@ Gradient = Literal["unroll", "implicit", "phantom"]
 LoopSampling = Literal["fixed", "uniform", "lognormal_poisson"]
 
 
-class LoopSettings:
+class LoopSettings(Checked):
     """What an iteration does to a state.
 
     Args:
@@ -60,12 +62,12 @@ class LoopSettings:
     """
 
     residual: ResidualKind = "none"
-    alpha: float = 0.7
+    alpha: Share = 0.7
     alpha_learn: AlphaLearn = "fixed"
     gate_shape: GateShape = "scalar"
     gate_kind: GateKind = "softmax"
     rescale: RescaleKind = "none"
-    width: int = 0
+    width: Width = 0
     gain: bool = False
     norm: bool = True
     scale: float = 1.0
@@ -73,30 +75,24 @@ class LoopSettings:
     time: TimeKind = "none"
     time_inject: TimeInject = "add"
     time_norm: bool = False
-    noise: float = 0.0
+    noise: Weight = 0.0
     noise_level: NoiseLevel = "none"
     lora: BankKind = "none"
-    lora_rank: int = 8
+    lora_rank: Annotated[int, Bounds(most=100_000)] = 8
     lora_gamma: float = 16.0
     lora_targets: tuple[str, ...] = ()
     lora_beyond: Beyond = "clamp"
-    bptt: int | None = None
+    bptt: Loops | None = None
     site: Site = "post_norm"
     detach: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if self.lora_targets != ():
-            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        super().__post_init__()
         refuse(
-            (not 0 <= self.alpha <= 1, f"alpha is {self.alpha}, but it is a share: choose a value between 0 and 1"),
-            (self.noise < 0, "noise cannot be negative"),
             (self.rescale not in ("adapter", "project") and self.width != 0, "width is for rescale=adapter or project"),
-            (self.width < 0, "width cannot be negative"),
             (self.rescale != "adapter" and self.gain, "gain is for rescale=adapter"),
             (self.rescale != "project" and not self.norm, "norm is for rescale=project"),
             (self.lora_rank < 1, "lora_rank must be at least 1; to do without, set lora to none"),
-            (self.bptt is not None and self.bptt < 0, "bptt must be at least 0 iterations, or none for all"),
             (
                 self.time == "none" and (self.noise_level != "none" or self.time_inject != "add"),
                 "noise_level and time_inject need a timestep embedding: set time to lookup or sinusoidal",
@@ -118,7 +114,7 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
-class FixedPointSettings:
+class FixedPointSettings(Checked):
     """Iterating to a fixed point, and keeping the loop from stretching what it is given.
 
     Args:
@@ -131,18 +127,9 @@ class FixedPointSettings:
 
     solver: Solver = "none"
     gradient: Gradient = "implicit"
-    tol: float = 1e-3
-    spectral_weight: float = 0.0
-    spectral_bound: float = 0.95
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        refuse(
-            (
-                min(self.spectral_weight, self.spectral_bound) < 0,
-                "spectral_weight and spectral_bound cannot be negative",
-            ),
-        )
+    tol: Positive = 1e-3
+    spectral_weight: Weight = 0.0
+    spectral_bound: Weight = 0.95
 
     def check(self, loop: LoopSettings, stops: bool) -> None:
         """Refuse a solver for a loop whose iterations are not alike, or that may stop by itself."""

@@ -5,9 +5,11 @@ those that the method has.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from innerloop.errors import check_choices, refuse
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Bounds, Chance, Layers, Positive, SomePlaces, Weight, Width
+from innerloop.errors import refuse
 from innerloop.text.row import Row
 
 Pull = Literal["geometric", "geometric_reverse", "uniform"]
@@ -15,7 +17,7 @@ HiddenLayers = Literal["last", "all", "all+emb"]
 Distance = Literal["smooth_l1", "smooth_l1_raw", "l1", "l1_sum", "l2", "cosine"]
 
 
-class HiddenSettings:
+class HiddenSettings(Checked):
     """States are pulled to a teacher's.
 
     Args:
@@ -29,19 +31,15 @@ class HiddenSettings:
         teacher: folder of the run whose states are the targets, or self: the model's own.
     """
 
-    weight: float = 0.0
+    weight: Weight = 0.0
     layers: HiddenLayers = "last"
     distance: Distance = "smooth_l1"
-    width: int = 0
+    width: Width = 0
     site: Literal["mean", "last"] = "mean"
     teacher: str | None = None
 
-    def __post_init__(self) -> None:
-        check_choices(self)
-        refuse((self.weight < 0, "hid.weight cannot be negative"), (self.width < 0, "hid.width cannot be negative"))
 
-
-class KdSettings:
+class KdSettings(Checked):
     """A teacher's predictions are learned.
 
     Args:
@@ -50,19 +48,13 @@ class KdSettings:
         teacher: folder of the original model, whose predictions are learned.
     """
 
-    weight: float = 0.0
-    temperature: float = 1.0
+    weight: Weight = 0.0
+    temperature: Positive = 1.0
     teacher: str | None = None
-
-    def __post_init__(self) -> None:
-        refuse(
-            (self.weight < 0, "kd.weight cannot be negative"),
-            (self.temperature <= 0, "kd.temperature divides logits: choose a number above 0"),
-        )
 
 
 @dataclass(frozen=True)
-class DeepSettings:
+class DeepSettings(Checked):
     """The answer is also decoded after every iteration.
 
     Args:
@@ -70,16 +62,12 @@ class DeepSettings:
         schedule: weight of iteration t: proportional to t (linear), or softmax of t.
     """
 
-    weight: float = 0.0
+    weight: Weight = 0.0
     schedule: Literal["linear", "softmax"] = "linear"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        refuse((self.weight < 0, "deep.weight cannot be negative"))
 
 
 @dataclass(frozen=True)
-class HaltSettings:
+class HaltSettings(Checked):
     """The gate of stop.rule=halt or halt_sample is trained (arXiv 2107.05407).
 
     Args:
@@ -90,20 +78,13 @@ class HaltSettings:
             (geometric_reverse).
     """
 
-    weight: float = 0.0
-    prior: float = 0.2
-    beta: float = 0.01
+    weight: Weight = 0.0
+    prior: Chance = 0.2
+    beta: Weight = 0.01
     pull: Literal["geometric", "geometric_reverse"] = "geometric"
 
-    def __post_init__(self) -> None:
-        check_choices(self)
-        refuse(
-            (min(self.weight, self.beta) < 0, "halt.weight and halt.beta cannot be negative"),
-            (not 0 < self.prior < 1, "halt.prior is a probability between 0 and 1"),
-        )
 
-
-class AuxSettings:
+class AuxSettings(Checked):
     """Latents must tell their steps to an auxiliary decoder.
 
     Args:
@@ -121,24 +102,20 @@ class AuxSettings:
         trains: train model and decoder (both), or one of them.
     """
 
-    weight: float = 0.0
+    weight: Weight = 0.0
     source: str | None = None
-    layers: int = 0
-    lora_rank: int = 0
+    layers: Layers = 0
+    lora_rank: Layers = 0
     embed: Literal["base", "own"] = "base"
     question: bool = False
-    position: int = 0
+    position: SomePlaces = 0
     norm: Literal["per_row", "token_mean"] = "per_row"
     detach: bool = False
     trains: Literal["both", "base", "decoder"] = "both"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         refuse(
-            (
-                min(self.weight, self.layers, self.lora_rank, self.position) < 0,
-                "aux.weight, aux.layers, aux.lora_rank and aux.position cannot be negative",
-            ),
             (
                 self.is_shared and self.trains != "both",
                 "a decoder that shares the model's weights trains with them: set aux.trains to both",
@@ -176,7 +153,7 @@ class AuxSettings:
 
 
 @dataclass(frozen=True)
-class DecoderSettings:
+class DecoderSettings(Checked):
     """Who answers.
 
     Args:
@@ -188,16 +165,14 @@ class DecoderSettings:
     """
 
     kind: Literal["lm_head", "separate", "linear"] = "lm_head"
-    layers: int = 2
+    layers: Annotated[int, Bounds(1, 10_000)] = 2
     reads: Literal["state", "state_and_prompt"] = "state"
     table: Literal["shared", "own"] = "shared"
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        object.__setattr__(self, "classes", tuple(self.classes))
+        super().__post_init__()
         refuse(
-            (self.layers < 1, "decoder.layers must be at least 1"),
             (
                 (self.kind == "linear") != bool(self.classes),
                 "decoder.kind=linear chooses among classes, and nothing else does: list the answers there are, for "
@@ -210,7 +185,7 @@ class DecoderSettings:
         )
 
 
-class ExitSettings:
+class ExitSettings(Checked):
     """What is learned at earlier exits than the last.
 
     Args:
@@ -222,16 +197,15 @@ class ExitSettings:
         gate_beta: strength of the entropy, of the pull to leave everywhere alike.
     """
 
-    weight: float = 0.0
+    weight: Weight = 0.0
     schedule: Literal["equal", "linear"] = "equal"
-    kd: float = 0.0
+    kd: Weight = 0.0
     gate: Literal["none", "distribution", "improvement"] = "none"
-    gate_beta: float = 0.1
+    gate_beta: Weight = 0.1
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         refuse(
-            (min(self.weight, self.kd, self.gate_beta) < 0, "weights of the loss cannot be negative"),
             (
                 self.weight == 0 and (self.kd > 0 or self.schedule != "equal"),
                 "exits.kd and exits.schedule are for losses at earlier exits: set exits.weight above 0",

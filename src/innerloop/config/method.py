@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+from innerloop.checks.settings import Checked, check_fields, kinds_of
+from innerloop.checks.values import fitted
 from innerloop.config.curriculum import Schedule
 from innerloop.config.loop import FixedPointSettings, LoopSettings
 from innerloop.config.losses import (
@@ -26,7 +28,7 @@ from innerloop.config.losses import (
 )
 from innerloop.config.plan import Plan
 from innerloop.config.stopping import StopSettings
-from innerloop.errors import InputError, check_choices, nearest
+from innerloop.errors import InputError, nearest
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, LAT, Block, Row, ShownBlock, Span
@@ -44,7 +46,7 @@ class Labeller(Protocol):
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Checked, ABC):
     """A way to reason. Subclasses are the recipe's ``method: {name: ...}``.
 
     A group may be given as a mapping of what differs from the method's default: ``Slr(loop={"residual": "B"})``.
@@ -83,10 +85,7 @@ class Method(ABC):
                 )
             if isinstance(value, Mapping):
                 object.__setattr__(self, field.name, _changed(field.default, value, field.name))
-        check_choices(self)
-        for name in ("answer_weight", "step_weight", "teacher_weight", "ponder_weight"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is a weight of the loss, and cannot be negative")
+        check_fields(self)
 
     # Data
 
@@ -146,7 +145,7 @@ class Method(ABC):
         self, examples: Sequence[Example], encoder: PromptEncoder, stage: int | None = None, seed: str = ""
     ) -> list[Row]:
         """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing, none: no draws."""
-        scheduled, rows, method = self.last_stage if stage is None else stage, [], self.sampled(seed)
+        scheduled, rows, method = self.stage_or_last(stage), [], self.sampled(seed)
         for i, example in enumerate(examples):
             drawn = self.stage_of(scheduled, len(example.steps), f"{seed}/{i}") if seed else scheduled
             rows.append(method.lay_out(example, encoder, drawn))
@@ -174,6 +173,18 @@ class Method(ABC):
     def last_stage(self) -> int:
         """The stage that training ends in and questions are answered in."""
         return self.curriculum.last_stage
+
+    def stage_or_last(self, stage: int | None) -> int:
+        """Return a stage that is asked for, None: the last.
+
+        Raises:
+            InputError: there is no such stage.
+        """
+        if stage is None:
+            return self.last_stage
+        if stage not in range(self.last_stage + 1):
+            raise InputError(f"stage is {stage}, but the stages of '{self.name}' run from 0 to {self.last_stage}")
+        return stage
 
     def stage_at(self, step: int, steps_per_epoch: int) -> int:
         """Return the scheduled stage at an optimizer step (counted from 0)."""
@@ -264,6 +275,7 @@ def _changed(default: Any, changes: Mapping[str, Any], name: str) -> Any:
     for key in changes:
         if key not in known:
             raise InputError(f"{name} has no field '{key}'{nearest(str(key), known)}")
+        fitted(f"{name}.{key}", changes[key], kinds_of(default.__class__)[key])
     return replace(default, **changes)
 
 

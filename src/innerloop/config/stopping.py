@@ -1,9 +1,11 @@
 """When a loop ends by itself: the stop rules that there are, and their options."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from innerloop.errors import check_choices, refuse
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Bounds, Natural, SomeLoops, Weight
+from innerloop.errors import refuse
 
 StopKind = Literal[
     "none",
@@ -68,7 +70,7 @@ ExitClassifierKind = Literal["logistic", "svm_linear", "svm_rbf"]
 GATED = ("halt", "halt_sample")  # rules whose gate a loss must train
 
 
-class StopSettings:
+class StopSettings(Checked):
     """When a row's loop ends by itself, in answering; in training nothing stops.
 
     A method's own group is a frozen dataclass on this one whose fields are those that the method has.
@@ -102,25 +104,22 @@ class StopSettings:
     """Rules that nothing in the method could train or use."""
 
     rule: StopKind = "none"
-    threshold: float | None = None
-    min_loops: int = 1
-    patience: int = 1
-    check_every: int = 1
-    histogram: tuple[float, ...] = ()
+    threshold: Annotated[float, Bounds(infinite=True)] | None = None
+    min_loops: SomeLoops = 1
+    patience: SomeLoops = 1
+    check_every: SomeLoops = 1
+    histogram: tuple[Weight, ...] = ()
     site: Literal["latents", "answer"] = "latents"
     agg: Agg = "mean"
     act_output: Literal["weighted", "last"] = "weighted"
     compare_init: bool = True
-    decay: int = 0
+    decay: Natural = 0
     features: tuple[Feature, ...] = ("gap", "top", "depth")
     classifier: ExitClassifierKind = "logistic"
     per_step: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("histogram", "features"):
-            if (value := getattr(self, name)) != getattr(StopSettings, name):
-                object.__setattr__(self, name, tuple(value))
+        super().__post_init__()
         rule, shares, named = self.rule, self.histogram, self.features
         known = FEATURES if self.has_taps else tuple(name for name in FEATURES if name not in TAPPED)
         is_judged = (named, self.classifier, self.per_step) != (
@@ -134,19 +133,17 @@ class StopSettings:
                 self.site == "answer" and rule not in READS_OUT,
                 f"stop.site=answer is for the scores that look at words: set stop.rule to {', '.join(READS_OUT)}",
             ),
-            (min(self.min_loops, self.patience) < 1, "stop.min_loops and stop.patience must be at least 1"),
-            (self.check_every < 1, "stop.check_every must be at least 1"),
             (
                 not self.compare_init and rule not in COMPARES,
                 f"stop.compare_init is for the scores of states: set stop.rule to {', '.join(COMPARES)}",
             ),
             (
-                (rule == "random") != bool(shares) or min(shares, default=0) < 0 or (bool(shares) and sum(shares) == 0),
+                (rule == "random") != bool(shares) or (bool(shares) and sum(shares) == 0),
                 "stop.rule=random draws depths from the shares in stop.histogram: give those of 1, 2, ... iterations, "
                 "and leave it out with other scores",
             ),
             (
-                self.decay < 0 or (self.decay > 0 and rule not in PROBABILITIES),
+                self.decay > 0 and rule not in PROBABILITIES,
                 f"stop.decay counts tokens, for scores that are probabilities: set stop.rule to "
                 f"{', '.join(PROBABILITIES)}",
             ),

@@ -16,9 +16,11 @@ from inspect import get_annotations
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
-from innerloop.errors import InputError, misfit, nearest, takes_none, told_type
+from innerloop.checks.settings import kinds_of
+from innerloop.checks.values import fitted, takes_none, told
+from innerloop.errors import InputError, nearest
 
 T = TypeVar("T")
 
@@ -53,25 +55,21 @@ def typed(cls: type, settings: Any, key: str, base: Any = None) -> Any:
     """
     if not isinstance(settings, Mapping):
         raise InputError(f"the {key} section must list fields, not {settings!r}")
-    types, inner, plain, made = field_types(cls), groups(cls), {}, {}
+    types, inner, kinds, made = field_types(cls), groups(cls), kinds_of(cls), dict[str, Any]()
     for name, value in settings.items():
         if name not in types:
             title, known, path = getattr(cls, "name", key), field_names(cls), str(name).split(".")
             hint = f"; write {': {'.join(path)}: ...{'}' * (len(path) - 1)}" if name in known else ""
             raise InputError(f"{key}.{name}: '{title}' has no field '{name}'{hint or nearest(str(name), known)}")
         if value is None and not takes_none(types[name]):
-            raise InputError(f"{key}.{name} is empty, but must be {told_type(types[name])}")
+            raise InputError(f"{key}.{name} is empty, but must be {told(kinds[name])}")
         if name in inner:
             before = field_default(cls, name) if base is None else getattr(base, name)
             has_before = isinstance(before, inner[name])
             group, start = (type(before), before) if has_before else (inner[name], None)
             made[name] = None if value is None else typed(group, value, f"{key}.{name}", start)
         else:
-            plain[name] = value
-    try:
-        made |= field_parser(cls).parse_object(plain, defaults=False).as_dict()
-    except ArgumentError as error:
-        raise InputError(misfit(error, types, f"{key}.")) from None
+            made[name] = fitted(f"{key}.{name}", value, kinds[name], is_text=True)
     if base is not None:
         return replace(base, **made)
     if lacking := [name for name in types if name not in made and field_default(cls, name) is MISSING]:
@@ -129,10 +127,7 @@ def field_default(cls: type, name: str) -> Any:
 
 @cache
 def field_parser(cls: type, prefix: str = "") -> ArgumentParser:
-    """Return a parser of a dataclass's fields but for its groups; it types values and prints their help.
-
-    It is made once for each class: suites type hundreds of recipes.
-    """
+    """Return a parser of a dataclass's fields but for its groups, which prints their help."""
     parser = ArgumentParser(exit_on_error=False, usage=SUPPRESS, add_help=False)
     add_fields(parser.add_argument_group(prefix.rstrip(".") or cls.__name__), cls, prefix)
     return parser

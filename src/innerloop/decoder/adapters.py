@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
@@ -11,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.checks.settings import check_names
+from innerloop.checks.values import Bounds, Dropout, Positive, fitted
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
 
@@ -18,6 +21,13 @@ MarkerInit = Literal["token", "mean", "normal"]
 MARKER_COPIES = "<<"  # new rows start as copies of this token's row (cot.md, section 0)
 ADAPTER = "lora"
 LORA_TARGETS = "all-linear"
+LORA_KINDS: dict[str, Any] = {
+    "r": Annotated[int, Bounds(1, 100_000)],
+    "lora_alpha": Positive,
+    "lora_dropout": Dropout,
+    "bias": Literal["none", "all", "lora_only"],
+    "target_modules": str | list[str],
+}
 
 
 def add_markers(
@@ -63,13 +73,17 @@ def add_lora(backbone: Backbone, marker_ids: Sequence[int], settings: Mapping[st
         marker_ids: the ids of the method's markers.
         settings: fields of peft's LoraConfig, such as r, lora_alpha, lora_dropout, target_modules.
     """
+    check_names("backbone.lora", settings, [field.name for field in fields(LoraConfig)])
+    for name, kind in LORA_KINDS.items():
+        if name in settings:
+            fitted(f"backbone.lora.{name}", settings[name], kind)
     try:
         config = LoraConfig(
             **{"target_modules": LORA_TARGETS, "trainable_token_indices": [*marker_ids] or None, **settings},
             task_type="CAUSAL_LM",
         )
         inject_adapter_in_model(config, backbone.lm, adapter_name=ADAPTER)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise InputError(f"backbone.lora: {error}; its fields are those of peft.LoraConfig") from None
 
 

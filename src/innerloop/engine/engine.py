@@ -58,6 +58,7 @@ class Engine:
         by_class = isinstance(model.decoder, Classifier)
         several = options.samples > 1 or options.beams > 1
         refuse((several and by_class, "this model answers by a class, and writes no text: take one sample, one beam"))
+        model.method.stage_or_last(options.stage)
         self.model, self.options, self.batch_size = model, options, options.batch_size
         self.suppressed = model.suppressed_ids()
         self.is_busy = False

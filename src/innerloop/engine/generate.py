@@ -7,23 +7,26 @@ gens[0].text, gens[0].answer, gens[0].cost
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Unpack
 
+from innerloop.checks.arguments import checked
+from innerloop.checks.values import ONE_BY_ONE
 from innerloop.engine.beams import BeamEngine
 from innerloop.engine.engine import Engine
 from innerloop.engine.generation import Generation
-from innerloop.engine.options import EngineOptions
+from innerloop.engine.options import Answering, EngineOptions
 from innerloop.model.model import LatentCore
 
 
+@checked
 def generate(
     model: LatentCore,
-    questions: Sequence[str],
+    questions: Annotated[Sequence[str], ONE_BY_ONE],
     *,
     steps: Sequence[Sequence[str]] | None = None,
     progress: Callable[[int], None] | None = None,
     strict: bool = True,
-    **options: Any,
+    **options: Unpack[Answering],
 ) -> list[Generation]:
     """Answer questions, in the order given; the samples of each come after each other.
 
@@ -36,7 +39,7 @@ def generate(
             or ``max_positions`` by itself); otherwise that one alone fails, with its reason in ``error``.
         options: the fields of `EngineOptions`.
     """
-    chosen = EngineOptions.of(options)
+    chosen = EngineOptions(**options)
     engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
     results: list[Generation | None] = [None] * (chosen.samples * len(questions))
     for found in engine.groups(questions, steps, strict):

@@ -7,13 +7,16 @@ model.generate(["How many legs have 3 cats?"])[0].text
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, Unpack
 
+from innerloop.checks.arguments import checked
+from innerloop.checks.values import ONE_BY_ONE, Seed, Some
 from innerloop.config.method import Method
 from innerloop.engine.generate import generate
 from innerloop.engine.generation import Generation
+from innerloop.engine.options import Answering
 from innerloop.model import loading
 from innerloop.model.model import LatentCore
 from innerloop.text.examples import Example
@@ -23,18 +26,53 @@ from innerloop.text.tokenizer import train_tokenizer
 class LatentModel(LatentCore):
     """Any decoder that reasons by any method."""
 
-    def generate(self, questions: Sequence[str], **options: Any) -> list[Generation]:
-        """Answer questions; see `innerloop.engine.generate` for the options."""
-        return generate(self, questions, **options)
+    @checked
+    def generate(
+        self,
+        questions: Annotated[Sequence[str], ONE_BY_ONE],
+        *,
+        steps: Sequence[Sequence[str]] | None = None,
+        progress: Callable[[int], None] | None = None,
+        strict: bool = True,
+        **options: Unpack[Answering],
+    ) -> list[Generation]:
+        """Answer questions, in the order given.
+
+        Args:
+            questions: the questions.
+            steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
+            progress: called with the number of questions answered since the last call.
+            strict: refuse them all if one cannot be answered; otherwise that one alone fails, with its reason in
+                ``error``.
+            options: max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions, samples, beams
+                and likelihoods; see `innerloop.engine.options.EngineOptions`.
+        """
+        return generate(self, questions, steps=steps, progress=progress, strict=strict, **options)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, method: Method | None = None, **options: Any) -> Self:
-        """Load a saved run, or put a method on any Hugging Face model; see `innerloop.model.loading.load`."""
+    @checked
+    def from_pretrained(
+        cls, path: str | Path, method: Method | None = None, **options: Unpack[loading.Loading]
+    ) -> Self:
+        """Load a saved run, or put a method on any Hugging Face model.
+
+        Args:
+            path: a folder or a Hub name.
+            method: how to reason. None: as the folder says. With a saved folder, another method starts from its
+                weights.
+            options: lora, dtype, device, marker_init, trust_remote_code, attn_implementation, revision, token,
+                cache_dir and local_files_only; see `innerloop.model.loading.load`.
+        """
         return loading.load(cls, path, method, **options)
 
     @classmethod
+    @checked
     def from_scratch(
-        cls, settings: Mapping[str, Any], examples: Sequence[Example], method: Method, seed: int = 0
+        cls,
+        settings: Mapping[str, Any],
+        examples: Some[Example],
+        method: Method,
+        seed: Seed = 0,
     ) -> Self:
         """Make a backbone with fresh weights and a word tokenizer trained on the text of examples.
 

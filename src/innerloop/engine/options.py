@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, TypedDict
 
-from innerloop.errors import InputError, nearest, refuse
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Bounds, Count, Loops, Seed, Weight
+from innerloop.errors import refuse
+
+Many = Annotated[int, Bounds(1, 100_000)]
+
+
+class Answering(TypedDict, total=False):
+    """The options of answering by keyword, as `EngineOptions` explains them."""
+
+    max_new_tokens: Count
+    batch_size: Many
+    temperature: Weight
+    seed: Seed
+    trace: bool
+    stage: int | None
+    loops: Loops | None
+    max_positions: Count | None
+    samples: Many
+    beams: Many
+    likelihoods: bool
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(Checked):
     """How questions are answered.
 
     Args:
@@ -29,44 +48,28 @@ class EngineOptions:
         likelihoods: also tell the log-likelihood of what is written.
     """
 
-    max_new_tokens: int = 64
-    batch_size: int = 32
-    temperature: float = 0.0
-    seed: int = 0
+    max_new_tokens: Count = 64
+    batch_size: Many = 32
+    temperature: Weight = 0.0
+    seed: Seed = 0
     trace: bool = False
     stage: int | None = None
-    loops: int | None = None
-    max_positions: int | None = None
-    samples: int = 1
-    beams: int = 1
+    loops: Loops | None = None
+    max_positions: Count | None = None
+    samples: Many = 1
+    beams: Many = 1
     likelihoods: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse(
-            (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}, but must be at least 1"),
-            (self.batch_size < 1, f"batch_size is {self.batch_size}, but must be at least 1"),
-            (self.temperature < 0, f"temperature is {self.temperature}, but must be 0 or more"),
-            (self.temperature > 0 and self.seed < 0, f"seed is {self.seed}, but draws need a seed of 0 or more"),
-            ((self.max_positions or 1) < 1, "max_positions must be at least 1, or left out"),
-            (self.samples < 1, f"samples is {self.samples}, but must be at least 1"),
             (
                 self.samples > 1 and self.temperature == 0,
                 f"{self.samples} samples at temperature 0 are all the same: give one above 0 for several to differ",
             ),
-            (self.beams < 1, f"beams is {self.beams}, but a search needs beams >= 1"),
             (
                 self.beams > 1 and self.temperature > 0,
                 "a beam search draws nothing: give either beams, or samples with a temperature",
             ),
             (self.beams > 1 and self.trace, "a beam search records no trace: leave trace out, or take one beam"),
         )
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> EngineOptions:
-        """Return options that are given by name."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                others = ", ".join(known)
-                raise InputError(f"there is no option '{name}' of answering{nearest(name, known)}; there are {others}")
-        return cls(**options)

@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Weight
 from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
-from innerloop.engine.options import EngineOptions
-from innerloop.errors import check_choices, refuse
+from innerloop.engine.options import EngineOptions, Many
+from innerloop.errors import refuse
 from innerloop.tasks import Task
 
 Pick = Literal["vote", "likelihood"]
@@ -29,7 +31,7 @@ TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
-class TestTimeCompute:
+class TestTimeCompute(Checked):
     """How often a question is tried, and which answer counts.
 
     Args:
@@ -41,13 +43,13 @@ class TestTimeCompute:
 
     __test__: ClassVar[bool] = False  # pytest takes classes of such names for tests
 
-    samples: int = 1
+    samples: Many = 1
     pick: Pick = "vote"
-    temperature: float | None = None
-    beams: int = 1
+    temperature: Weight | None = None
+    beams: Many = 1
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         EngineOptions(samples=self.samples, temperature=self.drawn_at, beams=self.beams)  # refuses what makes no sense
         refuse((self.pick != "vote" and self.samples == 1, f"pick={self.pick} chooses among samples: give several"))
 

@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from innerloop.config.reading import read_yaml
 from innerloop.errors import InputError
 
 if TYPE_CHECKING:  # an extra, and slow to import
@@ -54,8 +53,8 @@ def axis_of(field: str, written: Any) -> BaseDistribution:
         return _range(field, written)
     if isinstance(written, str):
         try:
-            values = yaml.safe_load(f"[{written}]")
-        except yaml.YAMLError:
+            values = read_yaml(f"[{written}]", field)
+        except InputError:
             raise InputError(f"cannot read the values of {field}: '{written}' is no list such as 1,2,4") from None
     else:
         values = written if isinstance(written, list) else [written]
@@ -69,7 +68,7 @@ def axis_of(field: str, written: Any) -> BaseDistribution:
 
 def _range(field: str, written: str) -> BaseDistribution:
     body, _, kind = written.partition(":")
-    low, high = (_number(yaml.safe_load(end.strip() or "null")) for end in body.split("..", 1))
+    low, high = (_number(read_yaml(end.strip() or "null", field)) for end in body.split("..", 1))
     if kind not in ("", "log") or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in (low, high)):
         raise InputError(f"cannot read the range {field}={written}: write LOW..HIGH or LOW..HIGH:log")
     if not low < high or (kind == "log" and low <= 0):

@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from innerloop.checks.values import Count, Loops, Seed, fitted
 from innerloop.config.typed import typed
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
@@ -67,15 +68,14 @@ class EvalConfig(TestTimeCompute):
     """
 
     split: str = "test"
-    limit: int | None = None
-    loops: tuple[int, ...] = ()
+    limit: Count | None = None
+    loops: tuple[Loops, ...] = ()
     also: dict[str, dict[str, Any]] = field(default_factory=dict)
     controls: bool = False
     stability: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "loops", tuple(self.loops))
         if (self.controls or self.stability) and not self.is_plain:
             raise InputError(
                 "controls and stability are of one answer: leave them out, or samples, temperature and beams"
@@ -176,10 +176,10 @@ def _variants(listed: Any) -> Mapping[str, dict[str, Any]]:
 
 
 def _seeds(listed: Any) -> list[int]:
-    are_whole = isinstance(listed, list) and all(isinstance(seed, int) for seed in listed) and listed
-    if not are_whole or len(set(listed)) != len(listed):
+    seeds: list[int] = fitted("seeds", listed, list[Seed], is_text=True)
+    if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"seeds is {listed!r}, but must be a list of different whole numbers")
-    return listed  # type: ignore[no-any-return]
+    return seeds
 
 
 def _runs(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -225,6 +225,9 @@ def _recipe(
 ) -> Recipe:
     """Return the recipe of a job: what all share, what the variant changes, its seed, its folder and its settings."""
     raw = copy.deepcopy({section: value for section, value in suite.items() if section in SECTIONS})
+    for title, section in ((name, changes), ("train", raw.get("train") or {})):
+        if not isinstance(section, dict):
+            raise InputError(f"the {title} section of a suite must list fields, not {section!r}")
     for section, value in changes.items():
         if section not in SECTIONS or section == "out":
             raise InputError(f"variant '{name}' overrides '{section}'{nearest(str(section), SECTIONS)}, no section")

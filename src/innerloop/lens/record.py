@@ -165,8 +165,9 @@ def answer_alone(
 ) -> Generation:
     """Answer one example with a trace, by itself (see `look` for the arguments)."""
     most = task.max_new_tokens if max_new_tokens is None else max_new_tokens
-    options = {"max_new_tokens": most, "batch_size": 1, "loops": loops, "steps": [example.steps]}
-    return model.generate([example.question], trace=True, **options)[0]
+    return model.generate(
+        [example.question], steps=[example.steps], max_new_tokens=most, batch_size=1, trace=True, loops=loops
+    )[0]
 
 
 def steps_shown(model: LatentModel, examples: Sequence[Example], loops: int | None = None) -> list[list[Shown]]:

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from innerloop.checks.arguments import checked
+from innerloop.checks.values import Count, Loops, Seed
 from innerloop.decoder.cost import Cost, mean_cost, total_cost
 from innerloop.engine.latent_model import LatentModel
+from innerloop.engine.options import Many
 from innerloop.engine.test_time import ONCE, TestTimeCompute
 from innerloop.errors import InputError
 from innerloop.measure.statistics import wilson
@@ -41,17 +44,18 @@ class Prediction:
     samples: Sequence[str | None] | None = None
 
 
+@checked
 def evaluate(
     model: LatentModel,
     task: Task,
     examples: Sequence[Example],
-    max_new_tokens: int | None = None,
-    batch_size: int = 64,
+    max_new_tokens: Count | None = None,
+    batch_size: Many = 64,
     stage: int | None = None,
-    loops: int | None = None,
+    loops: Loops | None = None,
     progress: Callable[[int], None] | None = None,
     attempts: TestTimeCompute = ONCE,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> list[Prediction]:
     """Answer examples, by default greedily, and check the answers.
 

@@ -8,10 +8,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from innerloop.checks.values import Bounds, fitted
 from innerloop.config.method import Method
 from innerloop.config.typed import typed
 from innerloop.decoder.adapters import MarkerInit, add_lora, add_markers
@@ -45,9 +45,33 @@ from innerloop.model.checkpoint import (
 from innerloop.model.unread import tell_unread
 
 REMOTE_CODE = "transformers_modules"  # where transformers puts it
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("n_embd", "n_layer", "n_head", "n_positions", "num_key_value_heads", "head_dim"),
+)
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 M = TypeVar("M", bound=Stored)
 _CHECKED: set[str] = set()  # shapes of fresh models that have been tried
+
+
+class Hub(TypedDict, total=False):
+    """What transformers is told of a model, by keyword, as `load` explains it."""
+
+    attn_implementation: str
+    revision: str
+    token: str | bool
+    cache_dir: str | Path
+    local_files_only: bool
+
+
+class Loading(Hub, total=False):
+    """The options of loading by keyword, as `load` explains them."""
+
+    lora: Mapping[str, Any] | None
+    dtype: torch.dtype | str
+    device: str | torch.device | None
+    marker_init: MarkerInit
+    trust_remote_code: bool
 
 
 def load(
@@ -60,7 +84,7 @@ def load(
     device: str | torch.device | None = None,
     marker_init: MarkerInit = "token",
     trust_remote_code: bool = False,
-    **options: Any,
+    **hub: Unpack[Hub],
 ) -> M:
     """Load a saved run, or put a method on any Hugging Face model.
 
@@ -74,20 +98,23 @@ def load(
         device: where to put the model; None chooses a GPU if there is one.
         marker_init: what new rows of the embeddings start from; see `add_markers`.
         trust_remote_code: let the model's own code run; off unless you say so.
-        options: further arguments of ``AutoModelForCausalLM.from_pretrained``.
+        hub: attn_implementation: which kernels compute attention, such as sdpa or eager. Of models on the Hub:
+            revision (a branch, tag or commit), token, cache_dir, local_files_only (download nothing).
 
     Raises:
         InputError: the folder or model does not exist, or is no innerloop run and no method is given.
     """
-    path, dtype = resolve(path), dtype_named(dtype)
+    place, path, dtype = device_named(device), resolve(path), dtype_named(dtype)
     folder = Path(path)
     saved = read_settings(folder) if (folder / SETTINGS).exists() else None
     if folder.is_dir() and saved is None and method is None:
         raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
-    source = {"trust_remote_code": trust_remote_code}
+    kernels = {name: value for name, value in hub.items() if name == "attn_implementation"}
+    source = {name: value for name, value in hub.items() if name not in kernels}
+    source["trust_remote_code"] = trust_remote_code
     try:
         tokenizer = _tokenizer_of(path, **source)
-        lm = load_lm(path, dtype=dtype, is_own=saved is not None, **source, **options)
+        lm = load_lm(path, dtype=dtype, is_own=saved is not None, **source, **kernels)
     except Exception as error:
         if (reason := _reason(error, trust_remote_code)) is None:
             raise
@@ -116,7 +143,7 @@ def load(
     if lora is not None:
         add_lora(backbone, tokenizer.convert_tokens_to_ids([*chosen.markers]), lora)
     assert isinstance(model, nn.Module)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model.to(place).eval()
     return model
 
 
@@ -128,6 +155,16 @@ def dtype_named(name: torch.dtype | str) -> torch.dtype | str:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is '{name}'; choose one of auto, {', '.join(SHORT_DTYPES)}")
     return found
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
+    """Return the device of a name; None: a GPU if there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device is '{name}', but must be cpu, cuda or cuda:N") from None
 
 
 def from_scratch(
@@ -163,6 +200,7 @@ def from_scratch(
         if not hasattr(known, name):
             names = {*vars(known), *known.attribute_map}
             raise InputError(f"backbone.scratch: a {model_type} has no '{name}'{nearest(name, names)}")
+        fitted(f"backbone.scratch.{name}", settings[name], _kind_of(name, settings[name]))
     new = [marker for marker in method.markers if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
     with torch.random.fork_rng(devices=[]):
@@ -170,8 +208,8 @@ def from_scratch(
         try:
             config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ids, **settings)
             lm = AutoModelForCausalLM.from_config(config)
-        except (ValueError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # what makes no sense together ends in any error, deep inside transformers
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
         backbone, is_deep = Backbone(lm), isinstance(method, DepthMethod)
         if (shape := repr((model_type, settings, is_deep))) not in _CHECKED:
@@ -180,6 +218,13 @@ def from_scratch(
         if isinstance(method, DepthMethod):
             method.begin(backbone)
         return make(backbone, tokenizer, method)  # whose parts are drawn, too
+
+
+def _kind_of(name: str, value: Any) -> Any:
+    """Return what a field of a configuration may be, as far as it is known here: sizes, and finite numbers."""
+    if name in SIZES and value is not None:
+        return Annotated[int, Bounds(1, 1_000_000)]
+    return float if isinstance(value, float) else Any
 
 
 def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:

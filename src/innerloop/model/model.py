@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.checks.arguments import checked
+from innerloop.checks.values import Some
 from innerloop.decoder.adapters import add_markers
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cost import CostMeter
@@ -193,11 +195,13 @@ class LatentCore(RowLayout):
             bound = method.fixed_point.spectral_bound
             terms.add("gain", len(segment) * (loop.gain - bound).clamp(min=0).square(), "rows")
 
-    def loss(self, examples: Sequence[Example], stage: int | None = None, trace: bool = False) -> Output:
+    @checked
+    def loss(self, examples: Some[Example], stage: int | None = None, trace: bool = False) -> Output:
         """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
         return self(self.batch(self.rows(examples, stage)), trace=self.new_trace() if trace else None)
 
-    def answer_logits(self, examples: Sequence[Example], stage: int | None = None) -> list[Tensor]:
+    @checked
+    def answer_logits(self, examples: Some[Example], stage: int | None = None) -> list[Tensor]:
         """Return for each example the teacher-forced logits (n_supervised, V) of its written tokens, no dropout.
 
         A classifier writes none; its logits are (1, C).
@@ -366,6 +370,7 @@ class LatentCore(RowLayout):
         """Keep no activations inside a pass, recompute them in the backward pass. The Trainer calls this if asked."""
         self.checkpoint_passes = True
 
+    @checked
     def save_pretrained(self, path: str | Path) -> None:
         """Save an ordinary Hugging Face folder plus innerloop.json and innerloop.safetensors."""
         checkpoint.save(self, path)

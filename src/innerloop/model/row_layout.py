@@ -40,7 +40,7 @@ class RowLayout(nn.Module):
     def prompts(self, questions: Sequence[str], stage: int | None = None, loops: int | None = None) -> list[Row]:
         """Lay out questions to be answered at a stage (None: the last), with another number of loops than trained."""
         method = self._looping(loops)
-        stage = method.last_stage if stage is None else stage
+        stage = method.last_stage if stage is None else self.method.stage_or_last(stage)
         return [method.prompt(question, self.encoder, stage) for question in questions]
 
     def block(self, loops: int | None = None) -> Block | None:

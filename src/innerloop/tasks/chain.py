@@ -12,8 +12,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, product
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
+from innerloop.checks.values import Bounds, Count
 from innerloop.errors import InputError
 from innerloop.tasks.task import Task, check_split, split_of
 from innerloop.text.examples import Example, check_limit
@@ -46,28 +47,23 @@ class Chain(Task):
     name: ClassVar[str] = "chain"
     summary: ClassVar[str] = "arithmetic modulo a small number, one step an operation; made on the spot"
 
-    n_ops: int = 5
-    min_ops: int | None = None
-    ops_per_step: int = 1
+    n_ops: Annotated[int, Bounds(1, 10_000)] = 5
+    min_ops: Count | None = None
+    ops_per_step: Annotated[int, Bounds(1, 100)] = 1
     steps: Written = "equations"
-    modulus: int = 5
+    modulus: Annotated[int, Bounds(2, 10**5)] = 5
     operations: str = "+-*"
-    n_train: int = 20_000
-    n_valid: int = 500
-    n_test: int = 1_000
+    n_train: Count = 20_000
+    n_valid: Count = 500
+    n_test: Count = 1_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"n_ops": 1, "ops_per_step": 1, "modulus": 2, "n_train": 1, "n_valid": 1, "n_test": 1}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise InputError(f"chain: {name} is {getattr(self, name)}, but must be at least {minimum}")
-        if self.min_ops is not None and not 1 <= self.min_ops <= self.n_ops:
+        super().__post_init__()
+        if self.min_ops is not None and self.min_ops > self.n_ops:
             raise InputError(f"chain: min_ops is {self.min_ops}, but must be from 1 to n_ops ({self.n_ops})")
         if not self.operations or len(set(self.operations) & set(OPERATIONS)) != len(self.operations):
             raise InputError(f"chain: operations is '{self.operations}', but must be some of '{OPERATIONS}', each once")
-        if self.steps not in get_args(Written):
-            raise InputError(f"chain: steps is '{self.steps}', but must be equations or results")
         # One token a character is the worst a tokenizer can do: "a + b = c\n" for each step, with " * d = e" for each
         # further operation, then "### a" and the end.
         digits = len(str(self.modulus - 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from innerloop.errors import InputError
+from innerloop.checks.values import Count
 from innerloop.tasks.task import FileTask, check_split, split_of
 from innerloop.text.examples import Example, check_limit
 
@@ -45,15 +45,10 @@ class ProsQA(FileTask):
     summary: ClassVar[str] = "a path through a graph of made-up kinds (Coconut's ProsQA); read or generated"
     max_new_tokens: ClassVar[int] = 128
 
-    n_train: int = 17_886
-    n_valid: int = 300
-    n_test: int = 500
+    n_train: Count = 17_886
+    n_valid: Count = 300
+    n_test: Count = 500
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("n_train", "n_valid", "n_test"):
-            if getattr(self, name) < 1:
-                raise InputError(f"prosqa: {name} is {getattr(self, name)}, but must be at least 1")
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Read the examples of a split, or generate them where neither it nor train names a file."""

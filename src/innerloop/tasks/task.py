@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, ClassVar
 
+from innerloop.checks.settings import Checked
 from innerloop.errors import InputError, nearest
 from innerloop.text.examples import Example, read_examples
 
@@ -16,7 +17,7 @@ SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(Checked, ABC):
     """A kind of problem. The fields of a subclass are its options in a recipe."""
 
     name: ClassVar[str]

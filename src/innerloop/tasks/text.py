@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from innerloop.checks.values import Places
 from innerloop.errors import InputError, refuse
 from innerloop.tasks.task import FileTask, check_split
 from innerloop.text.examples import Example, check_limit
@@ -35,13 +36,14 @@ class Text(FileTask):
     running_text: ClassVar[bool] = True
 
     column: str = "text"
-    n_words: int = 48
-    n_continued: int = 16
+    n_words: Places = 48
+    n_continued: Places = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse(
             (
-                not 0 < self.n_continued < self.n_words,
+                self.n_continued >= self.n_words,
                 f"text: n_continued is {self.n_continued}, but a chunk of {self.n_words} words must begin and go on: "
                 "choose a value from 1 to n_words - 1",
             )

@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
+from innerloop.checks.arguments import checked
+from innerloop.checks.values import Count, fitted
 from innerloop.disk.files import check_writable, replacing
 from innerloop.errors import InputError, nearest
 
@@ -43,13 +45,21 @@ class Example:
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(self.steps))  # a list would make the example unhashable
+        steps = self.steps
+        if type(steps) is not tuple or not all(
+            isinstance(text, str) for text in (self.question, self.answer, self.id, *steps)
+        ):
+            for name in ("question", "answer", "id"):
+                fitted(name, getattr(self, name), str)
+            steps = fitted("steps", steps, tuple[str, ...])
+        object.__setattr__(self, "steps", steps)  # a list would make the example unhashable
 
 
+@checked
 def read_examples(
     source: str | Path,
     split: str | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     parse_row: Callable[[Row], Row] = dict,
 ) -> list[Example]:
     """Read examples from a file or from a data set on the Hub.
@@ -60,7 +70,6 @@ def read_examples(
     foreign format into ``{"id", "question", "steps", "answer", "meta"}`` and raises InputError for a bad one.
     With ``limit`` only the first rows are read. All bad rows are reported in one InputError.
     """
-    check_limit(limit)
     path = Path(source)
     unpacked = Path(path.name.removesuffix(".gz"))
     if unpacked.suffix in (".jsonl", ".txt"):
@@ -79,8 +88,8 @@ def read_examples(
 
 
 def check_limit(limit: int | None) -> None:
-    """Refuse a limit below 1; None is no limit."""
-    if limit is not None and limit < 1:
+    """Refuse a limit that is no whole number from 1 on; None is no limit."""
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit is {limit}: give at least 1, or leave it out for all examples")
 
 
@@ -105,6 +114,7 @@ def to_dataset(examples: Iterable[Example]) -> "datasets.Dataset":
     return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
 
 
+@checked
 def write_examples(examples: Iterable[Example], path: str | Path) -> None:
     """Write examples to a ``.jsonl`` or ``.jsonl.gz`` file; whole or not at all, the same bytes each time."""
     path = Path(path)

@@ -23,6 +23,9 @@ from typing import Any, Literal
 
 import yaml
 
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Count
+from innerloop.config.reading import read_yaml
 from innerloop.config.typed import filled, merged, named, typed
 from innerloop.decoder.adapters import MarkerInit
 from innerloop.disk.files import write_text
@@ -35,7 +38,7 @@ NAMED = ("task", "method")
 
 
 @dataclass(frozen=True)
-class BackboneChoice:
+class BackboneChoice(Checked):
     """Which decoder a recipe trains: one made from scratch, or a model or run to start from.
 
     Args:
@@ -57,10 +60,11 @@ class BackboneChoice:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     marker_init: MarkerInit = "token"
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.scratch is None) == (self.model is None):
             raise InputError("backbone: give either 'scratch: {type: llama, ...}' or 'model: NAME_OR_PATH'")
         if self.freeze and self.lora is not None:
@@ -113,9 +117,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         known = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise InputError(f"there is no recipe {path}{nearest(str(path), known)}")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raw = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no recipe: it must have the sections {', '.join(SECTIONS)}")
     for name, value in parse_overrides(overrides):
@@ -141,10 +145,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 def parse_value(text: str, origin: str) -> Any:
     """Read a value written on the command line as YAML."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"cannot read the value of {origin}: '{text}' is not valid YAML") from None
+    return read_yaml(text, origin)
 
 
 def set_field(raw: dict[str, Any], name: str, value: Any) -> None:

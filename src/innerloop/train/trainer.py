@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback
 
+from innerloop.checks.arguments import checked
 from innerloop.decoder.adapters import adapted
 from innerloop.decoder.fused_loss import check_fused
 from innerloop.decoder.token_losses import AtOnce
@@ -65,6 +66,7 @@ class LatentTrainer(ResumableTrainer):
     model: LatentModel
     args: LatentTrainingArguments
 
+    @checked
     def __init__(
         self,
         model: LatentModel,

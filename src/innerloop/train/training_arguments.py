@@ -4,19 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 
-from innerloop.errors import InputError, nearest
+from innerloop.checks.settings import Checked, kinds_of
+from innerloop.checks.values import MOST, Bounds, Count, Natural, Positive, Seed, Share, Weight, fitted
+from innerloop.errors import InputError, nearest, refuse
 
-WHOLE_NUMBERS = ("batch_size", "max_steps", "seed", "gradient_accumulation_steps", "eval_limit")
+Momentum = Annotated[float, Bounds(0, 1, below=True)]
+Every = Annotated[float, Bounds(0, above=True)]
+INHERITED: dict[str, Any] = {
+    "output_dir": str | Path | None,
+    "num_train_epochs": Positive,
+    "max_steps": Annotated[int, Bounds(1, MOST, also=-1)],
+    "lr_scheduler_type": SchedulerType,
+    "warmup_steps": Weight,
+    "optim": OptimizerNames,
+    "adam_beta1": Momentum,
+    "adam_beta2": Momentum,
+    "adam_epsilon": Positive,
+    "max_grad_norm": Weight,
+    "label_smoothing_factor": Share,
+    "neftune_noise_alpha": Weight | None,
+    "gradient_accumulation_steps": Count,
+    "per_device_eval_batch_size": Count,
+    "eval_accumulation_steps": Count | None,
+    "logging_strategy": IntervalStrategy,
+    "eval_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+    "eval_steps": Every | None,
+    "eval_delay": Weight,
+    "torch_empty_cache_steps": Count | None,
+    "data_seed": Seed | None,
+    "dataloader_num_workers": Annotated[int, Bounds(0, 1000)],
+    "dataloader_prefetch_factor": Count | None,
+    "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
+    "ddp_bucket_cap_mb": Count | None,
+    "ddp_timeout": Count,
+}
+"""What transformers' own arguments may be, where its types leave that open and they are not declared below."""
+LOOSE = ("accelerator_config", "debug", "deepspeed", "fsdp", "fsdp_config")  # transformers puts objects in their place
+BATCH_SIZE = "per_device_train_batch_size"  # which is called batch_size here
 
 
 @dataclass
-class LatentTrainingArguments(TrainingArguments):
+class LatentTrainingArguments(Checked, TrainingArguments):
     """transformers' TrainingArguments with the field's usual defaults, and a few of our own.
 
     Args:
@@ -33,80 +71,84 @@ class LatentTrainingArguments(TrainingArguments):
             (for large vocabularies); fused: head and loss are one kernel of liger-kernel's, on a GPU; None: all.
     """
 
-    learning_rate: float = field(default=1e-4)
+    learning_rate: Weight = field(default=1e-4)
     lr_scheduler_type: str = field(default="constant")
-    weight_decay: float = field(default=0.01)
-    seed: int = field(default=0)
-    logging_steps: float = field(default=10)
-    save_steps: float = field(default=500)
-    save_total_limit: int | None = field(default=2)
+    weight_decay: Weight = field(default=0.01)
+    seed: Seed = field(default=0)
+    logging_steps: Every = field(default=10)
+    save_steps: Every = field(default=500)
+    save_total_limit: Count | None = field(default=2)
     report_to: str | list[str] | None = field(default="none")
     logging_nan_inf_filter: bool = field(default=False)
     remove_unused_columns: bool = field(default=False)
     disable_tqdm: bool | None = field(default=True)
     dataloader_pin_memory: bool = field(default=False)  # examples are laid out later; there is no tensor to pin
 
-    batch_size: int = field(default=32, metadata={"help": "examples per device and forward pass"})
-    parts_learning_rate: float | None = field(
+    batch_size: Count = field(default=32, metadata={"help": "examples per device and forward pass"})
+    parts_learning_rate: Weight | None = field(
         default=None, metadata={"help": "learning rate of the method's own parts"}
     )
-    unfreeze_after: int | None = field(default=None, metadata={"help": "step from which a frozen backbone trains too"})
+    unfreeze_after: Natural | None = field(
+        default=None, metadata={"help": "step from which a frozen backbone trains too"}
+    )
     loss_norm: Literal["global", "micro"] = field(default="global", metadata={"help": "what the loss is the mean over"})
-    max_length: int | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
-    eval_limit: int = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
+    max_length: Count | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
+    eval_limit: Count = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
+    max_new_tokens: Count | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
     teacher_cache: str | None = field(default=None, metadata={"help": "file for the teacher's states"})
-    loss_chunk: int | str | None = field(
+    loss_chunk: Count | Literal["fused"] | None = field(
         default=None, metadata={"help": "rows of logits at a time in a loss, or fused; None: all"}
     )
 
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Refuse names that are no arguments, and a second name for the batch size."""
+        if BATCH_SIZE in named and named[BATCH_SIZE] != named.get("batch_size", cls.batch_size):
+            raise InputError(f"{BATCH_SIZE} is called batch_size here: write batch_size={named[BATCH_SIZE]}")
+        return super().__new__(cls, *given, **named)
+
     def __post_init__(self) -> None:
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise InputError(
+        for name, kind in argument_kinds().items():
+            fitted(name, getattr(self, name), kind)
+        refuse(
+            (
+                bool(self.torch_compile or self.torch_compile_backend or self.torch_compile_mode),
                 "torch_compile would compile the whole loss, whose passes are of unlike shapes and kinds, again and "
-                "again: leave torch_compile, torch_compile_backend and torch_compile_mode out"
-            )
-        if self.use_liger_kernel:
-            raise InputError("use_liger_kernel is called train.loss_chunk=fused here: it fuses the head with the loss")
-        if isinstance(self.loss_chunk, str) and self.loss_chunk != "fused":
-            raise InputError(f"loss_chunk is '{self.loss_chunk}'; give a number of rows, or fused")
+                "again: leave torch_compile, torch_compile_backend and torch_compile_mode out",
+            ),
+            (
+                self.use_liger_kernel,
+                "use_liger_kernel is called loss_chunk=fused here: it fuses the head with the loss",
+            ),
+        )
         self.per_device_train_batch_size = self.batch_size
-        super().__post_init__()
+        try:
+            super(Checked, self).__post_init__()
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise InputError(f"these training arguments cannot be used: {' '.join(str(error).split())}") from error
         _check_loggers(self.report_to or ())
+
+
+@cache
+def argument_kinds() -> dict[str, Any]:
+    """Return what each training argument may be."""
+    kinds = {**kinds_of(LatentTrainingArguments), **INHERITED}
+    return {name: kind for name, kind in kinds.items() if name not in (*LOOSE, BATCH_SIZE)}
 
 
 def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> LatentTrainingArguments:
     """Make training arguments from a recipe's ``train:`` section, naming the nearest field for an unknown one."""
-    known = {f.name: f for f in fields(LatentTrainingArguments) if f.init}
-    values = {}
+    known, values = {f.name: f for f in fields(LatentTrainingArguments) if f.init}, dict[str, Any]()
     for name, value in settings.items():
         if name not in known:
-            raise InputError(f"train.{name} is not a training argument{nearest(name, known)}")
+            raise InputError(f"train.{name} is not a training argument{nearest(str(name), known)}")
+        if name == BATCH_SIZE:
+            raise InputError(f"train.{BATCH_SIZE} is called train.batch_size here")
         if name.endswith("_strategy") and value is False:
             value = "no"  # what YAML makes of a bare no
-        values[name] = _number(name, value, known[name].default)
-    if "per_device_train_batch_size" in values:
-        raise InputError("train.per_device_train_batch_size is called train.batch_size here")
-    if values.get("loss_norm", "global") not in ("global", "micro"):
-        raise InputError(f"train.loss_norm is '{values['loss_norm']}'; choose global or micro")
-    if values.get("train_sampling_strategy") == "batch_rebalance":
-        raise InputError("train.train_sampling_strategy may be random, sequential or group_by_length")
-    for name in (
-        "batch_size",
-        "gradient_accumulation_steps",
-        "max_length",
-        "max_new_tokens",
-        "max_steps",
-        "loss_chunk",
-    ):
-        value = values.get(name)
-        is_fused = name == "loss_chunk" and value == "fused"
-        if value is not None and not is_fused and (not isinstance(value, int) or value < 1):
-            raise InputError(f"train.{name} is {value!r}, but must be at least 1, and whole")
-    try:
-        return LatentTrainingArguments(output_dir=str(output_dir), **values)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"the train section cannot be used: {error}") from error
+        found = fitted(f"train.{name}", value, argument_kinds().get(name, Any), is_text=True)
+        is_whole = isinstance(found, float) and isinstance(known[name].default, int) and found == int(found)
+        values[name] = int(found) if is_whole else found
+    return LatentTrainingArguments(output_dir=str(output_dir), **values)
 
 
 def _check_loggers(names: str | Sequence[str]) -> None:
@@ -121,16 +163,3 @@ def _check_loggers(names: str | Sequence[str]) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError):
             raise InputError(f"train.report_to={name} needs a package: pip install {name}, or leave it out") from None
-
-
-def _number(name: str, value: Any, default: Any) -> Any:
-    """Read ``1e-3``, which YAML takes for text, as a number where a number belongs."""
-    if not isinstance(default, (int, float)) or isinstance(default, bool):
-        return value
-    try:
-        number = float(value)
-    except (ValueError, TypeError):
-        raise InputError(f"train.{name} is {value!r}, but must be a number") from None
-    if name in WHOLE_NUMBERS and number != int(number):
-        raise InputError(f"train.{name} is {value!r}, but must be a whole number")
-    return int(number) if number == int(number) and isinstance(default, int) else number

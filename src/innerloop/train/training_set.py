@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from innerloop.checks.values import shown
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
@@ -133,6 +134,8 @@ def check_text(model: LatentModel, eval_dataset: Any) -> None:
 
 def given(source: Any, name: str) -> list[Example]:
     """Return the examples of a data set, of which there is at least one."""
+    if isinstance(source, str) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
+        raise InputError(f"{name} is {shown(source)}, but must be a list of examples, or a data set of such rows")
     examples = list(source)
     if not examples:
         raise InputError(f"{name} is empty; give at least one example")

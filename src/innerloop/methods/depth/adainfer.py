@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from innerloop.checks.values import Count, Natural
 from innerloop.config.losses import ExitSettings
 from innerloop.config.stopping import TAPPED, CommonStop, ExitClassifierKind, Feature
 from innerloop.decoder.backbone import Backbone
@@ -69,24 +70,20 @@ class AdaInfer(DepthMethod):
     paper: ClassVar[str] = "arXiv 2403.02181"
     summary: ClassVar[str] = "each token stops at the layer that already knows the next one"
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[Count, ...] = ()
     kv_missing: KvMissing = "lazy_backfill"
-    n_candidates: int = 0
+    n_candidates: Natural = 0
     stop: LayerStop = LayerStop()
     exits: LayerExits = LayerExits()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", tuple(self.layers))
         refuse(
             (
-                list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=1) < 1,
+                list(self.layers) != sorted(set(self.layers)),
                 "layers are those after which tokens may leave, in ascending order, counted from 1",
             ),
-            (
-                self.n_candidates < 0 or self.n_candidates == 1,
-                "n_candidates is at least 2, or 0 for all words",
-            ),
+            (self.n_candidates == 1, "n_candidates is at least 2, or 0 for all words"),
             (
                 not self.stop.stops and (self.kv_missing != "lazy_backfill" or self.n_candidates > 0),
                 "kv_missing and n_candidates are for tokens that leave: set stop.rule",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innerloop.checks.values import Natural, SomeLoops
 from innerloop.config.loop import LoopSampling, LoopSettings, Site
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import Slot
@@ -42,21 +43,14 @@ class BlockStates(LoopSettings):
 class BlockLoop(DepthMethod):
     """All layers but ``n_prelude`` first and ``n_coda`` last ones are one block, applied ``max_loops`` times."""
 
-    n_prelude: int
-    n_coda: int
-    max_loops: int
+    n_prelude: Natural
+    n_coda: Natural
+    max_loops: SomeLoops
     loop_sampling: LoopSampling = "fixed"
     input_injection: bool = False
     kv_missing: KvMissing = "share_step"
     kv_share: KvShare = "none"
     loop: LoopSettings = BlockStates()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(
-            (min(self.n_prelude, self.n_coda) < 0, "n_prelude and n_coda cannot be negative"),
-            (self.max_loops < 1, f"{self.name} needs max_loops >= 1"),
-        )
 
     @property
     def n_iterations(self) -> int:

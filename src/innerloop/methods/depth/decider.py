@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Count, Dropout, Layers, Natural
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.onlooker import Onlooker
 from innerloop.errors import refuse
@@ -34,7 +36,7 @@ Iterate = Literal["decider", "oracle", "always", "never"]
 
 
 @dataclass(frozen=True)
-class DeciderSettings:
+class DeciderSettings(Checked):
     """The network that says which tokens go on.
 
     Args:
@@ -44,18 +46,10 @@ class DeciderSettings:
         dropout: inside them.
     """
 
-    layers: tuple[int, ...] = ()
-    width: int = 256
-    blocks: int = 6
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        refuse(
-            (self.width < 1, "decider.width must be at least 1"),
-            (self.blocks < 0, "decider.blocks cannot be negative"),
-            (not 0 <= self.dropout < 1, "decider.dropout is a probability below 1"),
-        )
+    layers: tuple[Natural, ...] = ()
+    width: Count = 256
+    blocks: Layers = 6
+    dropout: Dropout = 0.1
 
 
 class ChoiceSettings(Protocol):

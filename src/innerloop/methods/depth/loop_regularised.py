@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from innerloop.checks.values import Count, Natural, Weight
 from innerloop.decoder.anatomy import Matrix
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
@@ -41,15 +42,13 @@ class LoopRegularised(DepthMethod):
     paper: ClassVar[str] = "arXiv 2502.17416"
     summary: ClassVar[str] = "an ordinary model whose blocks of layers are drawn to like weights, as if it looped"
 
-    block_size: int = 4
-    cosine_weight: float = 10.0
-    ramp_steps: int = 0
+    block_size: Count = 4
+    cosine_weight: Weight = 10.0
+    ramp_steps: Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(
-            (self.block_size < 1, "block_size must be at least 1 layer"),
-            (min(self.cosine_weight, self.ramp_steps) < 0, "cosine_weight and ramp_steps cannot be negative"),
             (
                 self.cosine_weight == 0 and self.ramp_steps > 0,
                 "ramp_steps is how long cosine_weight grows: set cosine_weight above 0, or ramp_steps to 0",

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.checks.values import Natural, SomeLoops
 from innerloop.config.loop import AlphaLearn, BankKind, LoopSampling, ResidualKind, TimeKind
 from innerloop.config.losses import ExitSettings
 from innerloop.config.stopping import GATED, CommonStop
@@ -75,15 +76,15 @@ class Looped(BlockLoop):
     paper: ClassVar[str] = "arXiv 2502.17416"
     summary: ClassVar[str] = "a block of layers is applied several times"
 
-    n_prelude: int = 0
-    n_coda: int = 0
-    max_loops: int = 2
+    n_prelude: Natural = 0
+    n_coda: Natural = 0
+    max_loops: SomeLoops = 2
     loop_sampling: LoopSampling = "fixed"
     input_injection: bool = False
     kv_missing: KvMissing = "share_step"
     kv_share: KvShare = "none"
     init: Literal["middle_dup", "first_k", "stepwise", "average"] = "middle_dup"
-    n_block: int = 0
+    n_block: Natural = 0
     write_steps: bool = True
     loop: LoopedLoop = LoopedLoop()
     stop: LoopedStop = LoopedStop()
@@ -107,7 +108,7 @@ class Looped(BlockLoop):
                 "exits.gate=improvement compares iterations: set max_loops to at least 2 and loop_sampling to fixed",
             ),
             (
-                (self.init == "middle_dup") != (self.n_block == 0) or self.n_block < 0,
+                (self.init == "middle_dup") != (self.n_block == 0),
                 "n_block is how many layers first_k, stepwise and average make: give both init and n_block, or neither",
             ),
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from innerloop.checks.values import Natural, SomeShare, Weight
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
@@ -72,23 +73,19 @@ class Mod(DepthMethod):
     summary: ClassVar[str] = "some layers are run by a share of the tokens"
 
     routed_layers: tuple[int, ...] = ()
-    capacity: float = 0.125
+    capacity: SomeShare = 0.125
     capacity_base: CapacityBase = "valid"
-    capacity_warmup: int = 0
+    capacity_warmup: Natural = 0
     gate: Gate = "identity"
     alpha: float | None = None
     gate_target: GateTarget = "delta"
     causality: Literal["aux_bce", "predictor", "calibrated"] = "aux_bce"
-    aux_weight: float = 0.01
+    aux_weight: Weight = 0.01
     routing_mode: Literal["causal", "topk"] = "causal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "routed_layers", tuple(self.routed_layers))
         refuse(
-            (not 0 < self.capacity <= 1, f"capacity is {self.capacity}, but it is a share: set it above 0, up to 1"),
-            (self.capacity_warmup < 0, "capacity_warmup is a number of steps: choose 0 or more"),
-            (self.aux_weight < 0, "aux_weight cannot be negative"),
             (self.alpha is not None and self.gate != "scaled_sigmoid", "alpha is for gate=scaled_sigmoid"),
             (len(set(self.routed_layers)) < len(self.routed_layers), "routed_layers lists a layer twice"),
         )

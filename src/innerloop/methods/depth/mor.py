@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from innerloop.checks.values import Natural, SomeLoops, SomeShare, Weight
 from innerloop.config.loop import LoopSettings, Site
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
@@ -76,48 +77,41 @@ class Mor(DepthMethod):
     paper: ClassVar[str] = "arXiv 2507.10524"
     summary: ClassVar[str] = "tokens run a shared stack of layers a number of times of their own"
 
-    n_recursions: int = 3
+    n_recursions: SomeLoops = 3
     sharing: Literal["cycle", "sequence", "middle_cycle", "middle_sequence"] = "middle_cycle"
     init: Literal["stepwise", "average", "lower", "upper", "random"] = "stepwise"
     routing: Literal["expert", "token"] = "expert"
-    capacities: tuple[float, ...] = ()
+    capacities: tuple[SomeShare, ...] = ()
     capacity_base: CapacityBase = "valid"
-    capacity_warmup: int = 0
+    capacity_warmup: Natural = 0
     gate: Literal["scaled_sigmoid", "sigmoid", "st"] = "scaled_sigmoid"
     alpha: float | None = None
     gate_target: Literal["full", "delta"] = "full"
     causality: Literal["aux_loss", "aux_router"] = "aux_loss"
-    aux_weight: float = 0.001
+    aux_weight: Weight = 0.001
     routing_mode: Literal["causal", "topk"] = "causal"
     tc_weighting: Literal["last_only", "every"] = "last_only"
     balancing: Literal["loss", "loss_free"] = "loss"
-    balance_weight: float = 0.1
-    bias_rate: float = 0.001
-    z_weight: float | None = None
+    balance_weight: Weight = 0.1
+    bias_rate: Weight = 0.001
+    z_weight: Weight | None = None
     kv: Literal["recursion_wise", "recursive_sharing"] = "recursion_wise"
 
     loop: ClassVar[LoopSettings] = RecursionStates()  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "capacities", tuple(self.capacities))
         n, shares, is_token = self.n_recursions, self.capacities, self.routing == "token"
         by_experts = (shares, self.capacity_base, self.capacity_warmup, self.causality, self.routing_mode)
         by_tokens = (self.tc_weighting, self.balancing)
         refuse(
-            (n < 1, "mor needs n_recursions >= 1"),
             (
-                bool(shares) and (len(shares) != n or not 0 < min(shares) <= max(shares) <= 1),
+                bool(shares) and len(shares) != n,
                 f"capacities must list {n} shares (n_recursions), each above 0 and up to 1",
             ),
             (
                 any(later > earlier for earlier, later in itertools.pairwise(shares)),
                 "only tokens of one recursion go on to the next: list capacities that never rise",
-            ),
-            (self.capacity_warmup < 0, "capacity_warmup is a number of steps: choose 0 or more"),
-            (
-                min(self.aux_weight, self.balance_weight, self.bias_rate, self.z_weight or 0) < 0,
-                "weights and rates cannot be negative",
             ),
             (self.alpha is not None and self.gate != "scaled_sigmoid", "alpha is for gate=scaled_sigmoid"),
             (

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.checks.values import Count, Natural, Seed, SomeLoops, Weight
 from innerloop.config.curriculum import Schedule
 from innerloop.config.loop import BankKind, LoopSampling, LoopSettings, ResidualKind, Site, TimeKind
 from innerloop.config.stopping import CommonStop
@@ -95,41 +96,36 @@ class RecurrentDepth(DepthMethod):
     paper: ClassVar[str] = "arXiv 2502.05171, 2511.07384"
     summary: ClassVar[str] = "a core of layers refines a state any number of times, told the input each time"
 
-    n_prelude: int | None = None
-    n_core: int | None = None
-    n_coda: int | None = None
+    n_prelude: Count | None = None
+    n_core: Count | None = None
+    n_coda: Natural | None = None
     drops: bool = True
-    max_loops: int = 32
+    max_loops: SomeLoops = 32
     loop_sampling: LoopSampling = "lognormal_poisson"
     ramp: RampKind = "none"
-    ramp_steps: int = 0
-    bptt: int | None = 8
+    ramp_steps: Natural = 0
+    bptt: SomeLoops | None = 8
     injection: Literal["concat", "add"] = "concat"
     adapter_init: AdapterInit = "pass_e"
-    state_std: float | None = None
-    state_seed: int = 0
+    state_std: Weight | None = None
+    state_seed: Seed = 0
     chains_state: bool = False
     double_norm: bool = False
     kv_lookup: LookupKind = "latest"
-    kv_slots: int | None = None
+    kv_slots: SomeLoops | None = None
     write_steps: bool = True
     loop: CoreLoop = CoreLoop()
     stop: CoreStop = CoreStop()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("n_prelude", 1), ("n_core", 1), ("n_coda", 0), ("kv_slots", 1), ("bptt", 1)):
-            value = getattr(self, name)
-            refuse((value is not None and value < least, f"{name} must be at least {least}, or none"))
         refuse(
-            (self.max_loops < 1, "recurrent_depth needs max_loops >= 1"),
-            (self.state_std is not None and self.state_std < 0, "state_std cannot be negative"),
             (
                 not self.drops and self.n_core is not None,
                 "with drops off the core is all between prelude and coda: leave n_core out, or set drops to true",
             ),
             (
-                (self.ramp == "none") != (self.ramp_steps == 0) or self.ramp_steps < 0,
+                (self.ramp == "none") != (self.ramp_steps == 0),
                 "ramp and ramp_steps belong together: set both, or neither",
             ),
             (

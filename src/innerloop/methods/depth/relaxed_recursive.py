@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.checks.values import Natural, SomeLoops, Width
 from innerloop.config.losses import ExitSettings, KdSettings
 from innerloop.config.stopping import CommonStop
 from innerloop.decoder.backbone import Backbone
@@ -68,12 +69,12 @@ class RelaxedRecursive(BlockLoop):
     paper: ClassVar[str] = "arXiv 2410.20672"
     summary: ClassVar[str] = "a pretrained model's layers are tied and looped, each depth with a low-rank correction"
 
-    n_prelude: int = 0
-    n_coda: int = 0
-    max_loops: int = 2
+    n_prelude: Natural = 0
+    n_coda: Natural = 0
+    max_loops: SomeLoops = 2
     init: Literal["stepwise", "average", "lower", "upper", "random"] = "average"
-    rank: int = 64
-    mlp_rank: int | None = None
+    rank: Width = 64
+    mlp_rank: Width | None = None
     lora_init: Literal["svd", "split_sqrt", "zero"] = "svd"
     tie_1d: bool = False
     stop: CommonStop = CommonStop()
@@ -84,7 +85,6 @@ class RelaxedRecursive(BlockLoop):
         super().__post_init__()
         ranks = (self.rank, self.other_rank)
         refuse(
-            (min(ranks) < 0, "rank and mlp_rank cannot be negative"),
             (
                 max(ranks) == 0 and self.lora_init != "svd",
                 "lora_init says how corrections begin, of which rank 0 has none: set rank, or leave lora_init out",

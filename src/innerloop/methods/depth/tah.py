@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedTokenizerBase
 
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Count, Dropout, Positive, SomeLoops, Weight
 from innerloop.config.loop import BankKind, LoopSettings
 from innerloop.decoder.backbone import Backbone
-from innerloop.errors import check_choices, refuse
+from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.decider import FREE, ONCE, Choice, Chooser, DeciderSettings, Iterate, charge
 from innerloop.methods.depth.duo_attention import DepthAttention, DuoCache, Unfinished, read_at
@@ -41,7 +43,7 @@ from innerloop.text.examples import read_examples
 
 
 @dataclass(frozen=True)
-class ReadingLora:
+class ReadingLora(Checked):
     """The LoRA of readings after the first, on all attention and MLP linears.
 
     Args:
@@ -54,13 +56,12 @@ class ReadingLora:
     kind: BankKind = "shared"
     rank: int = 16
     gamma: float = 32.0
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         refuse(
             (self.rank < 1, "lora.rank must be at least 1; to do without, set lora.kind to none"),
-            (not 0 <= self.dropout < 1, "lora.dropout is a probability below 1"),
         )
 
 
@@ -99,14 +100,14 @@ class Tah(DepthMethod):
     paper: ClassVar[str] = "arXiv 2511.08577"
     summary: ClassVar[str] = "hard tokens are read twice, by the same model with a LoRA; a decider says which"
 
-    max_loops: int = 2
+    max_loops: SomeLoops = 2
     trains: Literal["model", "decider"] = "model"
     iterate: Iterate = "decider"
-    tau: float = 0.9
-    input_mix_topk: int = 100
+    tau: Weight = 0.9
+    input_mix_topk: Count = 100
     prompt_iterates: bool = False
     force_one: bool = True
-    pos_weight: float = 4.8
+    pos_weight: Positive = 4.8
     residual_logits: bool = True
     depth_attention: DepthAttention = "duo"
     prune_rows: str | None = None
@@ -118,9 +119,6 @@ class Tah(DepthMethod):
         super().__post_init__()
         learns_labels = self.iterate == "oracle" or self.trains == "decider"
         refuse(
-            (min(self.max_loops, self.input_mix_topk) < 1, "max_loops and input_mix_topk must be at least 1"),
-            (self.tau < 0, "tau is a probability: choose a value from 0 on; from 1 on no token iterates"),
-            (self.pos_weight <= 0, "pos_weight must be above 0; 1 weighs hard and easy tokens alike"),
             (
                 self.trains == "decider" and (self.iterate != "decider" or self.max_loops < 2),
                 "trains=decider learns which tokens go on: set iterate to decider and max_loops to at least 2",

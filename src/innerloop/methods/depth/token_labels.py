@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from innerloop.checks.settings import Checked
+from innerloop.checks.values import Chance
 from innerloop.disk.files import append, write_text
-from innerloop.errors import InputError, check_choices, refuse
+from innerloop.errors import InputError, refuse
 from innerloop.passes.loss_inputs import Reference
 from innerloop.text.batch import Batch
 
@@ -30,7 +32,7 @@ MIX = 0x9E3779B1  # spreads hashes of places over 32 bits
 
 
 @dataclass(frozen=True)
-class OracleSettings:
+class OracleSettings(Checked):
     """Which tokens are hard, for those who learn from it.
 
     Args:
@@ -43,13 +45,12 @@ class OracleSettings:
 
     reference: str | None = None
     metric: Literal["mismatch", "ce", "entropy"] = "mismatch"
-    share: float = 0.12
+    share: Chance = 0.12
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         refuse(
-            (not 0 < self.share < 1, "oracle.share is a share of the tokens: choose a value between 0 and 1"),
             (
                 self.metric == "mismatch" and self.share != OracleSettings.share,
                 "oracle.share is for the hardest tokens by ce or entropy: mismatch has a share of its own",

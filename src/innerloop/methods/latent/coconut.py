@@ -6,6 +6,7 @@ The loop of scope `append`; stage by stage, s steps of text give way to s * c la
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from innerloop.checks.values import SomePlaces
 from innerloop.config.curriculum import ResetOptimizer, Schedule, StageMix, StageUnit
 from innerloop.config.plan import Plan
 from innerloop.errors import refuse
@@ -44,7 +45,7 @@ class Coconut(FeedbackMethod):
     summary: ClassVar[str] = "each latent is the hidden state before it; steps leave the text stage by stage"
     needs: ClassVar[str] = "question, steps, answer"
 
-    latents_per_step: int = 2
+    latents_per_step: SomePlaces = 2
     thought: Literal["feedback", "pause"] = "feedback"
     pad_latent_to_max: bool = True
     loop: FeedbackLoop = FeedbackLoop()
@@ -53,7 +54,6 @@ class Coconut(FeedbackMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(
-            (self.latents_per_step < 0, "latents_per_step cannot be negative; 0 is the 'no thought' ablation"),
             (
                 self.thought == "pause" and self.loop != FeedbackLoop(),
                 "thought=pause has no loop: leave the loop's settings out",

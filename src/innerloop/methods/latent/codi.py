@@ -10,6 +10,7 @@ cut; `train.max_length` leaves out long examples and counts them.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from innerloop.checks.values import SomePlaces, Weight
 from innerloop.config.losses import Distance, HiddenLayers, HiddenSettings
 from innerloop.methods.latent.self_teaching import ProjectedLoop, SequentialLatents
 
@@ -43,10 +44,10 @@ class Codi(SequentialLatents):
     summary: ClassVar[str] = "latents fed back through a projection; the model's own chain of thought teaches them"
     needs: ClassVar[str] = "question, steps, answer"
 
-    n_latents_total: int = 6
+    n_latents_total: SomePlaces = 6
     include_last_step: bool = False
-    answer_weight: float = 1.0
-    teacher_weight: float = 1.0
+    answer_weight: Weight = 1.0
+    teacher_weight: Weight = 1.0
     teacher_passes: Literal[1, 2] = 1
     loop: ProjectedLoop = ProjectedLoop()
     hid: CodiStates = CodiStates()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from innerloop.checks.values import Loops, Places, Weight
 from innerloop.config.curriculum import ResetOptimizer, Schedule, StageMix, StageUnit
 from innerloop.config.loop import LoopSettings, ResidualKind
 from innerloop.config.losses import AuxSettings, Distance, HiddenLayers, HiddenSettings
@@ -90,16 +91,16 @@ class Lotus(LatentMethod):
     summary: ClassVar[str] = "blocks of latents looped in parallel; block i shows step i through the head"
     needs: ClassVar[str] = "question, steps, answer"
 
-    n_blocks: int = 6
-    latents_per_block: int = 25
-    loops_per_block: int = 1
-    max_loops: int | None = None
+    n_blocks: Places = 6
+    latents_per_block: Places = 25
+    loops_per_block: Loops = 1
+    max_loops: Loops | None = None
     last_pass: Literal["kv", "refeed"] = "kv"
     readout_offset: Literal[-1, 0] = -1
     overflow: Literal["truncate", "spill"] = "truncate"
     supervision: Literal["post", "per_iter", "post_all"] = "post"
-    step_weight: float = 0.05
-    answer_weight: float = 1.0
+    step_weight: Weight = 0.05
+    answer_weight: Weight = 1.0
     loop: LotusLoop = LotusLoop()
     stop: CommonStop = CommonStop()
     hid: LotusStates = LotusStates()
@@ -110,11 +111,6 @@ class Lotus(LatentMethod):
         super().__post_init__()
         self.curriculum.check(self.last_stage)
         refuse(
-            (
-                min(self.n_blocks, self.latents_per_block) < 1 or self.loops_per_block < 0,
-                "lotus needs n_blocks >= 1, latents_per_block >= 1 and loops_per_block >= 0",
-            ),
-            (self.max_loops is not None and self.max_loops < 0, "max_loops cannot be negative"),
             (
                 self.loop.residual not in ("none", "sum"),
                 "lotus adds what a pass made to the embeddings, or takes it alone: set loop.residual to sum or none",

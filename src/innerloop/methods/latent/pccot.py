@@ -8,7 +8,7 @@ latents need 3 (codi.md, section 9; lotus.md, section 9).
 from dataclasses import dataclass
 from typing import ClassVar
 
-from innerloop.errors import refuse
+from innerloop.checks.values import Loops, Places, Weight
 from innerloop.methods.latent.self_teaching import OwnStates, ProjectedLoop, SelfTeaching
 
 
@@ -34,15 +34,11 @@ class Pccot(SelfTeaching):
     summary: ClassVar[str] = "CODI's latents refined in parallel by Jacobi iterations"
     needs: ClassVar[str] = "question, steps, answer"
 
-    n_slots: int = 24
-    max_loops: int = 3
-    teacher_weight: float = 1.0
+    n_slots: Places = 24
+    max_loops: Loops = 3
+    teacher_weight: Weight = 1.0
     loop: JacobiLoop = JacobiLoop()
     hid: OwnStates = OwnStates()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse((self.n_slots < 1 or self.max_loops < 0, "pccot needs n_slots >= 1 and max_loops >= 0"))
 
     def n_latents(self, stage: int) -> int:
         """Return k."""

@@ -84,10 +84,6 @@ class SequentialLatents(SelfTeaching):
 
     n_latents_total: int
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse((self.n_latents_total < 0, "n_latents_total cannot be negative"))
-
     @property
     def plan(self) -> Plan:
         """z_1 is the projected state at <bot>."""

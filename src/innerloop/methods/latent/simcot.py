@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from innerloop.checks.values import Places, Weight
 from innerloop.config.curriculum import ResetOptimizer, Schedule, StageUnit
 from innerloop.config.losses import AuxSettings
 from innerloop.config.method import Method
-from innerloop.errors import refuse
 from innerloop.methods.latent.feedback import FeedbackLoop, FeedbackMethod
 from innerloop.methods.latent.self_teaching import OwnStates, ProjectedLoop, SequentialLatents
 from innerloop.text.encoder import PromptEncoder
@@ -51,12 +51,8 @@ class ToldLatents(Method):
     """Latents that tell steps; z may be fed as alpha z + beta E^T softmax(W z), a mixture with the words it shows."""
 
     surplus: Surplus
-    soft_alpha: float
-    soft_beta: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse((min(self.soft_alpha, self.soft_beta) < 0, "soft_alpha and soft_beta cannot be negative"))
+    soft_alpha: Weight
+    soft_beta: Weight
 
     @property
     def soft_thinking(self) -> tuple[float, float]:
@@ -86,17 +82,13 @@ class SimCot(ToldLatents, FeedbackMethod):
     summary: ClassVar[str] = "Coconut whose latents must tell their steps to an auxiliary decoder"
     needs: ClassVar[str] = "question, steps, answer"
 
-    latents_per_step: int = 2
+    latents_per_step: Places = 2
     surplus: Surplus = "answer"
-    soft_alpha: float = 1.0
-    soft_beta: float = 0.0
+    soft_alpha: Weight = 1.0
+    soft_beta: Weight = 0.0
     loop: FeedbackLoop = FeedbackLoop()
     aux: SimCotDecoder = SimCotDecoder()
     curriculum: SimCotSchedule = SimCotSchedule()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse((self.latents_per_step < 1, "simcot reads latents: set latents_per_step to at least 1"))
 
     def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out, with what each group of latents must tell."""
@@ -129,19 +121,15 @@ class SimCotCodi(ToldLatents, SequentialLatents):
     summary: ClassVar[str] = "CODI whose latents must tell their steps to an auxiliary decoder"
     needs: ClassVar[str] = "question, steps, answer"
 
-    n_latents_total: int = 6
+    n_latents_total: Places = 6
     surplus: Surplus = "ignore"
-    answer_weight: float = 1.0
-    teacher_weight: float = 1.0
-    soft_alpha: float = 1.0
-    soft_beta: float = 0.0
+    answer_weight: Weight = 1.0
+    teacher_weight: Weight = 1.0
+    soft_alpha: Weight = 1.0
+    soft_beta: Weight = 0.0
     loop: ProjectedLoop = ProjectedLoop()
     hid: OwnStates = OwnStates()
     aux: SimCotDecoder = SimCotDecoder(norm="token_mean")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse((self.n_latents_total < 1, "simcot_codi needs n_latents_total >= 1"))
 
     def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out, with what each latent must tell; the last is fed to nothing else."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from innerloop.checks.values import Loops, Places, SomePlaces, Weight
 from innerloop.config.loop import FixedPointSettings, LoopSampling
 from innerloop.config.losses import DecoderSettings, DeepSettings, HaltSettings
 from innerloop.config.method import LatentMethod
@@ -56,22 +57,22 @@ class Slr(LatentMethod):
     )
 
     loop_scope: Scope = "slots"
-    n_slots: int = 8
+    n_slots: Places = 8
     distinct_slots: bool = False
-    max_loops: int = 4
+    max_loops: Loops = 4
     h0: FirstState = "embed"
     answer_from: AnswerContext = "refeed"
     prefix_kv: PrefixKV = "base"
     decode_lora: bool = False
     loop_sampling: LoopSampling = "fixed"
-    slots_per_step: int = 0
-    step_weight: float = 0.0
+    slots_per_step: SomePlaces = 0
+    step_weight: Weight = 0.0
     step_map: Literal["stretch", "one2one"] = "stretch"
     write_steps: bool = True
-    loops_per_stage: int = 0
+    loops_per_stage: Loops = 0
     teacher: str | None = None  # type: ignore[assignment]
     teacher_thinks: Literal["steps", "latents"] = "steps"
-    ponder_weight: float = 0.0
+    ponder_weight: Weight = 0.0
     loop: StabilisedLoop = StabilisedLoop()
     fixed_point: FixedPointSettings = FixedPointSettings()
     stop: SlrStop = SlrStop()
@@ -110,10 +111,6 @@ class Slr(LatentMethod):
     def _check_loop(self) -> None:
         """Refuse what cannot be looped, or answered from."""
         refuse(
-            (
-                self.max_loops < 0 or self.n_slots < 1 or self.loops_per_stage < 0,
-                "slr needs max_loops >= 0, n_slots >= 1 and loops_per_stage >= 0",
-            ),
             (
                 self.max_loops == 0 and self.loop_sampling != "fixed",
                 "loop_sampling draws a number of iterations around max_loops: set max_loops to at least 1",
@@ -172,7 +169,7 @@ class Slr(LatentMethod):
                 "write_steps off",
             ),
             (
-                self.slots_per_step < 0 or bool(self.slots_per_step and self.n_slots % self.slots_per_step),
+                bool(self.slots_per_step and self.n_slots % self.slots_per_step),
                 f"slots_per_step is {self.slots_per_step}, but must divide n_slots={self.n_slots}",
             ),
             (

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from innerloop.checks.values import Loops, Places, Weight
 from innerloop.config.curriculum import uniforms
 from innerloop.config.loop import LoopSettings, RescaleKind, ResidualKind, Site
 from innerloop.config.losses import Distance, HiddenLayers, HiddenSettings
@@ -84,18 +85,18 @@ class SpiralThinker(Method):
 
     pattern: Literal["odd", "even", "random_parity", "all", "none", "random", "labelled"] = "odd"
     labeller: str | None = None
-    latents_per_block: int = 5
-    max_loops: int = 5
+    latents_per_block: Places = 5
+    max_loops: Loops = 5
     count_static_pass: bool = False
     block_schedule: Literal["parallel", "sequential"] = "parallel"
     align_schedule: Literal["softmax", "uniform", "last"] = "softmax"
-    align_alpha: float = 1.0
+    align_alpha: Weight = 1.0
     align_static_pass: bool = False
     ce_passes: Literal["last", "all"] = "last"
     m0: Literal["one_block_no_align", "no_block"] = "one_block_no_align"
     supervise_first_bol: bool = False
     force_block_after_text: bool = False
-    max_blocks: int = 8
+    max_blocks: Places = 8
     loop: SpiralLoop = SpiralLoop()
     stop: CommonStop = CommonStop()
     hid: SpiralStates = SpiralStates()
@@ -103,10 +104,6 @@ class SpiralThinker(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(
-            (
-                self.latents_per_block < 1 or self.max_loops < 0 or self.max_blocks < 1,
-                "spiralthinker needs latents_per_block >= 1, max_loops >= 0 and max_blocks >= 1",
-            ),
             (
                 self.count_static_pass and self.max_loops < 1,
                 "count_static_pass counts pass 0: set max_loops to at least 1",
@@ -131,7 +128,6 @@ class SpiralThinker(Method):
                 self.labeller is not None and self.pattern != "labelled",
                 "labeller tells which steps are latent: set pattern to labelled, or leave it out",
             ),
-            (self.align_alpha < 0, "later passes count more: align_alpha cannot be negative"),
         )
 
     @property

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from innerloop.checks.values import Places, Positive, SomePlaces, Weight
 from innerloop.config.curriculum import ResetOptimizer, Schedule, uniforms
 from innerloop.config.method import Method
 from innerloop.errors import refuse
@@ -24,7 +25,7 @@ from innerloop.text.row import Kind, Row, Span
 class RemovalSchedule(Schedule):
     """When removal begins, and when the optimizer's state is cleared."""
 
-    first_stage: int = 0
+    first_stage: SomePlaces = 0
     reset_optimizer: ResetOptimizer = "stage"
 
 
@@ -52,29 +53,26 @@ class Icot(Method):
     summary: ClassVar[str] = "tokens of the chain of thought leave the text, until the answer stands alone"
     needs: ClassVar[str] = "question, steps, answer"
 
-    removed_per_epoch: float = 8
-    max_removed: int = 39
+    removed_per_epoch: Positive = 8
+    max_removed: Places = 39
     unit: Literal["token", "step"] = "token"
     side: Literal["left", "right"] = "left"
     keep_position: bool = False
-    smoothing: float | None = 4.0
-    removal_free_epochs: float = 0.0
+    smoothing: Positive | None = 4.0
+    removal_free_epochs: Weight = 0.0
     force_empty: bool = False
-    first_stage: int = 0
+    first_stage: SomePlaces = 0
     reset_optimizer: ResetOptimizer = "stage"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(
-            (self.removed_per_epoch <= 0 or self.max_removed < 1, "removed_per_epoch and max_removed must be above 0"),
-            (self.removal_free_epochs < 0, "removal_free_epochs cannot be negative"),
             (
                 self.keep_position and self.side == "right",
                 "keep_position is for tokens that leave from the front: set side to left",
             ),
-            (self.smoothing is not None and self.smoothing <= 0, "smoothing must be above 0, or none"),
             (
-                not 0 <= self.first_stage <= self.max_removed,
+                self.first_stage > self.max_removed,
                 f"first_stage is {self.first_stage}, but the stages run from 0 to {self.max_removed}",
             ),
         )
@@ -97,6 +95,10 @@ class Icot(Method):
     def last_stage(self) -> int:
         """The stage without a chain of thought."""
         return self.max_removed
+
+    def stage_or_last(self, stage: int | None) -> int:
+        """Return a stage that is asked for; -1 is the one before the first removal."""
+        return -1 if stage == -1 else super().stage_or_last(stage)
 
     def stage_at(self, step: int, steps_per_epoch: int) -> int:
         """Return s(t), s_max at most; before the first removal -1, where nothing is drawn either."""

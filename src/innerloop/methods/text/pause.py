@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from innerloop.checks.values import SomePlaces
 from innerloop.config.curriculum import Schedule, StageUnit
 from innerloop.config.method import LatentMethod
 from innerloop.errors import InputError
@@ -41,18 +42,16 @@ class Pause(LatentMethod):
     paper: ClassVar[str] = "arXiv 2310.02226"
     summary: ClassVar[str] = "M content-free positions before the answer; the control without iterations"
 
-    n_pauses: int = 6
-    n_pauses_inference: int | None = None
+    n_pauses: SomePlaces = 6
+    n_pauses_inference: SomePlaces | None = None
     with_markers: bool = True
     keep_steps: bool = False
     placement: Literal["append", "prepend"] = "append"
-    per_stage: int = 1
+    per_stage: SomePlaces = 1
     curriculum: PauseSchedule = PauseSchedule()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.n_pauses, self.per_stage, self.n_pauses_inference or 0) < 0:
-            raise InputError("a number of pauses cannot be negative")
         self.curriculum.check(self.last_stage)
         if self.last_stage and (self.keep_steps or self.placement == "prepend"):
             raise InputError("a curriculum (curriculum.max_stage > 0) replaces steps by pauses after the question: "
