@@ -279,7 +279,7 @@ def test_other_ways_of_answering_are_rows_that_train_nothing(raw: dict, monkeypa
     tried = {s.name: suite.test_of(s.name).attempts for s in found}
     task = suite.jobs["plain", 0].task
     monkeypatch.setattr(latency, "REPEATS", 1)
-    monkeypatch.setattr(latency, "peak_memory", lambda job, device: 0)
+    monkeypatch.setattr(latency, "peak_of", lambda model, job, device: 0)
     rows = timed(found, task, [e.question for e in task.examples("test", 1)], out, runs, tried)
     assert summary_table(rows).row_count == 4 and all(row.seconds > 0 for row in rows)
     assert set(json.loads((out / "times.json").read_text())["attempts"]) == {"vote", "best", "search"}

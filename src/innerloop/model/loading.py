@@ -44,6 +44,7 @@ from innerloop.model.checkpoint import (
 )
 from innerloop.model.unread import tell_unread
 
+KERNELS = "attn_implementation"
 REMOTE_CODE = "transformers_modules"  # where transformers puts it
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
@@ -109,12 +110,10 @@ def load(
     saved = read_settings(folder) if (folder / SETTINGS).exists() else None
     if folder.is_dir() and saved is None and method is None:
         raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
-    kernels = {name: value for name, value in hub.items() if name == "attn_implementation"}
-    source = {name: value for name, value in hub.items() if name not in kernels}
-    source["trust_remote_code"] = trust_remote_code
+    source = {**hub, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = _tokenizer_of(path, **source)
-        lm = load_lm(path, dtype=dtype, is_own=saved is not None, **source, **kernels)
+        tokenizer = _tokenizer_of(path, **{name: value for name, value in source.items() if name != KERNELS})
+        lm = load_lm(path, dtype=dtype, is_own=saved is not None, **source)
     except Exception as error:
         if (reason := _reason(error, trust_remote_code)) is None:
             raise
