@@ -23,8 +23,8 @@ from innerloop.measure.accuracy import accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds
 from innerloop.methods.latent.step_labels import LATENT, chosen_steps, label_steps
 from innerloop.text.examples import Example
-from innerloop.train.recipe import load_recipe
-from innerloop.train.run import CONFIG, FINISHED
+from innerloop.train.recipe import CONFIG, load_recipe
+from innerloop.train.run import FINISHED
 
 
 def main() -> None:

@@ -322,6 +322,21 @@ def peers_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, work)
 
 
+def startup_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what commands cost before they have done anything."""
+    head = ["command", "CPU, s", "wall, s", "peak, MiB", "imports", "CPU, times the imports of its model"]
+    rows = [
+        [
+            name if (name := point["command"]).startswith(("python", "a ")) else f"`innerloop {name}`",
+            *(wide(point[measure], digits) for measure, digits in (("cpu_s", 2), ("wall_s", 2), ("peak_mib", 0))),
+            ", ".join(point["imports"]) or "neither",
+            wide(point["times_cpu"], 2) if point["command"] == "ask" else "",
+        ]
+        for point in results["points"]
+    ]
+    return [head, *rows], made(results, f"{results['repeats']} turns; a run of the shape `{results['shape']}`")
+
+
 def thought_pass_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of one thought pass against its memory floor."""
     found = results["thought_pass"]
@@ -491,6 +506,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("compiled", ""): compiled_lines,
     ("packed", ""): packed_lines,
     ("peers", ""): peers_lines,
+    ("startup", ""): startup_lines,
     ("compiled", "pass"): thought_pass_lines,
     ("shared_prefix", ""): shared_lines,
     ("loss_memory", ""): loss_memory_lines,

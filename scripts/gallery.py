@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from innerloop.cli import main as cli
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = ("--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
@@ -62,7 +62,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             page, name = Path(run), Path(run).stem
             if page.suffix != ".html":
-                method = checkpoint.read_settings(Path(checkpoint.resolve(run)))["method"]["name"]
+                method = run_folder.read_settings(Path(run_folder.resolve(run)))["method"]["name"]
                 page, name = Path(folder) / "lens.html", f"lens_{method}"
                 if cli.main(["lens", run, "--out", str(page)]) != 0:
                     sys.exit(1)

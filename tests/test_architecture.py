@@ -56,7 +56,7 @@ def test_nothing_lies_in_the_hall():
 
 BY_HAND = re.compile(
     r"shutil|os\.(open|replace|rename|remove)\((?!os\.devnull)|\.(unlink|rename|touch|write_bytes|st_mtime)\b|(?<!aside)\.open\(\"[wa]"
-    r"|(?<!aside / checkpoint\.SETTINGS\))(?<!folder / SETTINGS\))(?<!aside / \"adapter_config\.json\"\))\.write_text\("
+    r"|(?<!aside / run_folder\.SETTINGS\))(?<!folder / SETTINGS\))(?<!aside / \"adapter_config\.json\"\))\.write_text\("
 )
 
 

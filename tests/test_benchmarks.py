@@ -17,6 +17,7 @@ SCRIPTS = [
     "halting",
     "measuring",
     "soak",
+    "startup",
     "compiled",
     "packed",
     "shared_prefix",
@@ -92,6 +93,10 @@ def check(script: str, report: dict, picture: Path) -> None:
         case "soak":
             assert all(point["answered"] == 58 and point["failed"] == 6 for point in report["points"])
             assert all(point["checked_alone"] == 4 for point in report["points"])
+        case "startup":
+            light, ask = report["points"][1:5], report["points"][-1]
+            assert [point["imports"] for point in light] == [[]] * 4 and ask["imports"] == ["torch", "transformers"]
+            assert all(0 < point["peak_mib"]["median"] < 100 < ask["peak_mib"]["median"] for point in light)
         case "compiled":
             assert all(point["same_tokens"] for point in report["points"])
             assert report["thought_pass"]["floor_ms"] > 0

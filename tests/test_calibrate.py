@@ -16,7 +16,7 @@ from innerloop.calibrate.oracles import first_showing
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.calibrate.threshold_search import ThresholdSearch, thresholds_between
 from innerloop.methods import Method
-from innerloop.model.checkpoint import PARTS, SETTINGS
+from innerloop.model.run_folder import PARTS, SETTINGS
 from innerloop.model.stopping import ruled_by, use_rule
 from innerloop.tasks import Chain
 from tests.close import assert_close

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from innerloop import Coconut, Cot, InputError, LatentModel, NoCot, Pause, Slr
 from innerloop.decoder.backbone import Backbone
 from innerloop.methods import METHODS as ALL_METHODS
-from innerloop.model import checkpoint
+from innerloop.model import checkpoint, run_folder
 from tests.close import assert_close
 from tests.methods.tools import learn
 from tests.models import (
@@ -153,7 +153,7 @@ def test_a_record_is_kept_beside_the_settings_in_the_checkpoint_of_a_run_where_n
     model = moved(tiny_model(Cot()))
     checkpoint.save(model, tmp_path / "a" / "run" / "checkpoint", {"seed": 3})  # missing parents are made
     assert torch.equal(answers_of(LatentModel.from_pretrained(tmp_path / "a" / "run")), answers_of(model))
-    settings = checkpoint.read_settings(tmp_path / "a" / "run" / "checkpoint")
+    settings = run_folder.read_settings(tmp_path / "a" / "run" / "checkpoint")
     assert set(settings) == {"innerloop", "format", "method", "seed"} and settings["seed"] == 3
     assert settings["method"] == {"name": "cot", "with_markers": False} and settings["format"] == 2
     names = set(contents(tmp_path / "a" / "run" / "checkpoint"))

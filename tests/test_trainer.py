@@ -18,7 +18,7 @@ from innerloop.decoder import adapters
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Coconut, Cot, Method, Mod, Mor, NoCot, Pause, RecurrentDepth, SimCot, Slr
-from innerloop.model import checkpoint
+from innerloop.model import checkpoint, run_folder
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 from innerloop.train.trainer import DivergedError, LatentTrainer
@@ -230,7 +230,7 @@ def test_the_best_model_by_validation_accuracy_is_kept(tmp_path: Path, monkeypat
 
     settings = {"eval_strategy": "steps", "eval_steps": 2}
     make_trainer(tmp_path, model, valid=list(chain_examples(4, 3)), callbacks=[Remember()], **settings).train()
-    record = checkpoint.read_settings(tmp_path / "checkpoint")["validation"]
+    record = run_folder.read_settings(tmp_path / "checkpoint")["validation"]
     assert record == {"accuracy": 0.75, "n": 4, "step": 4}
     assert torch.equal(weights(LatentModel.from_pretrained(tmp_path / "checkpoint")), seen[4])
     assert logged(tmp_path, "eval_accuracy") == [0.25, 0.75, 0.5, 0.0]
@@ -242,7 +242,7 @@ def test_only_the_last_stage_competes_for_the_best_model(tmp_path: Path, monkeyp
     method = change(STAGED, curriculum={"mix": "none", "max_stage": 1, "length": 2})  # the last stage from step 4 on
     settings = {"eval_strategy": "steps", "eval_steps": 2}
     make_trainer(tmp_path, tiny_model(method), valid=list(chain_examples(2, 3)), **settings).train()
-    assert checkpoint.read_settings(tmp_path / "checkpoint")["validation"]["step"] == 6
+    assert run_folder.read_settings(tmp_path / "checkpoint")["validation"]["step"] == 6
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,14 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from innerloop.config.curriculum import Schedule
 from innerloop.config.loop import LoopSettings
 from innerloop.config.losses import AuxSettings, ExitSettings, HiddenSettings
 from innerloop.config.method import LatentMethod, Method
 from innerloop.config.stopping import StopSettings
-from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError
 from innerloop.methods import (
@@ -34,8 +36,11 @@ from innerloop.methods import (
 )
 from innerloop.tasks import Chain, Gsm8k, ProsQA
 from innerloop.text.examples import Example, read_examples, write_examples
-from innerloop.train.trainer import LatentTrainer
-from innerloop.train.training_arguments import LatentTrainingArguments
+
+if TYPE_CHECKING:  # slow to import: they need torch, which is imported when one of them is first asked for
+    from innerloop.engine.latent_model import LatentModel
+    from innerloop.train.trainer import LatentTrainer
+    from innerloop.train.training_arguments import LatentTrainingArguments
 
 __all__ = [
     "AdaInfer",
@@ -78,3 +83,20 @@ __all__ = [
     "read_examples",
     "write_examples",
 ]
+
+_SLOW = {
+    "LatentModel": "engine.latent_model",
+    "LatentTrainer": "train.trainer",
+    "LatentTrainingArguments": "train.training_arguments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SLOW:
+        raise AttributeError(f"module 'innerloop' has no attribute '{name}'")
+    globals()[name] = found = getattr(import_module(f"innerloop.{_SLOW[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from innerloop import Cot, InputError, LatentModel, LatentTrainer, LoopRegularised
-from innerloop.methods.depth.loop_regularised import likeness
+from innerloop.methods.depth.loop_regularised_forward import likeness
 from innerloop.methods.depth.tying import rebuild
 from innerloop.train.training_arguments import training_arguments
 from tests.close import assert_close

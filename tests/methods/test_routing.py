@@ -10,8 +10,7 @@ from torch import nn
 from innerloop import Cot, InputError, LatentModel, Mod, Mor
 from innerloop.decoder.adapters import freeze
 from innerloop.methods import Method
-from innerloop.methods.depth import mod as mod_module
-from innerloop.methods.depth import recursion
+from innerloop.methods.depth import mod_forward, recursion
 from innerloop.passes.tokens import PassOutput
 from innerloop.train.trainer import LatentTrainer
 from innerloop.train.training_arguments import training_arguments
@@ -72,7 +71,7 @@ def test_checkpointed_passes_give_the_same_gradients_and_choose_once(method, arc
     """Even if the rule has moved, as the bias of loss-free balancing does between a pass and its gradient."""
     method = dataclasses.replace(method, bias_rate=5.0) if method == METHODS_HERE["mor token"] else method
     model, calls = training(method, arch).double(), []
-    for module in (mod_module, recursion):
+    for module in (mod_forward, recursion):
         top_k = module.top_k
         monkeypatch.setattr(module, "top_k", lambda *args, top_k=top_k: calls.append(1) or top_k(*args))
     torch.manual_seed(0)
@@ -94,7 +93,7 @@ def test_checkpointed_passes_give_the_same_gradients_and_choose_once(method, arc
     [(Mod, "identity"), *((cls, gate) for cls in (Mod, Mor) for gate in ("sigmoid", "scaled_sigmoid", "st"))],
 )
 def test_a_router_learns_from_the_answer_through_its_gate_alone(cls, gate, monkeypatch):
-    model, module = training(cls(gate=gate, aux_weight=0.0)), mod_module if cls is Mod else recursion
+    model, module = training(cls(gate=gate, aux_weight=0.0)), mod_forward if cls is Mod else recursion
 
     def of_routers() -> list[float]:
         found = gradients(model, model.loss(EXAMPLES).loss)

@@ -20,7 +20,7 @@ from innerloop.engine.requests import fits
 from innerloop.engine.test_time import ONCE, TestTimeCompute
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import digest
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 from innerloop.tasks import Task
 
 TIMES = "times.json"
@@ -58,7 +58,7 @@ def time_runs(
     asked = {"n": len(questions), "repeats": REPEATS, "device": device_name(device), "versions": versions()}
     asked |= {"questions": digest(list(questions)), "max_new_tokens": task.max_new_tokens}
     asked["folders"] = {name: str(path.resolve()) for name, path in runs.items()}
-    asked["saved"] = [checkpoint.identity(folder) for folder in loaded]
+    asked["saved"] = [run_folder.identity(folder) for folder in loaded]
     asked["attempts"] = {name: asdict(one) for name, one in tried.items()} or None
     if (known := _known(folder / TIMES, asked)) is not None:
         return known

@@ -30,7 +30,7 @@ from innerloop.halting.rule import GATES
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import ResultCache
 from innerloop.methods import name_of
-from innerloop.model import checkpoint
+from innerloop.model import checkpoint, run_folder
 from innerloop.model.stopping import use_rule
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
@@ -112,8 +112,8 @@ def calibrate(
 
 def adopt_rule(model: LatentModel, run: str | Path) -> None:
     """Let a saved run stop by the rule that a model, loaded from it, stops by now; nothing else of it changes."""
-    folder, rule = Path(checkpoint.resolve(run)), "loop.stop."
-    settings, parts = checkpoint.read_settings(folder), folder / checkpoint.PARTS
+    folder, rule = Path(run_folder.resolve(run)), "loop.stop."
+    settings, parts = run_folder.read_settings(folder), folder / run_folder.PARTS
     if settings["method"]["name"] != name_of(model.method):
         raise InputError(f"{folder} is a run of '{settings['method']['name']}', not of '{model.method.name}'")
     own = {name: tensor for name, tensor in checkpoint.trained_parts(model).items() if name.startswith(rule)}
@@ -121,7 +121,7 @@ def adopt_rule(model: LatentModel, run: str | Path) -> None:
     settings["method"] = checkpoint.method_settings(model.method)
     with replacing_folder(folder) as aside:  # parts and settings in one step
         for name in own_files(folder):
-            if name not in (checkpoint.PARTS, checkpoint.SETTINGS):
+            if name not in (run_folder.PARTS, run_folder.SETTINGS):
                 link(folder / name, aside / name)
-        save_file({**kept, **{name: tensor.contiguous() for name, tensor in own.items()}}, aside / checkpoint.PARTS)
-        (aside / checkpoint.SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        save_file({**kept, **{name: tensor.contiguous() for name, tensor in own.items()}}, aside / run_folder.PARTS)
+        (aside / run_folder.SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

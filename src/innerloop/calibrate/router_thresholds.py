@@ -8,7 +8,7 @@ import torch
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.methods.depth.mod import ModDepth
+from innerloop.methods.depth.mod_forward import ModDepth
 from innerloop.text.examples import Example
 
 

@@ -15,6 +15,7 @@ from innerloop.config.typed import named
 from innerloop.disk.files import check_writable
 from innerloop.errors import InputError
 from innerloop.methods import Method, method_named
+from innerloop.model import run_folder
 from innerloop.tasks import Task, task_named
 from innerloop.text.examples import Example
 
@@ -43,11 +44,9 @@ class TaskArguments:
 
     def task_of(self, run: str, split: str) -> Task:
         """Return the task asked for, or the one a run was trained on, with ``data`` as the source of a split."""
-        from innerloop.model import checkpoint
-        from innerloop.train.recipe import parse_value, read_recipe
-        from innerloop.train.run import CONFIG
+        from innerloop.train.recipe import CONFIG, parse_value, read_recipe
 
-        checkpoint.resolve(run)
+        run_folder.resolve(run)
         config = Path(run) / CONFIG
         if self.task is not None:
             section = parse_value(self.task, "--task")
@@ -104,10 +103,10 @@ class ModelArguments:
 
     def find_device(self) -> torch.device | None:
         """Return the device, if it is there."""
-        import torch
-
         if self.device is None:
             return None
+        import torch
+
         try:
             device = torch.device(self.device)
         except RuntimeError:
@@ -119,9 +118,10 @@ class ModelArguments:
 
     def load_model(self, run: str, compile: bool = False) -> LatentModel:
         """Load a run, or any model with the method asked for."""
+        method = self.read_method()  # refused before what is slow to import
         from innerloop.engine.latent_model import LatentModel
 
-        model = LatentModel.from_pretrained(run, self.read_method(), device=self.find_device(), dtype=self.dtype)
+        model = LatentModel.from_pretrained(run, method, device=self.find_device(), dtype=self.dtype)
         if compile:
             model.backbone.compile_passes()
         return model

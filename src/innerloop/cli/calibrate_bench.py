@@ -6,15 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-
-from innerloop.bench.bench import BASELINE, RUN, BenchSettings, bench_lines, bench_table
-from innerloop.bench.bench import bench as benchmark
-from innerloop.calibrate.calibrate import CALIBRATION_PARTS, FEWEST
-from innerloop.calibrate.calibrate import calibrate as calibration
-from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.checks.values import Bounds, Count, Natural, Seed, Share, SomeLoops, Weight
 from innerloop.cli.arguments import (
     ModelArguments,
@@ -27,14 +20,14 @@ from innerloop.cli.arguments import (
 )
 from innerloop.config.stopping import StopKind
 from innerloop.disk.files import write_text
-from innerloop.engine.latent_model import LatentModel
-from innerloop.engine.requests import fits
 from innerloop.errors import InputError, refuse
-from innerloop.measure.result_cache import ResultCache, made_of
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 from innerloop.tasks import Task
-from innerloop.terminal.views import calibration_line
 from innerloop.text.examples import Example
+
+if TYPE_CHECKING:  # slow to import
+    from innerloop.bench.bench import BenchSettings
+    from innerloop.engine.latent_model import LatentModel
 
 
 @dataclass(frozen=True)
@@ -78,12 +71,18 @@ def calibrate(run: str, options: CalibrateArguments) -> None:
         run: a run's folder, or any model with --method, such as adainfer, which it is put under first.
         options: what is chosen.
     """
-    if not checkpoint.is_run(run) and (options.adopt or options.out is None):
+    if not run_folder.is_run(run) and (options.adopt or options.out is None):
         raise InputError(f"{run} is no run that could keep a rule: save the model with its rule by --out DIR")
     task = options.task_of(run, "valid")
     examples = task.examples("valid", options.limit)
     checked = task.examples("test", options.check) if options.check else []
     folder = writable(Path(options.out or run))
+    from innerloop.calibrate.calibrate import CALIBRATION_PARTS
+    from innerloop.calibrate.calibrate import calibrate as calibration
+    from innerloop.calibrate.settings import CalibrationSettings
+    from innerloop.measure.result_cache import ResultCache, made_of
+    from innerloop.terminal.views import calibration_line
+
     model = options.load_model(run)
     examples, checked = _calibratable(model, examples, checked)
     stopping = {"patience": options.patience, "min_loops": options.min_loops}
@@ -107,6 +106,8 @@ def _calibratable(
     model: LatentModel, examples: Sequence[Example], checked: Sequence[Example]
 ) -> tuple[list[Example], list[Example]]:
     """Leave out of both the examples that cannot be asked; refuse to go on where too few are left."""
+    from innerloop.calibrate.calibrate import FEWEST
+
     kept, kept_checked = askable([model], examples), askable([model], checked)
     if len(kept) < min(len(examples), FEWEST):
         raise InputError(
@@ -153,6 +154,8 @@ class BenchArguments(SplitArguments, ModelArguments):
 
     def settings(self, task: Task) -> BenchSettings:
         """Return what is asked, and how often."""
+        from innerloop.bench.bench import BenchSettings
+
         n_tokens = task.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         return BenchSettings(self.batch_sizes, self.repeats, self.questions, n_tokens, self.seed)
 
@@ -170,6 +173,11 @@ def bench(run: str, options: BenchArguments) -> None:
     if path.is_dir() or (options.out is None and not path.parent.is_dir()):
         raise InputError(f"the report cannot be written to {path}: name a file by --out FILE")
     writable(path.parent, "name another file by --out FILE")
+    import torch
+
+    from innerloop.bench.bench import BASELINE, RUN, bench_lines, bench_table
+    from innerloop.bench.bench import bench as benchmark
+
     settings = options.settings(task)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -192,6 +200,8 @@ def bench(run: str, options: BenchArguments) -> None:
 
 def _questions(models: Mapping[str, LatentModel], task: Task, split: str, settings: BenchSettings) -> list[str]:
     """Return the questions of a turn, which all models can be asked."""
+    from innerloop.engine.requests import fits
+
     examples = task.examples(split, settings.most)
     if not all(fits(model, example.question) for model in models.values() for example in examples):
         examples = task.examples(split)  # others stand in for those that cannot be asked

@@ -9,12 +9,7 @@ from typing import Annotated, Literal
 from innerloop.checks.values import Bounds, Count, Natural, Seed
 from innerloop.cli.arguments import TaskArguments, console
 from innerloop.errors import InputError
-from innerloop.experiments.compare import compare_folders, compare_suite
-from innerloop.experiments.ray import ray_workers
-from innerloop.experiments.suite import is_suite
-from innerloop.experiments.summary import failure_lines, failure_sentence, failures
-from innerloop.experiments.sweep import best_line, read_sweep, run_sweep, sweep_table, write_sweep
-from innerloop.lens.page import check_viz
+from innerloop.model import run_folder
 
 Workers = Annotated[int, Bounds(1, 1024)]
 
@@ -48,9 +43,13 @@ def compare(
         timed: examples that all answer in turns, for times and memory; 0: times are those of each evaluation.
         overrides: of a suite, fields that all variants share, written --section.field value.
     """
+    from innerloop.experiments.suite import is_suite
+
     if len(subjects) == 1 and is_suite(subjects[0]):
         if (task, split, limit) != (None, None, None):
             raise InputError("--task, --split and --limit are of runs: a suite says under 'test' what is answered")
+        from innerloop.experiments.compare import compare_suite
+
         compare_suite(subjects[0], out, baseline, seeds, workers, results, overrides, console, timed)
         return
     if overrides:
@@ -63,6 +62,10 @@ def compare(
         )
     if len(subjects) < 2:
         raise InputError("compare takes a suite, or two runs or more")
+    for run in subjects:
+        run_folder.resolve(run)
+    from innerloop.experiments.compare import compare_folders
+
     chosen = None if task is None else TaskArguments(task).task_of(subjects[0], split or "test")
     compare_folders(subjects, Path(out or "runs/compare"), baseline, console, chosen, split or "test", limit, timed)
 
@@ -95,6 +98,11 @@ def sweep(
         limit: how many of them.
         overrides: other fields of the recipe, written --section.field value.
     """
+    from innerloop.experiments.ray import ray_workers
+    from innerloop.experiments.summary import failure_lines, failure_sentence, failures
+    from innerloop.experiments.sweep import best_line, read_sweep, run_sweep, sweep_table, write_sweep
+    from innerloop.lens.page import check_viz
+
     check_viz()
     raw, axes = read_sweep(recipe, grid, {"out": out, "seeds": seeds, "split": split, "limit": limit}, overrides)
     place = ray_workers if on == "ray" else None

@@ -74,16 +74,17 @@ def data_show(
         stage: the curriculum's stage; by default the last.
         n: how many examples.
     """
-    from innerloop.model.loading import load_tokenizer
-    from innerloop.terminal.views import print_rows
     from innerloop.text.encoder import PromptEncoder
     from innerloop.text.examples import read_examples
-    from innerloop.text.tokenizer import train_tokenizer
     from innerloop.train.recipe import parse_value
 
     chosen = named(parse_value(method, "--method"), "method", method_named)
     chosen.stage_or_last(stage)
     examples = read_examples(file, limit=None if tokenizer is None else n)
+    from innerloop.model.loading import load_tokenizer
+    from innerloop.terminal.views import print_rows
+    from innerloop.text.tokenizer import train_tokenizer
+
     words = train_tokenizer(examples) if tokenizer is None else load_tokenizer(tokenizer)
     words.add_tokens([marker for marker in chosen.markers if marker not in words.get_vocab()], special_tokens=True)
     print_rows(console, chosen.rows(examples[:n], PromptEncoder(words), stage), words)

@@ -14,15 +14,7 @@ from rich.console import Console
 
 from innerloop.checks.values import Count, Seed
 from innerloop.disk.files import write_text
-from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
-from innerloop.experiments.compare import suite_rows, verdicts
-from innerloop.experiments.jobs import run_suite
-from innerloop.experiments.report import write_report
-from innerloop.experiments.suite import EvalConfig, Suite
-from innerloop.experiments.summary import summary_table
-from innerloop.lens import look, write_page
-from innerloop.lens.page import check_viz
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
 from innerloop.methods.latent.coconut import CoconutSchedule
 from innerloop.tasks import Chain
@@ -60,6 +52,15 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
         seed: of data order and weights.
         workers: methods trained side by side, each on one thread.
     """
+    from innerloop.engine.latent_model import LatentModel
+    from innerloop.experiments.compare import suite_rows, verdicts
+    from innerloop.experiments.jobs import run_suite
+    from innerloop.experiments.report import write_report
+    from innerloop.experiments.suite import EvalConfig, Suite
+    from innerloop.experiments.summary import summary_table
+    from innerloop.lens import look, write_page
+    from innerloop.lens.page import check_viz
+
     console = Console()
     folder = Path(out)
     check_viz()

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 
@@ -21,27 +21,16 @@ from innerloop.cli.arguments import (
     writable,
 )
 from innerloop.disk.files import write_text
-from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.options import Many
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, refuse
-from innerloop.lens import look, page_path, terminal_view, write_page
-from innerloop.lens.latents import names_of_columns
-from innerloop.measure import evaluate, result_of
-from innerloop.measure.accuracy import Prediction, answered
-from innerloop.measure.harness import PARTS as HARNESS_PARTS
-from innerloop.measure.harness import RESULT as HARNESS_RESULT
-from innerloop.measure.harness import evaluate_tasks
-from innerloop.measure.likelihood import likelihood, text_result
-from innerloop.measure.reports import Measurement, check_asked
-from innerloop.measure.result_cache import PARTS, ResultCache, made_of, of_model
-from innerloop.measure.subject import Subject
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 from innerloop.tasks import Task
-from innerloop.terminal.progress import bar
-from innerloop.terminal.views import answer_view
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
+
+if TYPE_CHECKING:  # slow to import
+    from innerloop.engine.latent_model import LatentModel
 
 
 @dataclass(frozen=True)
@@ -118,9 +107,9 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
         refuse((not attempts.is_plain, told))
         _eval_harness(options.load_model(run, options.compile), run, options)
         return
-    if options.method is not None and options.out is None and checkpoint.is_run(run):
+    if options.method is not None and options.out is None and run_folder.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
-    checkpoint.resolve(run)
+    run_folder.resolve(run)
     folder = writable(Path(options.out or run))
     task = options.load_task(run)
     examples = task.examples(options.split, options.limit)
@@ -138,7 +127,7 @@ def _check_stage(run: str, model: LatentModel, options: EvalArguments) -> None:
     stage, last = options.stage, model.method.last_stage
     if stage is not None and not 0 <= stage <= last:
         raise InputError(f"--stage {stage}: the stages of '{model.method.name}' run from 0 to {last}")
-    if stage is None and options.method is None and (reached := checkpoint.recorded(run, "stage", last)) < last:
+    if stage is None and options.method is None and (reached := run_folder.recorded(run, "stage", last)) < last:
         console.print(f"note: trained up to stage {reached} of {last} only; --stage {reached} answers in its layout")
 
 
@@ -156,6 +145,11 @@ class Evaluation:
 
     def answer(self) -> None:
         """Answer the examples, then measure what is asked for besides."""
+        from innerloop.measure.accuracy import Prediction, answered, evaluate, result_of
+        from innerloop.measure.reports import Measurement, check_asked
+        from innerloop.measure.result_cache import PARTS, ResultCache, made_of
+        from innerloop.measure.subject import Subject
+
         model, task, examples, options = self.model, self.task, self.examples, self.options
         split = options.split
         check_asked(
@@ -169,7 +163,7 @@ class Evaluation:
                 predictions = parts.value(
                     list[Prediction], "accuracy", lambda: evaluate(model, task, examples, **how, progress=advance)
                 )
-            result = result_of(model, task, split, predictions, checkpoint.recorded(self.run, "seed"), self.run)
+            result = result_of(model, task, split, predictions, run_folder.recorded(self.run, "seed"), self.run)
             lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
             write_text(self.folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
             asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
@@ -180,6 +174,8 @@ class Evaluation:
 
     def read_text(self) -> None:
         """Measure how well running text is predicted."""
+        from innerloop.measure.likelihood import likelihood, text_result
+
         options = self.options
         of_answers = any(options.besides) or (options.stage, options.max_new_tokens) != (None, None)
         if of_answers or not self.attempts.is_plain:
@@ -189,7 +185,7 @@ class Evaluation:
             )
         with progress_of(f"eval {self.task.name}", len(self.examples)) as advance:
             found = likelihood(self.model, self.examples, options.batch_size, options.loops, progress=advance)
-        seed = checkpoint.recorded(self.run, "seed")
+        seed = run_folder.recorded(self.run, "seed")
         result = text_result(self.model, self.task, options.split, found, seed, self.run)
         self._write(result, self._asked)
         low, high = result["ci95"]
@@ -230,9 +226,13 @@ class Evaluation:
 
 def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
     """Answer tasks of lm-evaluation-harness."""
+    from innerloop.measure.harness import PARTS, RESULT, evaluate_tasks
+    from innerloop.measure.result_cache import ResultCache, of_model
+    from innerloop.terminal.progress import bar
+
     folder = writable(Path(options.out or run))
     names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
-    parts = ResultCache(folder / HARNESS_PARTS, of_model(model) | {"batch_size": options.batch_size}, options.fresh)
+    parts = ResultCache(folder / PARTS, of_model(model) | {"batch_size": options.batch_size}, options.fresh)
     with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:
         row = progress.add_task("eval lm-eval", total=None, note="")
         asked = (options.shots, options.limit, options.batch_size, options.tasks_dir, parts)
@@ -247,7 +247,7 @@ def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
                 shown = f"{error:.4f}" if isinstance(error, float) else "-"
                 table.add_row(task, name.removesuffix(",none"), f"{value:.4f}", shown)
     console.print(table)
-    console.print(f"{folder / HARNESS_RESULT}", soft_wrap=True)
+    console.print(f"{folder / RESULT}", soft_wrap=True)
 
 
 def ask(run: str, question: str, model: ModelArguments, max_new_tokens: Count = 128, temperature: Weight = 0.0) -> None:
@@ -262,10 +262,13 @@ def ask(run: str, question: str, model: ModelArguments, max_new_tokens: Count = 
     """
     if not question.strip():
         raise InputError("the question is empty")
-    if model.method is None and not checkpoint.is_run(run):
+    if model.method is None and not run_folder.is_run(run):
         model = replace(model, method="cot")
     loaded = model.load_model(run)
-    loaded.encoder = PromptEncoder(loaded.tokenizer, checkpoint.recorded(run, "running_text", False))
+    from innerloop.lens.latents import names_of_columns
+    from innerloop.terminal.views import answer_view
+
+    loaded.encoder = PromptEncoder(loaded.tokenizer, run_folder.recorded(run, "running_text", False))
     answer = loaded.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
     console.print(answer_view(answer, loaded.tokenizer, *names_of_columns(loaded, question)))
 
@@ -293,9 +296,12 @@ def lens(
         terminal: show the first example in the terminal, and write no file.
     """
     task = split.load_task(run)
-    if model.method is None and not checkpoint.is_run(run):
+    if model.method is None and not run_folder.is_run(run):
         raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
     asked = task.examples(split.split, 1 if terminal else examples)
+    from innerloop.lens import look, page_path, terminal_view, write_page
+    from innerloop.measure.result_cache import ResultCache, made_of
+
     path = None if terminal else page_path(run, out)
     loaded = model.load_model(run)
     loaded.encoder = PromptEncoder(loaded.tokenizer, task.running_text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -12,7 +13,6 @@ from importlib.metadata import version
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
-from transformers.utils import logging as transformers_logging
 
 from innerloop.cli.verb import Verb
 from innerloop.disk.files import of_the_machine
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [_underscored(a) for a in arguments if a != "--debug"]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    _quieten()
     end_when_asked()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
@@ -76,6 +74,15 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any) 
         print(f"note: {message}", file=sys.stderr)
     else:
         _shown(message, category, *where)
+
+
+def _quieten() -> None:
+    """Let transformers and huggingface_hub write errors alone, and draw no bars, without importing them for it."""
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if transformers := sys.modules.get("transformers"):  # which has read these already
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _underscored(argument: str) -> str:

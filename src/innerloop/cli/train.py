@@ -21,10 +21,10 @@ def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> N
         resume: go on where an earlier run of the same folder was interrupted.
         overrides: fields of the recipe, written --section.field value.
     """
+    loaded = load_recipe(recipe, overrides)  # refused before what is slow to import
     from innerloop.train.callbacks import LiveProgress
     from innerloop.train.run import FINISHED, run_recipe
 
-    loaded = load_recipe(recipe, overrides)
     folder = run_recipe(loaded, resume, lambda stage, title: [LiveProgress(title, console)])
     if not (folder / FINISHED).exists():
         raise InputError(f"interrupted; go on with: {' '.join(['innerloop train', recipe, *overrides, '--resume'])}")
@@ -33,9 +33,9 @@ def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> N
 
 def fields_help(recipe: str, path: str = "", overrides: Sequence[str] = ()) -> str:
     """Return the fields that a recipe takes: those of its method, or of the section or group at a dotted path."""
+    loaded = load_recipe(recipe, overrides)
     from innerloop.train.training_arguments import LatentTrainingArguments
 
-    loaded = load_recipe(recipe, overrides)
     sections: dict[str, Any] = {"task": loaded.task, "backbone": loaded.backbone, "method": loaded.method}
     sections["train"] = LatentTrainingArguments
     name, *inner = (path or "method").split(".")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal
-
-import torch
-from peft import LoraConfig, TrainableTokensConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from innerloop.checks.settings import check_names
 from innerloop.checks.values import Bounds, Dropout, Positive, fitted
-from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError
+
+if TYPE_CHECKING:  # slow to import
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from innerloop.decoder.backbone import Backbone
 
 MarkerInit = Literal["token", "mean", "normal"]
 MARKER_COPIES = "<<"  # new rows start as copies of this token's row (cot.md, section 0)
@@ -42,6 +43,8 @@ def add_markers(
         init: a new row is the row of ``<<`` (token), the mean row (mean), or drawn around it with the table's spread
             (normal). Where ``<<`` is not one known token, ``token`` does as ``normal``.
     """
+    import torch
+
     known = tokenizer.get_vocab()
     new = [marker for marker in markers if marker not in known]
     if not new:
@@ -73,6 +76,8 @@ def add_lora(backbone: Backbone, marker_ids: Sequence[int], settings: Mapping[st
         marker_ids: the ids of the method's markers.
         settings: fields of peft's LoraConfig, such as r, lora_alpha, lora_dropout, target_modules.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     check_names("backbone.lora", settings, [field.name for field in fields(LoraConfig)])
     for name, kind in LORA_KINDS.items():
         if name in settings:
@@ -91,6 +96,8 @@ def freeze(backbone: Backbone, marker_ids: Sequence[int]) -> None:
     """Train nothing of the backbone but the embeddings of the method's markers, whose ids these are."""
     backbone.requires_grad_(False)
     if marker_ids:
+        from peft import TrainableTokensConfig, inject_adapter_in_model
+
         table = backbone.lm.get_input_embeddings()
         name = next(name for name, module in backbone.lm.named_modules() if module is table)
         config = TrainableTokensConfig(token_indices=[*marker_ids], target_modules=[name.rsplit(".", 1)[-1]])
@@ -99,14 +106,19 @@ def freeze(backbone: Backbone, marker_ids: Sequence[int]) -> None:
 
 def adapted(lm: torch.nn.Module) -> bool:
     """Tell whether LoRA has been added."""
-    return any(isinstance(module, BaseTunerLayer) for module in lm.modules())
+    return bool(_tuned(lm))
+
+
+def _tuned(lm: torch.nn.Module) -> list[Any]:
+    """Return the layers that LoRA has been added to; there are none where nobody has imported peft, which is slow."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return [] if tuners is None else [module for module in lm.modules() if isinstance(module, tuners.BaseTunerLayer)]
 
 
 def merged_state(lm: torch.nn.Module) -> dict[str, Tensor]:
     """Return the state dict under the base model's own names, with LoRA merged in."""
-    if not adapted(lm):
+    if not (layers := _tuned(lm)):
         return lm.state_dict()
-    layers = [m for m in lm.modules() if isinstance(m, BaseTunerLayer)]
     kept = {name: p.detach().clone() for name, p in lm.named_parameters() if ".base_layer." in name}
     for layer in layers:
         layer.merge()

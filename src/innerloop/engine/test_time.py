@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from innerloop.checks.settings import Checked
 from innerloop.checks.values import Weight
-from innerloop.engine.generation import Generation
-from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.options import EngineOptions, Many
 from innerloop.errors import refuse
 from innerloop.tasks import Task
+
+if TYPE_CHECKING:  # slow to import
+    from innerloop.engine.generation import Generation
+    from innerloop.engine.latent_model import LatentModel
 
 Pick = Literal["vote", "likelihood"]
 TEMPERATURE = 0.7

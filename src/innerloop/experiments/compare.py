@@ -39,12 +39,11 @@ from innerloop.measure.accuracy import evaluate, result_of
 from innerloop.measure.stability import diverged_rate
 from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
 from innerloop.methods import method_named
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.examples import Example
-from innerloop.train.recipe import load_recipe, read_recipe
-from innerloop.train.run import CONFIG
+from innerloop.train.recipe import CONFIG, load_recipe, read_recipe
 
 REPORT = "report.html"
 
@@ -95,7 +94,7 @@ def compare_runs(
 def check_runs(folders: Sequence[Path], out: Path) -> None:
     """Refuse folders that are no runs, are named twice, or would be overwritten."""
     for folder in folders:
-        if not checkpoint.is_run(folder):
+        if not run_folder.is_run(folder):
             raise InputError(f"{folder} is no run: compare takes folders that `innerloop train` wrote, or one suite")
         if out.resolve() == folder.resolve():
             raise InputError(f"{out} is one of the runs, whose own results would be overwritten: choose another --out")
@@ -107,7 +106,7 @@ def _evaluate(run: Path, place: Path, asked: EvalSet, advance: Callable[[int], A
     """Answer what is asked and write result.json and predictions.jsonl to a place."""
     model = LatentModel.from_pretrained(run)
     predictions = evaluate(model, asked.task, asked.examples, progress=advance)
-    result = result_of(model, asked.task, asked.split, predictions, checkpoint.recorded(run, "seed"), str(run))
+    result = result_of(model, asked.task, asked.split, predictions, run_folder.recorded(run, "seed"), str(run))
     write_answers(place, result, predictions)
 
 
@@ -138,7 +137,7 @@ def _key(examples: Sequence[Example]) -> list[tuple[str, str, str]]:
 
 def run_names(folders: Sequence[Path]) -> list[str]:
     """Return a name for each run: its method where that tells them apart, otherwise the end of its path."""
-    methods = [str((checkpoint.recorded(folder, "method") or {}).get("name")) for folder in folders]
+    methods = [str((run_folder.recorded(folder, "method") or {}).get("name")) for folder in folders]
     tails = [folder.resolve().parts[::-1] for folder in folders]
     names = []
     for i, (method, tail) in enumerate(zip(methods, tails)):
@@ -158,10 +157,10 @@ def covers(place: Path, run: Path, asked: EvalSet) -> bool:
     result = read_json(place / RESULT)
     task = result.get("task", {})
     found = (task.get("name"), task.get("version"), result.get("split"), "asked" in result or "error" in result)
-    is_same_model = result.get("saved") == checkpoint.identity(run)
+    is_same_model = result.get("saved") == run_folder.identity(run)
     if found != (asked.task.name, asked.task.version, asked.split, False) or not is_same_model:
         return False
-    now, then = (named(m, "method", method_named) for m in (checkpoint.recorded(run, "method"), result["method"]))
+    now, then = (named(m, "method", method_named) for m in (run_folder.recorded(run, "method"), result["method"]))
     # Unless it reasons in another way since, such as by another stop rule.
     return bool(now == then) and read_questions(place) == _key(asked.examples)
 

@@ -28,14 +28,14 @@ from innerloop.measure.result_cache import ResultCache, digest_of, made_of
 from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
 from innerloop.measure.subject import Subject
-from innerloop.model.checkpoint import identity
+from innerloop.model.run_folder import identity
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
 from innerloop.train.checkpoints import remove_all
-from innerloop.train.recipe import Recipe, load_recipe
-from innerloop.train.run import CONFIG, FINISHED, run_recipe
+from innerloop.train.recipe import CONFIG, Recipe, load_recipe
+from innerloop.train.run import FINISHED, run_recipe
 from innerloop.train.training_arguments import training_arguments
 
 N_TRACED = 64

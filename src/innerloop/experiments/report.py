@@ -26,7 +26,7 @@ from innerloop.experiments.summary import (
 )
 from innerloop.lens.page import page
 from innerloop.measure.control_verdict import Kind
-from innerloop.train.run import CONFIG
+from innerloop.train.recipe import CONFIG
 
 Section = Mapping[str, Any]
 KINDS: dict[Kind, str] = {

@@ -13,7 +13,7 @@ from typing import Any
 from innerloop.disk.files import check_writable, write_text
 from innerloop.errors import InputError
 from innerloop.lens.record import Record
-from innerloop.model.checkpoint import is_run
+from innerloop.model.run_folder import is_run
 from innerloop.text.codec import to_json
 
 NAME = "lens.html"

@@ -19,7 +19,7 @@ from innerloop.engine.test_time import ONCE, TestTimeCompute
 from innerloop.errors import InputError
 from innerloop.measure.statistics import wilson
 from innerloop.methods import name_of
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 from innerloop.tasks import Task
 from innerloop.text.examples import Example
 
@@ -170,7 +170,7 @@ def told_of(
         **found,
         "method": {"name": name_of(model.method), **asdict(model.method)},
         "model": name,
-        "saved": checkpoint.identity(name),
+        "saved": run_folder.identity(name),
         "seed": seed,
         "versions": versions(),
         "device": device_name(model.device),

@@ -14,11 +14,10 @@ from pathlib import Path
 from statistics import stdev
 
 import numpy as np
-from scipy import stats
 
 from innerloop.errors import InputError
 
-Z95 = float(stats.norm.ppf(0.975))
+Z95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
 RESAMPLES = 10_000
 
 
@@ -26,12 +25,16 @@ def wilson(n_correct: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share ``n_correct / n``."""
     if n == 0:
         return 0.0, 1.0
+    from scipy import stats  # slow to import
+
     low, high = stats.binomtest(n_correct, n).proportion_ci(method="wilson")
     return float(low), float(high)
 
 
 def clopper_pearson(n_hits: int, n: int) -> tuple[float, float]:
     """Return the exact 95 % interval of a share ``n_hits / n`` (Clopper and Pearson)."""
+    from scipy import stats  # slow to import
+
     low = float(stats.beta.ppf(0.025, n_hits, n - n_hits + 1)) if n_hits > 0 else 0.0
     high = float(stats.beta.ppf(0.975, n_hits + 1, n - n_hits)) if n_hits < n else 1.0
     return low, high
@@ -49,6 +52,8 @@ def over_seeds(values: Sequence[float], noise: float = 0.0) -> tuple[float, floa
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
         return mean, math.inf
+    from scipy import stats  # slow to import
+
     return mean, max(float(stats.t.ppf(0.975, n - 1)) * stdev(values), Z95 * noise) / math.sqrt(n)
 
 
@@ -60,6 +65,8 @@ def share_noise(shares: Sequence[float], n: int) -> float:
 
 def mcnemar(n_first_only: int, n_second_only: int) -> float:
     """Return the exact two-sided p-value of McNemar's test; the counts are of rows that one of two runs has right."""
+    from scipy import stats  # slow to import
+
     n = n_first_only + n_second_only
     return float(stats.binomtest(n_first_only, n, 0.5).pvalue) if n else 1.0
 

@@ -12,7 +12,6 @@ renamed (`disk/folders.py`): a write that fails leaves the old folder as it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,15 +31,11 @@ from transformers.utils import logging as transformers_logging
 
 from innerloop.decoder.adapters import ADAPTER, adapted, merged_state
 from innerloop.decoder.backbone import Backbone
-from innerloop.disk.files import told
-from innerloop.disk.folders import MANIFEST, is_unsettled, replacing_folder, settle
-from innerloop.errors import InputError, few, nearest
+from innerloop.disk.folders import replacing_folder
+from innerloop.errors import InputError, few
 from innerloop.methods import Method, name_of
+from innerloop.model.run_folder import FORMAT, PARTS, SETTINGS
 from innerloop.text.encoder import PromptEncoder
-
-SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
-FORMAT = 2  # of innerloop.json: how settings are spelled
-RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
 
 
 class Stored(Protocol):
@@ -176,56 +171,6 @@ def _fitted(own: Tensor, stored: Tensor | None) -> Tensor:
     return torch.cat([stored[:n].to(own), own[n:]])
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read innerloop.json."""
-    if not (folder / SETTINGS).exists():
-        raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run")
-    try:
-        settings = json.loads((folder / SETTINGS).read_text())
-    except ValueError as error:
-        raise InputError(f"{folder / SETTINGS} is not valid JSON ({error}); restore it or save the run again") from None
-    if not isinstance(settings, dict) or "name" not in (settings.get("method") or ()):
-        raise InputError(f"{folder / SETTINGS} names no method; restore it or save the run again")
-    return settings
-
-
-def identity(path: str | Path) -> str | None:
-    """Return what tells a saved model from one that takes its place, whatever the clock says; None: it is none."""
-    folders = (Path(path) / RUN_CHECKPOINT, Path(path))
-    folder = next((folder for folder in folders if (folder / SETTINGS).exists()), None)
-    if folder is None:
-        return None
-    parts = [(folder / name).read_bytes() for name in (SETTINGS, MANIFEST) if (folder / name).exists()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
-
-
-def resolve(path: str | Path) -> str | Path:
-    """Return the checkpoint folder of a run, a model folder as it is, or a Hub name.
-
-    Raises:
-        InputError: it can only be a folder, and that does not exist or holds no model.
-    """
-    folder = Path(path)
-    for own in (folder.resolve(), folder.resolve() / RUN_CHECKPOINT):
-        if is_unsettled(own):
-            with told(f"cannot finish the save of {own} that was killed", "make its folder writable"):
-                settle(own)
-    if (folder / RUN_CHECKPOINT / SETTINGS).exists():
-        return folder / RUN_CHECKPOINT
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise InputError(
-                f"{folder} holds no model and no finished run: it has neither config.json nor {RUN_CHECKPOINT}/"
-            )
-        return folder
-    names = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-    hint = nearest(folder.name, names)
-    is_path = folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith((".", "runs/", "models/"))
-    if is_path or (hint and folder.parts[1:]):
-        raise InputError(f"there is no folder {folder}{hint}")
-    return str(path)
-
-
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Hide transformers' bars for writing and reading shards: they would tear a live display."""
@@ -240,14 +185,3 @@ def without_bars() -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def is_run(path: str | Path) -> bool:
-    """Tell whether a folder was saved by innerloop, itself or as a run."""
-    return (Path(resolve(path)) / SETTINGS).exists()
-
-
-def recorded(path: str | Path, name: str, default: Any = None) -> Any:
-    """Return what a run's innerloop.json says of its training, such as ``seed`` and ``stage``."""
-    folder = Path(resolve(path))
-    return read_settings(folder).get(name, default) if (folder / SETTINGS).exists() else default

@@ -31,17 +31,8 @@ from innerloop.decoder.check import check_passes
 from innerloop.errors import InputError, few, nearest
 from innerloop.methods import method_named, name_of
 from innerloop.methods.depth.method import DepthMethod
-from innerloop.model.checkpoint import (
-    FORMAT,
-    SETTINGS,
-    Stored,
-    check_finite,
-    first_line,
-    load_parts,
-    read_settings,
-    resolve,
-    without_bars,
-)
+from innerloop.model.checkpoint import Stored, check_finite, first_line, load_parts, without_bars
+from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_unread
 
 KERNELS = "attn_implementation"

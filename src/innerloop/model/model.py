@@ -28,7 +28,7 @@ from innerloop.loop.trace import Trace
 from innerloop.methods import Method
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.methods.text.cot import Cot
-from innerloop.model import checkpoint, loading
+from innerloop.model import checkpoint, loading, run_folder
 from innerloop.model.answer_decoder import AnswerDecoder, Classifier, decoder_for
 from innerloop.model.distillation import check_teacher, latent_teacher_terms
 from innerloop.model.frozen import FrozenReference
@@ -347,7 +347,7 @@ class LatentCore(RowLayout):
     def _load_frozen(self, folder: str, dtype: torch.dtype | str = "auto") -> LatentCore:
         """Load a run, or any decoder as a plain one, to be looked at."""
         with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
-            method = None if checkpoint.is_run(folder) else Cot()
+            method = None if run_folder.is_run(folder) else Cot()
             model = loading.load(LatentCore, folder, method, device=self.device, dtype=dtype)
         return model.requires_grad_(False).eval()
 

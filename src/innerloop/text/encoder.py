@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from innerloop.errors import InputError
 from innerloop.text.examples import Example
 from innerloop.text.row import LAT, Kind, Span
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 ANSWER_PREFIX = "### "
 

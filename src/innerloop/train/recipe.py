@@ -35,6 +35,7 @@ from innerloop.tasks import Task, task_named
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
 NAMED = ("task", "method")
+CONFIG = "config.yaml"  # the recipe of a run, in its folder
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from innerloop.disk import folders
 from innerloop.disk.files import told
 from innerloop.disk.lock import locked
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 from innerloop.train import checkpoints
 from innerloop.train.training_arguments import LatentTrainingArguments
 
@@ -42,7 +42,7 @@ class ResumableTrainer(Trainer):
     @property
     def best_folder(self) -> Path:
         """Where the best model is kept."""
-        return Path(self.args.output_dir) / checkpoint.RUN_CHECKPOINT
+        return Path(self.args.output_dir) / run_folder.RUN_CHECKPOINT
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, and leave the best model (without validation: the last) in ``output_dir/checkpoint``.

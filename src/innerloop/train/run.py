@@ -27,12 +27,11 @@ from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
 from innerloop.train.callbacks import Begun
 from innerloop.train.checkpoints import remove_interrupted, saved
-from innerloop.train.recipe import BackboneChoice, Recipe, load_recipe
+from innerloop.train.recipe import CONFIG, BackboneChoice, Recipe, load_recipe
 from innerloop.train.resumable import WRITTEN as OF_TRAINING
 from innerloop.train.trainer import LatentTrainer
 from innerloop.train.training_arguments import training_arguments
 
-CONFIG = "config.yaml"
 FINISHED = "finished"  # an empty file: this stage need not run again
 WRITTEN = (CONFIG, FINISHED, "stages", *OF_TRAINING)  # what a run writes into its folder
 MAY_CHANGE = ("max_steps", "num_train_epochs", "logging_", "save_", "eval_", "report_to", "disable_tqdm")

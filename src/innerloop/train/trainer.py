@@ -24,7 +24,7 @@ from innerloop.decoder.token_losses import AtOnce
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import accuracy_of, evaluate
-from innerloop.model import checkpoint
+from innerloop.model import checkpoint, run_folder
 from innerloop.model.loading import load_lm
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
@@ -288,8 +288,8 @@ class LatentTrainer(ResumableTrainer):
 
     def _kept_validation(self) -> dict[str, Any] | None:
         """Return what validation chose the kept model by; None where it was not chosen, or there is none."""
-        is_there = (self.best_folder / checkpoint.SETTINGS).exists()
-        return checkpoint.read_settings(self.best_folder).get("validation") if is_there else None
+        is_there = (self.best_folder / run_folder.SETTINGS).exists()
+        return run_folder.read_settings(self.best_folder).get("validation") if is_there else None
 
     def _keep_if_best(self, accuracy: float, stage: int) -> None:
         best = self._kept_validation()
@@ -325,7 +325,7 @@ class LatentTrainer(ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoint.read_settings(folder)
+        run_folder.read_settings(folder)
         lm = self.model.backbone.lm
         if not adapted(lm):
             lm.load_state_dict(load_lm(folder, is_own=True, dtype=lm.dtype).state_dict())

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from innerloop.checks.settings import Checked
-from innerloop.checks.values import Count, Dropout, Layers, Natural
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.onlooker import Onlooker
 from innerloop.errors import refuse
 from innerloop.loop.stabilize import at_least_fp32
+from innerloop.methods.depth.tah import DeciderSettings, Iterate
 from innerloop.passes.tokens import CostScope, Tokens
 
 EXPANSION = 4
@@ -30,26 +29,6 @@ AT_ONCE = 4096  # tokens that are read out together: their logits are large
 N_SITES = 5  # layers that are looked at, unless they are named
 FREE, ONCE = -1, 0
 """What is known of a token: nothing, so ``iterate`` decides; that it is none of those asked, so it is read once."""
-
-
-Iterate = Literal["decider", "oracle", "always", "never"]
-
-
-@dataclass(frozen=True)
-class DeciderSettings(Checked):
-    """The network that says which tokens go on.
-
-    Args:
-        layers: after which layers it looks at the states, 0 being the embeddings; empty: five, evenly spaced.
-        width: its inner width.
-        blocks: its residual blocks.
-        dropout: inside them.
-    """
-
-    layers: tuple[Natural, ...] = ()
-    width: Count = 256
-    blocks: Layers = 6
-    dropout: Dropout = 0.1
 
 
 class ChoiceSettings(Protocol):

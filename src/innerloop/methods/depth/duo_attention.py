@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot, view
+from innerloop.methods.depth.tah import DepthAttention
 from innerloop.passes.tokens import CostScope, Tokens
-
-DepthAttention = Literal["duo", "depth1_only", "same_depth"]
 
 
 @dataclass

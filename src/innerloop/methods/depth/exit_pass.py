@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,9 @@ from transformers import DynamicCache
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache, Slot, SlotLayer
+from innerloop.methods.depth.adainfer import KvMissing
 from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
 from innerloop.passes.tokens import CostScope, PassInput, Tokens
-
-KvMissing = Literal["lazy_backfill", "propagate", "full_compute"]
 
 
 @dataclass

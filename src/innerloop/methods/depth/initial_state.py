@@ -1,41 +1,18 @@
-"""Recurrent depth around its core: the mean number of iterations over training, and the noise that states begin with.
+"""The noise that states of recurrent depth begin with, and whether they have become alike.
 
-m_t = max(1, ceil(M f(u))),  u = min(t / steps, 1),  f(u) = u or 1 - sqrt(1 - u)         (recurrent_depth.md, 5)
-s_0 ~ TruncNormal(0, 1, +-3), a function of a seed, the position and the channel         (3, and pitfall 2)
+s_0 ~ TruncNormal(0, 1, +-3), a function of a seed, the position and the channel  (recurrent_depth.md, 3, and pitfall 2)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from innerloop.config.curriculum import ResetOptimizer, Schedule
-
-RampKind = Literal["none", "linear", "1-sqrt"]
-
 CUT = 3.0  # standard deviations at which the noise ends
 BELOW_CUT = 0.5 * math.erfc(CUT / math.sqrt(2))  # the share of a normal distribution below -CUT
 N_UNIFORM = 2**24  # values of the uniform numbers; fp32 holds them exactly
-
-
-@dataclass(frozen=True)
-class RampSchedule(Schedule):
-    """Stages that are mean numbers of iterations: the optimizer goes on through them."""
-
-    reset_optimizer: ClassVar[ResetOptimizer] = "never"  # type: ignore[misc]
-
-
-def ramped(kind: RampKind, mean: int, step: int, n_steps: int) -> int:
-    """Return m_t, the mean number of iterations at an optimizer step: from 1 to ``mean`` over ``n_steps`` steps."""
-    done = min(step, n_steps)
-    if kind == "linear":
-        return max(1, -(-mean * done // n_steps))
-    share = 1 - math.sqrt(1 - done / n_steps)
-    return max(1, math.ceil(mean * share - 1e-9))
 
 
 def noise_at(seeds_B1: Tensor, positions_BL: Tensor, width: int) -> Tensor:

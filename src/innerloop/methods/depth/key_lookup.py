@@ -24,17 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from innerloop.decoder.ragged_cache import DepthCache, Slot
+from innerloop.methods.depth.recurrent_depth import DEFAULT_SLOTS, LookupKind
 from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
 from innerloop.passes.tokens import PassInput, Tokens
 
-LookupKind = Literal["latest", "always_last", "skip", "compress", "anchor"]
-DEFAULT_SLOTS = {"compress": 4, "anchor": 8}
 ENDED = "ended"
 
 

@@ -9,17 +9,14 @@ Shapes: `B` rows, `P` columns of a slot, `L` tokens of a pass.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from innerloop.decoder.kv_buffer import FullLayer
 from innerloop.decoder.ragged_cache import DepthCache, Slot
+from innerloop.methods.depth.block_loop import KvShare
 from innerloop.passes.tokens import PassInput, Tokens
-
-KvShare = Literal["none", "last_loop", "first_loop", "mean"]
-KvMissing = Literal["restrict", "share_step"]
 
 Sides = list[Tensor]
 """The keys, or the values, of each layer."""

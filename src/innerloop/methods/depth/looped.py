@@ -4,22 +4,24 @@ The block, its exits and its cache are those of `block_loop`; timestep embedding
 scores work inside the token as well, and beta_i is ``loop: {residual: B, alpha: 1, alpha_learn: free}``.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.checks.values import Natural, SomeLoops
 from innerloop.config.loop import AlphaLearn, BankKind, LoopSampling, ResidualKind, TimeKind
 from innerloop.config.losses import ExitSettings
 from innerloop.config.stopping import GATED, CommonStop
-from innerloop.decoder.backbone import Backbone
 from innerloop.errors import refuse
-from innerloop.loop.loop import InnerLoop
-from innerloop.methods.depth.block_loop import BlockLoop, BlockStates
-from innerloop.methods.depth.kv_sharing import KvMissing, KvShare
-from innerloop.methods.depth.tying import depths_of, rebuild, stepwise, with_ends
-from innerloop.passes.ragged import DepthForward
+from innerloop.methods.depth.block_loop import BlockLoop, BlockStates, KvMissing, KvShare
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
+
+    from innerloop.decoder.backbone import Backbone
+    from innerloop.loop.loop import InnerLoop
+    from innerloop.passes.ragged import DepthForward
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Looped(BlockLoop):
 
     def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the block of the layers between prelude and coda."""
+        from innerloop.methods.depth.tying import depths_of, rebuild, stepwise, with_ends
+
         if self.init == "middle_dup":
             return
         k, between = self.n_block, backbone.n_layers - self.n_prelude - self.n_coda
@@ -128,7 +132,7 @@ class Looped(BlockLoop):
                 block = depths_of(between, k)
         rebuild(backbone, with_ends(block, self.n_prelude, backbone.n_layers, self.n_coda))
 
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
+    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward | None:
         """Make the looping decoder."""
         looped = backbone.n_layers - self.n_prelude - self.n_coda
         refuse(

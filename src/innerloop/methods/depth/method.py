@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
-
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar
 
 from innerloop.config.method import Method
-from innerloop.decoder.backbone import Backbone
-from innerloop.loop.loop import InnerLoop
-from innerloop.passes.ragged import DepthForward
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from innerloop.decoder.backbone import Backbone
+    from innerloop.loop.loop import InnerLoop
+    from innerloop.passes.ragged import DepthForward
 
 
 class DepthMethod(Method):
@@ -22,6 +25,9 @@ class DepthMethod(Method):
 
     family: ClassVar[str] = "depth"
     needs: ClassVar[str] = "question, steps, answer"
+
+    forward: ClassVar[str] = ""
+    """The class of its passes as ``module:Class``, imported when a model is made: settings alone need no torch."""
 
     write_steps: bool = True
     """Off: the answer alone is written, so that all thinking happens inside the tokens."""
@@ -46,8 +52,9 @@ class DepthMethod(Method):
         return Row([encoder.question(question)], depth=self.depth())
 
     def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward | None:
-        """Make what makes the passes in the decoder's stead; None: the decoder itself does."""
-        return None
+        """Make what makes the passes in the decoder's stead, a `forward`; None: the decoder itself does."""
+        module, _, name = self.forward.partition(":")
+        return getattr(import_module(module), name)(self, backbone, loop) if module else None
 
     def begin(self, backbone: Backbone) -> None:
         """Fit the fresh weights of a decoder made from scratch to the method."""

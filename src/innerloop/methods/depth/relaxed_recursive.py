@@ -8,27 +8,20 @@ loops as `looped` does; the block's layers are on disk once, what tells depths a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.checks.values import Natural, SomeLoops, Width
 from innerloop.config.losses import ExitSettings, KdSettings
 from innerloop.config.stopping import CommonStop
-from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.token_losses import divergence
 from innerloop.errors import refuse
-from innerloop.loop.loop import InnerLoop
-from innerloop.methods.depth.block_loop import BlockLoop, LoopedDepth
-from innerloop.methods.depth.residual_lora import GainsAndBiases, ResidualLora, key_of, rank_of, truncated
-from innerloop.methods.depth.tying import check_kinds, depths_of, rebuild, stepwise, with_ends
-from innerloop.passes.loss_inputs import LossInputs, PassTerms
-from innerloop.passes.ragged import DepthForward
+from innerloop.methods.depth.block_loop import BlockLoop
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from innerloop.decoder.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,7 @@ class RelaxedRecursive(BlockLoop):
     name: ClassVar[str] = "relaxed_recursive"
     paper: ClassVar[str] = "arXiv 2410.20672"
     summary: ClassVar[str] = "a pretrained model's layers are tied and looped, each depth with a low-rank correction"
+    forward: ClassVar[str] = "innerloop.methods.depth.relaxed_recursive_forward:RelaxedDepth"
 
     n_prelude: Natural = 0
     n_coda: Natural = 0
@@ -112,6 +106,11 @@ class RelaxedRecursive(BlockLoop):
 
     def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Tie the layers between prelude and coda; return what tells their depths apart."""
+        import torch
+
+        from innerloop.methods.depth.residual_lora import key_of, rank_of, truncated, vectors_of
+        from innerloop.methods.depth.tying import check_kinds, depths_of, draw, rebuild, stepwise, with_ends
+
         p, between = self.n_prelude, backbone.n_layers - self.n_prelude - self.n_coda
         refuse(
             (
@@ -133,16 +132,16 @@ class RelaxedRecursive(BlockLoop):
             case _:
                 block = depths
         matrices = [backbone.matrices(p + depth) for depth in range(between)]
-        vectors = [_vectors(backbone.layers[p + depth]) for depth in range(between)]
+        vectors = [vectors_of(backbone.layers[p + depth]) for depth in range(between)]
         kinds = with_ends([[j] for j in range(k)], p, backbone.n_layers, self.n_coda)
         rebuild(backbone, with_ends(block, p, backbone.n_layers, self.n_coda), [kind for (kind,) in kinds])
         tied = range(p, p + k)
         if self.init == "random":
-            _draw(backbone, tied)
+            draw(backbone, tied)
         start: dict[str, Tensor] = {}
         with torch.no_grad():
             for j, layer in enumerate(tied):
-                for name, own in _vectors(backbone.layers[layer]).items():
+                for name, own in vectors_of(backbone.layers[layer]).items():
                     each = torch.stack([vectors[depth][name] for depth in depths[j]])
                     if self.tie_1d:
                         own.copy_(each.mean(0))
@@ -157,58 +156,3 @@ class RelaxedRecursive(BlockLoop):
                     start[f"depth.lora.up.{key_of(j, name)}"] = torch.stack([up for up, _ in pairs])
                     start[f"depth.lora.down.{key_of(j, name)}"] = torch.stack([down for _, down in pairs])
         return start
-
-    def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
-        """Make the looping decoder."""
-        return RelaxedDepth(self, backbone, loop)
-
-
-class RelaxedDepth(LoopedDepth):
-    """The looping decoder, whose iterations have corrections, gains and biases of their own."""
-
-    method: RelaxedRecursive
-
-    def __init__(self, method: RelaxedRecursive, backbone: Backbone, loop: InnerLoop):
-        super().__init__(method, backbone, loop)
-        ranks = method.rank, method.other_rank
-        self.lora = ResidualLora(backbone, self.block, method.max_loops, *ranks) if max(ranks) else None
-        self.vectors = None if method.tie_1d else GainsAndBiases(backbone, self.block, method.max_loops)
-
-    @contextmanager
-    def weights(self, iteration: int) -> Iterator[None]:
-        """Run ``iteration`` in the block."""
-        with ExitStack() as stack:
-            for part in (self.lora, self.vectors):
-                if part is not None:
-                    stack.enter_context(part.at(iteration))
-            yield
-
-    def extra_flops(self, iteration: int) -> float:
-        """Return what an iteration costs per token besides its layers."""
-        return super().extra_flops(iteration) + (0.0 if self.lora is None else self.lora.flops)
-
-    def loss_terms(self, inputs: LossInputs) -> PassTerms:
-        """Return what is learned at the exits, and from the original model."""
-        terms, batch, thought = super().loss_terms(inputs), inputs.batch, inputs.thought
-        if inputs.reference is not None:
-            rows, at = batch.predict_at_U // batch.ids_BS.shape[1], batch.predict_at_U % batch.ids_BS.shape[1]
-            own_UV = self.backbone.head(thought.answer[-1][rows, at - thought.first_column])
-            wanted_UV = inputs.reference.logits(batch)
-            terms["kd"] = divergence(wanted_UV, own_UV, self.method.kd.temperature).sum(), "answer"
-        return terms
-
-
-def _vectors(layer: nn.Module) -> dict[str, Tensor]:
-    """Return a layer's one-dimensional parameters: gains and biases."""
-    return {name: parameter for name, parameter in layer.named_parameters() if parameter.ndim == 1}
-
-
-def _draw(backbone: Backbone, layers: range) -> None:
-    """Draw the matrices of some layers afresh, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    std = getattr(backbone.config, "initializer_range", 0.02)
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in backbone.layers[layer].parameters():
-                if parameter.ndim > 1:
-                    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))

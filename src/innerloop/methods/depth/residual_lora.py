@@ -117,3 +117,8 @@ class GainsAndBiases(Onlooker):
         finally:
             for key, (module, name) in self.places.items():
                 module._parameters[name] = own[key]
+
+
+def vectors_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Return a layer's one-dimensional parameters: gains and biases."""
+    return {name: parameter for name, parameter in layer.named_parameters() if parameter.ndim == 1}

@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from innerloop.config.routing import CapacityBase, Gate, GateTarget
 from innerloop.loop.stabilize import at_least_fp32
-
-Gate = Literal["identity", "sigmoid", "scaled_sigmoid", "st"]
-GateTarget = Literal["delta", "full", "replace"]
-CapacityBase = Literal["valid", "static"]
 
 ROUNDED = 1e-6  # shares such as 2/3 of 9 are whole numbers of tokens but for rounding
 

@@ -13,49 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from innerloop.checks.settings import Checked
-from innerloop.checks.values import Chance
 from innerloop.disk.files import append, write_text
-from innerloop.errors import InputError, refuse
+from innerloop.errors import InputError
+from innerloop.methods.depth.tah import OracleSettings
 from innerloop.passes.loss_inputs import Reference
 from innerloop.text.batch import Batch
 
 MIX = 0x9E3779B1  # spreads hashes of places over 32 bits
-
-
-@dataclass(frozen=True)
-class OracleSettings(Checked):
-    """Which tokens are hard, for those who learn from it.
-
-    Args:
-        reference: the oracle: folder of a run, or a Hugging Face model of the same vocabulary; not the trained one.
-        metric: a token is hard where the reference errs (mismatch), or by its cross-entropy or entropy.
-        share: ce and entropy: the share of a batch's written tokens that is hard, split evenly over more iterations;
-            mismatch has a share of its own.
-        cache: a file that keeps the reference's numbers, so that each row is labelled once.
-    """
-
-    reference: str | None = None
-    metric: Literal["mismatch", "ce", "entropy"] = "mismatch"
-    share: Chance = 0.12
-    cache: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(
-            (
-                self.metric == "mismatch" and self.share != OracleSettings.share,
-                "oracle.share is for the hardest tokens by ce or entropy: mismatch has a share of its own",
-            ),
-        )
 
 
 class Oracle:

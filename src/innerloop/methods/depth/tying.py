@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from innerloop.decoder.anatomy import PER_LAYER
 from innerloop.decoder.backbone import Backbone
@@ -76,3 +77,21 @@ def check_kinds(backbone: Backbone, groups: Sequence[Sequence[int]]) -> None:
                     f"layers {', '.join(map(str, group))} differ in {name} ({kinds}), so one cannot stand for all: "
                     "choose blocks whose length is a multiple of the pattern's"
                 )
+
+
+def draw(backbone: Backbone, layers: range) -> None:
+    """Draw the matrices of some layers afresh, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    std = getattr(backbone.config, "initializer_range", 0.02)
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in backbone.layers[layer].parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+def initialise(backbone: Backbone, layers: range) -> None:
+    """Give some layers the weights that a fresh decoder has there."""
+    fresh = Backbone(AutoModelForCausalLM.from_config(backbone.config))
+    for i in layers:
+        backbone.layers[i].load_state_dict(fresh.layers[i].state_dict())

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from innerloop.config.method import Labeller, Method
 from innerloop.errors import InputError
 from innerloop.text.examples import Example
 from innerloop.text.row import BOL, BOT, Kind, Row
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
 
 LATENT = "latent"  # the key of an example's meta
 
