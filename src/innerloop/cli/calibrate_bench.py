@@ -12,7 +12,7 @@ import torch
 
 from innerloop.bench.bench import BASELINE, RUN, BenchSettings, bench_lines, bench_table
 from innerloop.bench.bench import bench as benchmark
-from innerloop.calibrate.calibrate import CALIBRATION_PARTS, FEWEST
+from innerloop.calibrate.calibrate import CALIBRATION_PARTS, FEWEST, check_rule
 from innerloop.calibrate.calibrate import calibrate as calibration
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.checks.values import Bounds, Count, Natural, Seed, Share, SomeLoops, Weight
@@ -80,6 +80,7 @@ def calibrate(run: str, options: CalibrateArguments) -> None:
     """
     if not checkpoint.is_run(run) and (options.adopt or options.out is None):
         raise InputError(f"{run} is no run that could keep a rule: save the model with its rule by --out DIR")
+    check_rule(options.rule)
     task = options.task_of(run, "valid")
     examples = task.examples("valid", options.limit)
     checked = task.examples("test", options.check) if options.check else []

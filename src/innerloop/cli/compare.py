@@ -10,7 +10,7 @@ from innerloop.checks.values import Bounds, Count, Natural, Seed
 from innerloop.cli.arguments import TaskArguments, console
 from innerloop.errors import InputError
 from innerloop.experiments.compare import compare_folders, compare_suite
-from innerloop.experiments.ray import ray_workers
+from innerloop.experiments.ray import check_ray, ray_workers
 from innerloop.experiments.suite import is_suite
 from innerloop.experiments.summary import failure_lines, failure_sentence, failures
 from innerloop.experiments.sweep import best_line, read_sweep, run_sweep, sweep_table, write_sweep
@@ -96,6 +96,8 @@ def sweep(
         overrides: other fields of the recipe, written --section.field value.
     """
     check_viz()
+    if on == "ray":
+        check_ray()
     raw, axes = read_sweep(recipe, grid, {"out": out, "seeds": seeds, "split": split, "limit": limit}, overrides)
     place = ray_workers if on == "ray" else None
     swept = run_sweep(raw, axes, None if search == "none" else trials, workers, console, place)

@@ -31,8 +31,9 @@ from innerloop.measure import evaluate, result_of
 from innerloop.measure.accuracy import Prediction, answered
 from innerloop.measure.harness import PARTS as HARNESS_PARTS
 from innerloop.measure.harness import RESULT as HARNESS_RESULT
-from innerloop.measure.harness import evaluate_tasks
+from innerloop.measure.harness import check_harness, evaluate_tasks
 from innerloop.measure.likelihood import likelihood, text_result
+from innerloop.measure.probes import check_sklearn
 from innerloop.measure.reports import Measurement, check_asked
 from innerloop.measure.result_cache import PARTS, ResultCache, made_of, of_model
 from innerloop.measure.subject import Subject
@@ -116,11 +117,14 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
     if options.backend == "lm-eval":
         told = "lm-eval's tasks say themselves how they are answered: leave --samples, --temperature, --beams out"
         refuse((not attempts.is_plain, told))
+        check_harness()
         _eval_harness(options.load_model(run, options.compile), run, options)
         return
     if options.method is not None and options.out is None and checkpoint.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     checkpoint.resolve(run)
+    if options.probes:
+        check_sklearn()
     folder = writable(Path(options.out or run))
     task = options.load_task(run)
     examples = task.examples(options.split, options.limit)

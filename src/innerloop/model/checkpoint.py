@@ -36,6 +36,7 @@ from innerloop.disk.files import told
 from innerloop.disk.folders import MANIFEST, is_unsettled, replacing_folder, settle
 from innerloop.errors import InputError, few, nearest
 from innerloop.methods import Method, name_of
+from innerloop.phases import phase
 from innerloop.text.encoder import PromptEncoder
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
@@ -64,6 +65,7 @@ def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = Non
         write(model, aside, record)
 
 
+@phase("saving")
 def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) -> None:
     """Write the files of a checkpoint into a folder."""
     folder.mkdir(parents=True, exist_ok=True)

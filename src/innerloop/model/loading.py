@@ -42,7 +42,8 @@ from innerloop.model.checkpoint import (
     resolve,
     without_bars,
 )
-from innerloop.model.unread import tell_unread
+from innerloop.model.unread import tell_chat, tell_unread
+from innerloop.phases import phase, says
 
 REMOTE_CODE = "transformers_modules"  # where transformers puts it
 SIZES = (
@@ -74,6 +75,7 @@ class Loading(Hub, total=False):
     trust_remote_code: bool
 
 
+@says(lambda make, path, *_, **__: f"loading {path}")
 def load(
     make: Callable[[Backbone, PreTrainedTokenizerBase, Method], M],
     path: str | Path,
@@ -119,6 +121,7 @@ def load(
         if (reason := _reason(error, trust_remote_code)) is None:
             raise
         raise InputError(f"cannot load a model from '{path}': {reason}") from error
+    tell_chat(path, tokenizer, is_own=saved is not None)
     backbone = Backbone(lm)
     stored = None
     if saved and (method is None or name_of(method) == saved["method"]["name"]):
@@ -167,6 +170,7 @@ def device_named(name: str | torch.device | None) -> torch.device:
         raise InputError(f"device is '{name}', but must be cpu, cuda or cuda:N") from None
 
 
+@phase("making a model")
 def from_scratch(
     make: Callable[[Backbone, PreTrainedTokenizerBase, Method], M],
     settings: Mapping[str, Any],
@@ -256,8 +260,9 @@ def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: to
     """
     path = resolve(path)
     try:
-        theirs = _tokenizer_of(path)
-        lm = load_lm(path, dtype=dtype, is_own=(Path(path) / SETTINGS).exists())
+        with phase(f"loading {path}"):
+            theirs = _tokenizer_of(path)
+            lm = load_lm(path, dtype=dtype, is_own=(Path(path) / SETTINGS).exists())
     except Exception as error:
         if (reason := _reason(error, False)) is None:
             raise
