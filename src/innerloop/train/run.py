@@ -131,6 +131,7 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
     if trainer.args.should_save:
         write_text(folder / FINISHED, "")
         remove_interrupted(folder)
+    trainer.accelerator.wait_for_everyone()  # all find the stage finished
     return True
 
 
