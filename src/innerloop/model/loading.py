@@ -121,11 +121,9 @@ def load(
         if (reason := _reason(error, trust_remote_code)) is None:
             raise
         raise InputError(f"cannot load a model from '{path}': {reason}") from error
-    tell_chat(path, tokenizer, is_own=saved is not None)
     backbone = Backbone(lm)
-    stored = None
-    if saved and (method is None or name_of(method) == saved["method"]["name"]):
-        stored = _method_of(saved, folder)
+    is_same = saved is not None and (method is None or name_of(method) == saved["method"]["name"])
+    stored = _method_of(saved, folder) if saved is not None and is_same else None
     chosen = method or stored
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
@@ -330,10 +328,13 @@ def _tokenizer_of(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     generic = Path(path) / "tokenizer_config.json"
     try:
         if generic.exists() and json.loads(generic.read_text()).get("tokenizer_class") == "TokenizersBackend":
-            return PreTrainedTokenizerFast.from_pretrained(path, **options)
-        return AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:  # a file with other contents than a tokenizer's: a KeyError, a bare Exception, ...
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the tokenizer's files cannot be read ({reason}); restore them") from error
+    tell_chat(path, tokenizer, is_own=(Path(path) / SETTINGS).exists())
+    return tokenizer
