@@ -1,11 +1,14 @@
 """A browser that opens pages: what it prints, draws, and says on its console."""
 
+import html
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+PHONE = 390  # pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -26,3 +29,14 @@ def screenshot(page: str, folder: Path, *flags: str) -> tuple[int, list[str]]:
     """Open a page; return the size of its picture in bytes, and the lines of its console."""
     _, console = browse(page, folder, f"--screenshot={folder / 'shot.png'}", "--window-size=1000,1400", *flags)
     return (folder / "shot.png").stat().st_size, console
+
+
+def width_on_a_phone(page: str, folder: Path) -> int:
+    """Return how many pixels a page takes where it is shown on 390; windows are never so narrow, but frames are."""
+    tell = """<script>addEventListener("load", () => setTimeout(
+        () => parent.postMessage(document.documentElement.scrollWidth, "*"), 500))</script></body>"""
+    inner = html.escape(page.replace("</body>", tell), quote=True)
+    outer = f"""<!doctype html><iframe width={PHONE} height=800 style="border: 0" srcdoc="{inner}"></iframe><pre></pre>
+        <script>addEventListener("message", (e) => document.querySelector("pre").textContent = e.data)</script>"""
+    shown, _ = browse(outer, folder, "--dump-dom")
+    return int(re.findall(r"<pre>(\d+)</pre>", shown)[-1])

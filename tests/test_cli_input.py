@@ -3,21 +3,28 @@
 import errno
 import json
 import os
+import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from innerloop.cli import demo
 from innerloop.cli import main as cli
 from innerloop.cli.compare import compare, sweep
 from innerloop.cli.verb import Verb
+from innerloop.errors import InputNote
 from innerloop.methods import METHODS, Cot
 from tests.models import tiny_model
 from tests.test_cli import RECIPE, helped, innerloop, lines_of, plain_model, refused, written
 from tests.test_report import parsed
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "chain"
 
 
 @pytest.mark.slow
@@ -39,6 +46,22 @@ def test_ask_a_plain_model_writes_freely_but_no_verb_takes_it_for_a_run_or_a_rec
     refused(capsys, "innerloop train", "compare", written(tmp_path))
 
 
+def test_a_chat_model_and_a_templated_question_are_noted_once_and_answered(tmp_path: Path, capsys):
+    folder = plain_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    code, _, err = innerloop(capsys, "ask", folder, "3 ; <eos> 4", "--max_new_tokens", 4)
+    notes = err.splitlines()
+    assert code == 0 and len(notes) == 2 and all(note.startswith("note: ") for note in notes)
+    assert f"{folder} is a chat model, but chat templates are not supported" in notes[0]
+    assert "a question has <eos>, which is read letter by letter" in notes[1]
+    model = tiny_model(Cot())
+    with pytest.warns(InputNote, match="give the bare question"):
+        model.generate(["<eos> 1 ; + 1"], max_new_tokens=1)
+    assert innerloop(capsys, "ask", plain_model(tmp_path / "base"), "3 ; + 4", "--max_new_tokens", 4)[2] == ""
+
+
 def test_methods_and_tasks_are_listed_splits_made_and_laid_out(tmp_path: Path, capsys):
     for verb, names in ((["methods"], METHODS), (["data", "list"], ("chain", "prosqa", "gsm8k", "math"))):
         out = innerloop(capsys, *verb)[1]
@@ -49,7 +72,7 @@ def test_methods_and_tasks_are_listed_splits_made_and_laid_out(tmp_path: Path, c
     assert found == {"train": 6, "valid": 2, "test": 3}
     method = "{name: slr, n_slots: 2, max_loops: 2, step_weight: 1}"
     code, out, _ = innerloop(capsys, "data", "show", tmp_path / "test.jsonl", "--method", method, "--n", 1)
-    assert code == 0 and "<bot> <lat>0 <lat>1 <eot>" in " ".join(out.split())
+    assert code == 0 and "<bot> <lat>1 <lat>2 <eot>" in " ".join(out.split())
     assert "loop 1 must show" in out and "refined 2 times" in out
 
 
@@ -90,6 +113,38 @@ def test_mistakes_end_with_one_sentence_and_a_code(capsys, arguments: list[str],
 
 
 @pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("lm_eval", ["eval", "model", "--backend", "lm-eval", "--tasks", "x"], "innerloop[eval]"),
+        ("sklearn", ["eval", "model", "--task", "chain", "--method", "slr", "--probes"], "innerloop[fit]"),
+        (
+            "sklearn",
+            ["calibrate", "model", "--method", "adainfer", "--rule", "classifier", "--out", "y"],
+            "innerloop[fit]",
+        ),
+        ("math_verify", ["eval", "model", "--task", "math", "--method", "cot", "--data", "x.jsonl"], "innerloop[eval]"),
+        ("plotly", ["lens", "model", "--task", "chain", "--method", "slr"], "innerloop[viz]"),
+        ("plotly", ["compare", "a", "b"], "innerloop[viz]"),
+        ("plotly", ["demo"], "innerloop[viz]"),
+        ("ray", ["sweep", "nowhere.yaml", "--on", "ray"], "innerloop[cluster]"),
+        ("wandb", ["train", RECIPES / "cot.yaml", "--train.report_to", "wandb"], "pip install wandb"),
+        ("liger_kernel", ["train", RECIPES / "cot.yaml", "--train.loss_chunk", "fused"], "innerloop[liger]"),
+    ],
+)
+def test_a_missing_library_is_told_before_data_are_read_or_a_model_is_loaded(
+    module, arguments, words, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("innerloop.text.examples._collect", None)
+    monkeypatch.setattr("innerloop.model.loading.load", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    refused(capsys, words, *arguments)
+    assert len(list(tmp_path.rglob("*"))) == 2
+
+
+@pytest.mark.parametrize(
     ("row", "words"), [('{"question": "q", "answ', "line 17"), ("", "no training example has steps, but 'cot' learns")]
 )
 def test_data_that_cannot_be_learned_from_is_refused_before_anything_starts(row, words, tmp_path: Path, capsys):
@@ -116,6 +171,35 @@ def test_the_module_is_the_command_with_its_exit_code_and_debug_shows_where_an_e
         runpy.run_module("innerloop", run_name="__main__")
     assert exit_.value.code == 2 and "did you mean 'eval'?" in capsys.readouterr().err
     assert "Traceback" in innerloop(capsys, "train", "nowhere.yaml", "--debug")[2]
+
+
+def test_a_pipe_that_is_closed_ends_the_command_without_a_word(monkeypatch, capfd):
+    for words in (["--help"], ["methods"], ["train", str(RECIPES / "slr.yaml"), "--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "w") as closed:
+            monkeypatch.setattr("sys.stdout", closed)
+            monkeypatch.setattr("innerloop.cli.data.console", Console())
+            try:
+                code = cli.main(words)
+            except SystemExit as exit_:
+                code = exit_.code
+        monkeypatch.undo()
+        assert code in (0, 1) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_name_of_a_method_is_cut(width: int, monkeypatch, capsys):
+    monkeypatch.setattr("innerloop.cli.data.console", Console(width=width))
+    out = innerloop(capsys, "methods")[1]
+    assert {line.split()[0] for line in out.splitlines() if line[1:2].strip()} >= set(METHODS)
+    assert "…" not in out and all(word in out for word in ("2502.05171", "content-free", "projection;", "pattern"))
+
+
+def test_the_train_section_is_listed_ours_with_what_they_say_and_those_of_transformers(capsys):
+    out = " ".join(helped(capsys, "train", RECIPES / "slr.yaml", "--help", "train").split())
+    assert "--train.batch_size examples per device and forward pass (default: 32)" in out
+    assert "max_steps=-1" in out and "learning_rate=0.0001" in out and "per_device_train_batch_size" not in out
 
 
 def test_a_recipe_of_slr_fits_on_a_page_and_a_field_of_a_group_is_answered_by_the_nearest(capsys):
@@ -148,9 +232,14 @@ def test_the_demo_trains_compares_and_reports(tmp_path: Path, capsys, monkeypatc
     assert rows == [6, 4]  # the results of five methods, and the controls of the three that have latents
     assert "cannot be told apart" in page or "points below" in page or "points above" in page
     assert parsed(page).figures  # and nothing is asked for outside the page
-    assert "report.html" in out and "innerloop ask" in out
-    code, _, err = innerloop(capsys, "demo", "--out", tmp_path / "demo")
-    assert code == 2 and "holds a demo already" in err
+    assert "report.html" in out and "innerloop ask" in out and "Times are medians of 5 turns" in " ".join(out.split())
+    assert re.search(r"^slr:  8/8  in .*  test: ", out, re.MULTILINE) and "start over" not in out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("model.safetensors")}
+    code, again, _ = innerloop(capsys, "demo", "--out", tmp_path / "demo", "--steps", 8)
+    assert code == 0 and "to start over, remove it or choose another by --out" in again
+    assert again.partition("interval")[2] == out.partition("interval")[2]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("model.safetensors")}
+    refused(capsys, "was trained with another recipe (train differ)", "demo", "--out", tmp_path / "demo", "--steps", 9)
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_is_no_success(tmp_path: Path, capsys, monkeypatch):

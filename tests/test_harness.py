@@ -1,6 +1,7 @@
 """lm-evaluation-harness: what a run answers to its requests, and what it refuses."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,7 +87,7 @@ def test_requests_that_were_answered_before_an_interruption_are_not_answered_aga
 
 
 def test_without_the_harness_the_command_says_what_to_install(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "LM", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     tiny_model(Cot()).save_pretrained(tmp_path)
     backend, tasks = ("--backend", "lm-eval"), ("--tasks", "gsm8k")
     for options, message in (

@@ -299,7 +299,7 @@ def test_where_the_page_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written to"):
         page_path(str(tmp_path / "run"), str(tmp_path / "file" / "a.html"))
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(InputError, match=r"innerloop\[viz\]"):
         page_path(str(tmp_path / "run"))
 

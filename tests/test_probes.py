@@ -1,8 +1,8 @@
-"""Probes and swaps: a model that stores the answer in latent 3 is found by both; one that stores none is not."""
+"""Probes and swaps: a model that stores the answer in one latent is found by both; one that stores none is not."""
 
-import builtins
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -23,33 +23,33 @@ from tests.test_controls import METHODS, PLAIN, REFEED
 FOUR = Slr(n_slots=4, distinct_slots=True, max_loops=2, loop=PLAIN | {"residual": "sum"})
 
 
-def test_the_answer_is_found_in_latent_3_by_a_probe():
+def test_the_answer_is_found_in_the_fourth_latent_by_a_probe():
     model, examples = built(FOUR, THIRD, n=90)
     found = probes(Subject(model, TASK, examples[50:]), examples[:50])
-    assert {probe.step for probe in found} == {0, "answer"} and len(found) == 2 * 3 * 4
+    assert {probe.step for probe in found} == {1, "answer"} and len(found) == 2 * 3 * 4
     assert {probe.loop for probe in found if probe.answer_pass} == {3}
     for probe in found:
         assert probe.n == 40 and probe.commonest == 0.1 and probe.control <= 0.3
-        if probe.latent == 3:
+        if probe.latent == 4:
             assert probe.accuracy == 1.0 and probe.selectivity >= 0.7
         else:
             assert probe.accuracy <= 0.3
-    assert [(probe.step, probe.latent) for probe in best(found)] == [(0, 3), ("answer", 3)]
-    assert "The answer can be read best off latent 3 after loop 1: 100%" in sentences(found)[1]
+    assert [(probe.step, probe.latent) for probe in best(found)] == [(1, 4), ("answer", 4)]
+    assert "The answer can be read best off latent 4 after loop 1: 100%" in sentences(found)[1]
 
 
-def test_the_answer_follows_latent_3_alone():
+def test_the_answer_follows_the_fourth_latent_alone():
     model, examples = built(FOUR, THIRD)
     found = {(swap.latents, swap.loop): swap for swap in swaps(Subject(model, TASK, examples))}
-    assert set(found) == {("all", None), (0, None), (1, None), (2, None), (3, None), ("all", 1)}
-    for key in (("all", None), (3, None)):
+    assert set(found) == {("all", None), (1, None), (2, None), (3, None), (4, None), ("all", 1)}
+    for key in (("all", None), (4, None)):
         assert found[key].follows == 1.0 and found[key].keeps == 0.0 and found[key].ci95[0] > 0.85
         assert 0.05 < found[key].by_chance < 0.2  # ten answers
-    for latent in (0, 1, 2):
+    for latent in (1, 2, 3):
         assert found[latent, None].follows == 0.0 and found[latent, None].keeps == 1.0
         assert found[latent, None].by_chance == 0.0
     said = swap_sentences(list(found.values()))
-    assert "100% of the answers become that example's" in said[0] and "latent 3 is followed most: 100%" in said[1]
+    assert "100% of the answers become that example's" in said[0] and "latent 4 is followed most: 100%" in said[1]
 
 
 def test_what_would_be_followed_by_chance_is_told():
@@ -84,7 +84,7 @@ def test_latents_that_are_followed_are_found_whatever_the_method(name: str):
 def test_latents_are_probed_where_they_are_written_and_in_the_pass_that_the_answer_sees():
     model, examples = built(METHODS["codi"], LATENTS, n=60)
     found = probes(Subject(model, TASK, examples[40:]), examples[:40])
-    assert {(probe.loop, probe.latent) for probe in found} == {(0, 0), (1, 1), (2, 2), (3, 3)}
+    assert {(probe.loop, probe.latent) for probe in found} == {(0, 1), (1, 2), (2, 3), (3, 3)}
     assert best(found)[0].accuracy == 1.0
     model, examples = built(Pause(n_pauses=2), ROOM, n=60)
     found = probes(Subject(model, TASK, examples[40:]), examples[:40])
@@ -130,15 +130,8 @@ def test_what_has_no_latents_is_refused(method: Method):
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
-    real = builtins.__import__
-
-    def without(name: str, *rest):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *rest)
-
     model, examples = built(FOUR, THIRD, n=12)
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(InputError, match=r"pip install 'innerloop\[fit\]'"):
         probes(Subject(model, TASK, examples), examples)
 
@@ -153,10 +146,10 @@ def test_examples_without_a_step_are_left_out_of_its_probe():
     examples = digit_examples(90)
     mixed = [Example(e.question, e.steps if i % 2 else (), e.answer, e.id) for i, e in enumerate(examples)]
     n = {probe.step: probe.n for probe in probes(Subject(model, TASK, mixed[50:]), mixed[:50])}
-    assert n == {0: 20, "answer": 40}
+    assert n == {1: 20, "answer": 40}
     with pytest.raises(InputError, match="10 examples with steps to learn from"):
         probes(Subject(model, TASK, examples[5:12]), examples[:5])
 
 
 def test_many_latents_are_thinned_evenly():
-    assert evenly(3) == [0, 1, 2] and evenly(150)[0] == 0 and evenly(150)[-1] == 149 and len(evenly(150)) == 16
+    assert evenly(3) == [1, 2, 3] and evenly(150)[0] == 1 and evenly(150)[-1] == 150 and len(evenly(150)) == 16

@@ -14,7 +14,7 @@ from innerloop.experiments.charts import Cell, Curve, bars, curves, heat_map, pa
 from innerloop.experiments.report import KINDS, document, table, write_report
 from innerloop.experiments.summary import Mark, MethodResult, against_cot, caption, columns, failures
 from innerloop.measure.control_verdict import Kind
-from tests.browser import needs_browser, screenshot
+from tests.browser import PHONE, needs_browser, screenshot, width_on_a_phone
 
 
 def result(method: str, accuracy: float, passes: float = 3.0, seconds: float = 0.01, seed: int = 0, **more) -> dict:
@@ -199,6 +199,16 @@ def test_a_browser_shows_the_report_without_complaint(tmp_path: Path, rows: list
     write_report(tmp_path / "report.html", "Two methods", rows, ["slr is better"], suite={"seeds": [0]})
     shown, said = screenshot((tmp_path / "report.html").read_text(), tmp_path)
     assert not said and shown > 4 * screenshot(document("", []), tmp_path)[0]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_report_fits_on_a_phone_whatever_names_are_in_it(tmp_path: Path, rows: list[MethodResult]):
+    long = "/a/folder/" + "of_a_very_long_name" * 8
+    rows = [*rows, replace(rows[0], name=long)]
+    failed = failures([{"variant": long, "seed": 0, "error": f"no such file: {long}"}])
+    write_report(tmp_path / "report.html", long, rows, [f"{long} is better"], failed, suite={"out": long})
+    assert width_on_a_phone((tmp_path / "report.html").read_text(), tmp_path) == PHONE
 
 
 def test_cells_are_text_what_failed_is_listed_and_every_verdict_has_its_words(tmp_path: Path):

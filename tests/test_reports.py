@@ -34,7 +34,7 @@ def test_everything_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureF
     assert [entry["loop"] for entry in shaky["loops"]] == [1, 2] and shaky["sentences"]
     probed = json.loads((tmp_path / "out" / "probes.json").read_text())
     assert (probed["n_train"], probed["n_test"]) == (40, 12)
-    assert {probe["step"] for probe in probed["probes"]} == {0, 1, 2, "answer"} and len(probed["best"]) == 4
+    assert {probe["step"] for probe in probed["probes"]} == {1, 2, 3, "answer"} and len(probed["best"]) == 4
     assert probed["swap"][0]["latents"] == "all"
     screen = capsys.readouterr().out
     for words in ("are the latents used?", "accuracy against loops", "stability", "linear probes", "swapped"):

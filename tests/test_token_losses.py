@@ -107,7 +107,7 @@ def test_ligers_kernel_gives_the_loss_and_the_gradient(monkeypatch):
 
 
 def test_a_fused_loss_is_refused_where_it_does_not_run(tmp_path, monkeypatch):
-    find = "innerloop.decoder.fused_loss.importlib.util.find_spec"
+    find = "innerloop.errors.find_spec"
     monkeypatch.setattr(find, lambda name: None)
     args = LatentTrainingArguments(tmp_path, max_steps=1, use_cpu=True, loss_chunk="fused")
     with pytest.raises(InputError, match="pip install"):

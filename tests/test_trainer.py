@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -310,30 +308,8 @@ def test_wrong_training_arguments_are_named(tmp_path: Path, settings: dict, mess
         training_arguments(tmp_path, settings)
 
 
-DISTRIBUTED = """
-import sys
-from pathlib import Path
-from tests.test_trainer import TOLD, make_trainer, uneven_examples
-from tests.models import tiny_model
-batch = int(sys.argv[2])
-make_trainer(Path(sys.argv[1]), tiny_model(TOLD), uneven_examples(), batch_size=batch, max_steps=3).train()
-"""
-
-
 def uneven_examples() -> list[Example]:
     return [Example(e.question, e.steps[: 1 + i % 3], e.answer, e.id) for i, e in enumerate(chain_examples(48, 3))]
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_loss_of_one_with_twice_the_batch(tmp_path: Path):
-    script = tmp_path / "train.py"
-    script.write_text(DISTRIBUTED)
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in ([sys.executable, script, tmp_path / "one", "16"], [*launch, script, tmp_path / "two", "8"]):
-        subprocess.run([str(c) for c in command], check=True, env=environment, capture_output=True, timeout=300)
-    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
 
 
 def test_the_micro_norm_takes_the_mean_of_the_means_of_micro_batches(tmp_path: Path):

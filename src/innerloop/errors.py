@@ -1,14 +1,19 @@
-"""The one exception for what a user can mend: the command line prints it as one sentence, without a traceback."""
+"""What a user can mend: one exception, and one warning, which the command line prints as one sentence each."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what and how to mend it."""
 
 
-class UnreadWarning(UserWarning):
+class InputNote(UserWarning):
+    """Something the user gave can be used, but not as it may be meant; the command line prints it as a note."""
+
+
+class UnreadWarning(InputNote):
     """Something that lies where a model is loaded from is not read, or not as it was saved; the message names it."""
 
 
@@ -29,3 +34,15 @@ def refuse(*problems: tuple[bool, str]) -> None:
     for is_there, message in problems:
         if is_there:
             raise InputError(message)
+
+
+def check_installed(what: str, extra: str, *modules: str) -> None:
+    """Refuse what needs packages that are not there.
+
+    Args:
+        what: says what needs which, such as "probes need scikit-learn".
+        extra: the extra of this package that brings them.
+        modules: names that must be importable.
+    """
+    if any(find_spec(module) is None for module in modules):
+        raise InputError(f"{what}: pip install 'innerloop[{extra}]'")

@@ -54,8 +54,10 @@ def test_comparison_works_outside_the_main_thread():
 def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert Math().is_correct("5", "5")
-    with pytest.raises(InputError, match=r"pip install innerloop\[eval\]"):
+    with pytest.raises(InputError, match=r"pip install 'innerloop\[eval\]'"):
         Math().is_correct("0.5", "\\frac12")
+    with pytest.raises(InputError, match=r"pip install 'innerloop\[eval\]'"):  # before a model is asked anything
+        Math(test="nowhere.jsonl").examples("test")
 
 
 def test_published_rows(tmp_path):

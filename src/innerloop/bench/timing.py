@@ -19,6 +19,7 @@ from torch import nn
 from innerloop.decoder.memory import peak_memory
 from innerloop.decoder.packed import release
 from innerloop.errors import InputError
+from innerloop.phases import phase
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -57,12 +58,14 @@ def take_turns(
     names = list(runs)
     turns: dict[K, list[Turn[T]]] = {name: [] for name in names}
     for number in range(-warm_up, repeats):
-        for name in names if number % 2 == 0 else reversed(names):
-            started, worked = clock(), time.process_time()
-            result = runs[name]()
-            seconds, cpu_seconds = clock() - started, time.process_time() - worked
-            if number >= 0:
-                turns[name].append(Turn(seconds, result, cpu_seconds))
+        turn = "warming up" if number < 0 else f"turn {number + 1} of {repeats}"
+        with phase(f"timing, {turn}"):
+            for name in names if number % 2 == 0 else reversed(names):
+                started, worked = clock(), time.process_time()
+                result = runs[name]()
+                seconds, cpu_seconds = clock() - started, time.process_time() - worked
+                if number >= 0:
+                    turns[name].append(Turn(seconds, result, cpu_seconds))
     return turns
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from innerloop.calibrate.fit import check_sklearn
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.calibrate.threshold_search import ThresholdSearch, summary
 from innerloop.config.stopping import StopKind
@@ -61,6 +62,13 @@ class Calibration:
         return path
 
 
+def check_rule(rule: StopKind) -> None:
+    """Refuse a rule that has no threshold, and one that cannot be fitted for want of a library."""
+    refuse((rule in ("none", "random"), f"stop.rule={rule} has no threshold to choose: calibrate another score"))
+    if rule == "classifier":
+        check_sklearn()
+
+
 def calibrate(
     model: LatentModel,
     task: Task,
@@ -85,10 +93,10 @@ def calibrate(
         cache: where answers are kept as soon as they are known, and taken from if they are there.
         options: further settings of stopping, such as patience, min_loops, check_every or features.
     """
+    check_rule(rule)
     settings, start = settings or CalibrationSettings(), time.perf_counter()
     gate = None if model.loop.stop is None else model.loop.stop.gate
     refuse(
-        (rule in ("none", "random"), f"stop.rule={rule} has no threshold to choose: calibrate another score"),
         (rule in GATES and gate is None, f"stop.rule={rule} is learned with the model: train it with that rule first"),
         (len(examples) < FEWEST, f"calibrating needs at least {FEWEST} examples"),
     )

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from innerloop.calibrate.loop_scan import stops_at
 from innerloop.config.stopping import ExitClassifierKind, StopSettings
-from innerloop.errors import InputError
+from innerloop.errors import check_installed
 from innerloop.halting.rule import StopRule
 
 MOST_VECTORS = 1000  # rows that an RBF machine is fitted to
@@ -46,6 +46,11 @@ def fit_classifier(
     return {**numbers, "tau_T": torch.zeros(n_T)}
 
 
+def check_sklearn() -> None:
+    """Refuse where scikit-learn is not installed."""
+    check_installed("fitting a classifier needs scikit-learn", "fit", "sklearn")
+
+
 def _fitted(x_NF: Tensor, y_N: Tensor, kind: ExitClassifierKind, seed: int) -> dict[str, Tensor]:
     """Fit one classifier; what a kind does not have is empty."""
     mean, scale, n_F = x_NF.mean(0), x_NF.std(0, correction=0).clamp(min=1e-6), x_NF.shape[1]
@@ -54,10 +59,9 @@ def _fitted(x_NF: Tensor, y_N: Tensor, kind: ExitClassifierKind, seed: int) -> d
     numbers |= {"vectors_KSF": x_NF.new_zeros(0, n_F), "share_KS": x_NF.new_zeros(0)}
     if bool(y_N.all()) or not bool(y_N.any()):
         return numbers | {"bias_K": none + (CERTAIN if bool(y_N.all()) else -CERTAIN)}
-    try:
-        from sklearn import linear_model, svm
-    except ImportError:
-        raise InputError("fitting a classifier needs scikit-learn: pip install 'innerloop[fit]'") from None
+    check_sklearn()
+    from sklearn import linear_model, svm
+
     z_NF = (x_NF - mean) / scale
     if kind == "svm_rbf":
         z_NF, y_N = _balanced(z_NF, y_N, seed)

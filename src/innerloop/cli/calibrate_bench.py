@@ -73,6 +73,9 @@ def calibrate(run: str, options: CalibrateArguments) -> None:
     """
     if not run_folder.is_run(run) and (options.adopt or options.out is None):
         raise InputError(f"{run} is no run that could keep a rule: save the model with its rule by --out DIR")
+    from innerloop.calibrate.calibrate import check_rule
+
+    check_rule(options.rule)
     task = options.task_of(run, "valid")
     examples = task.examples("valid", options.limit)
     checked = task.examples("test", options.check) if options.check else []

@@ -98,12 +98,14 @@ def sweep(
         limit: how many of them.
         overrides: other fields of the recipe, written --section.field value.
     """
-    from innerloop.experiments.ray import ray_workers
+    from innerloop.experiments.ray import check_ray, ray_workers
     from innerloop.experiments.summary import failure_lines, failure_sentence, failures
     from innerloop.experiments.sweep import best_line, read_sweep, run_sweep, sweep_table, write_sweep
     from innerloop.lens.page import check_viz
 
     check_viz()
+    if on == "ray":
+        check_ray()
     raw, axes = read_sweep(recipe, grid, {"out": out, "seeds": seeds, "split": split, "limit": limit}, overrides)
     place = ray_workers if on == "ray" else None
     swept = run_sweep(raw, axes, None if search == "none" else trials, workers, console, place)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Column, Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from innerloop.checks.values import Count, Natural
 from innerloop.cli.arguments import console
@@ -17,11 +18,15 @@ from innerloop.tasks import TASKS, task_named
 
 def methods() -> None:
     """List the methods: family, paper, stages, what they need."""
-    table = Table(Column("method", no_wrap=True), "family", "what it does", "paper", "stages", "needs")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("method", "family", "what it does", "paper", "stages", "needs"):
+        table.add_column(name, no_wrap=name in ("method", "family", "stages"), overflow="fold")
     for method in METHODS.values():
         n_stages = method().last_stage + 1
-        table.add_row(method.name, method.family, method.summary, method.paper, str(n_stages), method.needs)
+        paper = method.paper.replace("arXiv ", "")
+        table.add_row(method.name, method.family, method.summary, paper, str(n_stages), method.needs)
     console.print(table)
+    console.print("Papers are numbers of arXiv. innerloop train RECIPE --help lists the fields of a recipe's method.")
 
 
 def data_list() -> None:

@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from innerloop.checks.values import Count, Seed
+from innerloop.cli.arguments import console
 from innerloop.disk.files import write_text
 from innerloop.errors import InputError
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
@@ -26,6 +25,7 @@ BACKBONE = {"type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_h
     "max_position_embeddings": 128,
 }
 WARM_UP_STEPS = 400
+TIMED = 64  # questions that all answer in turns
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10)  # numbers of iterations to answer with, besides that of training
 
 
@@ -44,7 +44,7 @@ def demo_methods(steps: int) -> list[Method]:
 
 
 def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Count = 2) -> None:
-    """Train and compare methods on the embedded chain task, on a CPU in minutes, and print the table.
+    """Train and compare methods on the embedded chain task, on a CPU in minutes, and print the table; again, the table.
 
     Args:
         out: where the runs, the table (results.json) and report.html go.
@@ -53,36 +53,36 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
         workers: methods trained side by side, each on one thread.
     """
     from innerloop.engine.latent_model import LatentModel
-    from innerloop.experiments.compare import suite_rows, verdicts
-    from innerloop.experiments.jobs import run_suite
+    from innerloop.experiments.compare import suite_rows, timed, verdicts
+    from innerloop.experiments.jobs import known_result, run_suite
     from innerloop.experiments.report import write_report
     from innerloop.experiments.suite import EvalConfig, Suite
     from innerloop.experiments.summary import summary_table
     from innerloop.lens import look, write_page
     from innerloop.lens.page import check_viz
 
-    console = Console()
     folder = Path(out)
     check_viz()
-    if (folder / "results.json").exists():
-        raise InputError(f"{folder} holds a demo already; choose another folder with --out, or remove it")
-    console.print(
-        f"Chain task: {TASK.n_ops} operations modulo {TASK.modulus}. Five methods continue from one chain-of-thought "
-        f"checkpoint for {steps} steps each (seed {seed})."
-    )
     warm = Recipe(
         TASK, BackboneChoice(scratch=BACKBONE), Cot(), _training(WARM_UP_STEPS, seed), str(folder / "warm_up")
     )
     start, chosen = BackboneChoice(model=warm.out), demo_methods(steps)
     jobs = {(m.name, seed): Recipe(TASK, start, m, _training(steps, seed), str(folder / m.name)) for m in chosen}
     suite = Suite(out, {seed: warm}, jobs, EvalConfig(loops=LOOPS, controls=True))
+    is_known = all(known_result(suite, key) is not None for key in suite.jobs)
+    console.print(
+        f"Chain task: {TASK.n_ops} operations modulo {TASK.modulus}. Five methods continue from one chain-of-thought "
+        f"checkpoint for {steps} steps each (seed {seed})."
+        + (f" All are in {folder} already; to start over, remove it or choose another by --out." if is_known else ""),
+        soft_wrap=True,
+    )
     results = run_suite(suite, workers, console)
     if failed := [f"{r['variant']}: {r['error']}" for r in results if "error" in r]:
         raise InputError(f"the demo could not finish: {'; '.join(failed)}")
     examples = TASK.examples("test", 8)
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = f"innerloop demo: chain, {TASK.n_ops} operations modulo {TASK.modulus}"
-    rows = suite_rows(suite, results)
+    rows = timed(suite_rows(suite, results), TASK, [e.question for e in TASK.examples("test", TIMED)], folder)
     write_report(folder / "report.html", title, rows, verdicts(rows, "cot"))
     record = look(LatentModel.from_pretrained(folder / "slr"), TASK, examples, run=str(folder / "slr"))
     write_page(record, folder / "lens.html")

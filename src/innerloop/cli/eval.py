@@ -105,11 +105,18 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
     if options.backend == "lm-eval":
         told = "lm-eval's tasks say themselves how they are answered: leave --samples, --temperature, --beams out"
         refuse((not attempts.is_plain, told))
+        from innerloop.measure.harness import check_harness
+
+        check_harness()
         _eval_harness(options.load_model(run, options.compile), run, options)
         return
     if options.method is not None and options.out is None and run_folder.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     run_folder.resolve(run)
+    if options.probes:
+        from innerloop.measure.probes import check_sklearn
+
+        check_sklearn()
     folder = writable(Path(options.out or run))
     task = options.load_task(run)
     examples = task.examples(options.split, options.limit)

@@ -7,16 +7,17 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from innerloop.cli.verb import Verb
 from innerloop.disk.files import of_the_machine
-from innerloop.errors import InputError, UnreadWarning, nearest
+from innerloop.errors import InputError, InputNote, nearest
+from innerloop.terminal.progress import phases_told
 from innerloop.terminal.signals import end_when_asked
 
 VERBS = {  # each with its function and what it does
@@ -34,7 +35,6 @@ VERBS = {  # each with its function and what it does
     "calibrate": ("calibrate_bench:calibrate", "choose the threshold of a stop rule on validation data"),
     "bench": ("calibrate_bench:bench", "measure time, memory and the share of the machine's floor"),
 }
-_shown = warnings.showwarning
 HELP = ("-h", "--help")
 
 
@@ -45,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [_underscored(a) for a in arguments if a != "--debug"]
     _quieten()
     end_when_asked()
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        _run(arguments)
+        with _notes_told():
+            _run(arguments)
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be written at the end
+        return 1  # as rich ends such a process
     except (InputError, ArgumentError) as error:
         if debug:
             traceback.print_exc()
@@ -68,12 +71,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Print our own warnings as a line; others' tell their place."""
-    if category is UnreadWarning:
-        print(f"note: {message}", file=sys.stderr)
-    else:
-        _shown(message, category, *where)
+@contextmanager
+def _notes_told() -> Iterator[None]:
+    """Print notes of a block to stderr as they arise, each once; write out all that was printed when it ends."""
+    told = set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
+        if not issubclass(category, InputNote):
+            shown(message, category, *rest, **more)  # type: ignore[arg-type]
+        elif is_first_process() and str(message) not in told:
+            told.add(str(message))
+            print(f"note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputNote)
+        shown, warnings.showwarning = warnings.showwarning, show  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the only one, or the first of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _quieten() -> None:
@@ -107,7 +128,9 @@ def _run(arguments: list[str]) -> None:
     room = import_module(f"innerloop.cli.{module}")
     verb, words = Verb(name, getattr(room, function)), arguments[len(name.split()) :]
     if not set(HELP) & set(words):
-        verb.run(words)
+        room.console.quiet = not is_first_process()
+        with phases_told(room.console):
+            verb.run(words)
         return
     _, places, overrides = verb.split([word for word in words if word not in HELP])
     shows_fields = name in ("train", "data make") and places

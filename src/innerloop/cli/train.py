@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from inspect import get_annotations, getdoc
 from typing import Any
+
+from docstring_parser import parse as parse_docstring
 
 from innerloop.cli.arguments import console
 from innerloop.config.typed import field_parser, field_types, groups
@@ -47,13 +50,31 @@ def fields_help(recipe: str, path: str = "", overrides: Sequence[str] = ()) -> s
             raise InputError(f"--help {path}: '{at.__name__}' has no group '{group}'{nearest(group, groups(at))}")
         at = groups(at)[group]
     if at is LatentTrainingArguments:
-        return f"train: {getdoc(at)}"
+        return _train_help()
     lines = [field_parser(at, f"{path or 'method'}.").format_help().rstrip()]
     lines += [_line(f"{path or 'method'}.{group}", cls) for group, cls in groups(at).items()]
     if not path:
         lines += ["", *(_line(other, _class_of(value)) for other, value in sections.items() if other != "method")]
         lines += ["", f"innerloop train {recipe} --help method.GROUP, or --help task, says what these are."]
     return "\n".join(lines)
+
+
+def _train_help() -> str:
+    """Return what the train section takes: our own fields with what they say, transformers' by name and default."""
+    from innerloop.train.training_arguments import LatentTrainingArguments
+
+    own = parse_docstring(getdoc(LatentTrainingArguments) or "").params
+    said = {param.arg_name: " ".join((param.description or "").split()) for param in own}
+    lines, theirs = ["train:"], []
+    for field in fields(LatentTrainingArguments):
+        default = "null" if field.default is None else "" if field.default is MISSING else str(field.default)
+        if field.name in said:
+            told = f"--train.{field.name}  {said[field.name].rstrip('.')} (default: {default})"
+            lines += textwrap.wrap(told, 100, initial_indent="  ", subsequent_indent=" " * 24)
+        elif field.init and field.name not in ("output_dir", "per_device_train_batch_size"):
+            theirs.append(f"{field.name}={default}")
+    names = textwrap.wrap(", ".join(theirs), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join([*lines, "", "--train.FIELD of transformers' TrainingArguments, which documents them:", *names])
 
 
 def _class_of(section: Any) -> type:

@@ -14,6 +14,7 @@ Shapes: `B` rows, `L` new positions, `C` columns of a buffer, `D` width, `h` hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from innerloop.decoder.cache import AnyCache
 from innerloop.decoder.kv_buffer import FullLayer, KvBuffer
 from innerloop.decoder.masks import kinds_of, visible, window_of
 from innerloop.decoder.real_columns import counts_columns
+from innerloop.phases import phase
 
 MOST_COLUMNS = 64
 """Passes of more new columns than this are no steps, and not compiled."""
@@ -55,7 +57,7 @@ class CompiledPasses:
     """
 
     def __init__(self, lm: PreTrainedModel, backend: str = "inductor"):
-        self.lm = lm
+        self.lm, self.known = lm, set[tuple[int, ...]]()  # of what shapes a program is there
         self.is_plain = kinds_of(text_config(lm)) <= {"full_attention"} and not counts_columns(decoder_of(lm))
         is_cuda = lm.get_input_embeddings().weight.device.type == "cuda" and backend == "inductor"
         self.step: Callable[..., Tensor] = torch.compile(
@@ -101,7 +103,10 @@ class CompiledPasses:
         kind = torch.bool if config._attn_implementation == "sdpa" else embeds_BLD.dtype
         mask = visible(config, seen_BLC, seen_BLC, kind)
         tensors = [buffer.keys for buffer in buffers], [buffer.values for buffer in buffers]
-        states = self.step(embeds_BLD, positions_BL, mask, at_L, *tensors)
+        shape = (*embeds_BLD.shape, n_columns)
+        with nullcontext() if shape in self.known else phase(f"compiling a pass of {shape[0]} rows"):
+            states = self.step(embeds_BLD, positions_BL, mask, at_L, *tensors)
+        self.known.add(shape)
         for layer in layers:
             layer.place(end)
         return states.clone() if states.is_cuda else states  # the graph's own memory is written over by its next run

@@ -7,22 +7,18 @@ Shapes: `U` tokens, `V` vocabulary, `D` width.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_installed
 
 
 def check_fused(device: torch.device) -> None:
     """Refuse where the kernel is not installed, or does not run (Triton's interpreter runs it on a CPU, slowly)."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise InputError(
-            "train.loss_chunk=fused needs liger-kernel: pip install 'innerloop[liger]', or give a number of rows"
-        )
+    check_installed("train.loss_chunk=fused needs liger-kernel, a number of rows does not", "liger", "liger_kernel")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError("train.loss_chunk=fused runs on a GPU; on a CPU give a number of rows, such as 256")
 

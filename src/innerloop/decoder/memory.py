@@ -11,6 +11,8 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from innerloop.phases import phase
+
 MIB = 2**20
 LIMITS = (  # of a container or a job: what it may take, and what it has taken
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -18,6 +20,7 @@ LIMITS = (  # of a container or a job: what it may take, and what it has taken
 )
 
 
+@phase("measuring memory")
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes that ``run`` holds at once on a device, beyond those held when it begins.
 

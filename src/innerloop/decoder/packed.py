@@ -31,6 +31,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from innerloop.decoder.memory import free_bytes, is_out_of_memory
+from innerloop.phases import phase
 
 FEWEST_WEIGHTS = 2**18
 """Smaller matrices stay as they are: what a call of oneDNN costs is more than the order of a few weights."""
@@ -59,11 +60,12 @@ class PackedWeights:
             return
         made = dict[tuple[int, ...], Tensor]()  # modules may share a weight
         try:
-            for group in new:
-                key = (*(module.weight.data_ptr() for module in group), isinstance(group[0], Conv1D))
-                if key not in made:
-                    made[key] = torch.ops.mkldnn._reorder_linear_weight(_joined(group))
-                _kept[group[0]] = Packed(group, made[key])
+            with phase("packing weights"):
+                for group in new:
+                    key = (*(module.weight.data_ptr() for module in group), isinstance(group[0], Conv1D))
+                    if key not in made:
+                        made[key] = torch.ops.mkldnn._reorder_linear_weight(_joined(group))
+                    _kept[group[0]] = Packed(group, made[key])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from innerloop.config.reading import read_yaml
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_installed
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from optuna.distributions import BaseDistribution
@@ -79,10 +79,9 @@ def _range(field: str, written: str) -> BaseDistribution:
 
 def optuna() -> Any:
     """Return Optuna, quiet."""
-    try:
-        import optuna
-    except ImportError:
-        raise InputError("grids and searches need Optuna: pip install 'innerloop[sweep]'") from None
+    check_installed("grids and searches need Optuna", "sweep", "optuna")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
 from innerloop.measure.subject import Subject
 from innerloop.model.run_folder import identity
+from innerloop.phases import heard_by
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.codec import to_json
@@ -151,14 +152,24 @@ def _sections(recipe: Recipe) -> dict[str, str]:
 def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any) -> dict[Key, str]:
     """Run what is missing with a bar for each job; return why those that failed did."""
     rows = _warm_ups(suite, missing) | {key: suite.jobs[key] for key in missing}
+    has_seeds = len({seed for _, seed in rows}) > 1
     bars = {
-        key: progress.add_task(f"{key[0]} {key[1]}", total=None if key[0] in suite.runs else _n_steps(r), note="")
+        key: progress.add_task(
+            f"{key[0]} {key[1]}" if has_seeds else key[0],
+            total=None if key[0] in suite.runs else _n_steps(r),
+            note="",
+        )
         for key, r in rows.items()
     }
+
+    begun = set[Key]()
 
     def listen() -> None:
         while (message := workers.messages.get()) is not None:
             key, done, note = message
+            if key not in begun:
+                begun.add(key)
+                progress.reset(bars[key])  # its time begins now
             progress.update(bars[key], completed=done, **({"note": note} if note else {}))
 
     listener = threading.Thread(target=listen, daemon=True)
@@ -249,10 +260,17 @@ def train_job(key: Key, recipe: Recipe, messages: Any) -> None:
     if (out / FINISHED).exists():
         return
     finished = [s.train.get("max_steps", 0) for s in recipe.stages]
-    run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
+    with heard_by(partial(_noted, key, messages)):
+        run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
     if (out / FINISHED).exists():
         for folder in (out, *out.glob("stages/*")):
             remove_all(folder)  # what was kept to resume from
+
+
+def _noted(key: Key, messages: Any, words: str) -> AbstractContextManager[object]:
+    """Send what a job does, before there is a step to tell."""
+    messages.put((key, None, words))
+    return nullcontext()
 
 
 def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str | None = None) -> None:

@@ -15,19 +15,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_installed
 from innerloop.experiments.workers import Workers, one_thread
 from innerloop.train.recipe import Recipe
+
+
+def check_ray() -> None:
+    """Refuse where Ray is not installed."""
+    check_installed("--on ray needs Ray", "cluster", "ray")
 
 
 @contextmanager
 def ray_workers() -> Iterator[Workers]:
     """Join the cluster at RAY_ADDRESS, or on this machine, and leave it again."""
-    try:
-        import ray
-        from ray.util.queue import Queue
-    except ImportError:
-        raise InputError("--on ray needs Ray: pip install 'innerloop[cluster]'") from None
+    check_ray()
+    import ray
+    from ray.util.queue import Queue
+
     joins = not ray.is_initialized()
     if joins:
         try:

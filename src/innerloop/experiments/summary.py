@@ -216,7 +216,7 @@ def columns(rows: Sequence[MethodResult], brief: bool = False) -> tuple[list[str
         shown[name.replace("_", " ")] = [f"{row.cost(name):.1f}" for row in rows]
     if not brief:
         shown["MFLOPs"] = [f"{row.cost('flops') / 1e6:.3g}" for row in rows]
-    shown["ms"] = [f"{1000 * row.seconds:.2f}" for row in rows]
+    shown["ms"] = [f"{1000 * row.seconds:.{2 if row.seconds < 0.01 else 1}f}" for row in rows]
     if any(ratio is not None for ratio in ratios):
         shown["time / CoT"] = [_ratio(ratio, brief) for ratio in ratios]
     if any(row.memory is not None for row in rows):

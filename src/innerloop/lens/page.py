@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from innerloop.disk.files import check_writable, write_text
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_installed
 from innerloop.lens.record import Record
 from innerloop.model.run_folder import is_run
 from innerloop.text.codec import to_json
@@ -22,11 +22,7 @@ DIGITS = 6  # significant digits of a number on the page
 
 def check_viz() -> None:
     """Refuse to go on without what pages are made with."""
-    try:
-        import jinja2  # noqa: F401
-        import plotly.offline  # noqa: F401
-    except ImportError:
-        raise InputError("pages are made with plotly and Jinja2: pip install 'innerloop[viz]'") from None
+    check_installed("pages are made with plotly and Jinja2", "viz", "plotly", "jinja2")
 
 
 def page(package: str, template: str, **values: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_installed
 from innerloop.measure.accuracy import device_name, versions
 from innerloop.measure.result_cache import ResultCache, digest
 from innerloop.text.examples import Example
@@ -36,6 +36,11 @@ PARTS = "lm_eval.parts.json"
 PART = 8  # batches that are kept together
 MOST_TOKENS = 256  # written where a task does not say
 KEPT = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-samples")
+
+
+def check_harness() -> None:
+    """Refuse where lm-evaluation-harness is not installed."""
+    check_installed("--backend lm-eval needs lm-evaluation-harness", "eval", "lm_eval")
 
 
 def evaluate_tasks(
@@ -66,8 +71,7 @@ def evaluate_tasks(
         planned: told how many requests there are, as far as that is known.
         progress: told how many requests have been answered since the last call.
     """
-    if LM is None:
-        raise InputError("--backend lm-eval needs lm-evaluation-harness: pip install 'innerloop[eval]'")
+    check_harness()
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

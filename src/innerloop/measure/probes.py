@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from innerloop.engine.latent_model import LatentModel
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_installed
 from innerloop.measure.latents import unseen
 from innerloop.measure.result_cache import digest_of
 from innerloop.measure.statistics import wilson
@@ -33,7 +33,7 @@ from innerloop.text.examples import Example
 
 Target = int | Literal["answer"]
 Cells = dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]
-"""By loop and latent: the states (n, D) of the examples to learn from, and of those to be tested on."""
+"""By loop and latent, counted from 1: the states (n, D) of the examples to learn from, and of those to be tested on."""
 
 FEWEST = 10  # examples to learn from, and to test on
 TOO_FEW = f"a probe needs {FEWEST} examples with steps to learn from and {FEWEST} to be tested on"
@@ -46,8 +46,8 @@ class Probe:
 
     Attributes:
         loop: the iteration; 0: before the first.
-        latent: 0-based.
-        step: the 0-based step whose result is told, or the answer.
+        latent: counted from 1.
+        step: the step whose result is told, counted from 1, or the answer.
         accuracy: on the test examples.
         ci95: its Wilson interval.
         control: the accuracy after learning from shuffled labels.
@@ -95,14 +95,14 @@ def probes(subject: Subject, train: Sequence[Example]) -> list[Probe]:
     both = (train, subject.examples)
     states = cache(partial(_cells, subject, both))
     wanted = []
-    for target in (*range(max((len(e.steps) for e in train), default=0)), "answer"):
+    for target in (*range(1, max((len(e.steps) for e in train), default=0) + 1), "answer"):
         labels = [[_label(example, target) for example in side] for side in both]
         known = [[i for i, label in enumerate(side) if label] for side in labels]
         if min(map(len, known)) >= FEWEST and len({labels[0][i] for i in known[0]}) > 1:
             wanted.append((target, labels, known))
     if not wanted:
         raise InputError(TOO_FEW)
-    names = [f"probe {target}, learned from {digest_of(train)[:8]}" for target, _, _ in wanted]
+    names = [f"probe of {target}, learned from {digest_of(train)[:8]}" for target, _, _ in wanted]
     if missing := subject.cache.missing(names):
         subject.planned(len(states()) * len(missing))
     n_loops = subject.model.prompts(["?"], subject.stage)[0].n_loops
@@ -135,7 +135,7 @@ def sentences(found: Sequence[Probe]) -> list[str]:
     """Say where each thing can be read best."""
     said = []
     for probe in best(found):
-        what = "The answer" if probe.step == "answer" else f"The result of step {int(probe.step) + 1}"
+        what = "The answer" if probe.step == "answer" else f"The result of step {probe.step}"
         low, high = probe.ci95
         where = f"latent {probe.latent} " + (
             "in the answer's pass" if probe.answer_pass else f"after loop {probe.loop}"
@@ -155,17 +155,19 @@ def sentences(found: Sequence[Probe]) -> list[str]:
 def _label(example: Example, target: Target) -> str:
     if target == "answer":
         return example.answer
-    return result_of_step(example.steps[int(target)]) if int(target) < len(example.steps) else ""
+    return result_of_step(example.steps[int(target) - 1]) if int(target) <= len(example.steps) else ""
 
 
 def check(model: LatentModel, stage: int | None = None) -> None:
     """Refuse a model that has no latents to probe, and a library that is missing."""
+    check_sklearn()
     if (why := unseen(model, stage)) is not None:
         raise InputError(f"there are no latents to probe: {why}")
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise InputError("probes need scikit-learn: pip install 'innerloop[fit]'") from None
+
+
+def check_sklearn() -> None:
+    """Refuse where scikit-learn is not installed."""
+    check_installed("probes need scikit-learn", "fit", "sklearn")
 
 
 def check_enough(train: Sequence[Example], test: Sequence[Example]) -> None:
@@ -189,8 +191,9 @@ def _fit(states: NDArray[Any], labels: NDArray[Any], others: NDArray[Any]) -> ND
 def _cells(subject: Subject, both: Sequence[Sequence[Example]]) -> Cells:
     """Return for each (loop, latent) the states (n, D) of the examples to learn from and to test on.
 
-    In append latent t is z_t, so that there is one latent for each loop. Where the final latents are read once more, in
-    the pass that the answer sees, what they become there stands beside them as loop T + 1.
+    In append each z_t is a latent of its own, so that there is one for each loop; where z_0 is a state, it is the
+    first. Where the final latents are read once more, in the pass that the answer sees, what they become there stands
+    beside them as loop T + 1.
     """
     method, row = subject.model.method, subject.model.prompts(["?"], subject.stage)[0]
     appends = method.plan.scope == "append"
@@ -214,13 +217,14 @@ def _cells(subject: Subject, both: Sequence[Sequence[Example]]) -> Cells:
         last += [np.concatenate(read)] if reads_again else []
     n_loops = min(len(states) for side in path for states in side) - 1
     cells: Cells = {}
-    for t in range(0 if method.plan.first_state == "forward" or n_loops == 0 else 1, n_loops + 1):
+    begins = 0 if method.plan.first_state == "forward" or n_loops == 0 else 1
+    for t in range(begins, n_loops + 1):
         stacked = [np.stack([states[t].float().numpy() for states in side]) for side in path]  # type: ignore[union-attr]
         for j in evenly(stacked[0].shape[1]):
-            cells[t, t if appends else j] = (stacked[0][:, j], stacked[1][:, j])
+            cells[t, t + 1 - begins if appends else j] = (stacked[0][:, j - 1], stacked[1][:, j - 1])
     if reads_again:
-        t = row.n_loops + 1
-        cells |= {(t, t if appends else j): (last[0][:, j], last[1][:, j]) for j in evenly(n_last)}
+        t, final = row.n_loops + 1, n_loops + 1 - begins
+        cells |= {(t, final if appends else j): (last[0][:, j - 1], last[1][:, j - 1]) for j in evenly(n_last)}
     return cells
 
 

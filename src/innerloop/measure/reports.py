@@ -234,11 +234,11 @@ def _spread(spread: Spread | None) -> str:
 def probes_view(found: Sequence[probing.Probe]) -> RenderableType:
     """Return what is read off which latent after each loop, the best loop of each."""
     latents = sorted({probe.latent for probe in found})
-    shown, rows = [latents[i] for i in swapping.evenly(len(latents), MOST_CELLS)], []
+    shown, rows = [latents[i - 1] for i in swapping.evenly(len(latents), MOST_CELLS)], []
     passes = {probe.loop for probe in found if probe.answer_pass}
     for step, loop in dict.fromkeys((probe.step, probe.loop) for probe in found):
         cells = {p.latent: f"{p.accuracy:.0%} ({p.control:.0%})" for p in found if (p.step, p.loop) == (step, loop)}
-        what = "answer" if step == "answer" else f"step {int(step) + 1}"
+        what = "answer" if step == "answer" else f"step {step}"
         rows.append((what, "answer" if loop in passes else str(loop), *(cells.get(latent, "") for latent in shown)))
     title = "accuracy of linear probes (after learning from shuffled labels)"
     return _table(title, ("what", "after loop", *(f"latent {latent}" for latent in shown)), rows, n_left=1)

@@ -29,7 +29,7 @@ class Swap:
     """What a swap does.
 
     Attributes:
-        latents: the 0-based latent that was swapped, or all.
+        latents: the latent that was swapped, counted from 1, or all.
         loop: all latents were swapped after this iteration, and the loop went on from them; None: what the answer sees.
         follows: the share of pairs now answered as the donor is.
         ci95: its Wilson interval.
@@ -48,8 +48,8 @@ class Swap:
 
 
 def evenly(n: int, most: int = MOST_LATENTS) -> list[int]:
-    """Return at most ``most`` of 0 .. n - 1, evenly spaced, the first and the last among them."""
-    return list(range(n)) if n <= most else sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
+    """Return at most ``most`` of 1 .. n, evenly spaced, the first and the last among them."""
+    return list(range(1, n + 1)) if n <= most else sorted({1 + round(i * (n - 1) / (most - 1)) for i in range(most)})
 
 
 def swaps(subject: Subject) -> list[Swap]:
@@ -61,7 +61,7 @@ def swaps(subject: Subject) -> list[Swap]:
     n_latents, _ = subject.latents()
     wanted: dict[str, tuple[int | Literal["all"], int | None]] = {"swap all, and chance": ("all", None)}
     if n_latents > 1:
-        wanted |= {f"swap latent {j}, and chance": (j, None) for j in evenly(n_latents)}
+        wanted |= {f"swap latent {j} of {n_latents}, and chance": (j, None) for j in evenly(n_latents)}
     if method.plan.scope != "append":
         last = method.n_loops(subject.at) - (method.plan.answer_context == "kv_last")
         wanted |= {f"swap after loop {t}, and chance": ("all", t) for t in range(1, last)}
@@ -71,7 +71,7 @@ def swaps(subject: Subject) -> list[Swap]:
         if loop is not None:
             table = _after_loop(subject.recorded, donors, loop)
         elif latents != "all":
-            table = _with_one(subject.seen, donors, latents)
+            table = _with_one(subject.seen, donors, latents - 1)
         else:
             table = {key: list(subject.seen.blocks[donor]) for key, donor in donors.items()}
         pairs = [(now, plain[key], plain[donors[key]]) for key, now in zip(keys, subject.answer(Replacement(table)))]
@@ -114,7 +114,7 @@ def by_chance(pairs: Sequence[tuple[Prediction, Prediction, Prediction]]) -> flo
 
 
 def _with_one(seen: Record, donors: dict[Key, Key], latent: int) -> dict[Key, list[Fed]]:
-    """Return replacements of one latent of each block; side by side or one after the other."""
+    """Return replacements of one latent, 0-based, of each block; side by side or one after the other."""
 
     def change(key: Key, i: int, block: Fed) -> Fed:
         other = _lent(seen, donors[key], i)

@@ -35,6 +35,7 @@ from innerloop.disk.folders import replacing_folder
 from innerloop.errors import InputError, few
 from innerloop.methods import Method, name_of
 from innerloop.model.run_folder import FORMAT, PARTS, SETTINGS
+from innerloop.phases import phase
 from innerloop.text.encoder import PromptEncoder
 
 
@@ -59,6 +60,7 @@ def save(model: Stored, path: str | Path, record: Mapping[str, Any] | None = Non
         write(model, aside, record)
 
 
+@phase("saving")
 def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) -> None:
     """Write the files of a checkpoint into a folder."""
     folder.mkdir(parents=True, exist_ok=True)

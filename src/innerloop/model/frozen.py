@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from innerloop.config.method import Method
 from innerloop.passes.thought import Thought
+from innerloop.phases import phase
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import PromptEncoder
 
@@ -61,6 +62,7 @@ class FrozenReference:
         return fingerprint(self.model)
 
 
+@phase("hashing weights")
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of a model's weights, or of a part's."""
     digest = hashlib.sha256()

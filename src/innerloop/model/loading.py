@@ -33,7 +33,8 @@ from innerloop.methods import method_named, name_of
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.checkpoint import Stored, check_finite, first_line, load_parts, without_bars
 from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
-from innerloop.model.unread import tell_unread
+from innerloop.model.unread import tell_chat, tell_unread
+from innerloop.phases import phase, says
 
 KERNELS = "attn_implementation"
 REMOTE_CODE = "transformers_modules"  # where transformers puts it
@@ -66,6 +67,7 @@ class Loading(Hub, total=False):
     trust_remote_code: bool
 
 
+@says(lambda make, path, *_, **__: f"loading {path}")
 def load(
     make: Callable[[Backbone, PreTrainedTokenizerBase, Method], M],
     path: str | Path,
@@ -110,9 +112,8 @@ def load(
             raise
         raise InputError(f"cannot load a model from '{path}': {reason}") from error
     backbone = Backbone(lm)
-    stored = None
-    if saved and (method is None or name_of(method) == saved["method"]["name"]):
-        stored = _method_of(saved, folder)
+    is_same = saved is not None and (method is None or name_of(method) == saved["method"]["name"])
+    stored = _method_of(saved, folder) if saved is not None and is_same else None
     chosen = method or stored
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
@@ -157,6 +158,7 @@ def device_named(name: str | torch.device | None) -> torch.device:
         raise InputError(f"device is '{name}', but must be cpu, cuda or cuda:N") from None
 
 
+@phase("making a model")
 def from_scratch(
     make: Callable[[Backbone, PreTrainedTokenizerBase, Method], M],
     settings: Mapping[str, Any],
@@ -246,8 +248,9 @@ def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: to
     """
     path = resolve(path)
     try:
-        theirs = _tokenizer_of(path)
-        lm = load_lm(path, dtype=dtype, is_own=(Path(path) / SETTINGS).exists())
+        with phase(f"loading {path}"):
+            theirs = _tokenizer_of(path)
+            lm = load_lm(path, dtype=dtype, is_own=(Path(path) / SETTINGS).exists())
     except Exception as error:
         if (reason := _reason(error, False)) is None:
             raise
@@ -315,10 +318,13 @@ def _tokenizer_of(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     generic = Path(path) / "tokenizer_config.json"
     try:
         if generic.exists() and json.loads(generic.read_text()).get("tokenizer_class") == "TokenizersBackend":
-            return PreTrainedTokenizerFast.from_pretrained(path, **options)
-        return AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError):
         raise
     except Exception as error:  # a file with other contents than a tokenizer's: a KeyError, a bare Exception, ...
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the tokenizer's files cannot be read ({reason}); restore them") from error
+    tell_chat(path, tokenizer, is_own=(Path(path) / SETTINGS).exists())
+    return tokenizer

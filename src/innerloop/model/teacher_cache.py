@@ -19,6 +19,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.disk.files import replacing
 from innerloop.errors import InputError
 from innerloop.passes.context import Context
+from innerloop.phases import phase
 from innerloop.text.batch import collate
 from innerloop.text.row import Row
 
@@ -56,7 +57,8 @@ class TeacherCache:
             n += len(followed[key])
         made_of = fingerprint(backbone, [(*key, -1, *at) for key, (_, at) in self.places.items()])
         if not self.path.exists():
-            self._make([read[key] for key in self.places], backbone, pad_id, batch_size, made_of)
+            with phase(f"keeping the teacher's states of {len(read)} rows"):
+                self._make([read[key] for key in self.places], backbone, pad_id, batch_size, made_of)
         try:
             self.file = safe_open(str(self.path), framework="pt")
             stored = (self.file.metadata() or {}).get(MADE_OF)
@@ -100,6 +102,7 @@ def positions(row: Row) -> list[int]:
     return sorted({follow.teacher_at for segment in row.segments() for follow in segment.hidden_targets})
 
 
+@phase("hashing weights")
 def fingerprint(backbone: Backbone, entries: Iterable[tuple[int, ...]]) -> str:
     """Return a hash of a teacher's weights, and of what it reads with the positions that are followed."""
     digest = hashlib.sha256()

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 from innerloop.checks.values import Bounds, Count
 from innerloop.errors import InputError
+from innerloop.phases import phase
 from innerloop.tasks.task import Task, check_split, split_of
 from innerloop.text.examples import Example, check_limit
 
@@ -70,6 +71,7 @@ class Chain(Task):
         step = 7 + 3 * digits + (self.ops_per_step - 1) * (6 + 2 * digits)
         object.__setattr__(self, "max_new_tokens", self.n_ops * step + digits + 8)
 
+    @phase("making examples")
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Make the examples of a split; a smaller ``limit`` gives the first of them."""
         check_limit(limit)

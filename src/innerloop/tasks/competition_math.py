@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, check_installed
 from innerloop.tasks.task import FileTask, after_mark
+from innerloop.text.examples import Example
 
 BOX = "\\boxed{"
 # A sentence ends before a space, after . ? or ! outside mathematics or just within its end, or at a blank line.
@@ -42,6 +43,12 @@ class Math(FileTask):
         steps = [" ".join(found.group().split()) for found in SENTENCE.finditer(row["solution"].strip())]
         return {**rest, "id": row.get("unique_id"), "question": row["problem"], "steps": steps, "answer": answer}
 
+    def examples(self, split: str, limit: int | None = None) -> list[Example]:
+        """Read the examples of a split; those that will be answered need what answers are compared by."""
+        if split != "train":
+            _check_installed()
+        return super().examples(split, limit)
+
     def extract(self, text: str) -> str | None:
         """Return what follows the last '###', or what the last box holds."""
         if "###" in text:
@@ -53,14 +60,17 @@ class Math(FileTask):
         """Compare as text, then as mathematics."""
         if predicted.strip() == gold.strip():
             return True
-        try:
-            from math_verify import parse, verify
-        except ModuleNotFoundError:
-            raise InputError("task 'math' compares answers by math-verify: pip install innerloop[eval]") from None
+        _check_installed()
+        from math_verify import parse, verify
+
         # math-verify stops itself by a signal, which only the main thread can receive.
         seconds = SECONDS_TO_COMPARE if threading.current_thread() is threading.main_thread() else None
         expressions = [parse(f"${text.strip().strip('$')}$", parsing_timeout=seconds) for text in (gold, predicted)]
         return verify(*expressions, timeout_seconds=seconds)
+
+
+def _check_installed() -> None:
+    check_installed("task 'math' compares answers by math-verify", "eval", "math_verify")
 
 
 def last_box(text: str) -> str | None:

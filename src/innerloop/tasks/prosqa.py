@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 from innerloop.checks.values import Count
+from innerloop.phases import phase
 from innerloop.tasks.task import FileTask, check_split, split_of
 from innerloop.text.examples import Example, check_limit
 
@@ -63,6 +64,7 @@ class ProsQA(FileTask):
         return _last_word(predicted) == _last_word(gold)
 
 
+@phase("making examples")
 def generate(n: int, seed: int, split: str = "train") -> list[Example]:
     """Make ``n`` examples; a smaller ``n`` gives the first of them, and splits never share a question."""
     rng = random.Random(f"prosqa-{seed}-{split}")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from innerloop.checks.values import Places
 from innerloop.errors import InputError, refuse
+from innerloop.phases import phase
 from innerloop.tasks.task import FileTask, check_split
 from innerloop.text.examples import Example, check_limit
 
@@ -58,11 +59,12 @@ class Text(FileTask):
             texts = ["\n".join(texts)]
         chunks = (chunk for text in texts for chunk in self._chunks(text))
         stem = Path(source).name.partition(".")[0]
-        found = [
-            Example(begins, (), goes_on, f"{stem}-{i}")
-            for i, (begins, goes_on) in enumerate(chunks, 1)
-            if limit is None or i <= limit
-        ]
+        with phase("cutting texts into chunks"):
+            found = [
+                Example(begins, (), goes_on, f"{stem}-{i}")
+                for i, (begins, goes_on) in enumerate(chunks, 1)
+                if limit is None or i <= limit
+            ]
         if not found:
             raise InputError(f"no text in {source} has {self.n_words} words: lower task.n_words")
         return found

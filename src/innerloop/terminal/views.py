@@ -63,7 +63,8 @@ def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
             token = visible(tokenizer, token_id)
             label = (token, "white") if span.supervised else (NO_LABEL, "dim")
             if span.kind is Kind.LATENT:
-                token, slot = f"{token}{slot}", slot + 1
+                slot += 1
+                token = f"{token}{slot}"
             counted = str(position + (row.skipped if position >= suffix_start else 0))
             yield Text.assemble((token, COLOURS[span.kind]), "\n", label, "\n", (counted, "dim"))
             position += 1

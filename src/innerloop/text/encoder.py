@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import TYPE_CHECKING
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, InputNote
 from innerloop.text.examples import Example
 from innerloop.text.row import LAT, Kind, Span
 
@@ -34,6 +36,8 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, running_text: bool = False):
         self.tokenizer = tokenizer
         self.running_text = running_text
+        known = set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
+        self._special = re.compile("|".join(map(re.escape, sorted(known, reverse=True))) or "(?!)")
         self._memory: dict[tuple[str, bool], tuple[int, ...]] = {}
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token before using it")
@@ -52,6 +56,13 @@ class PromptEncoder:
 
     def question(self, text: str) -> Span:
         """Encode a question, with the beginning-of-sequence token if the tokenizer adds one."""
+        if not self.running_text and (marked := self._special.search(text)):
+            warnings.warn(
+                f"a question has {marked[0]}, which is read letter by letter and not as the special token: chat "
+                "templates are not supported, give the bare question",
+                InputNote,
+                stacklevel=2,
+            )
         ids = self._ids(text if self.running_text else text + "\n", special=True)
         ids = ids[:-1] if ids and ids[-1] == self.eos_id else ids
         return Span(ids, Kind.QUESTION, supervised=self.running_text)

@@ -19,6 +19,7 @@ from innerloop.checks.arguments import checked
 from innerloop.checks.values import Count, fitted
 from innerloop.disk.files import check_writable, replacing
 from innerloop.errors import InputError, nearest
+from innerloop.phases import says
 
 if TYPE_CHECKING:
     import datasets
@@ -56,6 +57,7 @@ class Example:
 
 
 @checked
+@says(lambda source, *_, **__: f"reading {source}")
 def read_examples(
     source: str | Path,
     split: str | None = None,

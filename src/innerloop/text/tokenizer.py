@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from innerloop.phases import phase
 from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.examples import Example
 
@@ -29,7 +30,8 @@ def train_tokenizer(examples: Iterable[Example], vocab_size: int = 8192) -> PreT
         for example in examples
         for text in (f"{example.question}\n", *(f"{step}\n" for step in example.steps), ANSWER_PREFIX + example.answer)
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with phase("training a tokenizer"):
+        tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

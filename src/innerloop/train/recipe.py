@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +28,13 @@ import yaml
 from innerloop.checks.settings import Checked
 from innerloop.checks.values import Count
 from innerloop.config.reading import read_yaml
-from innerloop.config.typed import filled, merged, named, typed
+from innerloop.config.typed import field_names, filled, merged, named, typed
 from innerloop.decoder.adapters import MarkerInit
 from innerloop.disk.files import write_text
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named, name_of
 from innerloop.tasks import Task, task_named
+from innerloop.train.training_arguments import LatentTrainingArguments
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
 NAMED = ("task", "method")
@@ -157,7 +160,7 @@ def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
     """
     section, *path = name.split(".")
     if section not in SECTIONS:
-        raise InputError(f"--{name}: a recipe has no '{section}'{nearest(section, SECTIONS)}")
+        raise InputError(f"--{name}: a recipe has no '{section}'{_nearest_field(raw, name)}")
     stages = raw.get("stages") or []
     if section == "stages":
         if len(path) < 2 or not path[0].isdigit() or not 1 <= int(path[0]) <= len(stages):
@@ -180,6 +183,24 @@ def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
             if not isinstance(place, dict):
                 raise InputError(f"--{name}: '{key}' is not a section")
         place[path[-1]] = value
+
+
+def _nearest_field(raw: Mapping[str, Any], name: str) -> str:
+    """Return the nearest of a recipe's fields to a name that lacks its section, or the nearest section."""
+    first, dot, rest = name.partition(".")
+    if near := nearest(first, SECTIONS) if dot else "":
+        return near
+    known = {field.name: f"--train.{field.name}" for field in reversed(fields(LatentTrainingArguments))}
+    classes: list[tuple[str, type]] = []
+    for part in (raw, *(raw.get("stages") or ())):
+        for section, find in (("task", task_named), ("method", method_named)):
+            with suppress(InputError, AttributeError):
+                classes.append((section, find(str(_with_name(section, part.get(section)).get("name")))))
+    for section, cls in [*classes, ("backbone", BackboneChoice)]:
+        known |= {field.rpartition(".")[2]: f"--{section}.{field}" for field in reversed(field_names(cls))}
+    known |= {section: section for section in SECTIONS}
+    found = next(iter(get_close_matches(first, list(known), n=1, cutoff=0.5)), None)
+    return "" if found is None else f" (did you mean '{known[found]}{dot}{rest}'?)"
 
 
 def _goes_on(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> bool:

@@ -77,6 +77,7 @@ class ResumableTrainer(Trainer):
                 raise
             if self.args.should_save:
                 self._save_result()
+            self.accelerator.wait_for_everyone()  # whoever goes on reads what the first process has saved
         return output
 
     def _start(self, resume: str | bool | None) -> Path | None:

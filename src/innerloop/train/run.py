@@ -30,7 +30,7 @@ from innerloop.train.checkpoints import remove_interrupted, saved
 from innerloop.train.recipe import CONFIG, BackboneChoice, Recipe, load_recipe
 from innerloop.train.resumable import WRITTEN as OF_TRAINING
 from innerloop.train.trainer import LatentTrainer
-from innerloop.train.training_arguments import training_arguments
+from innerloop.train.training_arguments import check_libraries, training_arguments
 
 FINISHED = "finished"  # an empty file: this stage need not run again
 WRITTEN = (CONFIG, FINISHED, "stages", *OF_TRAINING)  # what a run writes into its folder
@@ -58,6 +58,7 @@ def run_recipe(
     is_begun = (out / CONFIG).exists()
     for stage in stages:
         args = training_arguments(out, stage.train)  # wrong arguments are found before anything is trained or written
+        check_libraries(args)
     with locked(out, () if is_begun else WRITTEN) if args.process_index == 0 else nullcontext():
         return _run_stages(recipe, stages, resume, callbacks)
 
@@ -115,13 +116,13 @@ def prepare_stage(
 
 def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
     """Train one stage; return whether it came to its end."""
-    if trainer.n_left_out:
+    if trainer.n_left_out and trainer.args.should_save:
         print(f"left out {trainer.n_left_out} examples longer than train.max_length={trainer.args.max_length}")
     folder = Path(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=resume and bool(saved(folder)))
     if trainer.interrupted:
         return False
-    if trainer.reached_stage < trainer.model.method.last_stage:
+    if trainer.reached_stage < trainer.model.method.last_stage and trainer.args.should_save:
         print(
             f"note: training ended in stage {trainer.reached_stage} of {trainer.model.method.last_stage}, before the "
             "curriculum did; train longer, or shorten it"
@@ -129,6 +130,7 @@ def train_stage(trainer: LatentTrainer, resume: bool) -> bool:
     if trainer.args.should_save:
         write_text(folder / FINISHED, "")
         remove_interrupted(folder)
+    trainer.accelerator.wait_for_everyone()  # all find the stage finished
     return True
 
 

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback
 
 from innerloop.checks.arguments import checked
 from innerloop.decoder.adapters import adapted
-from innerloop.decoder.fused_loss import check_fused
 from innerloop.decoder.token_losses import AtOnce
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint, run_folder
 from innerloop.model.loading import load_lm
+from innerloop.phases import phase
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
 from innerloop.text.encoder import PromptEncoder
@@ -34,7 +35,7 @@ from innerloop.text.row import Row
 from innerloop.train import checkpoints
 from innerloop.train.callbacks import MetricsFile, StopOnInterrupt
 from innerloop.train.resumable import ResumableTrainer
-from innerloop.train.training_arguments import LatentTrainingArguments
+from innerloop.train.training_arguments import LatentTrainingArguments, check_libraries
 from innerloop.train.training_set import (
     ByLength,
     check_text,
@@ -84,8 +85,7 @@ class LatentTrainer(ResumableTrainer):
             check_text(model, eval_dataset)
         train, self.n_left_out = training_examples(model, train_dataset, args.max_length)
         valid = validation_examples(model, eval_dataset, task, args)
-        if args.loss_chunk == "fused":
-            check_fused(args.device)
+        check_libraries(args)
         model.loss_chunk = cast(AtOnce, args.loss_chunk)
         super().__init__(
             model=model,
@@ -109,7 +109,8 @@ class LatentTrainer(ResumableTrainer):
         """Return the order of the examples; with train_sampling_strategy=group_by_length like lengths go together."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = [self.model.method.longest(example, self.model.encoder) for example in self.train_dataset]
+        with phase(f"measuring the lengths of {len(self.train_dataset)} examples"):
+            lengths = [self.model.method.longest(example, self.model.encoder) for example in self.train_dataset]
         n = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ByLength(lengths, n, self.args.data_seed or self.args.seed)
 
@@ -238,16 +239,30 @@ class LatentTrainer(ResumableTrainer):
             if self._initial_global_step > 0:
                 logs = {name: value for name, value in logs.items() if name != "train_loss"}
         if "loss" in logs:
-            n_steps = max(self.state.global_step - (self._n_logged_steps or 0), 1)
-            logs |= {f"loss_{name}": total.item() / n_steps for name, total in self._sums.items()}
-            for name, (total, n) in self._measured.items():
-                means = (total / n).flatten().tolist()  # where there are several routers, they are numbered from 1
-                logs |= {f"{name}_{i}" if len(means) > 1 else name: mean for i, mean in enumerate(means, 1)}
-            self._sums, self._measured, self._n_logged_steps = {}, {}, self.state.global_step
+            logs |= self._means()
             if self.model.method.last_stage:
                 logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
             self._check_health(logs["loss_answer"])
         super().log(logs, start_time)
+
+    def _means(self) -> dict[str, float]:
+        """Return the means over the steps since the last log, of all processes: loss terms, and what was measured."""
+        n_steps = max(self.state.global_step - (self._n_logged_steps or 0), 1)
+        terms = {f"loss_{name}": total.item() / n_steps for name, total in self._sums.items()}
+        measured = {name: (total.flatten().tolist(), n) for name, (total, n) in self._measured.items()}
+        own = [(terms, measured, bool(self._finite))]
+        found = gather_object(own) if self.args.world_size > 1 else own
+        self._finite &= all(finite for _, _, finite in found)
+        self._sums, self._measured, self._n_logged_steps = {}, {}, self.state.global_step
+        names = dict.fromkeys(name for one, _, _ in found for name in one)  # a process may have no target of a kind
+        shares = 1 if self.args.loss_norm == "global" else len(found)  # of a global batch each has summed its own part
+        logs = {name: sum(one.get(name, 0.0) for one, _, _ in found) / shares for name in names}
+        for name in measured:
+            each = [one[name] for _, one, _ in found]
+            means = [sum(values) / sum(n for _, n in each) for values in zip(*(totals for totals, _ in each))]
+            # Where there are several routers, they are numbered from 1.
+            logs |= {f"{name}_{i}" if len(means) > 1 else name: mean for i, mean in enumerate(means, 1)}
+        return logs
 
     def _check_health(self, loss: float | None = None) -> None:
         finite = bool(self._finite) and (loss is None or math.isfinite(loss))

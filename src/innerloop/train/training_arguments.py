@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from innerloop.checks.settings import Checked, kinds_of
 from innerloop.checks.values import MOST, Bounds, Count, Natural, Positive, Seed, Share, Weight, fitted
+from innerloop.decoder.fused_loss import check_fused
 from innerloop.errors import InputError, nearest, refuse
 
 Momentum = Annotated[float, Bounds(0, 1, below=True)]
@@ -163,3 +164,9 @@ def _check_loggers(names: str | Sequence[str]) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError):
             raise InputError(f"train.report_to={name} needs a package: pip install {name}, or leave it out") from None
+
+
+def check_libraries(args: LatentTrainingArguments) -> None:
+    """Refuse arguments that need a library or a device which is not there."""
+    if args.loss_chunk == "fused":
+        check_fused(args.device)

@@ -14,6 +14,7 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.model.teacher_cache import TeacherCache
+from innerloop.phases import phase
 from innerloop.tasks import Task
 from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.examples import Example, from_rows
@@ -44,12 +45,13 @@ class ByLength(Sampler):
 def training_examples(model: LatentModel, source: Any, max_length: int | None) -> tuple[list[Example], int]:
     """Return the examples that are trained on, with what the method must know of them, and how many are left out."""
     examples = given(source, "train_dataset")
-    kept = fitting(model, examples, max_length)
-    train = model.prepared(kept)
-    if model.step_decoder is not None:
-        stages = model.method.stages()
-        rows = (model.method.lay_out(example, model.encoder, stage) for example in train for stage in stages)
-        model.step_decoder.check_room(rows, model.backbone)
+    with phase(f"laying out {len(examples)} training examples"):
+        kept = fitting(model, examples, max_length)
+        train = model.prepared(kept)
+        if model.step_decoder is not None:
+            stages = model.method.stages()
+            rows = (model.method.lay_out(example, model.encoder, stage) for example in train for stage in stages)
+            model.step_decoder.check_room(rows, model.backbone)
     return train, len(examples) - len(kept)
 
 
@@ -60,9 +62,11 @@ def validation_examples(
     valid = None if source is None else given(source, "eval_dataset")[: args.eval_limit]
     if valid is not None and args.eval_limit < 1:
         raise InputError(f"eval_limit is {args.eval_limit}; answer at least one validation example")
-    for example in valid or ():
-        row = model.method.prompt(example.question, model.encoder, model.method.last_stage)
-        check_length(model, example.question, row)
+    if valid:
+        with phase(f"laying out {len(valid)} validation examples"):
+            for example in valid:
+                row = model.method.prompt(example.question, model.encoder, model.method.last_stage)
+                check_length(model, example.question, row)
     if valid and task is None:
         raise InputError("validation by generation needs a task that checks answers: pass task=...")
     if valid is None and args.eval_strategy != "no":
@@ -160,7 +164,8 @@ def taught_states(
         raise InputError(
             "train.teacher_cache keeps a frozen teacher's states: set hid.weight above 0 and its teacher to a folder"
         )
-    rows = [method.lay_out(example, model.encoder, stage) for stage in method.stages() for example in examples]
+    with phase(f"laying out {len(examples)} examples for the teacher"):
+        rows = [method.lay_out(example, model.encoder, stage) for stage in method.stages() for example in examples]
     return TeacherCache(path, rows, model.teacher, model.encoder.pad_id)
 
 
