@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,6 +13,7 @@ from innerloop.config.typed import field_parser, named, typed
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, method_named
 from innerloop.tasks import TASKS, task_named
+from innerloop.text.names import check_folder
 
 
 def methods() -> None:
@@ -49,15 +49,17 @@ def data_make(name: str, out: str | None = None, overrides: Sequence[str] = ()) 
     from innerloop.train.recipe import parse_overrides
 
     task = typed(task_named(name), dict(parse_overrides(overrides)), "task")
-    written = 0
+    folder, written = check_folder(out or f"data/{name}", "--out"), {}
     for split in ("train", "valid", "test"):
         if getattr(task, split, "made") is None and any(getattr(task, s, None) for s in ("train", "valid", "test")):
             continue  # files were given, but none for this split
-        path = Path(out or f"data/{name}") / f"{split}.jsonl"
+        path = folder / f"{split}.jsonl"
         examples = task.examples(split)
         write_examples(examples, path)
         console.print(f"{path}: {len(examples)} examples")
-        written += 1
+        written[split] = examples
+    for line in task.overlaps(written):
+        console.print(f"note: {line}", soft_wrap=True)
     if not written:
         raise InputError(f"task '{name}' has nothing to write: give --train FILE, --valid FILE or --test FILE")
 

@@ -120,6 +120,8 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
     folder = writable(Path(options.out or run))
     task = options.load_task(run)
     examples = task.examples(options.split, options.limit)
+    for line in task.overlaps({options.split: examples}):
+        console.print(f"note: {line}", soft_wrap=True)
     model = options.load_model(run, options.compile)
     _check_stage(run, model, options)
     evaluation = Evaluation(run, model, task, examples, options, attempts, folder)
@@ -220,6 +222,11 @@ class Evaluation:
             console.print(
                 f"note: {result['failed']} examples could not be answered, and count as wrong; "
                 "predictions.jsonl says why"
+            )
+        if "timed_out" in result:
+            console.print(
+                f"note: {result['timed_out']} answers took too long to compare, and count as wrong; predictions.jsonl "
+                "marks them as timed_out"
             )
         (low, high), cost = result["ci95"], result["cost"]
         console.print(

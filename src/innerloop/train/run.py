@@ -70,6 +70,7 @@ def _run_stages(
     out = Path(recipe.out)
     folders = [out / "stages" / str(i + 1) for i in range(len(stages) - 1)] + [out]
     data = [_data(stage) for stage in stages]
+    _tell_overlaps(stages, data)
     start: Path | None = None
     words = _read_by(stages, [train for train, _ in data])
     for number, (stage, folder, (train, valid)) in enumerate(zip(stages, folders, data), 1):
@@ -84,6 +85,15 @@ def _run_stages(
                 return out
         start = folder
     return out
+
+
+def _tell_overlaps(stages: Sequence[Recipe], data: Sequence[tuple[list[Example], list[Example] | None]]) -> None:
+    """Say which splits of the tasks share questions, each once."""
+    told = set[str]()
+    for stage, (train, valid) in zip(stages, data):
+        told |= set(stage.task.overlaps({"train": train, **({} if valid is None else {"valid": valid})}))
+    for line in sorted(told):
+        print(f"note: {line}")
 
 
 def _read_by(stages: Sequence[Recipe], examples: Sequence[list[Example]]) -> list[Example]:
