@@ -94,7 +94,7 @@ def test_an_interruption_leaves_neither_a_checkpoint_nor_a_line_of_the_log(tmp_p
     assert end["train_loss"] == pytest.approx(sum(line["loss"] for line in theirs) / 5)
 
 
-def test_questions_that_are_trained_on_and_measured_are_counted(tmp_path: Path, capsys):
+def test_questions_that_are_trained_on_and_measured_are_counted(tmp_path: Path):
     write_examples(chain_examples(6), tmp_path / "all.jsonl")
     task = Plain(*[str(tmp_path / "all.jsonl")] * 3)
     recipe = Recipe(

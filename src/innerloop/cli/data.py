@@ -10,10 +10,11 @@ from rich.table import Table
 from innerloop.checks.values import Count, Natural
 from innerloop.cli.arguments import console
 from innerloop.config.typed import field_parser, named, typed
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, method_named
 from innerloop.tasks import TASKS, task_named
-from innerloop.text.names import check_folder
+from innerloop.tasks.task import warn_of_overlaps
 
 
 def methods() -> None:
@@ -58,8 +59,7 @@ def data_make(name: str, out: str | None = None, overrides: Sequence[str] = ()) 
         write_examples(examples, path)
         console.print(f"{path}: {len(examples)} examples")
         written[split] = examples
-    for line in task.overlaps(written):
-        console.print(f"note: {line}", soft_wrap=True)
+    warn_of_overlaps(task, written)
     if not written:
         raise InputError(f"task '{name}' has nothing to write: give --train FILE, --valid FILE or --test FILE")
 

@@ -31,7 +31,6 @@ from innerloop.measure.subject import Subject
 from innerloop.model.run_folder import identity
 from innerloop.phases import heard_by
 from innerloop.tasks import Task
-from innerloop.terminal.plain import plain_console
 from innerloop.terminal.progress import bar
 from innerloop.text.codec import to_json
 from innerloop.text.examples import Example
@@ -72,7 +71,7 @@ def run_suite(
     missing = [key for key in suite.jobs if known_result(suite, key) is None]
     failed: dict[Key, str] = {}
     if missing:
-        with (on or (lambda: local_workers(workers)))() as chosen, bar(console or plain_console()) as progress:
+        with (on or (lambda: local_workers(workers)))() as chosen, bar(console) as progress:
             failed = _shown(suite, missing, chosen, progress)
     return [
         {"variant": key[0], "seed": key[1], "error": failed[key]} if key in failed else known_result(suite, key) or {}

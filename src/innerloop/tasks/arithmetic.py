@@ -27,6 +27,7 @@ class NumberTask(FileTask):
             string = equal as text, taken after the last '#', without commas and outer spaces (Coconut)
     """
 
+    version: ClassVar[int] = 2
     answer_form: ClassVar[str] = "a number"
 
     match: Match = "number"

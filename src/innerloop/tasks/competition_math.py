@@ -22,6 +22,7 @@ class Math(FileTask):
 
     name: ClassVar[str] = "math"
     summary: ClassVar[str] = "competition problems with LaTeX answers (MATH)"
+    version: ClassVar[int] = 2
     max_new_tokens: ClassVar[int] = 512
     answer_form: ClassVar[str] = "a formula in one line"
     hub: ClassVar[str] = "HuggingFaceH4/MATH-500"

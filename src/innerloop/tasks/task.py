@@ -3,16 +3,18 @@
 Generated text ends in ``### ANSWER``, after the written steps if there are any, one a line.
 """
 
+import os
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, ClassVar
 
 from innerloop.checks.settings import Checked
-from innerloop.errors import InputError, nearest
+from innerloop.errors import InputError, InputNote, nearest
 from innerloop.text.examples import ANSWER_PREFIX, Example, n_shared, read_examples
 
 SPLITS = ("train", "valid", "test")
@@ -100,8 +102,9 @@ class FileTask(Task):
         splits = dict(known)
         for split in SPLITS:
             source = getattr(self, split)
-            if split not in splits and source is not None and Path(source).is_file():
-                splits[split] = self.examples(split)
+            if split not in splits and source is not None and os.path.isfile(source):
+                with suppress(InputError):  # which is told where the split is asked for
+                    splits[split] = self.examples(split)
         asked = [split for split in SPLITS if split in splits]
         counts = {(a, b): n_shared(splits[b], splits[a]) for i, a in enumerate(asked) for b in asked[i + 1 :]}
         return [
@@ -120,6 +123,12 @@ class FileTask(Task):
     def parse_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Turn a row of an original format into one with question, steps and answer; leave other rows as they are."""
         return row
+
+
+def warn_of_overlaps(task: Task, known: Mapping[str, list[Example]]) -> None:
+    """Warn of questions that splits share; ``known`` are the examples of some, by name."""
+    for line in task.overlaps(known):
+        warnings.warn(line, InputNote, stacklevel=2)
 
 
 def after_mark(text: str) -> str | None:

@@ -18,9 +18,9 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 from innerloop.checks.arguments import checked
 from innerloop.checks.values import Count, fitted
 from innerloop.disk.files import check_writable, replacing
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
 from innerloop.phases import says
-from innerloop.text.names import check_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -128,7 +128,7 @@ def to_dataset(examples: Iterable[Example]) -> "datasets.Dataset":
 @checked
 def write_examples(examples: Iterable[Example], path: str | Path) -> None:
     """Write examples to a ``.jsonl`` or ``.jsonl.gz`` file; whole or not at all, the same bytes each time."""
-    path = check_folder(path, "the file of examples")
+    path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write examples to {path}: name the file .jsonl or .jsonl.gz")
     check_writable(path.parent, "choose another folder")

@@ -10,7 +10,7 @@ from unicodedata import category
 
 from innerloop.errors import InputError
 
-MOST_BYTES = 240  # of a name; file systems take 255, and folders are written aside under longer names
+MOST_BYTES = 230  # of a name; file systems take 255, and folders are written aside under longer names
 MOST_IN_ALL = 3000  # of a path; systems take 4096, and folders are made below it
 NO_LETTERS = ("Cc", "Cs", "Zl", "Zp")  # controls such as NUL, halves of a surrogate pair, line ends
 UNSAFE = re.compile(r"[^\w.=+-]+", re.ASCII)  # what a shell or a file system may take for something else
