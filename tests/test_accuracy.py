@@ -57,3 +57,16 @@ def test_a_question_that_is_too_long_counts_as_wrong_and_says_so():
     assert "failed" not in result_of(model, task, "test", predictions[:1], None, "m")
     with pytest.raises(InputError, match="not one example could be answered"):
         evaluate(model, task, examples[1:])
+
+
+def test_an_answer_that_takes_too_long_to_compare_is_wrong_and_counted():
+    class Hard(Chain):
+        def compare(self, predicted, gold):
+            return None if predicted == "hard" else super().compare(predicted, gold)
+
+    model = scripted(tiny_model(NoCot()), ["### hard", "### 1", "no answer"])
+    predictions = evaluate(model, Hard(), [Example("3 ; + 4", (), "1")] * 3)
+    assert [(p.correct, p.timed_out) for p in predictions] == [(False, True), (True, False), (False, False)]
+    result = result_of(model, Hard(), "test", predictions, None, "here")
+    assert (result["timed_out"], result["unparsable"], result["accuracy"]) == (1, 1, 1 / 3)
+    assert "timed_out" not in result_of(model, Hard(), "test", predictions[1:], None, "here")

@@ -1,10 +1,14 @@
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 
 from innerloop.errors import InputError
+from innerloop.experiments.summary import PREDICTIONS, read_questions
+from innerloop.measure.statistics import read_correct
+from innerloop.tasks import Plain
 from innerloop.text.examples import Example, from_rows, read_examples, to_dataset, write_examples
 
 EXAMPLES = [
@@ -105,14 +109,41 @@ BAD = [
     (row(id=1.5), "'id' is not text"),
     (row(answer=float("nan")), "broken JSON (NaN is no JSON value)"),
     (b'{"question": "\xff"}', "not UTF-8 text"),
+    (row(question="a\ud800b"), "'question' holds half of a surrogate pair, which is no text"),
+    (
+        row(steps=["a", "\udfff"], answer="\ud83d"),
+        "'steps' holds half of a surrogate pair, which is no text; 'answer' holds",
+    ),
+    (row(meta={"a": [{"\ud800": 1}]}), "'meta' holds half"),
     (row(id="y"), None),
 ]
+
+
+ENDS_NO_LINE = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
+
+
+@pytest.mark.parametrize("sign", ENDS_NO_LINE, ids=ascii)
+def test_only_a_newline_ends_a_line(tmp_path, sign):
+    example = Example(f"one{sign}two \U0001f600", (f"a{sign}b",), f"x{sign}y", f"i{sign}d")
+    write_examples([example] * 1, tmp_path / "a.jsonl")
+    assert Plain(test=str(tmp_path / "a.jsonl")).examples("test") == [example]
+    line = json.dumps(
+        {"id": example.id, "question": example.question, "gold": "x", "correct": True}, ensure_ascii=False
+    )
+    (tmp_path / PREDICTIONS).write_text(f"{line}\n", encoding="utf-8")
+    assert read_questions(tmp_path) == [(example.id, example.question, "x")]
+    assert read_correct(tmp_path / PREDICTIONS) == {example.id: True}
+
+
+def test_no_file_splits_text_by_what_else_may_end_lines():
+    files = (Path(__file__).parents[1] / "src").rglob("*.py")
+    assert [path.name for path in files if ".splitlines(" in path.read_text()] == []
 
 
 def test_all_bad_lines_are_reported_at_once(tmp_path):
     path = write_lines(tmp_path / "bad.jsonl", *(line for line, _ in BAD))
     message = problems_of(path)
-    assert message.startswith(f"16 bad lines in {path}:\n")
+    assert message.startswith(f"19 bad lines in {path}:\n")
     for number, (_, reason) in enumerate(BAD, 1):
         assert reason is None or f"\n  line {number}: {reason}" in message
     assert read_examples(path, limit=1)[0].id == "x"

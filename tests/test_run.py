@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerloop import Slr
+from innerloop import Cot, Slr
 from innerloop.errors import InputError
-from innerloop.tasks import Chain
+from innerloop.tasks import Chain, Plain
+from innerloop.text.examples import write_examples
 from innerloop.train.callbacks import StopOnInterrupt
 from innerloop.train.recipe import BackboneChoice, Recipe
 from innerloop.train.run import build, prepare_stage, run_recipe
@@ -91,3 +92,15 @@ def test_an_interruption_leaves_neither_a_checkpoint_nor_a_line_of_the_log(tmp_p
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs]) and len(ours) == 5
     assert "train_runtime" in last and "train_loss" not in last
     assert end["train_loss"] == pytest.approx(sum(line["loss"] for line in theirs) / 5)
+
+
+def test_questions_that_are_trained_on_and_measured_are_counted(tmp_path: Path):
+    write_examples(chain_examples(6), tmp_path / "all.jsonl")
+    task = Plain(*[str(tmp_path / "all.jsonl")] * 3)
+    recipe = Recipe(
+        task, BackboneChoice(scratch=SCRATCH), Cot(), {"max_steps": 1, "use_cpu": True}, str(tmp_path / "run")
+    )
+    run_recipe(recipe)
+    out = capsys.readouterr().out
+    for pair in ("valid questions are also in train", "test questions are also in train"):
+        assert f"note: 6 of 6 {pair}" in out

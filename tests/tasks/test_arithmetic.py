@@ -1,4 +1,5 @@
 import json
+from time import process_time
 
 import pytest
 
@@ -44,11 +45,27 @@ def test_extraction_under_both_matches(text, number, string):
         ("-5", "5", False, False),
         ("2.5e3", "2500", True, False),
         ("0.1", "1/10", False, False),
+        ("1e309", "1e400", False, False),
+        ("9007199254740993", "9007199254740992", False, False),
+        ("0.1", "0.10000000000000000001", False, False),
+        ("1e400", "10e399", True, False),
+        ("1e999999999999", "1", False, False),
+        ("1e" + "9" * 20, "1e" + "8" * 20, False, False),
+        (".50", "0.5", True, False),
     ],
 )
 def test_both_matches(predicted, gold, as_number, as_string):
     assert Svamp(match="number").is_correct(predicted, gold) is as_number
     assert Svamp(match="string").is_correct(predicted, gold) is as_string
+
+
+@pytest.mark.parametrize("text", ["1" * 10**5 + "x", "1" * 10**5, "1," * 10**5, "-$" * 10**5], ids=lambda t: t[-3:])
+def test_long_texts_are_no_numbers_and_take_no_time(text):
+    start = process_time()
+    assert plain_number(text) is None
+    assert Svamp().extract(f"### {text}") is None
+    Svamp().extract(text)
+    assert process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("text", ["inf", "nan", "1e", "--5", "5-", "1.2.3", "", "$", "x5"])

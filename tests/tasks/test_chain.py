@@ -104,6 +104,16 @@ def test_too_small_a_space_names_the_number_and_the_fields():
         Chain(n_ops=2, n_train=found + 1).examples("train")
 
 
+def test_what_is_asked_for_is_made_though_there_are_not_as_many_as_the_task_says():
+    task = Chain(n_ops=3)  # of whose questions some 700 are for testing
+    every = Chain(n_ops=3, n_test=600).examples("test")
+    assert task.examples("test", limit=100) == every[:100]
+    task.check("test", limit=100)
+    for ask in (task.examples, task.check):
+        with pytest.raises(InputError, match=r"different test questions, not 1000: .* lower n_test or the limit"):
+            ask("test")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -1,11 +1,12 @@
+import json
 from dataclasses import fields
 
 import pytest
 
 from innerloop.errors import InputError
-from innerloop.tasks import TASKS, FileTask, Gsm8k, ProntoQA, Task, task_named
+from innerloop.tasks import TASKS, FileTask, Gsm8k, ProntoQA, ProsQA, Task, task_named
 from innerloop.tasks.task import after_mark, split_of
-from innerloop.text.examples import Example, write_examples
+from innerloop.text.examples import ANSWER_PREFIX, Example, write_examples
 
 GSM8K = {"train": 6973, "valid": 500, "test": 659}
 REAL_FILES = [
@@ -90,6 +91,13 @@ def test_a_new_task_needs_a_name_only(tmp_path):
         ("### 4", "4"),
         ("a # b\n#### Tom is a lempus.\nTom", "Tom is a lempus."),
         ("###\n\n 7 ", "7"),
+        ("so\n### C#", "C#"),
+        ("### #1", "#1"),
+        ("### F# minor", "F# minor"),
+        ("a step\n ### a ### b\nmore", "a ### b"),
+        ("### one\u2028two\x85\nthree", "one\u2028two"),
+        ("first ### 4", "4"),
+        ("### 4\n###", None),
         ("###", None),
         ("no mark", None),
         ("", None),
@@ -97,6 +105,61 @@ def test_a_new_task_needs_a_name_only(tmp_path):
 )
 def test_after_mark(text, answer):
     assert after_mark(text) == answer
+
+
+WORDS = ["C#", "#1", "F# minor", "a ### b", "## x", " b ", "one\u2028two", "4", "1/2"]
+NUMBERS = ["4", "-1,234.50", "$5", "30%", "1e400"]
+READABLE = {
+    **{name: WORDS for name in ("plain", "phop")},
+    **{name: NUMBERS for name in ("gsm8k", "gsm_hard", "svamp", "multi_arith", "igsm")},
+    "math": ["\\frac{1}{2}", "90\\text{ square\nunits}", "\\#1"],
+    "prosqa": ["Tom is a lempus."],
+    "prontoqa": ["True", "false", "FALSE"],
+    "strategyqa": ["yes", "No"],
+    **{name: ["1 2 3"] for name in ("mult4x4", "mult5x5")},
+}
+UNREADABLE = [
+    ("plain", "one\ntwo", "is read as 'one' where it is written, so write one line of text"),
+    ("gsm8k", "1/2", "'1/2' is read as nothing where it is written, so write a number"),
+    ("gsm_hard", "9" * 2000, f"the answer '{'9' * 60}…' is read as nothing"),
+    ("igsm", "1e" + "9" * 30, "write a number"),
+    ("prontoqa", "maybe", "write True or False"),
+    ("strategyqa", "it depends", "write yes or no"),
+]
+
+
+def rows_of(folder, *answers):
+    path = folder / "test.jsonl"
+    path.write_text("".join(json.dumps({"question": "q", "steps": [], "answer": a}) + "\n" for a in answers))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("chain", "text")])
+def test_every_task_reads_back_what_a_model_that_is_right_would_write(tmp_path, name):
+    task = task_named(name)(test=rows_of(tmp_path, *READABLE[name]))
+    for example in task.examples("test"):
+        predicted = task.extract(f"a step # 1\n{ANSWER_PREFIX}{example.answer}")
+        assert task.is_correct(predicted, example.answer), example.answer
+
+
+@pytest.mark.parametrize("name, answer, words", UNREADABLE, ids=[name for name, *_ in UNREADABLE])
+def test_an_answer_that_no_model_could_give_is_reported_with_its_line(tmp_path, name, answer, words):
+    good = READABLE[name][0]
+    with pytest.raises(InputError, match="1 bad line") as caught:
+        task_named(name)(test=rows_of(tmp_path, good, answer, good)).examples("test")
+    assert "line 2: no model could be right" in str(caught.value) and words in str(caught.value)
+
+
+def test_questions_that_splits_share_are_counted(tmp_path):
+    for name, questions in {"train": ["a", "b", "c"], "valid": ["d", " a"], "test": ["b  ", "c", "e"]}.items():
+        write_examples([Example(question, (), "1") for question in questions], tmp_path / f"{name}.jsonl")
+    task = Gsm8k(**{split: str(tmp_path / f"{split}.jsonl") for split in ("train", "valid", "test")})
+    rest = "questions are also in train: what is measured on them is no measure of new ones"
+    assert task.overlaps({"train": task.examples("train")}) == [f"1 of 2 valid {rest}", f"2 of 3 test {rest}"]
+    assert Gsm8k(train=task.train, test="none.jsonl").overlaps({"train": task.examples("train")}) == []
+    assert (
+        ProsQA(n_train=9).overlaps({split: ProsQA(n_train=9).examples(split, 9) for split in ("train", "test")}) == []
+    )
 
 
 def test_generated_questions_go_to_the_splits_by_shares():

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from innerloop.bench.roofline import Ceilings, Rates, floor_of
 from innerloop.bench.timing import Clock, Turn, clock_of, peak_of, ratio, seconds_of, spread, take_turns
@@ -162,7 +163,7 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     table.add_column("batch", justify="right", no_wrap=True)
     table.add_column("median (p10-p90)", no_wrap=True)
     for name, model in models.items():
-        table.add_column(f"{name}: {model['method']['name']}", justify="right", no_wrap=True)
+        table.add_column(Text(f"{name}: {model['method']['name']}"), justify="right", no_wrap=True)
     for points in zip(*(model["points"] for model in models.values())):
         for i, (name, *cells) in enumerate(zip(LINES, *map(_cells, points), strict=True)):
             size = str(points[0]["batch_size"]) if i == 0 else ""

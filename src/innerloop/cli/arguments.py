@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-
 from innerloop.config.typed import named
 from innerloop.disk.files import check_writable
 from innerloop.errors import InputError
 from innerloop.methods import Method, method_named
 from innerloop.model import run_folder
 from innerloop.tasks import Task, task_named
+from innerloop.terminal.plain import plain_console
 from innerloop.text.examples import Example
 
 if TYPE_CHECKING:  # slow to import
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # slow to import
     from innerloop.engine.latent_model import LatentModel
     from innerloop.measure.result_cache import ResultCache
 
-console = Console()
+console = plain_console()
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
 MOST_NAMED = 8  # examples that are left out
 
@@ -143,7 +142,7 @@ def askable(models: Sequence[LatentModel], examples: Sequence[Example], most: in
         more = f" and {len(left) - MOST_NAMED} more" if len(left) > MOST_NAMED else ""
         counted = f"({len(left)} of {len(kept) + len(left)})"
         told = ", ".join(left[:MOST_NAMED]) + more
-        console.print(f"left out, as they cannot be answered: {told} {counted}", soft_wrap=True, markup=False)
+        console.print(f"left out, as they cannot be answered: {told} {counted}", soft_wrap=True)
     return kept
 
 

@@ -116,7 +116,7 @@ def sweep(
         console.print(sweep_table(swept))
         console.print(best_line(swept), soft_wrap=True)
     for line in failure_lines(failed):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     console.print(f"the picture is in {folder / 'sweep.html'}, every job in {folder / 'results.json'}", soft_wrap=True)
     if failed:
         raise InputError(failure_sentence(failed, len(swept.results)))

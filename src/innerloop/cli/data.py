@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -11,9 +10,11 @@ from rich.table import Table
 from innerloop.checks.values import Count, Natural
 from innerloop.cli.arguments import console
 from innerloop.config.typed import field_parser, named, typed
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, method_named
 from innerloop.tasks import TASKS, task_named
+from innerloop.tasks.task import warn_of_overlaps
 
 
 def methods() -> None:
@@ -49,15 +50,16 @@ def data_make(name: str, out: str | None = None, overrides: Sequence[str] = ()) 
     from innerloop.train.recipe import parse_overrides
 
     task = typed(task_named(name), dict(parse_overrides(overrides)), "task")
-    written = 0
+    folder, written = check_folder(out or f"data/{name}", "--out"), {}
     for split in ("train", "valid", "test"):
         if getattr(task, split, "made") is None and any(getattr(task, s, None) for s in ("train", "valid", "test")):
             continue  # files were given, but none for this split
-        path = Path(out or f"data/{name}") / f"{split}.jsonl"
+        path = folder / f"{split}.jsonl"
         examples = task.examples(split)
         write_examples(examples, path)
         console.print(f"{path}: {len(examples)} examples")
-        written += 1
+        written[split] = examples
+    warn_of_overlaps(task, written)
     if not written:
         raise InputError(f"task '{name}' has nothing to write: give --train FILE, --valid FILE or --test FILE")
 

@@ -7,12 +7,12 @@ that what differs between the rows is the method.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from innerloop.checks.values import Count, Seed
 from innerloop.cli.arguments import console
 from innerloop.disk.files import write_text
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
 from innerloop.methods.latent.coconut import CoconutSchedule
@@ -61,7 +61,7 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
     from innerloop.lens import look, write_page
     from innerloop.lens.page import check_viz
 
-    folder = Path(out)
+    folder = check_folder(out, "--out")
     check_viz()
     warm = Recipe(
         TASK, BackboneChoice(scratch=BACKBONE), Cot(), _training(WARM_UP_STEPS, seed), str(folder / "warm_up")

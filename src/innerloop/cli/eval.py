@@ -26,6 +26,7 @@ from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, refuse
 from innerloop.model import run_folder
 from innerloop.tasks import Task
+from innerloop.tasks.task import warn_of_overlaps
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 
@@ -120,6 +121,7 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
     folder = writable(Path(options.out or run))
     task = options.load_task(run)
     examples = task.examples(options.split, options.limit)
+    warn_of_overlaps(task, {options.split: examples})
     model = options.load_model(run, options.compile)
     _check_stage(run, model, options)
     evaluation = Evaluation(run, model, task, examples, options, attempts, folder)
@@ -220,6 +222,11 @@ class Evaluation:
             console.print(
                 f"note: {result['failed']} examples could not be answered, and count as wrong; "
                 "predictions.jsonl says why"
+            )
+        if "timed_out" in result:
+            console.print(
+                f"note: {result['timed_out']} answers took too long to compare, and count as wrong; predictions.jsonl "
+                "marks them as timed_out"
             )
         (low, high), cost = result["ci95"], result["cost"]
         console.print(

@@ -45,7 +45,7 @@ class Verb:
     @property
     def parser(self) -> ArgumentParser:
         """The parser that types the arguments, and prints their help."""
-        about = (self.function.__doc__ or "").strip().splitlines()[0]
+        about = (self.function.__doc__ or "").strip().partition("\n")[0]
         usage = " ".join(("innerloop", self.name, *map(str.upper, self.places), "[--OPTION VALUE ...]"))
         parser = ArgumentParser(exit_on_error=False, usage=usage, description=about)
         told = {param.arg_name: param.description for param in parse_docstring(self.function.__doc__ or "").params}
@@ -57,7 +57,7 @@ class Verb:
                 default = self.defaults[name]
                 parser.add_argument(f"--{name}", type=self.types[name], help=told.get(name), default=default)
         for bundle in self.bundles.values():
-            add_fields(parser.add_argument_group((bundle.__doc__ or "").splitlines()[0].rstrip(".").lower()), bundle)
+            add_fields(parser.add_argument_group((bundle.__doc__ or "").partition("\n")[0].rstrip(".").lower()), bundle)
         return parser
 
     def run(self, words: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError
 
 WRITING = ".writing"  # ends the names of what is written aside
@@ -43,7 +44,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: it cannot be written: a full disk, no permission, no folder; what was there is as it was.
     """
-    path = Path(path)
+    path = check_folder(path, "the file")
     prefix = f".{path.name[:MOST_OF_NAME]}.{HOST}-"
     aside = path.with_name(f"{prefix}{os.getpid()}-{next(_numbers)}{WRITING}")
     try:
@@ -68,6 +69,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def check_writable(folder: Path, hint: str) -> None:
     """Make a folder, and see that files can be written into it; else say ``hint``."""
+    check_folder(folder, "the folder")
     with told(f"{folder} cannot be written to", hint):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from innerloop.disk.files import NO_LINKS, flush, told, try_to_unlink, write_text
+from innerloop.disk.names import check_folder
 
 MANIFEST = "manifest.json"
 WRITING, OLD = ".innerloop.writing", ".innerloop.old"  # end the names of what is written, and of what it replaces
@@ -30,7 +31,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: it cannot be written; what was there is as it was.
     """
-    path = Path(path).resolve()
+    path = check_folder(path, "the folder").resolve()
     aside, _ = beside(path)
     with told(f"could not save to {path}"):
         try:

@@ -15,6 +15,7 @@ from rich.console import Console
 from innerloop.bench.latency import time_runs
 from innerloop.config.typed import named
 from innerloop.disk.files import write_text
+from innerloop.disk.names import check_folder, folder_name
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
@@ -72,8 +73,8 @@ def compare_runs(
     folders = [Path(run) for run in runs]
     asked = asked or eval_set(folders)
     names = run_names(folders)
-    out.mkdir(parents=True, exist_ok=True)
-    places = [out / name.replace("/", "_") for name in names]
+    check_folder(out, "--out").mkdir(parents=True, exist_ok=True)
+    places = [out / folder_name(name) for name in names]
     known = [
         next((found for found in (folder, place) if covers(found, folder, asked)), None)
         for folder, place in zip(folders, places)
@@ -259,7 +260,7 @@ def _show(
     if rows:
         console.print(summary_table(rows))
     for line in [*failure_lines(failed), *sentences]:
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     console.print(f"the report is in {folder / REPORT}, every job in {folder / 'results.json'}", soft_wrap=True)
 
 

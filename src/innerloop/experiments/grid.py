@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from innerloop.config.reading import read_yaml
+from innerloop.disk.names import folder_name
 from innerloop.errors import InputError, check_installed
 
 if TYPE_CHECKING:  # an extra, and slow to import
@@ -132,9 +133,18 @@ def value_name(value: Any) -> str:
 
 
 def variant_name(settings: Settings) -> str:
-    """Return the name of a trial, also that of its folder, such as ``max_loops=4, learning_rate=0.001``."""
+    """Return the name of a trial, such as ``max_loops=4, learning_rate=0.001``."""
+    return ", ".join(_parts(settings))
+
+
+def trial_folder(settings: Settings) -> str:
+    """Return the name of a trial's folder, such as ``max_loops=4_learning_rate=0.001``: one word to a shell."""
+    return folder_name("_".join(map(folder_name, _parts(settings))))
+
+
+def _parts(settings: Settings) -> list[str]:
     short = short_names(list(settings))
-    return ", ".join(f"{short[field]}={value_name(value)}" for field, value in settings.items()).replace("/", "_")
+    return [f"{short[field]}={value_name(value)}" for field, value in settings.items()]
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:

@@ -71,7 +71,7 @@ def run_suite(
     missing = [key for key in suite.jobs if known_result(suite, key) is None]
     failed: dict[Key, str] = {}
     if missing:
-        with (on or (lambda: local_workers(workers)))() as chosen, bar(console or Console()) as progress:
+        with (on or (lambda: local_workers(workers)))() as chosen, bar(console) as progress:
             failed = _shown(suite, missing, chosen, progress)
     return [
         {"variant": key[0], "seed": key[1], "error": failed[key]} if key in failed else known_result(suite, key) or {}
@@ -104,15 +104,15 @@ def check_jobs(suite: Suite) -> None:
 def check_tasks(suite: Suite) -> None:
     """Refuse tasks that cannot give the examples that missing jobs ask for, before anything is trained.
 
-    Of each split the first example is made or read.
+    Of each split that is read it is the first example that is looked at.
     """
-    asked: dict[str, tuple[Task, str, list[str]]] = {}
-    for variant, task, split in _splits(suite):
-        asked.setdefault(repr((task, split)), (task, split, []))[2].append(variant)
+    asked: dict[str, tuple[Task, str, int | None, list[str]]] = {}
+    for variant, task, split, limit in _splits(suite):
+        asked.setdefault(repr((task, split, limit)), (task, split, limit, []))[-1].append(variant)
     reasons: dict[str, list[str]] = {}
-    for task, split, variants in asked.values():
+    for task, split, limit, variants in asked.values():
         try:
-            task.examples(split, 1)
+            task.check(split, limit)
         except InputError as error:
             reasons.setdefault(str(error), []).extend(variants)
     if reasons:
@@ -120,18 +120,19 @@ def check_tasks(suite: Suite) -> None:
         raise InputError("nothing was trained: " + "; ".join(told))
 
 
-def _splits(suite: Suite) -> Iterator[tuple[str, Task, str]]:
-    """Yield for each missing job, and the warm-ups they need, the name of the variant, a task and a split of it."""
+def _splits(suite: Suite) -> Iterator[tuple[str, Task, str, int | None]]:
+    """Yield for each missing job, and the warm-ups they need, the variant's name, a task, a split and its limit."""
     missing = {key: recipe for key, recipe in suite.jobs.items() if known_result(suite, key) is None}
     for (variant, seed), recipe in {**_warm_ups(suite, list(missing)), **missing}.items():
         if not (Path(recipe.out) / FINISHED).exists() and variant not in suite.runs:
             for stage in recipe.stages or (recipe,):
-                yield variant, stage.task, "train"
+                yield variant, stage.task, "train", None
                 if str(stage.train.get("eval_strategy", "no")) != "no":
-                    yield variant, stage.task, "valid"
+                    yield variant, stage.task, "valid", None
         if (variant, seed) in missing:
             for fields in ({}, *suite.test.also.values()):
-                yield variant, replace(recipe.task, **fields), suite.test.split  # type: ignore[type-var]
+                task = replace(recipe.task, **fields)  # type: ignore[type-var]
+                yield variant, task, suite.test.split, suite.test.limit
 
 
 def _warm_ups(suite: Suite, missing: Sequence[Key]) -> dict[Key, Recipe]:

@@ -36,9 +36,10 @@ from typing import Any
 
 from innerloop.checks.values import Count, Loops, Seed, fitted
 from innerloop.config.typed import typed
+from innerloop.disk.names import check_folder, check_name
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
-from innerloop.experiments.grid import axes_of, variant_name
+from innerloop.experiments.grid import axes_of, trial_folder, variant_name
 from innerloop.experiments.search import combinations
 from innerloop.train.recipe import SECTIONS, Recipe, overridden, parse_recipe, read_recipe, set_field
 
@@ -148,10 +149,11 @@ def parse_suite(raw: Mapping[str, Any], trials: Sequence[Mapping[str, Any]] | No
             raise InputError("a suite lists variants or has a grid, not both")
         trials = combinations(axes_of(raw["grid"]))
     settings = {variant_name(dict(trial)): trial for trial in trials or ()}
-    variants = _variants({name: {} for name in settings} if settings else raw.get("variants"))
+    variants = {name: {} for name in settings} if settings else _variants(raw.get("variants"))
     seeds = _seeds(raw.get("seeds", [0]))
     if not isinstance(raw.get("out"), str):
         raise InputError("the suite has no 'out' folder")
+    check_folder(raw["out"], "out")
     test = typed(EvalConfig, raw.get("test") or {}, "test")
     runs = _runs(variants)
     tests = {name: _test(test, changed, name) for name, changed in variants.items() if "test" in changed}
@@ -170,6 +172,8 @@ def parse_suite(raw: Mapping[str, Any], trials: Sequence[Mapping[str, Any]] | No
 def _variants(listed: Any) -> Mapping[str, dict[str, Any]]:
     if not isinstance(listed, dict) or not all(isinstance(changed, dict) for changed in listed.values()) or not listed:
         raise InputError("a suite needs variants, for example variants: {pause: {method: {name: pause}}}")
+    for name in listed:
+        check_name(name, "variant")
     if "warm_up" in listed:
         raise InputError("no variant may be called warm_up: that is the folder of the warm-up")
     return listed
@@ -237,7 +241,8 @@ def _recipe(
             kept = {k: v for k, v in (raw.get("backbone") or {}).items() if k not in ("scratch", "vocab_size")}
             raw["backbone"] = {**kept, "model": start}
         raw = _filled(raw, start)
-    raw |= {"train": {**(raw.get("train") or {}), "seed": seed}, "out": f"{suite['out']}/{name}/{seed}"}
+    folder = trial_folder(dict(settings)) if settings else name
+    raw |= {"train": {**(raw.get("train") or {}), "seed": seed}, "out": f"{suite['out']}/{folder}/{seed}"}
     try:
         for field_name, value in (settings or {}).items():
             set_field(raw, field_name, value)

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from innerloop.bench.timing import spread
 from innerloop.disk.files import write_text
 from innerloop.errors import InputError
 from innerloop.measure.accuracy import Prediction
 from innerloop.measure.statistics import over_seeds, share_noise
-from innerloop.text.codec import to_json
+from innerloop.text.codec import read_lines, to_json
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 CONTROLS, STABILITY = "controls.json", "stability.json"
@@ -147,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_questions(folder: Path) -> list[tuple[str, str, str]]:
     """Return id, question and gold answer of each line of predictions.jsonl."""
     try:
-        rows = map(json.loads, (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines())
+        rows = map(json.loads, read_lines(folder / PREDICTIONS))
         return [(row["id"], row["question"], row["gold"]) for row in rows]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / PREDICTIONS} is not what innerloop wrote ({error}); remove the file") from None
@@ -242,9 +242,9 @@ def terminal_table(head: Sequence[str], cells: Sequence[Sequence[str]], caption:
     """Return a table for a terminal, whose first column names the rows."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for i, column in enumerate(head):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        table.add_column(Text(column), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in cells:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))
     return table
 
 

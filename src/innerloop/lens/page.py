@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from innerloop.disk.files import check_writable, write_text
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, check_installed
 from innerloop.lens.record import Record
 from innerloop.model.run_folder import is_run
@@ -46,7 +47,8 @@ def page_path(run: str, out: str | None = None) -> Path:
     Raises:
         InputError: the page could not be made or written, which is found here before anything is answered.
     """
-    path = Path(out) if out is not None else Path(run if is_run(run) and Path(run).is_dir() else ".") / NAME
+    beside = Path(run if is_run(run) and Path(run).is_dir() else ".") / NAME
+    path = beside if out is None else check_folder(out, "--out")
     if path.is_dir():
         raise InputError(f"{path} is a folder: give --out a file, such as {path / NAME}")
     check_viz()

@@ -172,7 +172,7 @@ class Trace:
             words.append(tuple(zip(tokenizer.convert_ids_to_tokens(best), probs)))
             ranks.append(None if rank < 0 else rank)
         text = tokenizer.decode(ids)
-        return ShownStep(text.splitlines()[0] if text.strip() else "", tuple(words), tuple(ranks))
+        return ShownStep(text.partition("\n")[0] if text.strip() else "", tuple(words), tuple(ranks))
 
 
 class TraceHook(LoopHook):

@@ -30,7 +30,8 @@ class Prediction:
 
     ``predicted`` is None where the text holds no answer; ``error`` tells why there is no text, where a question could
     not be answered at all. Of several samples, ``text`` is the one that was picked, ``samples`` are the answers of all
-    in the order of the draws, and ``cost`` is that of all.
+    in the order of the draws, and ``cost`` is that of all. ``timed_out`` says that ``predicted`` was too hard to
+    compare with ``gold``, and counts as wrong.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Prediction:
     cost: Cost
     error: str | None = None
     samples: Sequence[str | None] | None = None
+    timed_out: bool = False
 
 
 @checked
@@ -96,7 +98,7 @@ def evaluate(
     for example, tried in zip(examples, found):
         generation, samples = attempts.choose(task, tried)
         predicted = task.extract(generation.text)
-        correct = predicted is not None and task.is_correct(predicted, example.answer)
+        correct = predicted is not None and task.compare(predicted, example.answer)
         predictions.append(
             Prediction(
                 example.id,
@@ -104,10 +106,11 @@ def evaluate(
                 generation.text,
                 predicted,
                 example.answer,
-                correct,
+                correct is True,
                 total_cost([one.cost for one in tried]) if len(tried) > 1 else generation.cost,
                 generation.error,
                 samples if len(tried) > 1 else None,
+                correct is None,
             )
         )
     return predictions
@@ -125,11 +128,16 @@ def accuracy_of(predictions: Sequence[Prediction]) -> float:
 
 
 def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return what result.json says of predictions alone: accuracy and its interval, what failed, the mean cost.
+    """Return what result.json says of predictions alone: accuracy and its interval, what failed or took too long to be
+    compared, the mean cost.
 
     A question that could not be answered counts as wrong, but has no part in the cost, which is that of an answer.
     """
-    n, n_correct = len(predictions), sum(p.correct for p in predictions)
+    n, n_correct, timed_out = (
+        len(predictions),
+        sum(p.correct for p in predictions),
+        sum(p.timed_out for p in predictions),
+    )
     costs = [p.cost for p in predictions if p.error is None]
     return {
         "n": n,
@@ -137,6 +145,7 @@ def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "ci95": list(wilson(n_correct, n)),
         "unparsable": sum(p.predicted is None for p in predictions),
         **({"failed": n - len(costs)} if len(costs) < n else {}),
+        **({"timed_out": timed_out} if timed_out else {}),
         "cost": mean_cost(costs),
     }
 

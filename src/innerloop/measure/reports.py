@@ -197,11 +197,11 @@ def controls_view(found: Controls) -> RenderableType:
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 0) -> Table:
     """Return a table whose columns stand to the right, but for the first ``n_left``."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < n_left else "right")
+        table.add_column(Text(column), justify="left" if i < n_left else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -16,6 +16,7 @@ from statistics import stdev
 import numpy as np
 
 from innerloop.errors import InputError
+from innerloop.text.codec import read_lines
 
 Z95 = 1.959963984540054  # the 0.975 quantile of the normal distribution
 RESAMPLES = 10_000
@@ -165,7 +166,7 @@ def verdict(
 def read_correct(path: str | Path) -> dict[str, bool]:
     """Return which examples of a predictions.jsonl are right, by id."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        rows = map(json.loads, read_lines(path))
         found = [(str(row["id"]), bool(row["correct"])) for row in rows]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; innerloop eval writes it") from None

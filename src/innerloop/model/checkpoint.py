@@ -186,4 +186,4 @@ def without_bars() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from innerloop.disk.files import told
 from innerloop.disk.folders import MANIFEST, is_unsettled, settle
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
@@ -45,7 +46,7 @@ def resolve(path: str | Path) -> str | Path:
     Raises:
         InputError: it can only be a folder, and that does not exist or holds no model.
     """
-    folder = Path(path)
+    folder = check_folder(path, "the model's folder")
     for own in (folder.resolve(), folder.resolve() / RUN_CHECKPOINT):
         if is_unsettled(own):
             with told(f"cannot finish the save of {own} that was killed", "make its folder writable"):

@@ -8,12 +8,13 @@ GSM-Hard arXiv 2211.10435, SVAMP arXiv 2103.07191, MultiArith arXiv 1608.01413. 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any, ClassVar, Literal
 
-from innerloop.tasks.task import FileTask, after_mark
+from innerloop.tasks.task import MOST_COMPARED, FileTask, first_line
 
 Match = Literal["number", "string"]
-NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 IN_TEXT = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -26,16 +27,18 @@ class NumberTask(FileTask):
             string = equal as text, taken after the last '#', without commas and outer spaces (Coconut)
     """
 
+    version: ClassVar[int] = 2
+    answer_form: ClassVar[str] = "a number"
+
     match: Match = "number"
 
     def extract(self, text: str) -> str | None:
         """Return the number predicted in generated text; None where there is none."""
+        _, mark, end = text.rpartition("#")  # no number holds one
         if self.match == "string":
-            _, mark, end = text.rpartition("#")
             return (plain_text(end) or None) if mark else None
-        answer = after_mark(text)
-        if answer is not None:
-            return plain_number(answer)
+        if mark and end.strip():
+            return plain_number(first_line(end))
         written = IN_TEXT.findall(text)
         return plain_number(written[-1]) if written else None
 
@@ -43,8 +46,8 @@ class NumberTask(FileTask):
         """Compare two numbers, as numbers or as text."""
         if self.match == "string":
             return plain_text(predicted) == plain_text(gold)
-        number, gold_number = plain_number(predicted), plain_number(gold)
-        return number is not None and gold_number is not None and float(number) == float(gold_number)
+        number, gold_number = _exact(predicted), _exact(gold)
+        return number is not None and number == gold_number
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,22 @@ def plain_text(text: str) -> str:
 def plain_number(text: str) -> str | None:
     """Return the number that ``text`` is, without commas, spaces, a dollar or percent sign and a final full stop.
 
-    None if it is anything more than that: fractions ("1/2"), units and words are not read.
+    None if it is anything more than that, such as fractions ("1/2"), units and words, or longer than any number that is
+    asked for.
     """
+    if len(text) > MOST_COMPARED:
+        return None
     bare = re.sub(r"[,\s$%]", "", text).removesuffix(".")
     return bare if NUMBER.fullmatch(bare) else None
+
+
+def _exact(text: str) -> Decimal | None:
+    """Return the number that ``text`` is, digit for digit; None where it is none, or beyond a Decimal's exponents."""
+    number = plain_number(text)
+    try:
+        return None if number is None else Decimal(number)
+    except InvalidOperation:
+        return None
 
 
 def _without_steps(question: Any, answer: Any) -> Mapping[str, Any]:

@@ -74,19 +74,26 @@ class Chain(Task):
     @phase("making examples")
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Make the examples of a split; a smaller ``limit`` gives the first of them."""
-        check_limit(limit)
-        n_examples = getattr(self, f"n_{check_split(split)}")
-        rng = random.Random(f"chain-{self.seed}-{split}")
-        # With room to spare chains are drawn until enough are new; otherwise all are listed and then drawn from.
-        has_room = self.n_questions() * SPLIT_SHARES[split] > 4 * n_examples + 100
-        chains = self._draw(split, rng) if has_room else self._draw_listed(split, rng, n_examples)
-        wanted = n_examples if limit is None else min(limit, n_examples)
-        return [self._example(chain, f"chain-{split}-{i:05d}") for i, chain in enumerate(islice(chains, wanted))]
+        chains = enumerate(self._chains(split, limit))
+        return [self._example(chain, f"chain-{split}-{i:05d}") for i, chain in chains]
+
+    def check(self, split: str, limit: int | None = None) -> None:
+        """Refuse more examples than there are."""
+        next(self._chains(split, limit))
 
     def n_questions(self) -> int:
         """Count the different questions there are, over all splits."""
         n_clauses = sum(len(self._clauses()) ** n for n in range(1, self.ops_per_step + 1))
         return sum(self.modulus * n_clauses**length for length in self._lengths())
+
+    def _chains(self, split: str, limit: int | None) -> Iterator[Drawn]:
+        check_limit(limit)
+        n_examples = getattr(self, f"n_{check_split(split)}")
+        rng = random.Random(f"chain-{self.seed}-{split}")
+        # With room to spare chains are drawn until enough are new; otherwise all are listed and then drawn from.
+        has_room = self.n_questions() * SPLIT_SHARES[split] > 4 * n_examples + 100
+        wanted = n_examples if limit is None else min(limit, n_examples)
+        return islice(self._draw(split, rng) if has_room else self._draw_listed(split, rng, wanted), wanted)
 
     def _lengths(self) -> range:
         return range(self.min_ops or self.n_ops, self.n_ops + 1)
@@ -110,7 +117,7 @@ class Chain(Task):
                 seen.add(question)
                 yield chain
 
-    def _draw_listed(self, split: str, rng: random.Random, n_examples: int) -> Iterator[Drawn]:
+    def _draw_listed(self, split: str, rng: random.Random, wanted: int) -> Iterator[Drawn]:
         pools = []  # one for each length
         joined = [" ".join(c) for n in range(1, self.ops_per_step + 1) for c in product(self._clauses(), repeat=n)]
         for length in self._lengths():
@@ -118,10 +125,10 @@ class Chain(Task):
             pools.append([chain for chain in every if split_of(_question(chain)) == split])
             rng.shuffle(pools[-1])
         n_found = sum(map(len, pools))
-        if n_found < n_examples:
+        if n_found < wanted:
             raise InputError(
-                f"chain: there are only {n_found} different {split} questions, not {n_examples}: "
-                f"raise n_ops or modulus, or lower n_{split}"
+                f"chain: there are only {n_found} different {split} questions, not {wanted}: "
+                f"raise n_ops or modulus, or lower n_{split}{'' if split == 'train' else ' or the limit'}"
             )
         while pools := [pool for pool in pools if pool]:
             yield rng.choice(pools).pop()

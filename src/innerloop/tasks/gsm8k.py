@@ -53,7 +53,7 @@ class Gsm8k(NumberTask):
         if self.steps == "equations":
             steps = ANNOTATION.findall(text)
         else:
-            lines = (ANNOTATION.sub("", line).strip() for line in text.splitlines())
+            lines = (ANNOTATION.sub("", line).strip() for line in text.split("\n"))
             steps = [line for line in lines if line]
         return {"steps": steps, "answer": plain_text(answer)}
 

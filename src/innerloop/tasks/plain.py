@@ -18,4 +18,5 @@ class Plain(FileTask):
 
     name: ClassVar[str] = "plain"
     summary: ClassVar[str] = "your own {question, steps, answer} examples; an answer must be the same text"
+    version: ClassVar[int] = 2
     max_new_tokens: ClassVar[int] = 128

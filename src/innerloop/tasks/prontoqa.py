@@ -17,6 +17,7 @@ class ProntoQA(FileTask):
 
     name: ClassVar[str] = "prontoqa"
     summary: ClassVar[str] = "true or false, by a chain of rules about made-up kinds"
+    answer_form: ClassVar[str] = "True or False"
     max_new_tokens: ClassVar[int] = 128
 
     def extract(self, text: str) -> str | None:

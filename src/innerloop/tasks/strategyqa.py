@@ -18,6 +18,7 @@ class StrategyQA(FileTask):
 
     name: ClassVar[str] = "strategyqa"
     summary: ClassVar[str] = "yes or no, by facts that the question does not name"
+    answer_form: ClassVar[str] = "yes or no"
     max_new_tokens: ClassVar[int] = 256
 
     def parse_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:

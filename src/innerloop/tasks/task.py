@@ -3,17 +3,24 @@
 Generated text ends in ``### ANSWER``, after the written steps if there are any, one a line.
 """
 
+import os
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, ClassVar
 
 from innerloop.checks.settings import Checked
-from innerloop.errors import InputError, nearest
-from innerloop.text.examples import Example, read_examples
+from innerloop.errors import InputError, InputNote, nearest
+from innerloop.text.examples import ANSWER_PREFIX, Example, n_shared, read_examples
 
 SPLITS = ("train", "valid", "test")
+MARK = re.compile(r"(?:^|\n)[ \t]*#{3,}")  # where a line begins, so that an answer may hold signs of its own
+MOST_COMPARED = 1000  # letters of an answer that is more than text to be compared: no right one is as long
+MOST_SHOWN = 60  # letters of an answer in a message
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,24 @@ class Task(Checked, ABC):
     summary: ClassVar[str]
     version: ClassVar[int] = 1  # rises when the same options would give other examples or another verdict
     running_text: ClassVar[bool] = False  # examples are pieces of text: the answer goes on where the question ends
+    answer_form: ClassVar[str] = "one line of text"  # what an answer must be, in words
     max_new_tokens: ClassVar[int] = 64  # enough for the written steps and the answer; read it from the instance
 
     @abstractmethod
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Return the examples of a split ("train", "valid" or "test"), at most ``limit``."""
+
+    def overlaps(self, known: Mapping[str, list[Example]]) -> list[str]:
+        """Say which splits share questions, and how many; of splits that are made, none do.
+
+        Args:
+            known: examples of splits, by name.
+        """
+        return []
+
+    def check(self, split: str, limit: int | None = None) -> None:
+        """Refuse a split that cannot be made or read, as far as its first example shows."""
+        self.examples(split, 1)
 
     def extract(self, text: str) -> str | None:
         """Return the predicted answer in generated text, or None where there is none."""
@@ -37,6 +57,20 @@ class Task(Checked, ABC):
     def is_correct(self, predicted: str, gold: str) -> bool:
         """Say whether an extracted answer is right."""
         return predicted.strip() == gold.strip()
+
+    def compare(self, predicted: str, gold: str) -> bool | None:
+        """Say whether an extracted answer is right; None where that takes too long to tell, which counts as wrong."""
+        return self.is_correct(predicted, gold)
+
+    def check_answer(self, answer: str) -> None:
+        """Refuse a gold answer that would not be judged right where a model writes it."""
+        predicted = self.extract(ANSWER_PREFIX + answer)
+        if predicted is None or not self.is_correct(predicted, answer):
+            read = "nothing" if predicted is None else f"'{_shortened(predicted)}'"
+            raise InputError(
+                f"no model could be right: the answer '{_shortened(answer)}' is read as {read} where it is written, "
+                f"so write {self.answer_form}"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,18 +95,58 @@ class FileTask(Task):
         if source is None:
             example = f" or a Hub data set such as {self.hub}" if self.hub else ""
             raise InputError(f"task '{self.name}' has no {split} split: give task.{split}=FILE (.jsonl){example}")
-        return read_examples(source, split, limit, self.parse_row)
+        return read_examples(source, split, limit, self._checked_row)
+
+    def overlaps(self, known: Mapping[str, list[Example]]) -> list[str]:
+        """Say which splits share questions; those that are not known are read where they are files that are there."""
+        splits = dict(known)
+        for split in SPLITS:
+            source = getattr(self, split)
+            if split not in splits and source is not None and os.path.isfile(source):
+                with suppress(InputError):  # which is told where the split is asked for
+                    splits[split] = self.examples(split)
+        asked = [split for split in SPLITS if split in splits]
+        counts = {(a, b): n_shared(splits[b], splits[a]) for i, a in enumerate(asked) for b in asked[i + 1 :]}
+        return [
+            f"{n} of {len(splits[b])} {b} questions are also in {a}: what is measured on them is no measure of new ones"
+            for (a, b), n in counts.items()
+            if n
+        ]
+
+    def _checked_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        parsed = self.parse_row(row)
+        answer = parsed.get("answer")
+        if isinstance(answer, str | int | float) and str(answer).strip():  # else reading says what is wrong with it
+            self.check_answer(str(answer))
+        return parsed
 
     def parse_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Turn a row of an original format into one with question, steps and answer; leave other rows as they are."""
         return row
 
 
+def warn_of_overlaps(task: Task, known: Mapping[str, list[Example]]) -> None:
+    """Warn of questions that splits share; ``known`` are the examples of some, by name."""
+    for line in task.overlaps(known):
+        warnings.warn(line, InputNote, stacklevel=2)
+
+
 def after_mark(text: str) -> str | None:
-    """Return the first line after the last '#', or None where there is no '#' or nothing after it."""
-    _, mark, answer = text.rpartition("#")
-    lines = answer.strip().splitlines()
-    return lines[0].strip() if mark and lines else None
+    """Return the first line after the last ``###`` that begins a line, or else after the last '#'; or None.
+
+    So ``### C#`` is read as ``C#``, and ``### a ### b`` as ``a ### b``.
+    """
+    marks = list(MARK.finditer(text))
+    return first_line(text[marks[-1].end() :] if marks else text.rpartition("#")[2] if "#" in text else "") or None
+
+
+def first_line(text: str) -> str:
+    """Return the first line that is not blank; only a newline ends a line."""
+    return text.strip().partition("\n")[0].strip()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 def check_split(split: str) -> str:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.text import Text
 
 from innerloop.phases import heard_by
+from innerloop.terminal.plain import plain_console
 
 TICK = 0.25  # seconds from one look at the clock to the next
 FIRST = 2.0  # seconds until something is told to go on
@@ -22,10 +23,10 @@ GROWTH = 20  # a line is worth at least this share, one in so many, of the time 
 
 def bar(console: Console | None = None) -> Progress:
     """Return a progress bar with counts, time used and time left, which is lines where no terminal is."""
-    console = console or Console()
+    console = console or plain_console()
     watched = console.is_terminal or console.is_jupyter
     return (Progress if watched else ProgressLines)(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),

@@ -1,4 +1,6 @@
-"""Dataclasses as JSON: `to_json` writes a value with all that it holds, `from_json` reads it back by its types.
+"""Lines of files, and dataclasses as JSON.
+
+`to_json` writes a value with all that it holds, `from_json` reads it back by its types.
 
     from_json(Verdict, json.loads(json.dumps(to_json(verdict)))) == verdict
 
@@ -16,6 +18,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Return the lines of a text file that are not blank; only a newline ends one, whatever else a text may hold."""
+    return [line for line in Path(path).read_bytes().decode("utf-8").split("\n") if line.strip()]
 
 
 def to_json(value: Any) -> Any:

@@ -7,14 +7,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 from innerloop.errors import InputError, InputNote
-from innerloop.text.examples import Example
+from innerloop.text.examples import ANSWER_PREFIX, Example
 from innerloop.text.row import LAT, Kind, Span
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
-
-ANSWER_PREFIX = "### "
-
 
 A_WORD = "a"  # any: what comes after it is encoded as in the middle of a text
 

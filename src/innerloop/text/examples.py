@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 from innerloop.checks.arguments import checked
 from innerloop.checks.values import Count, fitted
 from innerloop.disk.files import check_writable, replacing
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
 from innerloop.phases import says
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
+ANSWER_PREFIX = "### "  # what an answer is written behind, on a line of its own
 FIELDS = ("id", "question", "steps", "answer", "meta")
 MAX_PROBLEMS_SHOWN = 20
+HALF = re.compile("[\\ud800-\\udfff]")  # of a surrogate pair
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[^:]+)?)?")
 HUB_SPLITS = {"valid": ("valid", "validation", "val", "dev")}  # what data sets on the Hub call a split
 
@@ -72,7 +75,7 @@ def read_examples(
     foreign format into ``{"id", "question", "steps", "answer", "meta"}`` and raises InputError for a bad one.
     With ``limit`` only the first rows are read. All bad rows are reported in one InputError.
     """
-    path = Path(source)
+    path = check_folder(source, "the data's file")
     unpacked = Path(path.name.removesuffix(".gz"))
     if unpacked.suffix in (".jsonl", ".txt"):
         load = _load_json if unpacked.suffix == ".jsonl" else _load_text
@@ -98,6 +101,12 @@ def check_limit(limit: int | None) -> None:
 def from_rows(rows: Iterable[Row], origin: str) -> list[Example]:
     """Return the examples in ``rows`` (of a data set, say); ``origin`` names them in messages and default ids."""
     return _collect(enumerate(rows, 1), _check_object, dict, origin, origin, "row")
+
+
+def n_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
+    """Count the examples whose question is among those of others, however it is spaced."""
+    known = {" ".join(other.question.split()) for other in others}
+    return sum(" ".join(example.question.split()) in known for example in examples)
 
 
 def to_dataset(examples: Iterable[Example]) -> "datasets.Dataset":
@@ -199,6 +208,7 @@ def _to_example(row: Row, default_id: str) -> Example:
         problems.append("'id' is not text")
     if not isinstance(meta, Mapping | None):
         problems.append("'meta' is not an object")
+    problems += [f"'{name}' holds half of a surrogate pair, which is no text" for name in row if _has_half(row[name])]
     if any(problems):
         raise InputError("; ".join(filter(None, problems)))
     return Example(
@@ -208,6 +218,15 @@ def _to_example(row: Row, default_id: str) -> Example:
         id=default_id if identity in (None, "") else str(identity),
         meta={**{name: value for name, value in row.items() if name not in FIELDS}, **(meta or {})},
     )
+
+
+def _has_half(value: Any) -> bool:
+    """Tell whether there is half of a surrogate pair in a value, as JSON may hold it; no file or tokenizer takes it."""
+    if isinstance(value, str):
+        return not value.isascii() and HALF.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(map(_has_half, value)) or any(map(_has_half, value.values()))
+    return isinstance(value, list | tuple) and any(map(_has_half, value))
 
 
 def _what_is_wrong(name: str, value: Any) -> str:

@@ -6,8 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from innerloop.phases import phase
-from innerloop.text.encoder import ANSWER_PREFIX
-from innerloop.text.examples import Example
+from innerloop.text.examples import ANSWER_PREFIX, Example
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 # A word, one digit, a run of '#', or one other sign, each with the space before it; a newline stands alone.

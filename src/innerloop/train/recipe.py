@@ -31,6 +31,7 @@ from innerloop.config.reading import read_yaml
 from innerloop.config.typed import field_names, filled, merged, named, typed
 from innerloop.decoder.adapters import MarkerInit
 from innerloop.disk.files import write_text
+from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named, name_of
 from innerloop.tasks import Task, task_named
@@ -116,7 +117,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a recipe file and apply overrides, without interpreting it."""
-    path = Path(path)
+    path = check_folder(path, "the recipe")
     if not path.is_file():
         known = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise InputError(f"there is no recipe {path}{nearest(str(path), known)}")
@@ -257,6 +258,7 @@ def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
     train = sections.get("train") or {}
     if not isinstance(sections["out"], str):
         raise InputError(f"out is {sections['out']!r}, but must be a folder's name")
+    check_folder(sections["out"], "out")
     if not isinstance(train, dict):
         raise InputError("the train section must list training arguments, for example train: {max_steps: 1000}")
     return Recipe(

@@ -24,6 +24,7 @@ from innerloop.errors import InputError
 from innerloop.methods.depth.tah import OracleSettings
 from innerloop.passes.loss_inputs import Reference
 from innerloop.text.batch import Batch
+from innerloop.text.codec import read_lines
 
 MIX = 0x9E3779B1  # spreads hashes of places over 32 bits
 
@@ -82,7 +83,7 @@ class Oracle:
         title = {"metric": self.metric, "reference": reference.fingerprint()}
         if not self.path.exists():
             write_text(self.path, json.dumps(title) + "\n")
-        lines = self.path.read_text().splitlines()
+        lines = read_lines(self.path)
         if not lines or lines[0] != json.dumps(title):
             raise InputError(
                 f"{self.path} holds labels of another reference or metric; remove it, or name another oracle.cache"
