@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from innerloop import Cot, Slr
-from innerloop.errors import InputError
+from innerloop.errors import InputError, InputNote
 from innerloop.tasks import Chain, Plain
 from innerloop.text.examples import write_examples
 from innerloop.train.callbacks import StopOnInterrupt
@@ -100,7 +100,8 @@ def test_questions_that_are_trained_on_and_measured_are_counted(tmp_path: Path):
     recipe = Recipe(
         task, BackboneChoice(scratch=SCRATCH), Cot(), {"max_steps": 1, "use_cpu": True}, str(tmp_path / "run")
     )
-    run_recipe(recipe)
-    out = capsys.readouterr().out
+    with pytest.warns(InputNote) as notes:
+        run_recipe(recipe)
+    told = " ".join(str(note.message) for note in notes)
     for pair in ("valid questions are also in train", "test questions are also in train"):
-        assert f"note: 6 of 6 {pair}" in out
+        assert f"6 of 6 {pair}" in told
