@@ -45,6 +45,8 @@ class StabilisedLoop(LoopSettings):
     shift: bool = False
     bptt: int | None = None
     detach: bool = False
+    progressive: float = 0.0
+    free_loops: tuple[int, int] = (1, 12)
 
 
 @dataclass(frozen=True)
