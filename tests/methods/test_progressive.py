@@ -9,7 +9,6 @@ from innerloop import Slr
 from innerloop.errors import InputError
 from innerloop.loop.hooks import LoopHook, hooked
 from innerloop.methods import Lotus, SpiralThinker
-from innerloop.train.training_arguments import training_arguments
 from tests.fields import change, make
 from tests.methods.tools import FULL, MIXED, PLAIN, assert_close, assert_same_gradients, gradients, on, states, stir
 from tests.models import tiny_model
@@ -64,15 +63,16 @@ def test_its_loss_and_gradient_are_those_of_a_loop_that_is_cut_after_the_free_it
     assert set(ours.terms) == {"answer"}
 
 
-@by_method
+WHOLE = [name for name, method in METHODS.items() if not method.learns_every_pass and method.deep.weight == 0]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_without_free_iterations_it_is_the_loss_of_the_whole_loop(name):
-    method = METHODS[name]
     model, _, plain = pair(name, 0)
     whole = [dataclasses.replace(row, n_free=None) for row in plain]
-    if getattr(method, "ce_passes", "last") == "last" and method.deep.weight == 0:
-        ours, full = model(model.batch(plain)).loss, model(model.batch(whole)).loss
-        assert torch.equal(ours, full)
-        assert_same_gradients(gradients(model, ours), gradients(model, full))
+    ours, full = model(model.batch(plain)).loss, model(model.batch(whole)).loss
+    assert torch.equal(ours, full)
+    assert_same_gradients(gradients(model, ours), gradients(model, full))
 
 
 @pytest.mark.parametrize("name", ["slr", "slr, everything", "lotus", "spiralthinker"])
@@ -140,8 +140,3 @@ REFUSED = [
 def test_what_cannot_go_on_is_refused(method, fields, message):
     with pytest.raises(InputError, match=message):
         method(**fields)
-
-
-def test_arguments_of_training_know_nothing_of_it(tmp_path):
-    with pytest.raises(InputError, match="progressive"):
-        training_arguments(tmp_path, {"progressive": 0.5})
