@@ -8,7 +8,8 @@ After 1, 4, 16 and 64 iterations, medians over test questions but for the share:
     alignment  cosine of z_t and what the loop makes, in as many iterations, of z_256 of another question
 
 and accuracy after them from the model's own start, and from a random one as large as z_256 (normal, by seed 0). A loop
-that did nothing would have moved nowhere, and answer alike with any number of iterations.
+that did nothing would have moved nowhere, and answer alike with any number of iterations. Beside them stands the
+accuracy of the suite's warm-ups, which write their steps.
 
     python benchmarks/loop_holding.py --suite runs/suites/evidence/stability --out benchmarks/results/loop_holding.json
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from innerloop.decoder.cost import mean_cost
 from innerloop.engine.latent_model import LatentModel
 from innerloop.loop.hooks import LoopHook, Step, hooked
 from innerloop.measure import evaluate
@@ -72,11 +74,20 @@ def main() -> None:
     report = {
         "kind": "loop_holding",
         "n_states": options.n,
+        "text": [written(run) for run in sorted(options.suite.glob("warm_up/*"))],
         "points": [measured(run, options.n) for run in runs],
         "versions": versions(),
         "device": device_name(torch.device("cpu")),
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def written(run: Path) -> dict:
+    """Measure a run that writes its steps."""
+    model, recipe = LatentModel.from_pretrained(run), load_recipe(run / "config.yaml")
+    answered = evaluate(model, recipe.task, recipe.task.examples("test"))
+    passes = mean_cost([prediction.cost for prediction in answered])["passes"]
+    return {"seed": int(run.name), "accuracy": accuracy_of(answered), "passes": passes}
 
 
 @torch.no_grad()

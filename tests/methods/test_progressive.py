@@ -126,7 +126,7 @@ def test_a_method_of_a_share_of_nothing_is_the_method_without_bit_for_bit():
 REFUSED = [
     (Slr, {"loop": {"progressive": 1.5}}, "between 0 and 1"),
     (Slr, {"loop": {"free_loops": [5, 2]}}, "the fewest and the most"),
-    (Slr, {"loop": {"free_loops": [-1, 2]}}, "the fewest and the most"),
+    (Slr, {"loop": {"free_loops": [-1, 2]}}, "whole numbers"),
     (Slr, {"loop": ALWAYS, "max_loops": 0}, "max_loops to at least 1"),
     (Lotus, {"loop": ALWAYS, "max_loops": 0}, "max_loops to at least 1"),
     (SpiralThinker, {"loop": ALWAYS, "pattern": "none"}, "max_loops to at least 1"),

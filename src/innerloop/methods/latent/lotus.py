@@ -28,7 +28,7 @@ class LotusLoop(LoopSettings):
     scale: float = 1.0
     shift: bool = False
     progressive: float = 0.0
-    free_loops: tuple[int, int] = (1, 12)
+    free_loops: tuple[Loops, Loops] = (1, 12)
 
 
 @dataclass(frozen=True)

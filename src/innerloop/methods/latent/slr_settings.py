@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from innerloop.checks.values import Loops
 from innerloop.config.curriculum import ResetOptimizer, Schedule, StageUnit
 from innerloop.config.loop import (
     AlphaLearn,
@@ -46,7 +47,7 @@ class StabilisedLoop(LoopSettings):
     bptt: int | None = None
     detach: bool = False
     progressive: float = 0.0
-    free_loops: tuple[int, int] = (1, 12)
+    free_loops: tuple[Loops, Loops] = (1, 12)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class SpiralLoop(LoopSettings):
     site: Site = "post_norm"
     bptt: int | None = None
     progressive: float = 0.0
-    free_loops: tuple[int, int] = (1, 12)
+    free_loops: tuple[Loops, Loops] = (1, 12)
 
 
 @dataclass(frozen=True)
