@@ -19,7 +19,7 @@ from innerloop.experiments.summary import MethodResult, by_variant
 from innerloop.measure.statistics import over_seeds, share_noise
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/evidence").glob("*.md"))]
 TABLE = re.compile(r"(<!-- table: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURES = {"breakdown": "performance.svg"}  # in docs/, shown above a table where they are there
 Lines = list[list[str]]
@@ -37,7 +37,7 @@ def main() -> None:
 
 def to_root(page: Path) -> str:
     """Return what a link on a page begins with to reach the root."""
-    return "" if page.parent == ROOT else "../"
+    return "../" * len(page.parent.relative_to(ROOT).parts)
 
 
 def filled(text: str, root: str = "../") -> str:
@@ -55,7 +55,7 @@ def table(name: str, part: str, root: str) -> str:
         raise ValueError(f"{name} was run with --smoke, which measures nothing")
     kind = results.get("kind", "suite")
     if kind == "suite":
-        lines, note = longer_lines(results) if part == "also" else suite_lines(results, part == "loops")
+        lines, note = longer_lines(results) if part == "also" else suite_lines(results, part)
     else:
         lines, note = KINDS[kind, part](results)
     head, *rows = lines
@@ -65,14 +65,14 @@ def table(name: str, part: str, root: str) -> str:
     return "\n".join([*shown, "", f"{note}[{name}]({root}benchmarks/results/{name})", ""])
 
 
-def suite_lines(results: dict, by_loops: bool) -> tuple[Lines, str]:
-    """Return the lines of a suite: a variant each."""
+def suite_lines(results: dict, part: str) -> tuple[Lines, str]:
+    """Return the lines of a suite: a variant each, with the mean over seeds by loops, or also the worst seed."""
     rows = by_variant([{**point, "n": results["n"]} for point in results["points"]])
     seeds = sorted({point["seed"] for point in results["points"]})
-    if by_loops:
+    if part in ("loops", "worst"):
         looped = [row for row in rows if any(result.get("loops") for result in row.results)]
         head = ["variant", *(f"{mark.name} loops" for mark in looped[0].loops)]
-        lines = [[row.name, *(f"{100 * mark.share:.1f}" for mark in row.loops)] for row in looped]
+        lines = [[row.name, *by_loops(row, part == "worst")] for row in looped]
     else:
         head = ["variant", "accuracy", "95 % interval", "by seed", "passes", "positions", "thought", "MFLOPs"]
         lines = [suite_line(row) for row in rows]
@@ -83,6 +83,13 @@ def suite_lines(results: dict, by_loops: bool) -> tuple[Lines, str]:
         + (f"failed: {', '.join(failed)}; " if failed else "")
     )
     return [head, *lines], note
+
+
+def by_loops(row: MethodResult, with_worst: bool) -> list[str]:
+    """Return the mean accuracy of a variant by numbers of loops, and in brackets that of its worst seed."""
+    cells = [f"{100 * mark.share:.1f}" for mark in row.loops]
+    worst = [min(result["loops"][mark.name]["accuracy"] for result in row.results) for mark in row.loops]
+    return [f"{cell} ({100 * low:.1f})" for cell, low in zip(cells, worst)] if with_worst else cells
 
 
 def suite_line(row: MethodResult) -> list[str]:
@@ -109,7 +116,7 @@ def longer_lines(results: dict) -> tuple[Lines, str]:
             found = {n: [also[of][n]["accuracy"] for also in own if n in also[of]] for n in loops}
             rows.append([name, of, *(f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in found.values())])
     head = ["variant", "tested on", *(n if n == "trained" else f"{n} loops" for n in loops)]
-    return [head, *rows], suite_lines(results, False)[1]
+    return [head, *rows], suite_lines(results, "")[1]
 
 
 def wide(values: dict, digits: int = 1) -> str:
@@ -458,6 +465,22 @@ def adaptive_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], note
 
 
+def holding_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of why loops hold: a variant and a number of loops each, means over seeds."""
+    shown = {"accuracy": "{:.1%}", "accuracy_from_anywhere": "{:.1%}", "at_rest": "{:.1%}", "change": "{:.1e}"}
+    shown |= {"gain": "{:.2f}", "moved": "{:.2f}", "distance": "{:.1e}", "alignment": "{:.2f}"}
+    head = ["variant", "loops", "accuracy", "from a random start", "at rest", *list(shown)[3:]]
+    rows = []
+    for name in dict.fromkeys(point["variant"] for point in results["points"]):
+        own = [point["loops"] for point in results["points"] if point["variant"] == name]
+        for t in own[0]:
+            means = [form.format(sum(at[t][key] for at in own) / len(own)) for key, form in shown.items()]
+            rows.append([name, t, *means])
+    seeds = sorted({point["seed"] for point in results["points"]})
+    note = f"accuracy: n = {results['points'][0]['n']}; states: n = {results['n_states']}; gain: n = 32; "
+    return [head, *rows], f"{note}seeds {', '.join(map(str, seeds))}; {results['device']}; "
+
+
 def switch_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of which steps were latent: a variant each."""
     head = ["variant", "accuracy", "95 % interval", "thought tokens", "passes", "MFLOPs", "latent steps"]
@@ -493,6 +516,7 @@ def family_lines(results: dict, chosen: Callable[[dict], bool], abilities: bool)
 KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("losses", ""): loss_lines,
     ("adaptive_loops", ""): adaptive_lines,
+    ("loop_holding", ""): holding_lines,
     ("step_switch", ""): switch_lines,
     ("bench", ""): bench_lines,
     ("engine", "reference"): reference_lines,

@@ -14,7 +14,7 @@ from innerloop.train.training_arguments import training_arguments
 from tests.fields import change
 from tests.test_typed import Aux, Inject, Loop, Summed
 
-RECIPES = sorted(p for p in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if p.parent.name != "suites")
+RECIPES = sorted(p for p in (Path(__file__).parents[1] / "recipes").rglob("*.yaml") if "suites" not in p.parts)
 RAW = {
     "task": {"name": "chain", "n_ops": 3},
     "backbone": {"scratch": {"type": "llama", "hidden_size": 32}},

@@ -26,7 +26,7 @@ from innerloop.train.recipe import Recipe
 from tests.models import tiny_model, trained_on
 from tests.test_typed import Aux, Inject, Loop, Summed
 
-SUITES = sorted(Path("recipes/suites").glob("*.yaml"))
+SUITES = sorted(Path("recipes/suites").rglob("*.yaml"))
 SCRATCH = {
     "type": "llama",
     "hidden_size": 16,

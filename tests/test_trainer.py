@@ -83,7 +83,11 @@ def assert_goes_on_as_if_uninterrupted(
     return interrupted
 
 
-@pytest.mark.parametrize("method", [STAGED, Slr(n_slots=3, max_loops=2, step_weight=0.5)], ids=["coconut", "slr"])
+SHOWN = Slr(n_slots=3, max_loops=2, step_weight=0.5)
+PROGRESSIVE = change(SHOWN, loop={"progressive": 0.5, "noise": 0.1}, loop_sampling="uniform")
+
+
+@pytest.mark.parametrize("method", [STAGED, SHOWN, PROGRESSIVE], ids=["coconut", "slr", "progressive"])
 def test_a_resumed_run_gives_the_losses_of_an_uninterrupted_one(tmp_path: Path, method: Method):
     terms = ("loss", "loss_answer") if method is STAGED else ("loss", "loss_answer", "loss_step")
     interrupted = assert_goes_on_as_if_uninterrupted(tmp_path, partial(tiny_model, method, "llama"), terms=terms)

@@ -20,6 +20,8 @@ FIELDS = table(
     (STATES | {"ran", "passes"}, {}, {"loops_per_block": 2}, {"max_loops": 2}),
     (FORWARD | {"ran", "passes"}, {}, {"last_pass": "refeed"}),  # h^(R) is the same
     (STATES, {}, {"loop.residual": "none"}, {"loop.scale": 0.5}, {"loop.shift": True}),
+    (set(), {}, {"loop.progressive": 0.5}),  # for batches of a Trainer alone
+    (set(), {"loop.progressive": 0.5}, {"loop.free_loops": (0, 3)}),
     ({"step"} | LEARNS, {}, {"readout_offset": 0}, {"overflow": "spill"}, {"supervision": "per_iter"}),
     ({"schedule"}, {}, {"curriculum.first_stage": 1}, {"curriculum.length": 2}, {"curriculum.unit": "step"},
      {"curriculum.mix": "linear"}),

@@ -73,7 +73,8 @@ FIELDS = table(
     (FORWARD | {"passes"}, {}, {"answer_from": "kv_last"}),
     (STATES | {"passes"}, WITH_LORA, {"prefix_kv": "per_iter"}),
     (FORWARD, WITH_LORA, {"decode_lora": True}),
-    (set(), {}, {"loop_sampling": "uniform"}),  # for batches of a Trainer alone
+    (set(), {}, {"loop_sampling": "uniform"}, {"loop.progressive": 0.5}),  # for batches of a Trainer alone
+    (set(), {"loop.progressive": 0.5}, {"loop.free_loops": (0, 3)}),
     # the curriculum; all that is measured here is its last stage
     ({"schedule"}, {}, STAGES),
     ({"schedule"}, STAGES, {"curriculum.first_stage": 1}, {"curriculum.length": 2}, {"curriculum.unit": "step"},

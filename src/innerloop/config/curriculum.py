@@ -83,6 +83,12 @@ class Schedule(Checked):
         return stage
 
 
+def shared_seed(seed: str) -> str:
+    """Return what all processes have in common of a batch's seed, ``SEED/STEP/PROCESS/BATCH``."""
+    parts = seed.split("/")
+    return "/".join(parts[:2] + parts[3:]) if len(parts) == 4 else seed
+
+
 def uniforms(seed: str) -> tuple[float, float, float]:
     """Return three numbers in [0, 1) that depend on nothing but ``seed``."""
     digest = hashlib.blake2b(seed.encode(), digest_size=24).digest()

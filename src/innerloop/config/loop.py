@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from innerloop.checks.settings import Checked
 from innerloop.checks.values import Bounds, Loops, Positive, Share, Weight, Width
+from innerloop.config.curriculum import shared_seed, uniforms
 from innerloop.errors import refuse
 
 ResidualKind = Literal["none", "sum", "A", "B", "C"]
@@ -59,6 +60,9 @@ class LoopSettings(Checked):
         site: what an iteration gives back: the state after the final norm, or before it.
         detach: cut the gradient from each iteration's input, and from what is fed once more in append, to the output
             that it was.
+        progressive: share of the training batches that go on from free iterations, which run without a gradient, and
+            learn what is written alone (progressive loss, Bansal et al. 2022): so the loop learns to hold.
+        free_loops: the fewest and the most free iterations, drawn uniformly for each of those batches.
     """
 
     residual: ResidualKind = "none"
@@ -85,6 +89,8 @@ class LoopSettings(Checked):
     bptt: Loops | None = None
     site: Site = "post_norm"
     detach: bool = False
+    progressive: Share = 0.0
+    free_loops: tuple[Loops, Loops] = (1, 12)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,12 +111,27 @@ class LoopSettings(Checked):
                 self.alpha_learn != "fixed" and self.residual not in ("A", "B"),
                 "alpha_learn has nothing to learn without residual A or B",
             ),
+            (
+                self.free_loops[0] > self.free_loops[1],
+                f"free_loops is {list(self.free_loops)}, but must be the fewest and the most, such as [1, 12]",
+            ),
             (self.time_norm and self.time != "sinusoidal", "time_norm is for time=sinusoidal"),
             (
                 self.gate_kind == "attention" and self.gate_shape == "channel",
                 "gate_kind=attention weighs whole candidates: set gate_shape to scalar",
             ),
         )
+
+    def draw_free(self, seed: str) -> int | None:
+        """Draw how many free iterations a training batch goes on from; None: it begins at z_0 and learns everything.
+
+        ``seed`` is the batch's; all processes draw alike.
+        """
+        if self.progressive == 0 or not seed:
+            return None
+        chosen, length, _ = uniforms(f"free/{shared_seed(seed)}")
+        low, high = self.free_loops
+        return low + int(length * (high - low + 1)) if chosen < self.progressive else None
 
 
 @dataclass(frozen=True)
@@ -149,5 +170,9 @@ class FixedPointSettings(Checked):
             (
                 self.solver != "none" and (loop.bptt is not None or loop.detach),
                 "with a solver, fixed_point.gradient says where gradients flow: leave loop.bptt and loop.detach out",
+            ),
+            (
+                self.solver != "none" and loop.progressive > 0,
+                "a solver iterates until nothing changes, so there is nothing to go on from: set loop.progressive to 0",
             ),
         )

@@ -86,6 +86,8 @@ class Method(Checked, ABC):
             if isinstance(value, Mapping):
                 object.__setattr__(self, field.name, _changed(field.default, value, field.name))
         check_fields(self)
+        if self.loop.progressive > 0 and self.n_loops(self.last_stage) < 1:
+            raise InputError("loop.progressive goes on with a loop that is not there: set max_loops to at least 1")
 
     # Data
 
@@ -146,9 +148,11 @@ class Method(Checked, ABC):
     ) -> list[Row]:
         """Lay out examples at a stage (None: the last); ``seed`` fixes the draws of stage mixing, none: no draws."""
         scheduled, rows, method = self.stage_or_last(stage), [], self.sampled(seed)
+        n_free = self.loop.draw_free(seed)
         for i, example in enumerate(examples):
             drawn = self.stage_of(scheduled, len(example.steps), f"{seed}/{i}") if seed else scheduled
-            rows.append(method.lay_out(example, encoder, drawn))
+            row = method.lay_out(example, encoder, drawn)
+            rows.append(row if n_free is None else row.going_on(n_free))
         return rows
 
     def longest(self, example: Example, encoder: PromptEncoder) -> int:

@@ -3,6 +3,7 @@
 import math
 import random
 
+from innerloop.config.curriculum import shared_seed
 from innerloop.config.loop import LoopSampling
 
 
@@ -13,16 +14,10 @@ def draw_loops(kind: LoopSampling, n_loops: int, seed: str) -> int:
     """
     if kind == "fixed":
         return n_loops
-    rng = random.Random(f"loops/{_shared(seed)}")
+    rng = random.Random(f"loops/{shared_seed(seed)}")
     if kind == "uniform":
         return rng.randint(1, max(n_loops, 1))
     return 1 + _poisson(math.exp(rng.gauss(math.log(n_loops) - 0.125, 0.5)), rng)
-
-
-def _shared(seed: str) -> str:
-    """Return what all processes have in common of a batch's seed."""
-    parts = seed.split("/")
-    return "/".join(parts[:2] + parts[3:]) if len(parts) == 4 else seed
 
 
 def _poisson(rate: float, rng: random.Random) -> int:

@@ -127,10 +127,11 @@ class LatentCore(RowLayout):
             trace: filled with the loop's iterations.
         """
         terms = Terms(n_items or batch.counts())
+        every_pass = self.method.learns_every_pass
         context, measured, taught = None, dict[str, Tensor](), tuple[Tensor, ...]()
         for segment in batch.segments():
             thought = self.think(segment, trace, context)
-            inputs = self.loss_inputs(segment, thought)
+            inputs, learns_all = self.loss_inputs(segment, thought), segment.n_free is None
             if isinstance(self.decoder, Classifier):
                 assert batch.class_B is not None
                 logits_BC = self.decoder(thought).float()
@@ -139,10 +140,10 @@ class LatentCore(RowLayout):
             else:
                 show = self.writing(segment, thought)
                 total = summed_loss(show, segment.targets_U, self.loss_chunk)
-                terms.add("answer", every_pass_loss(inputs, total) if self.method.learns_every_pass else total)
+                terms.add("answer", every_pass_loss(inputs, total) if learns_all and every_pass else total)
             taught = self._teacher_states(segment, terms) or taught
             self._add_loop_terms(terms, inputs, taught)
-            if self.method.has_latent_teacher:
+            if self.method.has_latent_teacher and learns_all:
                 terms.add_all(latent_teacher_terms(inputs, self, self.load_teacher(), show))
             if self.depth is not None:
                 terms.add_all(self.depth.loss_terms(inputs))
@@ -181,7 +182,7 @@ class LatentCore(RowLayout):
         if segment.aux_targets and self.step_decoder is not None:
             told = aux_loss(inputs, self.step_decoder, self.loop, counts_K3=terms.counts.get("aux"))
             terms.add_mean("aux", told)
-        if loop is None:
+        if loop is None or segment.n_free is not None:
             return
         if self.training and method.deep.weight + method.halt.weight > 0:
             losses_TB = answer_losses(inputs)

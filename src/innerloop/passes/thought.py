@@ -106,7 +106,7 @@ def think(
         read_answer = (
             _answer_reader(plan, loop, batch, f, answer_prefix_ids) if plan.reads_answer and not loop.training else None
         )
-        result = loop(f, state, batch.n_loops, trace, read_out, read_answer)
+        result = loop(f, state, batch.n_loops, trace, read_out, read_answer, batch.n_free or 0)
         if isinstance(f, RegionPass) and plan.answer_context == "kv_last":
             context = f.finish(context, region, region_mask)
     thought = _thought_of(plan, loop, batch, context, f, result, parts)

@@ -88,6 +88,8 @@ class Batch:
         aux_K3: of group 0, 1, .., how many rows have it, in how many it tells something, and how many tokens.
         class_B: the class that a classifier must answer.
         depth: how often a pass iterates inside the tokens.
+        n_free: how many iterations run first, without a gradient, before what is written alone is learned; None: none,
+            and everything is learned.
         next: what the rows go on with.
     """
 
@@ -112,6 +114,7 @@ class Batch:
     aux_K3: Tensor | None = None
     class_B: Tensor | None = None
     depth: int | None = None
+    n_free: int | None = None
     next: Batch | None = None
 
     def __len__(self) -> int:
@@ -312,5 +315,6 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         skipped_B=torch.tensor([row.skipped for row in rows]) if any(row.skipped for row in rows) else None,
         fixed_BN=torch.tensor(fixed) if any(map(any, fixed)) else None,
         depth=rows[0].depth if rows else None,
+        n_free=next((row.n_free for row in rows if row.n_free is not None), None),
         is_padded=(*(any(len(row[s]) < width for row in parts) for s, width in enumerate(widths)),),
     )

@@ -11,7 +11,7 @@ A row has three parts: the *prefix* is read once, the inner loop refines the *re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 IGNORE = -100
@@ -128,7 +128,8 @@ class Row:
     A row may go on with a ``next`` segment, which is read after it: without a prefix, its own region refined by itself.
     ``n_unread`` tokens of steps are shown nowhere for lack of latents, and still counted in the mean over shown ones.
     ``teacher`` is the row that a teacher reads, whose states ``hidden_targets`` speak of. ``answer_class`` is the class
-    that a classifier must answer.
+    that a classifier must answer. ``n_free`` iterations run first, without a gradient; None: none, and all targets are
+    learned.
     """
 
     prefix: list[Span]
@@ -144,6 +145,20 @@ class Row:
     aux_targets: list[AuxTarget] = field(default_factory=list)
     answer_class: int = -1
     next: Row | None = None
+    n_free: int | None = None
+
+    def going_on(self, n_free: int) -> Row:
+        """Return the row with so many free iterations before its own, and nothing to learn but what is written."""
+        return replace(
+            self,
+            n_loops=self.n_loops + n_free if self.n_loops else 0,
+            token_targets=[],
+            teacher=None,
+            hidden_targets=[],
+            aux_targets=[],
+            next=None if self.next is None else self.next.going_on(n_free),
+            n_free=n_free,
+        )
 
     @property
     def spans(self) -> list[Span]:

@@ -27,6 +27,8 @@ class LotusLoop(LoopSettings):
     residual: ResidualKind = "sum"
     scale: float = 1.0
     shift: bool = False
+    progressive: float = 0.0
+    free_loops: tuple[Loops, Loops] = (1, 12)
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Lotus(LatentMethod):
 
     def with_loops(self, loops: int) -> "Lotus":
         """Return the method for answering with R = ``loops``; how it was supervised no longer matters."""
-        return replace(self, max_loops=loops, supervision="post")
+        return replace(self, max_loops=loops, supervision="post", loop=replace(self.loop, progressive=0.0))
 
     def lay_out(self, example: Example, encoder: PromptEncoder, stage: int) -> Row:
         """Lay out; the steps of the K_e blocks are shown by latents, those after them are written."""

@@ -147,12 +147,13 @@ class Slr(LatentMethod):
                 "decode_lora needs loop-wise LoRA: set loop.lora to per_iter or shared",
             ),
             (
-                self.loops_per_stage > 0 and self.last_stage == 0,
-                "loops_per_stage ramps the iterations over a curriculum: set curriculum.max_stage to at least 1",
+                self.last_stage == 0 and (self.loops_per_stage > 0 or not self.write_steps),
+                "loops_per_stage and write_steps are for a curriculum: set curriculum.max_stage to at least 1",
             ),
             (
-                not self.write_steps and self.last_stage == 0,
-                "write_steps is for a curriculum: set curriculum.max_stage to at least 1",
+                self.loop.progressive > 0 and (self.loop_scope == "append" or self.stop.rule == "act"),
+                "loop.progressive needs latents that are refined together, to a known end: leave loop_scope=append and "
+                "stop.rule=act out",
             ),
             (
                 (self.stop.rule, self.stop.act_output, self.answer_from) == ("act", "weighted", "kv_last"),
@@ -300,7 +301,8 @@ class Slr(LatentMethod):
         """Return the method for answering with T = ``loops``; how it was trained no longer matters."""
         unlearned: dict[str, Any] = {name: type(getattr(self, name))() for name in ("aux", "kd", "deep", "halt")}
         unlearned |= {"hid": replace(self.hid, weight=0.0, width=0), "step_weight": 0.0, "teacher_thinks": "steps"}
-        return replace(self, max_loops=loops, loop_sampling="fixed", **unlearned)
+        unlearned |= {"loop": replace(self.loop, progressive=0.0), "loop_sampling": "fixed"}
+        return replace(self, max_loops=loops, **unlearned)
 
     def sampled(self, seed: str) -> "Slr":
         """Draw T for a training batch."""

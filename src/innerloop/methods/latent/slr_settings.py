@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from innerloop.checks.values import Loops
 from innerloop.config.curriculum import ResetOptimizer, Schedule, StageUnit
 from innerloop.config.loop import (
     AlphaLearn,
@@ -45,6 +46,8 @@ class StabilisedLoop(LoopSettings):
     shift: bool = False
     bptt: int | None = None
     detach: bool = False
+    progressive: float = 0.0
+    free_loops: tuple[Loops, Loops] = (1, 12)
 
 
 @dataclass(frozen=True)

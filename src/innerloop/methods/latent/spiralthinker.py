@@ -41,6 +41,8 @@ class SpiralLoop(LoopSettings):
     gain: bool = False
     site: Site = "post_norm"
     bptt: int | None = None
+    progressive: float = 0.0
+    free_loops: tuple[Loops, Loops] = (1, 12)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class SpiralThinker(Method):
 
     def with_loops(self, loops: int) -> "SpiralThinker":
         """Return the method for answering with K = ``loops``; what its blocks followed no longer matters."""
-        return replace(self, max_loops=loops, hid=replace(self.hid, weight=0.0))
+        hid, loop = replace(self.hid, weight=0.0), replace(self.loop, progressive=0.0)
+        return replace(self, max_loops=loops, hid=hid, loop=loop)
 
     def stage_of(self, stage: int, n_steps: int, seed: str) -> int:
         """Draw the parity of one example: 0 odd, 1 even; of pattern random, which steps are latent."""
