@@ -279,10 +279,10 @@ class Backbone(nn.Module):
     def mask_4d(self, queries_BQ: Tensor, keys_BK: Tensor, real_BK: Tensor | None, dtype: torch.dtype) -> Any:
         """Return the additive attention mask (B, 1, Q, K) of queries and keys at given positions.
 
-        A query sees the real keys up to its own position; in sliding layers, those of its window. A model with layers
-        of both kinds gets a mask for each.
+        A query sees the real keys up to its own position; in sliding layers, those of its window. A key at a
+        position below 0 counts for none, and every query sees it. A model with layers of both kinds gets a mask for each.
         """
-        behind_BQK = queries_BQ[:, :, None] - keys_BK[:, None, :]
+        behind_BQK = (queries_BQ[:, :, None] - keys_BK[:, None, :]).masked_fill(keys_BK[:, None, :] < 0, 0)
         seen_BQK = behind_BQK >= 0
         if real_BK is not None:
             seen_BQK = seen_BQK & real_BK[:, None, :]

@@ -1,0 +1,225 @@
+"""ParScale against the bare Hugging Face model, one stream and one row at a time (parscale.md, section 9)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+from transformers import DynamicCache
+
+from innerloop import Cot, InputError, LatentModel, Looped, ParScale
+from innerloop.decoder.masks import window_of
+from innerloop.methods.depth.streams import Aggregator
+from tests.close import ROUNDED, assert_close
+from tests.fields import make
+from tests.methods.test_every_depth_method import NO_DROPOUT
+from tests.methods.tools import MIXED, QUESTIONS, by_arch, gradients, lean_towards_end, logits_of, stir
+from tests.models import WINDOW, answers_of, saved, tiny_model
+
+
+def parscale(arch: str = "llama", **fields) -> LatentModel:
+    """Make a model of three layers whose prefixes and weights are not at their start."""
+    fields = {"streams": 2, "n_prefix": 3, **fields}
+    model = tiny_model(make(ParScale, **fields), arch, **(NO_DROPOUT if arch == "gpt2" else {}))
+    stir(model, 0.5)
+    return model
+
+
+def base_of(model: LatentModel) -> LatentModel:
+    """The decoder alone."""
+    return LatentModel(model.backbone, model.tokenizer, Cot()).eval()
+
+
+# The slow path
+
+
+def masks(lm, n_prefix: int, n: int) -> dict[str, Tensor] | Tensor:
+    """Which of the columns each query sees, written out: all of the prefix, and what lies behind it, in the window."""
+    window = window_of(lm.config)
+
+    def made(reach: int | None) -> Tensor:
+        mask = torch.full((n, n_prefix + n), -1e9, dtype=lm.dtype)
+        for q in range(n):
+            for k in range(n_prefix + n):
+                at = k - n_prefix
+                if at < 0 or (at <= q and (reach is None or q - at < reach)):
+                    mask[q, k] = 0.0
+        return mask[None, None]
+
+    if not getattr(lm.config, "layer_types", None):
+        return made(window)
+    return {"full_attention": made(None), "sliding_attention": made(window)} if window else made(None)
+
+
+def streams(model: LatentModel, ids: list[int]) -> Tensor:
+    """The states (P, L, D) of each stream, after the final norm: no library code but the prefixes themselves."""
+    lm, parts, found = model.backbone.lm, model.depth.prefixes, []
+    for p in range(model.method.streams):
+        cache, n_prefix = DynamicCache(), model.method.n_prefix
+        if parts is not None:
+            for i, (keys, values) in enumerate(zip(parts.keys, parts.values)):
+                cache.update(keys[None, p], values[None, p], i)
+        inputs = {"inputs_embeds": lm.get_input_embeddings()(torch.tensor([ids])), "past_key_values": cache}
+        inputs["attention_mask"] = masks(lm, n_prefix if parts is not None else 0, len(ids))
+        out = lm.get_decoder()(**inputs, position_ids=torch.arange(len(ids))[None], use_cache=True)
+        found.append(out.last_hidden_state[0])
+    return torch.stack(found)
+
+
+def mixed(model: LatentModel, states_PLD: Tensor) -> Tensor:
+    """The card's aggregation (L, D), channel by channel."""
+    mix, n = model.depth.mix, len(states_PLD)
+    z = torch.stack([states_PLD[p, :, d] for d in range(states_PLD.shape[-1]) for p in range(n)], dim=-1)
+    w = torch.softmax(mix.outer.weight @ silu(mix.inner.weight @ z.T + mix.inner.bias[:, None]) + mix.outer.bias[:, None], 0)
+    w = (1 - mix.smoothing) * w + mix.smoothing / n
+    return sum(w[p, :, None] * states_PLD[p] for p in range(n))
+
+
+def slowly(model: LatentModel, ids: list[int]) -> Tensor:
+    """The logits (L, V) of a row."""
+    return model.backbone.head(mixed(model, streams(model, ids)))
+
+
+@torch.no_grad()
+def written_slowly(model: LatentModel, question: str, n: int) -> list[int]:
+    """Greedy decoding that reads everything anew for each token."""
+    ids, first = model.tokenizer.encode(question + "\n"), len(model.tokenizer.encode(question + "\n"))
+    while len(ids) - first < n and (len(ids) == first or ids[-1] != model.tokenizer.eos_token_id):
+        logits = slowly(model, ids)[-1].clone()
+        logits[model.suppressed_ids()] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[first:]
+
+
+# Section 9
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_prelude": 1, "n_coda": 1}])
+def test_1_one_stream_is_the_decoder_bit_for_bit(arch, fields):
+    model = tiny_model(ParScale(streams=1, **fields), arch)
+    assert list(model.depth.parameters()) == []
+    assert torch.equal(answers_of(model, 6), answers_of(base_of(model), 6))
+    ours, theirs = (one.generate(QUESTIONS, max_new_tokens=5) for one in (model, base_of(model)))
+    assert [one.ids for one in ours] == [one.ids for one in theirs]
+
+
+@by_arch
+def test_2_equal_prefixes_make_equal_streams_whose_mixture_does_not_depend_on_the_weights(arch):
+    model = parscale(arch, streams=3)
+    for side in (model.depth.prefixes.keys, model.depth.prefixes.values):
+        for parameter in side:
+            parameter.data[:] = parameter.data[:1].clone()
+    found = streams(model, model.tokenizer.encode(QUESTIONS[0]))
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
+    before = answers_of(model)
+
+    model.depth.mix.outer.bias.data += torch.tensor([2.0, 0.0, -2.0])
+    assert_close(answers_of(model), before)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_3_weights_sum_to_one_and_none_is_below_its_share_of_the_smoothing(smoothing):
+    torch.manual_seed(0)
+    mix = Aggregator(8, 4, smoothing)
+    states = torch.randn(2, 4, 5, 8)
+    assert_close(mix(states), torch.full((2, 5, 4), 0.25))
+    torch.nn.init.normal_(mix.outer.weight, std=50.0)
+    weights = mix(states)
+    assert weights.dtype == torch.float32 and bool((weights >= smoothing / 4).all())
+    assert_close(weights.sum(-1), torch.ones(2, 5))
+    assert (weights.std() > 0.1) == (smoothing < 1)
+
+
+@by_arch
+def test_4_the_order_of_the_streams_does_not_matter(arch):
+    model, order = parscale(arch, streams=3), torch.tensor([2, 0, 1])
+    before, parts, mix = answers_of(model), model.depth.prefixes, model.depth.mix
+    for parameter in (*parts.keys, *parts.values, mix.outer.weight, mix.outer.bias):
+        parameter.data = parameter.data[order]
+    mix.inner.weight.data = mix.inner.weight.data.unflatten(1, (-1, 3))[:, :, order].flatten(1)
+    assert_close(answers_of(model), before)
+
+
+def test_5_without_prefixes_all_streams_are_the_decoder(arch):
+    model = parscale(arch, n_prefix=0, streams=3)
+    assert model.depth.prefixes is None
+    assert_close(answers_of(model), answers_of(base_of(model)))
+
+
+@pytest.mark.parametrize("n_streams", [2, 4])
+def test_6_cached_decoding_is_the_full_forward_pass_and_batches_are_their_rows(arch, n_streams):
+    """The engine, batched and row by row, writes what reading everything anew for each token does."""
+    model = parscale(arch, streams=n_streams)
+    lean_towards_end(model, 2.0)
+    expected = [written_slowly(model, question, 8) for question in QUESTIONS]
+    assert len({len(ids) for ids in expected}) > 1
+    together = model.generate(QUESTIONS, max_new_tokens=8)
+    assert [one.ids for one in together] == expected
+    assert [model.generate([question], max_new_tokens=8)[0].ids for question in QUESTIONS] == expected
+    assert [one.ids for one in model.generate(QUESTIONS, max_new_tokens=8, batch_size=2)] == expected
+
+
+def test_7_the_logits_are_those_of_the_slow_path(arch):
+    """Also behind the window of a layer, from where the prefix is still seen."""
+    model = parscale(arch)
+    rows = model.rows(MIXED)
+    assert max(len(row) for row in rows) > 2 * WINDOW
+    with torch.no_grad():
+        for row, logits in zip(rows, logits_of(model, rows)):
+            supervised = slowly(model, row.ids())[:-1][-len(logits) :]
+            assert_close(logits, supervised, ROUNDED * 5)
+
+
+@by_arch
+def test_8_gradients_are_those_of_the_slow_path_and_differ_between_streams(arch):
+    model = parscale(arch).train()
+    row = model.rows(MIXED[:1])[0]
+    ours = gradients(model, model(model.batch([row])).loss)
+    logits, ids = slowly(model, row.ids()), torch.tensor(row.ids())
+    n = model.batch([row]).n_targets[0]
+    theirs = gradients(model, torch.nn.functional.cross_entropy(logits[:-1][-n:], ids[-n:]))
+    assert theirs.keys() <= ours.keys()
+    for name, gradient in theirs.items():
+        assert_close(ours[name], gradient, ROUNDED * 20)
+    first = ours["depth.prefixes.keys.0"]
+    assert first.abs().max() > 0 and not torch.allclose(first[0], first[1])
+
+
+def test_9_states_are_interleaved_channel_by_channel():
+    """With a second stream of zeros every other column of W1, from the second on, is without effect."""
+    torch.manual_seed(0)
+    mix, states = Aggregator(8, 2, 0.1), torch.randn(1, 2, 5, 8)
+    torch.nn.init.normal_(mix.outer.weight)
+    states[:, 1] = 0.0
+    before = mix(states)
+    mix.inner.weight.data[:, 1::2] = 7.0
+    assert torch.equal(mix(states), before)
+    mix.inner.weight.data[:, ::2] += 1.0
+    assert not torch.allclose(mix(states), before)
+
+
+# With the loop, training, costs, disk
+
+
+@by_arch
+def test_streams_of_a_loop_without_prefixes_are_the_loop(arch):
+    model = parscale(arch, n_prefix=0, n_prelude=1, max_loops=3)
+    loop = LatentModel(model.backbone, model.tokenizer, Looped(n_prelude=1, max_loops=3)).eval()
+    assert_close(answers_of(model), answers_of(loop))
+
+
+@by_arch
+def test_every_iteration_of_a_loop_has_the_prefixes_of_its_layers(arch):
+    """A block that is applied twice is a decoder with its layers twice, and their prefixes too."""
+    model = parscale(arch, n_prelude=1, max_loops=2)
+    model.eval()
+    context = model.new_context(model.batch(model.prompts(QUESTIONS[:2])))
+    with torch.no_grad():
+        context.read(model.backbone.embed(torch.tensor([[5, 6], [7, 8]])))
+    slots, parts = context.cache.slots, model.depth.prefixes
+    assert list(slots) == ["prelude", 1, 2]
+    for slot in slots.values():
+        for layer, keys in zip(slot.layers, slot.keys):
+            assert torch.equal(keys[:2, :, :3], parts.keys[layer]) and torch.equal(keys[2:, :, :3], parts.keys[layer])
