@@ -71,7 +71,9 @@ def mixed(model: LatentModel, states_PLD: Tensor) -> Tensor:
     """The card's aggregation (L, D), channel by channel."""
     mix, n = model.depth.mix, len(states_PLD)
     z = torch.stack([states_PLD[p, :, d] for d in range(states_PLD.shape[-1]) for p in range(n)], dim=-1)
-    w = torch.softmax(mix.outer.weight @ silu(mix.inner.weight @ z.T + mix.inner.bias[:, None]) + mix.outer.bias[:, None], 0)
+    w = torch.softmax(
+        mix.outer.weight @ silu(mix.inner.weight @ z.T + mix.inner.bias[:, None]) + mix.outer.bias[:, None], 0
+    )
     w = (1 - mix.smoothing) * w + mix.smoothing / n
     return sum(w[p, :, None] * states_PLD[p] for p in range(n))
 
@@ -223,3 +225,71 @@ def test_every_iteration_of_a_loop_has_the_prefixes_of_its_layers(arch):
     for slot in slots.values():
         for layer, keys in zip(slot.layers, slot.keys):
             assert torch.equal(keys[:2, :, :3], parts.keys[layer]) and torch.equal(keys[2:, :, :3], parts.keys[layer])
+
+
+def test_a_pretrained_decoder_begins_behind_words_that_it_read(tmp_path: Path):
+    """Their keys and values are its own: those of the same tokens in its cache."""
+    base = tiny_model(Cot())
+    model = LatentModel.from_pretrained(saved(base, tmp_path / "base"), ParScale(streams=2, n_prefix=4))
+    parts, ids = (
+        model.depth.prefixes,
+        torch.randint(len(base.tokenizer), (2, 4), generator=torch.Generator().manual_seed(0)),
+    )
+    context = base.new_context(base.batch(base.prompts(QUESTIONS[:2])))
+    with torch.no_grad():
+        context.read(base.backbone.embed(ids))
+    for layer, keys, values in zip(context.cache.layers, parts.keys, parts.values, strict=True):
+        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+
+
+def test_streams_of_one_frozen_decoder_are_switched_at_run_time(tmp_path: Path):
+    base = tiny_model(Cot())
+    folder = saved(base, tmp_path / "base")
+    found = []
+    for n in (2, 4):
+        model = LatentModel.from_pretrained(folder, ParScale(streams=n, n_prefix=3))
+        stir(model)
+        found.append((answers_of(model), saved(model, tmp_path / f"p{n}")))
+    narrow = LatentModel.from_pretrained(found[0][1])
+    wide = narrow.beside(found[1][1])
+    assert wide.backbone is narrow.backbone and wide.method.streams == 4
+    for _ in range(2):
+        assert torch.equal(answers_of(narrow), found[0][0]) and torch.equal(answers_of(wide), found[1][0])
+    assert torch.equal(answers_of(narrow.beside(folder)), answers_of(base))
+    other = saved(tiny_model(ParScale(n_prefix=3), seed=1), tmp_path / "other")
+    with pytest.raises(InputError, match="has other weights than this model's: train it from this model"):
+        narrow.beside(other)
+
+
+@by_arch
+@pytest.mark.parametrize("n_streams", [1, 2, 4])
+def test_a_pass_is_counted_once_and_its_work_for_each_stream(arch, n_streams):
+    """FLOPs are those of P decoders, of what attends to the prefixes, and of the mixing."""
+    model, n_prefix = parscale(arch, streams=n_streams), 3
+    (one,), (alone,) = ([*m.generate(QUESTIONS[:1], max_new_tokens=1)] for m in (model, base_of(model)))
+    ours, base, config, width = one.cost, alone.cost, model.backbone.config, model.backbone.width
+    assert (ours.passes, ours.positions) == (base.passes, base.positions)
+    assert ours.stream_passes == n_streams * ours.passes
+    head = 2 * width * config.vocab_size * ours.logits
+    seen = 4 * model.backbone.n_layers * width * ours.positions * n_prefix
+    mixing = ours.positions * 2 * (n_streams * width * width + 2 * n_streams * width)
+    expected = base.flops if n_streams == 1 else n_streams * (base.flops - head + seen) + head + mixing
+    assert_close(ours.flops, expected)
+
+
+def test_training_logs_whether_the_streams_have_collapsed():
+    model = parscale(streams=3).train()
+    measured = model.loss(MIXED).measured
+    assert 0 < measured["stream_entropy"] <= 1 and -0.5 <= measured["stream_cosine"] < 1
+    for parameter in model.depth.prefixes.parameters():
+        parameter.data[:] = parameter.data[:1].clone()
+    model.depth.mix.outer.weight.data.zero_(), model.depth.mix.outer.bias.data.zero_()
+    measured = model.loss(MIXED).measured
+    assert_close([measured["stream_entropy"], measured["stream_cosine"]], [1.0, 1.0])
+
+
+def test_with_a_frozen_decoder_prefixes_and_mixture_are_what_learns():
+    model = parscale()
+    model.backbone.requires_grad_(False)
+    learnt = gradients(model.train(), model.loss(MIXED).loss)
+    assert {name.split(".")[1] for name, one in learnt.items() if one.abs().max() > 0} == {"prefixes", "mix"}

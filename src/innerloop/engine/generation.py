@@ -61,7 +61,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
             n_steps -= ids[:n_steps].count(model.encoder.eos_id)
         cost.thought_tokens = request.billed * model.n_thought_positions(request.row) + request.n_latents + n_steps
-        cost.loops = request.n_loops
+        cost.loops, cost.streams = request.n_loops, model.method.streams
         cost.seconds["thought"] += sum(request.ticks[:n_marked])
         cost.seconds["answer"] += sum(request.ticks[n_marked:])
         marker = ANSWER_PREFIX.strip()

@@ -160,7 +160,8 @@ def answer_view(
     if answer.depths:
         parts.append(depth_view(answer.depths))
     cost = answer.cost
-    line = f"{cost.passes} passes, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
+    of_streams = f" of {cost.streams} streams" if cost.streams > 1 else ""
+    line = f"{cost.passes} passes{of_streams}, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
     parts.append(Text(line + ("" if answer.ended else "; stopped at max_new_tokens"), style="dim"))
     return Group(*parts)
 
