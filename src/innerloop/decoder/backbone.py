@@ -280,7 +280,8 @@ class Backbone(nn.Module):
         """Return the additive attention mask (B, 1, Q, K) of queries and keys at given positions.
 
         A query sees the real keys up to its own position; in sliding layers, those of its window. A key at a
-        position below 0 counts for none, and every query sees it. A model with layers of both kinds gets a mask for each.
+        position below 0 counts for none, and every query sees it. A model with layers of both kinds gets a mask for
+        each.
         """
         behind_BQK = (queries_BQ[:, :, None] - keys_BK[:, None, :]).masked_fill(keys_BK[:, None, :] < 0, 0)
         seen_BQK = behind_BQK >= 0

@@ -47,7 +47,7 @@ class Cost:
 
 
 def mean_cost(costs: list[Cost]) -> dict:
-    """Average the costs of examples into the ``cost`` object of result.json; passes of several streams also by stream."""
+    """Average the costs of examples into the ``cost`` object of result.json; several streams have their own count."""
     n = max(len(costs), 1)
     means = {
         name: sum(getattr(c, name) for c in costs) / n
