@@ -46,7 +46,7 @@ METHODS = {
     "chained": RecurrentDepth(n_prelude=1, n_core=1, n_coda=1, max_loops=2, chains_state=True),
     "mod": Mod(),
     "mor": Mor(n_recursions=2),
-    "parscale": ParScale(streams=2, n_prefix=3),
+    "parscale": ParScale(streams=2, n_prefix=3, prefix_bias=-1.0),
     "apart": Slr(n_slots=2, max_loops=2, decoder={"kind": "separate"}),
 }
 

@@ -1,4 +1,4 @@
-"""Breadth: several starts of one loop, whose they are, their cost and which answer counts (stable_loops.md, 3 and 7)."""
+"""Breadth: several starts of one loop, whose they are, what they cost and which counts (stable_loops.md, 3 and 7)."""
 
 import math
 

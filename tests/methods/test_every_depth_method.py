@@ -46,7 +46,7 @@ DEPTH: dict[str, Method] = {
     "tah": Tah(tau=0.4, lora={"rank": 2, "dropout": 0.0}, decider={"width": 8, "blocks": 1, "dropout": 0.0}),
     "recurrent_depth": RecurrentDepth(**CORE, bptt=2, ramp="linear", ramp_steps=4, adapter_init="default"),
     "adainfer": AdaInfer(layers=(2, 3), exits={"weight": 0.7, "schedule": "linear"}, stop={"rule": "top_prob"}),
-    "parscale": ParScale(streams=2, n_prefix=3),
+    "parscale": ParScale(streams=2, n_prefix=3, prefix_bias=-1.0),
     "parscale, looped": ParScale(streams=3, n_prefix=2, n_prelude=1, max_loops=2),
 }
 named = [pytest.param(method, id=name) for name, method in DEPTH.items()]

@@ -34,7 +34,7 @@ def base_of(model: LatentModel) -> LatentModel:
 # The slow path
 
 
-def masks(lm, n_prefix: int, n: int) -> dict[str, Tensor] | Tensor:
+def masks(lm, n_prefix: int, n: int, bias: Tensor | float = 0.0) -> dict[str, Tensor] | Tensor:
     """Which of the columns each query sees, written out: all of the prefix, and what lies behind it, in the window."""
     window = window_of(lm.config)
 
@@ -44,7 +44,7 @@ def masks(lm, n_prefix: int, n: int) -> dict[str, Tensor] | Tensor:
             for k in range(n_prefix + n):
                 at = k - n_prefix
                 if at < 0 or (at <= q and (reach is None or q - at < reach)):
-                    mask[q, k] = 0.0
+                    mask[q, k] = bias if at < 0 else 0.0
         return mask[None, None]
 
     if not getattr(lm.config, "layer_types", None):
@@ -61,7 +61,8 @@ def streams(model: LatentModel, ids: list[int]) -> Tensor:
             for i, (keys, values) in enumerate(zip(parts.keys, parts.values)):
                 cache.update(keys[None, p], values[None, p], i)
         inputs = {"inputs_embeds": lm.get_input_embeddings()(torch.tensor([ids])), "past_key_values": cache}
-        inputs["attention_mask"] = masks(lm, n_prefix if parts is not None else 0, len(ids))
+        bias = 0.0 if parts is None or parts.bias is None else parts.bias[p]
+        inputs["attention_mask"] = masks(lm, n_prefix if parts is not None else 0, len(ids), bias)
         out = lm.get_decoder()(**inputs, position_ids=torch.arange(len(ids))[None], use_cache=True)
         found.append(out.last_hidden_state[0])
     return torch.stack(found)
@@ -153,7 +154,7 @@ def test_5_without_prefixes_all_streams_are_the_decoder(arch):
 @pytest.mark.parametrize("n_streams", [2, 4])
 def test_6_cached_decoding_is_the_full_forward_pass_and_batches_are_their_rows(arch, n_streams):
     """The engine, batched and row by row, writes what reading everything anew for each token does."""
-    model = parscale(arch, streams=n_streams)
+    model = parscale(arch, streams=n_streams, prefix_bias=-0.5 * (n_streams == 2))
     lean_towards_end(model, 2.0)
     expected = [written_slowly(model, question, 8) for question in QUESTIONS]
     assert len({len(ids) for ids in expected}) > 1
@@ -163,9 +164,10 @@ def test_6_cached_decoding_is_the_full_forward_pass_and_batches_are_their_rows(a
     assert [one.ids for one in model.generate(QUESTIONS, max_new_tokens=8, batch_size=2)] == expected
 
 
-def test_7_the_logits_are_those_of_the_slow_path(arch):
+@pytest.mark.parametrize("prefix_bias", [0.0, -1.0])
+def test_7_the_logits_are_those_of_the_slow_path(arch, prefix_bias):
     """Also behind the window of a layer, from where the prefix is still seen."""
-    model = parscale(arch)
+    model = parscale(arch, prefix_bias=prefix_bias)
     rows = model.rows(MIXED)
     assert max(len(row) for row in rows) > 2 * WINDOW
     with torch.no_grad():
@@ -175,8 +177,9 @@ def test_7_the_logits_are_those_of_the_slow_path(arch):
 
 
 @by_arch
-def test_8_gradients_are_those_of_the_slow_path_and_differ_between_streams(arch):
-    model = parscale(arch).train()
+@pytest.mark.parametrize("prefix_bias", [0.0, -1.0])
+def test_8_gradients_are_those_of_the_slow_path_and_differ_between_streams(arch, prefix_bias):
+    model = parscale(arch, prefix_bias=prefix_bias).train()
     row = model.rows(MIXED[:1])[0]
     ours = gradients(model, model(model.batch([row])).loss)
     logits, ids = slowly(model, row.ids()), torch.tensor(row.ids())
@@ -227,19 +230,14 @@ def test_every_iteration_of_a_loop_has_the_prefixes_of_its_layers(arch):
             assert torch.equal(keys[:2, :, :3], parts.keys[layer]) and torch.equal(keys[2:, :, :3], parts.keys[layer])
 
 
-def test_a_pretrained_decoder_begins_behind_words_that_it_read(tmp_path: Path):
-    """Their keys and values are its own: those of the same tokens in its cache."""
-    base = tiny_model(Cot())
-    model = LatentModel.from_pretrained(saved(base, tmp_path / "base"), ParScale(streams=2, n_prefix=4))
-    parts, ids = (
-        model.depth.prefixes,
-        torch.randint(len(base.tokenizer), (2, 4), generator=torch.Generator().manual_seed(0)),
-    )
-    context = base.new_context(base.batch(base.prompts(QUESTIONS[:2])))
-    with torch.no_grad():
-        context.read(base.backbone.embed(ids))
-    for layer, keys, values in zip(context.cache.layers, parts.keys, parts.values, strict=True):
-        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+@by_arch
+def test_far_below_zero_the_prefixes_bias_leaves_a_trained_decoder_as_it_was(arch):
+    model = parscale(arch, prefix_bias=-30.0)
+    assert_close(answers_of(model), answers_of(base_of(model)))
+    model.depth.prefixes.bias.data[:] = 0.0
+    before = answers_of(model)
+    model.depth.prefixes.bias = None
+    assert_close(answers_of(model), before)
 
 
 def test_streams_of_one_frozen_decoder_are_switched_at_run_time(tmp_path: Path):

@@ -104,7 +104,7 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
         attempts: how often a question is tried.
     """
     if options.backend == "lm-eval":
-        told = "lm-eval's tasks say themselves how they are answered: leave --samples, --starts, --temperature, --beams out"
+        told = "lm-eval's tasks say how they are answered: leave --samples, --starts, --temperature and --beams out"
         refuse((not attempts.is_plain, told))
         from innerloop.measure.harness import check_harness
 

@@ -1,6 +1,6 @@
 """Breadth: some rows of a loop begin at random states, and how still each comes to stand is noted.
 
-    z_0 = RMS(h_0) eps,  eps ~ N(0, 1) cut off at two standard deviations, drawn anew for each row   (stable_loops.md, 3)
+    z_0 = RMS(h_0) eps,  eps ~ N(0, 1) cut off at two deviations, drawn anew for each row           (stable_loops.md, 3)
 
 What the loop recalls in every iteration stays h_0; only the state that the first iteration is fed is another.
 """

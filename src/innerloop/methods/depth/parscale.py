@@ -13,24 +13,20 @@ has no prefixes, and is the decoder itself, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.block_loop import BlockLoop, LoopedDepth
-from innerloop.methods.depth.streams import Aggregator, Prefixes, StreamCache, keys_of
+from innerloop.methods.depth.streams import Aggregator, Prefixes, StreamCache
 from innerloop.passes.ragged import DepthForward
 from innerloop.passes.tokens import CostScope, PassInput, PassOutput, Tokens
-
-SEED = 0  # of the tokens that the prefixes of a pretrained decoder begin as
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class ParScale(BlockLoop):
     Args:
         streams: P; 1 is the decoder itself, without prefixes.
         n_prefix: columns of keys and values that each layer begins with, in each stream; they count for no position.
+        prefix_bias: what is added to what queries make of a prefix's keys, at first; it is learnt with them. About -8
+            on a trained decoder, which then begins as it was; 0: nothing is added.
         smoothing: eps; each stream counts for at least eps / P.
         n_prelude: layers before the looped block.
         n_coda: layers after it.
@@ -53,6 +51,7 @@ class ParScale(BlockLoop):
 
     streams: int = 2
     n_prefix: int = 48
+    prefix_bias: float = 0.0
     smoothing: float = 0.1
     n_prelude: int = 0
     n_coda: int = 0
@@ -74,16 +73,6 @@ class ParScale(BlockLoop):
         """Return the method for answering with another number of loops."""
         return replace(self, max_loops=loops)
 
-    def convert(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Tensor] | None:
-        """Begin with what the decoder makes of random tokens, which it minds less than random numbers."""
-        if self.streams == 1 or self.n_prefix == 0:
-            return None
-        draws = torch.Generator().manual_seed(SEED)
-        ids = torch.randint(len(tokenizer), (self.streams, self.n_prefix), generator=draws).to(backbone.device)
-        keys, values = keys_of(backbone, ids)
-        named = {"keys": keys, "values": values}
-        return {f"depth.prefixes.{side}.{i}": one.float() for side in named for i, one in enumerate(named[side])}
-
     def make_depth(self, backbone: Backbone, loop: InnerLoop) -> DepthForward:
         """Make the decoder of several streams."""
         return StreamedDecoder(self, backbone, loop)
@@ -97,7 +86,9 @@ class StreamedDecoder(LoopedDepth):
     def __init__(self, method: ParScale, backbone: Backbone, loop: InnerLoop):
         super().__init__(method, backbone, loop)
         n, width = method.streams, backbone.width
-        self.prefixes = Prefixes(backbone, n, method.n_prefix) if n > 1 and method.n_prefix > 0 else None
+        self.prefixes = None
+        if n > 1 and method.n_prefix > 0:
+            self.prefixes = Prefixes(backbone, n, method.n_prefix, method.prefix_bias)
         self.mix = Aggregator(width, n, method.smoothing) if n > 1 else None
 
     def empty_cache(self) -> DepthCache:

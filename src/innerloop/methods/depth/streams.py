@@ -12,38 +12,56 @@ Shapes: `B` rows, `P` streams, `L` tokens of a pass, `N` columns of a prefix, `H
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, silu
+from torch.nn.functional import normalize, pad, silu
 
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.kv_buffer import FullLayer
 from innerloop.decoder.ragged_cache import DepthCache, Slot
-from innerloop.passes.tokens import Tokens, read_layers
 
 PREFIX_STD = 0.02
 NOWHERE = -1
 """The position of a column that counts for none: every token sees it."""
 
-Sides = tuple[list[Tensor], list[Tensor]]
-"""The keys and the values (P, H, N, d) of each layer."""
+
+@dataclass
+class BiasedSlot(Slot):
+    """A slot that knows what is added to what every query makes of a column's key: nothing but for prefixes."""
+
+    added_BP: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+
+    @property
+    def bias_BP(self) -> Tensor:
+        """What is added, column by column."""
+        return self.added_BP
+
+    def extend(self, positions_RN: Tensor, real_RN: Tensor | None, rows_R: Tensor | None) -> None:
+        """Note the tokens of a reading."""
+        super().extend(positions_RN, real_RN, rows_R)
+        self.added_BP = pad(self.added_BP, (0, positions_RN.shape[1]))
 
 
 class Prefixes(nn.Module):
-    """The keys and values that each layer begins with, in each stream."""
+    """The keys and values that each layer begins with, in each stream.
 
-    def __init__(self, backbone: Backbone, n_streams: int, n_prefix: int):
+    Args:
+        backbone: whose layers these are; it is asked for the shape of its keys and values.
+        n_streams: P.
+        n_prefix: N.
+        bias: what is added to what queries make of a prefix's keys, at first; one number is learnt for each stream. 0:
+            nothing is.
+    """
+
+    def __init__(self, backbone: Backbone, n_streams: int, n_prefix: int, bias: float):
         super().__init__()
-        like = keys_of(backbone, torch.zeros(1, 1, dtype=torch.long, device=backbone.device))
         self.keys, self.values = (
-            nn.ParameterList(
-                PREFIX_STD * torch.randn(n_streams, one.shape[1], n_prefix, one.shape[3], device=one.device)
-                for one in side
-            )
-            for side in like
+            nn.ParameterList(PREFIX_STD * torch.randn(n_streams, one.shape[1], n_prefix, one.shape[3]) for one in side)
+            for side in _like(backbone)
         )
+        self.bias = nn.Parameter(torch.full((n_streams,), bias)) if bias else None
 
     def slot(self, layers: range, like_BL: Tensor, dtype: torch.dtype) -> Slot:
         """Return a slot of some layers in which nothing but the prefixes is; ``like_BL`` has a row for each stream."""
@@ -54,20 +72,21 @@ class Prefixes(nn.Module):
             for i in layers
         ]
         positions = like_BL.new_full((len(like_BL), n), NOWHERE)
-        return Slot(layers, positions, torch.ones_like(positions, dtype=torch.bool), is_dense=False, kept=kept)
+        real = torch.ones_like(positions, dtype=torch.bool)
+        if self.bias is None:
+            return Slot(layers, positions, real, is_dense=False, kept=kept)
+        bias = self.bias.repeat(n_rows)[:, None].expand(-1, n)
+        return BiasedSlot(layers, positions, real, is_dense=False, kept=kept, added_BP=bias)
 
 
 @torch.no_grad()
-def keys_of(backbone: Backbone, ids_PN: Tensor) -> Sides:
-    """Return the keys and values that the decoder makes of some texts, each token at its place."""
-    was_training = backbone.lm.training
+def _like(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the keys and the values (1, H, 1, d) that each layer makes of one token."""
+    was_training, cache = backbone.lm.training, backbone.empty_cache()
     backbone.lm.eval()
-    room = backbone.context_length or ids_PN.shape[1]
-    positions = torch.arange(ids_PN.shape[1], device=ids_PN.device).clamp(max=room - 1).expand_as(ids_PN)
-    slot = Slot(range(backbone.n_layers), positions[:, :0], positions[:, :0].bool())
-    read_layers(backbone, Tokens(backbone.embed(ids_PN), positions), slot, inner=False)
+    backbone(backbone.embed(torch.zeros(1, 1, dtype=torch.long, device=backbone.device)), cache=cache)
     backbone.lm.train(was_training)
-    return [layer.keys for layer in slot.kept], [layer.values for layer in slot.kept]
+    return [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
 
 
 class Aggregator(nn.Module):
