@@ -209,10 +209,10 @@ REFUSED: list[tuple[type[Method], dict[str, Any], str]] = [
     (AdaInfer, {"n_candidates": 4}, "set stop.rule"),
     (AdaInfer, {"kv_missing": "propagate"}, "set stop.rule"),
     (AdaInfer, {"stop.rule": "act"}, "choose another score"),
-    (ParScale, {"streams": 0}, "there must be at least 1"),
-    (ParScale, {"n_prefix": -1}, "n_prefix cannot be negative"),
-    (ParScale, {"smoothing": 1.1}, "smoothing is 1.1, but it is a share"),
-    (ParScale, {"max_loops": 0}, "max_loops >= 1"),
+    (ParScale, {"streams": 0}, "streams is 0, but must be"),
+    (ParScale, {"n_prefix": -1}, "n_prefix is -1, but must be"),
+    (ParScale, {"smoothing": 1.1}, "smoothing is 1.1, but must be"),
+    (ParScale, {"max_loops": 0}, "max_loops is 0, but must be"),
 ]
 
 

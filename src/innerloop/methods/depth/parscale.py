@@ -14,19 +14,21 @@ has no prefixes, and is the decoder itself, bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from innerloop.checks.values import Bounds, Natural, Share, SomeLoops, SomePlaces
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
-from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.block_loop import BlockLoop, LoopedDepth
 from innerloop.methods.depth.streams import Aggregator, Prefixes, StreamCache
 from innerloop.passes.ragged import DepthForward
 from innerloop.passes.tokens import CostScope, PassInput, PassOutput, Tokens
+
+Streams = Annotated[int, Bounds(1, 1000)]
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,14 @@ class ParScale(BlockLoop):
     paper: ClassVar[str] = "arXiv 2505.10475"
     summary: ClassVar[str] = "parallel streams told apart by learnt prefixes, mixed before the head"
 
-    streams: int = 2
-    n_prefix: int = 48
+    streams: Streams = 2
+    n_prefix: SomePlaces = 48
     prefix_bias: float = 0.0
-    smoothing: float = 0.1
-    n_prelude: int = 0
-    n_coda: int = 0
-    max_loops: int = 1
+    smoothing: Share = 0.1
+    n_prelude: Natural = 0
+    n_coda: Natural = 0
+    max_loops: SomeLoops = 1
     write_steps: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(
-            (self.streams < 1, f"streams is {self.streams}, but there must be at least 1"),
-            (self.n_prefix < 0, "n_prefix cannot be negative"),
-            (
-                not 0 <= self.smoothing <= 1,
-                f"smoothing is {self.smoothing}, but it is a share: choose a value between 0 and 1",
-            ),
-        )
 
     def with_loops(self, loops: int) -> ParScale:
         """Return the method for answering with another number of loops."""
