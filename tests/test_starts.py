@@ -22,6 +22,7 @@ LOOPS = {
     "slr": Slr(n_slots=3, max_loops=4, loop=B),
     "recalled": Slr(n_slots=3, max_loops=4, loop={**B, "residual": "A"}),
     "kv_last": Slr(n_slots=3, max_loops=3, answer_from="kv_last", h0="forward"),
+    "stops": Slr(n_slots=3, max_loops=6, loop=B, stop={"rule": "delta", "threshold": 0.3}),
     "lotus": Lotus(n_blocks=2, latents_per_block=2, max_loops=3),
     "pccot": Pccot(n_slots=3, max_loops=3),
 }
