@@ -1,9 +1,12 @@
 """ParScale against the bare Hugging Face model, one stream and one row at a time (parscale.md, section 9)."""
 
+import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import DynamicCache
@@ -30,6 +33,8 @@ def base_of(model: LatentModel) -> LatentModel:
     """The decoder alone."""
     return LatentModel(model.backbone, model.tokenizer, Cot()).eval()
 
+
+ROOT = Path(__file__).parents[2]
 
 # The slow path
 
@@ -291,3 +296,43 @@ def test_with_a_frozen_decoder_prefixes_and_mixture_are_what_learns():
     model.backbone.requires_grad_(False)
     learnt = gradients(model.train(), model.loss(MIXED).loss)
     assert {name.split(".")[1] for name, one in learnt.items() if one.abs().max() > 0} == {"prefixes", "mix"}
+
+
+def released(model: LatentModel, folder: Path) -> Path:
+    """Write a model as the authors do: one file with all weights, under Qwen2's names and their own."""
+    saved(model, folder)
+    names = {"depth.mix.inner": "model.aggregate_layer.0", "depth.mix.outer": "model.aggregate_layer.2"}
+    weights, own = load_file(folder / "model.safetensors"), load_file(folder / "innerloop.safetensors")
+    for name, tensor in own.items():
+        *_, side, layer = name.split(".")
+        if name.startswith("depth.prefixes"):
+            weights[f"model.layers.{layer}.self_attn.prefix_{side[0]}"] = tensor
+        elif name.startswith("depth.mix"):
+            part, _, kind = name.rpartition(".")
+            weights[f"{names[part]}.{kind}"] = tensor
+    save_file(weights, folder / "model.safetensors")
+    method, path = model.method, folder / "config.json"
+    told = {"parscale_n": method.streams, "parscale_n_tokens": method.n_prefix, "parscale_attn_smooth": 0.01}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told | {"model_type": "qwen2_parscale"}))
+    for file in folder.glob("innerloop.*"):
+        file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_in_the_authors_format_becomes_a_run(tied, tmp_path: Path, monkeypatch, capsys):
+    model = tiny_model(ParScale(streams=2, n_prefix=3, smoothing=0.01), "qwen2", tie_word_embeddings=tied)
+    stir(model, 0.5)
+    folder = released(model, tmp_path / "released")
+    monkeypatch.setattr("sys.argv", ["x", str(folder), str(tmp_path / "run")])
+    script = runpy.run_path(str(ROOT / "scripts/parscale_checkpoint.py"), run_name="script")
+    script["main"]()
+    again = LatentModel.from_pretrained(tmp_path / "run")
+    assert again.method == model.method and torch.equal(answers_of(again), answers_of(model))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.prefix_k"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"other weights than its configuration says: depth.prefixes.keys.1 differ"):
+        script["main"]()
+    with pytest.raises(InputError, match="is no ParScale checkpoint"):
+        script["opened"](tmp_path / "run")
