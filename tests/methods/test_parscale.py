@@ -1,5 +1,6 @@
 """ParScale against the bare Hugging Face model, one stream and one row at a time (parscale.md, section 9)."""
 
+import copy
 import json
 import runpy
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch.nn.functional import silu
 from transformers import DynamicCache
 
 from innerloop import Cot, InputError, LatentModel, Looped, ParScale
+from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.masks import window_of
 from innerloop.methods.depth.streams import Aggregator
+from innerloop.methods.depth.tying import rebuild
 from tests.close import ROUNDED, assert_close
 from tests.fields import make
 from tests.methods.test_every_depth_method import NO_DROPOUT
@@ -221,18 +224,22 @@ def test_streams_of_a_loop_without_prefixes_are_the_loop(arch):
 
 
 @by_arch
-def test_every_iteration_of_a_loop_has_the_prefixes_of_its_layers(arch):
-    """A block that is applied twice is a decoder with its layers twice, and their prefixes too."""
-    model = parscale(arch, n_prelude=1, max_loops=2)
-    model.eval()
-    context = model.new_context(model.batch(model.prompts(QUESTIONS[:2])))
-    with torch.no_grad():
-        context.read(model.backbone.embed(torch.tensor([[5, 6], [7, 8]])))
-    slots, parts = context.cache.slots, model.depth.prefixes
-    assert list(slots) == ["prelude", 1, 2]
-    for slot in slots.values():
-        for layer, keys in zip(slot.layers, slot.keys):
-            assert torch.equal(keys[:2, :, :3], parts.keys[layer]) and torch.equal(keys[2:, :, :3], parts.keys[layer])
+def test_streams_of_a_loop_are_those_of_the_unrolled_decoder(arch):
+    """Every iteration has the prefixes of its layers."""
+    model, order = parscale(arch, n_prelude=1, max_loops=2, prefix_bias=-0.5), [0, 1, 2, 1, 2]
+    backbone = Backbone(copy.deepcopy(model.backbone.lm))
+    rebuild(backbone, [[layer] for layer in order])
+    twin = LatentModel(backbone, model.tokenizer, ParScale(n_prefix=3, prefix_bias=-0.5)).eval()
+    parts, own = twin.depth.prefixes, model.depth.prefixes
+    twin.depth.mix.load_state_dict(model.depth.mix.state_dict())
+    parts.bias.data = own.bias.data
+    for place, layer in enumerate(order):
+        parts.keys[place].data, parts.values[place].data = own.keys[layer].data, own.values[layer].data
+    assert_close(answers_of(model), answers_of(twin))
+    lean_towards_end(model, 1.0), lean_towards_end(twin, 1.0)
+    ours, theirs = (one.generate(QUESTIONS, max_new_tokens=6) for one in (model, twin))
+    assert [one.ids for one in ours] == [one.ids for one in theirs]
+    assert_close([one.cost.flops for one in ours], [one.cost.flops for one in theirs])
 
 
 @by_arch
