@@ -114,6 +114,12 @@ def test_without_a_seed_the_loop_is_itself_bit_for_bit():
     assert torch.equal(seen[0], seen[1]) and all(map(torch.equal, plain, same))
 
 
+def test_starts_have_the_type_of_the_models_states():
+    model = tiny_model(LOOPS["slr"])
+    model.backbone.lm.bfloat16()
+    assert len(model.generate(ASKED[:2], starts=2, max_new_tokens=2)) == 4
+
+
 def test_every_start_is_read_thought_about_and_charged():
     model = made("slr")
     plain = model.generate(ASKED, max_new_tokens=1)

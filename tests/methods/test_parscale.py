@@ -125,7 +125,6 @@ def test_2_equal_prefixes_make_equal_streams_whose_mixture_does_not_depend_on_th
     assert_close(found[1], found[0])
     assert_close(found[2], found[0])
     before = answers_of(model)
-
     model.depth.mix.outer.bias.data += torch.tensor([2.0, 0.0, -2.0])
     assert_close(answers_of(model), before)
 

@@ -40,7 +40,7 @@ class RandomStarts(LoopHook):
             return state
         noise = torch.stack([truncated_normal(self.seeds[rows[i]] or (), state.shape[1:]) for i in drawn]).to(state)
         index = torch.tensor(drawn, device=state.device)
-        return state.index_copy(0, index, rms(state[index]) * noise)
+        return state.index_copy(0, index, (rms(state[index]) * noise).to(state.dtype))
 
     def on_iteration(self, step: Step) -> None:
         """Note how much each state has changed."""
