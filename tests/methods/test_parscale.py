@@ -286,6 +286,13 @@ def test_a_pass_is_counted_once_and_its_work_for_each_stream(arch, n_streams):
     assert_close(ours.flops, expected)
 
 
+def test_kernels_that_take_no_mask_are_refused():
+    model = tiny_model(Cot())
+    model.backbone.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(InputError, match="prefixes need a mask of their own, which flash_attention_2 does not take"):
+        LatentModel(model.backbone, model.tokenizer, ParScale())
+
+
 def test_training_logs_whether_the_streams_have_collapsed():
     model = parscale(streams=3).train()
     measured = model.loss(MIXED).measured

@@ -4,7 +4,7 @@
 
 All that the streams have of their own are a few columns of keys and values in each layer, so a model of P streams has
 about the weights of one. Trained as the paper does in two stages: a decoder first, then streams on it, with all weights
-or with the decoder frozen (``backbone: {path: RUN, freeze: true}``). Runs that froze the same decoder share it, and P
+or with the decoder frozen (``backbone: {model: RUN, freeze: true}``). Runs that froze the same decoder share it, and P
 is switched by choosing among them (`LatentModel.beside`).
 
 With ``max_loops`` above 1 the streams run a looped block, so width and depth are two numbers of one method. One stream
@@ -22,6 +22,7 @@ from torch import Tensor
 from innerloop.checks.values import Bounds, Natural, Share, SomeLoops, SomePlaces
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.ragged_cache import DepthCache
+from innerloop.errors import refuse
 from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.block_loop import BlockLoop, LoopedDepth
 from innerloop.methods.depth.streams import Aggregator, Prefixes, StreamCache
@@ -79,6 +80,13 @@ class StreamedDecoder(LoopedDepth):
         n, width = method.streams, backbone.width
         self.prefixes = None
         if n > 1 and method.n_prefix > 0:
+            kernels = backbone.config._attn_implementation
+            refuse(
+                (
+                    kernels not in ("sdpa", "eager"),
+                    f"prefixes need a mask of their own, which {kernels} does not take: set backbone.attention to sdpa",
+                )
+            )
             self.prefixes = Prefixes(backbone, n, method.n_prefix, method.prefix_bias)
         self.mix = Aggregator(width, n, method.smoothing) if n > 1 else None
 
