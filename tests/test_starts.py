@@ -10,6 +10,7 @@ from innerloop import TestTimeCompute as Attempts
 from innerloop.decoder.cost import Cost
 from innerloop.engine.generation import Generation
 from innerloop.loop.hooks import LoopHook, hooked
+from innerloop.loop.stabilize import random_states
 from innerloop.loop.starts import RandomStarts, truncated_normal
 from innerloop.measure import evaluate
 from tests.close import ROUNDED, assert_close
@@ -128,6 +129,29 @@ def test_every_start_is_read_thought_about_and_charged():
         for other in found[3 * i : 3 * i + 3]:
             assert (other.cost.passes, other.cost.loops) == (one.cost.passes, one.cost.loops)
             assert (other.cost.positions, other.cost.flops) == (one.cost.positions, one.cost.flops)
+
+
+def test_a_share_of_the_training_rows_begins_at_random_and_recalls_its_own_start():
+    torch.manual_seed(0)
+    state = 0.3 * torch.randn(400, 2, 8)
+    begun = random_states(state, 0.25)
+    moved = (begun != state).flatten(1)
+    assert bool((moved.any(1) == moved.all(1)).all()) and 0.2 < moved.any(1).float().mean() < 0.3
+    size = state.square().mean(-1, keepdim=True).sqrt()
+    drawn = (begun / size)[moved.any(1)]
+    assert drawn.abs().max() <= 2 and abs(drawn.std() - 0.8796) < 0.05
+    method, fed = Slr(n_slots=3, max_loops=1, loop={**B, "residual": "A", "random_starts": 1.0}), []
+    model = sharp_model(method, "llama")
+
+    class Look(LoopHook):
+        def on_input(self, state, iteration, rows):
+            fed.append(state)
+            return torch.zeros_like(state)  # what is recalled is all that differs then
+
+    with hooked(model.loop, Look()):
+        plain = model.loss(chain_examples(3)).loss
+        assert_close(model.train().loss(chain_examples(3)).loss, plain)
+    assert not torch.equal(fed[0], fed[1])
 
 
 # What counts

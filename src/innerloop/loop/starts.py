@@ -16,9 +16,8 @@ from torch import Tensor
 
 from innerloop.loop.hooks import LoopHook, Step
 from innerloop.loop.loop import relative_change
-from innerloop.loop.stabilize import rms
+from innerloop.loop.stabilize import CUT, rms
 
-CUT = 2.0  # standard deviations
 LAST = 3  # iterations whose changes say how still a state stands
 
 
