@@ -120,6 +120,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(method, tmp_pa
     [
         Looped(n_prelude=1),
         RelaxedRecursive(rank=2),
+        ParScale(n_prefix=2),
         RecurrentDepth(n_prelude=1, n_coda=0, max_loops=3, adapter_init="default"),
         Mor(),
         Mor(kv="recursive_sharing", gate="st", gate_target="delta", aux_weight=0.1),
