@@ -59,6 +59,7 @@ N_TOKENS, N_FEW = 14, 4
 USUAL_STOPS = ("delta", "kl")
 GRID = [round(-1 + 0.1 * i, 2) for i in range(70)]  # thresholds to choose from where no scores are traced
 NEVER = 99.0
+NOT_RECORDED = ("seconds", "streams")  # of a cost: the clock, and what the method says
 MARGIN = 0.001  # by which a threshold may be changed without any row's stopping elsewhere
 
 Values = dict[str, Any]
@@ -257,7 +258,7 @@ def _norm(parameters: list[nn.Parameter]) -> float:
 def greedy(model: LatentModel, questions: list[str], case: Case) -> Values:
     """Return what is answered, fewer rows at a time than there are questions, and what that costs."""
     found = model.generate(questions, max_new_tokens=N_TOKENS, batch_size=4, **case.options)
-    costs = [{name: value for name, value in vars(one.cost).items() if name != "seconds"} for one in found]
+    costs = [{name: value for name, value in vars(one.cost).items() if name not in NOT_RECORDED} for one in found]
     values: Values = {
         "ids": ids(found),
         "text": [one.text for one in found],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from innerloop.decoder.cost import Cost, mean_cost
+from innerloop.decoder.cost import Cost, mean_cost, total_cost
 from innerloop.engine.generation import Generation
 from innerloop.errors import InputError
 from innerloop.measure import evaluate, result_of, wilson
@@ -43,6 +43,12 @@ def test_costs_are_averaged_over_examples():
         "passes": 2, "positions": 3, "flops": 4, "thought_tokens": 5, "loops": 7,
         "seconds": {"prefill": 0.5, "thought": 0.0, "answer": 1.0},
     }  # fmt: skip
+
+
+def test_passes_of_several_streams_are_also_counted_by_stream():
+    wide = [Cost(2, 2, streams=4), Cost(4, 2, streams=4)]
+    assert mean_cost(wide)["passes"] == 3 and mean_cost(wide)["stream_passes"] == 12
+    assert total_cost(wide).stream_passes == 24
 
 
 def test_a_question_that_is_too_long_counts_as_wrong_and_says_so():

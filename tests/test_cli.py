@@ -313,9 +313,20 @@ def test_eval_draws_several_answers_or_searches_and_says_so(run: Path, tmp_path:
     for wrong, words in (
         (["--samples", 2, "--temperature", 0], "are all the same"),
         (["--samples", 2, "--pick", "likelihood", "--controls", "true"], "are of one answer"),
-        (["--samples", 2, "--backend", "lm-eval", "--tasks", "x"], "say themselves how"),
+        (["--samples", 2, "--backend", "lm-eval", "--tasks", "x"], "say how they are answered"),
     ):
         refused(capsys, words, "eval", run, *few, *wrong)
+
+
+def test_eval_and_ask_begin_at_several_states(run: Path, tmp_path: Path, capsys):
+    few = ["--out", tmp_path, "--max-new-tokens", 3, "--limit", 3, "--starts", 3]
+    code, out, _ = innerloop(capsys, "eval", run, *few, "--pick", "convergence", "--seed", 5)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert code == 0 and "slr, calmest of 3 starts on chain/test" in out and result["cost"]["loops"] == 6
+    assert result["asked"] == {"max_new_tokens": 3, "starts": 3, "pick": "convergence", "seed": 5}
+    code, out, _ = innerloop(capsys, "ask", run, "3 ; + 1", "--starts", 3, "--max_new_tokens", 3)
+    assert code == 0 and "the method's own" in out and "random 2" in out and "the calmest is shown below" in out
+    refused(capsys, "leave starts out", "ask", run / "stages" / "1", "3 ; + 1", "--starts", 2)
 
 
 def test_eval_runs_another_number_of_loops_where_there_are_loops(run: Path, tmp_path: Path, capsys):

@@ -87,7 +87,7 @@ def test_methods_and_tasks_are_listed_splits_made_and_laid_out(tmp_path: Path, c
         (["eval", "x", "y"], "innerloop eval does not take y; innerloop eval --help"),
         (["eval", "x", "--splt", "test"], "does not take --splt (did you mean '--split'?)"),
         (["eval", "x", "--limit", "2.5"], "--limit is 2.5, but must be a whole number"),
-        (["eval", "x", "--pick", "vot"], "--pick is vot, but must be one of vote, likelihood (did you mean 'vote'?)"),
+        (["eval", "x", "--pick", "vot"], "must be one of vote, likelihood, convergence (did you mean 'vote'?)"),
         (["eval", "x", "--batch_size", "0"], "--batch_size is 0, but must be a whole number, at least 1"),
         (["eval", "x", "--max-new-tokens", "0"], "--max_new_tokens is 0, but must be a whole number, at least 1"),
         (["bench", "x", "--batch_sizes", "one"], "must be a list of whole numbers, each at least 1, as [1, 2]"),

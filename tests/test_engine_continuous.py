@@ -16,7 +16,7 @@ from innerloop import AdaInfer, Coconut, Codi, Cot, Icot, InputError, Lotus, Mod
 from innerloop.engine import engine
 from innerloop.engine.engine import Engine
 from innerloop.engine.options import EngineOptions
-from innerloop.methods import Looped, SpiralThinker
+from innerloop.methods import Looped, ParScale, SpiralThinker
 from tests.methods.reference import Reference
 from tests.methods.test_tah_answering import deciding
 from tests.methods.tools import QUESTIONS, halting, lean_towards, lean_towards_end, sharp_model, stir
@@ -46,6 +46,7 @@ METHODS = {
     "chained": RecurrentDepth(n_prelude=1, n_core=1, n_coda=1, max_loops=2, chains_state=True),
     "mod": Mod(),
     "mor": Mor(n_recursions=2),
+    "parscale": ParScale(streams=2, n_prefix=3, prefix_bias=-1.0),
     "apart": Slr(n_slots=2, max_loops=2, decoder={"kind": "separate"}),
 }
 
@@ -61,7 +62,7 @@ def made(name: str):
         model = lean_towards_end(halting("gpt2", STOPS), 1.0)
     elif name == "adainfer":
         model = tiny_model(AdaInfer(layers=(1, 2)), "llama").double()
-    elif isinstance(METHODS[name], Looped | RecurrentDepth | Mod | Mor):
+    elif isinstance(METHODS[name], Looped | RecurrentDepth | Mod | Mor | ParScale):
         model = lean_towards_end(tiny_model(METHODS[name], "llama", num_hidden_layers=3).double(), 1.0)
     else:
         model = lean_towards_end(sharp_model(METHODS[name]), 1.0)

@@ -150,7 +150,10 @@ def test_jobs_of_a_seed_start_from_its_warm_up_but_for_those_with_a_decoder_of_t
         ({"variants": {"a": {}, "b": {"of": "c", "test": {"beams": 2}}}}, "variant 'b' is of 'c', no variant that is"),
         ({"variants": {"a": {}, "b": {"of": "a"}}}, "variant 'b' is the same as 'a'"),
         ({"variants": {"a": {}, "b": {"of": "a", "train": {}}}}, "so it cannot set train"),
-        ({"variants": {"a": {"test": {"limit": 3}}}}, "its test may set samples, pick, temperature, beams, not limit"),
+        (
+            {"variants": {"a": {"test": {"limit": 3}}}},
+            "its test may set samples, pick, temperature, beams, starts, not limit",
+        ),
         ({"variants": {"a": {"test": {"samples": 2, "temperature": 0}}}}, "variant 'a': 2 samples at temperature 0"),
         ({"test": {"samples": 2, "controls": True}}, "controls and stability are of one answer"),
         ({"test": {"beams": 2, "stability": True}}, "controls and stability are of one answer"),

@@ -195,6 +195,10 @@ def test_one_greedy_attempt_is_a_plain_evaluation_and_several_cost_their_sum():
         ({"beams": 4, "temperature": 0.5}, "either beams, or samples"),
         ({"pick": "likelihood"}, "chooses among samples"),
         ({"pick": "votes", "samples": 2}, "did you mean 'vote'"),
+        ({"starts": 0}, "starts is 0"),
+        ({"starts": 2, "samples": 2}, "give either starts, or samples or beams"),
+        ({"starts": 2, "beams": 2}, "give either starts, or samples or beams"),
+        ({"pick": "convergence", "samples": 2}, "chooses among starts"),
     ],
 )
 def test_attempts_that_make_no_sense_are_refused(fields, words):

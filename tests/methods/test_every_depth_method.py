@@ -16,6 +16,7 @@ from innerloop import (
     LoopRegularised,
     Mod,
     Mor,
+    ParScale,
     RecurrentDepth,
     RelaxedRecursive,
     Tah,
@@ -45,6 +46,8 @@ DEPTH: dict[str, Method] = {
     "tah": Tah(tau=0.4, lora={"rank": 2, "dropout": 0.0}, decider={"width": 8, "blocks": 1, "dropout": 0.0}),
     "recurrent_depth": RecurrentDepth(**CORE, bptt=2, ramp="linear", ramp_steps=4, adapter_init="default"),
     "adainfer": AdaInfer(layers=(2, 3), exits={"weight": 0.7, "schedule": "linear"}, stop={"rule": "top_prob"}),
+    "parscale": ParScale(streams=2, n_prefix=3, prefix_bias=-1.0),
+    "parscale, looped": ParScale(streams=3, n_prefix=2, n_prelude=1, max_loops=2),
 }
 named = [pytest.param(method, id=name) for name, method in DEPTH.items()]
 by_method = pytest.mark.parametrize("method", named)
@@ -117,6 +120,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(method, tmp_pa
     [
         Looped(n_prelude=1),
         RelaxedRecursive(rank=2),
+        ParScale(n_prefix=2),
         RecurrentDepth(n_prelude=1, n_coda=0, max_loops=3, adapter_init="default"),
         Mor(),
         Mor(kv="recursive_sharing", gate="st", gate_target="delta", aux_weight=0.1),
@@ -206,6 +210,10 @@ REFUSED: list[tuple[type[Method], dict[str, Any], str]] = [
     (AdaInfer, {"n_candidates": 4}, "set stop.rule"),
     (AdaInfer, {"kv_missing": "propagate"}, "set stop.rule"),
     (AdaInfer, {"stop.rule": "act"}, "choose another score"),
+    (ParScale, {"streams": 0}, "streams is 0, but must be"),
+    (ParScale, {"n_prefix": -1}, "n_prefix is -1, but must be"),
+    (ParScale, {"smoothing": 1.1}, "smoothing is 1.1, but must be"),
+    (ParScale, {"max_loops": 0}, "max_loops is 0, but must be"),
 ]
 
 

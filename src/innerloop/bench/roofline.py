@@ -131,7 +131,7 @@ def bytes_of(backbone: Backbone, costs: Sequence[Cost], batch_size: int) -> floa
     """Return the least bytes that answers of these costs move; the formula stands at the head of this file."""
     calls = least_calls([cost.passes for cost in costs], batch_size)
     head_calls = least_calls([cost.logits for cost in costs], batch_size)
-    cached = sum(cost.cached for cost in costs)
+    cached = sum(cost.cached * cost.streams for cost in costs)
     return calls * layer_bytes(backbone) + head_calls * head_bytes(backbone) + cached * position_bytes(backbone)
 
 

@@ -104,7 +104,7 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
         attempts: how often a question is tried.
     """
     if options.backend == "lm-eval":
-        told = "lm-eval's tasks say themselves how they are answered: leave --samples, --temperature, --beams out"
+        told = "lm-eval's tasks say how they are answered: leave --samples, --starts, --temperature and --beams out"
         refuse((not attempts.is_plain, told))
         from innerloop.measure.harness import check_harness
 
@@ -189,8 +189,8 @@ class Evaluation:
         of_answers = any(options.besides) or (options.stage, options.max_new_tokens) != (None, None)
         if of_answers or not self.attempts.is_plain:
             raise InputError(
-                "of running text nothing is answered: leave controls, stability, probes, stage, samples, temperature, "
-                "beams and max_new_tokens out"
+                "of running text nothing is answered: leave controls, stability, probes, stage, samples, starts, "
+                "temperature, beams and max_new_tokens out"
             )
         with progress_of(f"eval {self.task.name}", len(self.examples)) as advance:
             found = likelihood(self.model, self.examples, options.batch_size, options.loops, progress=advance)
@@ -264,7 +264,14 @@ def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
     console.print(f"{folder / RESULT}", soft_wrap=True)
 
 
-def ask(run: str, question: str, model: ModelArguments, max_new_tokens: Count = 128, temperature: Weight = 0.0) -> None:
+def ask(
+    run: str,
+    question: str,
+    model: ModelArguments,
+    max_new_tokens: Count = 128,
+    temperature: Weight = 0.0,
+    starts: Many = 1,
+) -> None:
     """Answer one question, and show what the latents held at each loop.
 
     Args:
@@ -273,6 +280,7 @@ def ask(run: str, question: str, model: ModelArguments, max_new_tokens: Count = 
         model: who answers.
         max_new_tokens: the most tokens to write.
         temperature: 0 writes the likeliest tokens.
+        starts: states that the latents begin at; the answer of those that come to rest is shown whole.
     """
     if not question.strip():
         raise InputError("the question is empty")
@@ -280,10 +288,14 @@ def ask(run: str, question: str, model: ModelArguments, max_new_tokens: Count = 
         model = replace(model, method="cot")
     loaded = model.load_model(run)
     from innerloop.lens.latents import names_of_columns
-    from innerloop.terminal.views import answer_view
+    from innerloop.terminal.views import answer_view, starts_view
 
     loaded.encoder = PromptEncoder(loaded.tokenizer, run_folder.recorded(run, "running_text", False))
-    answer = loaded.generate([question], max_new_tokens=max_new_tokens, temperature=temperature, trace=True)[0]
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "starts": starts}
+    tried = loaded.generate([question], **asked, trace=True)
+    answer = min(tried, key=lambda one: one.change or 0.0)
+    if starts > 1:
+        console.print(starts_view(tried))
     console.print(answer_view(answer, loaded.tokenizer, *names_of_columns(loaded, question)))
 
 

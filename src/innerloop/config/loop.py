@@ -49,6 +49,8 @@ class LoopSettings(Checked):
         time_inject: add it, concat it and project, or give it a position of its own (token).
         time_norm: sinusoidal: tell t / T instead of t.
         noise: standard deviation of the noise on each iteration's input in training, in units of the embeddings' RMS.
+        random_starts: share of the training rows that begin at a random state of z_0's size instead of z_0, so that the
+            loop learns to come back from anywhere (arXiv 2605.21488); what it recalls stays its own z_0.
         noise_level: also tell the noise that was injected, or the last relative change of the state (delta).
         lora: low-rank updates of the weights inside the loop: none, one for each iteration (per_iter), or shared.
         lora_rank: r.
@@ -80,6 +82,7 @@ class LoopSettings(Checked):
     time_inject: TimeInject = "add"
     time_norm: bool = False
     noise: Weight = 0.0
+    random_starts: Share = 0.0
     noise_level: NoiseLevel = "none"
     lora: BankKind = "none"
     lora_rank: Annotated[int, Bounds(most=100_000)] = 8
@@ -160,12 +163,13 @@ class FixedPointSettings(Checked):
                 and (
                     loop.time != "none"
                     or loop.lora == "per_iter"
-                    or loop.noise > 0
+                    or max(loop.noise, loop.random_starts) > 0
                     or stops
                     or loop.alpha_learn in ("per_iter", "free")
                 ),
                 "a solver looks for one fixed point, so iterations must be alike: set loop.time to none, loop.lora to "
-                "none or shared, loop.noise to 0, stop.rule to none and loop.alpha_learn to fixed or shared",
+                "none or shared, loop.noise and loop.random_starts to 0, stop.rule to none and loop.alpha_learn to "
+                "fixed or shared",
             ),
             (
                 self.solver != "none" and (loop.bptt is not None or loop.detach),

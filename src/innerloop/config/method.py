@@ -75,6 +75,7 @@ class Method(Checked, ABC):
     teacher_weight = 0.0
     teacher_passes = 1
     ponder_weight = 0.0
+    streams = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):

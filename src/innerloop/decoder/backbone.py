@@ -276,17 +276,29 @@ class Backbone(nn.Module):
             return masks[..., -(n_window + n_new) :]
         return masks | {"sliding_attention": masks["sliding_attention"][..., -(n_window + n_new) :]}
 
-    def mask_4d(self, queries_BQ: Tensor, keys_BK: Tensor, real_BK: Tensor | None, dtype: torch.dtype) -> Any:
+    def mask_4d(
+        self,
+        queries_BQ: Tensor,
+        keys_BK: Tensor,
+        real_BK: Tensor | None,
+        dtype: torch.dtype,
+        bias_BK: Tensor | None = None,
+    ) -> Any:
         """Return the additive attention mask (B, 1, Q, K) of queries and keys at given positions.
 
-        A query sees the real keys up to its own position; in sliding layers, those of its window. A model with layers
-        of both kinds gets a mask for each.
+        A query sees the real keys up to its own position; in sliding layers, those of its window. A key at a
+        position below 0 counts for none, and every query sees it. ``bias_BK`` is added to what
+        every query makes of a key. A model with layers of both kinds gets a mask for each.
         """
-        behind_BQK = queries_BQ[:, :, None] - keys_BK[:, None, :]
+        behind_BQK = (queries_BQ[:, :, None] - keys_BK[:, None, :]).masked_fill(keys_BK[:, None, :] < 0, 0)
         seen_BQK = behind_BQK >= 0
         if real_BK is not None:
             seen_BQK = seen_BQK & real_BK[:, None, :]
-        return visible(self.config, seen_BQK, behind_BQK, dtype)
+        masks = visible(self.config, seen_BQK, behind_BQK, dtype)
+        if bias_BK is None:
+            return masks
+        bias = bias_BK[:, None, None, :].to(dtype)
+        return {kind: mask + bias for kind, mask in masks.items()} if isinstance(masks, dict) else masks + bias
 
     def taps(self, layer: int) -> tuple[nn.Module, nn.Module]:
         """Return the modules of a layer that give what its attention and its MLP add to the state.

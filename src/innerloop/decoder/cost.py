@@ -26,7 +26,8 @@ class Cost:
     """What one example cost.
 
     ``loops`` are its inner iterations, ``seconds`` its share of the batch it ran in, ``cached`` the earlier positions
-    that its passes found in the cache (each pass counts them anew), ``logits`` the positions that were read out.
+    that its passes found in the cache (each pass counts them anew), ``logits`` the positions that were read out,
+    ``streams`` how many streams each pass ran side by side.
     """
 
     passes: int = 0
@@ -37,21 +38,29 @@ class Cost:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     cached: int = 0
     logits: int = 0
+    streams: int = 1
+
+    @property
+    def stream_passes(self) -> int:
+        """Passes, counted for each stream."""
+        return self.passes * self.streams
 
 
 def mean_cost(costs: list[Cost]) -> dict:
-    """Average the costs of examples into the ``cost`` object of result.json."""
+    """Average the costs of examples into the ``cost`` object of result.json; several streams have their own count."""
     n = max(len(costs), 1)
     means = {
         name: sum(getattr(c, name) for c in costs) / n
         for name in ("passes", "positions", "flops", "thought_tokens", "loops")
     }
+    if any(c.streams > 1 for c in costs):
+        means["stream_passes"] = sum(c.stream_passes for c in costs) / n
     return means | {"seconds": {phase: sum(c.seconds[phase] for c in costs) / n for phase in PHASES}}
 
 
 def total_cost(costs: Sequence[Cost]) -> Cost:
     """Return what several answers cost together."""
-    whole = Cost()
+    whole = Cost(streams=max((cost.streams for cost in costs), default=1))
     for cost in costs:
         for name in ("passes", "positions", "flops", "thought_tokens", "loops", "cached", "logits"):
             setattr(whole, name, getattr(whole, name) + getattr(cost, name))

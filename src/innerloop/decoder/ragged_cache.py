@@ -59,13 +59,19 @@ class Slot:
         """The number of columns."""
         return self.positions_BP.shape[1]
 
+    @property
+    def bias_BP(self) -> Tensor | None:
+        """What is added to what every query makes of a column's key; None: nothing."""
+        return None
+
     def fork(self) -> Slot:
         """Return a slot with the same contents that grows on its own."""
         return replace(self, kept=[copy.copy(layer) for layer in self.kept])
 
     def keep_rows(self, rows: Tensor) -> Slot:
         """Return the slot of some rows."""
-        part = replace(self.fork(), positions_BP=self.positions_BP[rows], real_BP=self.real_BP[rows])
+        columns = {name: t[rows] for name, t in self.columns().items()}
+        part = replace(self.fork(), **columns)  # type: ignore[arg-type]
         for layer in part.kept:
             layer.keep_rows(rows)
         return part

@@ -26,7 +26,7 @@ from innerloop.engine.decoding import DecodeBatch
 from innerloop.engine.generation import Generation, failed, finish
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.prefill import Prefill
-from innerloop.engine.requests import Request, lay_out
+from innerloop.engine.requests import Request, check_starts, lay_out
 from innerloop.errors import InputError, refuse
 from innerloop.model.answer_decoder import Classifier
 from innerloop.model.model import LatentCore
@@ -67,7 +67,7 @@ class Engine:
     def _reset(self) -> None:
         """Forget all requests."""
         self.waiting: list[Request] = []  # a heap
-        self.prompts: dict[tuple[int, ...], int] = {}  # number those that wait
+        self.prompts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # number those that wait
         self.prefill = Prefill(self.model, self.options, 2 * self.batch_size)
         self.thinking: list[Request] = []
         self.ready: DecodeBatch | None = None  # has thought, and written nothing yet
@@ -81,7 +81,7 @@ class Engine:
     def run(
         self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None = None, strict: bool = True
     ) -> Iterator[tuple[int, Generation]]:
-        """Yield each answer's index (question * samples + sample) and generation as soon as it is there.
+        """Yield each answer's index (question * answers of each + answer) and generation as soon as it is there.
 
         Between two of them the model is in the mode that it was in, and others may use it.
         """
@@ -106,7 +106,7 @@ class Engine:
                 except Exception as error:  # a tokenizer names no errors of its own
                     if strict:
                         raise
-                    n = self.options.samples
+                    n = self.options.n_answers
                     refused += [(i * n + s, failed(self.model, " ".join(str(error).split()))) for s in range(n)]
             yield refused
             packed = PackedWeights(parts if self.waiting and self.model.backbone.compiled is None else [])
@@ -135,9 +135,13 @@ class Engine:
                 f"the question '{question[:40]}...' may come to take {most} positions, which is more than the "
                 f"{limit} of max_positions; raise it, lower max_new_tokens or shorten the question"
             )
-        prompt = self.prompts.setdefault(tuple(row.ids()), len(self.prompts))
-        for s in range(options.samples):
-            heappush(self.waiting, Request(index * options.samples + s, row, budget, blocks, (index, s), prompt))
+        n = options.n_answers
+        if options.starts > 1:
+            check_starts(self.model, row, self.prefill.block)
+        for s in range(n):
+            apart = (index, s) if options.starts > 1 and s > 0 else ()  # begins at a state of its own
+            prompt = self.prompts.setdefault((tuple(row.ids()), apart), len(self.prompts))
+            heappush(self.waiting, Request(index * n + s, row, budget, blocks, (index, s), prompt))
 
     def _budget(self, row: Row) -> int:
         """Return how many tokens may be written for a row."""

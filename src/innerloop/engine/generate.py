@@ -28,7 +28,7 @@ def generate(
     strict: bool = True,
     **options: Unpack[Answering],
 ) -> list[Generation]:
-    """Answer questions, in the order given; the samples of each come after each other.
+    """Answer questions, in the order given; the answers of each come after each other.
 
     Args:
         model: the model; it is put into evaluation mode for the time being.
@@ -41,7 +41,7 @@ def generate(
     """
     chosen = EngineOptions(**options)
     engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
-    results: list[Generation | None] = [None] * (chosen.samples * len(questions))
+    results: list[Generation | None] = [None] * (chosen.n_answers * len(questions))
     for found in engine.groups(questions, steps, strict):
         for index, generation in found:
             results[index] = generation

@@ -34,6 +34,7 @@ class Generation:
             inside the model; empty for methods without.
         ids: the tokens written, the ends of sequence among them.
         log_likelihood: the sum of their log-probabilities, where asked for; see `DecodeBatch.choose`.
+        change: the mean relative change of the latents in their last iterations, where several starts were asked for.
         error: why nothing was written, where the question could not be answered.
     """
 
@@ -46,6 +47,7 @@ class Generation:
     depths: tuple[tuple[str, int], ...] = ()
     ids: list[int] = field(default_factory=list)
     log_likelihood: float | None = None
+    change: float | None = None
     error: str | None = None
 
 
@@ -61,7 +63,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
             n_steps -= ids[:n_steps].count(model.encoder.eos_id)
         cost.thought_tokens = request.billed * model.n_thought_positions(request.row) + request.n_latents + n_steps
-        cost.loops = request.n_loops
+        cost.loops, cost.streams = request.n_loops, model.method.streams
         cost.seconds["thought"] += sum(request.ticks[:n_marked])
         cost.seconds["answer"] += sum(request.ticks[n_marked:])
         marker = ANSWER_PREFIX.strip()
@@ -69,7 +71,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         own = depths[request.slot][: len(request.row) + len(ids) - 1]  # a row that has ended may ride along for a while
         tokens = model.tokenizer.convert_ids_to_tokens([*request.row.ids(), *ids]) if own else []
         one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
-        one.log_likelihood = request.log_likelihood
+        one.log_likelihood, one.change = request.log_likelihood, request.change
         results.append(traced(model, request, one))
     return results
 

@@ -65,6 +65,13 @@ class LatentModel(LatentCore):
         """
         return loading.load(cls, path, method, **options)
 
+    def beside(self, path: str | Path) -> Self:
+        """Load a run that has frozen this model's decoder onto it, so that both are at hand; see `load_beside`.
+
+        Streams are switched so at run time: ``narrow.beside("runs/p4")`` has four where ``narrow`` has two.
+        """
+        return loading.load_beside(self, path)
+
     @classmethod
     @checked
     def from_scratch(

@@ -24,6 +24,7 @@ class Answering(TypedDict, total=False):
     loops: Loops | None
     max_positions: Count | None
     samples: Many
+    starts: Many
     beams: Many
     likelihoods: bool
 
@@ -44,6 +45,8 @@ class EngineOptions(Checked):
             ``batch_size``. A question that may come to take more by itself cannot be answered.
         samples: how many answers are drawn for each question. The first are those that fewer samples would give; what
             they share is billed to one of them.
+        starts: breadth: how many states the latents begin at, for each question. The first is the method's own, the
+            others are random (`innerloop.loop.starts`); each has an answer of its own.
         beams: how many texts a search for the likeliest one follows (`innerloop.engine.beams`); 1 searches for nothing.
         likelihoods: also tell the log-likelihood of what is written.
     """
@@ -57,6 +60,7 @@ class EngineOptions(Checked):
     loops: Loops | None = None
     max_positions: Count | None = None
     samples: Many = 1
+    starts: Many = 1
     beams: Many = 1
     likelihoods: bool = False
 
@@ -68,8 +72,17 @@ class EngineOptions(Checked):
                 f"{self.samples} samples at temperature 0 are all the same: give one above 0 for several to differ",
             ),
             (
+                self.starts > 1 and max(self.samples, self.beams) > 1,
+                "each start has one answer: give either starts, or samples or beams",
+            ),
+            (
                 self.beams > 1 and self.temperature > 0,
                 "a beam search draws nothing: give either beams, or samples with a temperature",
             ),
             (self.beams > 1 and self.trace, "a beam search records no trace: leave trace out, or take one beam"),
         )
+
+    @property
+    def n_answers(self) -> int:
+        """How many answers each question gets."""
+        return self.samples * self.starts

@@ -20,11 +20,15 @@ from innerloop.engine.generation import Generation, gold_of, read_last, traced
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
 from innerloop.engine.shared_prefix import begin, n_shared
+from innerloop.loop.hooks import hooked
+from innerloop.loop.starts import RandomStarts
 from innerloop.loop.trace import Trace
 from innerloop.model.answer_decoder import AnswerDecoder, Classifier
 from innerloop.model.model import LatentCore
+from innerloop.passes.context import Context
 from innerloop.passes.region import join
 from innerloop.passes.thought import Thought
+from innerloop.text.batch import Batch
 from innerloop.text.encoder import ANSWER_PREFIX
 
 
@@ -81,10 +85,12 @@ class Prefill:
         # What is pending is read with the first answer token.
         columns, mask = batch.columns(2)
         suffix = [(model.backbone.embed(batch.ids_BS[:, columns]), mask)] if columns.start < columns.stop else []
-        thought = model.think(batch, record, context)
+        thought = self._think(read, batch, record, context)
         if thought.loop is not None:
             for request, i in zip(requests, same):
                 request.n_loops = request.billed * thought.loop.n_loops[i]
+        for request, i in zip(requests, same):
+            request.change = read[i].change
         if isinstance(model.decoder, Classifier):
             return self._classify(requests, same, thought)
         decode_batch = self._decode_batch(read, thought, batch.ids_BS[:, columns])
@@ -100,11 +106,27 @@ class Prefill:
         decode_batch.uniforms = self._uniforms(requests) if self.options.temperature > 0 else None
         return decode_batch
 
+    def _think(self, read: Sequence[Request], batch: Batch, record: Trace | None, context: Context) -> Thought:
+        """Think about a batch; where each question has several starts, all but its first from a random one."""
+        options = self.options
+        if options.starts == 1:
+            return self.model.think(batch, record, context)
+        starts = RandomStarts([(options.seed, *one.draw) if one.draw[1] > 0 else None for one in read])
+        with hooked(self.model.loop, starts):
+            thought = self.model.think(batch, record, context)
+        for request, change in zip(read, starts.settled()):
+            request.change = change
+        return thought
+
     def _bill(self, requests: Sequence[Request]) -> None:
-        """Bill what the samples of a question share to the first of them here; in a trace each is read by itself."""
+        """Bill what the samples of a question share to the first of them here.
+
+        In a trace each is read by itself, and so is each start.
+        """
         firsts = {request.draw[0]: request for request in reversed(requests)}
         for request in requests:
-            request.billed = self.options.trace or request is firsts[request.draw[0]]
+            apart = self.options.trace or self.options.starts > 1
+            request.billed = apart or request is firsts[request.draw[0]]
 
     def _trace(self, requests: list[Request]) -> Trace:
         """Begin a trace, with a meter of its own: both speak of rows by their place among the requests."""
@@ -151,5 +173,6 @@ class Prefill:
         ):
             answer = model.decoder.classes[best[i]]
             cost.thought_tokens, cost.loops = model.n_thought_positions(request.row), request.n_loops
-            found.append(traced(model, request, Generation(ANSWER_PREFIX + answer, answer, cost)))
+            one = Generation(ANSWER_PREFIX + answer, answer, cost, change=request.change)
+            found.append(traced(model, request, one))
         return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, refuse
 from innerloop.loop.trace import Trace
 from innerloop.model.model import LatentCore
-from innerloop.text.row import Row, ShownBlock
+from innerloop.text.row import Block, Row, ShownBlock
 
 NOTHING = -1  # in place of a token, where a row waits
 
@@ -33,6 +33,7 @@ class Request:
         n_loops: iterations of its latents.
         n_latents: latents read while writing.
         log_likelihood: of what is written, where asked for.
+        change: of its latents in their last iterations, where several starts are asked for.
         record: the trace of its batch, and its row there.
         opened: the same of each block that it has opened while writing.
     """
@@ -52,6 +53,7 @@ class Request:
     n_loops: int = 0
     n_latents: int = 0
     log_likelihood: float | None = None
+    change: float | None = None
     record: tuple[Trace, int] | None = None
     opened: list[tuple[Trace, int]] = field(default_factory=list)
 
@@ -111,6 +113,19 @@ def lay_out(
     (row,) = model.prompts([question], stage, loops)
     check_length(model, question, row)
     return row, () if steps is None else model.shown_blocks([row], [steps], loops)[0]
+
+
+def check_starts(model: LatentCore, row: Row, block: Block | None) -> None:
+    """Refuse several starts for a row without latents that are refined together, all of them before it writes."""
+    method = model.method
+    has_state = method.plan.scope == "slots" and bool(row.region) and row.n_loops > 0
+    refuse(
+        (
+            not has_state or block is not None or method.fixed_point.solver != "none",
+            f"several starts are for latents that are refined together before the answer, which '{method.name}' with "
+            "these settings does not do: leave starts out",
+        )
+    )
 
 
 def fits(model: LatentCore, question: str, stage: int | None = None) -> bool:

@@ -2,6 +2,7 @@
 
     TestTimeCompute(samples=16)                        # self-consistency: the answer that most of 16 samples give
     TestTimeCompute(samples=16, pick="likelihood")     # best of n: the sample whose text is likeliest
+    TestTimeCompute(starts=4, pick="convergence")      # breadth: of 4 starts of the loop, the one that came to rest
     TestTimeCompute(beams=4)                           # the likeliest text that a beam search finds
 
     predictions = evaluate(model, task, examples, attempts=TestTimeCompute(samples=16))
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # slow to import
     from innerloop.engine.generation import Generation
     from innerloop.engine.latent_model import LatentModel
 
-Pick = Literal["vote", "likelihood"]
+Pick = Literal["vote", "likelihood", "convergence"]
 TEMPERATURE = 0.7
 """Of several samples, where none is given; as in Wang et al., Self-Consistency (arXiv 2203.11171)."""
 
@@ -38,9 +39,11 @@ class TestTimeCompute(Checked):
 
     Args:
         samples: answers that are drawn.
-        pick: which of several samples counts: the one with most votes, or the one of the largest likelihood.
+        pick: which of several answers counts: the one with most votes, the one of the largest likelihood, or of several
+            starts the one whose latents changed least in the end (convergence).
         temperature: at which they are drawn; by default 0.7 for several, and 0, the likeliest tokens, for one.
         beams: texts that a search for the likeliest one follows; 1 searches for nothing.
+        starts: states that latents begin at: the method's own, and random ones; each has an answer.
     """
 
     __test__: ClassVar[bool] = False  # pytest takes classes of such names for tests
@@ -49,16 +52,25 @@ class TestTimeCompute(Checked):
     pick: Pick = "vote"
     temperature: Weight | None = None
     beams: Many = 1
+    starts: Many = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        EngineOptions(samples=self.samples, temperature=self.drawn_at, beams=self.beams)  # refuses what makes no sense
-        refuse((self.pick != "vote" and self.samples == 1, f"pick={self.pick} chooses among samples: give several"))
+        EngineOptions(  # refuses what makes no sense
+            temperature=self.drawn_at, samples=self.samples, starts=self.starts, beams=self.beams
+        )
+        refuse(
+            (self.pick == "convergence" and self.starts == 1, "pick=convergence chooses among starts: give several"),
+            (
+                self.pick == "likelihood" and self.samples == self.starts == 1,
+                "pick=likelihood chooses among samples or starts: give several",
+            ),
+        )
 
     @property
     def is_plain(self) -> bool:
         """Whether there is but one attempt, which writes the likeliest tokens."""
-        return self.samples == self.beams == 1 and not self.temperature
+        return self.samples == self.starts == self.beams == 1 and not self.temperature
 
     def asked(self, seed: int) -> dict[str, Any]:
         """Return what is asked for, as result.json has it; nothing for one plain attempt."""
@@ -66,6 +78,9 @@ class TestTimeCompute(Checked):
             return {}
         if self.beams > 1:
             return {"beams": self.beams}
+        if self.starts > 1:
+            drawn = {"temperature": self.drawn_at} if self.drawn_at else {}
+            return {"starts": self.starts, "pick": self.pick, **drawn, "seed": seed}
         picked = {"pick": self.pick} if self.samples > 1 else {}
         return {"samples": self.samples, **picked, "temperature": self.drawn_at, "seed": seed}
 
@@ -74,10 +89,10 @@ class TestTimeCompute(Checked):
         """What is done in words, to stand behind a method's name."""
         if self.beams > 1:
             return f", {self.beams} beams"
-        if self.samples > 1:
-            return (
-                f", {'vote' if self.pick == 'vote' else 'likeliest'} of {self.samples} at temperature {self.drawn_at}"
-            )
+        picked = {"vote": "vote", "likelihood": "likeliest", "convergence": "calmest"}[self.pick]
+        warmth = f" at temperature {self.drawn_at}" if self.drawn_at else ""
+        if max(self.samples, self.starts) > 1:
+            return f", {picked} of {max(self.samples, self.starts)}{' starts' * (self.starts > 1)}{warmth}"
         return f", at temperature {self.temperature}" if self.temperature else ""
 
     @property
@@ -99,7 +114,7 @@ class TestTimeCompute(Checked):
 
         ``progress`` is called with the number of questions answered since the last call.
         """
-        n, done = self.samples, 0
+        n, done = self.samples * self.starts, 0
 
         def tell(answered: int) -> None:
             nonlocal done
@@ -108,7 +123,8 @@ class TestTimeCompute(Checked):
                 progress(done // n - before // n)
 
         if not self.is_plain:
-            options |= {"samples": n, "temperature": self.drawn_at, "seed": seed, "beams": self.beams}
+            options |= {"samples": self.samples, "starts": self.starts, "beams": self.beams}
+            options |= {"temperature": self.drawn_at, "seed": seed}
             options["likelihoods"] = self.pick == "likelihood"
         found = model.generate(questions, progress=tell, **options)
         return [found[i : i + n] for i in range(0, len(found), n)]
@@ -118,12 +134,14 @@ class TestTimeCompute(Checked):
 
         Texts without an answer have no vote, and are the last to be picked. Answers are the same where the task takes
         one for the other. Of answers with as many votes the one that was first given counts, in its first text; of
-        equally likely texts the first.
+        equally likely texts, or equally calm latents, the first.
         """
         answers = [None if one.error is not None else task.extract(one.text) for one in tried]
         places = [i for i, answer in enumerate(answers) if answer is not None] or list(range(len(tried)))
         if self.pick == "likelihood":
             return tried[max(places, key=lambda i: mean_log_likelihood(tried[i]))], answers
+        if self.pick == "convergence":
+            return tried[min(places, key=lambda i: _unrest(tried[i]))], answers
         votes: list[list[int]] = []
         for i in places:
             same = (v for v in votes if answers[i] == answers[v[0]] or _agree(task, answers[i], answers[v[0]]))
@@ -143,6 +161,10 @@ def mean_log_likelihood(generation: Generation) -> float:
     if generation.log_likelihood is None:
         return -float("inf")
     return generation.log_likelihood / max(len(generation.ids), 1)
+
+
+def _unrest(generation: Generation) -> float:
+    return float("inf") if generation.change is None else generation.change
 
 
 def _agree(task: Task, answer: str | None, other: str | None) -> bool:

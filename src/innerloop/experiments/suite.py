@@ -55,7 +55,8 @@ class EvalConfig(TestTimeCompute):
 
     Args:
         samples: answers that are drawn for each example, by the seed of the job.
-        pick: which of several counts: the answer with most votes, or the likeliest text.
+        starts: states that latents begin at: the method's own, and random ones by the seed of the job.
+        pick: which of several counts: the answer with most votes, the likeliest text, or the calmest latents.
         temperature: at which they are drawn; by default 0.7 for several, and 0 for one.
         beams: texts that a beam search follows.
         split: which examples are answered.
@@ -79,7 +80,7 @@ class EvalConfig(TestTimeCompute):
         super().__post_init__()
         if (self.controls or self.stability) and not self.is_plain:
             raise InputError(
-                "controls and stability are of one answer: leave them out, or samples, temperature and beams"
+                "controls and stability are of one answer: leave them out, or samples, starts, temperature and beams"
             )
 
     @property

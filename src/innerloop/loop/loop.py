@@ -32,7 +32,7 @@ from innerloop.loop.fixed_point import jacobian_gain, solve
 from innerloop.loop.hooks import LoopHook, Pass, Probed, Step
 from innerloop.loop.lora import LoopLora
 from innerloop.loop.rows import Rows
-from innerloop.loop.stabilize import Rescale, Residual, TimeEmbedding, at_least_fp32
+from innerloop.loop.stabilize import Rescale, Residual, TimeEmbedding, at_least_fp32, random_states
 from innerloop.loop.trace import Trace, TraceHook
 
 ReadAnswer = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -132,6 +132,11 @@ class InnerLoop(Onlooker):
     def weights(self, iteration: int) -> AbstractContextManager[None]:
         """Use ``iteration``'s weights in a block (0: the base weights)."""
         return nullcontext() if self.lora is None or iteration < 1 else self.lora.at(iteration)
+
+    def begin(self, state: Tensor) -> Tensor:
+        """Return the states that iterations begin at: z_0, and in training random ones for some rows."""
+        share = self.settings.random_starts
+        return random_states(state, share) if self.training and share > 0 else state
 
     def inject(self, state: Tensor, iteration: int, change_B: Tensor | None = None, noisy: bool = True) -> Tensor:
         """Make ``iteration``'s input x_t from the state before it.
@@ -233,6 +238,7 @@ class InnerLoop(Onlooker):
         rows, limit, stop = Rows(f, state, n_loops), max(n_loops), None
         if self.stop is not None and (not self.training or self.stopping.rule == "act"):
             stop = StopController(self.stop, self.stopping, state, n_loops, f.row_info)
+        rows.state = self.begin(state)
         result = LoopResult(state, state, [], [], rows.ran)
         for iteration in range(1, limit + 1):
             if not rows.advance(iteration, stop):

@@ -22,6 +22,7 @@ from innerloop.config.loop import (
     TimeKind,
 )
 
+CUT = 2.0  # standard deviations, at which random states are cut off
 TIME_WIDTH = 256  # d_e, the width of the sinusoidal features
 GATE_WIDTH = 256  # d_g, the hidden width of the gates of residual C
 
@@ -34,6 +35,16 @@ def at_least_fp32(values: Tensor) -> Tensor:
 def rms(states: Tensor) -> Tensor:
     """Return the root mean square over the last dimension, kept as size 1, in fp32 or better."""
     return at_least_fp32(states).pow(2).mean(-1, keepdim=True).sqrt()
+
+
+def random_states(like: Tensor, share: float = 1.0) -> Tensor:
+    """Return states (B, N, D) in which a share of the rows, drawn one by one, are noise of the size that they had.
+
+    The noise is normal, cut off at two standard deviations (stable_loops.md, 3).
+    """
+    drawn_B11 = torch.rand(len(like), 1, 1, device=like.device) < share
+    noise = nn.init.trunc_normal_(torch.empty_like(like, dtype=torch.float32), a=-CUT, b=CUT)
+    return torch.where(drawn_B11, (rms(like) * noise).to(like.dtype), like)
 
 
 def to_rms(states: Tensor, tau: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def check_asked(
     what, is_any = "controls, stability and probes are of", with_controls or with_stability or with_probes
     refuse(
         (is_any and loops is not None, f"{what} the loops that were trained: leave --loops out"),
-        (is_any and not attempts.is_plain, f"{what} one answer: leave --samples, --temperature, --beams out"),
+        (is_any and not attempts.is_plain, f"{what} one answer: leave --samples, --starts, --temperature, --beams out"),
     )
     if with_probes:
         probing.check(model, stage)

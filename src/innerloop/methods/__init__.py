@@ -9,6 +9,7 @@ from innerloop.methods.depth.loop_regularised import LoopRegularised
 from innerloop.methods.depth.looped import Looped
 from innerloop.methods.depth.mod import Mod
 from innerloop.methods.depth.mor import Mor
+from innerloop.methods.depth.parscale import ParScale
 from innerloop.methods.depth.recurrent_depth import RecurrentDepth
 from innerloop.methods.depth.relaxed_recursive import RelaxedRecursive
 from innerloop.methods.depth.tah import Tah
@@ -44,6 +45,7 @@ _ALL = (
     Tah,
     RecurrentDepth,
     AdaInfer,
+    ParScale,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
@@ -89,6 +91,7 @@ __all__ = [
     "Mod",
     "Mor",
     "NoCot",
+    "ParScale",
     "Pause",
     "Pccot",
     "RecurrentDepth",

@@ -138,6 +138,30 @@ def load(
     return model
 
 
+def load_beside(model: M, path: str | Path) -> M:
+    """Load a run on the weights of a model whose decoder it shares, such as one trained with ``backbone.freeze``.
+
+    Nothing of the decoder is held twice, so that runs of unlike width or depth are at hand together.
+
+    Raises:
+        InputError: it is no saved run, or its decoder has other weights or tokens.
+    """
+    folder = Path(resolve(path))
+    method, backbone = _method_of(read_settings(folder), folder), model.backbone
+    check_tokens(load_tokenizer(folder), model.tokenizer, folder)
+    theirs, ours = load_lm(folder, is_own=True, dtype=backbone.lm.dtype).state_dict(), backbone.lm.state_dict()
+    if theirs.keys() != ours.keys() or not all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours):
+        raise InputError(
+            f"the decoder of {folder} has other weights than this model's: train it from this model with "
+            "backbone.freeze, or load it by itself"
+        )
+    twin = type(model)(backbone, model.tokenizer, method)  # type: ignore[call-arg]
+    load_parts(twin, folder)
+    assert isinstance(twin, nn.Module)
+    twin.eval()
+    return twin
+
+
 def dtype_named(name: torch.dtype | str) -> torch.dtype | str:
     """Return the type of weights of a name, or "auto"."""
     if not isinstance(name, str) or name == "auto":

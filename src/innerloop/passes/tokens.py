@@ -253,7 +253,7 @@ def read_layers(
         n_past = keys.shape[1] - n_new
         mask = None if slot.is_real else backbone.mask_of(real.long(), n_new, n_past, tokens.states_RND.dtype)
     else:
-        mask = backbone.mask_4d(tokens.positions_RN, keys, real, tokens.states_RND.dtype)
+        mask = backbone.mask_4d(tokens.positions_RN, keys, real, tokens.states_RND.dtype, slot.bias_BP)
     return backbone(
         tokens.states_RND,
         mask=mask,

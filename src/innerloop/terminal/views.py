@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -160,9 +161,19 @@ def answer_view(
     if answer.depths:
         parts.append(depth_view(answer.depths))
     cost = answer.cost
-    line = f"{cost.passes} passes, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
+    of_streams = f" of {cost.streams} streams" if cost.streams > 1 else ""
+    line = f"{cost.passes} passes{of_streams}, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
     parts.append(Text(line + ("" if answer.ended else "; stopped at max_new_tokens"), style="dim"))
     return Group(*parts)
+
+
+def starts_view(tried: Sequence[Generation]) -> Table:
+    """Return the answer from each start, and how much the latents still changed in the end."""
+    table = Table("start", Column("change at the end", justify="right"), "answer", title="the calmest is shown below")
+    for number, one in enumerate(tried, 1):
+        start = "the method's own" if number == 1 else f"random {number - 1}"
+        table.add_row(start, f"{one.change:.4f}", Text(one.answer or one.text))
+    return table
 
 
 def print_rows(console: Console, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -32,10 +32,6 @@ class DuoSlot(Slot):
 
     depths_BP: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
 
-    def keep_rows(self, rows: Tensor) -> DuoSlot:
-        """Return the slot of some rows."""
-        return replace(super().keep_rows(rows), depths_BP=self.depths_BP[rows])  # type: ignore[call-arg, return-value]
-
     def visible(self, depth_R1: Tensor | int, rows_R: Tensor | None, attention: DepthAttention) -> Tensor:
         """Return which columns (R, P) queries at a depth may see, whatever their positions."""
         depths, real = self.depths_BP, self.real_BP

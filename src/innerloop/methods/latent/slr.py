@@ -124,8 +124,9 @@ class Slr(LatentMethod):
                 "prefix_kv=per_iter reads the prompt again in every iteration: set loop_scope to slots or last",
             ),
             (
-                self.loop_scope != "slots" and (self.distinct_slots or self.loop.time_inject == "token"),
-                "distinct_slots and loop.time_inject=token are for loop_scope=slots",
+                self.loop_scope != "slots"
+                and (self.distinct_slots or self.loop.time_inject == "token" or self.loop.random_starts > 0),
+                "distinct_slots, loop.random_starts and loop.time_inject=token are for loop_scope=slots",
             ),
             (
                 self.loop.shift and (self.loop_scope != "slots" or self.prefix_kv == "per_iter"),

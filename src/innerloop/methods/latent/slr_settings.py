@@ -37,6 +37,7 @@ class StabilisedLoop(LoopSettings):
     time_inject: TimeInject = "add"
     time_norm: bool = False
     noise: float = 0.0
+    random_starts: float = 0.0
     noise_level: NoiseLevel = "none"
     lora: BankKind = "none"
     lora_rank: int = 8
