@@ -102,7 +102,7 @@ def test_one_beam_is_greedy_and_a_search_is_charged_for_all_its_texts():
     [
         ("cot", {"temperature": 0.5}, "draws nothing"),
         ("cot", {"trace": True}, "records no trace"),
-        ("cot", {"beams": 0}, "beams >= 1"),
+        ("cot", {"beams": 0}, "beams is 0, but must be a whole number, at least 1"),
         ("spiral", {}, "rows wait"),
         ("tah", {}, "rows wait"),
     ],

@@ -314,7 +314,7 @@ APARTS = ({"kind": "separate"}, {"kind": "linear", "classes": TWO})
 @pytest.mark.parametrize(
     ("decoder", "fields", "mend"),
     [
-        ({"layers": 0}, {}, "decoder.layers must be at least 1"),
+        ({"layers": 0}, {}, "layers is 0, but must be a whole number, at least 1"),
         ({"kind": "linear"}, {}, LISTED),
         ({"classes": TWO}, {}, "decoder.kind=linear chooses among classes"),
         ({"kind": "separate", "classes": TWO}, {}, "decoder.kind=linear chooses among classes"),

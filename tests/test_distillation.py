@@ -173,8 +173,8 @@ def test_a_teacher_may_differ_in_width_where_only_its_predictions_are_learned(tm
         ({"hid.site": "last"}, "leave hid.layers and hid.site out"),
         ({"curriculum.max_stage": 2}, "knows no written steps"),
         ({"decoder.kind": "linear", "decoder.classes": ("1", "2")}, "writes nothing that could be predicted"),
-        ({"kd.weight": -1.0}, "kd.weight cannot be negative"),
-        ({"kd.temperature": 0.0}, "kd.temperature divides logits"),
+        ({"kd.weight": -1.0}, "weight is -1.0, but must be a number, at least 0"),
+        ({"kd.temperature": 0.0}, "temperature is 0.0, but must be a number, above 0"),
     ],
 )
 def test_impossible_settings_are_refused(fields, words):

@@ -17,7 +17,6 @@ from innerloop.errors import InputError
 from innerloop.methods import Coconut, Cot, Method, NoCot, Pause, Slr
 from innerloop.methods.latent.coconut import CoconutSchedule
 from innerloop.tasks import Chain
-from innerloop.train.recipe import BackboneChoice, Recipe
 
 TASK = Chain(n_ops=5, modulus=5)
 BACKBONE = {"type": "llama", "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2} | {
@@ -60,6 +59,7 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
     from innerloop.experiments.summary import summary_table
     from innerloop.lens import look, write_page
     from innerloop.lens.page import check_viz
+    from innerloop.train.recipe import BackboneChoice, Recipe
 
     folder = check_folder(out, "--out")
     check_viz()

@@ -35,7 +35,6 @@ from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named, name_of
 from innerloop.tasks import Task, task_named
-from innerloop.train.training_arguments import LatentTrainingArguments
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
 NAMED = ("task", "method")
@@ -191,6 +190,8 @@ def _nearest_field(raw: Mapping[str, Any], name: str) -> str:
     first, dot, rest = name.partition(".")
     if near := nearest(first, SECTIONS) if dot else "":
         return near
+    from innerloop.train.training_arguments import LatentTrainingArguments  # slow to import
+
     known = {field.name: f"--train.{field.name}" for field in reversed(fields(LatentTrainingArguments))}
     classes: list[tuple[str, type]] = []
     for part in (raw, *(raw.get("stages") or ())):
