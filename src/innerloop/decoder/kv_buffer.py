@@ -28,6 +28,7 @@ class KvBuffer:
         self.keys, self.values = keys, values
         self.owners: weakref.WeakSet[BufferedLayer] = weakref.WeakSet()
         self.n_used = 0  # columns that somebody has had here
+        self.is_kept = False  # whether a backward pass may need what anybody has had here, also those who are gone
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, n_columns: int) -> KvBuffer:
@@ -41,7 +42,9 @@ class KvBuffer:
         return self.keys.shape[2]
 
     def is_taken(self, n_columns: int, owner: BufferedLayer) -> bool:
-        """Whether others than an owner have columns behind the first ones here."""
+        """Whether others than an owner have columns behind the first ones here, or had some that are still needed."""
+        if self.is_kept:
+            return self.n_used > n_columns
         if len(self.owners) == 1:  # as it mostly is
             return False
         return any(one.buffer is self and one.n_placed > n_columns for one in self.owners if one is not owner)
@@ -110,6 +113,7 @@ class BufferedLayer:
             return whole
         past = self.values
         buffer = self.make_space(keys.shape[2])
+        buffer.is_kept = True
         grown = _Appended.apply(known, keys, buffer.keys), _Appended.apply(past, values, buffer.values)
         self.place(n + keys.shape[2])
         self.keys, self.values = grown
@@ -226,7 +230,7 @@ class WindowLayer(BufferedLayer, DynamicSlidingWindowLayer):
 class _Appended(torch.autograd.Function):
     """Columns written behind known ones in a buffer that both lie in: nothing is copied, and each gets its gradient.
 
-    The buffer is written to where no tensor that a backward pass needs has columns, so torch need not count it.
+    The buffer is written to where nobody has ever had columns (`KvBuffer.is_kept`), so torch need not count it.
     """
 
     @staticmethod
