@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.check import check_sees_all
+from innerloop.decoder.check import Trial, check_passes
 from innerloop.decoder.cost import CostMeter
 from innerloop.decoder.masks import visible
 from innerloop.errors import InputError
@@ -86,7 +86,7 @@ def test_a_pass_that_sees_all_counts_a_key_for_every_pair():
 
 @by_attention
 def test_a_decoder_that_follows_masks_is_taken(arch, attention):
-    check_sees_all(Backbone(tiny_lm(arch, attn_implementation=attention)))
+    check_passes(Backbone(tiny_lm(arch, attn_implementation=attention)), sees_all=True)
 
 
 def test_attention_that_ignores_a_mask_is_found():
@@ -100,12 +100,12 @@ def test_attention_that_ignores_a_mask_is_found():
     AttentionInterface.register("deaf", deaf)
     lm.config._attn_implementation = "deaf"
     with pytest.raises(InputError, match=r"'deaf' takes no mask of its own.*attn_implementation=sdpa"):
-        check_sees_all(Backbone(lm))
+        Trial(Backbone(lm)).see_all()
     AttentionInterface.register("sdpa", deaf)  # under a name that is trusted
     lm.config._attn_implementation = "sdpa"
     try:
         with pytest.raises(InputError, match="sees the past alone, whatever the mask"):
-            check_sees_all(Backbone(lm))
+            Trial(Backbone(lm)).see_all()
     finally:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -116,4 +116,4 @@ def test_attention_that_ignores_a_mask_is_found():
 def test_a_decoder_that_counts_how_far_back_keys_lie_is_refused(family):
     settings = {"n_layer": 2, "n_head": 4} if family == "bloom" else {"n_layers": 2, "n_heads": 4, "d_model": 32}
     with pytest.raises(InputError, match=r"counts how far back keys lie.*denoise with a decoder"):
-        check_sees_all(Backbone(odd_lm(family, **settings)))
+        check_passes(Backbone(odd_lm(family, **settings)), sees_all=True)

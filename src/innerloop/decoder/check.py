@@ -41,12 +41,13 @@ ALONE: Pieces = (((1, 1),), ((1, 1),), ((1, 1),))  # the first row, without padd
 
 
 @torch.no_grad()
-def check_passes(backbone: Backbone, sections: bool = False) -> None:
+def check_passes(backbone: Backbone, sections: bool = False, sees_all: bool = False) -> None:
     """Verify that a model does what methods ask of it.
 
     Args:
         backbone: the model.
         sections: its layers are run apart, too, as methods do that loop inside the token.
+        sees_all: its tokens must see more than the past, too, as methods ask that denoise.
 
     Raises:
         InputError: it does not; the message says what differs.
@@ -61,21 +62,8 @@ def check_passes(backbone: Backbone, sections: bool = False) -> None:
             trial.refuse(trial.reason())
         if sections:
             trial.run_sections()
-    finally:
-        backbone.lm.train(was_training)
-
-
-@torch.no_grad()
-def check_sees_all(backbone: Backbone) -> None:
-    """Verify that a pass can see more than the past, and sees what its mask says and nothing else.
-
-    Raises:
-        InputError: it does not; the message says what differs.
-    """
-    was_training = backbone.lm.training
-    backbone.lm.eval()
-    try:
-        Trial(backbone).see_all()
+        if sees_all:
+            trial.see_all()
     finally:
         backbone.lm.train(was_training)
 
