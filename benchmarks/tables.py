@@ -502,6 +502,25 @@ def switch_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], note + f"torch {versions['torch']}, transformers {versions['transformers']}; "
 
 
+def denoise_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of rules that fill canvases: a rule each."""
+    rows = [
+        [
+            point["rule"],
+            f"{point['accuracy']:.1%}",
+            f"{point['ci95'][0]:.1%} to {point['ci95'][1]:.1%}",
+            f"{point['passes']:.1f}",
+            f"{results['gen_length'] / point['passes']:.1f}",
+            f"{point['positions']:.0f}",
+        ]
+        for point in results["points"]
+    ]
+    versions = results["versions"]
+    note = f"n = {results['n']} test questions, seed {results['seed']}; {results['device']}; "
+    note += f"torch {versions['torch']}, transformers {versions['transformers']}; "
+    return [["rule", "accuracy", "95 % interval", "passes", "tokens a pass", "positions"], *rows], note
+
+
 def family_lines(results: dict, chosen: Callable[[dict], bool], abilities: bool) -> tuple[Lines, str]:
     """Return the lines of some families of decoders: what each can, or why it is refused."""
     names = {"text": "text", "latents": "latents", "trains": "training", "loops": "loops in the token"}
@@ -518,6 +537,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("adaptive_loops", ""): adaptive_lines,
     ("loop_holding", ""): holding_lines,
     ("step_switch", ""): switch_lines,
+    ("denoise", ""): denoise_lines,
     ("bench", ""): bench_lines,
     ("engine", "reference"): reference_lines,
     ("engine", "bare"): bare_lines,

@@ -275,13 +275,16 @@ class Method(Checked, ABC):
 
 
 def _changed(default: Any, changes: Mapping[str, Any], name: str) -> Any:
-    """Return a group with some of its fields changed."""
-    known = [field.name for field in fields(default)]
-    for key in changes:
+    """Return a group with some of its fields changed; one of them may be a group itself."""
+    known, made = [field.name for field in fields(default)], dict(changes)
+    for key, value in changes.items():
         if key not in known:
             raise InputError(f"{name} has no field '{key}'{nearest(str(key), known)}")
-        fitted(f"{name}.{key}", changes[key], kinds_of(default.__class__)[key])
-    return replace(default, **changes)
+        if isinstance(value, Mapping) and is_dataclass(inner := getattr(default, key)):
+            made[key] = _changed(inner, value, f"{name}.{key}")
+        else:
+            fitted(f"{name}.{key}", value, kinds_of(default.__class__)[key])
+    return replace(default, **made)
 
 
 class LatentMethod(Method):

@@ -29,8 +29,8 @@ from innerloop.decoder.anatomy import (
 from innerloop.decoder.cache import new_cache
 from innerloop.decoder.compiled import CompiledPasses
 from innerloop.decoder.fused_loss import fused_loss
-from innerloop.decoder.masks import grouped_queries, kinds_of, visible
-from innerloop.decoder.real_columns import count_real_columns, has_alibi
+from innerloop.decoder.masks import Sees, grouped_queries, kinds_of, visible
+from innerloop.decoder.real_columns import count_real_columns, counts_columns, has_alibi
 from innerloop.decoder.surrogates import (
     fuse_activations,
     keyless,
@@ -41,7 +41,7 @@ from innerloop.decoder.surrogates import (
     section,
 )
 from innerloop.decoder.token_losses import HeadInputs
-from innerloop.errors import InputError
+from innerloop.errors import InputError, refuse
 
 
 class Backbone(nn.Module):
@@ -248,7 +248,9 @@ class Backbone(nn.Module):
         """Apply the final norm."""
         return getattr(self.decoder, self.anatomy.norm)(states)
 
-    def mask_of(self, mask_BP: Tensor, n_new: int, n_window: int | None, dtype: torch.dtype) -> Any:
+    def mask_of(
+        self, mask_BP: Tensor, n_new: int, n_window: int | None, dtype: torch.dtype, sees: Sees = "past"
+    ) -> Any:
         """Return the attention mask of the last ``n_new`` columns, of which ``mask_BP`` says which are real.
 
         Windows are counted in real columns: padding between them, wherever it is, is as if it were not there. Made
@@ -260,9 +262,15 @@ class Backbone(nn.Module):
             n_new: how many are new.
             n_window: how many of the earlier ones the layers with a window hold; None: there are no such layers.
             dtype: of an additive mask.
+            sees: with ``all`` every real column is seen, and windows are lifted.
+
+        Raises:
+            InputError: all is to be seen, and the decoder's attention takes no such mask.
         """
         kind = self.config._attn_implementation
         is_known = kind in ("sdpa", "eager") and kinds_of(self.config) <= {"full_attention", "sliding_attention"}
+        if sees == "all":
+            return self._mask_of_all(mask_BP, n_new, dtype, is_known)
         if not is_known or has_alibi(self.decoder):
             return mask_BP
         ranks_BP, columns_P = mask_BP.cumsum(1), torch.arange(mask_BP.shape[1], device=mask_BP.device)
@@ -275,6 +283,25 @@ class Backbone(nn.Module):
         if not isinstance(masks, dict):
             return masks[..., -(n_window + n_new) :]
         return masks | {"sliding_attention": masks["sliding_attention"][..., -(n_window + n_new) :]}
+
+    def _mask_of_all(self, mask_BP: Tensor, n_new: int, dtype: torch.dtype, is_known: bool) -> Any:
+        """Return the mask by which each of the last ``n_new`` columns sees every real one; no key is far back in it."""
+        kind = self.config._attn_implementation
+        refuse(
+            (
+                counts_columns(self.decoder) or (not is_known and kind in ("sdpa", "eager")),
+                f"a {type(self.lm).__name__} counts how far back keys lie, so its tokens cannot see what comes after "
+                "them: denoise with a decoder that has positions or rotary embeddings",
+            ),
+            (
+                not is_known,
+                f"attention by '{kind}' takes no mask of its own, so tokens would not see what comes after them: load "
+                "the model with attn_implementation=sdpa",
+            ),
+        )
+        seen_BQP = mask_BP.bool()[:, None, :].expand(-1, n_new, -1)
+        behind_1QP = torch.zeros(1, n_new, mask_BP.shape[1], dtype=torch.long, device=mask_BP.device)
+        return visible(self.config, seen_BQP, behind_1QP, torch.bool if kind == "sdpa" else dtype)
 
     def mask_4d(
         self,

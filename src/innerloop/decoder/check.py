@@ -14,11 +14,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from innerloop.decoder.anatomy import head_dim_of
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cache import AnyCache, expect_padding, fork, join_rows, keep_columns, select_rows
 from innerloop.decoder.kv_buffer import BufferedLayer
+from innerloop.decoder.masks import Sees
 from innerloop.decoder.real_columns import counts_columns
 from innerloop.errors import InputError
 
@@ -39,12 +41,13 @@ ALONE: Pieces = (((1, 1),), ((1, 1),), ((1, 1),))  # the first row, without padd
 
 
 @torch.no_grad()
-def check_passes(backbone: Backbone, sections: bool = False) -> None:
+def check_passes(backbone: Backbone, sections: bool = False, sees_all: bool = False) -> None:
     """Verify that a model does what methods ask of it.
 
     Args:
         backbone: the model.
         sections: its layers are run apart, too, as methods do that loop inside the token.
+        sees_all: its tokens must see more than the past, too, as methods ask that denoise.
 
     Raises:
         InputError: it does not; the message says what differs.
@@ -59,6 +62,8 @@ def check_passes(backbone: Backbone, sections: bool = False) -> None:
             trial.refuse(trial.reason())
         if sections:
             trial.run_sections()
+        if sees_all:
+            trial.see_all()
     finally:
         backbone.lm.train(was_training)
 
@@ -171,6 +176,29 @@ class Trial:
             if not gap_of(mine_LD, self.whole_BLD[row, : len(mine_LD)]) <= self.states_gap:
                 return False
         return True
+
+    def see_all(self) -> None:
+        """Refuse a model whose attention does not follow a mask."""
+        backbone, embeds_BLD = self.backbone, self.embeds_BLD
+        positions_BL = torch.arange(N_REAL, device=backbone.device).expand(2, -1)
+        real_BL = torch.ones_like(positions_BL)
+
+        def read(embeds: Tensor, mask_BL: Tensor, positions: Tensor, sees: Sees) -> Tensor:
+            mask = backbone.mask_of(mask_BL, mask_BL.shape[1], 0, embeds.dtype, sees)
+            return backbone(embeds, mask=mask, positions_BL=positions)
+
+        with self.doing("a pass that sees more than the past"):
+            plain = backbone(embeds_BLD, positions_BL=positions_BL)
+            causal, whole = (read(embeds_BLD, real_BL, positions_BL, sees) for sees in ("past", "all"))
+            other = read(torch.cat([embeds_BLD[:, :-1], -embeds_BLD[:, -1:]], 1), real_BL, positions_BL, "all")
+            padded = [pad(x, (0, 0) * (x.ndim - 2) + (2, 0)) for x in (embeds_BLD, real_BL, positions_BL)]
+            behind = read(padded[0], padded[1], padded[2], "all")[:, 2:]
+        if not gap_of(causal, plain) <= self.states_gap:
+            self.refuse("under a mask that shows the past it gives other states than without")
+        if gap_of(other[:, 0], whole[:, 0]) <= 1e-6 or gap_of(whole[:, :-1], plain[:, :-1]) <= 1e-6:
+            self.refuse("its attention sees the past alone, whatever the mask, so it cannot denoise")
+        if not gap_of(behind, whole) <= self.states_gap:
+            self.refuse("where all is seen, a row behind padding gets other states than alone")
 
     def _read(self, cache: AnyCache, mask_BP: Tensor, n_new: int, sign: int = 1, normed: bool = True) -> Tensor:
         """Read the last columns; with -1 for ``sign`` something else in their place."""

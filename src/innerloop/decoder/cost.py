@@ -17,6 +17,7 @@ from torch import Tensor
 
 from innerloop.decoder.anatomy import head_dim_of
 from innerloop.decoder.backbone import Backbone
+from innerloop.decoder.masks import Sees
 
 PHASES = ("prefill", "thought", "answer")
 
@@ -100,13 +101,13 @@ class CostMeter:
             for seconds in self.seconds.values():
                 seconds[row] = 0.0
 
-    def count(self, rows: Tensor | None, new_B: Tensor | int, past_B: Tensor | int) -> None:
+    def count(self, rows: Tensor | None, new_B: Tensor | int, past_B: Tensor | int, sees: Sees = "past") -> None:
         """Count one pass of ``new_B`` positions over ``past_B`` earlier ones, for the rows ``rows`` (None: all).
 
         A row without a real position in the pass is not billed for it.
         """
         new = new_B if isinstance(new_B, Tensor) else self.passes.new_full((), new_B)  # filled there, not copied
-        keys = new * past_B + new * (new + 1) // 2
+        keys = new * past_B + (new * new if sees == "all" else new * (new + 1) // 2)
         passes, cached = (new > 0).long(), (new > 0) * past_B
         counted = (self.passes, passes), (self.positions, new), (self.keys, keys), (self.cached, cached)
         for counter, amount in counted:

@@ -6,12 +6,14 @@ Shapes: `B` rows, `Q` queries, `K` keys.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
+Sees = Literal["past", "all"]
+"""What a position of a pass sees: what comes before it and itself, or every position that has been read."""
 
 
 @contextmanager

@@ -78,6 +78,11 @@ class Engine:
         self.spent, self.mark = 0.0, 0.0
         self.answered: Answered = []  # and not told yet
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether anything waits, or is being answered."""
+        return bool(self.waiting) or self.ready is not None or self.decode_batch is not None
+
     def run(
         self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None = None, strict: bool = True
     ) -> Iterator[tuple[int, Generation]]:
@@ -110,7 +115,7 @@ class Engine:
                     refused += [(i * n + s, failed(self.model, " ".join(str(error).split()))) for s in range(n)]
             yield refused
             packed = PackedWeights(parts if self.waiting and self.model.backbone.compiled is None else [])
-            while self.waiting or self.ready is not None or self.decode_batch is not None:
+            while self.is_at_work:
                 with _evaluating(parts), packed.used():
                     found = self.step(strict)
                 yield found
@@ -194,8 +199,7 @@ class Engine:
             self.most = len(requests) // 2
         fell = self.thinking or requests
         if not self.thinking:
-            self.ready = self.decode_batch = None
-            self.unseen = Unseen()
+            self._drop()
         self.thinking, self.joining = [], []
         self.prefill.slots.release(fell)
         if len(requests) == 1:
@@ -207,6 +211,11 @@ class Engine:
             heapify(self.waiting)
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _drop(self) -> None:
+        """Let go of all that has been read."""
+        self.ready = self.decode_batch = None
+        self.unseen = Unseen()
 
     # Steps
 
@@ -276,12 +285,13 @@ class Engine:
             self.mark = time.perf_counter()
         return bool(requests)
 
-    def _next(self) -> list[Request]:
-        """Take from those that wait as many as there is room for."""
+    def _next(self, most: int | None = None) -> list[Request]:
+        """Take from those that wait as many as there is room for, and no more than ``most`` (None: a batch)."""
         busy, limit = self._read(), self.options.max_positions
         taken = sum(self.most_positions(request.row, request.budget) for request in busy)
         requests: list[Request] = []
-        most = self.batch_size if self.most is None else min(self.batch_size, self.most - len(busy))
+        most = self.batch_size if most is None else most
+        most = most if self.most is None else min(most, self.most - len(busy))
         while self.waiting and len(requests) < most:
             longest = self.waiting[0]  # rows are padded to the longest, which is the last
             n = self.most_positions(longest.row, longest.budget) * (len(requests) + 1)

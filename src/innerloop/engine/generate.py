@@ -12,9 +12,11 @@ from typing import Annotated, Unpack
 from innerloop.checks.arguments import checked
 from innerloop.checks.values import ONE_BY_ONE
 from innerloop.engine.beams import BeamEngine
+from innerloop.engine.canvases import CanvasEngine
 from innerloop.engine.engine import Engine
 from innerloop.engine.generation import Generation
 from innerloop.engine.options import Answering, EngineOptions
+from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.model.model import LatentCore
 
 
@@ -40,7 +42,10 @@ def generate(
         options: the fields of `EngineOptions`.
     """
     chosen = EngineOptions(**options)
-    engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
+    if isinstance(model.method, DenoisingMethod):
+        engine: Engine = CanvasEngine(model, chosen)
+    else:
+        engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
     results: list[Generation | None] = [None] * (chosen.n_answers * len(questions))
     for found in engine.groups(questions, steps, strict):
         for index, generation in found:

@@ -1,5 +1,7 @@
 """How well running text is predicted: the negative log-likelihood of what it goes on with, token by token.
 
+A method that denoises gives a bound by Monte Carlo (`bound.py`), which is not below the true value.
+
     nll = - 1/U sum_u log p(x_u | the text before it, and the thought)           perplexity = exp(nll)
 
 The thought is that of answering. Only what comes after it counts, so the same tokens are compared whatever the method.
@@ -18,12 +20,15 @@ from torch.nn.functional import cross_entropy
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, refuse
 from innerloop.measure.accuracy import told_of
+from innerloop.measure.bound import row_bounds
 from innerloop.measure.statistics import Z95
+from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.tasks import Task
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Kind, Row
 
+DRAWS = 16  # of each chunk, where its likelihood is a bound
 MOST_NLL = 700.0  # exp of more is no float
 
 
@@ -85,13 +90,16 @@ def likelihood(
     n_unknown, n_left_out, unknown = 0, 0, model.tokenizer.unk_token_id
     limit = model.backbone.context_length or math.inf
     for start in range(0, len(examples), batch_size):
-        found = [_continued(row) for row in method.rows(examples[start : start + batch_size], encoder)]
+        chosen, denoises = examples[start : start + batch_size], isinstance(method, DenoisingMethod)
+        found = [
+            _continued(row)
+            for row in ([method.lay_out(e, encoder, 0) for e in chosen] if denoises else method.rows(chosen, encoder))
+        ]
         rows = [row for row in found if method.n_positions(row) <= limit]
         n_left_out += len(found) - len(rows)
-        for row, logits_UV in zip(rows, model.row_logits(rows) if rows else ()):
+        for row, loss in zip(rows, _losses_of(model, rows, start, batch_size)):
             targets = [i for span in row.spans if span.supervised for i in span.ids]
-            wanted = torch.tensor(targets, device=logits_UV.device)
-            losses.append(cross_entropy(logits_UV.double(), wanted, reduction="sum").item())
+            losses.append(loss)
             counts.append(len(targets))
             n_unknown += 0 if unknown is None else targets.count(unknown)
         progress(len(found))
@@ -104,6 +112,19 @@ def likelihood(
             "diverged: train again with a lower train.learning_rate"
         )
     return measured
+
+
+def _losses_of(model: LatentModel, rows: Sequence[Row], first: int, batch_size: int) -> list[float]:
+    """Return the summed loss of what each row goes on with; the first of them is number ``first``."""
+    if not rows:
+        return []
+    if isinstance(model.method, DenoisingMethod):
+        return [bound.nll for bound in row_bounds(model, rows, DRAWS, 0, batch_size, first=first)]
+    found = []
+    for row, logits_UV in zip(rows, model.row_logits(rows)):
+        wanted = torch.tensor([i for span in row.spans if span.supervised for i in span.ids], device=logits_UV.device)
+        found.append(cross_entropy(logits_UV.double(), wanted, reduction="sum").item())
+    return found
 
 
 def _continued(row: Row) -> Row:

@@ -4,6 +4,8 @@ from importlib import import_module
 
 from innerloop.config.method import LatentMethod, Method
 from innerloop.errors import InputError, nearest
+from innerloop.methods.denoise.dream import Dream
+from innerloop.methods.denoise.llada import Llada
 from innerloop.methods.depth.adainfer import AdaInfer
 from innerloop.methods.depth.loop_regularised import LoopRegularised
 from innerloop.methods.depth.looped import Looped
@@ -46,6 +48,8 @@ _ALL = (
     RecurrentDepth,
     AdaInfer,
     ParScale,
+    Llada,
+    Dream,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
@@ -82,8 +86,10 @@ __all__ = [
     "Coconut",
     "Codi",
     "Cot",
+    "Dream",
     "Icot",
     "LatentMethod",
+    "Llada",
     "LoopRegularised",
     "Looped",
     "Lotus",

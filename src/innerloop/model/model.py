@@ -21,11 +21,12 @@ from innerloop.checks.values import Some
 from innerloop.decoder.adapters import add_markers
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cost import CostMeter
-from innerloop.decoder.token_losses import ALL, AtOnce, HeadInputs, LogitsFn, summed_loss
+from innerloop.decoder.token_losses import ALL, AtOnce, HeadInputs, LogitsFn, summed_loss, token_losses
 from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method
+from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.methods.text.cot import Cot
 from innerloop.model import checkpoint, loading, run_folder
@@ -88,6 +89,8 @@ class LatentCore(RowLayout):
         self.method = method
         self.encoder = PromptEncoder(tokenizer)
         add_markers(backbone, tokenizer, method.markers)
+        if isinstance(method, DenoisingMethod):
+            method.check_mask(self.encoder)
         aux = method.aux
         self.step_decoder = None
         if aux.weight > 0:
@@ -139,7 +142,7 @@ class LatentCore(RowLayout):
                 show = None
             else:
                 show = self.writing(segment, thought)
-                total = summed_loss(show, segment.targets_U, self.loss_chunk)
+                total = self._written_loss(show, segment, measured)
                 terms.add("answer", every_pass_loss(inputs, total) if learns_all and every_pass else total)
             taught = self._teacher_states(segment, terms) or taught
             self._add_loop_terms(terms, inputs, taught)
@@ -151,6 +154,14 @@ class LatentCore(RowLayout):
             context = thought.after
         loss = torch.stack([self.method.term_weights[name] * mean for name, mean in terms.means.items()]).sum()
         return Output(loss, {name: mean.detach() for name, mean in terms.means.items()}, trace, measured)
+
+    def _written_loss(self, show: LogitsFn, batch: Batch, measured: dict[str, Tensor]) -> Tensor:
+        """Return the summed loss of the supervised tokens; where they are weighted, report their plain mean too."""
+        if batch.weights_U is None:
+            return summed_loss(show, batch.targets_U, self.loss_chunk)
+        losses_U = token_losses(show, batch.targets_U, self.loss_chunk)
+        measured["loss_masked"] = losses_U.detach().sum() / max(len(losses_U), 1)
+        return (batch.weights_U * losses_U).sum()
 
     def loss_inputs(self, segment: Batch, thought: Thought) -> LossInputs:
         """Return what the terms of a segment's loss are made of."""
@@ -197,9 +208,12 @@ class LatentCore(RowLayout):
             terms.add("gain", len(segment) * (loop.gain - bound).clamp(min=0).square(), "rows")
 
     @checked
-    def loss(self, examples: Some[Example], stage: int | None = None, trace: bool = False) -> Output:
-        """Return the loss of examples; with ``trace`` also what the loop did, with read-outs."""
-        return self(self.batch(self.rows(examples, stage)), trace=self.new_trace() if trace else None)
+    def loss(self, examples: Some[Example], stage: int | None = None, trace: bool = False, seed: str = "") -> Output:
+        """Return the loss of examples; with ``trace`` also what the loop did, with read-outs.
+
+        ``seed`` fixes what is drawn for them (a mixed stage, what a denoising method hides): give another in each step.
+        """
+        return self(self.batch(self.rows(examples, stage, seed)), trace=self.new_trace() if trace else None)
 
     @checked
     def answer_logits(self, examples: Some[Example], stage: int | None = None) -> list[Tensor]:
@@ -278,7 +292,7 @@ class LatentCore(RowLayout):
             pending, start = [], columns.start
         embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
         follows = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets)
-        states = context.read(embeds, mask, all_states=follows)
+        states = context.read(embeds, mask, all_states=follows, sees=self.method.plan.sees)
         layers = states if follows else (states,)
         if state is None:
             thought.answer, thought.after = layers, context
@@ -363,7 +377,10 @@ class LatentCore(RowLayout):
     def prepared(self, examples: Sequence[Example]) -> list[Example]:
         """Return training examples with what the method must know of them; called once, before training begins."""
         source = self.method.labeller_source
-        return self.method.prepared(examples, None if source is None else self._load_frozen(source))
+        found = self.method.prepared(examples, None if source is None else self._load_frozen(source))
+        if isinstance(self.method, DenoisingMethod):
+            self.method.check_examples(found, self.encoder)
+        return found
 
     # Saving and loading
 

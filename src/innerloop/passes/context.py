@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cache import AnyCache, expect_padding, fork, join_rows, keep_columns, select_rows, window_of
 from innerloop.decoder.cost import CostMeter
+from innerloop.decoder.masks import Sees
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.decoder.token_losses import LogitsFn
 from innerloop.passes.depth_run import DepthRun
@@ -92,6 +93,7 @@ class Context:
         counted_B: Tensor | None = None,
         normed: bool = True,
         weights: Weights | None = None,
+        sees: Sees = "past",
     ):
         """Read new positions in one pass and remember them.
 
@@ -103,6 +105,8 @@ class Context:
             normed: False gives the states before the final norm.
             weights: makes the block that the pass runs in; None: the context's own.
             counted_B: the rows whose cost counts; None: all. A row that has ended rides along without being billed.
+            sees: with ``all`` each new position sees all that has been read, what comes after it too, and windows are
+                lifted; what was read before stays as it was, and must have been read so too where layers have windows.
 
         Returns:
             The final-norm states (B, L, D), or the tuple of all states (see `Backbone.forward`).
@@ -117,13 +121,13 @@ class Context:
             positions_BL = (self.next_position_B[:, None] + mask_BL.cumsum(1) - 1).clamp(min=0)
         if self.meter is not None:
             billed_B = new_B if counted_B is None else counted_B * new_B
-            self.meter.count(self.rows, billed_B, self.next_position_B)
+            self.meter.count(self.rows, billed_B, self.next_position_B, sees)
         self._extend_mask(mask_BL, n_rows, n_new)
         self.next_position_B = self.next_position_B + new_B
         self.length += n_new
         if self.depth is not None:
             return self._read_deep(embeds_BLD, mask_BL, positions_BL, weights or self.weights, counted_B)
-        return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states=all_states, normed=normed)
+        return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states, normed, sees)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Count the time of a block towards a phase, if anything is counted."""
@@ -200,14 +204,18 @@ class Context:
         states, self.cache = self.depth.read(tokens, self.cache, columns, scope, self.rows, weights, keeps_little)
         return states
 
-    def _pass(self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, all_states: bool, normed: bool):
+    def _pass(
+        self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, all_states: bool, normed: bool, sees: Sees
+    ):
         mask: Any = self.mask_BP
-        compiled = None if all_states or not normed else self.backbone.compiled
+        if mask is None and sees == "all":
+            mask = positions_BL.new_ones(len(positions_BL), self.length)
+        compiled = None if all_states or not normed or sees == "all" else self.backbone.compiled
         if compiled is not None and compiled.takes(self.cache, embeds_BLD.shape[1]):
             with weights():
                 return compiled(embeds_BLD, positions_BL, mask, self.cache)
         if mask is not None and not isinstance(self.cache, DepthCache):
-            mask = self.backbone.mask_of(mask, embeds_BLD.shape[1], expect_padding(self.cache), embeds_BLD.dtype)
+            mask = self.backbone.mask_of(mask, embeds_BLD.shape[1], expect_padding(self.cache), embeds_BLD.dtype, sees)
         known = {"mask": mask, "positions_BL": positions_BL, "all_states": all_states, "normed": normed}
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
             with weights():

@@ -8,6 +8,7 @@ from innerloop.tasks.arithmetic import GsmHard, MultiArith, Svamp
 from innerloop.tasks.chain import Chain
 from innerloop.tasks.competition_math import Math
 from innerloop.tasks.gsm8k import Gsm8k
+from innerloop.tasks.latin import Latin
 from innerloop.tasks.plain import Plain
 from innerloop.tasks.prontoqa import ProntoQA
 from innerloop.tasks.prosqa import ProsQA
@@ -23,6 +24,7 @@ __all__ = [
     "Gsm8k",
     "GsmHard",
     "Igsm",
+    "Latin",
     "Math",
     "Mult4x4",
     "Mult5x5",
@@ -40,6 +42,7 @@ __all__ = [
 
 _CLASSES: tuple[type[Task], ...] = (
     Chain,
+    Latin,
     Plain,
     ProsQA,
     ProntoQA,

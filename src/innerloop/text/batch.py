@@ -90,6 +90,8 @@ class Batch:
         depth: how often a pass iterates inside the tokens.
         n_free: how many iterations run first, without a gradient, before what is written alone is learned; None: none,
             and everything is learned.
+        weights_U: what each supervised token counts, where they do not count alike, and ``n_counted``, what their sum
+            is divided by.
         next: what the rows go on with.
     """
 
@@ -115,6 +117,8 @@ class Batch:
     class_B: Tensor | None = None
     depth: int | None = None
     n_free: int | None = None
+    weights_U: Tensor | None = None
+    n_counted: float = 0.0
     next: Batch | None = None
 
     def __len__(self) -> int:
@@ -128,7 +132,9 @@ class Batch:
         segments = list(self.segments())
         target = [segment.aux_K3 for segment in segments if segment.aux_K3 is not None]
         return {
-            "answer": sum(len(segment.targets_U) for segment in segments),
+            "answer": sum(
+                len(segment.targets_U) if segment.weights_U is None else segment.n_counted for segment in segments
+            ),
             "step": sum(segment.n_shown for segment in segments),
             "hid": sum(sites.total for segment in segments for sites in segment.hidden_targets),
             "teacher": 0 if self.teacher is None else len(self.teacher.targets_U),
@@ -283,6 +289,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
     parts = [[[i for span in part for i in span.ids] for part in (row.prefix, row.region, row.suffix)] for row in rows]
     widths = [max(len(row[s]) for row in parts) for s in range(3)]
     ids, mask, predict_at, targets, n_targets = [], [], [], [], []
+    noises = [row.noise for row in rows if row.noise is not None]
     for r, (row, (prefix, region, suffix)) in enumerate(zip(rows, parts)):
         gaps = [w - len(s) for w, s in zip(widths, (prefix, region, suffix))]
         row_mask = (
@@ -290,11 +297,17 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         )
         row_ids = [pad_id] * gaps[0] + prefix + region + [pad_id] * gaps[1] + suffix + [pad_id] * gaps[2]
         real = [column for column, m in enumerate(row_mask) if m]
-        supervised = [k for k, label in enumerate(row.labels()) if label != IGNORE]
-        if supervised and supervised[0] == 0:
+        supervised, back = [k for k, label in enumerate(row.labels()) if label != IGNORE], 1
+        noise = row.noise
+        if noise is not None:
+            supervised, back = list(noise.hidden), int(noise.shift)
+        if supervised and supervised[0] < back:
             raise InputError("the first token of a row cannot be supervised: nothing comes before it")
-        predict_at += [r * sum(widths) + real[k - 1] for k in supervised]
+        predict_at += [r * sum(widths) + real[k - back] for k in supervised]
         targets += [row_ids[real[k]] for k in supervised]
+        if noise is not None:
+            for k in supervised:
+                row_ids[real[k]] = noise.mask_id
         n_targets.append(len(supervised))
         ids.append(row_ids)
         mask.append(row_mask)
@@ -316,5 +329,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         fixed_BN=torch.tensor(fixed) if any(map(any, fixed)) else None,
         depth=rows[0].depth if rows else None,
         n_free=next((row.n_free for row in rows if row.n_free is not None), None),
+        weights_U=torch.tensor([w for noise in noises for w in noise.weights]) if noises else None,
+        n_counted=sum(noise.n_counted for noise in noises),
         is_padded=(*(any(len(row[s]) < width for row in parts) for s, width in enumerate(widths)),),
     )

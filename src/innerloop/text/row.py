@@ -17,6 +17,7 @@ from enum import StrEnum
 IGNORE = -100
 BOT, LAT, EOT = "<bot>", "<lat>", "<eot>"
 BOL, EOL = "<bol>", "<eol>"
+MASK = "<|mask|>"
 ANSWER_PASS = 0
 """The number of the pass that reads what the loop left pending, and the suffix; iterations count from 1."""
 FED = -1
@@ -80,6 +81,25 @@ class AuxTarget:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Which tokens of a row are hidden behind masks, and what each counts in the loss: they alone are learned.
+
+    Attributes:
+        hidden: their positions, rising.
+        weights: what the loss of each counts.
+        mask_id: what is read in their place.
+        shift: the position before a token predicts it, as in a decoder; otherwise its own.
+        n_counted: what the row adds to the number that the loss of the global batch is divided by.
+    """
+
+    hidden: tuple[int, ...]
+    weights: tuple[float, ...]
+    mask_id: int
+    shift: bool
+    n_counted: float
+
+
+@dataclass(frozen=True)
 class ShownBlock:
     """The step that some latents show: in pass ``iteration`` at ``n`` positions, the first of them ``first``.
 
@@ -129,7 +149,7 @@ class Row:
     ``n_unread`` tokens of steps are shown nowhere for lack of latents, and still counted in the mean over shown ones.
     ``teacher`` is the row that a teacher reads, whose states ``hidden_targets`` speak of. ``answer_class`` is the class
     that a classifier must answer. ``n_free`` iterations run first, without a gradient; None: none, and all targets are
-    learned.
+    learned. ``noise`` hides tokens of a row that is denoised.
     """
 
     prefix: list[Span]
@@ -144,6 +164,7 @@ class Row:
     hidden_targets: list[HiddenTarget] = field(default_factory=list)
     aux_targets: list[AuxTarget] = field(default_factory=list)
     answer_class: int = -1
+    noise: Noise | None = None
     next: Row | None = None
     n_free: int | None = None
 

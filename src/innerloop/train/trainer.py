@@ -242,7 +242,7 @@ class LatentTrainer(ResumableTrainer):
             logs |= self._means()
             if self.model.method.last_stage:
                 logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
-            self._check_health(logs["loss_answer"])
+            self._check_health(logs.get("loss_masked", logs["loss_answer"]))
         super().log(logs, start_time)
 
     def _means(self) -> dict[str, float]:

@@ -1,0 +1,206 @@
+"""Denoising in the engine: canvases are rows of one batch, join and leave between passes, and share each pass.
+
+Each canvas is at its own step. A pass reads all of them whole and predicts the places that each asks for; what a canvas
+keeps of that it decides by itself (`Canvas.commit`). A canvas whose text can change no more leaves, and a question that
+waits takes its place.
+
+Shapes: `R` canvases, `G` tokens of each, `A` places that are asked for, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from innerloop.engine.decoding import choose, without
+from innerloop.engine.engine import Engine
+from innerloop.engine.generation import finish
+from innerloop.engine.options import EngineOptions
+from innerloop.engine.requests import Request
+from innerloop.errors import InputError, refuse
+from innerloop.methods.denoise.canvas import ALIKE, Canvas
+from innerloop.methods.denoise.method import DenoisingMethod
+from innerloop.methods.denoise.settings import SamplerSettings
+from innerloop.model.model import LatentCore
+from innerloop.passes.canvas import Prompts, predict
+from innerloop.text.row import Row
+
+
+class CanvasEngine(Engine):
+    """Fills canvases, one for each sample of a question."""
+
+    def __init__(self, model: LatentCore, options: EngineOptions):
+        method = model.method if options.loops is None else model.method.with_loops(options.loops)
+        assert isinstance(method, DenoisingMethod)
+        refuse(
+            (options.beams > 1, f"'{method.name}' fills canvases and follows no beams: take samples, or one beam"),
+            (
+                options.starts > 1,
+                f"'{method.name}' has no latents that could begin elsewhere: take samples, or one start",
+            ),
+            (
+                options.likelihoods,
+                f"what '{method.name}' fills in has no likelihood that is known exactly: leave likelihoods out",
+            ),
+        )
+        self.method, self.live = method, list[tuple[Request, Canvas]]()
+        self.mask_id = method.mask_id(model.encoder)
+        super().__init__(model, options)
+        ends = torch.tensor([model.encoder.eos_id], device=model.device)
+        self.never = torch.cat([self.suppressed, ends]) if method.sampler.eos == "never" else self.suppressed
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.live = []
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether any canvas is not full."""
+        return bool(self.waiting or self.live)
+
+    def _budget(self, row: Row) -> int:
+        """Return how many tokens of a row's canvas are told; what is longer is cut."""
+        room, n = self.model.backbone.context_length, len(row) + self.method.gen_length
+        if room is not None and n > room:
+            raise InputError(
+                f"a question takes {len(row)} positions and its canvas {self.method.gen_length}, but the model reads "
+                f"at most {room}: shorten the question"
+            )
+        return min(self.options.max_new_tokens, self.method.gen_length)
+
+    def most_positions(self, row: Row, budget: int) -> int:
+        """Return how many positions a row occupies."""
+        return (len(row) + self.method.gen_length) * (2 if self.method.sampler.guidance > 0 else 1)
+
+    def _read(self) -> list[Request]:
+        return [request for request, _ in self.live]
+
+    def _drop(self) -> None:
+        super()._drop()
+        self.live = []
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """Let canvases in if there is room, then make one pass over all of them."""
+        self.mark = time.perf_counter()
+        joining = self._next(self.batch_size - len(self.live)) if len(self.live) < self.batch_size else []
+        if joining:
+            self.prefill.slots.take(joining)
+            self.live += [(request, self._canvas(request)) for request in joining]
+        requests, canvases = [request for request, _ in self.live], [canvas for _, canvas in self.live]
+        if not requests:
+            return
+        self._fill_in(requests, canvases)
+        share = (time.perf_counter() - self.mark) / len(requests)
+        done = [i for i, canvas in enumerate(canvases) if canvas.is_done]
+        for request in requests:
+            request.waited += share
+        for i in done:
+            _settle(requests[i], canvases[i].written(), self.model.encoder.eos_id)
+        if done:
+            found = finish(self.model, [requests[i] for i in done], self.prefill.slots.meter)
+            for i, generation in zip(done, found):
+                generation.cost.loops = canvases[i].n_passes
+            self.live = [pair for pair in self.live if not pair[1].is_done]
+            self._answer([requests[i] for i in done], found)
+
+    def _canvas(self, request: Request) -> Canvas:
+        seed = [self.options.seed, *request.draw]
+        return Canvas(self.method.sampler, self.method.gen_length, self.mask_id, self.model.encoder.eos_id, seed)
+
+    def _fill_in(self, requests: Sequence[Request], canvases: Sequence[Canvas]) -> None:
+        """Make one pass, and let each canvas keep of it what it will."""
+        model, sampler = self.model, self.method.sampler
+        asked = [canvas.asked() for canvas in canvases]
+        rows = np.repeat(np.arange(len(asked)), [len(places) for places in asked])
+        places, drawn = np.concatenate(asked), np.stack([canvas.drawn() for canvas in canvases])
+        at_A = [torch.from_numpy(a).to(model.device) for a in (rows, places)]
+        tokens_RG = torch.from_numpy(np.stack([canvas.tokens_G for canvas in canvases])).to(model.device)
+        slots = self.prefill.slots
+        slots_R, counts_R = slots.of(requests), torch.tensor([len(one) for one in asked], device=model.device)
+        slots.meter.count_logits(slots_R, counts_R)
+        guidance = (sampler.guidance, self.mask_id)
+        prompts = self._prompts(requests)
+        logits_AV = predict(
+            model.backbone, prompts, tokens_RG, (at_A[0], at_A[1]), self.method.shift, guidance, slots.meter, slots_R
+        )
+        numbers = torch.from_numpy(drawn[rows, :, places]).to(model.device)
+        logits_AV = without(logits_AV, self.never)
+        tokens_A, scores_A = propose(logits_AV, sampler, self.options.temperature, numbers[:, 0], numbers[:, 2])
+        found, scores, start = tokens_A.cpu().numpy(), scores_A.cpu().numpy(), 0
+        for canvas, own in zip(canvases, asked):
+            part, start = slice(start, start + len(own)), start + len(own)
+            canvas.commit(found[part], scores[part])
+
+    def _prompts(self, requests: Sequence[Request]) -> Prompts:
+        """Return the questions of requests, padded before."""
+        ids = [request.row.ids() for request in requests]
+        width, pad, device = max(map(len, ids)), self.model.encoder.pad_id, self.model.device
+        mask = [[0] * (width - len(one)) + [1] * len(one) for one in ids]
+        padded = torch.tensor([[pad] * (width - len(one)) + one for one in ids], device=device)
+        is_padded = any(len(one) < width for one in ids)
+        return Prompts(padded, torch.tensor(mask, device=device) if is_padded else None)
+
+
+def propose(
+    logits_AV: Tensor, sampler: SamplerSettings, temperature: float, drawn_A: Tensor, ties_A: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what is predicted for each place (A,), and the score by which it is ranked (A,).
+
+    Args:
+        logits_AV: of tokens that may be written.
+        sampler: how canvases are filled.
+        temperature: 0 takes the likeliest token, above it one is drawn.
+        drawn_A: the numbers in [0, 1) that draw tokens.
+        ties_A: the numbers in [0, 1) that choose among tokens that are equally likely.
+    """
+    plain_AV = logits_AV
+    if temperature > 0 and sampler.is_tempered:
+        logits_AV, temperature = logits_AV / temperature, 1.0
+    if sampler.top_p < 1:
+        logits_AV = nucleus(logits_AV, sampler.top_p, temperature or 1.0)
+    if temperature > 0:
+        tokens_A = choose(logits_AV, logits_AV.new_zeros(0, dtype=torch.long), temperature, drawn_A)
+    else:
+        tokens_A = likeliest(logits_AV, ties_A if sampler.ties == "random" else None)
+    return tokens_A, scores_of(sampler.commit, logits_AV if sampler.is_tempered else plain_AV, tokens_A)
+
+
+def nucleus(logits_AV: Tensor, top_p: float, temperature: float) -> Tensor:
+    """Return logits without the tokens beyond a share of the probability; the one that crosses it stays."""
+    shares_AV, order_AV = (logits_AV.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    is_beyond_AV = shares_AV.cumsum(-1) - shares_AV >= top_p
+    return logits_AV.masked_fill(torch.empty_like(is_beyond_AV).scatter(1, order_AV, is_beyond_AV), -torch.inf)
+
+
+def likeliest(logits_AV: Tensor, ties_A: Tensor | None) -> Tensor:
+    """Return the likeliest token of each place: of several the lowest, or the one that a number in [0, 1) points at."""
+    best_A1 = logits_AV.max(-1, keepdim=True).values
+    if ties_A is None:
+        return logits_AV.argmax(-1)
+    is_best_AV = logits_AV >= best_A1 - 10.0**-ALIKE
+    n_A = is_best_AV.sum(-1)
+    which_A = (ties_A * n_A).long().clamp(max=n_A - 1)
+    return (is_best_AV.cumsum(-1) == which_A[:, None] + 1).long().argmax(-1)
+
+
+def scores_of(commit: str, logits_AV: Tensor, tokens_A: Tensor) -> Tensor:
+    """Return by what each predicted token is ranked (A,): its probability, its lead, or minus the entropy."""
+    log_probs_AV = logits_AV.double().log_softmax(-1)
+    if commit == "entropy":
+        return -torch.special.entr(log_probs_AV.exp()).sum(-1)
+    if commit == "margin":
+        best_A2 = log_probs_AV.topk(2).values.exp()
+        return best_A2[:, 0] - best_A2[:, 1]
+    return log_probs_AV.gather(1, tokens_A[:, None])[:, 0].exp()
+
+
+def _settle(request: Request, ids: Sequence[int], eos: int) -> None:
+    """Give a request its text, and the time of all its passes, evenly over the tokens."""
+    ids, seconds = ids[: request.budget], request.waited
+    request.waited, n = 0.0, max(len(ids), 1)
+    request.take(ids, [seconds / n] * len(ids), eos, 1)

@@ -1,0 +1,122 @@
+"""How likely an answer is to a denoising method: a bound by Monte Carlo (llada.md, section 4).
+
+    - log p(answer | question) <= E[ L / l sum over l hidden tokens of CE ],  l uniform in 1..L
+
+The numbers of hidden tokens are spread over 1..L, each exactly as often as any other; which tokens they are is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from innerloop.engine.latent_model import LatentModel
+from innerloop.errors import refuse
+from innerloop.methods.denoise.method import DenoisingMethod
+from innerloop.text.examples import Example
+from innerloop.text.row import IGNORE, Noise, Row
+
+Rounding = Literal["uniform", "authors"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What draws of a bound gave, in nats for all tokens of an answer.
+
+    ``error`` is the standard error of the mean as if draws were independent; their numbers of hidden tokens are spread
+    evenly, so it is rather too large. It is NaN for a single draw.
+    """
+
+    draws: tuple[float, ...]
+    n_tokens: int
+
+    @property
+    def nll(self) -> float:
+        """The mean."""
+        return sum(self.draws) / len(self.draws)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        n = len(self.draws)
+        if n == 1:
+            return math.nan
+        return math.sqrt(sum((draw - self.nll) ** 2 for draw in self.draws) / (n - 1) / n)
+
+
+def hidden_counts(n_tokens: int, n_draws: int, first: int, rounding: Rounding = "uniform") -> list[int]:
+    """Return how many tokens each draw hides, from ``first`` on; ``authors`` rounds halves to even, and is biased."""
+    if rounding == "authors":
+        return [(round(first + i * n_tokens / n_draws) - 1) % n_tokens + 1 for i in range(n_draws)]
+    return [1 + (first - 1 + i * n_tokens // n_draws) % n_tokens for i in range(n_draws)]
+
+
+def bounds(
+    model: LatentModel,
+    examples: Sequence[Example],
+    n_draws: int = 128,
+    seed: int = 0,
+    batch_size: int = 64,
+    rounding: Rounding = "uniform",
+) -> list[Bound]:
+    """Return the bound of each example's answer, ends of sequence that fill it up among its tokens.
+
+    Args:
+        model: a model that denoises.
+        examples: questions with answers.
+        n_draws: draws of each; one is exact for an answer of one token.
+        seed: of the draws, which depend on it and the example's place alone.
+        batch_size: draws in one pass.
+        rounding: ``authors`` gives the numbers that LLaDA's published code gives.
+
+    Raises:
+        InputError: the method does not denoise, or n_draws or batch_size is below 1.
+    """
+    method = model.method
+    refuse((not isinstance(method, DenoisingMethod), f"'{method.name}' does not denoise, so its likelihood is exact"))
+    assert isinstance(method, DenoisingMethod)
+    return row_bounds(
+        model, [method.fitting(example, model.encoder) for example in examples], n_draws, seed, batch_size, rounding
+    )
+
+
+def row_bounds(
+    model: LatentModel,
+    rows: Sequence[Row],
+    n_draws: int = 128,
+    seed: int = 0,
+    batch_size: int = 64,
+    rounding: Rounding = "uniform",
+    first: int = 0,
+) -> list[Bound]:
+    """Return the bound of what is supervised in each laid-out row, the first of which is number ``first``."""
+    method = model.method
+    assert isinstance(method, DenoisingMethod)
+    refuse(
+        (n_draws < 1, f"n_draws is {n_draws}, but must be at least 1"),
+        (batch_size < 1, f"batch_size is {batch_size}, but must be at least 1"),
+    )
+    mask_id, drawn, n_tokens = method.mask_id(model.encoder), list[Row](), list[int]()
+    for i, row in enumerate(rows):
+        may = [k for k, label in enumerate(row.labels()) if label != IGNORE]
+        rng = random.Random(f"bound/{seed}/{first + i}")
+        for n_hidden in hidden_counts(len(may), n_draws, rng.randint(1, len(may)), rounding):
+            hidden = tuple(sorted(rng.sample(may, n_hidden)))
+            weights = (len(may) / n_hidden,) * n_hidden
+            drawn.append(replace(row, noise=Noise(hidden, weights, mask_id, method.shift, 1)))
+        n_tokens.append(len(may))
+    found: list[float] = []
+    for start in range(0, len(drawn), batch_size):
+        part = drawn[start : start + batch_size]
+        for row, logits_UV in zip(part, model.row_logits(part)):
+            assert row.noise is not None
+            ids = row.ids()
+            wanted = torch.tensor([ids[k] for k in row.noise.hidden], device=logits_UV.device)
+            found.append(cross_entropy(logits_UV.double(), wanted, reduction="sum").item() * row.noise.weights[0])
+    return [Bound(tuple(found[i * n_draws : (i + 1) * n_draws]), n) for i, n in enumerate(n_tokens)]

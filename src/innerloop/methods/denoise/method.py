@@ -1,0 +1,124 @@
+"""What a denoising method is: an answer of fixed length is refined as a whole, by passes that see all of it.
+
+It begins as masks. The loop's state is a canvas of tokens, f is a pass that sees all of the row, and what an iteration
+does with its output is a commit (`canvas.py`). Answers end in an end of sequence and are filled up with more of them,
+which is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Self
+
+from innerloop.config.method import Method
+from innerloop.config.plan import Plan
+from innerloop.errors import InputError, refuse
+from innerloop.methods.denoise.noise import hide, times
+from innerloop.methods.denoise.settings import NoiseSettings, SamplerSettings
+from innerloop.text.encoder import PromptEncoder
+from innerloop.text.examples import Example
+from innerloop.text.row import MASK, Kind, Row, Span
+
+
+class DenoisingMethod(Method):
+    """A method that fills a canvas of masks."""
+
+    family: ClassVar[str] = "denoise"
+
+    gen_length: int = 64
+    shift: bool = False
+    write_steps: bool = True
+    mask_token: str = MASK
+    noise: NoiseSettings = NoiseSettings()
+    sampler: SamplerSettings = SamplerSettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sampler.check(self.gen_length)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Examples without steps are written as they are."""
+        return False
+
+    @property
+    def plan(self) -> Plan:
+        """Every token of a row sees every other."""
+        return Plan(sees="all")
+
+    # Layout
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The mask, which is never written."""
+        return (self.mask_token,)
+
+    def check_mask(self, encoder: PromptEncoder) -> None:
+        """Refuse a mask that means something else already."""
+        tokenizer, mask_id = encoder.tokenizer, self.mask_id(encoder)
+        for what, i in (("padding", tokenizer.pad_token_id), ("end-of-sequence", encoder.eos_id)):
+            refuse(
+                (
+                    mask_id == i,
+                    f"mask_token is '{self.mask_token}', which is the tokenizer's {what} token: choose another, such "
+                    f"as {MASK}, which is added where it is missing",
+                )
+            )
+
+    def mask_id(self, encoder: PromptEncoder) -> int:
+        """Return the id of the mask."""
+        return encoder.marker(self.mask_token).ids[0]
+
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int = 0) -> Row:
+        """Return ``[Q] | | ([T_1]..[T_m])[### A][eos][eos]..``, so many ends that the answer has ``gen_length`` tokens.
+
+        An answer that is longer is laid out whole, and refused where it would be learned. Running text is as long as it
+        is, and all of it but its first token may be hidden.
+        """
+        row = self.prompt(example.question, encoder, stage)
+        row.suffix = [*(encoder.steps(example) if self.write_steps else ()), encoder.answer(example.answer)]
+        n = sum(len(span.ids) for span in row.suffix)
+        if not encoder.running_text and n < self.gen_length:
+            row.suffix.append(Span((encoder.eos_id,) * (self.gen_length - n), Kind.ANSWER, supervised=True))
+        return row
+
+    def check_examples(self, examples: Sequence[Example], encoder: PromptEncoder) -> None:
+        """Refuse answers that are longer than the canvas."""
+        for example in examples:
+            self.fitting(example, encoder)
+
+    def fitting(self, example: Example, encoder: PromptEncoder) -> Row:
+        """Lay out an example whose answer fits into the canvas.
+
+        Raises:
+            InputError: it is longer.
+        """
+        row = self.lay_out(example, encoder)
+        n = len(row) - row.region_start
+        if not encoder.running_text and n > self.gen_length:
+            raise InputError(
+                f"example '{example.id}' has an answer of {n} tokens, but the canvas has gen_length={self.gen_length}: "
+                f"raise it to {n} or more, or leave the example out"
+            )
+        return row
+
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int = 0) -> Row:
+        """Return ``[Q]``."""
+        return Row([encoder.question(question)])
+
+    def rows(
+        self, examples: Sequence[Example], encoder: PromptEncoder, stage: int | None = None, seed: str = ""
+    ) -> list[Row]:
+        """Lay out examples with tokens hidden; without a seed, by always the same draws."""
+        mask_id, found = self.mask_id(encoder), []
+        for i, (example, t) in enumerate(zip(examples, times(max(len(examples), 1), seed))):
+            row = self.fitting(example, encoder)
+            found.append(hide(row, t, self.noise, mask_id, self.shift, f"{seed}/{i}"))
+        return found
+
+    # The loop
+
+    def with_loops(self, loops: int) -> Self:
+        """Return the method with another number of passes over a canvas."""
+        return replace(self, sampler=replace(self.sampler, steps=loops))  # type: ignore[call-arg]

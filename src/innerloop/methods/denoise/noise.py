@@ -1,0 +1,57 @@
+"""What is hidden of a row while training, and what each hidden token counts (llada.md, sections 2 to 4; dream.md, 3).
+
+t ~ U(0, 1) for each row, spread evenly over a batch; a token that may be hidden is hidden with p = (1 - least) t +
+least. Draws depend on the batch's seed and the row's place alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from innerloop.methods.denoise.settings import NoiseSettings
+from innerloop.text.row import IGNORE, Noise, Row
+
+
+def times(n: int, seed: str) -> list[float]:
+    """Return t of each of ``n`` rows: (u + b / n) mod 1, u drawn for the batch."""
+    u = random.Random(f"time/{seed}").random()
+    return [(u + b / n) % 1 for b in range(n)]
+
+
+def hide(row: Row, t: float, settings: NoiseSettings, mask_id: int, shift: bool, seed: str) -> Row:
+    """Return a row of which tokens are hidden: each supervised one with the probability of time ``t``."""
+    may = [k for k, label in enumerate(row.labels()) if label != IGNORE]
+    rng, p = random.Random(f"hide/{seed}"), (1 - settings.least) * t + settings.least
+    hidden = [k for k in may if rng.random() < p]
+    scale = 1 / max(len(may), 1) if settings.norm == "sequence" else 1.0
+    weights = [scale * weight for weight in weights_of(hidden, len(row), t, p, settings)]
+    n_counted = {"sequence": 1, "token": len(may), "batch": 1, "masked": len(hidden)}[settings.norm]
+    return replace(row, noise=Noise(tuple(hidden), tuple(weights), mask_id, shift, n_counted))
+
+
+def weights_of(hidden: Sequence[int], length: int, t: float, p: float, settings: NoiseSettings) -> list[float]:
+    """Return what each hidden token of a row counts, before normalising."""
+    match settings.weight:
+        case "1/t":
+            return [1 / max(p, 1e-12)] * len(hidden)
+        case "linear":
+            return [1 - t] * len(hidden)
+        case "uniform":
+            return [1.0] * len(hidden)
+    clean = np.ones(length)
+    clean[list(hidden)] = 0.0
+    return (_nearness(length, settings.cart_q) @ clean)[list(hidden)].tolist()
+
+
+@cache
+def _nearness(length: int, q: float) -> np.ndarray:
+    """Return how much a clean token counts for another (L, L): q (1 - q)^(|n - i| - 1) / 2, 0 for itself."""
+    apart = np.abs(np.arange(length)[:, None] - np.arange(length))
+    near = 0.5 * q * (1.0 - q) ** np.maximum(apart - 1, 0)
+    np.fill_diagonal(near, 0.0)
+    return near

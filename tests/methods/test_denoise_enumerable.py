@@ -1,0 +1,137 @@
+"""What samplers do to a denoiser that is known exactly: the tables of llada.md, 7b, and remdm.md, 7b."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from innerloop import Dream
+from innerloop.engine.canvases import propose
+from innerloop.methods.denoise.settings import SamplerSettings
+from tests.methods.enumerable import SQUARES, VALID, fill, is_valid, marginals
+
+RANDOM, BEST = {"commit": "random"}, {}
+FEW, MANY = 100, 400
+
+
+def within(share, n, expected):
+    """Whether a share of ``n`` draws is that of an expectation, itself of 400 draws, within three standard errors."""
+    spread = max(expected * (1 - expected), 0.01)
+    return abs(share - expected) <= 3 * math.sqrt(spread / n + spread / MANY)
+
+
+def valid(sampler, n, **options):
+    return np.mean([is_valid(canvas) for canvas in fill(SamplerSettings(**sampler), n, **options)])
+
+
+@pytest.mark.parametrize(
+    "sampler, expected",
+    [
+        ({"steps": 1}, 0.0),
+        ({**RANDOM, "steps": 4}, 0.19),
+        ({"steps": 4}, 0.25),
+        ({**RANDOM, "steps": 8}, 0.61),
+        ({"steps": 8}, 0.39),
+        ({"steps": 8, "ties": "lowest"}, 0.10),
+        ({**RANDOM, "steps": 16}, 1.0),
+        ({"steps": 16}, 1.0),
+    ],
+)
+def test_validity_from_a_free_canvas(sampler, expected):
+    assert within(valid(sampler, FEW), FEW, expected)
+
+
+@pytest.mark.parametrize(
+    "steps, random, best",
+    [(2, 0.37, 0.53), (3, 0.59, 0.42), (4, 0.72, 0.82), (6, 0.86, 0.60), (12, 1.0, 1.0)],
+)
+def test_validity_with_four_clues_is_not_monotone_in_the_passes(steps, random, best):
+    options = {"n": FEW, "temperature": 0.0, "clues": 4}
+    for rule, expected in ((RANDOM, random), (BEST, best)):
+        assert within(valid({**rule, "steps": steps}, **options), FEW, expected)
+
+
+def test_the_rule_for_ties_is_a_first_order_effect():
+    found = {ties: valid({"steps": 6, "ties": ties}, FEW, temperature=0.0, clues=4) for ties in ("random", "lowest")}
+    assert found["lowest"] < found["random"] - 0.25
+
+
+def test_noise_is_mended_by_confidence_where_one_token_is_committed_at_a_time():
+    assert within(valid(RANDOM, FEW, noise=0.05), FEW, 0.31)
+    assert within(valid(BEST, FEW, noise=0.05), FEW, 0.96)
+
+
+def test_a_threshold_gives_valid_squares_alone_in_fewer_passes():
+    found = fill(SamplerSettings(commit="threshold", threshold=0.9), FEW, temperature=0.0, clues=4)
+    assert all(map(is_valid, found))
+    assert np.mean([canvas.n_passes for canvas in found]) <= 8.5  # of 12
+
+
+@pytest.mark.slow  # a chi-square over 576 classes
+def test_one_token_a_pass_in_random_order_draws_from_the_exact_distribution():
+    n = 576 * 8
+    counts = dict.fromkeys(VALID, 0)
+    for canvas in fill(SamplerSettings(**RANDOM), n):
+        counts[tuple(canvas.tokens_G.tolist())] += 1
+    statistic = sum((k - n / 576) ** 2 / (n / 576) for k in counts.values())
+    assert abs(statistic - 575) < 4 * math.sqrt(2 * 575)
+
+
+@pytest.mark.slow
+def test_confidence_narrows_what_is_drawn():
+    distinct = [
+        len({tuple(c.tokens_G.tolist()) for c in fill(SamplerSettings(**rule), 1000)}) for rule in (RANDOM, BEST)
+    ]
+    assert distinct[0] == pytest.approx(478, abs=20) and distinct[1] < distinct[0] - 100
+    assert len(SQUARES) == 576
+
+
+MDLM = {"cap": 0.0}
+CAP, RESCALE = {"cap": 0.04}, {"cap": 1.0, "rescale": 0.2}
+LOOP, LOOP_BY_CONFIDENCE = ({"cap": 0.1, "when": "loop"}, {"cap": 0.1, "when": "loop", "confidence": "mean"})
+GENTLE = {**LOOP_BY_CONFIDENCE, "cap": 0.05}
+TABLE = {
+    16: (0.195, 0.252, 0.207, 0.228, 0.235, 0.225),
+    64: (0.327, 0.395, 0.435, 0.493, 0.527, 0.630),
+    256: (0.278, 0.468, 0.475, 0.533, 0.558, 0.738),
+}
+
+
+@pytest.mark.parametrize("steps", [16, 64, pytest.param(256, marks=pytest.mark.slow)])
+def test_masking_again_mends_what_a_noisy_denoiser_errs_in(steps):
+    n = {16: 100, 64: 50, 256: 150}[steps]
+    rules = (MDLM, CAP, RESCALE, LOOP, LOOP_BY_CONFIDENCE, GENTLE)
+    chosen = range(6) if steps < 256 else (0, 1, 5)
+    found = {i: valid({"commit": "remdm", "steps": steps, "remask": rules[i]}, n, noise=0.05) for i in chosen}
+    for i, share in found.items():
+        assert within(share, n, TABLE[steps][i]), (rules[i], share)
+    if steps == 256:
+        assert found[0] < found[1] < found[5]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_the_bound_is_the_likelihood_where_conditionals_agree_and_above_it_where_not(noise):
+    """Card 9, 4."""
+    rng, draws = np.random.default_rng(0), []
+    for i in range(1500):
+        square, n = SQUARES[rng.integers(576)] + 1, i % 16 + 1
+        hidden = rng.choice(16, n, replace=False)
+        tokens = square.copy()
+        tokens[hidden] = 0
+        shares = marginals(tokens[None], noise)[0, hidden, square[hidden] - 2]
+        draws.append(16 / n * -np.log(shares).sum())
+    mean, error = np.mean(draws), np.std(draws) / math.sqrt(len(draws))
+    assert abs(mean - math.log(576)) <= 3 * error if noise == 0 else mean > math.log(576) + 3 * error
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
+    """Card 9, 11: a chi-square over five tokens, the next to impossible ones apart; towards 0 it is the likeliest."""
+    n, logits = 4000, torch.tensor([1.0, 0.0, -1.0, 0.5, 0.2])
+    drawn = torch.from_numpy(np.random.default_rng(1).random(n))
+    for sampler in (SamplerSettings(), Dream().sampler):
+        tokens, _ = propose(logits.expand(n, -1), sampler, temperature, drawn, drawn)
+        expected = n * (logits / temperature).softmax(-1)
+        assert ((torch.bincount(tokens, minlength=5) - expected) ** 2 / expected).sum() < 18.5  # p = .001
+        assert set(propose(logits.expand(n, -1), sampler, 1e-3, drawn, drawn)[0].tolist()) == {0}
