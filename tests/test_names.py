@@ -12,7 +12,7 @@ from innerloop.errors import InputError
 from innerloop.experiments.grid import trial_folder
 from innerloop.experiments.suite import load_suite, parse_suite
 from innerloop.experiments.summary import terminal_table
-from innerloop.model import checkpoint
+from innerloop.model import run_folder
 from innerloop.terminal.plain import plain_console
 from innerloop.terminal.progress import bar
 from innerloop.text.examples import read_examples, write_examples
@@ -47,7 +47,7 @@ def test_every_other_name_is_taken_as_it_is(name: str):
         read_recipe,
         read_examples,
         lambda path: write_examples([], path),
-        checkpoint.resolve,
+        run_folder.resolve,
     ],
     ids=["folder", "suite", "recipe", "data", "written", "model"],
 )

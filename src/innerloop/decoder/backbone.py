@@ -27,10 +27,10 @@ from innerloop.decoder.anatomy import (
     text_config,
 )
 from innerloop.decoder.cache import new_cache
+from innerloop.decoder.columns import count_real_columns, counts_columns, has_alibi
 from innerloop.decoder.compiled import CompiledPasses
 from innerloop.decoder.fused_loss import fused_loss
 from innerloop.decoder.masks import Sees, grouped_queries, kinds_of, visible
-from innerloop.decoder.real_columns import count_real_columns, counts_columns, has_alibi
 from innerloop.decoder.surrogates import (
     fuse_activations,
     keyless,

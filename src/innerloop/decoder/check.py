@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from innerloop.decoder.anatomy import head_dim_of
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cache import AnyCache, expect_padding, fork, join_rows, keep_columns, select_rows
+from innerloop.decoder.columns import counts_columns
 from innerloop.decoder.kv_buffer import BufferedLayer
 from innerloop.decoder.masks import Sees
-from innerloop.decoder.real_columns import counts_columns
 from innerloop.errors import InputError
 
 FULL, HALF = (

@@ -24,9 +24,9 @@ from transformers.cache_utils import DynamicLayer
 
 from innerloop.decoder.anatomy import decoder_of, text_config
 from innerloop.decoder.cache import AnyCache
+from innerloop.decoder.columns import counts_columns
 from innerloop.decoder.kv_buffer import FullLayer, KvBuffer
 from innerloop.decoder.masks import kinds_of, visible, window_of
-from innerloop.decoder.real_columns import counts_columns
 from innerloop.phases import phase
 
 MOST_COLUMNS = 64

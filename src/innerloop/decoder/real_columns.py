@@ -17,7 +17,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
 
-def count_real_columns(lm: PreTrainedModel) -> None:
+def mend(lm: PreTrainedModel) -> None:
     """Let a model's attention count real columns alone, where it is of a family that counts all."""
     for module in lm.modules():
         if type(module) is MptAttention:
@@ -28,16 +28,6 @@ def count_real_columns(lm: PreTrainedModel) -> None:
             module.bias.copy_(torch.ones_like(module.bias).tril())
 
 
-def has_alibi(decoder: nn.Module) -> bool:
-    """Tell whether a decoder counts in the mask of columns how far back a key lies (BLOOM, some Falcons)."""
-    return hasattr(decoder, "build_alibi_tensor") or bool(getattr(decoder, "use_alibi", False))
-
-
-def counts_columns(decoder: nn.Module) -> bool:
-    """Tell whether attention counts columns to know how far back a key lies, whatever positions it is given."""
-    return has_alibi(decoder) or any(isinstance(part, (AlibiAttention, LocalAttention)) for part in decoder.modules())
-
-
 def n_from(seen_BQK: Tensor) -> Tensor:
     """Return how many of the keys that a query sees lie at or behind each key (..., Q, K)."""
     return seen_BQK.flip(-1).cumsum(-1).flip(-1)
@@ -46,6 +36,7 @@ def n_from(seen_BQK: Tensor) -> Tensor:
 class LocalAttention(GPTNeoSelfAttention):
     """GPT-Neo's local attention, whose window is so many real columns long."""
 
+    counts_columns = True
     window: int
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -57,6 +48,8 @@ class LocalAttention(GPTNeoSelfAttention):
 
 class AlibiAttention(MptAttention):
     """MPT's attention, biased by the number of real columns between a query and a key."""
+
+    counts_columns = True
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor, past_key_values: Any = None, **_: Any
