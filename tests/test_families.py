@@ -203,3 +203,14 @@ def test_compiled_passes_of_a_family_write_what_others_write(family):
     model.backbone.compile_passes("eager")
     assert [one.ids for one in model.generate(asked, max_new_tokens=6)] == [one.ids for one in plain]
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == (family not in ALIBI)
+
+
+@pytest.mark.parametrize(("start", "most"), [(16, 16), (64, 64), (None, 64)])
+def test_rows_end_where_a_long_one_would_turn_the_positions_of_the_others(start, most):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": start}
+    scaling = (
+        {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+        if start
+        else {"rope_type": "default", "rope_theta": 1e4}
+    )
+    assert tiny_backbone("llama", max_position_embeddings=64, rope_parameters=scaling).context_length == most

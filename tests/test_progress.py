@@ -97,3 +97,9 @@ def test_listeners_hear_of_phases_until_they_leave():
     with phase("two"):
         pass
     assert heard == ["one"]
+
+
+def test_lines_stop_where_an_error_came_before_the_start():
+    lines = bar(Console(file=io.StringIO()))
+    lines.stop()
+    assert lines.console.file.getvalue() == ""

@@ -100,6 +100,14 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def longrope_starts(config: Any) -> list[int]:
+    """Return the lengths of rows past which LongRoPE turns positions otherwise; none for other models."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(kind for kind in found.values() if isinstance(kind, dict))]  # some have them for kinds of layers
+    starts = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return [start for start in starts if start]
+
+
 def n_outputs(module: nn.Linear | Conv1D) -> int:
     """Return how many outputs a linear map has."""
     return module.weight.shape[1 if isinstance(module, Conv1D) else 0]

@@ -22,6 +22,7 @@ from innerloop.decoder.anatomy import (
     Anatomy,
     Matrix,
     decoder_of,
+    longrope_starts,
     matrices_of,
     place_in,
     text_config,
@@ -90,8 +91,13 @@ class Backbone(nn.Module):
 
     @property
     def context_length(self) -> int | None:
-        """The most positions a row may have, where the model says so."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """The most positions a row may have, where the model says so, and where its numbers are its own.
+
+        With LongRoPE one long row turns the rotations of all rows of its batch, and not those of keys in the cache; so
+        rows end where that begins.
+        """
+        longest = getattr(self.config, "max_position_embeddings", None)
+        return min((length for length in (longest, *longrope_starts(self.config)) if length), default=None)
 
     @property
     def device(self) -> torch.device:

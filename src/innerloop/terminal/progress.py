@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -72,10 +73,14 @@ def ticking(told: Callable[[], object]) -> Iterator[None]:
 class ProgressLines(Progress):
     """Progress in lines: every so often one for each task that went on, and at the end what has not been told."""
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.told: dict[TaskID, tuple[float, str]] = {}
+        self.running = ExitStack()  # which is closed, too, where an error came before the start
+
     def start(self) -> None:
         """Begin to tell."""
-        self.told: dict[TaskID, tuple[float, str]] = {}
-        self.running = ExitStack()
+        self.told = {}
         if not self.disable:
             pace = Pace()
 

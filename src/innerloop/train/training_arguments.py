@@ -51,6 +51,14 @@ INHERITED: dict[str, Any] = {
 }
 """What transformers' own arguments may be, where its types leave that open and they are not declared below."""
 LOOSE = ("accelerator_config", "debug", "deepspeed", "fsdp", "fsdp_config")  # transformers puts objects in their place
+WITHOUT = {
+    "label_smoothing_factor": "losses here are of whole tokens",
+    "neftune_noise_alpha": "no noise is added to embeddings (slr has loop.noise for its states)",
+    "auto_find_batch_size": "choose batch_size, and gradient_accumulation_steps where memory is short",
+    "resume_from_checkpoint": "go on with --resume, or train(resume_from_checkpoint=...)",
+    "push_to_hub": "upload the folder of the trained model afterwards",
+}
+"""Arguments of transformers that training here would not heed, and what to do instead."""
 BATCH_SIZE = "per_device_train_batch_size"  # which is called batch_size here
 
 
@@ -110,11 +118,17 @@ class LatentTrainingArguments(Checked, TrainingArguments):
     def __post_init__(self) -> None:
         for name, kind in argument_kinds().items():
             fitted(name, getattr(self, name), kind)
+        for name, instead in WITHOUT.items():
+            refuse((bool(getattr(self, name)), f"{name} has no effect here: leave it out; {instead}"))
         refuse(
             (
                 bool(self.torch_compile or self.torch_compile_backend or self.torch_compile_mode),
                 "torch_compile would compile the whole loss, whose passes are of unlike shapes and kinds, again and "
                 "again: leave torch_compile, torch_compile_backend and torch_compile_mode out",
+            ),
+            (
+                self.save_strategy == "best" and not self.metric_for_best_model,
+                "save_strategy is best, but metric_for_best_model does not say by what: name it, as accuracy",
             ),
             (
                 self.use_liger_kernel,
@@ -142,6 +156,8 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
     for name, value in settings.items():
         if name not in known:
             raise InputError(f"train.{name} is not a training argument{nearest(str(name), known)}")
+        if name == "output_dir":
+            raise InputError("train.output_dir is called out here, beside train")
         if name == BATCH_SIZE:
             raise InputError(f"train.{BATCH_SIZE} is called train.batch_size here")
         if name.endswith("_strategy") and value is False:
