@@ -128,7 +128,7 @@ def to_dataset(examples: Iterable[Example]) -> "datasets.Dataset":
 @checked
 def write_examples(examples: Iterable[Example], path: str | Path) -> None:
     """Write examples to a ``.jsonl`` or ``.jsonl.gz`` file; whole or not at all, the same bytes each time."""
-    path = Path(path)
+    path = check_folder(path, "the file")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"cannot write examples to {path}: name the file .jsonl or .jsonl.gz")
     check_writable(path.parent, "choose another folder")

@@ -10,11 +10,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from innerloop.methods.denoise.settings import NoiseSettings
 from innerloop.text.row import IGNORE, Noise, Row
+
+if TYPE_CHECKING:  # slow to import
+    import numpy as np
 
 
 def times(n: int, seed: str) -> list[float]:
@@ -43,6 +45,8 @@ def weights_of(hidden: Sequence[int], length: int, t: float, p: float, settings:
             return [1 - t] * len(hidden)
         case "uniform":
             return [1.0] * len(hidden)
+    import numpy as np
+
     clean = np.ones(length)
     clean[list(hidden)] = 0.0
     return (_nearness(length, settings.cart_q) @ clean)[list(hidden)].tolist()
@@ -51,6 +55,8 @@ def weights_of(hidden: Sequence[int], length: int, t: float, p: float, settings:
 @cache
 def _nearness(length: int, q: float) -> np.ndarray:
     """Return how much a clean token counts for another (L, L): q (1 - q)^(|n - i| - 1) / 2, 0 for itself."""
+    import numpy as np
+
     apart = np.abs(np.arange(length)[:, None] - np.arange(length))
     near = 0.5 * q * (1.0 - q) ** np.maximum(apart - 1, 0)
     np.fill_diagonal(near, 0.0)

@@ -11,16 +11,17 @@ so the share of masks is that of MDLM, which is sigma = 0. Only the sampler chan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal
 
 from innerloop.checks.settings import Checked
 from innerloop.checks.values import Chance, Share
 from innerloop.errors import refuse
 
-Floats = NDArray[np.float64]
+if TYPE_CHECKING:  # slow to import
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class RemaskSettings(Checked):
 
     def alphas(self, n_steps: int) -> tuple[Floats, NDArray[np.bool_]]:
         """Return the share of tokens before each step and after the last (T + 1,), and which steps mask again (T,)."""
+        import numpy as np
+
         times = 1 - np.arange(n_steps) / n_steps
         if self.when != "loop":
             on = np.ones(n_steps, dtype=bool) if self.when == "always" else times <= self.t_switch
@@ -95,6 +98,8 @@ def stay(a_t: float, a_s: float, sigma: float) -> float:
 
 def weights(likely_G: Floats, is_token_G: NDArray[np.bool_], norm: str) -> Floats:
     """Return by what sigma is multiplied for each token (G,), 0 for masks: exp(-p), p when it was committed."""
+    import numpy as np
+
     raw_G = np.where(is_token_G, np.exp(-np.where(is_token_G, likely_G, 0.0)), 0.0)
     total = raw_G.sum()
     if norm == "none" or total == 0:
