@@ -134,10 +134,11 @@ def rows_of(folder, *answers):
     return str(path)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("chain", "text")])
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "text"])
 def test_every_task_reads_back_what_a_model_that_is_right_would_write(tmp_path, name):
-    task = task_named(name)(test=rows_of(tmp_path, *READABLE[name]))
-    for example in task.examples("test"):
+    made = {} if name not in READABLE else {"test": rows_of(tmp_path, *READABLE[name])}
+    task = task_named(name)(**made)
+    for example in task.examples("test", limit=20):
         predicted = task.extract(f"a step # 1\n{ANSWER_PREFIX}{example.answer}")
         assert task.is_correct(predicted, example.answer), example.answer
 
