@@ -224,6 +224,7 @@ def test_wrong_arguments_of_functions_are_named():
         (lambda: il.Slr(max_loops=1_000_000), "^max_loops is 1000000, but must be a whole number, at most 10000$"),
         (lambda: il.Slr(stop={"threshold": float("nan")}), "^stop.threshold is nan, but must be a finite number$"),
         (lambda: il.Slr(n_slot=3), "^Slr has no 'n_slot' .did you mean 'n_slots'"),
+        (lambda: il.SimCot(latents_per_step=1, max_stage=2), r"^SimCot has 'max_stage' in a group: curriculum=\{'max_"),
         (lambda: dataclasses.replace(il.Slr(), n_slots=True), "^n_slots is True, but must be a whole number"),
         (lambda: il.Slr(loop=il.StopSettings()), "^loop is "),
         (lambda: il.LatentTrainingArguments(per_device_train_batch_size=4), "is called batch_size here"),

@@ -24,7 +24,12 @@ class Checked:
     def __new__(cls, *given: Any, **named: Any) -> Self:
         """Refuse names that are no fields, with the nearest that is one."""
         if is_dataclass(cls):
-            check_names(cls.__name__, named, [field.name for field in fields(cls) if field.init])
+            own = [field.name for field in fields(cls) if field.init]
+            for group in fields(cls):
+                for name in named if is_dataclass(group.default) else ():
+                    if name not in own and name in {field.name for field in fields(group.default)}:
+                        raise InputError(f"{cls.__name__} has '{name}' in a group: {group.name}={{'{name}': ...}}")
+            check_names(cls.__name__, named, own)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
