@@ -33,10 +33,10 @@ ENGINE, GENERATE, CONTINUOUS = "engine", "generate", "generate_batch"
 def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--model", help="a pretrained model, such as models/smollm2-135m")
-    parser.add_argument("--questions", type=int, default=96, help="where rows end apart")
+    parser.add_argument("--questions", type=int, default=48, help="where rows end apart")
     options = record.begin(parser)
     length, n_apart, repeats = 40, options.questions, options.repeats or 5
-    together, apart = [(1, 17), (1, 64), (8, 17), (32, 17)], [(8, 64), (32, 64)]
+    together, apart = [(1, 17), (1, 64), (8, 17), (32, 17)], [(8, 32), (32, 32)]
     if options.smoke:
         length, n_apart, repeats, together, apart = 8, 6, 2, [(1, 3), (4, 3)], [(4, 8)]
     if options.model is None:
