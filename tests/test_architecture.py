@@ -51,7 +51,7 @@ def test_there_are_walks():
 
 def test_nothing_lies_in_the_hall():
     names = {path.name for path in SRC.iterdir() if path.is_file()}
-    assert names == {"__init__.py", "__main__.py", "errors.py", "phases.py", "py.typed"}
+    assert names == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
 
 
 BY_HAND = re.compile(

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from innerloop.phases import heard_by, phase
+from innerloop.phases.phase import heard_by, phase
 from innerloop.terminal import progress as shown
 from innerloop.terminal.progress import Pace, ProgressLines, bar, phases_told
 

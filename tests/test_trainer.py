@@ -303,6 +303,15 @@ def test_a_data_set_with_the_right_columns_serves_as_examples_and_yaml_text_as_n
         ({"learning_rate": "fast"}, "train.learning_rate is fast, but must be a number"),
         ({"loss_chunk": 2.5}, "train.loss_chunk is 2.5, but must be a whole number, at least 1"),
         ({"torch_compile": True}, "leave torch_compile, torch_compile_backend and torch_compile_mode out"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_type=cosine_with_min_lr .* min_lr .* lr_scheduler_kwargs",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"foo": 1}},
+            "lr_scheduler_type=cosine with .*'foo': 1",
+        ),
+        ({"accelerator_config": 3}, "accelerator_config is 3, but must be text or fields"),
         ({"label_smoothing_factor": 0.5}, "label_smoothing_factor has no effect here"),
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha has no effect here"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size has no effect here: leave it out; choose batch_size"),

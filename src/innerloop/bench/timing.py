@@ -19,7 +19,7 @@ from torch import nn
 from innerloop.decoder.memory import peak_memory
 from innerloop.decoder.packed import release
 from innerloop.errors import InputError
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 
 K = TypeVar("K")
 T = TypeVar("T")

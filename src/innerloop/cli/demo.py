@@ -7,6 +7,7 @@ that what differs between the rows is the method.
 from __future__ import annotations
 
 import json
+from shlex import quote
 from typing import Any
 
 from innerloop.checks.values import Count, Seed
@@ -92,7 +93,9 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
         f"the answers) and {folder / 'lens.html'} (what SLR's latents show). Or look inside one answer here:",
         soft_wrap=True,
     )
-    console.print(f'  innerloop ask {folder / "slr"} "{examples[0].question}"', highlight=False, soft_wrap=True)
+    console.print(
+        f'  innerloop ask {quote(str(folder / "slr"))} "{examples[0].question}"', highlight=False, soft_wrap=True
+    )
 
 
 def _training(steps: int, seed: int) -> dict[str, Any]:

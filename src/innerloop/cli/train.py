@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from inspect import get_annotations, getdoc
+from shlex import join
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
@@ -30,8 +31,8 @@ def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> N
 
     folder = run_recipe(loaded, resume, lambda stage, title: [LiveProgress(title, console)])
     if not (folder / FINISHED).exists():
-        raise InputError(f"interrupted; go on with: {' '.join(['innerloop train', recipe, *overrides, '--resume'])}")
-    console.print(f"the trained model is in {folder}; next: innerloop eval {folder}", soft_wrap=True)
+        raise InputError(f"interrupted; go on with: {join(['innerloop', 'train', recipe, *overrides, '--resume'])}")
+    console.print(f"the trained model is in {folder}; next: {join(['innerloop', 'eval', str(folder)])}", soft_wrap=True)
 
 
 def fields_help(recipe: str, path: str = "", overrides: Sequence[str] = ()) -> str:

@@ -27,7 +27,7 @@ from innerloop.decoder.cache import AnyCache
 from innerloop.decoder.columns import counts_columns
 from innerloop.decoder.kv_buffer import FullLayer, KvBuffer
 from innerloop.decoder.masks import kinds_of, visible, window_of
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 
 MOST_COLUMNS = 64
 """Passes of more new columns than this are no steps, and not compiled."""

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 
 MIB = 2**20
 LIMITS = (  # of a container or a job: what it may take, and what it has taken

@@ -31,7 +31,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from innerloop.decoder.memory import free_bytes, is_out_of_memory
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 
 FEWEST_WEIGHTS = 2**18
 """Smaller matrices stay as they are: what a call of oneDNN costs is more than the order of a few weights."""

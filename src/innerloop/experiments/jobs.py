@@ -29,7 +29,7 @@ from innerloop.measure.stability import Stability, has_loop, stability
 from innerloop.measure.statistics import wilson
 from innerloop.measure.subject import Subject
 from innerloop.model.run_folder import identity
-from innerloop.phases import heard_by
+from innerloop.phases.phase import heard_by
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.codec import to_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +45,7 @@ def local_workers(n: int) -> Iterator[Workers]:
         raise InputError("a suite needs workers >= 1")
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
-    manager.start(end_with_parent)
+    manager.start(_serve)
     ends = context.Event()
     with manager, Processes(n, partial(ProcessPoolExecutor, 1, context, one_thread, (ends,))) as processes:
         others = multiprocessing.active_children()
@@ -57,6 +58,12 @@ def local_workers(n: int) -> Iterator[Workers]:
                 if worker not in others:
                     worker.terminate()  # which saves what it trains
             raise  # the manager stays until they have, as they report to it
+
+
+def _serve() -> None:
+    """Let the manager's process end after the workers, who report to it: with its parent, not when all are asked to."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
 
 
 class Processes:

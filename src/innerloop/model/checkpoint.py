@@ -35,7 +35,7 @@ from innerloop.disk.folders import replacing_folder
 from innerloop.errors import InputError, few
 from innerloop.methods import Method, name_of
 from innerloop.model.run_folder import FORMAT, PARTS, SETTINGS
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.text.encoder import PromptEncoder
 
 

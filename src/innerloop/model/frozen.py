@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from innerloop.config.method import Method
 from innerloop.passes.thought import Thought
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import PromptEncoder
 

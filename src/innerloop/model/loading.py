@@ -34,7 +34,7 @@ from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.checkpoint import Stored, check_finite, first_line, load_parts, without_bars
 from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
-from innerloop.phases import phase, says
+from innerloop.phases.phase import phase, says
 
 KERNELS = "attn_implementation"
 REMOTE_CODE = "transformers_modules"  # where transformers puts it

@@ -19,7 +19,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.disk.files import replacing
 from innerloop.errors import InputError
 from innerloop.passes.context import Context
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.text.batch import collate
 from innerloop.text.row import Row
 

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 from innerloop.checks.values import Bounds, Count
 from innerloop.errors import InputError
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.tasks.task import Task, check_split, split_of
 from innerloop.text.examples import Example, check_limit
 

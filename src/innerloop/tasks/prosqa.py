@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 from innerloop.checks.values import Count
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.tasks.task import FileTask, check_split, split_of
 from innerloop.text.examples import Example, check_limit
 

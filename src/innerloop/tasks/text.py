@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from innerloop.checks.values import Places
 from innerloop.errors import InputError, refuse
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.tasks.task import FileTask, check_split
 from innerloop.text.examples import Example, check_limit
 

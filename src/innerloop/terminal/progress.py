@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from innerloop.phases import heard_by
+from innerloop.phases.phase import heard_by
 from innerloop.terminal.plain import plain_console
 
 TICK = 0.25  # seconds from one look at the clock to the next

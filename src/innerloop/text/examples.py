@@ -20,7 +20,7 @@ from innerloop.checks.values import Count, fitted
 from innerloop.disk.files import check_writable, replacing
 from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
-from innerloop.phases import says
+from innerloop.phases.phase import says
 
 if TYPE_CHECKING:
     import datasets

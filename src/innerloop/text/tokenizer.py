@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.text.examples import ANSWER_PREFIX, Example
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,23 @@ STAGING = ".checkpoint.staging"  # inside a run: where checkpoints are written
 WRITTEN = ("metrics.jsonl", "checkpoint", "checkpoint-*")  # what training writes into a folder
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(Trainer, ABC):
     """Trains in a folder that it alone writes, from the beginning or from a whole checkpoint."""
 
     args: LatentTrainingArguments
     _staging: Path | None = None  # where a checkpoint is being written
 
+    @abstractmethod
     def steps_per_epoch(self) -> int:
         """Return the number of optimizer steps in an epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_weights(self) -> None:
         """Refuse to save weights that have gone wrong."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _save_result(self) -> None:
         """Write what the training is for, unless validation has."""
-        raise NotImplementedError
 
     @property
     def best_folder(self) -> Path:

@@ -26,7 +26,7 @@ from innerloop.errors import InputError
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint, run_folder
 from innerloop.model.loading import load_lm
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
 from innerloop.text.encoder import PromptEncoder

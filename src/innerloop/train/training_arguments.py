@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+import torch
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -118,6 +119,10 @@ class LatentTrainingArguments(Checked, TrainingArguments):
     def __post_init__(self) -> None:
         for name, kind in argument_kinds().items():
             fitted(name, getattr(self, name), kind)
+        for name in LOOSE:
+            value = getattr(self, name)
+            odd = isinstance(value, int | float) and not isinstance(value, bool)
+            refuse((odd, f"{name} is {value}, but must be text or fields, as {{name: value}}"))
         for name, instead in WITHOUT.items():
             refuse((bool(getattr(self, name)), f"{name} has no effect here: leave it out; {instead}"))
         refuse(
@@ -141,6 +146,23 @@ class LatentTrainingArguments(Checked, TrainingArguments):
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"these training arguments cannot be used: {' '.join(str(error).split())}") from error
         _check_loggers(self.report_to or ())
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Refuse a schedule of the learning rate that lacks what it needs, or is given what it does not know."""
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # these are made from what is measured
+            return
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        needs = {"scheduler_specific_kwargs": dict(self.lr_scheduler_kwargs or {})}
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, **needs)
+        except (ValueError, TypeError, KeyError) as error:
+            told = " ".join(str(error).split())
+            name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+            raise InputError(
+                f"lr_scheduler_type={name} with lr_scheduler_kwargs={needs['scheduler_specific_kwargs']}: "
+                f"{told}; give what it needs by lr_scheduler_kwargs"
+            ) from error
 
 
 @cache

@@ -14,7 +14,7 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
 from innerloop.errors import InputError, refuse
 from innerloop.model.teacher_cache import TeacherCache
-from innerloop.phases import phase
+from innerloop.phases.phase import phase
 from innerloop.tasks import Task
 from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.examples import Example, from_rows

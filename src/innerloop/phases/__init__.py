@@ -1,0 +1,1 @@
+"""What takes long says what it is doing, to whoever listens."""
