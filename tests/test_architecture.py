@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from innerloop.cli.main import VERBS
 from innerloop.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,13 @@ def test_what_the_walks_name_is_there(file, name):
 
 def test_there_are_walks():
     assert len(WALKS) >= 20
+
+
+def test_commands_that_are_printed_can_be_pasted():
+    """A folder with a space is quoted: commands are joined by shlex, not written out around a value."""
+    spelled = re.compile(rf"""innerloop ({"|".join(name.split()[0] for name in VERBS)}) [^"'`]*\{{""")
+    lines = [(path.name, line) for path in FILES for line in path.read_text().splitlines()]
+    assert [(name, line) for name, line in lines if spelled.search(line)] == []
 
 
 def test_nothing_lies_in_the_hall():

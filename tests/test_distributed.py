@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -25,12 +27,14 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+
+
 def launched(launcher: list[str], *command: object) -> str:
     """Start processes; return what they print."""
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", *launcher, *map(str, command)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -117,3 +121,31 @@ def test_a_recipe_of_two_stages_is_trained_and_told_once(launcher: list[str], tm
         both = [logged(tmp_path / name / stage) for name in ("two", "one")]
         assert both[0] == pytest.approx(both[1], rel=1e-5) and len(both[0]) == 2
     assert (tmp_path / "two" / "finished").exists()
+
+
+def test_two_processes_that_are_killed_are_let_alone_while_they_run_and_resumed_to_the_same_weights(tmp_path: Path):
+    train = {"max_steps": 80, "batch_size": 4, "use_cpu": True, "logging_steps": 1, "save_steps": 5}
+    recipe = {**RECIPE, "stages": None, "method": {"name": "pause", "n_pauses": 1}, "train": train}
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "out": str(tmp_path / name)}))
+    command = [sys.executable, "-m", *TORCHRUN, "-m", "innerloop", "train", str(tmp_path / "killed.yaml")]
+    alone = [sys.executable, "-m", "innerloop", "train", str(tmp_path / "killed.yaml"), "--resume"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=ENVIRONMENT, **quiet) as processes:
+        while not (tmp_path / "killed" / "checkpoint-5").exists():
+            assert processes.poll() is None
+            time.sleep(0.002)
+        everyone = [*psutil.Process(processes.pid).children(recursive=True), psutil.Process(processes.pid)]
+        for one in everyone:
+            one.suspend()  # so that they cannot come to their end meanwhile
+        refused = subprocess.run(alone, env=ENVIRONMENT, capture_output=True, text=True)
+        for one in everyone:
+            one.kill()
+    assert refused.returncode == 2 and "is being written by process" in refused.stderr
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert not (killed / "finished").exists()
+    launched(TORCHRUN, "-m", "innerloop", "train", tmp_path / "killed.yaml", "--resume")
+    launched(TORCHRUN, "-m", "innerloop", "train", tmp_path / "whole.yaml")
+    assert numbers(killed) == numbers(whole) and len(numbers(whole)) == 80
+    for name in ("model.safetensors", "innerloop.safetensors"):
+        assert (killed / "checkpoint" / name).read_bytes() == (whole / "checkpoint" / name).read_bytes()

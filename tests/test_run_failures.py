@@ -211,6 +211,22 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_leaves_nothing_half(tmp_path
     assert run(tmp_path / "run", resume=True).joinpath("finished").exists()
 
 
+def test_a_recipe_of_a_run_that_was_cut_is_named_and_nothing_is_written(copy):
+    (copy / "config.yaml").write_text("task: {name: chain}\n")
+    before = sorted(path.stat().st_mtime_ns for path in copy.rglob("*"))
+    with pytest.raises(InputError, match=f"^{copy}/config.yaml: the recipe has no 'backbone' section"):
+        run(copy, resume=True)
+    assert sorted(path.stat().st_mtime_ns for path in copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["checkpoint", "checkpoint/mine", "stages/1", "other"])
+def test_no_run_is_trained_inside_another(inside, copy):
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(InputError, match=f"{inside} lies inside the run {copy}: choose another folder"):
+        run(copy / inside)
+    assert sorted(copy.rglob("*")) == before
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
 def test_a_folder_that_cannot_be_written_to_is_one_sentence():
     with pytest.raises(InputError, match=r"cannot write a run to /proc/.*/run: .*; choose another folder with --out"):

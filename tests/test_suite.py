@@ -3,6 +3,7 @@ import math
 import os
 import queue
 import signal
+import warnings
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,9 @@ from innerloop.experiments.suite import EvalConfig, load_suite, parse_suite, sui
 from innerloop.experiments.summary import by_variant, summary_table
 from innerloop.experiments.workers import Workers, local_workers
 from innerloop.methods import METHODS, Slr
+from innerloop.tasks import Chain
 from innerloop.text.codec import to_json
+from innerloop.text.examples import write_examples
 from innerloop.train.recipe import Recipe
 from tests.models import tiny_model, trained_on
 from tests.test_typed import Aux, Inject, Loop, Summed
@@ -307,6 +310,16 @@ def test_a_job_that_fails_stops_no_other_but_what_answers_with_its_run(raw: dict
     assert "longer than max_length" in short["error"] and "accuracy" not in short and plain["n"] == 5
     assert vote["error"] == f"'short' failed, whose run it answers with: {short['error']}"
     assert [row.name for row in by_variant([short, vote, plain])] == ["plain"]
+
+
+def test_what_all_jobs_would_note_is_told_once(raw: dict, tmp_path: Path):
+    write_examples(Chain(n_ops=2).examples("train", 40), tmp_path / "rows.jsonl")
+    raw |= {"task": {"name": "plain", "train": f"{tmp_path}/rows.jsonl", "test": f"{tmp_path}/rows.jsonl"}}
+    raw |= {"variants": {"a": {}, "b": {}}, "test": {"limit": 4}}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        run_suite(parse_suite(raw))
+    assert [str(note.message).partition(":")[0] for note in told] == ["40 of 40 test questions are also in train"]
 
 
 def test_a_suite_whose_jobs_end_with_running_text_is_refused_before_anything_is_trained(raw: dict):

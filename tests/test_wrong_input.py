@@ -148,6 +148,7 @@ def test_wrong_arguments_of_functions_are_named():
     cases = [
         (model.generate, ("text",), {}, "questions"),
         (model.generate, (3,), {}, "questions"),
+        (model.generate, ({"1", "2"},), {}, "questions"),  # whose order is nobody's
         (model.generate, (), {}, "questions"),
         (model.generate, ([3],), {}, "a question is text"),
         (model.generate, (["2"],), {"max_token": 3}, "max_new_tokens"),

@@ -155,12 +155,13 @@ def test_questions_that_splits_share_are_counted(tmp_path):
     for name, questions in {"train": ["a", "b", "c"], "valid": ["d", " a"], "test": ["b  ", "c", "e"]}.items():
         write_examples([Example(question, (), "1") for question in questions], tmp_path / f"{name}.jsonl")
     task = Gsm8k(**{split: str(tmp_path / f"{split}.jsonl") for split in ("train", "valid", "test")})
-    rest = "questions are also in train: what is measured on them is no measure of new ones"
-    assert task.overlaps({"train": task.examples("train")}) == [f"1 of 2 valid {rest}", f"2 of 3 test {rest}"]
-    assert Gsm8k(train=task.train, test="none.jsonl").overlaps({"train": task.examples("train")}) == []
-    assert (
-        ProsQA(n_train=9).overlaps({split: ProsQA(n_train=9).examples(split, 9) for split in ("train", "test")}) == []
-    )
+    in_train, rest = "questions are also in train", "what is measured on them is no measure of new ones"
+    both = f"1 of 2 valid {in_train}, 2 of 3 test {in_train}: {rest}"
+    assert task.overlap({"train": task.examples("train")}) == both
+    assert task.overlap({"test": task.examples("test")}) == f"2 of 3 test {in_train}: {rest}"  # nothing of valid
+    assert Gsm8k(train=task.train, test="none.jsonl").overlap({"train": task.examples("train")}) is None
+    made = ProsQA(n_train=9)
+    assert made.overlap({split: made.examples(split, 9) for split in ("train", "test")}) is None
 
 
 def test_generated_questions_go_to_the_splits_by_shares():

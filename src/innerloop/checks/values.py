@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Integral, Real
@@ -297,7 +297,8 @@ def _text(value: Any, is_text: bool) -> str:
 
 def _items(value: Any, origin: type, inner: Sequence[Any], is_text: bool) -> Any:
     """Return a list with each item as its kind holds it; what is no tuple stays as it is, only checked."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sized) or not isinstance(value, Iterable):
+    has_order = isinstance(value, Sized) and isinstance(value, Iterable) and not isinstance(value, Set | Mapping)
+    if not has_order or isinstance(value, str | bytes):
         _refuse()
     if issubclass(origin, tuple) and inner and Ellipsis not in inner:
         if len(value) != len(inner):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import join
 from typing import Annotated, Literal
 
 from innerloop.checks.values import Bounds, Count, Natural, Seed
@@ -57,9 +58,8 @@ def compare(
     if any(is_suite(subject) for subject in subjects):
         raise InputError(f"compare takes one suite, or runs alone, not {' '.join(subjects)}")
     if Path(subjects[0]).suffix in (".yaml", ".yml"):
-        raise InputError(
-            f"{subjects[0]} has no variants to compare; train a single recipe: innerloop train {subjects[0]}"
-        )
+        single = join(["innerloop", "train", subjects[0]])
+        raise InputError(f"{subjects[0]} has no variants to compare; train a single recipe: {single}")
     if len(subjects) < 2:
         raise InputError("compare takes a suite, or two runs or more")
     for run in subjects:

@@ -14,7 +14,7 @@ from innerloop.disk.names import check_folder
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, method_named
 from innerloop.tasks import TASKS, task_named
-from innerloop.tasks.task import warn_of_overlaps
+from innerloop.tasks.task import warn_of_overlap
 
 
 def methods() -> None:
@@ -59,7 +59,7 @@ def data_make(name: str, out: str | None = None, overrides: Sequence[str] = ()) 
         write_examples(examples, path)
         console.print(f"{path}: {len(examples)} examples")
         written[split] = examples
-    warn_of_overlaps(task, written)
+    warn_of_overlap(task, written)
     if not written:
         raise InputError(f"task '{name}' has nothing to write: give --train FILE, --valid FILE or --test FILE")
 

@@ -7,7 +7,7 @@ that what differs between the rows is the method.
 from __future__ import annotations
 
 import json
-from shlex import quote
+from shlex import join
 from typing import Any
 
 from innerloop.checks.values import Count, Seed
@@ -94,7 +94,7 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
         soft_wrap=True,
     )
     console.print(
-        f'  innerloop ask {quote(str(folder / "slr"))} "{examples[0].question}"', highlight=False, soft_wrap=True
+        f"  {join(['innerloop', 'ask', str(folder / 'slr'), examples[0].question])}", highlight=False, soft_wrap=True
     )
 
 

@@ -26,7 +26,7 @@ from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, refuse
 from innerloop.model import run_folder
 from innerloop.tasks import Task
-from innerloop.tasks.task import warn_of_overlaps
+from innerloop.tasks.task import warn_of_overlap
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 
@@ -121,7 +121,7 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
     folder = writable(Path(options.out or run))
     task = options.load_task(run)
     examples = task.examples(options.split, options.limit)
-    warn_of_overlaps(task, {options.split: examples})
+    warn_of_overlap(task, {options.split: examples})
     model = options.load_model(run, options.compile)
     _check_stage(run, model, options)
     evaluation = Evaluation(run, model, task, examples, options, attempts, folder)

@@ -56,7 +56,8 @@ def fields_help(recipe: str, path: str = "", overrides: Sequence[str] = ()) -> s
     lines += [_line(f"{path or 'method'}.{group}", cls) for group, cls in groups(at).items()]
     if not path:
         lines += ["", *(_line(other, _class_of(value)) for other, value in sections.items() if other != "method")]
-        lines += ["", f"innerloop train {recipe} --help method.GROUP, or --help task, says what these are."]
+        command = join(["innerloop", "train", recipe, "--help"])
+        lines += ["", f"{command} method.GROUP, or --help task, says what these are."]
     return "\n".join(lines)
 
 

@@ -147,8 +147,10 @@ class Trial:
                     f"layer {i} remembers more than keys and values (a {type(layer).__name__}), which can neither be "
                     "forked nor kept free of padding"
                 )
-        with self.doing("counting its work"):
+        try:
             head_dim_of(self.backbone.config)
+        except Exception:
+            self.refuse("its layers differ in shape, or do not say it, so that their work cannot be counted")
 
     def reads_alike(self, pieces: Pieces, forks: bool = False, joins: bool = False) -> bool:
         """Whether rows that are read in pieces have the states of rows alone.

@@ -31,7 +31,8 @@ def locked(folder: str | Path, written: Sequence[str] = ()) -> Iterator[None]:
             are another's.
 
     Raises:
-        InputError: another process holds it, others' files are in the way, or it cannot be written to.
+        InputError: another process holds it, it lies inside another run, others' files are in the way, or it cannot be
+            written to.
     """
     folder = Path(folder).resolve()
     own = (os.getpid(), folder)
@@ -39,6 +40,9 @@ def locked(folder: str | Path, written: Sequence[str] = ()) -> Iterator[None]:
         yield
         return
     mark = folder / MARK
+    others = (path for path in folder.parents if (path / MARK).exists() and (os.getpid(), path) not in _own)
+    if around := next(others, None):
+        raise InputError(f"{folder} lies inside the run {around}: choose another folder with --out")
     if not mark.exists() and (found := sorted(path for name in written for path in folder.glob(name))):
         raise InputError(
             f"{found[0]} was not written by a run of innerloop, and would be written over: choose another folder with "

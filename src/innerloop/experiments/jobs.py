@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +19,10 @@ from transformers import TrainerCallback
 from innerloop.disk.files import try_to_unlink, write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import fits
-from innerloop.errors import InputError
+from innerloop.errors import InputError, InputNote
 from innerloop.experiments.suite import EvalConfig, Key, Suite
 from innerloop.experiments.summary import CONTROLS, RESULT, STABILITY, write_answers
-from innerloop.experiments.workers import Workers, is_ending, local_workers
+from innerloop.experiments.workers import Workers, is_ending, local_workers, notes_sent
 from innerloop.measure.accuracy import Prediction, accuracy_of, evaluate, result_of
 from innerloop.measure.controls import controls
 from innerloop.measure.result_cache import ResultCache, digest_of, made_of
@@ -87,9 +88,13 @@ def check_jobs(suite: Suite) -> None:
                 f"variant '{variant}' ends with task '{recipe.task.name}', which has no right answers to compare by: "
                 "add a stage with another task"
             )
-    for recipe in [*suite.warm_ups.values(), *suite.jobs.values()]:
-        for stage in recipe.stages or (recipe,):
-            training_arguments(recipe.out, stage.train)
+    warm_ups = {("warm_up", seed): recipe for seed, recipe in suite.warm_ups.items()}
+    for (variant, _), recipe in {**warm_ups, **suite.jobs}.items():
+        try:
+            for stage in recipe.stages or (recipe,):
+                training_arguments(recipe.out, stage.train)
+        except InputError as error:
+            raise InputError(f"'{variant}': {error}") from None
         config = Path(recipe.out) / CONFIG
         if not config.exists():
             continue
@@ -168,6 +173,9 @@ def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any
     def listen() -> None:
         while (message := workers.messages.get()) is not None:
             key, done, note = message
+            if key is None:
+                warnings.warn(note, InputNote, stacklevel=2)  # of many jobs alike, and told once
+                continue
             if key not in begun:
                 begun.add(key)
                 progress.reset(bars[key])  # its time begins now
@@ -261,7 +269,7 @@ def train_job(key: Key, recipe: Recipe, messages: Any) -> None:
     if (out / FINISHED).exists():
         return
     finished = [s.train.get("max_steps", 0) for s in recipe.stages]
-    with heard_by(partial(_noted, key, messages)):
+    with heard_by(partial(_noted, key, messages)), notes_sent(messages):
         run_recipe(recipe, resume=True, callbacks=lambda stage, title: [_Report(key, messages, finished, title)])
     if (out / FINISHED).exists():
         for folder in (out, *out.glob("stages/*")):

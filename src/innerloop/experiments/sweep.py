@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 from rich.console import Console
@@ -74,7 +75,7 @@ def read_sweep(
     """
     raw = read_recipe(path, overrides)
     if "variants" in raw:
-        raise InputError(f"{path} lists variants: run it with innerloop compare {path}")
+        raise InputError(f"{path} lists variants: run it with {join(['innerloop', 'compare', str(path)])}")
     listed = raw.pop("grid", None)
     axes = {**(axes_of(listed) if listed else {}), **parse_axes(grid)}
     if not axes:

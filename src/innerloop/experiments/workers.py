@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from innerloop.errors import InputError
+from innerloop.errors import InputError, InputNote
 from innerloop.terminal.signals import end_with_parent
 
 _ends: Event | None = None  # of a worker: whether its suite ends
@@ -120,3 +121,19 @@ def one_thread(ends: Event | None = None) -> None:
 def is_ending() -> bool:
     """Tell a worker whether its suite ends."""
     return _ends is not None and _ends.is_set()
+
+
+@contextmanager
+def notes_sent(messages: Any) -> Iterator[None]:
+    """Report notes of a block instead of printing them: jobs that share their data would all tell the same."""
+    notes: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", InputNote)
+            yield
+    finally:
+        for note in notes:
+            if issubclass(note.category, InputNote):
+                messages.put((None, None, str(note.message)))
+            else:
+                warnings.showwarning(note.message, note.category, note.filename, note.lineno)

@@ -185,5 +185,16 @@ def without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def without_words() -> Iterator[None]:
+    """Hide what transformers logs of weights that are missing, unexpected or misshapen: whoever loads them tells it."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0]

@@ -31,7 +31,7 @@ from innerloop.decoder.check import check_passes
 from innerloop.errors import InputError, few, nearest
 from innerloop.methods import method_named, name_of
 from innerloop.methods.depth.method import DepthMethod
-from innerloop.model.checkpoint import Stored, check_finite, first_line, load_parts, without_bars
+from innerloop.model.checkpoint import Stored, check_finite, first_line, load_parts, without_bars, without_words
 from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
@@ -311,7 +311,7 @@ def load_lm(path: str | Path, is_own: bool, **options: Any) -> PreTrainedModel:
     Transformers fills a hole with random numbers and only logs it. Where innerloop has written the folder (``is_own``),
     there may be no other weights either.
     """
-    with without_bars():
+    with without_bars(), without_words():
         lm, report = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )

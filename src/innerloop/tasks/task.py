@@ -38,13 +38,13 @@ class Task(Checked, ABC):
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Return the examples of a split ("train", "valid" or "test"), at most ``limit``."""
 
-    def overlaps(self, known: Mapping[str, list[Example]]) -> list[str]:
-        """Say which splits share questions, and how many; of splits that are made, none do.
+    def overlap(self, known: Mapping[str, list[Example]]) -> str | None:
+        """Say in one sentence which splits share questions with ``known``, and how many; of splits made here, none do.
 
         Args:
             known: examples of splits, by name.
         """
-        return []
+        return None
 
     def check(self, split: str, limit: int | None = None) -> None:
         """Refuse a split that cannot be made or read, as far as its first example shows."""
@@ -97,8 +97,8 @@ class FileTask(Task):
             raise InputError(f"task '{self.name}' has no {split} split: give task.{split}=FILE (.jsonl){example}")
         return read_examples(source, split, limit, self._checked_row)
 
-    def overlaps(self, known: Mapping[str, list[Example]]) -> list[str]:
-        """Say which splits share questions; those that are not known are read where they are files that are there."""
+    def overlap(self, known: Mapping[str, list[Example]]) -> str | None:
+        """Say what is shared; splits that are not known are read where they are files that are there."""
         splits = dict(known)
         for split in SPLITS:
             source = getattr(self, split)
@@ -106,12 +106,13 @@ class FileTask(Task):
                 with suppress(InputError):  # which is told where the split is asked for
                     splits[split] = self.examples(split)
         asked = [split for split in SPLITS if split in splits]
-        counts = {(a, b): n_shared(splits[b], splits[a]) for i, a in enumerate(asked) for b in asked[i + 1 :]}
-        return [
-            f"{n} of {len(splits[b])} {b} questions are also in {a}: what is measured on them is no measure of new ones"
-            for (a, b), n in counts.items()
-            if n
+        shared = [
+            f"{n} of {len(splits[b])} {b} questions are also in {a}"
+            for i, a in enumerate(asked)
+            for b in asked[i + 1 :]
+            if {a, b} & known.keys() and (n := n_shared(splits[b], splits[a]))
         ]
+        return f"{', '.join(shared)}: what is measured on them is no measure of new ones" if shared else None
 
     def _checked_row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         parsed = self.parse_row(row)
@@ -125,10 +126,10 @@ class FileTask(Task):
         return row
 
 
-def warn_of_overlaps(task: Task, known: Mapping[str, list[Example]]) -> None:
+def warn_of_overlap(task: Task, known: Mapping[str, list[Example]]) -> None:
     """Warn of questions that splits share; ``known`` are the examples of some, by name."""
-    for line in task.overlaps(known):
-        warnings.warn(line, InputNote, stacklevel=2)
+    if (shared := task.overlap(known)) is not None:
+        warnings.warn(shared, InputNote, stacklevel=2)
 
 
 def after_mark(text: str) -> str | None:

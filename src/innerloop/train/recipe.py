@@ -110,8 +110,18 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as ``["--method.n_slots", "8", "--out=runs/x"]``."""
-    return parse_recipe(read_recipe(path, overrides))
+    """Read a recipe and apply overrides such as ``["--method.n_slots", "8", "--out=runs/x"]``.
+
+    Raises:
+        InputError: there is none, or something in it is wrong; the message names the file unless it may be an override.
+    """
+    raw = read_recipe(path, overrides)
+    try:
+        return parse_recipe(raw)
+    except InputError as error:
+        if overrides:
+            raise
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

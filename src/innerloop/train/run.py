@@ -23,7 +23,7 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.methods import Method
 from innerloop.model import loading
-from innerloop.tasks.task import warn_of_overlaps
+from innerloop.tasks.task import warn_of_overlap
 from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
 from innerloop.train.callbacks import Begun
@@ -72,7 +72,7 @@ def _run_stages(
     folders = [out / "stages" / str(i + 1) for i in range(len(stages) - 1)] + [out]
     data = [_data(stage) for stage in stages]
     for stage, (train, valid) in zip(stages, data):
-        warn_of_overlaps(stage.task, {"train": train, **({} if valid is None else {"valid": valid})})
+        warn_of_overlap(stage.task, {"train": train, **({} if valid is None else {"valid": valid})})
     start: Path | None = None
     words = _read_by(stages, [train for train, _ in data])
     for number, (stage, folder, (train, valid)) in enumerate(zip(stages, folders, data), 1):
