@@ -52,6 +52,6 @@ def test_what_cannot_be_made_is_refused(options, told):
 
 
 def test_more_questions_than_there_are_is_refused(monkeypatch):
-    monkeypatch.setattr("innerloop.tasks.latin.MANY_DRAWS", 50)
-    with pytest.raises(InputError, match=r"hardly more than .* raise order or lower n_valid"):
+    monkeypatch.setattr("innerloop.tasks.made.MANY_DRAWS", 50)
+    with pytest.raises(InputError, match=r"hardly more than .* lower n_valid"):
         Latin(n_clues=15, n_valid=5000).examples("valid")

@@ -7,11 +7,14 @@ from innerloop.errors import InputError, nearest
 from innerloop.tasks.arithmetic import GsmHard, MultiArith, Svamp
 from innerloop.tasks.chain import Chain
 from innerloop.tasks.competition_math import Math
+from innerloop.tasks.countdown import Countdown
 from innerloop.tasks.gsm8k import Gsm8k
 from innerloop.tasks.latin import Latin
 from innerloop.tasks.plain import Plain
 from innerloop.tasks.prontoqa import ProntoQA
 from innerloop.tasks.prosqa import ProsQA
+from innerloop.tasks.reversal import Reversal
+from innerloop.tasks.star import Star
 from innerloop.tasks.strategyqa import StrategyQA
 from innerloop.tasks.synthetic import Igsm, Mult4x4, Mult5x5, PHop
 from innerloop.tasks.task import FileTask, Task
@@ -20,6 +23,7 @@ from innerloop.tasks.text import Text
 __all__ = [
     "TASKS",
     "Chain",
+    "Countdown",
     "FileTask",
     "Gsm8k",
     "GsmHard",
@@ -33,6 +37,8 @@ __all__ = [
     "Plain",
     "ProntoQA",
     "ProsQA",
+    "Reversal",
+    "Star",
     "StrategyQA",
     "Svamp",
     "Task",
@@ -43,6 +49,9 @@ __all__ = [
 _CLASSES: tuple[type[Task], ...] = (
     Chain,
     Latin,
+    Star,
+    Countdown,
+    Reversal,
     Plain,
     ProsQA,
     ProntoQA,

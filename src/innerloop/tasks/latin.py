@@ -9,31 +9,24 @@ one for most of them.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, ClassVar
 
 from innerloop.checks.values import Bounds, Count
 from innerloop.errors import refuse
-from innerloop.tasks.task import Task, check_split, split_of
-from innerloop.text.examples import Example, check_limit
+from innerloop.tasks.made import MadeTask
+from innerloop.text.examples import Example
 
 EMPTY, NEXT_ROW = ".", " / "
-MANY_DRAWS = 10_000  # without a new question: there are no more
 
 
 @dataclass(frozen=True)
-class Latin(Task):
-    """Latin squares with clues, made on the spot; the splits never share a question.
+class Latin(MadeTask):
+    """Latin squares with clues.
 
     Args:
         order: rows, columns and symbols of a square, from 4 to 6
         n_clues: cells that are given; default: half of them
-        n_train: training examples
-        n_valid: validation examples
-        n_test: test examples
-        seed: another seed gives other examples
     """
 
     name: ClassVar[str] = "latin"
@@ -41,10 +34,6 @@ class Latin(Task):
 
     order: Annotated[int, Bounds(4, 6)] = 4
     n_clues: Count | None = None
-    n_train: Count = 20_000
-    n_valid: Count = 500
-    n_test: Count = 1_000
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,40 +52,22 @@ class Latin(Task):
         """The number of clues."""
         return self.order**2 // 2 if self.n_clues is None else self.n_clues
 
-    def examples(self, split: str, limit: int | None = None) -> list[Example]:
-        """Make the examples of a split; a smaller ``limit`` gives the first of them."""
-        check_limit(limit)
-        n = getattr(self, f"n_{check_split(split)}")
-        drawn = islice(self._draw(split, n), n if limit is None else min(limit, n))
-        return [
-            Example(question, (), answer, f"latin-{split}-{i:05d}", {"order": self.order, "n_clues": self.given})
-            for i, (question, answer) in enumerate(drawn)
-        ]
+    def draw(self, rng: random.Random) -> Example:
+        """Draw a square, and which of its cells are given."""
+        n = self.order
+        square, clues = random_square(n, rng), [0] * (n * n)
+        for cell in rng.sample(range(n * n), self.given):
+            clues[cell] = square[cell]
+        return Example(written(clues, n), (), written(square, n), meta={"order": n, "n_clues": self.given})
+
+    def is_good(self, example: Example) -> bool:
+        """Tell whether the clues leave one solution."""
+        cells = [word for row in example.question.split(NEXT_ROW) for word in row.split()]
+        return len(solutions([0 if cell == EMPTY else int(cell) for cell in cells], self.order, 2)) == 1
 
     def is_correct(self, predicted: str, gold: str) -> bool:
         """Compare the symbols, however they are spaced."""
         return "".join(predicted.split()) == "".join(gold.split())
-
-    def _draw(self, split: str, wanted: int) -> Iterator[tuple[str, str]]:
-        rng, n, seen, misses = random.Random(f"latin-{self.seed}-{split}"), self.order, set[str](), 0
-        while True:
-            misses += 1
-            refuse(
-                (
-                    misses > MANY_DRAWS,
-                    f"latin: there are hardly more than {len(seen)} different {split} questions, not {wanted}: raise "
-                    f"order or lower n_{split}",
-                )
-            )
-            square = random_square(n, rng)
-            clues = [0] * (n * n)
-            for cell in rng.sample(range(n * n), self.given):
-                clues[cell] = square[cell]
-            question = written(clues, n)
-            if question not in seen and split_of(question) == split and len(solutions(clues, n, 2)) == 1:
-                seen.add(question)
-                misses = 0
-                yield question, written(square, n)
 
 
 def written(cells: list[int], order: int) -> str:
