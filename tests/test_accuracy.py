@@ -37,10 +37,10 @@ def test_predictions_are_checked_and_unparsable_ones_counted():
 
 
 def test_costs_are_averaged_over_examples():
-    costs = [Cost(1, 2, 3.0, 4, 5, {"prefill": 1.0, "thought": 0.0, "answer": 2.0}), Cost(3, 4, 5.0, 6, 9)]
+    costs = [Cost(1, 2, 3.0, 4, 5, {"prefill": 1.0, "thought": 0.0, "answer": 2.0}), Cost(3, 4, 5.0, 6, 9, written=8)]
     mean = mean_cost(costs)
     assert mean == {
-        "passes": 2, "positions": 3, "flops": 4, "thought_tokens": 5, "loops": 7,
+        "passes": 2, "positions": 3, "flops": 4, "thought_tokens": 5, "loops": 7, "written": 4,
         "seconds": {"prefill": 0.5, "thought": 0.0, "answer": 1.0},
     }  # fmt: skip
 

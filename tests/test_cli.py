@@ -113,7 +113,7 @@ def test_eval_writes_the_result_of_the_contract_and_the_same_twice(run: Path, tm
     assert list(first) == ["task", "split", "n", "accuracy", "ci95", "unparsable", "cost", "method", "model", "saved",
                            "seed", "versions", "device", "asked"]  # fmt: skip
     assert first["asked"] == {"max_new_tokens": 8}  # answers that are not those of the run as it is say so
-    assert list(first["cost"]) == ["passes", "positions", "flops", "thought_tokens", "loops", "seconds"]
+    assert list(first["cost"]) == ["passes", "positions", "flops", "thought_tokens", "loops", "written", "seconds"]
     assert list(first["cost"]["seconds"]) == ["prefill", "thought", "answer"]
     assert first["n"] == 8 and first["method"]["name"] == "slr" and first["seed"] == 0
     assert first["cost"]["loops"] == 2
@@ -304,9 +304,11 @@ def test_eval_draws_several_answers_or_searches_and_says_so(run: Path, tmp_path:
     code, out, _ = innerloop(capsys, "eval", run, *few, "--samples", 4, "--temperature", 1.5, "--seed", 5)
     result = json.loads((tmp_path / "result.json").read_text())
     assert code == 0 and "slr, vote of 4 at temperature 1.5 on chain/test" in out and result["asked"] == asked
-    assert [len(p["samples"]) for p in lines_of(tmp_path / "predictions.jsonl")] == [4, 4, 4] and result["cost"][
-        "loops"
-    ] == 2
+    drawn = [p["samples"] for p in lines_of(tmp_path / "predictions.jsonl")]
+    assert [len(samples) for samples in drawn] == [4, 4, 4] and result["cost"]["loops"] == 2
+    assert result["distinct"] == pytest.approx(sum(len(set(samples)) for samples in drawn) / 12)
+    assert f"; {result['distinct']:.0%} of a question's samples are unlike" in out
+    assert 0 < result["cost"]["written"] <= 4 * 3
     assert innerloop(capsys, "eval", run, *few, "--beams", 3)[0] == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["asked"] == {"max_new_tokens": 3, "beams": 3} and result["cost"]["loops"] == 2

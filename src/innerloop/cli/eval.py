@@ -229,11 +229,15 @@ class Evaluation:
                 "marks them as timed_out"
             )
         (low, high), cost = result["ci95"], result["cost"]
+        fills = self.model.method.family == "denoise"
+        per_pass = f" ({cost['written'] / max(cost['passes'], 1):.1f} tokens a pass)" if fills else ""
+        unlike = f"; {result['distinct']:.0%} of a question's samples are unlike" if "distinct" in result else ""
         console.print(
             f"{self.model.method.name}{self.attempts.told} on {self.task.name}/{self.options.split}: accuracy "
             f"{result['accuracy']:.1%} (95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable "
-            f"{result['unparsable']}); per example {cost['passes']:.1f} passes, {cost['positions']:.1f} positions, "
-            f"{1000 * sum(cost['seconds'].values()):.1f} ms\n{self.folder / 'result.json'}",
+            f"{result['unparsable']}); per example {cost['passes']:.1f} passes{per_pass}, "
+            f"{cost['positions']:.1f} positions, {1000 * sum(cost['seconds'].values()):.1f} ms"
+            f"{unlike}\n{self.folder / 'result.json'}",
             soft_wrap=True,
         )
 

@@ -28,7 +28,7 @@ class Cost:
 
     ``loops`` are its inner iterations, ``seconds`` its share of the batch it ran in, ``cached`` the earlier positions
     that its passes found in the cache (each pass counts them anew), ``logits`` the positions that were read out,
-    ``streams`` how many streams each pass ran side by side.
+    ``streams`` how many streams each pass ran side by side, ``written`` the tokens of the text.
     """
 
     passes: int = 0
@@ -40,6 +40,7 @@ class Cost:
     cached: int = 0
     logits: int = 0
     streams: int = 1
+    written: int = 0
 
     @property
     def stream_passes(self) -> int:
@@ -52,7 +53,7 @@ def mean_cost(costs: list[Cost]) -> dict:
     n = max(len(costs), 1)
     means = {
         name: sum(getattr(c, name) for c in costs) / n
-        for name in ("passes", "positions", "flops", "thought_tokens", "loops")
+        for name in ("passes", "positions", "flops", "thought_tokens", "loops", "written")
     }
     if any(c.streams > 1 for c in costs):
         means["stream_passes"] = sum(c.stream_passes for c in costs) / n
@@ -63,7 +64,7 @@ def total_cost(costs: Sequence[Cost]) -> Cost:
     """Return what several answers cost together."""
     whole = Cost(streams=max((cost.streams for cost in costs), default=1))
     for cost in costs:
-        for name in ("passes", "positions", "flops", "thought_tokens", "loops", "cached", "logits"):
+        for name in ("passes", "positions", "flops", "thought_tokens", "loops", "cached", "logits", "written"):
             setattr(whole, name, getattr(whole, name) + getattr(cost, name))
         for phase in PHASES:
             whole.seconds[phase] += cost.seconds[phase]

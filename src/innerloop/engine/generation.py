@@ -63,7 +63,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
             n_steps -= ids[:n_steps].count(model.encoder.eos_id)
         cost.thought_tokens = request.billed * model.n_thought_positions(request.row) + request.n_latents + n_steps
-        cost.loops, cost.streams = request.n_loops, model.method.streams
+        cost.loops, cost.streams, cost.written = request.n_loops, model.method.streams, len(ids)
         cost.seconds["thought"] += sum(request.ticks[:n_marked])
         cost.seconds["answer"] += sum(request.ticks[n_marked:])
         marker = ANSWER_PREFIX.strip()
@@ -81,7 +81,7 @@ def traced(model: LatentCore, request: Request, generation: Generation) -> Gener
     if request.record is not None:
         record, row = request.record
         trace = generation.trace = record.row(row)
-        trace.opened = [opened.row(at) for opened, at in request.opened]
+        trace.opened, trace.frames = [opened.row(at) for opened, at in request.opened], record.frames
         generation.blocks = tuple(trace.shown(block, model.tokenizer) for block in request.blocks)
     return generation
 

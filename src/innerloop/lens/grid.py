@@ -26,12 +26,14 @@ class Cell:
         change: how far its state moved, ||z_t - z_{t-1}|| / ||z_t||; None in the pass of the answer.
         gold: the token expected here; None where none is.
         rank: how many tokens are likelier than that.
+        state: of a token of a canvas, what it is after the pass.
     """
 
     top: tuple[tuple[str, float], ...]
     change: float | None = None
     gold: str | None = None
     rank: int | None = None
+    state: Literal["hidden", "committed", "kept", "masked again"] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Column:
     """
 
     name: str
-    kind: Literal["latent", "text", "before", "asked", "written"]
+    kind: Literal["latent", "text", "before", "asked", "written", "place"]
     depth: int | None = None
     group: int | None = None
 

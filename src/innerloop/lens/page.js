@@ -3,7 +3,9 @@
   const record = JSON.parse(document.getElementById("record").textContent);
   const $ = (id) => document.getElementById(id);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const isDepth = record.family === "depth";
+  const isDepth = record.family === "depth", isFilm = record.family === "canvas";
+  const noun = isDepth ? "token" : isFilm ? "place" : "latent";
+  const MARKS = { committed: "●", hidden: "?", "masked again": "↺", kept: "" };
   const view = { example: 0, line: 0, column: 0, colour: "probability" };
 
   // Text only: nothing of the record is ever parsed as markup.
@@ -52,7 +54,7 @@
   const valueOf = (cell) => (view.colour === "change" ? cell.change : cell.top[0][1]);
   const amountOf = (cell) => (view.colour === "change" ? (cell.change === null ? 0 : cell.change / most.change) : cell.top[0][1]);
   const columnName = (column) => ({ latent: `latent ${column.name}`, before: `${column.name} before the latents`, text: `text ${column.name}`,
-    asked: `token ${column.name} of the question`, written: `written token ${column.name}` })[column.kind];
+    asked: `token ${column.name} of the question`, written: `written token ${column.name}`, place: `place ${column.name}` })[column.kind];
   const current = () => record.looks[view.example];
   const cellAt = (line, column) => current().grid[line]?.cells[column] ?? null;
   const isRead = (look, column) => look.grid.some((line) => line.cells[column]);
@@ -69,6 +71,7 @@
     $("foot").textContent = `Each example was answered alone, so that seconds are those of one question. `
       + Object.entries(record.versions).map(([part, version]) => `${part} ${version}`).join(", ");
     if (isDepth) $("h-map").textContent = "What each token shows after its iterations";
+    if (isFilm) $("h-map").textContent = "The canvas, pass by pass";
     const canChange = changes.length > 0;
     document.querySelector("input[value=change]").disabled = !canChange;
   }
@@ -144,7 +147,7 @@
       }
       head.append(line);
     }
-    head.append(make("tr", {}, make("td", { class: "corner", text: isDepth ? "token" : "latent" }),
+    head.append(make("tr", {}, make("td", { class: "corner", text: noun }),
       ...columns.map((column) => make("th", { scope: "col", class: column.kind, text: column.name }))));
     const body = make("tbody");
     look.grid.forEach((line, i) => {
@@ -157,7 +160,7 @@
       }
       body.append(row);
     });
-    const caption = make("caption", { class: "hidden", text: `Rows are passes, columns are ${isDepth ? "tokens" : "latents"}; a cell holds the likeliest token.` });
+    const caption = make("caption", { class: "hidden", text: `Rows are passes, columns are ${noun}s; a cell holds the likeliest token.` });
     fill($("map"), make("table", { class: "map", id: "map-table" }, caption, head, body));
     legend();
     plain();
@@ -165,11 +168,13 @@
 
   function button(look, line, i, j, cell) {
     const right = hit(cell);
-    const node = make("button", { type: "button", class: "cell", tabindex: -1, "data-line": i, "data-column": j, "aria-pressed": "false",
+    const node = make("button", { type: "button", class: cell.state ? `cell is-${cell.state.replace(" ", "-")}` : "cell", tabindex: -1, "data-line": i, "data-column": j, "aria-pressed": "false",
       title: cell.top[0][0] }, make("span", { class: "word", text: cell.top[0][0] }), make("span", { class: "value" }));
     if (right !== null) node.append(make("span", { class: "hit", "aria-hidden": "true", text: right ? "✓" : "✗" }));
+    if (cell.state) node.append(make("span", { class: "hit", "aria-hidden": "true", text: MARKS[cell.state] }));
     shade(node, cell);
     const facts = [`${line.name}, ${columnName(look.columns[j])}: ${cell.top[0][0]}`, `probability ${share(cell.top[0][1])}`];
+    if (cell.state) facts.push(cell.state);
     if (cell.change !== null) facts.push(`change ${number(cell.change)}`);
     if (right !== null) facts.push(right ? "the gold token" : `gold is ${cell.gold}, rank ${cell.rank}`);
     node.setAttribute("aria-label", facts.join(", "));
@@ -188,6 +193,7 @@
     if (current().grid.some((line) => line.cells.some((cell) => cell && cell.gold !== null))) {
       keys.push(make("span", {}, make("span", { class: "mark-good", text: "✓" }), " the gold token is the likeliest; ", make("span", { class: "mark-bad", text: "✗" }), " it is not"));
     }
+    if (isFilm) keys.push(...Object.entries(MARKS).map(([state, mark]) => make("span", {}, mark ? `${mark} ${state} in this pass` : `unmarked: ${state} from an earlier one`)));
     fill($("map-legend"), ...keys);
   }
 
@@ -235,11 +241,11 @@
     look.grid.forEach((line) => line.cells.forEach((cell, j) => {
       if (!cell) return;
       body.append(make("tr", {}, make("th", { scope: "row", text: line.name }), make("td", { text: columnName(look.columns[j]) }),
-        make("td", { class: "mono", text: cell.top[0][0] }), make("td", { class: "number", text: number(cell.top[0][1]) }),
+        make("td", { class: "mono", text: cell.top[0][0] + (cell.state ? ` (${cell.state})` : "") }), make("td", { class: "number", text: number(cell.top[0][1]) }),
         make("td", { class: "number", text: number(cell.change) }), make("td", { class: "mono", text: cell.gold ?? "" }),
         make("td", { class: "number", text: cell.rank ?? "" })));
     }));
-    const names = ["pass", isDepth ? "token" : "latent", "likeliest token", "probability", "change", "gold token", "tokens likelier than gold"];
+    const names = ["pass", noun, isFilm ? "token" : "likeliest token", "probability", "change", "gold token", "tokens likelier than gold"];
     fill($("plain-table"), make("table", { class: "plain" }, make("thead", {}, make("tr", {}, ...names.map((text) => make("th", { scope: "col", text })))), body));
   }
 
@@ -329,7 +335,7 @@
       return [lastLine(column), column];
     }
     for (let line = look.grid.length - 1; line >= 0; line -= 1) {
-      const latent = look.grid[line].cells.findIndex((cell, i) => cell && look.columns[i].kind === "latent");
+      const latent = look.grid[line].cells.findIndex((cell, i) => cell && ["latent", "place"].includes(look.columns[i].kind));
       if (latent >= 0) return [line, latent];
     }
     return [0, 0];

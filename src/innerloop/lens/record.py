@@ -20,6 +20,7 @@ from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.lens.depth import depth_grid, depth_loops, read_tokens
+from innerloop.lens.film import film_columns, film_grid
 from innerloop.lens.grid import Cell, Column, Line, Loop, cells_of, loops_of
 from innerloop.lens.latents import (
     Part,
@@ -43,7 +44,7 @@ from innerloop.tasks import Task
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
 
-Family = Literal["latents", "depth", "text"]
+Family = Literal["latents", "depth", "canvas", "text"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Record:
         paper: where it comes from.
         task: the task's name.
         split: whose examples these are.
-        family: whether latents, tokens of unlike depth, or text alone are looked at.
+        family: whether latents, tokens of unlike depth, a canvas, or text alone are looked at.
         versions: of what ran.
         looks: the examples.
     """
@@ -154,7 +155,7 @@ def look(
         kept.append(parts.value(tuple[Look, Family], name, partial(seen, i)))  # type: ignore[arg-type]
         progress(1)
     looks, families = zip(*kept)
-    family: Family = next(name for name in ("depth", "latents", "text") if name in families)
+    family: Family = next(name for name in ("depth", "latents", "canvas", "text") if name in families)
     method = model.method
     what = (run, method.name, method.summary, method.paper, task.name, split)
     return Record(*what, family, versions(), looks)
@@ -202,8 +203,11 @@ def look_at(
         n_asked = len(model.prompts([example.question], loops=loops)[0])
         columns = tuple(Column(token, "asked" if i < n_asked else "written", d) for i, (token, d) in enumerate(tokens))
         return replace(base, columns=columns, grid=grid, loops=depth_loops(answer, tokens), notes=notes), "depth"
-    row = model.prompts([example.question], loops=loops)[0]
     trace = answer.trace
+    if trace is not None and trace.frames:
+        grid, notes = film_grid(trace.frames, model.tokenizer)
+        return replace(base, columns=film_columns(trace.frames), grid=grid, notes=notes), "canvas"
+    row = model.prompts([example.question], loops=loops)[0]
     if trace is None or not (trace.iterations or trace.last or trace.opened):
         name = model.method.name
         return replace(base, notes=(f"'{name}' thinks in what it writes: there are no latents to look into.",)), "text"

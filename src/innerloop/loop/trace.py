@@ -59,6 +59,26 @@ class TopTokens:
     ranks: Tensor | None = None
 
 
+HIDDEN = -1  # stands for a mask among the tokens of a frame
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One pass over the canvas of one row, G tokens of which some are `HIDDEN`.
+
+    Attributes:
+        places: the tokens that it predicted, A of them.
+        shown: what it predicted there (1, A, k).
+        before: the G tokens before the pass.
+        after: those after it: with what was committed, and without what was masked again.
+    """
+
+    places: list[int]
+    shown: TopTokens
+    before: list[int]
+    after: list[int]
+
+
 @dataclass(frozen=True)
 class ShownStep:
     """The step that a block of latents shows.
@@ -80,7 +100,8 @@ class Trace:
 
     ``last`` is the reading of the pass that the answer sees: of the position before the latents, and of the latents.
     ``opened`` are the traces of the blocks that a row opened by itself while it answered, in order; their iterations
-    are of the latents alone, and their ``last`` is also of what closes the block.
+    are of the latents alone, and their ``last`` is also of what closes the block. ``frames`` are the passes over a
+    canvas.
 
     Args:
         read_out: maps outputs u (A, N, D) to logits (A, N, V); None records no read-outs.
@@ -95,6 +116,7 @@ class Trace:
     last: TopTokens | None = None
     gold: Tensor | None = None
     opened: list[Trace] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
 
     def read(self, logits: Tensor, gold_AN: Tensor | None = None) -> TopTokens:
         """Return the likeliest tokens of logits (A, N, V), and the ranks of the gold ones."""

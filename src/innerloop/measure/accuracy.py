@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -129,7 +130,7 @@ def accuracy_of(predictions: Sequence[Prediction]) -> float:
 
 def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Return what result.json says of predictions alone: accuracy and its interval, what failed or took too long to be
-    compared, the mean cost.
+    compared, the share of samples that are unlike those of the same question before them, the mean cost.
 
     A question that could not be answered counts as wrong, but has no part in the cost, which is that of an answer.
     """
@@ -139,6 +140,7 @@ def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
         sum(p.timed_out for p in predictions),
     )
     costs = [p.cost for p in predictions if p.error is None]
+    distinct = [len(set(p.samples)) / len(p.samples) for p in predictions if p.samples]
     return {
         "n": n,
         "accuracy": accuracy_of(predictions),
@@ -146,6 +148,7 @@ def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "unparsable": sum(p.predicted is None for p in predictions),
         **({"failed": n - len(costs)} if len(costs) < n else {}),
         **({"timed_out": timed_out} if timed_out else {}),
+        **({"distinct": statistics.mean(distinct)} if distinct else {}),
         "cost": mean_cost(costs),
     }
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from innerloop.engine.generation import Generation
-from innerloop.loop.trace import Iteration, ShownStep, TopTokens, Trace
+from innerloop.loop.trace import HIDDEN, Frame, Iteration, ShownStep, TopTokens, Trace
 from innerloop.terminal.wide_table import Bands
 from innerloop.text.row import ANSWER_PASS, Kind, Row
 
@@ -149,6 +149,8 @@ def answer_view(
     (`innerloop.lens.latents.names_of_columns` knows both); without them positions are numbered as latents.
     """
     parts: list[RenderableType] = []
+    if answer.trace is not None and answer.trace.frames:
+        parts.append(film_view(answer.trace.frames, tokenizer))
     if answer.trace is not None and not answer.depths:
         traces = [(answer.trace, names), *((trace, opened_names) for trace in answer.trace.opened)]
         seen = [(trace, own) for trace, own in traces if trace.iterations or trace.last is not None]
@@ -165,6 +167,23 @@ def answer_view(
     line = f"{cost.passes} passes{of_streams}, {cost.positions} positions, {1000 * sum(cost.seconds.values()):.0f} ms"
     parts.append(Text(line + ("" if answer.ended else "; stopped at max_new_tokens"), style="dim"))
     return Group(*parts)
+
+
+def film_view(frames: Sequence[Frame], tokenizer: PreTrainedTokenizerBase) -> Table:
+    """Return a canvas after each pass, a line each: [committed], ~masked again~, and a dot for what is hidden."""
+    columns = (Column("pass", justify="right"), "canvas", Column("new", justify="right"))
+    table = Table(*columns, title="what the canvas held", box=None)
+    for number, frame in enumerate(frames, 1):
+        line = Text()
+        for before, after in zip(frame.before, frame.after):
+            word = visible(tokenizer, before if after == HIDDEN else after).strip("␣")
+            if after != before:
+                told = (f"~{word}~", "red") if after == HIDDEN else (f"[{word}]", "bold green")
+            else:
+                told = ("·", "dim") if after == HIDDEN else (word, "")
+            line.append(*told).append(" ")
+        table.add_row(str(number), line, str(sum(b != a != HIDDEN for b, a in zip(frame.before, frame.after))))
+    return table
 
 
 def starts_view(tried: Sequence[Generation]) -> Table:
