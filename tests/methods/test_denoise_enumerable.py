@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from innerloop import Dream
+from innerloop.cli import exact_demo, main
+from innerloop.cli.exact_demo import SQUARES, VALID, fill, is_valid, marginals
 from innerloop.engine.canvases import propose
 from innerloop.methods.denoise.settings import SamplerSettings
-from tests.methods.enumerable import SQUARES, VALID, fill, is_valid, marginals
 
 RANDOM, BEST = {"commit": "random"}, {}
 FEW, MANY = 100, 400
@@ -135,3 +136,15 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
         expected = n * (logits / temperature).softmax(-1)
         assert ((torch.bincount(tokens, minlength=5) - expected) ** 2 / expected).sum() < 18.5  # p = .001
         assert set(propose(logits.expand(n, -1), sampler, 1e-3, drawn, drawn)[0].tolist()) == {0}
+
+
+def test_the_demo_shows_a_square_pass_by_pass_and_what_rules_make_of_many(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exact_demo, "N_DRAWN", 40)
+    assert main.main(["demo", "--denoise", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "clues" in out and "pass 6" in out and "The surest cells, 6 passes: a Latin square." in out
+    rows = [line for line in out.splitlines() if line.startswith("│ ") and "passes" in line]
+    assert len(rows) == 6 and ["100.0%" in row for row in rows] == [False, False, True] * 2
+    assert [f" {n}.0 " in row for row, n in zip(rows, [2, 4, 12] * 2, strict=True)] == [True] * 6
+    assert list(tmp_path.iterdir()) == []  # nothing is written

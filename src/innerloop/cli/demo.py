@@ -43,7 +43,7 @@ def demo_methods(steps: int) -> list[Method]:
     ]
 
 
-def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Count = 2) -> None:
+def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Count = 2, denoise: bool = False) -> None:
     """Train and compare methods on the embedded chain task, on a CPU in minutes, and print the table; again, the table.
 
     Args:
@@ -51,7 +51,13 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
         steps: training steps of every method, after a common chain-of-thought warm-up.
         seed: of data order and weights.
         workers: methods trained side by side, each on one thread.
+        denoise: instead show how Latin squares are filled in from masks; it trains and writes nothing.
     """
+    if denoise:
+        from innerloop.cli.exact_demo import show
+
+        show(console, seed)
+        return
     from innerloop.engine.latent_model import LatentModel
     from innerloop.experiments.compare import suite_rows, timed, verdicts
     from innerloop.experiments.jobs import known_result, run_suite
