@@ -215,7 +215,7 @@ def test_a_configuration_that_was_changed_since_is_named(broken):
         LatentModel.from_pretrained(folder)
 
 
-FOREIGN = ("tah_config.json", "iter_decider.bin", "lora/adapter_model.safetensors", "medusa/head.pt")
+FOREIGN = ("tah_config.json", "iter_decider.bin", "lora/adapter_model.safetensors", "medusa/in/head.pkl")
 
 
 def test_what_belongs_to_a_model_and_is_not_read_is_named(tmp_path):
@@ -223,7 +223,7 @@ def test_what_belongs_to_a_model_and_is_not_read_is_named(tmp_path):
     for part in (model.backbone.lm, model.tokenizer):
         part.save_pretrained(tmp_path)
     for name in (*FOREIGN, "README.md", "notes.json", "training_args.bin", "onnx/model.bin", ".cache/a.bin"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     told = r"also holds iter_decider.bin, lora/, medusa/, tah_config.json, not read by innerloop"
     with pytest.warns(UnreadWarning, match=told):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from innerloop import InputError
 from innerloop.disk.files import HOST, append, check_writable, replacing, write_text
-from innerloop.disk.folders import damage, manifest, remove, replacing_folder, settle
+from innerloop.disk.folders import damage, manifest, place, remove, replacing_folder, settle
 from innerloop.disk.lock import MARK, locked
 from innerloop.text.examples import Example, write_examples
 from tests.kills import killed_at
@@ -120,6 +120,15 @@ def test_asking_whether_a_folder_can_be_written_to_leaves_nothing(tmp_path):
 # Folders
 
 OLD, NEW = {"both": "old", "gone": "old", "in/both": "old"}, {"both": "new", "in/both": "new", "in/more": "new"}
+
+
+def test_a_folder_that_cannot_be_sealed_leaves_nothing_half(tmp_path, full_disk):
+    (tmp_path / "elsewhere").mkdir()
+    for name in "abcd":
+        (tmp_path / "elsewhere" / name).touch()  # whose names and checksums are more than the disk holds
+    with pytest.raises(InputError, match="could not write"):
+        place(tmp_path / "elsewhere", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_all(path: Path, files: dict[str, str]) -> None:

@@ -50,6 +50,18 @@ def test_a_family_answers_in_a_batch_with_holes_as_alone(family):
     assert families.try_answering(lm, Coconut(latents_per_step=1, pad_latent_to_max=False)) is None
 
 
+@pytest.mark.parametrize("family", ["llama4_text", "moshi"])
+@pytest.mark.parametrize("size", [3, 64])
+def test_windows_and_chunks_longer_than_what_is_tried_are_tried_too(family, size, monkeypatch):
+    monkeypatch.setitem(families.SMALL, "sliding_window", size)
+    monkeypatch.setitem(families.SMALL, "attention_chunk_size", size)
+    backbone = Backbone(families.small_lm(family))
+    with pytest.raises(InputError, match=r"gets other states than alone|gives other states than one over the whole"):
+        check_passes(backbone)
+    names = {name: getattr(backbone.config, name) for name in check.WINDOWS if hasattr(backbone.config, name)}
+    assert names and set(names.values()) == {size}  # as it was
+
+
 @torch.no_grad()
 def test_a_family_has_its_own_logits_read_whole_or_token_by_token(family):
     ids, backbone = random_ids(2, 12), Backbone(families.small_lm(family))

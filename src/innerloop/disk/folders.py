@@ -54,7 +54,11 @@ def place(written: Path, path: Path) -> None:
     clear(aside)
     written.rename(aside)
     with _held(aside):
-        seal(aside)
+        try:
+            seal(aside)
+        except BaseException:
+            clear(aside)
+            raise
         _put(aside, path)
 
 

@@ -19,7 +19,7 @@ KNOWN = re.compile(
     r"(config|adapter_config|generation_config|tokenizer_config|processor_config|preprocessor_config)\.json|"
     r"onnx|original|coreml|openvino|metal"
 )
-OF_A_MODEL = re.compile(r".*(\.(safetensors|bin|pt|pth|ckpt|npz|h5|msgpack)|_config\.json)")
+OF_A_MODEL = re.compile(r".*(\.(safetensors|bin|pt|pth|ckpt|npz|h5|msgpack|pkl|pickle|gguf)|_config\.json)")
 
 
 def unread_files(folder: Path) -> list[str]:
@@ -29,7 +29,7 @@ def unread_files(folder: Path) -> list[str]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in written or KNOWN.fullmatch(path.name):
             continue
-        names = (inner.name for inner in path.iterdir()) if path.is_dir() else iter([path.name])
+        names = (inner.name for inner in path.rglob("*")) if path.is_dir() else iter([path.name])
         if any(OF_A_MODEL.fullmatch(name) for name in names):
             found.append(f"{path.name}/" if path.is_dir() else path.name)
     return found

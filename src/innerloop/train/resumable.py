@@ -120,7 +120,7 @@ class ResumableTrainer(Trainer, ABC):
         run = Path(self.args.output_dir)
         folder, staging = checkpoints.folder_of(run, self.state.global_step), run / STAGING
         older = checkpoints.saved(run)
-        end = f"{older[-1]} is untouched: make room and resume from it" if older else "make room and begin again"
+        end = f"{older[-1]} is untouched: make room and resume from it" if older else "make room and --resume"
         self._staging = staging
         try:
             with told(f"could not save {folder} (is the disk full?)", end):
