@@ -1,8 +1,8 @@
 """Do more loops answer longer questions? Accuracy for each number of loops and each length, for runs of a suite.
 
 The runs were trained on short questions of the tracking task; each answers questions of every length (all of one
-length) with every number of loops. A looped decoder also answers until its states have come to rest: a token stops once
-its state changes by less than 3 % in an iteration, after --most iterations at most.
+length) with every number of loops. A looped decoder also answers until it has converged: a token stops once what it shows
+changes by a KL divergence below 0.001 in an iteration (the rule kl, with its usual threshold), at --most at the latest.
 
     python benchmarks/loops_and_length.py --suite runs/suites/evidence/depth --variants "looped, 1 x 6" --lengths 1 2 4
         --loops 1 2 4 --out benchmarks/results/loops_and_length.json
@@ -23,8 +23,6 @@ from innerloop.tasks import Tracking
 from innerloop.text.examples import Example
 from innerloop.train.recipe import load_recipe
 
-RULE = {"rule": "delta", "threshold": 1.52}  # a relative change below 3 %
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -32,7 +30,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", required=True)
     parser.add_argument("--lengths", type=int, nargs="+", required=True)
     parser.add_argument("--loops", type=int, nargs="+", required=True)
-    parser.add_argument("--most", type=int, default=48, help="iterations of a token that does not come to rest")
+    parser.add_argument("--most", type=int, default=48, help="iterations of a token that does not converge")
     parser.add_argument("--n", type=int, default=200, help="questions of each length; of short ones there are fewer")
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, required=True)
@@ -66,9 +64,9 @@ def measured(run: Path, options: argparse.Namespace) -> dict:
         },
     }
     if isinstance(model.method, Looped):
-        stop = replace(model.method.stop, **RULE)
-        resting = LatentModel.from_pretrained(run, replace(model.method, max_loops=options.most, stop=stop))
-        point["at_rest"] = {str(n): until_rest(resting, of) for n, of in asked.items()}
+        stop = replace(model.method.stop, rule="kl")
+        stopping = LatentModel.from_pretrained(run, replace(model.method, max_loops=options.most, stop=stop))
+        point["converged"] = {str(n): until_converged(stopping, of) for n, of in asked.items()}
     print(json.dumps(point), flush=True)
     return point
 
@@ -81,8 +79,8 @@ def questions(task: Tracking, length: int, options: argparse.Namespace) -> list[
     return own.examples(options.split)
 
 
-def until_rest(model: LatentModel, examples: list[Example]) -> dict[str, float]:
-    """Answer until states are at rest; return the accuracy, and the iterations of the token that chooses the answer."""
+def until_converged(model: LatentModel, examples: list[Example]) -> dict[str, float]:
+    """Answer until converged; return the accuracy, and the iterations of the token that chooses the answer."""
     given = model.generate([example.question for example in examples], max_new_tokens=8)
     right = sum(one.answer == example.answer for one, example in zip(given, examples))
     asked = [model.encoder.question(example.question).ids for example in examples]

@@ -482,16 +482,16 @@ def holding_lines(results: dict) -> tuple[Lines, str]:
 
 
 def length_lines(results: dict) -> tuple[Lines, str]:
-    """Return the lines of answering until states are at rest: a variant each, by length; means over seeds."""
+    """Return the lines of answering until converged: a variant each, by length; means over seeds."""
     lengths = list(results["points"][0]["n"])
     rows = []
-    for name in dict.fromkeys(point["variant"] for point in results["points"] if "at_rest" in point):
+    for name in dict.fromkeys(point["variant"] for point in results["points"] if "converged" in point):
         own = [point for point in results["points"] if point["variant"] == name]
         best = [[max(at[n] for at in point["loops"].values()) for point in own] for n in lengths]
-        rest = [[point["at_rest"][n] for point in own] for n in lengths]
+        ended = [[point["converged"][n] for point in own] for n in lengths]
         for what, cells in (
-            ("at rest", [f"{sum(at['accuracy'] for at in found) / len(own):.1%}" for found in rest]),
-            ("loops until then", [f"{sum(at['loops'] for at in found) / len(own):.1f}" for found in rest]),
+            ("until converged", [f"{sum(at['accuracy'] for at in found) / len(own):.1%}" for found in ended]),
+            ("loops until then", [f"{sum(at['loops'] for at in found) / len(own):.1f}" for found in ended]),
             ("best number of loops, seen afterwards", [f"{sum(found) / len(own):.1%}" for found in best]),
         ):
             rows.append([name, what, *cells])

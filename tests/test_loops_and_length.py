@@ -30,7 +30,7 @@ RESULTS = {
             "seed": seed,
             "n": {"1": 6, "4": 50},
             "loops": {"1": {"1": 0.9, "4": low}, "8": {"1": 1.0, "4": high}},
-            "at_rest": {"1": {"accuracy": 1.0, "loops": 2.0}, "4": {"accuracy": high, "loops": 5.0 + seed}},
+            "converged": {"1": {"accuracy": 1.0, "loops": 2.0}, "4": {"accuracy": high, "loops": 5.0 + seed}},
         }
         for seed, low, high in ((0, 0.2, 0.8), (1, 0.4, 0.6))
     ],
@@ -51,10 +51,10 @@ def test_a_cell_of_the_picture_is_the_mean_over_seeds(monkeypatch, tmp_path):
     )  # length 1 was trained, 4 not
 
 
-def test_the_table_tells_what_resting_gives_beside_the_best_number_of_loops():
+def test_the_table_tells_what_converging_gives_beside_the_best_number_of_loops():
     (head, *rows), note = script("tables").length_lines(RESULTS)
     assert head == ["variant", "", "1 swaps", "4 swaps"]
-    assert rows[0] == ["looped", "at rest", "100.0%", "70.0%"]
+    assert rows[0] == ["looped", "until converged", "100.0%", "70.0%"]
     assert rows[1] == ["looped", "loops until then", "2.0", "5.5"]
     assert rows[2][2:] == ["100.0%", "70.0%"]
     assert "n = 50 test questions" in note and "trained on up to 2 swaps; seeds 0, 1" in note
