@@ -1,8 +1,8 @@
 """Do more loops answer longer questions? Accuracy for each number of loops and each length, for runs of a suite.
 
 The runs were trained on short questions of the tracking task; each answers questions of every length (all of one
-length) with every number of loops. A looped decoder also answers until it has converged: a token stops once what it shows
-changes by a KL divergence below 0.001 in an iteration (the rule kl, with its usual threshold), at --most at the latest.
+length) with every number of loops. A looped decoder also answers until it has converged: a token stops once what it
+shows changes by a KL divergence below 0.001 in an iteration (the rule kl with its usual threshold), or after --most.
 
     python benchmarks/loops_and_length.py --suite runs/suites/evidence/depth --variants "looped, 1 x 6" --lengths 1 2 4
         --loops 1 2 4 --out benchmarks/results/loops_and_length.json
