@@ -481,6 +481,26 @@ def holding_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], f"{note}seeds {', '.join(map(str, seeds))}; {results['device']}; "
 
 
+def length_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of answering until converged: a variant each, by length; means over seeds."""
+    lengths = list(results["points"][0]["n"])
+    rows = []
+    for name in dict.fromkeys(point["variant"] for point in results["points"] if "converged" in point):
+        own = [point for point in results["points"] if point["variant"] == name]
+        best = [[max(at[n] for at in point["loops"].values()) for point in own] for n in lengths]
+        ended = [[point["converged"][n] for point in own] for n in lengths]
+        for what, cells in (
+            ("until converged", [f"{sum(at['accuracy'] for at in found) / len(own):.1%}" for found in ended]),
+            ("loops until then", [f"{sum(at['loops'] for at in found) / len(own):.1f}" for found in ended]),
+            ("best number of loops, seen afterwards", [f"{sum(found) / len(own):.1%}" for found in best]),
+        ):
+            rows.append([name, what, *cells])
+    seeds = sorted({point["seed"] for point in results["points"]})
+    note = f"n = {max(results['points'][0]['n'].values())} {results['split']} questions of each length at most; "
+    note += f"trained on up to {results['trained']} swaps; seeds {', '.join(map(str, seeds))}; {results['device']}; "
+    return [["variant", "", *(f"{n} swaps" for n in lengths)], *rows], note
+
+
 def switch_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of which steps were latent: a variant each."""
     head = ["variant", "accuracy", "95 % interval", "thought tokens", "passes", "MFLOPs", "latent steps"]
@@ -536,6 +556,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("losses", ""): loss_lines,
     ("adaptive_loops", ""): adaptive_lines,
     ("loop_holding", ""): holding_lines,
+    ("loops_and_length", ""): length_lines,
     ("step_switch", ""): switch_lines,
     ("denoise", ""): denoise_lines,
     ("bench", ""): bench_lines,

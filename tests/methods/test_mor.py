@@ -264,3 +264,9 @@ def test_flops_are_those_of_the_tokens_that_ran():
     assert meter.costs(model.backbone)[0].flops == pytest.approx(linear + attention + routers, rel=1e-12)
     stepwise(model, IDS, meter=stepped)
     assert stepped.costs(model.backbone)[0].flops == meter.costs(model.backbone)[0].flops
+
+
+def test_the_answer_may_be_written_alone():
+    alone, (row,) = recursive(Mor(write_steps=False)), recursive(CAUSAL).rows(MIXED[:1])
+    assert [span.kind.value for span in alone.rows(MIXED[:1])[0].spans] == ["question", "answer"]
+    assert [span.kind.value for span in row.spans] == ["question", "step", "step", "step", "answer"]

@@ -19,6 +19,7 @@ from innerloop.tasks.strategyqa import StrategyQA
 from innerloop.tasks.synthetic import Igsm, Mult4x4, Mult5x5, PHop
 from innerloop.tasks.task import FileTask, Task
 from innerloop.tasks.text import Text
+from innerloop.tasks.tracking import Tracking
 
 __all__ = [
     "TASKS",
@@ -43,12 +44,14 @@ __all__ = [
     "Svamp",
     "Task",
     "Text",
+    "Tracking",
     "task_named",
 ]
 
 _CLASSES: tuple[type[Task], ...] = (
     Chain,
     Latin,
+    Tracking,
     Star,
     Countdown,
     Reversal,

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import ClassVar
 
 from innerloop.checks.values import Count
 from innerloop.errors import refuse
@@ -27,6 +28,9 @@ class MadeTask(Task):
         n_test: test examples
         seed: another seed gives other examples
     """
+
+    repeats: ClassVar[bool] = False
+    """Whether training may ask a question twice, where there are too few of some kind."""
 
     n_train: Count = 20_000
     n_valid: Count = 500
@@ -65,7 +69,8 @@ class MadeTask(Task):
                 )
             )
             example = self.draw(rng)
-            is_new = example.question not in seen and split_of(example.question) == split
+            is_new = example.question not in seen or (self.repeats and split == "train")
+            is_new = is_new and split_of(example.question) == split
             if is_new and self.is_good(example):
                 seen.add(example.question)
                 misses = 0

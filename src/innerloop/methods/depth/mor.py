@@ -65,6 +65,7 @@ class Mor(DepthMethod):
             choice.
         kv: each recursion keeps the keys and values of its own tokens (recursion_wise), or all read those of the first
             and make none (recursive_sharing).
+        write_steps: off: the answer alone is written, so that all thinking happens inside the tokens.
     """
 
     name: ClassVar[str] = "mor"
@@ -91,6 +92,7 @@ class Mor(DepthMethod):
     bias_rate: Weight = 0.001
     z_weight: Weight | None = None
     kv: Literal["recursion_wise", "recursive_sharing"] = "recursion_wise"
+    write_steps: bool = True
 
     loop: ClassVar[LoopSettings] = RecursionStates()  # type: ignore[misc]
 
