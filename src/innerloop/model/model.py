@@ -49,6 +49,7 @@ from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.region import Masked, join
+from innerloop.passes.soft_masks import SoftMask, soft_mask
 from innerloop.passes.thought import Thought, think
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import PromptEncoder
@@ -89,10 +90,11 @@ class LatentCore(RowLayout):
         self.method = method
         self.encoder = PromptEncoder(tokenizer)
         add_markers(backbone, tokenizer, method.markers)
-        if isinstance(method, DenoisingMethod):
-            method.check_mask(self.encoder)
         aux = method.aux
         self.step_decoder = None
+        self.soft: SoftMask | None = None
+        if isinstance(method, DenoisingMethod):
+            self.soft = soft_mask(method.soft, method.check_mask(self.encoder), backbone.device)
         if aux.weight > 0:
             dtype = backbone.lm.dtype
             other = None if aux.source is None else loading.load_decoder(aux.source, tokenizer, dtype)
@@ -291,8 +293,11 @@ class LatentCore(RowLayout):
             context.next_position_B = context.next_position_B + batch.skipped_B
             pending, start = [], columns.start
         embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
-        follows = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets)
-        states = context.read(embeds, mask, all_states=follows, sees=self.method.plan.sees)
+        follows, sees = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets), self.method.plan.sees
+        if self.soft is not None and batch.soft_at_U is not None:
+            masks = rows, batch.soft_at_U % n_columns - start
+            embeds = self.soft.soften(context, embeds, mask, masks, at - start, sees, self.loss_chunk)
+        states = context.read(embeds, mask, all_states=follows, sees=sees)
         layers = states if follows else (states,)
         if state is None:
             thought.answer, thought.after = layers, context

@@ -90,6 +90,7 @@ class Noise:
         mask_id: what is read in their place.
         shift: the position before a token predicts it, as in a decoder; otherwise its own.
         n_counted: what the row adds to the number that the loss of the global batch is divided by.
+        soft: a first pass predicts the hidden tokens, and what is learned is of a second, whose masks are fed that.
     """
 
     hidden: tuple[int, ...]
@@ -97,6 +98,7 @@ class Noise:
     mask_id: int
     shift: bool
     n_counted: float
+    soft: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from innerloop.checks.values import Places
+from innerloop.config.soft_masks import SoftSettings
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.settings import Commit, NoiseSettings, Norm, SamplerSettings, TokenWeight
 from innerloop.text.row import MASK
@@ -54,3 +55,8 @@ class Dream(DenoisingMethod):
     mask_token: str = MASK
     noise: DreamNoise = DreamNoise()
     sampler: DreamSampler = DreamSampler()
+    soft: SoftSettings = SoftSettings()
+
+
+Dream.presets = {"soft_masked": Dream(soft=SoftSettings(share=0.8, top_k=1))}
+"""Soft masks as in the paper's Dream models (soft_masked.md, 5)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from innerloop.checks.values import Places
+from innerloop.config.soft_masks import SoftSettings
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.settings import NoiseSettings, SamplerSettings
 from innerloop.text.row import MASK
@@ -33,3 +34,8 @@ class Llada(DenoisingMethod):
     mask_token: str = MASK
     noise: NoiseSettings = NoiseSettings()
     sampler: SamplerSettings = SamplerSettings()
+    soft: SoftSettings = SoftSettings()
+
+
+Llada.presets = {"soft_masked": Llada(soft=SoftSettings(share=0.8))}
+"""Soft masks as in the paper's language models (soft_masked.md, 5)."""

@@ -13,8 +13,9 @@ from typing import ClassVar, Self
 
 from innerloop.config.method import Method
 from innerloop.config.plan import Plan
+from innerloop.config.soft_masks import SoftSettings
 from innerloop.errors import InputError, refuse
-from innerloop.methods.denoise.noise import hide, times
+from innerloop.methods.denoise.noise import coin, hide, times
 from innerloop.methods.denoise.settings import NoiseSettings, SamplerSettings
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
@@ -32,6 +33,7 @@ class DenoisingMethod(Method):
     mask_token: str = MASK
     noise: NoiseSettings = NoiseSettings()
     sampler: SamplerSettings = SamplerSettings()
+    soft: SoftSettings = SoftSettings()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,8 +56,8 @@ class DenoisingMethod(Method):
         """The mask, which is never written."""
         return (self.mask_token,)
 
-    def check_mask(self, encoder: PromptEncoder) -> None:
-        """Refuse a mask that means something else already."""
+    def check_mask(self, encoder: PromptEncoder) -> int:
+        """Return the id of the mask; refuse one that means something else already."""
         tokenizer, mask_id = encoder.tokenizer, self.mask_id(encoder)
         for what, i in (("padding", tokenizer.pad_token_id), ("end-of-sequence", encoder.eos_id)):
             refuse(
@@ -65,6 +67,7 @@ class DenoisingMethod(Method):
                     f"as {MASK}, which is added where it is missing",
                 )
             )
+        return mask_id
 
     def mask_id(self, encoder: PromptEncoder) -> int:
         """Return the id of the mask."""
@@ -112,10 +115,16 @@ class DenoisingMethod(Method):
     ) -> list[Row]:
         """Lay out examples with tokens hidden; without a seed, by always the same draws."""
         mask_id, found = self.mask_id(encoder), []
+        is_soft = not seed or coin(seed) < self.soft.share
         for i, (example, t) in enumerate(zip(examples, times(max(len(examples), 1), seed))):
             row = self.fitting(example, encoder)
-            found.append(hide(row, t, self.noise, mask_id, self.shift, f"{seed}/{i}"))
+            row = hide(row, t, self.noise, mask_id, self.shift, f"{seed}/{i}")
+            found.append(self.softened(row) if is_soft else row)
         return found
+
+    def softened(self, row: Row) -> Row:
+        """Return a row with hidden tokens whose masks are soft, if they are in this method."""
+        return replace(row, noise=replace(row.noise, soft=True)) if row.noise and self.soft.is_on else row
 
     # The loop
 

@@ -25,6 +25,14 @@ def times(n: int, seed: str) -> list[float]:
     return [(u + b / n) % 1 for b in range(n)]
 
 
+def coin(seed: str) -> float:
+    """Return a number in [0, 1) of a training step: of its seed's first two parts, those of the run and of the step.
+
+    So it is the same for all micro-batches and processes.
+    """
+    return random.Random(f"soft/{'/'.join(seed.split('/')[:2])}").random()
+
+
 def hide(row: Row, t: float, settings: NoiseSettings, mask_id: int, shift: bool, seed: str) -> Row:
     """Return a row of which tokens are hidden: each supervised one with the probability of time ``t``."""
     may = [k for k, label in enumerate(row.labels()) if label != IGNORE]
