@@ -121,7 +121,7 @@ class SoftMask(nn.Module):
             sees: what a position sees.
             chunk: how many rows of logits may exist together.
         """
-        backbone, (rows_A, columns_A) = context.backbone, masks
+        backbone, rows_A = context.backbone, masks[0]
         if not len(rows_A):
             return embeds_BLD
         with torch.no_grad():
@@ -157,7 +157,8 @@ def mixed(mix: Mix, masks_AD: Tensor, lam_A: Tensor, words_AD: Tensor) -> Tensor
     cosine = (own * fed).sum(-1, keepdim=True) / length.square().clamp(min=1e-12)
     is_arc = cosine.abs() < 1 - 1e-6
     angle = torch.where(is_arc, cosine, 0.0).acos()
-    arc = (((1 - lam_A1) * angle).sin() * own + (lam_A1 * angle).sin() * fed) / angle.sin()
+    shares = [(share * angle).sin() / angle.sin() for share in (1 - lam_A1, lam_A1)]
+    arc = shares[0] * own + shares[1] * fed
     return torch.where(is_arc, arc, level).to(dtype)
 
 

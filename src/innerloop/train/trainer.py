@@ -130,7 +130,7 @@ class LatentTrainer(ResumableTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer; the method's parts may have a learning rate, and modules with ``group`` a group, of their own."""
+        """Make the optimizer; the method's parts may have a learning rate of their own, modules with ``group`` more."""
         named = [(name, module) for name, module in self.model.named_modules() if hasattr(module, "group")]
         if self.args.parts_learning_rate is None and self.args.unfreeze_after is None and not named:
             return super().create_optimizer(model)
