@@ -25,6 +25,10 @@ class Plain:
         self.prompt, self.seed = model.prompts([question])[0].ids(), [seed, index, 0]
         self.mask, self.eos, self.nfe = method.mask_id(model.encoder), model.encoder.eos_id, 0
         self.x = [self.mask] * method.gen_length
+        self.fillers = list(self.x)
+        if method.noise.filler == "random":
+            drawn = np.random.default_rng([*self.seed, 1, 1]).integers(0, len(model.tokenizer) - 1, len(self.x))
+            self.fillers = [int(i) + (i >= self.mask) for i in drawn]
         self.fed = None  # with soft masks, the logits of the last pass and the tokens in it
 
     def numbers(self, at):
@@ -33,7 +37,8 @@ class Plain:
     def predict(self, drawn):
         """Return the token and the probability of every place, and the distribution that tokens are drawn from."""
         n, w = len(self.prompt), self.sampler.guidance
-        rows = self.prompt + self.x, [self.mask] * n + self.x
+        x = [f if i == self.mask else i for i, f in zip(self.x, self.fillers)]
+        rows = self.prompt + x, [self.mask] * n + x
         logits = logits_of(self.model, rows[0], self.method.shift, self.soft(rows[0]))[n:]
         other = logits_of(self.model, rows[1], self.method.shift, self.soft(rows[1]))[n:] if w > 0 else None
         if self.model.soft is not None:

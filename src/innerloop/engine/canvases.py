@@ -112,7 +112,10 @@ class CanvasEngine(Engine):
 
     def _canvas(self, request: Request) -> Canvas:
         seed = [self.options.seed, *request.draw]
-        return Canvas(self.method.sampler, self.method.gen_length, self.mask_id, self.model.encoder.eos_id, seed)
+        canvas = Canvas(self.method.sampler, self.method.gen_length, self.mask_id, self.model.encoder.eos_id, seed)
+        if self.method.noise.filler == "random":
+            canvas.fill(len(self.model.tokenizer))
+        return canvas
 
     def _fill_in(self, requests: Sequence[Request], canvases: Sequence[Canvas]) -> None:
         """Make one pass, and let each canvas keep of it what it will."""
@@ -122,7 +125,7 @@ class CanvasEngine(Engine):
         rows, places = _flat(read)
         at_A = [torch.from_numpy(a).to(model.device) for a in (rows, places)]
         before = [canvas.tokens_G.copy() for canvas in canvases]
-        tokens_RG = torch.from_numpy(np.stack(before)).to(model.device)
+        tokens_RG = torch.from_numpy(np.stack([canvas.read_G for canvas in canvases])).to(model.device)
         embeds_RGD = None if soft is None else soft.embeds(canvases, tokens_RG)
         slots = self.prefill.slots
         slots_R, counts_R = slots.of(requests), torch.tensor([len(one) for one in read], device=model.device)

@@ -140,7 +140,8 @@ def row_bounds(
         for n_hidden in hidden_counts(len(may), n_draws, rng.randint(1, len(may)), rounding):
             hidden = tuple(sorted(rng.sample(may, n_hidden)))
             weights = (len(may) / n_hidden,) * n_hidden
-            drawn.append(method.softened(replace(row, noise=Noise(hidden, weights, mask_id, method.shift, 1))))
+            noised = replace(row, noise=Noise(hidden, weights, mask_id, method.shift, 1))
+            drawn.append(method.shown(noised, model.encoder, f"bound/{seed}/{first + i}/{len(drawn)}"))
         n_tokens.append(len(may))
     found: list[float] = []
     for start in range(0, len(drawn), batch_size):

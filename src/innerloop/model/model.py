@@ -6,7 +6,6 @@ What users have is `innerloop.LatentModel`, which also answers and is loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from innerloop.model.answer_decoder import AnswerDecoder, Classifier, decoder_fo
 from innerloop.model.distillation import check_teacher, latent_teacher_terms
 from innerloop.model.frozen import FrozenReference
 from innerloop.model.losses import (
+    Output,
     Terms,
     answer_losses,
     deep_loss,
@@ -48,6 +48,7 @@ from innerloop.model.step_decoder import StepDecoder, aux_loss
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.loss_inputs import LossInputs
+from innerloop.passes.noised import noised
 from innerloop.passes.region import Masked, join
 from innerloop.passes.soft_masks import SoftMask, soft_mask
 from innerloop.passes.thought import Thought, think
@@ -55,23 +56,6 @@ from innerloop.text.batch import Batch
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
-
-
-@dataclass
-class Output:
-    """A loss and what it is made of.
-
-    Attributes:
-        loss: the weighted sum of the terms.
-        terms: each term's mean over its own supervised items, before weighting.
-        trace: the loop's record, where asked for.
-        measured: what depth methods report of a pass, such as the shares of tokens that routers chose.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    trace: Trace | None = None
-    measured: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LatentCore(RowLayout):
@@ -293,11 +277,11 @@ class LatentCore(RowLayout):
             context.next_position_B = context.next_position_B + batch.skipped_B
             pending, start = [], columns.start
         embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
-        follows, sees = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets), self.method.plan.sees
-        if self.soft is not None and batch.soft_at_U is not None:
-            masks = rows, batch.soft_at_U % n_columns - start
-            embeds = self.soft.soften(context, embeds, mask, masks, at - start, sees, self.loss_chunk)
-        states = context.read(embeds, mask, all_states=follows, sees=sees)
+        follows = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets)
+        options: dict[str, Any] = {"all_states": follows, "sees": self.method.plan.sees}
+        if batch.is_noised:
+            embeds, options = noised(self.soft, context, (embeds, mask), batch, start, self.loss_chunk, options)
+        states = context.read(embeds, mask, **options)
         layers = states if follows else (states,)
         if state is None:
             thought.answer, thought.after = layers, context

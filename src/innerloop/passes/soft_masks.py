@@ -8,14 +8,14 @@ Shapes: `B` rows, `L` positions, `A` masks, `K` tokens mixed in, `D` width, `V` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from innerloop.config.plan import Sees
 from innerloop.config.soft_masks import Mix, SoftSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.token_losses import AtOnce
@@ -107,7 +107,7 @@ class SoftMask(nn.Module):
         mask_BL: Tensor | None,
         masks: tuple[Tensor, Tensor],
         predict_at_A: Tensor,
-        sees: Sees,
+        options: Mapping[str, Any],
         chunk: AtOnce = None,
     ) -> Tensor:
         """Make a pass that nothing is learned from, and return the embeddings of the next, its masks softened.
@@ -118,14 +118,15 @@ class SoftMask(nn.Module):
             mask_BL: 1 where real; None: all are.
             masks: the rows and columns (A,) of the masks.
             predict_at_A: the columns that predict them.
-            sees: what a position sees.
+            options: of `Context.read`, such as what a position sees.
             chunk: how many rows of logits may exist together.
         """
         backbone, rows_A = context.backbone, masks[0]
         if not len(rows_A):
             return embeds_BLD
         with torch.no_grad():
-            states_AD = context.fork().read(embeds_BLD, mask_BL, sees=sees)[rows_A, predict_at_A]
+            states_BLD = context.fork().read(embeds_BLD, mask_BL, **{**options, "all_states": False})
+            states_AD = states_BLD[rows_A, predict_at_A]
         size = chunk if isinstance(chunk, int) and self.raw_temperature is None else len(states_AD)
         parts = []
         for part_AD in states_AD.split(size):
