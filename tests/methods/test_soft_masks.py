@@ -334,6 +334,16 @@ def test_the_gate_has_a_group_of_the_optimizer_of_its_own(own_rate, rate, tmp_pa
     assert abs(model.soft.raw_scale.item() - before) > rate  # nearly two whole steps, from w_s = 1e-6 on
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+def test_an_optimizer_without_an_epsilon_trains_the_gate_too(optim, tmp_path):
+    model = tiny_model(Llada(gen_length=LONG, soft={"share": 1.0}))
+    trainer = make_trainer(tmp_path, model, EXAMPLES, max_steps=1, optim=optim)
+    trainer.train()
+    (found,) = (g for g in trainer.optimizer.param_groups if any(p is model.soft.raw_scale for p in g["params"]))
+    assert found["initial_lr"] == 1e-2 and found.get("eps") != 1e-15
+    assert torch.isfinite(model.soft.raw_scale)
+
+
 @by_method
 def test_a_loss_in_chunks_is_the_whole_and_a_bound_takes_two_passes(method):
     model = model_of(method)

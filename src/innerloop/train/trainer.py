@@ -147,9 +147,14 @@ class LatentTrainer(ResumableTrainer):
         if own_rate is not None:
             own |= {part: {**settings, "lr": own_rate} for part, settings in own.items() if part != "backbone"}
         cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        known = {name for name, value in settings.items() if isinstance(value, float)}  # not every one has an epsilon
         self.optimizer = cls(
             [
-                {**own[part], "params": found, "weight_decay": self.args.weight_decay if decay else 0.0}
+                {
+                    **{name: value for name, value in own[part].items() if name in known},
+                    "params": found,
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                }
                 for (part, decay), found in groups.items()
             ],
             **settings,
