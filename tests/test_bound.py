@@ -61,8 +61,9 @@ def test_what_a_result_says_of_answers():
     assert (summary([Bound((1.0,), 4)])["mc_error"], summary([Bound((1.0,), 4)])["ci95"]) == (None, None)
 
 
-def test_it_does_not_depend_on_how_many_draws_share_a_pass_or_on_other_examples():
-    model = tiny_model(Llada(gen_length=24)).double()
+@pytest.mark.parametrize("filler", ["mask", "random"])
+def test_it_does_not_depend_on_how_many_draws_share_a_pass_or_on_other_examples(filler):
+    model = tiny_model(Llada(gen_length=24, noise={"filler": filler})).double()
     whole = bounds(model, chain_examples(3), n_draws=16, batch_size=64)
     for size in (1, 4, 16):
         again = bounds(model, chain_examples(3), n_draws=16, batch_size=size)

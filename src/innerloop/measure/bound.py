@@ -137,11 +137,12 @@ def row_bounds(
     for i, row in enumerate(rows):
         may = [k for k, label in enumerate(row.labels()) if label != IGNORE]
         rng = random.Random(f"bound/{seed}/{first + i}")
-        for n_hidden in hidden_counts(len(may), n_draws, rng.randint(1, len(may)), rounding):
+        counts = hidden_counts(len(may), n_draws, rng.randint(1, len(may)), rounding)
+        for draw, n_hidden in enumerate(counts):
             hidden = tuple(sorted(rng.sample(may, n_hidden)))
             weights = (len(may) / n_hidden,) * n_hidden
             noised = replace(row, noise=Noise(hidden, weights, mask_id, method.shift, 1))
-            drawn.append(method.shown(noised, model.encoder, f"bound/{seed}/{first + i}/{len(drawn)}"))
+            drawn.append(method.shown(noised, model.encoder, f"bound/{seed}/{first + i}/{draw}"))
         n_tokens.append(len(may))
     found: list[float] = []
     for start in range(0, len(drawn), batch_size):
