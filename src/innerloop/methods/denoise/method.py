@@ -173,6 +173,11 @@ class DenoisingMethod(Method):
 
     # The loop
 
+    @property
+    def takes_loops(self) -> bool:
+        """Passes over a canvas can be more or fewer."""
+        return True
+
     def with_loops(self, loops: int) -> Self:
         """Return the method with another number of passes over a canvas."""
         return replace(self, sampler=replace(self.sampler, steps=loops))  # type: ignore[call-arg]
