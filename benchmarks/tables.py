@@ -541,6 +541,17 @@ def denoise_lines(results: dict) -> tuple[Lines, str]:
     return [["rule", "accuracy", "95 % interval", "passes", "tokens a pass", "positions"], *rows], note
 
 
+def start_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what mask predictors start from: the held-out loss by the number of steps."""
+    steps = list(results["points"][0]["losses"])
+    rows = [[point["start"], *(f"{point['losses'][step]:.3f}" for step in steps)] for point in results["points"]]
+    versions = results["versions"]
+    note = f"{results['n']} held-out chunks of {results['n_words']} words, batches of {results['batch_size']}, "
+    note += f"seed {results['seed']}; {results['device']}; "
+    note += f"torch {versions['torch']}, transformers {versions['transformers']}; "
+    return [["start", *(f"step {step}" for step in steps)], *rows], note
+
+
 def family_lines(results: dict, chosen: Callable[[dict], bool], abilities: bool) -> tuple[Lines, str]:
     """Return the lines of some families of decoders: what each can, or why it is refused."""
     names = {"text": "text", "latents": "latents", "trains": "training", "loops": "loops in the token"}
@@ -559,6 +570,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("loops_and_length", ""): length_lines,
     ("step_switch", ""): switch_lines,
     ("denoise", ""): denoise_lines,
+    ("denoise_start", ""): start_lines,
     ("bench", ""): bench_lines,
     ("engine", "reference"): reference_lines,
     ("engine", "bare"): bare_lines,

@@ -1,5 +1,6 @@
 """The likelihood of answers that are denoised: a bound by Monte Carlo, against all subsets enumerated."""
 
+import json
 import math
 from itertools import combinations
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 
 from innerloop import Cot, Dream, InputError, Llada
-from innerloop.measure.bound import Bound, bounds, hidden_counts
+from innerloop.measure.bound import Bound, bounds, hidden_counts, summary
 from innerloop.measure.likelihood import likelihood
+from innerloop.tasks import Chain
 from innerloop.text.examples import Example
 from tests.methods import reference_denoise as reference
-from tests.models import chain_examples, tiny_model
+from tests.models import chain_examples, saved, tiny_model
+from tests.test_cli import innerloop, refused
 
 EXAMPLE = Example("3 ; + 4", (), "2", "a", {})
 BY_LENGTH = {n: Llada(gen_length=n, write_steps=False) for n in (3, 4, 6)}
@@ -40,8 +43,27 @@ def test_the_bound_is_the_enumerated_one_within_three_errors(method):
     assert abs(found.nll - enumerated(model, EXAMPLE)) <= 3 * found.error
 
 
-def test_it_does_not_depend_on_how_many_draws_share_a_pass_or_on_other_examples():
-    model = tiny_model(Llada(gen_length=24)).double()
+@pytest.mark.parametrize("n_draws", [1, 4, 16])
+@pytest.mark.parametrize("n_tokens", [4, 6])
+def test_so_is_the_mean_of_calls_of_few_draws(n_draws, n_tokens):
+    model = tiny_model(BY_LENGTH[n_tokens]).double()
+    calls = [bounds(model, [EXAMPLE], n_draws=n_draws, seed=s)[0].nll for s in range(192 // n_draws)]
+    mean = sum(calls) / len(calls)
+    error = math.sqrt(sum((one - mean) ** 2 for one in calls) / (len(calls) - 1) / len(calls))
+    assert abs(mean - enumerated(model, EXAMPLE)) <= 3 * error
+
+
+def test_what_a_result_says_of_answers():
+    found = summary([Bound((1.0, 3.0), 4), Bound((4.0, 6.0), 4)])
+    assert (found["nll"], found["nll_per_token"], found["draws"], found["n"]) == (3.5, 0.875, 2, 2)
+    assert found["mc_error"] == pytest.approx(math.sqrt(2) / 2)
+    assert found["ci95"] == pytest.approx([3.5 - 1.96 * 1.5, 3.5 + 1.96 * 1.5], abs=1e-3)
+    assert (summary([Bound((1.0,), 4)])["mc_error"], summary([Bound((1.0,), 4)])["ci95"]) == (None, None)
+
+
+@pytest.mark.parametrize("filler", ["mask", "random"])
+def test_it_does_not_depend_on_how_many_draws_share_a_pass_or_on_other_examples(filler):
+    model = tiny_model(Llada(gen_length=24, noise={"filler": filler})).double()
     whole = bounds(model, chain_examples(3), n_draws=16, batch_size=64)
     for size in (1, 4, 16):
         again = bounds(model, chain_examples(3), n_draws=16, batch_size=size)
@@ -91,3 +113,18 @@ def test_what_has_no_bound_is_refused():
         bounds(tiny_model(Cot()), [EXAMPLE])
     with pytest.raises(InputError, match="n_draws is 0"):
         bounds(tiny_model(BY_LENGTH[4]), [EXAMPLE], n_draws=0)
+
+
+def test_eval_bounds_the_right_answers_where_it_is_asked(tmp_path, capsys):
+    model, few = tiny_model(Llada(gen_length=40)), ["--task", "chain", "--limit", 3, "--out", tmp_path]
+    run = saved(model, tmp_path / "run")
+    code, out, _ = innerloop(capsys, "eval", run, *few, "--bound", 4)
+    found = json.loads((tmp_path / "result.json").read_text())["bound"]
+    assert code == 0 and f"nll of the right answers at most {found['nll']:.4f} nats each" in out
+    examples = Chain().examples("test", 3)
+    assert found["nll"] == pytest.approx(sum(one.nll for one in bounds(model, examples, n_draws=4)) / 3, rel=1e-5)
+    assert (found["draws"], found["n"]) == (4, 3)
+    plain = saved(tiny_model(Cot()), tmp_path / "cot")
+    short = saved(tiny_model(Llada(gen_length=8)), tmp_path / "short")
+    refused(capsys, "but the canvas has gen_length=8: raise it to", "eval", short, *few, "--bound", 4)
+    refused(capsys, "'cot' does not denoise, so its likelihood is exact", "eval", plain, *few, "--bound", 4)

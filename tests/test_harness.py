@@ -10,9 +10,10 @@ import torch
 
 from innerloop.errors import InputError
 from innerloop.measure import harness
+from innerloop.measure.bound import bounds
 from innerloop.measure.harness import evaluate_tasks, harness_model, weighed, written
 from innerloop.measure.result_cache import ResultCache, of_model
-from innerloop.methods import Coconut, Cot, Lotus, NoCot, Pause, Slr, SpiralThinker
+from innerloop.methods import Coconut, Cot, Llada, Lotus, NoCot, Pause, Slr, SpiralThinker
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example, write_examples
 from tests.models import tiny_model
@@ -46,7 +47,27 @@ def test_given_answers_are_weighed_as_the_model_would_write_them(method):
     assert len(found) == 6 and all(total < 0 for total, _ in found)
 
 
-@pytest.mark.parametrize("method", [Cot(), SpiralThinker(latents_per_block=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize("soft", [0.0, 1.0])
+def test_a_method_that_denoises_weighs_answers_by_the_same_draws(soft, monkeypatch):
+    monkeypatch.setattr(harness, "DRAWS", 8)
+    model = tiny_model(Llada(gen_length=8, write_steps=False, soft={"share": soft})).double()
+    requests = [(question, f" {a}") for question in QUESTIONS[:2] for a in (1, 2, 1)]
+    found = weighed(model, requests, batch_size=4)
+    by_hand = bounds(model, [Example(QUESTIONS[1], (), "2")], n_draws=8)[0].nll
+    assert found[4][0] == pytest.approx(-by_hand, rel=1e-6)
+    assert found[0] == found[2] and found[0] != found[1]
+    said = model.generate(QUESTIONS[:1])[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "generate", lambda questions, **_: [said] * len(questions))
+        example = Example(QUESTIONS[0], (), "1")
+        row = model.method.lay_out(example, model.encoder)
+        said.ids = row.ids()[row.region_start :][: row.ids()[row.region_start :].index(model.encoder.eos_id) + 1]
+        assert [one for _, one in weighed(model, [(QUESTIONS[0], "1"), (QUESTIONS[0], "2")], 4)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "method", [Cot(), SpiralThinker(latents_per_block=2), Llada(gen_length=24)], ids=lambda m: m.name
+)
 def test_methods_that_write_steps_weigh_nothing(method):
     with pytest.raises(InputError, match="writes steps before it answers"):
         weighed(tiny_model(method), [(QUESTIONS[0], "1")], 4)

@@ -21,7 +21,8 @@ from innerloop.experiments.jobs import run_suite
 from innerloop.experiments.suite import EvalConfig, load_suite, parse_suite, suite_report
 from innerloop.experiments.summary import by_variant, summary_table
 from innerloop.experiments.workers import Workers, local_workers
-from innerloop.methods import METHODS, Slr
+from innerloop.measure.result_cache import ResultCache
+from innerloop.methods import METHODS, Cot, Llada, Slr
 from innerloop.tasks import Chain
 from innerloop.text.codec import to_json
 from innerloop.text.examples import write_examples
@@ -380,3 +381,11 @@ def test_a_job_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, monk
     jobs.run_job(("plain", 0), recipe, suite.test, messages)
     assert log == [1, 2, 3] and jobs.known_result(suite, ("plain", 0))["n"] == 5
     assert not list(Path(recipe.out).rglob("checkpoint-*"))
+
+
+def test_passes_over_a_canvas_are_swept_as_loops_are():
+    model, task = tiny_model(Llada(gen_length=40, sampler={"block_length": 20})), Chain(n_ops=2)
+    asking = jobs._Asking(model, EvalConfig(loops=(2, 3, 4)), 0, ResultCache())
+    found, refused = asking.by_loops("accuracy", task, task.examples("test", 2))
+    assert asking.iterates and list(found) == [2, 4] and "cannot be shared evenly among 2 blocks" in refused[3]
+    assert not jobs._Asking(tiny_model(Cot()), EvalConfig(loops=(2,)), 0, ResultCache()).iterates

@@ -8,10 +8,10 @@ import torch
 
 
 @torch.no_grad()
-def logits_of(model, ids, shift):
-    """Return the logits (L, V) of a row in which everything sees everything."""
+def logits_of(model, ids, shift, embeds=None):
+    """Return the logits (L, V) of a row in which everything sees everything; ``embeds`` (L, D) in place of its own."""
     backbone, n = model.backbone, len(ids)
-    embeds = backbone.embed(torch.tensor([ids]))
+    embeds = backbone.embed(torch.tensor([ids])) if embeds is None else embeds[None]
     mask = backbone.mask_of(torch.ones(1, n, dtype=torch.long), n, 0, embeds.dtype, "all")
     logits = backbone.head(backbone(embeds, mask=mask, positions_BL=torch.arange(n)[None]))[0]
     return torch.cat([logits[:1], logits[:-1]]) if shift else logits
@@ -25,6 +25,11 @@ class Plain:
         self.prompt, self.seed = model.prompts([question])[0].ids(), [seed, index, 0]
         self.mask, self.eos, self.nfe = method.mask_id(model.encoder), model.encoder.eos_id, 0
         self.x = [self.mask] * method.gen_length
+        self.fillers = list(self.x)
+        if method.noise.filler == "random":
+            drawn = np.random.default_rng([*self.seed, 1, 1]).integers(0, len(model.tokenizer) - 1, len(self.x))
+            self.fillers = [int(i) + (i >= self.mask) for i in drawn]
+        self.fed = None  # with soft masks, the logits of the last pass and the tokens in it
 
     def numbers(self, at):
         return np.random.default_rng([*self.seed, at]).random((3, len(self.x)))
@@ -32,9 +37,13 @@ class Plain:
     def predict(self, drawn):
         """Return the token and the probability of every place, and the distribution that tokens are drawn from."""
         n, w = len(self.prompt), self.sampler.guidance
-        logits = logits_of(self.model, self.prompt + self.x, self.method.shift)[n:]
+        x = [f if i == self.mask else i for i, f in zip(self.x, self.fillers)]
+        rows = self.prompt + x, [self.mask] * n + x
+        logits = logits_of(self.model, rows[0], self.method.shift, self.soft(rows[0]))[n:]
+        other = logits_of(self.model, rows[1], self.method.shift, self.soft(rows[1]))[n:] if w > 0 else None
+        if self.model.soft is not None:
+            self.fed = logits.clone(), list(self.x)
         if w > 0:
-            other = logits_of(self.model, [self.mask] * n + self.x, self.method.shift)[n:]
             logits = other + (1 + w) * (logits - other)
         self.nfe += 2 if w > 0 else 1
         logits[:, self.mask] = -torch.inf
@@ -52,6 +61,26 @@ class Plain:
             tempered /= tempered.sum(-1, keepdim=True)
         tokens = [int(np.searchsorted(p.cumsum(0).numpy(), u, side="right")) for p, u in zip(tempered, drawn)]
         return torch.tensor(tokens), tempered if self.sampler.is_tempered else plain
+
+    @torch.no_grad()
+    def soft(self, ids):
+        """Return what a row is read as (L, D): the whole vocabulary is multiplied, one place at a time."""
+        if self.fed is None:
+            return None
+        soft, first = self.model.soft, len(ids) - len(self.x)
+        table = self.model.backbone.embed(torch.arange(len(self.model.tokenizer)))
+        embeds = table[ids].clone()
+        for g, (row, old) in enumerate(zip(self.fed[0].clone(), self.fed[1])):
+            if self.x[g] != self.mask or (old != self.mask and soft.settings.remasked == "drop"):
+                continue
+            row[self.mask] = -torch.inf
+            if old != self.mask and soft.settings.remasked == "carry":
+                row[:], row[old] = -torch.inf, 0.0
+            p = row.softmax(-1)
+            lam = soft.scale * torch.sigmoid(soft.steepness * ((p * (p + 1e-10).log()).sum() - soft.centre))
+            p[p.argsort(descending=True)[soft.settings.top_k :]] = 0
+            embeds[first + g] = (1 - lam) * table[self.mask] + lam * (p / p.sum()) @ table
+        return embeds
 
     def text(self):
         return self.x[: self.x.index(self.eos) + 1] if self.eos in self.x else self.x
@@ -104,9 +133,11 @@ def dream(model, method, question, **options):
     grid = torch.linspace(1, 1e-3, steps + 1)
     for i in range(steps):
         drawn = plain.numbers(i)
-        tokens, probs = plain.predict(drawn[0])
         free = [g for g in range(method.gen_length) if plain.x[g] == plain.mask]
         is_last, share = i == steps - 1, 1 - grid[i + 1] / grid[i]
+        if model.soft is not None and not _commits(sampler, free, drawn[1], share, is_last):
+            continue  # a pass that is made changes what the next is fed
+        tokens, probs = plain.predict(drawn[0])
         if sampler.commit == "origin":
             kept = [g for g in free if is_last or drawn[1][g] < share]
         else:
@@ -122,4 +153,31 @@ def dream(model, method, question, **options):
             kept = sorted(free, key=lambda g: -float(score[g]))[:n]
         for g in kept:
             plain.x[g] = int(tokens[g])
+    return plain
+
+
+def _commits(sampler, free, drawn, share, is_last):
+    """Whether a step of Dream's commits anything."""
+    if sampler.commit == "origin":
+        return any(is_last or drawn[g] < share for g in free)
+    return is_last or int(torch.tensor(float(len(free))) * share) > 0
+
+
+def remdm(model, method, question, **options):
+    """Return the canvas that ReMDM's cap fills; passes that commit nothing are not made."""
+    plain = Plain(model, method, question, **options)
+    steps, cap = method.sampler.steps, method.sampler.remask.cap
+    for i in range(steps):
+        drawn, before, after = plain.numbers(i), i / steps, (i + 1) / steps
+        sigma = min(cap, 1.0 if i == 0 else (1 - after) / before)
+        stay = ((1 - after) - sigma * before) / (1 - before)
+        free = [g for g in range(method.gen_length) if plain.x[g] == plain.mask]
+        kept = [g for g in free if drawn[1][g] >= stay]
+        again = [g for g in range(method.gen_length) if g not in free and drawn[1][g] < sigma]
+        if kept:
+            tokens, _ = plain.predict(drawn[0])
+        for g in kept:
+            plain.x[g] = int(tokens[g])
+        for g in again:
+            plain.x[g] = plain.mask
     return plain

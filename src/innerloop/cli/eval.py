@@ -48,6 +48,7 @@ class EvalArguments(SplitArguments, ModelArguments):
         seed: of the draws.
         controls: also answer with the latents replaced, hidden, or refined more or less often; writes controls.json.
         stability: also measure how the loop behaves, iteration by iteration; writes stability.json.
+        bound: also bound the likelihood of the right answers by so many draws; of methods that denoise, 128 are usual.
         probes: also read step results off the latents, and swap latents between examples; writes probes.json.
         fresh: start over; by default what was measured before of the same weights, data and options is taken as it is.
         compile: compile short passes, as CUDA graphs on a GPU; the first answers wait for it.
@@ -66,6 +67,7 @@ class EvalArguments(SplitArguments, ModelArguments):
     seed: Seed = 0
     controls: bool = False
     stability: bool = False
+    bound: Count | None = None
     probes: bool = False
     fresh: bool = False
     compile: bool = False
@@ -155,6 +157,7 @@ class Evaluation:
     def answer(self) -> None:
         """Answer the examples, then measure what is asked for besides."""
         from innerloop.measure.accuracy import Prediction, answered, evaluate, result_of
+        from innerloop.measure.bound import check_bound
         from innerloop.measure.reports import Measurement, check_asked
         from innerloop.measure.result_cache import PARTS, ResultCache, made_of
         from innerloop.measure.subject import Subject
@@ -164,6 +167,8 @@ class Evaluation:
         check_asked(
             model, task, split, examples, options.stage, options.loops, *options.besides, attempts=self.attempts
         )
+        if options.bound is not None:
+            check_bound(model, examples)
         decides = {**options.answering, "loops": options.loops, **self.attempts.asked(options.seed)}
         parts = ResultCache(self.folder / PARTS, made_of(model, task, split, examples, decides), options.fresh)
         with going_on(parts, ", ".join(parts.known)):
@@ -178,19 +183,34 @@ class Evaluation:
             asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
             self._write(result, asked | self._asked | self.attempts.asked(options.seed))
             self._print(result)
+            if options.bound is not None:
+                self._bound(result, options.bound)
             subject = Subject(model, task, *answered(examples, predictions), **options.answering, cache=parts)
             Measurement(subject, split, self.run, result["seed"], self.folder, console).run(*options.besides)
+
+    def _bound(self, result: dict[str, Any], n_draws: int) -> None:
+        """Bound the likelihood of the right answers, and add that to the result."""
+        from innerloop.measure.bound import bounds, summary
+
+        with progress_of(f"bound {self.task.name}", len(self.examples)) as advance:
+            found = summary(bounds(self.model, self.examples, n_draws, self.options.seed, self.options.batch_size,
+                                   progress=advance))  # fmt: skip
+        write_text(self.folder / "result.json", json.dumps(result | {"bound": found}, indent=2) + "\n")
+        error = "" if found["mc_error"] is None else f" (standard error of the draws {found['mc_error']:.2g})"
+        console.print(f"nll of the right answers at most {found['nll']:.4f} nats each{error}", soft_wrap=True)
 
     def read_text(self) -> None:
         """Measure how well running text is predicted."""
         from innerloop.measure.likelihood import likelihood, text_result
 
         options = self.options
-        of_answers = any(options.besides) or (options.stage, options.max_new_tokens) != (None, None)
+        of_answers = (
+            any(options.besides) or options.bound is not None or (options.stage, options.max_new_tokens) != (None, None)
+        )
         if of_answers or not self.attempts.is_plain:
             raise InputError(
-                "of running text nothing is answered: leave controls, stability, probes, stage, samples, starts, "
-                "temperature, beams and max_new_tokens out"
+                "of running text nothing is answered: leave controls, stability, probes, bound, stage, samples, "
+                "starts, temperature, beams and max_new_tokens out"
             )
         with progress_of(f"eval {self.task.name}", len(self.examples)) as advance:
             found = likelihood(self.model, self.examples, options.batch_size, options.loops, progress=advance)

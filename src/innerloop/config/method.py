@@ -233,9 +233,14 @@ class Method(Checked, ABC):
         """Return the number of iterations at a stage."""
         return 0
 
+    @property
+    def takes_loops(self) -> bool:
+        """Whether questions can be answered with another number of iterations than was trained."""
+        return any(f.name == "max_loops" for f in fields(self))
+
     def with_loops(self, loops: int) -> Method:
         """Return the method for answering with another number of iterations than it was trained with."""
-        if not any(f.name == "max_loops" for f in fields(self)):
+        if not self.takes_loops:
             raise InputError(f"'{self.name}' has no max_loops, so the number of loops cannot be set; leave loops out")
         return replace(self, max_loops=loops)  # type: ignore[call-arg]
 

@@ -255,7 +255,13 @@ class Backbone(nn.Module):
         return getattr(self.decoder, self.anatomy.norm)(states)
 
     def mask_of(
-        self, mask_BP: Tensor, n_new: int, n_window: int | None, dtype: torch.dtype, sees: Sees = "past"
+        self,
+        mask_BP: Tensor,
+        n_new: int,
+        n_window: int | None,
+        dtype: torch.dtype,
+        sees: Sees = "past",
+        seen_BQP: Tensor | None = None,
     ) -> Any:
         """Return the attention mask of the last ``n_new`` columns, of which ``mask_BP`` says which are real.
 
@@ -268,15 +274,17 @@ class Backbone(nn.Module):
             n_new: how many are new.
             n_window: how many of the earlier ones the layers with a window hold; None: there are no such layers.
             dtype: of an additive mask.
-            sees: with ``all`` every real column is seen, and windows are lifted.
+            sees: with ``all`` every real column is seen, or those of ``seen_BQP``; windows are lifted.
+            seen_BQP: which columns each new one sees.
 
         Raises:
-            InputError: all is to be seen, and the decoder's attention takes no such mask.
+            InputError: more than the past is to be seen, and the decoder's attention takes no such mask.
         """
         kind = self.config._attn_implementation
         is_known = kind in ("sdpa", "eager") and kinds_of(self.config) <= {"full_attention", "sliding_attention"}
-        if sees == "all":
-            return self._mask_of_all(mask_BP, n_new, dtype, is_known)
+        if sees != "past":
+            seen_BQP = mask_BP.bool()[:, None, :].expand(-1, n_new, -1) if seen_BQP is None else seen_BQP
+            return self._mask_of_seen(seen_BQP, dtype, is_known)
         if not is_known or has_alibi(self.decoder):
             return mask_BP
         ranks_BP, columns_P = mask_BP.cumsum(1), torch.arange(mask_BP.shape[1], device=mask_BP.device)
@@ -290,8 +298,8 @@ class Backbone(nn.Module):
             return masks[..., -(n_window + n_new) :]
         return masks | {"sliding_attention": masks["sliding_attention"][..., -(n_window + n_new) :]}
 
-    def _mask_of_all(self, mask_BP: Tensor, n_new: int, dtype: torch.dtype, is_known: bool) -> Any:
-        """Return the mask by which each of the last ``n_new`` columns sees every real one; no key is far back in it."""
+    def _mask_of_seen(self, seen_BQP: Tensor, dtype: torch.dtype, is_known: bool) -> Any:
+        """Return the mask by which each new column sees some; no key is far back in it."""
         kind = self.config._attn_implementation
         refuse(
             (
@@ -305,8 +313,7 @@ class Backbone(nn.Module):
                 "the model with attn_implementation=sdpa",
             ),
         )
-        seen_BQP = mask_BP.bool()[:, None, :].expand(-1, n_new, -1)
-        behind_1QP = torch.zeros(1, n_new, mask_BP.shape[1], dtype=torch.long, device=mask_BP.device)
+        behind_1QP = torch.zeros_like(seen_BQP[:1], dtype=torch.long)
         return visible(self.config, seen_BQP, behind_1QP, torch.bool if kind == "sdpa" else dtype)
 
     def mask_4d(

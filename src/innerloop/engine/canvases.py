@@ -21,12 +21,13 @@ from innerloop.engine.engine import Engine
 from innerloop.engine.generation import finish
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
+from innerloop.engine.soft_canvases import SoftCanvases
 from innerloop.errors import InputError, refuse
-from innerloop.methods.denoise.canvas import ALIKE, Canvas
+from innerloop.methods.denoise.canvas import ALIKE, Canvas, Ints
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.settings import SamplerSettings
 from innerloop.model.model import LatentCore
-from innerloop.passes.canvas import Prompts, predict
+from innerloop.passes.canvas import Prompts, lean, predict
 from innerloop.text.row import Row
 
 
@@ -49,6 +50,7 @@ class CanvasEngine(Engine):
         )
         self.method, self.live = method, list[tuple[Request, Canvas]]()
         self.mask_id = method.mask_id(model.encoder)
+        self.soft = None if model.soft is None else SoftCanvases(model.soft, model.backbone)
         super().__init__(model, options)
         ends = torch.tensor([model.encoder.eos_id], device=model.device)
         self.never = torch.cat([self.suppressed, ends]) if method.sampler.eos == "never" else self.suppressed
@@ -110,24 +112,34 @@ class CanvasEngine(Engine):
 
     def _canvas(self, request: Request) -> Canvas:
         seed = [self.options.seed, *request.draw]
-        return Canvas(self.method.sampler, self.method.gen_length, self.mask_id, self.model.encoder.eos_id, seed)
+        canvas = Canvas(self.method.sampler, self.method.gen_length, self.mask_id, self.model.encoder.eos_id, seed)
+        if self.method.noise.filler == "random":
+            canvas.fill(len(self.model.tokenizer))
+        return canvas
 
     def _fill_in(self, requests: Sequence[Request], canvases: Sequence[Canvas]) -> None:
         """Make one pass, and let each canvas keep of it what it will."""
         model, sampler = self.model, self.method.sampler
-        asked = [canvas.asked() for canvas in canvases]
-        rows = np.repeat(np.arange(len(asked)), [len(places) for places in asked])
-        places, drawn = np.concatenate(asked), np.stack([canvas.drawn() for canvas in canvases])
+        asked, soft = [canvas.asked() for canvas in canvases], self.soft
+        read = asked if soft is None else [soft.watched(canvas) for canvas in canvases]
+        rows, places = _flat(read)
         at_A = [torch.from_numpy(a).to(model.device) for a in (rows, places)]
-        tokens_RG = torch.from_numpy(np.stack([canvas.tokens_G for canvas in canvases])).to(model.device)
+        before = [canvas.tokens_G.copy() for canvas in canvases]
+        tokens_RG = torch.from_numpy(np.stack([canvas.read_G for canvas in canvases])).to(model.device)
+        embeds_RGD = None if soft is None else soft.embeds(canvases, tokens_RG)
         slots = self.prefill.slots
-        slots_R, counts_R = slots.of(requests), torch.tensor([len(one) for one in asked], device=model.device)
+        slots_R, counts_R = slots.of(requests), torch.tensor([len(one) for one in read], device=model.device)
         slots.meter.count_logits(slots_R, counts_R)
-        guidance = (sampler.guidance, self.mask_id)
-        prompts = self._prompts(requests)
+        guidance, prompts = (sampler.guidance, self.mask_id), self._prompts(requests)
         logits_AV = predict(
-            model.backbone, prompts, tokens_RG, (at_A[0], at_A[1]), self.method.shift, guidance, slots.meter, slots_R
-        )
+            model.backbone, prompts, tokens_RG, (at_A[0], at_A[1]), self.method.shift, guidance, slots.meter, slots_R,
+            embeds_RGD,
+        )  # fmt: skip
+        own_AV, logits_AV = logits_AV[: len(rows)], lean(logits_AV, sampler.guidance)
+        if soft is not None:
+            logits_AV = logits_AV[torch.from_numpy(_within(asked, read)).to(model.device)]
+            rows, places = _flat(asked)
+        drawn = np.stack([canvas.drawn() for canvas in canvases])
         numbers = torch.from_numpy(drawn[rows, :, places]).to(model.device)
         logits_AV = without(logits_AV, self.never)
         tokens_A, scores_A = propose(logits_AV, sampler, self.options.temperature, numbers[:, 0], numbers[:, 2])
@@ -135,6 +147,8 @@ class CanvasEngine(Engine):
         for canvas, own in zip(canvases, asked):
             part, start = slice(start, start + len(own)), start + len(own)
             canvas.commit(found[part], scores[part])
+        if soft is not None:
+            soft.keep(canvases, before, read, own_AV)
 
     def _prompts(self, requests: Sequence[Request]) -> Prompts:
         """Return the questions of requests, padded before."""
@@ -144,6 +158,17 @@ class CanvasEngine(Engine):
         padded = torch.tensor([[pad] * (width - len(one)) + one for one in ids], device=device)
         is_padded = any(len(one) < width for one in ids)
         return Prompts(padded, torch.tensor(mask, device=device) if is_padded else None)
+
+
+def _flat(places: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """Return the rows (A,) and the places (A,) of the places of several canvases."""
+    return np.repeat(np.arange(len(places)), [len(own) for own in places]), np.concatenate(places)
+
+
+def _within(asked: Sequence[Ints], read: Sequence[Ints]) -> Ints:
+    """Return where the places that are asked for are among those that are read, which are more."""
+    first = np.cumsum([0, *map(len, read)])
+    return np.concatenate([start + np.searchsorted(own, a) for start, own, a in zip(first, read, asked)])
 
 
 def propose(

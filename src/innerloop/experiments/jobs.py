@@ -306,7 +306,7 @@ def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str 
     if asking.iterates:
         result["loops"], refused = asking.by_loops("accuracy", task, examples)
         result |= {"loops_refused": refused} if refused else {}
-        if result["loops"]:
+        if result["loops"] and hasattr(model.method, "max_loops"):
             result["change"] = change_by_loop(model, [e.question for e in examples[:N_TRACED]], max(result["loops"]))
     what = {"method": model.method.name, "model": recipe.out, "task": task.name, "split": test.split, "seed": seed}
     if test.controls:
@@ -328,7 +328,7 @@ class _Asking:
     def __init__(self, model: LatentModel, test: EvalConfig, seed: int, cache: ResultCache):
         self.model, self.test, self.cache = model, test, cache
         self.answers = partial(evaluate, model, attempts=test.attempts, seed=seed)
-        self.iterates = bool(test.loops) and hasattr(model.method, "max_loops")
+        self.iterates = bool(test.loops) and model.method.takes_loops
 
     def score(self, name: str, task: Task, examples: list[Example], loops: int | None = None) -> dict[str, Any]:
         """Return accuracy and interval with a number of iterations."""

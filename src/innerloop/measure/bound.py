@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import refuse
+from innerloop.measure.statistics import Z95
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.text.examples import Example
 from innerloop.text.row import IGNORE, Noise, Row
@@ -50,6 +51,25 @@ class Bound:
         return math.sqrt(sum((draw - self.nll) ** 2 for draw in self.draws) / (n - 1) / n)
 
 
+def summary(found: Sequence[Bound]) -> dict[str, Any]:
+    """Return what result.json says of the bounds of answers: nats an answer, and their spread.
+
+    ``mc_error`` is the standard error of the mean that comes of the draws alone; ``ci95`` is of the answers too.
+    """
+    n, each = len(found), [bound.nll for bound in found]
+    mean = sum(each) / n
+    spread = math.sqrt(sum((nll - mean) ** 2 for nll in each) / max(n - 1, 1) / n)
+    error = math.sqrt(sum(bound.error**2 for bound in found)) / n
+    return {
+        "nll": mean,
+        "nll_per_token": sum(each) / sum(bound.n_tokens for bound in found),
+        "mc_error": None if math.isnan(error) else error,
+        "ci95": [mean - Z95 * spread, mean + Z95 * spread] if n > 1 else None,
+        "draws": len(found[0].draws),
+        "n": n,
+    }
+
+
 def hidden_counts(n_tokens: int, n_draws: int, first: int, rounding: Rounding = "uniform") -> list[int]:
     """Return how many tokens each draw hides, from ``first`` on; ``authors`` rounds halves to even, and is biased."""
     if rounding == "authors":
@@ -64,6 +84,7 @@ def bounds(
     seed: int = 0,
     batch_size: int = 64,
     rounding: Rounding = "uniform",
+    progress: Callable[[int], None] = lambda n: None,
 ) -> list[Bound]:
     """Return the bound of each example's answer, ends of sequence that fill it up among its tokens.
 
@@ -74,16 +95,26 @@ def bounds(
         seed: of the draws, which depend on it and the example's place alone.
         batch_size: draws in one pass.
         rounding: ``authors`` gives the numbers that LLaDA's published code gives.
+        progress: called with the number of examples whose draws have been read since the last call.
 
     Raises:
         InputError: the method does not denoise, or n_draws or batch_size is below 1.
     """
+    rows = check_bound(model, examples)
+    at_once, found = max(batch_size // max(n_draws, 1), 1), list[Bound]()
+    for first in range(0, len(rows), at_once):
+        part = rows[first : first + at_once]
+        found += row_bounds(model, part, n_draws, seed, batch_size, rounding, first)
+        progress(len(part))
+    return found
+
+
+def check_bound(model: LatentModel, examples: Sequence[Example]) -> list[Row]:
+    """Return examples laid out; refuse a model whose likelihood is exact, and answers longer than its canvas."""
     method = model.method
     refuse((not isinstance(method, DenoisingMethod), f"'{method.name}' does not denoise, so its likelihood is exact"))
     assert isinstance(method, DenoisingMethod)
-    return row_bounds(
-        model, [method.fitting(example, model.encoder) for example in examples], n_draws, seed, batch_size, rounding
-    )
+    return [method.fitting(example, model.encoder) for example in examples]
 
 
 def row_bounds(
@@ -106,10 +137,12 @@ def row_bounds(
     for i, row in enumerate(rows):
         may = [k for k, label in enumerate(row.labels()) if label != IGNORE]
         rng = random.Random(f"bound/{seed}/{first + i}")
-        for n_hidden in hidden_counts(len(may), n_draws, rng.randint(1, len(may)), rounding):
+        counts = hidden_counts(len(may), n_draws, rng.randint(1, len(may)), rounding)
+        for draw, n_hidden in enumerate(counts):
             hidden = tuple(sorted(rng.sample(may, n_hidden)))
             weights = (len(may) / n_hidden,) * n_hidden
-            drawn.append(replace(row, noise=Noise(hidden, weights, mask_id, method.shift, 1)))
+            noised = replace(row, noise=Noise(hidden, weights, mask_id, method.shift, 1))
+            drawn.append(method.shown(noised, model.encoder, f"bound/{seed}/{first + i}/{draw}"))
         n_tokens.append(len(may))
     found: list[float] = []
     for start in range(0, len(drawn), batch_size):

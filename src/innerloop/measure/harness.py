@@ -4,8 +4,8 @@
 
 A request's context is the question, word for word: what a task puts around its questions is part of it, and a run
 that has never seen that may do worse than on its own task. Tasks that write need nothing else; tasks that weigh given
-answers need a method that answers right after its latents. Some requests at a time are answered and kept in a
-`ResultCache`.
+answers need a method that answers right after its latents; one that denoises weighs them by a bound. Some requests at a
+time are answered and kept in a `ResultCache`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from innerloop.disk.files import write_text
 from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError, check_installed
 from innerloop.measure.accuracy import device_name, versions
+from innerloop.measure.bound import bounds
 from innerloop.measure.result_cache import ResultCache, digest
+from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.text.examples import Example
 from innerloop.text.row import Kind
 
@@ -34,6 +36,7 @@ except ImportError:
 RESULT = "lm_eval.json"
 PARTS = "lm_eval.parts.json"
 PART = 8  # batches that are kept together
+DRAWS = 128  # of the bound of an answer's likelihood, where the method denoises
 MOST_TOKENS = 256  # written where a task does not say
 KEPT = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -171,6 +174,9 @@ def weighed(model: LatentModel, requests: Sequence[tuple[str, str]], batch_size:
         part = requests[begin : begin + batch_size]
         examples = [Example(context, (), answer.strip()) for context, answer in part]
         _check_answers_at_once(model, examples[0])
+        if isinstance(model.method, DenoisingMethod):
+            results += _bounded(model, examples, batch_size)
+            continue
         targets = model.batch(model.rows(examples))
         split = targets.targets_U.split(targets.n_targets)
         for logits, own in zip(model.answer_logits(examples), split):
@@ -179,6 +185,18 @@ def weighed(model: LatentModel, requests: Sequence[tuple[str, str]], batch_size:
             total = log_p.gather(1, own[:, None]).sum().item()
             results.append((total, bool((log_p.argmax(-1) == own).all())))
     return results
+
+
+def _bounded(model: LatentModel, examples: Sequence[Example], batch_size: int) -> list[tuple[float, bool]]:
+    """Return the bound of each answer's log-probability, of the same draws for all, and whether the model says it."""
+    written = model.generate([example.question for example in examples], batch_size=batch_size)
+    rows = [model.method.lay_out(example, model.encoder, 0) for example in examples]
+    found = []
+    for example, row, answer in zip(examples, rows, written):
+        (bound,) = bounds(model, [example], DRAWS, batch_size=batch_size)
+        given = row.ids()[row.region_start :]
+        found.append((-bound.nll, answer.ids == given[: given.index(model.encoder.eos_id) + 1]))
+    return found
 
 
 def _check_answers_at_once(model: LatentModel, example: Example) -> None:

@@ -30,6 +30,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.check import check_passes
 from innerloop.errors import InputError, few, nearest
 from innerloop.methods import method_named, name_of
+from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.checkpoint import Stored, check_finite, first_line, load_parts, without_bars, without_words
 from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
@@ -118,6 +119,8 @@ def load(
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
     check_passes(backbone, sections=isinstance(chosen, DepthMethod), sees_all=chosen.plan.sees == "all")
+    if saved is not None and isinstance(chosen, DenoisingMethod):
+        chosen.check_start(saved["method"], folder)
     if stored is not None and stored.decoder.classes not in ((), chosen.decoder.classes):
         raise InputError(
             f"{folder} chooses among the classes {', '.join(stored.decoder.classes)}; give the same, in this order"

@@ -21,10 +21,28 @@ from innerloop.decoder.token_losses import ALL, AtOnce, LogitsFn, summed_loss, t
 from innerloop.halting.evidence import masked_mean
 from innerloop.halting.learned import exit_distribution, expected_loss, pull
 from innerloop.halting.rule import StopRule
+from innerloop.loop.trace import Trace
 from innerloop.passes.context import Context
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
 from innerloop.text.batch import Batch, Targets
 from innerloop.text.row import ANSWER_PASS
+
+
+@dataclass
+class Output:
+    """A loss and what it is made of.
+
+    Attributes:
+        loss: the weighted sum of the terms.
+        terms: each term's mean over its own supervised items, before weighting.
+        trace: the loop's record, where asked for.
+        measured: what depth methods report of a pass, such as the shares of tokens that routers chose.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    trace: Trace | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

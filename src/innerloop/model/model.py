@@ -6,7 +6,6 @@ What users have is `innerloop.LatentModel`, which also answers and is loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from innerloop.model.answer_decoder import AnswerDecoder, Classifier, decoder_fo
 from innerloop.model.distillation import check_teacher, latent_teacher_terms
 from innerloop.model.frozen import FrozenReference
 from innerloop.model.losses import (
+    Output,
     Terms,
     answer_losses,
     deep_loss,
@@ -48,29 +48,14 @@ from innerloop.model.step_decoder import StepDecoder, aux_loss
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.loss_inputs import LossInputs
+from innerloop.passes.noised import noised
 from innerloop.passes.region import Masked, join
+from innerloop.passes.soft_masks import SoftMask, soft_mask
 from innerloop.passes.thought import Thought, think
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import ANSWER_PASS, Row
-
-
-@dataclass
-class Output:
-    """A loss and what it is made of.
-
-    Attributes:
-        loss: the weighted sum of the terms.
-        terms: each term's mean over its own supervised items, before weighting.
-        trace: the loop's record, where asked for.
-        measured: what depth methods report of a pass, such as the shares of tokens that routers chose.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    trace: Trace | None = None
-    measured: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LatentCore(RowLayout):
@@ -89,10 +74,11 @@ class LatentCore(RowLayout):
         self.method = method
         self.encoder = PromptEncoder(tokenizer)
         add_markers(backbone, tokenizer, method.markers)
-        if isinstance(method, DenoisingMethod):
-            method.check_mask(self.encoder)
         aux = method.aux
         self.step_decoder = None
+        self.soft: SoftMask | None = None
+        if isinstance(method, DenoisingMethod):
+            self.soft = soft_mask(method.soft, method.check_mask(self.encoder), backbone.device)
         if aux.weight > 0:
             dtype = backbone.lm.dtype
             other = None if aux.source is None else loading.load_decoder(aux.source, tokenizer, dtype)
@@ -292,7 +278,10 @@ class LatentCore(RowLayout):
             pending, start = [], columns.start
         embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
         follows = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets)
-        states = context.read(embeds, mask, all_states=follows, sees=self.method.plan.sees)
+        options: dict[str, Any] = {"all_states": follows, "sees": self.method.plan.sees}
+        if batch.is_noised:
+            embeds, options = noised(self.soft, context, (embeds, mask), batch, start, self.loss_chunk, options)
+        states = context.read(embeds, mask, **options)
         layers = states if follows else (states,)
         if state is None:
             thought.answer, thought.after = layers, context

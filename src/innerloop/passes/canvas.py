@@ -40,8 +40,9 @@ def predict(
     guidance: tuple[float, int] = (0.0, 0),
     meter: CostMeter | None = None,
     slots_R: Tensor | None = None,
+    embeds_RGD: Tensor | None = None,
 ) -> Tensor:
-    """Return the logits (A, V) of some places of canvases, in one pass.
+    """Return the logits (A, V) of some places of canvases, in one pass; (2A, V) with guidance, for `lean`.
 
     Args:
         backbone: what reads.
@@ -49,27 +50,35 @@ def predict(
         tokens_RG: the canvases, masks among them.
         asked: the rows (A,) and the places (A,) that are asked for.
         shift: the position before a place predicts it.
-        guidance: w, and the mask: logits are u + (1 + w) (l - u), u those of rows whose questions are masks; these are
-            rows of the same pass.
+        guidance: w, and the mask: above 0 the pass has rows whose questions are masks, too; their logits come last.
         meter: where the pass is counted.
         slots_R: the meter's rows.
+        embeds_RGD: what canvases are read as; None: the embeddings of their tokens.
     """
     weight, mask_id = guidance
     ids_RP, mask_RP, (rows_A, places_A) = prompts.ids_RP, prompts.mask_RP, asked
-    n_rows, n_asked = len(ids_RP), len(rows_A)
+    n_rows = len(ids_RP)
     if weight > 0:
         ids_RP = torch.cat([ids_RP, torch.full_like(ids_RP, mask_id)])
         mask_RP = None if mask_RP is None else mask_RP.repeat(2, 1)
         tokens_RG, slots_R = tokens_RG.repeat(2, 1), None if slots_R is None else slots_R.repeat(2)
         rows_A, places_A = torch.cat([rows_A, rows_A + n_rows]), places_A.repeat(2)
+        embeds_RGD = None if embeds_RGD is None else embeds_RGD.repeat(2, 1, 1)
     ids_RL = torch.cat([ids_RP, tokens_RG], dim=1)
     mask_RL = None if mask_RP is None else torch.cat([mask_RP, torch.ones_like(tokens_RG)], dim=1)
     context = Context(backbone, len(ids_RL), meter)
     context.rows = slots_R
-    states_RLD = context.read(backbone.embed(ids_RL), mask_RL, sees="all")
+    embeds_RLD = backbone.embed(ids_RL)
+    if embeds_RGD is not None:
+        embeds_RLD = torch.cat([embeds_RLD[:, : ids_RP.shape[1]], embeds_RGD], dim=1)
+    states_RLD = context.read(embeds_RLD, mask_RL, sees="all")
     columns_A = ids_RP.shape[1] + places_A - int(shift)
-    logits_AV = backbone.head(states_RLD[rows_A, columns_A]).float()
-    if weight > 0:
-        own, other = logits_AV[:n_asked], logits_AV[n_asked:]
-        logits_AV = other + (1 + weight) * (own - other)
-    return logits_AV
+    return backbone.head(states_RLD[rows_A, columns_A]).float()
+
+
+def lean(logits: Tensor, weight: float) -> Tensor:
+    """Return what guidance makes of logits: u + (1 + w) (l - u), u the second half of them."""
+    if weight == 0:
+        return logits
+    own_AV, other_AV = logits.chunk(2)
+    return other_AV + (1 + weight) * (own_AV - other_AV)

@@ -94,6 +94,7 @@ class Context:
         normed: bool = True,
         weights: Weights | None = None,
         sees: Sees = "past",
+        seen_BQP: Tensor | None = None,
     ):
         """Read new positions in one pass and remember them.
 
@@ -107,6 +108,7 @@ class Context:
             counted_B: the rows whose cost counts; None: all. A row that has ended rides along without being billed.
             sees: with ``all`` each new position sees all that has been read, what comes after it too, and windows are
                 lifted; what was read before stays as it was, and must have been read so too where layers have windows.
+            seen_BQP: with ``all``, which columns each new position sees; None: all real ones.
 
         Returns:
             The final-norm states (B, L, D), or the tuple of all states (see `Backbone.forward`).
@@ -127,7 +129,7 @@ class Context:
         self.length += n_new
         if self.depth is not None:
             return self._read_deep(embeds_BLD, mask_BL, positions_BL, weights or self.weights, counted_B)
-        return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states, normed, sees)
+        return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states, normed, sees, seen_BQP)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Count the time of a block towards a phase, if anything is counted."""
@@ -205,7 +207,14 @@ class Context:
         return states
 
     def _pass(
-        self, embeds_BLD: Tensor, positions_BL: Tensor, weights: Weights, all_states: bool, normed: bool, sees: Sees
+        self,
+        embeds_BLD: Tensor,
+        positions_BL: Tensor,
+        weights: Weights,
+        all_states: bool,
+        normed: bool,
+        sees: Sees,
+        seen_BQP: Tensor | None,
     ):
         mask: Any = self.mask_BP
         if mask is None and sees == "all":
@@ -215,7 +224,8 @@ class Context:
             with weights():
                 return compiled(embeds_BLD, positions_BL, mask, self.cache)
         if mask is not None and not isinstance(self.cache, DepthCache):
-            mask = self.backbone.mask_of(mask, embeds_BLD.shape[1], expect_padding(self.cache), embeds_BLD.dtype, sees)
+            window, dtype = expect_padding(self.cache), embeds_BLD.dtype
+            mask = self.backbone.mask_of(mask, embeds_BLD.shape[1], window, dtype, sees, seen_BQP)
         known = {"mask": mask, "positions_BL": positions_BL, "all_states": all_states, "normed": normed}
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
             with weights():

@@ -92,6 +92,8 @@ class Batch:
             and everything is learned.
         weights_U: what each supervised token counts, where they do not count alike, and ``n_counted``, what their sum
             is divided by.
+        soft_at_U: flat index into (B, S) of the masks that are fed what a first pass predicts; None: there is one pass.
+        ahead: the chance that a later position is seen, and the seed of that draw; None: what the method says is seen.
         next: what the rows go on with.
     """
 
@@ -119,6 +121,8 @@ class Batch:
     n_free: int | None = None
     weights_U: Tensor | None = None
     n_counted: float = 0.0
+    soft_at_U: Tensor | None = None
+    ahead: tuple[float, str] | None = None
     next: Batch | None = None
 
     def __len__(self) -> int:
@@ -141,6 +145,11 @@ class Batch:
             "rows": len(self),
             **({"aux": added(target)} if target else {}),
         }
+
+    @property
+    def is_noised(self) -> bool:
+        """Whether the pass that reads hidden tokens is another than that of written ones."""
+        return self.soft_at_U is not None or self.ahead is not None
 
     @property
     def n_shown(self) -> int:
@@ -289,6 +298,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
     parts = [[[i for span in part for i in span.ids] for part in (row.prefix, row.region, row.suffix)] for row in rows]
     widths = [max(len(row[s]) for row in parts) for s in range(3)]
     ids, mask, predict_at, targets, n_targets = [], [], [], [], []
+    soft_at: list[int] = []
     noises = [row.noise for row in rows if row.noise is not None]
     for r, (row, (prefix, region, suffix)) in enumerate(zip(rows, parts)):
         gaps = [w - len(s) for w, s in zip(widths, (prefix, region, suffix))]
@@ -306,8 +316,9 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         predict_at += [r * sum(widths) + real[k - back] for k in supervised]
         targets += [row_ids[real[k]] for k in supervised]
         if noise is not None:
-            for k in supervised:
-                row_ids[real[k]] = noise.mask_id
+            for k, filler in zip(supervised, noise.fillers or (noise.mask_id,) * len(supervised), strict=True):
+                row_ids[real[k]] = filler
+            soft_at += [r * sum(widths) + real[k] for k in supervised if noise.soft]
         n_targets.append(len(supervised))
         ids.append(row_ids)
         mask.append(row_mask)
@@ -331,5 +342,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         n_free=next((row.n_free for row in rows if row.n_free is not None), None),
         weights_U=torch.tensor([w for noise in noises for w in noise.weights]) if noises else None,
         n_counted=sum(noise.n_counted for noise in noises),
+        ahead=noises[0].ahead if noises else None,
+        soft_at_U=torch.tensor(soft_at, dtype=torch.long) if any(noise.soft for noise in noises) else None,
         is_padded=(*(any(len(row[s]) < width for row in parts) for s, width in enumerate(widths)),),
     )

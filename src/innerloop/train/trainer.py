@@ -130,21 +130,32 @@ class LatentTrainer(ResumableTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer; the method's own parts may have a learning rate of their own."""
-        if self.args.parts_learning_rate is None and self.args.unfreeze_after is None:
+        """Make the optimizer; the method's parts may have a learning rate of their own, modules with ``group`` more."""
+        named = [(name, module) for name, module in self.model.named_modules() if hasattr(module, "group")]
+        if self.args.parts_learning_rate is None and self.args.unfreeze_after is None and not named:
             return super().create_optimizer(model)
         decays = set(self.get_decay_parameter_names(self.model))
         own_rate, rate = self.args.parts_learning_rate, self.args.learning_rate
-        rates = {True: rate if own_rate is None else own_rate, False: rate}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or self.args.unfreeze_after is not None:
-                groups.setdefault((not name.startswith("backbone."), name in decays), []).append(parameter)
+                owner = next((owner for owner, _ in named if name.startswith(f"{owner}.")), None)
+                part = owner or ("backbone" if name.startswith("backbone.") else "parts")
+                groups.setdefault((part, name in decays), []).append(parameter)
+        own = {owner: module.group for owner, module in named}
+        own["backbone"], own["parts"] = {"lr": rate}, {"lr": rate}
+        if own_rate is not None:
+            own |= {part: {**settings, "lr": own_rate} for part, settings in own.items() if part != "backbone"}
         cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        known = {name for name, value in settings.items() if isinstance(value, float)}  # not every one has an epsilon
         self.optimizer = cls(
             [
-                {"params": found, "lr": rates[is_part], "weight_decay": self.args.weight_decay if decay else 0.0}
-                for (is_part, decay), found in groups.items()
+                {
+                    **{name: value for name, value in own[part].items() if name in known},
+                    "params": found,
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                }
+                for (part, decay), found in groups.items()
             ],
             **settings,
         )

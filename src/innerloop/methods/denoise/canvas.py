@@ -8,6 +8,7 @@ Shapes: `G` tokens of the canvas, `A` of them that are asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,8 @@ class Canvas:
         n_masks: masks of the active block when it became active.
         step: of the active block, which of its S / (G / K) steps is next.
         n_passes: passes made so far.
+        fed: what its masks are read as in the next pass, where masks are soft.
+        fillers_G: the tokens that its masks are read as; None: masks.
     """
 
     def __init__(self, settings: SamplerSettings, gen_length: int, mask_id: int, eos_id: int, seed: Sequence[int]):
@@ -47,6 +50,8 @@ class Canvas:
         self.start, self.step, self.n_passes = 0, 0, 0
         self.n_masks = self.block
         self._numbers: tuple[int, Floats] | None = None
+        self.fed: Any = None
+        self.fillers_G: Ints | None = None
         self.likely_G: Floats = np.zeros(gen_length)  # the probability of each token when it was committed
         self.keeps = settings.commit != "remdm" or not settings.remask.remasks  # what is committed stays
         self.alphas, self.is_on = settings.remask.alphas(self.n_steps)
@@ -57,6 +62,17 @@ class Canvas:
         self.tokens_G[places] = tokens
         self.n_masks = len(self.masks())
         self._skip()
+
+    def fill(self, n_words: int) -> None:
+        """Begin as tokens drawn evenly from all but the mask; what is masked again is read as it began."""
+        drawn = np.random.default_rng([*self.seed, 1, 1]).integers(0, n_words - 1, len(self.tokens_G))
+        self.fillers_G = drawn + (drawn >= self.mask_id)
+
+    @property
+    def read_G(self) -> Ints:
+        """What the next pass reads (G,)."""
+        hidden = self.tokens_G if self.fillers_G is None else self.fillers_G
+        return np.where(self.tokens_G == self.mask_id, hidden, self.tokens_G)
 
     # What is asked
 

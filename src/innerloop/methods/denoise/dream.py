@@ -7,7 +7,8 @@ q (1 - q)^(|n - i| - 1) / 2.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from innerloop.checks.values import Places
+from innerloop.checks.values import Natural, Places
+from innerloop.config.soft_masks import SoftSettings
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.settings import Commit, NoiseSettings, Norm, SamplerSettings, TokenWeight
 from innerloop.text.row import MASK
@@ -42,6 +43,8 @@ class Dream(DenoisingMethod):
         shift: the place before a token predicts it; off: its own.
         write_steps: off: the answer alone is written.
         mask_token: the mask; added to the tokenizer where it is missing.
+        anneal_steps: training steps over which later places are seen with a chance that rises to 1, for a decoder that
+            has not seen them before; 0: they are seen from the first.
     """
 
     name: ClassVar[str] = "dream"
@@ -52,5 +55,11 @@ class Dream(DenoisingMethod):
     shift: bool = True
     write_steps: bool = True
     mask_token: str = MASK
+    anneal_steps: Natural = 0
     noise: DreamNoise = DreamNoise()
     sampler: DreamSampler = DreamSampler()
+    soft: SoftSettings = SoftSettings()
+
+
+Dream.presets = {"soft_masked": Dream(soft=SoftSettings(share=0.8, top_k=1))}
+"""Soft masks as in the paper's Dream models (soft_masked.md, 5)."""

@@ -6,7 +6,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from innerloop.checks.values import Places
+from innerloop.checks.values import Natural, Places
+from innerloop.config.soft_masks import SoftSettings
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.settings import NoiseSettings, SamplerSettings
 from innerloop.text.row import MASK
@@ -21,6 +22,8 @@ class Llada(DenoisingMethod):
         shift: the place before a token predicts it, as a decoder does: for decoders that were trained to.
         write_steps: off: the answer alone is written.
         mask_token: the mask; added to the tokenizer where it is missing.
+        anneal_steps: training steps over which later places are seen with a chance that rises to 1, for a decoder that
+            has not seen them before; 0: they are seen from the first.
     """
 
     name: ClassVar[str] = "llada"
@@ -31,5 +34,11 @@ class Llada(DenoisingMethod):
     shift: bool = False
     write_steps: bool = True
     mask_token: str = MASK
+    anneal_steps: Natural = 0
     noise: NoiseSettings = NoiseSettings()
     sampler: SamplerSettings = SamplerSettings()
+    soft: SoftSettings = SoftSettings()
+
+
+Llada.presets = {"soft_masked": Llada(soft=SoftSettings(share=0.8))}
+"""Soft masks as in the paper's language models (soft_masked.md, 5)."""

@@ -7,14 +7,15 @@ which is learned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from innerloop.config.method import Method
 from innerloop.config.plan import Plan
+from innerloop.config.soft_masks import SoftSettings
 from innerloop.errors import InputError, refuse
-from innerloop.methods.denoise.noise import hide, times
+from innerloop.methods.denoise.noise import ahead, coin, cut, fillers, hide, of_step, times
 from innerloop.methods.denoise.settings import NoiseSettings, SamplerSettings
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
@@ -30,12 +31,25 @@ class DenoisingMethod(Method):
     shift: bool = False
     write_steps: bool = True
     mask_token: str = MASK
+    anneal_steps: int = 0
     noise: NoiseSettings = NoiseSettings()
     sampler: SamplerSettings = SamplerSettings()
+    soft: SoftSettings = SoftSettings()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sampler.check(self.gen_length)
+        is_random = self.noise.filler == "random"
+        refuse(
+            (
+                is_random and self.soft.is_on,
+                "soft masks mix the mask's embedding, and with noise.filler=random none is read: set soft.share to 0",
+            ),
+            (
+                is_random and self.sampler.guidance > 0,
+                "sampler.guidance masks the question, and with noise.filler=random no mask is learned: set it to 0",
+            ),
+        )
 
     @property
     def needs_steps(self) -> bool:
@@ -54,8 +68,8 @@ class DenoisingMethod(Method):
         """The mask, which is never written."""
         return (self.mask_token,)
 
-    def check_mask(self, encoder: PromptEncoder) -> None:
-        """Refuse a mask that means something else already."""
+    def check_mask(self, encoder: PromptEncoder) -> int:
+        """Return the id of the mask; refuse one that means something else already."""
         tokenizer, mask_id = encoder.tokenizer, self.mask_id(encoder)
         for what, i in (("padding", tokenizer.pad_token_id), ("end-of-sequence", encoder.eos_id)):
             refuse(
@@ -65,6 +79,7 @@ class DenoisingMethod(Method):
                     f"as {MASK}, which is added where it is missing",
                 )
             )
+        return mask_id
 
     def mask_id(self, encoder: PromptEncoder) -> int:
         """Return the id of the mask."""
@@ -84,7 +99,13 @@ class DenoisingMethod(Method):
         return row
 
     def check_examples(self, examples: Sequence[Example], encoder: PromptEncoder) -> None:
-        """Refuse answers that are longer than the canvas."""
+        """Refuse answers that are longer than the canvas, or that would be cut."""
+        refuse(
+            (
+                self.noise.truncate > 0 and not encoder.running_text,
+                "noise.truncate cuts running text, and these are questions with answers: leave it out",
+            )
+        )
         for example in examples:
             self.fitting(example, encoder)
 
@@ -112,12 +133,50 @@ class DenoisingMethod(Method):
     ) -> list[Row]:
         """Lay out examples with tokens hidden; without a seed, by always the same draws."""
         mask_id, found = self.mask_id(encoder), []
+        is_soft = not seed or coin("soft", of_step(seed)) < self.soft.share
+        cuts = bool(seed) and encoder.running_text and coin("truncate", seed) < self.noise.truncate
+        kept = coin("length", seed) if cuts else 1.0
         for i, (example, t) in enumerate(zip(examples, times(max(len(examples), 1), seed))):
-            row = self.fitting(example, encoder)
-            found.append(hide(row, t, self.noise, mask_id, self.shift, f"{seed}/{i}"))
+            row, own = self.fitting(example, encoder), f"{seed}/{i}"
+            row = cut(row, max(round(kept * len(row)), 2)) if cuts else row
+            row = hide(row, t, self.noise, mask_id, self.shift, own)
+            found.append(self.shown(row, encoder, own, is_soft, ahead(self.anneal_steps, seed)))
         return found
 
+    def shown(
+        self,
+        row: Row,
+        encoder: PromptEncoder,
+        seed: str,
+        is_soft: bool = True,
+        sees_ahead: tuple[float, str] | None = None,
+    ) -> Row:
+        """Return a row with hidden tokens as this method reads it: as masks, soft ones, or random tokens."""
+        noise = row.noise
+        assert noise is not None
+        if self.noise.filler == "random":
+            n_words = len(encoder.tokenizer)
+            noise = replace(noise, fillers=fillers(len(noise.hidden), n_words, noise.mask_id, seed))
+        return replace(row, noise=replace(noise, soft=is_soft and self.soft.is_on, ahead=sees_ahead))
+
+    def check_start(self, saved: Mapping[str, Any], folder: object) -> None:
+        """Refuse to go on from a run, whose method's fields are ``saved``, that predicts at other places."""
+        for name in ("shift", "mask_token"):
+            own, theirs = getattr(self, name), saved.get(name)
+            refuse(
+                (
+                    theirs is not None and theirs != own,
+                    f"{folder} was trained with {name}={theirs}, and here it is {own}: set method.{name} to {theirs}, "
+                    "or start from the decoder that it was made of",
+                )
+            )
+
     # The loop
+
+    @property
+    def takes_loops(self) -> bool:
+        """Passes over a canvas can be more or fewer."""
+        return True
 
     def with_loops(self, loops: int) -> Self:
         """Return the method with another number of passes over a canvas."""

@@ -25,6 +25,45 @@ def times(n: int, seed: str) -> list[float]:
     return [(u + b / n) % 1 for b in range(n)]
 
 
+def of_step(seed: str) -> str:
+    """Return the part of a seed that all micro-batches and processes of a training step share.
+
+    The trainer's seeds are RUN/STEP/PROCESS/MICRO-BATCH.
+    """
+    return "/".join(seed.split("/")[:2])
+
+
+def coin(what: str, seed: str) -> float:
+    """Return a number in [0, 1) that is drawn for something from a seed."""
+    return random.Random(f"{what}/{seed}").random()
+
+
+def ahead(anneal_steps: int, seed: str) -> tuple[float, str] | None:
+    """Return the chance that a later position is seen in a training step, and the seed of its draw; None: all are."""
+    step = of_step(seed).partition("/")[2]
+    if not anneal_steps or not step.isdigit() or int(step) + 1 >= anneal_steps:
+        return None
+    return (int(step) + 1) / anneal_steps, of_step(seed)
+
+
+def fillers(n: int, n_words: int, mask_id: int, seed: str) -> tuple[int, ...]:
+    """Return ``n`` tokens drawn evenly from all but the mask."""
+    rng = random.Random(f"filler/{seed}")
+    return tuple(i + (i >= mask_id) for i in (rng.randrange(n_words - 1) for _ in range(n)))
+
+
+def cut(row: Row, n: int) -> Row:
+    """Return the first ``n`` tokens of a row of running text."""
+    parts = []
+    for part in (row.prefix, row.region, row.suffix):
+        kept = []
+        for span in part:
+            kept.append(replace(span, ids=span.ids[: max(n, 0)]))
+            n -= len(span.ids)
+        parts.append([span for span in kept if span.ids])
+    return replace(row, prefix=parts[0], region=parts[1], suffix=parts[2])
+
+
 def hide(row: Row, t: float, settings: NoiseSettings, mask_id: int, shift: bool, seed: str) -> Row:
     """Return a row of which tokens are hidden: each supervised one with the probability of time ``t``."""
     may = [k for k, label in enumerate(row.labels()) if label != IGNORE]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from innerloop.checks.settings import Checked
-from innerloop.checks.values import Count, SomeLoops, SomeShare, Weight
+from innerloop.checks.values import Count, Share, SomeLoops, SomeShare, Weight
 from innerloop.errors import refuse
 from innerloop.methods.denoise.remasking import RemaskSettings
 
@@ -32,6 +32,8 @@ class NoiseSettings(Checked):
         norm: what the summed loss is divided by: each answer's length and the number of rows (sequence), all tokens
             that may be hidden (token), the rows (batch), or the hidden tokens (masked); always over the global batch.
         cart_q: q of cart: how fast the worth of clean tokens falls with their distance.
+        filler: hidden tokens are read as the mask, or as tokens drawn evenly (random), as which a canvas then starts.
+        truncate: the share of training batches whose running text is cut to a length that is drawn evenly.
     """
 
     least: ClassVar[float] = 1e-3  # p = (1 - least) t + least
@@ -39,6 +41,8 @@ class NoiseSettings(Checked):
     weight: TokenWeight = "1/t"
     norm: Norm = "sequence"
     cart_q: SomeShare = 0.1
+    filler: Literal["mask", "random"] = "mask"
+    truncate: Share = 0.0
 
 
 @dataclass(frozen=True)
