@@ -1,12 +1,12 @@
 """Do rows that are harder loop more? SLR that may stop at any loop, with a threshold chosen on validation questions.
 
-For each seed: the recipe is trained, `calibrate` chooses the threshold of the KL rule for a loss of at most one point,
-and test questions are answered with it and with fixed numbers of loops. What is reported is how many loops questions of
+For each seed: the recipe is trained, `calibrate` chooses the threshold of a rule for a loss of at most one point, and
+test questions are answered with it and with fixed numbers of loops. What is reported is how many loops questions of
 one, two, .. operations take, and what accuracy and FLOPs that comes to. Where a loop appends latents, the same is how
-many latents a question takes.
+many latents a question takes. Runs that --runs holds already are not trained again.
 
     python benchmarks/adaptive_loops.py --out benchmarks/results/adaptive_loops.json     # a few minutes a seed on a CPU
-    python benchmarks/adaptive_loops.py --recipe recipes/chain/slr_adaptive_latents.yaml --out FILE.json
+    # latents: the same with --recipe recipes/chain/slr_adaptive_latents.yaml --rule top_prob --site answer
 """
 
 import argparse
@@ -22,6 +22,7 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.measure import evaluate
 from innerloop.measure.accuracy import Prediction, accuracy_of, device_name, versions
 from innerloop.measure.statistics import over_seeds, verdict
+from innerloop.model.run_folder import RUN_CHECKPOINT
 from innerloop.model.stopping import ruled_by
 from innerloop.text.examples import Example
 from innerloop.train.recipe import load_recipe
@@ -35,16 +36,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/chain/slr_anytime.yaml")
+    parser.add_argument("--rule", default="kl", help="the stop score")
+    parser.add_argument("--site", default="latents", help="where scores of words look: latents or answer")
+    parser.add_argument("--runs", type=Path, help="where runs go, one a seed; by default nowhere")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--overrides", nargs=argparse.REMAINDER, default=[], help="of the recipe, such as --task.n_test 9"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    points = [measure(options.recipe, seed, options.overrides) for seed in options.seeds]
+    with tempfile.TemporaryDirectory() as aside:
+        runs = options.runs or Path(aside)
+        points = [measure(options, runs / str(seed), seed) for seed in options.seeds]
     report = {
         "kind": "adaptive_loops",
         "recipe": str(options.recipe.resolve().relative_to(ROOT)),
+        "rule": options.rule,
+        "site": options.site,
         "overrides": options.overrides,
         "points": points,
         "versions": versions(),
@@ -55,14 +63,14 @@ def main() -> None:
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(path: Path, seed: int, overrides: list[str]) -> dict:
+def measure(options: argparse.Namespace, run: Path, seed: int) -> dict:
     """Train, calibrate and test one seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = ["--task.n_valid", "500", "--train.seed", str(seed), "--train.use_cpu", "true", "--out", folder]
-        recipe = load_recipe(path, [*settings, "--train.eval_strategy", "no", *overrides])
+    settings = ["--task.n_valid", "500", "--train.seed", str(seed), "--train.use_cpu", "true", "--out", str(run)]
+    recipe = load_recipe(options.recipe, [*settings, "--train.eval_strategy", "no", *options.overrides])
+    if not (run / RUN_CHECKPOINT).is_dir():
         run_recipe(recipe)
-        model, task = LatentModel.from_pretrained(folder), recipe.task
-    found = calibrate(model, task, task.examples("valid"), "kl")
+    model, task = LatentModel.from_pretrained(run), recipe.task
+    found = calibrate(model, task, task.examples("valid"), options.rule, site=options.site)
     examples = task.examples("test")
     stopped = evaluate(model, task, examples)
     with ruled_by(model, rule="none"):
