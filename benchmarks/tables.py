@@ -442,10 +442,10 @@ def loss_lines(results: dict) -> tuple[Lines, str]:
     return [["variant", "steps", "loss, first four", "last four", "largest"], *rows], note
 
 
-def adaptive_lines(results: dict) -> tuple[Lines, str]:
+def adaptive_lines(results: dict, unit: str = "loops") -> tuple[Lines, str]:
     """Return the lines of rows that may stop by themselves: a seed each, and what each number of operations takes."""
     sizes = sorted(results["points"][0]["by_operations"])
-    head = ["seed", "all loops", "stopped", "loops", *(f"{n} operations: loops" for n in sizes), "FLOPs saved"]
+    head = ["seed", f"all {unit}", "stopped", unit, *(f"{n} operations: {unit}" for n in sizes), "FLOPs saved"]
     rows = []
     for point in results["points"]:
         full, stopped = point["fixed"][max(point["fixed"], key=int)], point["stopped"]
@@ -453,16 +453,29 @@ def adaptive_lines(results: dict) -> tuple[Lines, str]:
         rows.append(
             [
                 str(point["seed"]),
-                f"{full['accuracy']:.1%} in {full['loops']:.0f}",
+                f"{full['accuracy']:.1%} in {full[unit]:.0f}",
                 f"{stopped['accuracy']:.1%}",
-                f"{stopped['loops']:.2f}",
-                *(f"{by[n]['loops']:.2f}" for n in sizes),
+                f"{stopped[unit]:.2f}",
+                *(f"{by[n][unit]:.2f}" for n in sizes),
                 f"{1 - stopped['flops'] / full['flops']:.0%}",
             ]
         )
     versions = results["versions"]
     note = f"{results['device']}; torch {versions['torch']}, transformers {versions['transformers']}; "
     return [head, *rows], note
+
+
+def fixed_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of fixed numbers of latents beside those that questions choose: a seed each, then FLOPs."""
+    fixed = [list(point["fixed"].values()) for point in results["points"]]
+    head = ["seed", *(f"{one['latents']:.0f} latents" for one in fixed[0]), "chosen"]
+    own = [[*every, point["stopped"]] for every, point in zip(fixed, results["points"])]
+    rows = [
+        [str(point["seed"]), *(f"{one['accuracy']:.1%}" for one in every)]
+        for point, every in zip(results["points"], own)
+    ]
+    rows.append(["MFLOPs", *(f"{sum(one['flops'] for one in mark) / len(mark) / 1e6:.2f}" for mark in zip(*own))])
+    return [head, *rows], adaptive_lines(results)[1]
 
 
 def holding_lines(results: dict) -> tuple[Lines, str]:
@@ -566,6 +579,8 @@ def family_lines(results: dict, chosen: Callable[[dict], bool], abilities: bool)
 KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("losses", ""): loss_lines,
     ("adaptive_loops", ""): adaptive_lines,
+    ("adaptive_loops", "latents"): lambda results: adaptive_lines(results, "latents"),
+    ("adaptive_loops", "fixed"): fixed_lines,
     ("loop_holding", ""): holding_lines,
     ("loops_and_length", ""): length_lines,
     ("step_switch", ""): switch_lines,

@@ -5,6 +5,7 @@ import torch
 
 from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr
 from innerloop.engine import decoding, engine
+from innerloop.engine.generation import n_step_tokens
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
 from tests.models import tiny_model
@@ -283,6 +284,18 @@ def test_loops_are_counted_for_each_row_where_rows_end_by_themselves(name):
     loops = [generation.cost.loops for generation in generations]
     assert loops == [len(generation.trace.iterations) for generation in generations]
     assert len(set(loops)) > 1
+
+
+@pytest.mark.parametrize(("answer_from", "n_fed"), [("refeed", 1), ("kv_last", 0)])
+def test_a_row_that_stops_early_is_billed_the_latents_that_it_has_appended(answer_from, n_fed):
+    method = Slr(
+        loop_scope="append", max_loops=4, answer_from=answer_from, loop={"residual": "none"}, stop={"rule": "delta"}
+    )
+    model = halting("gpt2", method)
+    generations = model.generate(QUESTIONS, max_new_tokens=2)
+    latents = [one.cost.thought_tokens - n_step_tokens(model, one.ids, one.text)[0] for one in generations]
+    assert latents == [one.cost.loops + n_fed for one in generations]
+    assert len(set(latents)) > 1
 
 
 def test_loops_follow_the_stage_and_the_number_asked_for():

@@ -51,7 +51,7 @@ def test_a_question_is_read_and_thought_about_once_for_all_its_samples_and_charg
     assert other.positions - whole.positions == 2 * once.positions >= 2 * n_read
     assert other.passes - whole.passes == 2 * once.passes and whole.logits == other.logits
     assert other.flops - whole.flops == pytest.approx(2 * (once.flops - head * len(ASKED)))
-    latents = sum(model.n_thought_positions(row) for row in model.prompts(ASKED))
+    latents = sum(model.n_thought_positions(row, row.n_loops) for row in model.prompts(ASKED))
     assert whole.loops == once.loops and other.thought_tokens - whole.thought_tokens == 2 * latents * (name != "looped")
     three = [shared[i : i + 3] for i in range(0, 9, 3)]
     assert all(sorted(one.cost.loops for one in tried)[:2] == [0, 0] for tried in three)

@@ -206,7 +206,8 @@ class Reference:
     def shown_losses(self, steps: list[list[int]], stage: int, outputs: list[Tensor]) -> list[Tensor]:
         """L_step of one row: iteration t shows step sigma(t), c tokens of it, at one block of c slots."""
         gone = steps if stage == self.last_stage else steps[:stage]
-        m, n_loops, c = len(gone), len(outputs), self.method.slots_per_step or self.method.n_slots
+        n_slots = self.method.n_slots if self.method.loop_scope == "slots" else 1
+        m, n_loops, c = len(gone), len(outputs), self.method.slots_per_step or n_slots
         losses = []
         for t, logits_NV in enumerate(outputs, 1):
             sigma = -(-t * m // n_loops) if self.method.step_map == "stretch" else t
@@ -214,7 +215,7 @@ class Reference:
                 sigma = m
             if not 1 <= sigma <= m:
                 continue
-            n_blocks = math.floor(self.method.n_slots / c)
+            n_blocks = math.floor(n_slots / c)
             first_slot = c * ((sigma - 1) % n_blocks)
             for j, token in enumerate(gone[sigma - 1][:c]):
                 losses.append(cross_entropy(logits_NV[first_slot + j], torch.tensor(token)))

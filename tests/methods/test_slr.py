@@ -94,8 +94,9 @@ def test_s9_gradients_of_rows_with_different_numbers_of_iterations_equal_the_ref
     assert_gradients_of_the_reference(sharp_model(change(RAMP, **settings)), MIXED, RAMP_STAGES)
 
 
-def test_s9_step_read_outs_of_such_rows_equal_the_reference():
-    shown = change(RAMP, step_weight=0.5, slots_per_step=1)
+@choices(loop_scope=["slots", "append"])
+def test_s9_step_read_outs_of_such_rows_equal_the_reference(settings):
+    shown = change(RAMP, step_weight=0.5, slots_per_step=1, **settings)
     assert_gradients_of_the_reference(sharp_model(shown), MIXED, RAMP_STAGES)
 
 

@@ -194,8 +194,8 @@ REFUSED = [
     # the loss
     ({"slots_per_step": 9}, "n_slots=8"),
     ({"slots_per_step": -1}, "slots"),
-    *(({name: 0.1, "loop_scope": scope}, "loop_scope=slots")
-      for name, scope in (("step_weight", "append"), ("aux.weight", "last"))),
+    ({"step_weight": 0.1, "loop_scope": "all"}, "loop_scope to slots or append"),
+    ({"aux.weight": 0.1, "loop_scope": "last"}, "loop_scope=slots"),
     *(({name: 0.1, "teacher": "-", "max_loops": 0}, "max_loops >= 1")
       for name in ("step_weight", "aux.weight", "hid.weight", "deep.weight")),
     ({"hid.weight": 1.0}, "set teacher"),

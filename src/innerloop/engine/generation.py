@@ -62,7 +62,8 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         n_steps, n_marked = n_step_tokens(model, ids, text)
         if n_ends > 1:  # what separates the chain of thought from the answer is no part of it
             n_steps -= ids[:n_steps].count(model.encoder.eos_id)
-        cost.thought_tokens = request.billed * model.n_thought_positions(request.row) + request.n_latents + n_steps
+        n_latents = request.billed * model.n_thought_positions(request.row, request.n_loops) + request.n_latents
+        cost.thought_tokens = n_latents + n_steps
         cost.loops, cost.streams, cost.written = request.n_loops, model.method.streams, len(ids)
         cost.seconds["thought"] += sum(request.ticks[:n_marked])
         cost.seconds["answer"] += sum(request.ticks[n_marked:])

@@ -172,7 +172,8 @@ class Prefill:
             requests, same, meter.costs(model.backbone, [request.slot for request in requests])
         ):
             answer = model.decoder.classes[best[i]]
-            cost.thought_tokens, cost.loops = model.n_thought_positions(request.row), request.n_loops
+            cost.thought_tokens = model.n_thought_positions(request.row, request.n_loops)
+            cost.loops = request.n_loops
             one = Generation(ANSWER_PREFIX + answer, answer, cost, change=request.change)
             found.append(traced(model, request, one))
         return found

@@ -88,7 +88,8 @@ def showing(inputs: LossInputs, sites: Targets) -> LogitsFn:
         states, start = thought.answer[-1], thought.first_column
     else:
         assert thought.loop is not None
-        states, start = state_at(thought.loop.outputs, thought.loop.state, sites.iteration), batch.bounds[0]
+        states = state_at(thought.loop.outputs, thought.loop.state, sites.iteration)
+        start = batch.bounds[0] + (sites.iteration - 1 if thought.appends else 0)
     if start == batch.bounds[0] and thought.prompt is not None:
         before = thought.prompt[0][:, -1:]
         before = inputs.head_input(before) if is_answer else before  # the answer's pass gives inputs of the head

@@ -85,7 +85,12 @@ class RowLayout(nn.Module):
         never = [marker for marker in self.method.markers if marker not in self.method.written_markers]
         return torch.tensor(self.tokenizer.convert_tokens_to_ids(never), device=self.device).long()
 
-    def n_thought_positions(self, row: Row) -> int:
-        """Return how many latent positions a row holds."""
-        lat = self.tokenizer.convert_tokens_to_ids(LAT)
-        return row.ids().count(lat) if LAT in self.method.markers else 0
+    def n_thought_positions(self, row: Row, n_loops: int) -> int:
+        """Return how many latent positions a row has filled in ``n_loops`` iterations.
+
+        Where every iteration appends one, a row that stopped before its last has left the others out.
+        """
+        if LAT not in self.method.markers:
+            return 0
+        n_latents = row.ids().count(self.tokenizer.convert_tokens_to_ids(LAT))
+        return n_latents - (row.n_loops - n_loops if self.method.plan.scope == "append" else 0)

@@ -38,6 +38,7 @@ class Thought:
         state_mask: of the positions of the final state.
         fixed: the text between the latents, which is read as it is whatever the state.
         prompt: the states of the prefix, for a decoder that reads them, and their mask.
+        appends: whether every iteration read one new column of the region, instead of all of them.
         answer: what the pass of the answer gave: the states of its columns (B, L, D), after every layer if asked for.
         after: the context in which the answer has been read too.
         layer_states: where asked for, the states after each layer of each pass: for each iteration, the rows that ran
@@ -52,6 +53,7 @@ class Thought:
     state_mask: Tensor | None = None
     fixed: FixedText | None = None
     prompt: Masked | None = None
+    appends: bool = False
     layer_states: list[tuple[Tensor, ...]] = field(default_factory=list)
     answer: tuple[Tensor, ...] = ()
     after: Context | None = None
@@ -153,7 +155,7 @@ def _thought_of(
         mask = state_mask = None if mask is None else mask.amax(1, keepdim=True)  # every row feeds its last latent
     layer_states = f.layer_states if isinstance(f, RegionPass) else []
     thought = Thought(context, [], batch.bounds[1], result, parts.mask_BN, state_mask, parts.fixed)
-    thought.layer_states = layer_states
+    thought.layer_states, thought.appends = layer_states, plan.scope == "append"
     if plan.answer_context == "refeed":
         fed = result.state.detach() if plan.detach and plan.scope == "append" else result.state
         fed = fed if parts.fixed is None else torch.where(*parts.fixed, fed)

@@ -37,7 +37,7 @@ class Slr(LatentMethod):
         decode_lora: read h_T and the answer with the last iteration's LoRA weights instead of the base weights.
         loop_sampling: iterations of a training batch: T (fixed), uniform in 1..T, or log-normal Poisson around T.
         slots_per_step: c; step i is shown at the i-th block of c slots, round and round, cut to c tokens; 0: all slots.
-        step_weight: lambda_step; iteration t must show step sigma(t) through the head.
+        step_weight: lambda_step; iteration t must show step sigma(t) through the head (append: its first token).
         step_map: sigma(t) = ceil(t m / T) (stretch), or t while there are steps (one2one); m is the number of steps,
             or with teacher_thinks=latents of the teacher's iterations.
         write_steps: during a curriculum the steps that have not left are written; off: none ever is, so that its stages
@@ -180,8 +180,8 @@ class Slr(LatentMethod):
                 "fixed_point.solver to none",
             ),
             (
-                self.step_weight > 0 and (self.loop_scope != "slots" or self.max_loops == 0),
-                "step_weight needs slots to read at each iteration: set loop_scope=slots and max_loops >= 1",
+                self.step_weight > 0 and (self.loop_scope not in ("slots", "append") or self.max_loops == 0),
+                "step_weight needs latents to read: set loop_scope to slots or append, and max_loops >= 1",
             ),
             (
                 self._decodes_all and (not self._is_refed or self.max_loops == 0 or self._is_solved),
@@ -375,9 +375,10 @@ class Slr(LatentMethod):
         return self.slots_per_step or self.n_slots
 
     def _readouts(self, t: int, start: int, index: int, step: Span) -> list[TokenTarget]:
-        """Return the first c tokens of a step, to be shown in iteration t by the slots of its block."""
-        first = start + self._block_of(index)
-        return [TokenTarget(t, first + j, token) for j, token in enumerate(step.ids[: self._block_length])]
+        """Return the first c tokens of a step, for iteration t to show in the block of slots, or in the new latent."""
+        is_new = self.loop_scope == "append"
+        first, c = (start + t - 1, 1) if is_new else (start + self._block_of(index), self._block_length)
+        return [TokenTarget(t, first + j, token) for j, token in enumerate(step.ids[:c])]
 
     def _block_of(self, index: int) -> int:
         """Return the first of the slots that show the 0-based step."""
