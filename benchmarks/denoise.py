@@ -30,6 +30,8 @@ RULES: dict[str, SamplerSettings] = {
     **{f"{rule}, S = {s or 'tokens'}": SamplerSettings(commit=rule, steps=s) for rule in ("confidence", "random")
        for s in STEPS},
     **{f"threshold {level}": SamplerSettings(commit="threshold", threshold=level) for level in (0.5, 0.9, 0.99)},
+    **{f"blocks of 7, {cache} cache": SamplerSettings(block_length=7, cache=cache) for cache in
+       ("none", "prompt", "block", "dual", "delayed")},
     "margin, S = 8": SamplerSettings(commit="margin", steps=8),
     "entropy, S = 8": SamplerSettings(commit="entropy", steps=8),
     **{f"{name}, S = 32": SamplerSettings(commit="remdm", steps=32, remask=remask) for name, remask in

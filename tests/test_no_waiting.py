@@ -6,12 +6,18 @@ The meta device knows shapes alone: whatever would wait for a value (`item`, `to
 import pytest
 import torch
 
+from innerloop.engine.cached import CachedEngine, has_cache
+from innerloop.engine.canvases import CanvasEngine
 from innerloop.engine.decoding import DecodeBatch
+from innerloop.engine.options import EngineOptions
 from innerloop.methods import (
+    BlockDiffusion,
     Coconut,
     Codi,
     Cot,
+    Dream,
     Icot,
+    Llada,
     Looped,
     Lotus,
     Method,
@@ -22,6 +28,7 @@ from innerloop.methods import (
     Slr,
     SpiralThinker,
 )
+from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.passes.region import join
 from innerloop.text.batch import Batch
 from tests.models import tiny_model
@@ -78,3 +85,44 @@ def test_a_gpu_is_never_waited_for(method):
         write_three(model, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+CANVASES: dict[str, DenoisingMethod] = {
+    "llada": Llada(gen_length=12, sampler={"eos": "never"}),
+    "llada, guided": Llada(gen_length=12, sampler={"eos": "never", "guidance": 1.0, "top_p": 0.9}),
+    "dream": Dream(gen_length=12, sampler={"eos": "never", "commit": "entropy"}),
+    "dual": Llada(gen_length=12, sampler={"eos": "never", "block_length": 6, "cache": "dual"}),
+    "block_diffusion": BlockDiffusion(gen_length=12, block_length=2, sampler={"eos": "never"}),
+    "block_diffusion, guided": BlockDiffusion(
+        gen_length=12, block_length=2, shift=True, sampler={"eos": "never", "guidance": 1.0}
+    ),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", CANVASES.values(), ids=CANVASES)
+def test_a_pass_over_canvases_waits_once(method, temperature, monkeypatch):
+    """For the tokens that it predicts; rows of unlike questions join while others go on."""
+    model, looks = tiny_model(method, "llama", num_hidden_layers=3).eval().to("meta"), []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: looks.append(t) or torch.full(t.shape, 5, dtype=t.dtype))
+    options = EngineOptions(batch_size=3, temperature=temperature)
+    engine = (CachedEngine if has_cache(method) else CanvasEngine)(model, options)
+    for index, question in enumerate(QUESTIONS):
+        if index < 2:
+            engine.admit(index, question)
+    for i in range(8):
+        if i == 3:
+            engine.admit(2, QUESTIONS[2])
+        engine._advance()
+    assert len(looks) == 8 and len(engine.live) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_canvases_that_see_all_keep_no_keys(name):
+    """They read everything again in each pass."""
+    model, caches = tiny_model(CANVASES[name]), []
+    forward = model.backbone.forward
+    model.backbone.forward = lambda embeds, **known: caches.append(known["cache"]) or forward(embeds, **known)
+    model.generate(QUESTIONS)
+    assert set(caches) == {None}

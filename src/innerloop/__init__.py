@@ -14,6 +14,7 @@ from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError
 from innerloop.methods import (
     AdaInfer,
+    BlockDiffusion,
     Coconut,
     Codi,
     Cot,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # slow to import: they need torch, which is imported when one
 __all__ = [
     "AdaInfer",
     "AuxSettings",
+    "BlockDiffusion",
     "Chain",
     "Coconut",
     "Codi",

@@ -34,13 +34,16 @@ class Plain:
     def numbers(self, at):
         return np.random.default_rng([*self.seed, at]).random((3, len(self.x)))
 
+    def read(self, ids):
+        return logits_of(self.model, ids, self.method.shift, self.soft(ids))
+
     def predict(self, drawn):
         """Return the token and the probability of every place, and the distribution that tokens are drawn from."""
         n, w = len(self.prompt), self.sampler.guidance
         x = [f if i == self.mask else i for i, f in zip(self.x, self.fillers)]
         rows = self.prompt + x, [self.mask] * n + x
-        logits = logits_of(self.model, rows[0], self.method.shift, self.soft(rows[0]))[n:]
-        other = logits_of(self.model, rows[1], self.method.shift, self.soft(rows[1]))[n:] if w > 0 else None
+        logits = self.read(rows[0])[n:]
+        other = self.read(rows[1])[n:] if w > 0 else None
         if self.model.soft is not None:
             self.fed = logits.clone(), list(self.x)
         if w > 0:

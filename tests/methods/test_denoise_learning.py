@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop import Dream, InputError, Llada
+from innerloop import BlockDiffusion, Dream, InputError, Llada
 from innerloop.text.examples import Example
 from tests.close import assert_close
 from tests.models import chain_examples, tiny_model
@@ -49,8 +49,17 @@ def test_an_answer_longer_than_the_canvas_is_refused_before_training(tmp_path):
     make_trainer(tmp_path, tiny_model(Llada(gen_length=8)), short)
 
 
-def test_where_memory_runs_out_fewer_canvases_run_together_and_nobody_notices(monkeypatch):
-    model = tiny_model(Llada(gen_length=G, sampler={"steps": 6})).double()
+@pytest.mark.parametrize(
+    "method",
+    [
+        Llada(gen_length=G, sampler={"steps": 6}),
+        BlockDiffusion(gen_length=G, block_length=8, sampler={"steps": 6}),
+        Dream(gen_length=G, sampler={"steps": 6, "cache": "delayed", "refresh": 4}),
+    ],
+    ids=lambda method: method.name,
+)
+def test_where_memory_runs_out_fewer_canvases_run_together_and_nobody_notices(method, monkeypatch):
+    model = tiny_model(method).double()
     questions = [example.question for example in EIGHT]
     alone = [model.generate([question], temperature=1.0, seed=0)[0].text for question in questions[:1]]
     whole = [one.ids for one in model.generate(questions, temperature=1.0)]

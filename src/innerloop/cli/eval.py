@@ -183,10 +183,25 @@ class Evaluation:
             asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
             self._write(result, asked | self._asked | self.attempts.asked(options.seed))
             self._print(result)
+            self._tell_agreement()
             if options.bound is not None:
                 self._bound(result, options.bound)
             subject = Subject(model, task, *answered(examples, predictions), **options.answering, cache=parts)
             Measurement(subject, split, self.run, result["seed"], self.folder, console).run(*options.besides)
+
+    def _tell_agreement(self) -> None:
+        """Tell how much of the first batch an approximate cache leaves as it would be without."""
+        from innerloop.measure.agreement import agreement
+
+        size = self.options.batch_size
+        answering = {"batch_size": size, "loops": self.options.loops, "seed": self.options.seed}
+        share = agreement(self.model, [example.question for example in self.examples[:size]], **answering)
+        if share is not None:
+            console.print(
+                f"approximate cache: {share:.1%} of the tokens of the first {min(size, len(self.examples))} answers "
+                "are those written without",
+                soft_wrap=True,
+            )
 
     def _bound(self, result: dict[str, Any], n_draws: int) -> None:
         """Bound the likelihood of the right answers, and add that to the result."""

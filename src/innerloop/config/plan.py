@@ -7,7 +7,7 @@ Scope = Literal["slots", "append", "all", "last"]
 FirstState = Literal["embed", "forward"]
 PrefixKV = Literal["base", "per_iter"]
 AnswerContext = Literal["refeed", "kv_last"]
-Sees = Literal["past", "all"]
+Sees = Literal["past", "all", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
         reads_answer: a stop score looks at the answer's first token in every iteration.
         is_normed: what an iteration gives back is the state after the final norm.
         detach: no gradient flows into what is fed.
-        sees: what a position of the answer sees: what comes before it, or all of the row.
+        sees: what a position of the answer sees: what comes before it, all of the row, or its block and those before.
     """
 
     scope: Scope = "slots"

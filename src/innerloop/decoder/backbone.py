@@ -274,7 +274,7 @@ class Backbone(nn.Module):
             n_new: how many are new.
             n_window: how many of the earlier ones the layers with a window hold; None: there are no such layers.
             dtype: of an additive mask.
-            sees: with ``all`` every real column is seen, or those of ``seen_BQP``; windows are lifted.
+            sees: with ``all`` every real column is seen, with ``blocks`` those of ``seen_BQP``; windows are lifted.
             seen_BQP: which columns each new one sees.
 
         Raises:

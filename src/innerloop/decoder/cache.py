@@ -103,6 +103,19 @@ def keep_columns(cache: AnyCache, kept: Tensor, first_seen: int = 0, is_padded: 
     return view
 
 
+def pick_columns(cache: AnyCache, columns_BC: Tensor) -> DynamicCache:
+    """Return a cache with some columns alone, for each row its own; windows must have forgotten nothing."""
+    assert not isinstance(cache, DepthCache)
+    view: DynamicCache = fork(cache)
+    index_B1C1 = columns_BC[:, None, :, None]
+    for layer in view.layers:
+        keys, values = layer.keys, layer.values
+        layer.hold(*(t.gather(2, index_B1C1.expand(-1, t.shape[1], -1, t.shape[3])) for t in (keys, values)))
+        if layer.is_sliding:
+            layer.cumulative_length, layer.is_padded = columns_BC.shape[1], True
+    return view
+
+
 def window_of(cache: AnyCache) -> int | None:
     """Return how many columns some layers of a cache look back, their own among them; None: all look at all."""
     layers = () if isinstance(cache, DepthCache) else cache.layers

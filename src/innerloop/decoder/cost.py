@@ -102,13 +102,21 @@ class CostMeter:
             for seconds in self.seconds.values():
                 seconds[row] = 0.0
 
-    def count(self, rows: Tensor | None, new_B: Tensor | int, past_B: Tensor | int, sees: Sees = "past") -> None:
+    def count(
+        self,
+        rows: Tensor | None,
+        new_B: Tensor | int,
+        past_B: Tensor | int,
+        sees: Sees = "past",
+        keys_B: Tensor | None = None,
+    ) -> None:
         """Count one pass of ``new_B`` positions over ``past_B`` earlier ones, for the rows ``rows`` (None: all).
 
+        ``keys_B`` are the (query, key) pairs where these are neither of the past nor all.
         A row without a real position in the pass is not billed for it.
         """
         new = new_B if isinstance(new_B, Tensor) else self.passes.new_full((), new_B)  # filled there, not copied
-        keys = new * past_B + (new * new if sees == "all" else new * (new + 1) // 2)
+        keys = new * past_B + (new * new if sees == "all" else new * (new + 1) // 2) if keys_B is None else keys_B
         passes, cached = (new > 0).long(), (new > 0) * past_B
         counted = (self.passes, passes), (self.positions, new), (self.keys, keys), (self.cached, cached)
         for counter, amount in counted:

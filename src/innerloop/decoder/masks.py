@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
-Sees = Literal["past", "all"]
-"""What a position of a pass sees: what comes before it and itself, or every position that has been read."""
+Sees = Literal["past", "all", "blocks"]
+"""What a position of a pass sees: what comes before it and itself, every position that has been read, or the blocks
+before its own and all of that one."""
 
 
 @contextmanager
@@ -42,6 +43,25 @@ def window_of(config: Any) -> int | None:
     """Return how many positions some layers look back, their own among them; None: all look at all."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return None if kinds_of(config) == {"full_attention"} else window
+
+
+def block_causal(halves_BP: Tensor, real_BP: Tensor, n_new: int) -> Tensor:
+    """Return which columns each of the last ``n_new`` sees (B, Q, P), where those of a block see each other.
+
+    A column has the number 2b where block b stands as it was written, and 2b + 1 where some of its tokens are hidden.
+    It sees those of its own number, and blocks before its own as they were written (block_diffusion.md, section 2);
+    padding sees itself, as every query must see something.
+
+    Args:
+        halves_BP: the number of each column that has been read, the new ones included.
+        real_BP: 1 where a column is real.
+        n_new: how many are new.
+    """
+    own_BQ1, other_B1P = halves_BP[:, -n_new:, None], halves_BP[:, None, :]
+    columns_P = torch.arange(halves_BP.shape[1], device=halves_BP.device)
+    is_before_BQP = (other_B1P % 2 == 0) & (other_B1P // 2 < own_BQ1 // 2)
+    is_own_QP = columns_P == columns_P[-n_new:, None]
+    return (real_BP.bool()[:, None, :] & (is_before_BQP | (other_B1P == own_BQ1))) | is_own_QP
 
 
 def visible(config: Any, seen_BQK: Tensor, behind_BQK: Tensor, dtype: torch.dtype) -> Any:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.engine.decoding import choose, without
@@ -29,6 +31,8 @@ from innerloop.methods.denoise.settings import SamplerSettings
 from innerloop.model.model import LatentCore
 from innerloop.passes.canvas import Prompts, lean, predict
 from innerloop.text.row import Row
+
+C = TypeVar("C", bound=Canvas)
 
 
 class CanvasEngine(Engine):
@@ -107,48 +111,59 @@ class CanvasEngine(Engine):
             found = finish(self.model, [requests[i] for i in done], self.prefill.slots.meter)
             for i, generation in zip(done, found):
                 generation.cost.loops = canvases[i].n_passes
-            self.live = [pair for pair in self.live if not pair[1].is_done]
+            self._stay([i for i, canvas in enumerate(canvases) if not canvas.is_done])
             self._answer([requests[i] for i in done], found)
+
+    def _stay(self, kept: Sequence[int]) -> None:
+        """Let all canvases go but some."""
+        self.live = [self.live[i] for i in kept]
 
     def _canvas(self, request: Request) -> Canvas:
         seed = [self.options.seed, *request.draw]
-        canvas = Canvas(self.method.sampler, self.method.gen_length, self.mask_id, self.model.encoder.eos_id, seed)
+        eos_id = self.model.encoder.eos_id
+        return self._begun(Canvas(self.method.sampler, self.method.gen_length, self.mask_id, eos_id, seed))
+
+    def _begun(self, canvas: C) -> C:
+        """Return a canvas as it begins: as masks, or random tokens."""
         if self.method.noise.filler == "random":
             canvas.fill(len(self.model.tokenizer))
         return canvas
 
     def _fill_in(self, requests: Sequence[Request], canvases: Sequence[Canvas]) -> None:
-        """Make one pass, and let each canvas keep of it what it will."""
-        model, sampler = self.model, self.method.sampler
-        asked, soft = [canvas.asked() for canvas in canvases], self.soft
+        """Make one pass, and let each canvas keep of it what it will; the device is waited for once."""
+        sampler, soft, slots = self.method.sampler, self.soft, self.prefill.slots
+        asked, before = [canvas.asked() for canvas in canvases], [canvas.tokens_G.copy() for canvas in canvases]
         read = asked if soft is None else [soft.watched(canvas) for canvas in canvases]
-        rows, places = _flat(read)
-        at_A = [torch.from_numpy(a).to(model.device) for a in (rows, places)]
-        before = [canvas.tokens_G.copy() for canvas in canvases]
-        tokens_RG = torch.from_numpy(np.stack([canvas.read_G for canvas in canvases])).to(model.device)
-        embeds_RGD = None if soft is None else soft.embeds(canvases, tokens_RG)
-        slots = self.prefill.slots
-        slots_R, counts_R = slots.of(requests), torch.tensor([len(one) for one in read], device=model.device)
-        slots.meter.count_logits(slots_R, counts_R)
-        guidance, prompts = (sampler.guidance, self.mask_id), self._prompts(requests)
-        logits_AV = predict(
-            model.backbone, prompts, tokens_RG, (at_A[0], at_A[1]), self.method.shift, guidance, slots.meter, slots_R,
-            embeds_RGD,
-        )  # fmt: skip
-        own_AV, logits_AV = logits_AV[: len(rows)], lean(logits_AV, sampler.guidance)
-        if soft is not None:
-            logits_AV = logits_AV[torch.from_numpy(_within(asked, read)).to(model.device)]
-            rows, places = _flat(asked)
+        rows, places = flat(asked)
         drawn = np.stack([canvas.drawn() for canvas in canvases])
-        numbers = torch.from_numpy(drawn[rows, :, places]).to(model.device)
+        numbers = self._sent(drawn[rows, :, places])
+        slots.meter.count_logits(slots.of(requests), self._sent(np.array([len(one) for one in read])))
+        logits_AV = self._predict(requests, canvases, read)
+        own_AV, logits_AV = logits_AV[: sum(map(len, read))], lean(logits_AV, sampler.guidance)
+        if soft is not None:
+            logits_AV = logits_AV[self._sent(_within(asked, read))]
         logits_AV = without(logits_AV, self.never)
         tokens_A, scores_A = propose(logits_AV, sampler, self.options.temperature, numbers[:, 0], numbers[:, 2])
-        found, scores, start = tokens_A.cpu().numpy(), scores_A.cpu().numpy(), 0
-        for canvas, own in zip(canvases, asked):
-            part, start = slice(start, start + len(own)), start + len(own)
-            canvas.commit(found[part], scores[part])
+        found_2A = torch.stack([tokens_A.double(), scores_A.double()]).cpu().numpy()
+        for canvas, part_2A in zip(canvases, np.split(found_2A, np.cumsum([len(own) for own in asked])[:-1], axis=1)):
+            canvas.commit(part_2A[0].astype(np.int64), part_2A[1])
         if soft is not None:
             soft.keep(canvases, before, read, own_AV)
+
+    def _predict(self, requests: Sequence[Request], canvases: Sequence[Canvas], asked: Sequence[Ints]) -> Tensor:
+        """Return the logits (A, V) of places, canvas by canvas, in one pass; (2A, V) with guidance, for `lean`."""
+        model, slots = self.model, self.prefill.slots
+        rows, places = map(self._sent, flat(asked))
+        tokens_RG = self._sent(np.stack([canvas.read_G for canvas in canvases]))
+        embeds_RGD = None if self.soft is None else self.soft.embeds(canvases, tokens_RG)
+        guidance = (self.method.sampler.guidance, self.mask_id)
+        return predict(
+            model.backbone, self._prompts(requests), tokens_RG, (rows, places), self.method.shift, guidance,
+            slots.meter, slots.of(requests), embeds_RGD,
+        )  # fmt: skip
+
+    def _sent(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
     def _prompts(self, requests: Sequence[Request]) -> Prompts:
         """Return the questions of requests, padded before."""
@@ -160,7 +175,7 @@ class CanvasEngine(Engine):
         return Prompts(padded, torch.tensor(mask, device=device) if is_padded else None)
 
 
-def _flat(places: Sequence[Ints]) -> tuple[Ints, Ints]:
+def flat(places: Sequence[Ints]) -> tuple[Ints, Ints]:
     """Return the rows (A,) and the places (A,) of the places of several canvases."""
     return np.repeat(np.arange(len(places)), [len(own) for own in places]), np.concatenate(places)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Unpack
 from innerloop.checks.arguments import checked
 from innerloop.checks.values import ONE_BY_ONE
 from innerloop.engine.beams import BeamEngine
+from innerloop.engine.cached import CachedEngine, has_cache
 from innerloop.engine.canvases import CanvasEngine
 from innerloop.engine.engine import Engine
 from innerloop.engine.generation import Generation
@@ -43,7 +44,7 @@ def generate(
     """
     chosen = EngineOptions(**options)
     if isinstance(model.method, DenoisingMethod):
-        engine: Engine = CanvasEngine(model, chosen)
+        engine: Engine = (CachedEngine if has_cache(model.method) else CanvasEngine)(model, chosen)
     else:
         engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
     results: list[Generation | None] = [None] * (chosen.n_answers * len(questions))

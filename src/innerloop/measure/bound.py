@@ -2,6 +2,8 @@
 
     - log p(answer | question) <= E[ L / l sum over l hidden tokens of CE ],  l uniform in 1..L
 
+Where a canvas falls into blocks that see those before alone, each has a number of its own, and the bounds add up.
+
 The numbers of hidden tokens are spread over 1..L, each exactly as often as any other; which tokens they are is drawn.
 """
 
@@ -20,8 +22,9 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import refuse
 from innerloop.measure.statistics import Z95
 from innerloop.methods.denoise.method import DenoisingMethod
+from innerloop.methods.denoise.noise import by_block
 from innerloop.text.examples import Example
-from innerloop.text.row import IGNORE, Noise, Row
+from innerloop.text.row import Noise, Row
 
 Rounding = Literal["uniform", "authors"]
 
@@ -135,15 +138,15 @@ def row_bounds(
     )
     mask_id, drawn, n_tokens = method.mask_id(model.encoder), list[Row](), list[int]()
     for i, row in enumerate(rows):
-        may = [k for k, label in enumerate(row.labels()) if label != IGNORE]
-        rng = random.Random(f"bound/{seed}/{first + i}")
-        counts = hidden_counts(len(may), n_draws, rng.randint(1, len(may)), rounding)
-        for draw, n_hidden in enumerate(counts):
-            hidden = tuple(sorted(rng.sample(may, n_hidden)))
-            weights = (len(may) / n_hidden,) * n_hidden
-            noised = replace(row, noise=Noise(hidden, weights, mask_id, method.shift, 1))
-            drawn.append(method.shown(noised, model.encoder, f"bound/{seed}/{first + i}/{draw}"))
-        n_tokens.append(len(may))
+        own_seed, blocks = f"bound/{seed}/{first + i}", method.blocks(row)
+        rng, may = random.Random(own_seed), list(by_block(row, blocks).values())
+        counts = [hidden_counts(len(own), n_draws, rng.randint(1, len(own)), rounding) for own in may]
+        for draw in range(n_draws):
+            hidden = [tuple(sorted(rng.sample(own, n[draw]))) for own, n in zip(may, counts)]
+            weights = [(len(own) / len(chosen),) * len(chosen) for own, chosen in zip(may, hidden)]
+            noise = Noise(sum(hidden, ()), sum(weights, ()), mask_id, method.shift, 1, blocks)
+            drawn.append(method.shown(replace(row, noise=noise), model.encoder, f"{own_seed}/{draw}"))
+        n_tokens.append(sum(map(len, may)))
     found: list[float] = []
     for start in range(0, len(drawn), batch_size):
         part = drawn[start : start + batch_size]
@@ -151,5 +154,6 @@ def row_bounds(
             assert row.noise is not None
             ids = row.ids()
             wanted = torch.tensor([ids[k] for k in row.noise.hidden], device=logits_UV.device)
-            found.append(cross_entropy(logits_UV.double(), wanted, reduction="sum").item() * row.noise.weights[0])
+            losses_U = cross_entropy(logits_UV.double(), wanted, reduction="none")
+            found.append((losses_U * losses_U.new_tensor(row.noise.weights)).sum().item())
     return [Bound(tuple(found[i * n_draws : (i + 1) * n_draws]), n) for i, n in enumerate(n_tokens)]

@@ -4,6 +4,7 @@ from importlib import import_module
 
 from innerloop.config.method import LatentMethod, Method
 from innerloop.errors import InputError, nearest
+from innerloop.methods.denoise.block_diffusion import BlockDiffusion
 from innerloop.methods.denoise.dream import Dream
 from innerloop.methods.denoise.llada import Llada
 from innerloop.methods.depth.adainfer import AdaInfer
@@ -50,6 +51,7 @@ _ALL = (
     ParScale,
     Llada,
     Dream,
+    BlockDiffusion,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
@@ -83,6 +85,7 @@ def name_of(method: Method) -> str:
 __all__ = [
     "METHODS",
     "AdaInfer",
+    "BlockDiffusion",
     "Coconut",
     "Codi",
     "Cot",

@@ -118,7 +118,7 @@ def load(
     chosen = method or stored
     if chosen is None:
         raise InputError(f"'{path}' is not a saved innerloop run; give a method to put on it")
-    check_passes(backbone, sections=isinstance(chosen, DepthMethod), sees_all=chosen.plan.sees == "all")
+    check_passes(backbone, sections=isinstance(chosen, DepthMethod), sees_all=chosen.plan.sees != "past")
     if saved is not None and isinstance(chosen, DenoisingMethod):
         chosen.check_start(saved["method"], folder)
     if stored is not None and stored.decoder.classes not in ((), chosen.decoder.classes):
@@ -231,7 +231,7 @@ def from_scratch(
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"backbone.scratch: cannot make a {model_type}: {reason}") from None
         backbone, is_deep = Backbone(lm), isinstance(method, DepthMethod)
-        sees_all = method.plan.sees == "all"
+        sees_all = method.plan.sees != "past"
         if (shape := repr((model_type, settings, is_deep, sees_all))) not in _CHECKED:
             check_passes(backbone, sections=is_deep, sees_all=sees_all)
             _CHECKED.add(shape)

@@ -47,6 +47,7 @@ from innerloop.model.row_layout import RowLayout
 from innerloop.model.step_decoder import StepDecoder, aux_loss
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
+from innerloop.passes.halves import read_halves
 from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.noised import noised
 from innerloop.passes.region import Masked, join
@@ -268,6 +269,8 @@ class LatentCore(RowLayout):
         if isinstance(self.decoder, AnswerDecoder):
             read = self.decoder.read(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
             return HeadInputs(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
+        if batch.halves is not None:
+            return read_halves(thought, batch)
         if state is not None and thought.fixed is not None:
             state = torch.where(*thought.fixed, state)
         pending = thought.pending if state is None else [(state, thought.region_mask)]

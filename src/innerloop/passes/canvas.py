@@ -71,7 +71,7 @@ def predict(
     embeds_RLD = backbone.embed(ids_RL)
     if embeds_RGD is not None:
         embeds_RLD = torch.cat([embeds_RLD[:, : ids_RP.shape[1]], embeds_RGD], dim=1)
-    states_RLD = context.read(embeds_RLD, mask_RL, sees="all")
+    states_RLD = context.read(embeds_RLD, mask_RL, sees="all", keeps=False)
     columns_A = ids_RP.shape[1] + places_A - int(shift)
     return backbone.head(states_RLD[rows_A, columns_A]).float()
 

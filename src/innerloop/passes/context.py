@@ -20,9 +20,18 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from innerloop.decoder.backbone import Backbone
-from innerloop.decoder.cache import AnyCache, expect_padding, fork, join_rows, keep_columns, select_rows, window_of
+from innerloop.decoder.cache import (
+    AnyCache,
+    expect_padding,
+    fork,
+    join_rows,
+    keep_columns,
+    pick_columns,
+    select_rows,
+    window_of,
+)
 from innerloop.decoder.cost import CostMeter
-from innerloop.decoder.masks import Sees
+from innerloop.decoder.masks import Sees, block_causal
 from innerloop.decoder.ragged_cache import DepthCache
 from innerloop.decoder.token_losses import LogitsFn
 from innerloop.passes.depth_run import DepthRun
@@ -54,6 +63,7 @@ class Context:
         self.depth = depth
         self.cache: AnyCache = backbone.empty_cache() if depth is None else depth.forward.empty_cache()
         self.mask_BP: Tensor | None = None  # None: no column read so far is padding
+        self.halves_BP: Tensor | None = None  # the numbers of columns that were read by blocks
         self.length = 0
         self.next_position_B = torch.zeros(n_rows, dtype=torch.long, device=backbone.device)
         self.rows: Tensor | None = None  # which rows of the meter these are; None: all of them, in order
@@ -80,6 +90,7 @@ class Context:
         part = copy.copy(self)
         part.cache = select_rows(self.cache, rows)
         part.mask_BP = None if self.mask_BP is None else self.mask_BP[rows]
+        part.halves_BP = None if self.halves_BP is None else self.halves_BP[rows]
         part.next_position_B = self.next_position_B[rows]
         part.rows = rows if self.rows is None else self.rows[rows]
         part.depth = None if self.depth is None else self.depth.keep_rows(rows)
@@ -95,6 +106,9 @@ class Context:
         weights: Weights | None = None,
         sees: Sees = "past",
         seen_BQP: Tensor | None = None,
+        halves_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+        keeps: bool = True,
     ):
         """Read new positions in one pass and remember them.
 
@@ -109,27 +123,39 @@ class Context:
             sees: with ``all`` each new position sees all that has been read, what comes after it too, and windows are
                 lifted; what was read before stays as it was, and must have been read so too where layers have windows.
             seen_BQP: with ``all``, which columns each new position sees; None: all real ones.
+                With ``blocks`` it sees by the numbers of ``halves_BL``, from the first pass on.
+            halves_BL: the number of each new position, by which `block_causal` tells what it sees.
+            positions_BL: their positions, where they do not follow each other behind what has been read.
+            keeps: False: nothing is read after this, the first pass, so no keys and values are kept.
 
         Returns:
             The final-norm states (B, L, D), or the tuple of all states (see `Backbone.forward`).
         """
+        assert (sees == "blocks") == (halves_BL is not None), "blocks are told by the numbers of their columns"
         n_rows, n_new, _ = embeds_BLD.shape
         if mask_BL is None:
             new_B: Tensor | int = n_new
-            positions_BL = self.next_position_B[:, None] + torch.arange(n_new, device=embeds_BLD.device)
+            following_BL = self.next_position_B[:, None] + torch.arange(n_new, device=embeds_BLD.device)
         else:
             mask_BL = mask_BL.long()
             new_B = mask_BL.sum(1)
-            positions_BL = (self.next_position_B[:, None] + mask_BL.cumsum(1) - 1).clamp(min=0)
+            following_BL = (self.next_position_B[:, None] + mask_BL.cumsum(1) - 1).clamp(min=0)
+        positions_BL = following_BL if positions_BL is None else positions_BL
+        past_B = self.next_position_B
+        self._extend_mask(mask_BL, n_rows, n_new)
+        seen_BQP = seen_BQP if halves_BL is None else self._seen(halves_BL, self.length)
         if self.meter is not None:
             billed_B = new_B if counted_B is None else counted_B * new_B
-            self.meter.count(self.rows, billed_B, self.next_position_B, sees)
-        self._extend_mask(mask_BL, n_rows, n_new)
+            real = 1 if mask_BL is None else mask_BL
+            keys_B = None if seen_BQP is None else (seen_BQP.sum(2) * real).sum(1)
+            self.meter.count(self.rows, billed_B, past_B, sees, keys_B)
         self.next_position_B = self.next_position_B + new_B
         self.length += n_new
         if self.depth is not None:
             return self._read_deep(embeds_BLD, mask_BL, positions_BL, weights or self.weights, counted_B)
-        return self._pass(embeds_BLD, positions_BL, weights or self.weights, all_states, normed, sees, seen_BQP)
+        known = {"all_states": all_states, "normed": normed}
+        cache = self.cache if keeps else None
+        return self._pass(embeds_BLD, positions_BL, weights or self.weights, sees, seen_BQP, cache, known)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Count the time of a block towards a phase, if anything is counted."""
@@ -147,6 +173,7 @@ class Context:
         mask = self.mask_BP if whole else self.mask_BP[:, kept]
         part = copy.copy(self)
         part.mask_BP = None if self.depth is None and bool(mask.all()) else mask
+        part.halves_BP = None if self.halves_BP is None else self.halves_BP[:, kept]
         first, window = 0, window_of(self.cache)
         if window is not None:
             n_after = mask.flip(1).cumsum(1).flip(1)
@@ -155,6 +182,14 @@ class Context:
         if not whole or window is not None or isinstance(self.cache, DepthCache):
             part.cache = keep_columns(self.cache, kept, first, is_padded=part.mask_BP is not None)
             part.length = len(kept)
+        return part
+
+    def pick(self, columns_BP: Tensor, real_BP: Tensor) -> Context:
+        """Return the context of some columns alone, each row's own; ``real_BP`` is 0 where one is padding."""
+        part = copy.copy(self)
+        part.cache, part.length = pick_columns(self.cache, columns_BP), columns_BP.shape[1]
+        part.mask_BP, part.next_position_B = real_BP, real_BP.sum(1)
+        part.halves_BP = None if self.halves_BP is None else self.halves_BP.gather(1, columns_BP)
         return part
 
     def shown(self, states_BLD: Tensor, rows_U: Tensor, columns_U: Tensor) -> LogitsFn:
@@ -189,6 +224,14 @@ class Context:
         past = ones.expand(-1, self.length) if self.mask_BP is None else self.mask_BP
         self.mask_BP = torch.cat([past, ones.expand(-1, n_new) if mask_BL is None else mask_BL], dim=1)
 
+    def _seen(self, halves_BL: Tensor, n_before: int) -> Tensor:
+        """Remember the numbers of new columns; return which columns each of them sees (B, L, P)."""
+        assert self.halves_BP is not None or n_before == 0, "what is read by blocks is read so from the first pass on"
+        known = halves_BL[:, :0] if self.halves_BP is None else self.halves_BP
+        self.halves_BP = torch.cat([known, halves_BL], dim=1)
+        real_BP = torch.ones_like(self.halves_BP) if self.mask_BP is None else self.mask_BP
+        return block_causal(self.halves_BP, real_BP, halves_BL.shape[1])
+
     def _read_deep(
         self,
         embeds_BLD: Tensor,
@@ -211,25 +254,26 @@ class Context:
         embeds_BLD: Tensor,
         positions_BL: Tensor,
         weights: Weights,
-        all_states: bool,
-        normed: bool,
         sees: Sees,
         seen_BQP: Tensor | None,
+        cache: AnyCache | None,
+        options: dict[str, bool],
     ):
         mask: Any = self.mask_BP
-        if mask is None and sees == "all":
+        if mask is None and sees != "past":
             mask = positions_BL.new_ones(len(positions_BL), self.length)
-        compiled = None if all_states or not normed or sees == "all" else self.backbone.compiled
+        is_plain = sees == "past" and options == {"all_states": False, "normed": True}
+        compiled = self.backbone.compiled if is_plain else None
         if compiled is not None and compiled.takes(self.cache, embeds_BLD.shape[1]):
             with weights():
                 return compiled(embeds_BLD, positions_BL, mask, self.cache)
         if mask is not None and not isinstance(self.cache, DepthCache):
             window, dtype = expect_padding(self.cache), embeds_BLD.dtype
             mask = self.backbone.mask_of(mask, embeds_BLD.shape[1], window, dtype, sees, seen_BQP)
-        known = {"mask": mask, "positions_BL": positions_BL, "all_states": all_states, "normed": normed}
+        known = {"mask": mask, "positions_BL": positions_BL, **options}
         if not (self.checkpoint_passes and torch.is_grad_enabled()):
             with weights():
-                return self.backbone(embeds_BLD, cache=self.cache, **known)
+                return self.backbone(embeds_BLD, cache=cache, **known)
         # What is kept for the backward pass holds on to `run`, and `run` must not hold on to the pass's own cache.
         backbone, past = self.backbone, self.cache
         grown: list[Any] = []
@@ -267,6 +311,9 @@ def merge(parts: Sequence[tuple[list[int], Context]]) -> Context:
             for context in contexts
         ]
         whole.mask_BP = torch.cat([pad(mask, (gap, 0)) for mask, gap in zip(masks, gaps)])[places]
+    if contexts[0].halves_BP is not None:
+        halves = [context.halves_BP for context in contexts if context.halves_BP is not None]
+        whole.halves_BP = torch.cat([pad(half, (gap, 0)) for half, gap in zip(halves, gaps)])[places]
     if whole.rows is not None:
         whole.rows = torch.cat([context.rows for context in contexts if context.rows is not None])[places]
     return whole

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from innerloop.errors import InputError
+from innerloop.text.halves import Halves, halves_of
 from innerloop.text.row import IGNORE, Row
 
 
@@ -92,6 +93,7 @@ class Batch:
             and everything is learned.
         weights_U: what each supervised token counts, where they do not count alike, and ``n_counted``, what their sum
             is divided by.
+        halves: of rows that are denoised block by block.
         soft_at_U: flat index into (B, S) of the masks that are fed what a first pass predicts; None: there is one pass.
         ahead: the chance that a later position is seen, and the seed of that draw; None: what the method says is seen.
         next: what the rows go on with.
@@ -121,6 +123,7 @@ class Batch:
     n_free: int | None = None
     weights_U: Tensor | None = None
     n_counted: float = 0.0
+    halves: Halves | None = None
     soft_at_U: Tensor | None = None
     ahead: tuple[float, str] | None = None
     next: Batch | None = None
@@ -298,6 +301,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
     parts = [[[i for span in part for i in span.ids] for part in (row.prefix, row.region, row.suffix)] for row in rows]
     widths = [max(len(row[s]) for row in parts) for s in range(3)]
     ids, mask, predict_at, targets, n_targets = [], [], [], [], []
+    columns: list[list[int]] = []
     soft_at: list[int] = []
     noises = [row.noise for row in rows if row.noise is not None]
     for r, (row, (prefix, region, suffix)) in enumerate(zip(rows, parts)):
@@ -320,6 +324,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
                 row_ids[real[k]] = filler
             soft_at += [r * sum(widths) + real[k] for k in supervised if noise.soft]
         n_targets.append(len(supervised))
+        columns.append(real)
         ids.append(row_ids)
         mask.append(row_mask)
     fixed = [
@@ -342,6 +347,7 @@ def _pad(rows: Sequence[Row], pad_id: int) -> Batch:
         n_free=next((row.n_free for row in rows if row.n_free is not None), None),
         weights_U=torch.tensor([w for noise in noises for w in noise.weights]) if noises else None,
         n_counted=sum(noise.n_counted for noise in noises),
+        halves=halves_of(rows, columns, sum(widths), pad_id),
         ahead=noises[0].ahead if noises else None,
         soft_at_U=torch.tensor(soft_at, dtype=torch.long) if any(noise.soft for noise in noises) else None,
         is_padded=(*(any(len(row[s]) < width for row in parts) for s, width in enumerate(widths)),),

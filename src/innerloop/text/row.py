@@ -90,6 +90,7 @@ class Noise:
         mask_id: what is read in their place.
         shift: the position before a token predicts it, as in a decoder; otherwise its own.
         n_counted: what the row adds to the number that the loss of the global batch is divided by.
+        blocks: the block of each position, where it sees its own and those before alone; none: it sees all.
         fillers: what is read in place of each hidden token, where that is not the mask.
         ahead: the chance that a later position is seen, and the seed of that draw; None: all are.
         soft: a first pass predicts the hidden tokens, and what is learned is of a second, whose masks are fed that.
@@ -100,6 +101,7 @@ class Noise:
     mask_id: int
     shift: bool
     n_counted: float
+    blocks: tuple[int, ...] = ()
     fillers: tuple[int, ...] = ()
     ahead: tuple[float, str] | None = None
     soft: bool = False

@@ -31,6 +31,8 @@ class Canvas:
         mask_id: the mask.
         eos_id: the end of sequence.
         seed: what draws depend on: the seed, the question's number and the sample's.
+        block: the tokens of a block; none: those of the settings.
+        first: the tokens of the first block; none: as many.
 
     Attributes:
         tokens_G: the tokens.
@@ -41,14 +43,23 @@ class Canvas:
         fillers_G: the tokens that its masks are read as; None: masks.
     """
 
-    def __init__(self, settings: SamplerSettings, gen_length: int, mask_id: int, eos_id: int, seed: Sequence[int]):
+    def __init__(
+        self,
+        settings: SamplerSettings,
+        gen_length: int,
+        mask_id: int,
+        eos_id: int,
+        seed: Sequence[int],
+        block: int | None = None,
+        first: int | None = None,
+    ):
         self.settings, self.mask_id, self.eos_id, self.seed = settings, mask_id, eos_id, [*seed]
         self.tokens_G: Ints = np.full(gen_length, mask_id, dtype=np.int64)
-        self.block = settings.block_length or gen_length
+        self.block = block or settings.block_length or gen_length
         n_blocks = gen_length // self.block
         self.n_steps = self.block if settings.steps is None else settings.steps // n_blocks
-        self.start, self.step, self.n_passes = 0, 0, 0
-        self.n_masks = self.block
+        self.start, self.end, self.step, self.n_passes = 0, min(first or self.block, gen_length), 0, 0
+        self.n_masks = self.end
         self._numbers: tuple[int, Floats] | None = None
         self.fed: Any = None
         self.fillers_G: Ints | None = None
@@ -78,7 +89,7 @@ class Canvas:
 
     def masks(self) -> Ints:
         """Return the masks of the active block."""
-        inside = self.tokens_G[self.start : self.start + self.block]
+        inside = self.tokens_G[self.start : self.end]
         return self.start + np.flatnonzero(inside == self.mask_id)
 
     def asked(self) -> Ints:
@@ -111,8 +122,12 @@ class Canvas:
 
     def drawn(self) -> Floats:
         """Return the numbers in [0, 1) of the next step (3, G): for tokens, for positions, for ties."""
-        at = self.start // self.block * self.n_steps + self.step
+        at = -(-self.start // self.block) * self.n_steps + self.step  # the first block may be shorter
         at = self.n_passes if self.settings.commit == "threshold" else at
+        return self.draws_of(at)
+
+    def draws_of(self, at: int) -> Floats:
+        """Return the numbers in [0, 1) of a step (3, G)."""
         if self._numbers is None or self._numbers[0] != at:
             self._numbers = at, np.random.default_rng([*self.seed, at]).random((3, len(self.tokens_G)))
         return self._numbers[1]
@@ -121,7 +136,20 @@ class Canvas:
 
     def commit(self, tokens_A: Ints, scores_A: Floats) -> Ints:
         """Keep some of the tokens that a pass predicts for the places asked for; return which places."""
-        asked_A, settings = self.asked(), self.settings
+        again = self._again()  # of what was there before
+        places = self._keep(self.asked(), tokens_A, scores_A)
+        self.tokens_G[again] = self.mask_id
+        self._go_on()
+        return places
+
+    def _go_on(self) -> None:
+        """Count a pass, and find the next."""
+        self.step, self.n_passes = self.step + 1, self.n_passes + 1
+        self._skip()
+
+    def _keep(self, asked_A: Ints, tokens_A: Ints, scores_A: Floats) -> Ints:
+        """Keep some of the tokens that are predicted for some masks; return which places."""
+        settings = self.settings
         if settings.commit in BLIND:
             chosen = np.arange(len(asked_A))
         else:
@@ -135,11 +163,8 @@ class Canvas:
                     noise_A = -np.log(-np.log(np.clip(order_G[asked_A], 1e-300, None)))
                     scores_A = scores_A / settings.position_temperature + noise_A
                 chosen = np.sort(self._ranked(scores_A, ties_A)[: self._count(len(asked_A))])
-        places, again = asked_A[chosen], self._again()
+        places = asked_A[chosen]
         self.tokens_G[places], self.likely_G[places] = tokens_A[chosen], scores_A[chosen]
-        self.tokens_G[again] = self.mask_id
-        self.step, self.n_passes = self.step + 1, self.n_passes + 1
-        self._skip()
         return places
 
     def _ends_last(self, tokens_A: Ints, scores_A: Floats) -> Floats:
@@ -158,14 +183,18 @@ class Canvas:
     def _skip(self) -> None:
         """Go on to the next step that commits anything, in the next block where this one is over."""
         while not self.is_done:
-            if self.step >= self.n_steps if not self.keeps else len(self.masks()) == 0:
-                self.start, self.step = self.start + self.block, 0
+            if self._is_over():
+                self.start, self.end, self.step = self.end, min(self.end + self.block, len(self.tokens_G)), 0
                 self.n_masks = len(self.masks())
             elif self._commits():
                 return
             else:
                 self.tokens_G[self._again()] = self.mask_id
                 self.step += 1
+
+    def _is_over(self) -> bool:
+        """Whether nothing of the active block will change any more."""
+        return self.step >= self.n_steps if not self.keeps else len(self.masks()) == 0
 
     def _commits(self) -> bool:
         """Whether the next step commits anything, as far as that is known before the pass."""
@@ -202,7 +231,7 @@ class Canvas:
         """Return the tokens of the active block that the next step masks again."""
         if self.keeps or self.step >= self.n_steps:
             return np.zeros(0, dtype=np.int64)
-        inside = slice(self.start, self.start + self.block)
+        inside = slice(self.start, self.end)
         a_t, a_s, sigma = self._times()
         is_token = self.tokens_G[inside] != self.mask_id
         sigma_G = np.minimum(

@@ -32,13 +32,14 @@ class DenoisingMethod(Method):
     write_steps: bool = True
     mask_token: str = MASK
     anneal_steps: int = 0
+    goes_on_with: ClassVar[tuple[str, ...]] = ("shift", "mask_token")  # fields that must stay as a run was trained
     noise: NoiseSettings = NoiseSettings()
     sampler: SamplerSettings = SamplerSettings()
     soft: SoftSettings = SoftSettings()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sampler.check(self.gen_length)
+        self.sampler.check(self.gen_length, self.canvas_block)
         is_random = self.noise.filler == "random"
         refuse(
             (
@@ -49,7 +50,16 @@ class DenoisingMethod(Method):
                 is_random and self.sampler.guidance > 0,
                 "sampler.guidance masks the question, and with noise.filler=random no mask is learned: set it to 0",
             ),
+            (
+                self.soft.is_on and self.sampler.cache != "none",
+                "soft masks are fed anew in each pass, and sampler.cache does not read all of them: set cache to none",
+            ),
         )
+
+    @property
+    def canvas_block(self) -> int:
+        """How many tokens of a canvas are of one block."""
+        return self.sampler.block_length or self.gen_length
 
     @property
     def needs_steps(self) -> bool:
@@ -109,6 +119,10 @@ class DenoisingMethod(Method):
         for example in examples:
             self.fitting(example, encoder)
 
+    def blocks(self, row: Row) -> tuple[int, ...]:
+        """Return the block of each position of a row, which sees its own and those before; none: it sees all."""
+        return ()
+
     def fitting(self, example: Example, encoder: PromptEncoder) -> Row:
         """Lay out an example whose answer fits into the canvas.
 
@@ -132,16 +146,20 @@ class DenoisingMethod(Method):
         self, examples: Sequence[Example], encoder: PromptEncoder, stage: int | None = None, seed: str = ""
     ) -> list[Row]:
         """Lay out examples with tokens hidden; without a seed, by always the same draws."""
-        mask_id, found = self.mask_id(encoder), []
+        mask_id, rows, found = self.mask_id(encoder), [self.fitting(example, encoder) for example in examples], []
         is_soft = not seed or coin("soft", of_step(seed)) < self.soft.share
         cuts = bool(seed) and encoder.running_text and coin("truncate", seed) < self.noise.truncate
         kept = coin("length", seed) if cuts else 1.0
-        for i, (example, t) in enumerate(zip(examples, times(max(len(examples), 1), seed))):
-            row, own = self.fitting(example, encoder), f"{seed}/{i}"
-            row = cut(row, max(round(kept * len(row)), 2)) if cuts else row
-            row = hide(row, t, self.noise, mask_id, self.shift, own)
+        rows = [cut(row, max(round(kept * len(row)), 2)) for row in rows] if cuts else rows
+        for i, (row, t) in enumerate(zip(rows, self.times(rows, seed))):
+            own = f"{seed}/{i}"
+            row = hide(row, t, self.noise, mask_id, self.shift, own, self.blocks(row))
             found.append(self.shown(row, encoder, own, is_soft, ahead(self.anneal_steps, seed)))
         return found
+
+    def times(self, rows: Sequence[Row], seed: str) -> Sequence[float | Mapping[int, float]]:
+        """Return the time of each row of a batch, or of each of its blocks."""
+        return times(max(len(rows), 1), seed)
 
     def shown(
         self,
@@ -161,7 +179,7 @@ class DenoisingMethod(Method):
 
     def check_start(self, saved: Mapping[str, Any], folder: object) -> None:
         """Refuse to go on from a run, whose method's fields are ``saved``, that predicts at other places."""
-        for name in ("shift", "mask_token"):
+        for name in self.goes_on_with:
             own, theirs = getattr(self, name), saved.get(name)
             refuse(
                 (

@@ -7,7 +7,7 @@ least. Draws depend on the batch's seed and the row's place alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -64,15 +64,42 @@ def cut(row: Row, n: int) -> Row:
     return replace(row, prefix=parts[0], region=parts[1], suffix=parts[2])
 
 
-def hide(row: Row, t: float, settings: NoiseSettings, mask_id: int, shift: bool, seed: str) -> Row:
-    """Return a row of which tokens are hidden: each supervised one with the probability of time ``t``."""
-    may = [k for k, label in enumerate(row.labels()) if label != IGNORE]
-    rng, p = random.Random(f"hide/{seed}"), (1 - settings.least) * t + settings.least
-    hidden = [k for k in may if rng.random() < p]
-    scale = 1 / max(len(may), 1) if settings.norm == "sequence" else 1.0
-    weights = [scale * weight for weight in weights_of(hidden, len(row), t, p, settings)]
-    n_counted = {"sequence": 1, "token": len(may), "batch": 1, "masked": len(hidden)}[settings.norm]
-    return replace(row, noise=Noise(tuple(hidden), tuple(weights), mask_id, shift, n_counted))
+def hide(
+    row: Row,
+    t: float | Mapping[int, float],
+    settings: NoiseSettings,
+    mask_id: int,
+    shift: bool,
+    seed: str,
+    blocks: Sequence[int] = (),
+) -> Row:
+    """Return a row of which tokens are hidden: each supervised one with the probability of time ``t``.
+
+    Where each position is of one of some ``blocks``, ``t`` may be of each of them; what a token counts is that of its
+    block's time, and of the clean tokens that it sees.
+    """
+    may = by_block(row, blocks)
+    rng, hidden, weights = random.Random(f"hide/{seed}"), list[int](), list[float]()
+    n = sum(map(len, may.values()))
+    scale = 1 / max(n, 1) if settings.norm == "sequence" else 1.0
+    for block, places in may.items():
+        time = t[block] if isinstance(t, Mapping) else t
+        p = (1 - settings.least) * time + settings.least
+        own = [k for k in places if rng.random() < p]
+        end = places[-1] + 1 if blocks else len(row)
+        hidden += own
+        weights += [scale * weight for weight in weights_of(own, end, time, p, settings)]
+    n_counted = {"sequence": 1, "token": n, "batch": 1, "masked": len(hidden)}[settings.norm]
+    return replace(row, noise=Noise(tuple(hidden), tuple(weights), mask_id, shift, n_counted, tuple(blocks)))
+
+
+def by_block(row: Row, blocks: Sequence[int] = ()) -> dict[int, list[int]]:
+    """Return the positions of a row that may be hidden, block by block; all are of one where there are none."""
+    found: dict[int, list[int]] = {} if blocks else {0: []}
+    for k, label in enumerate(row.labels()):
+        if label != IGNORE:
+            found.setdefault(blocks[k] if blocks else 0, []).append(k)
+    return found
 
 
 def weights_of(hidden: Sequence[int], length: int, t: float, p: float, settings: NoiseSettings) -> list[float]:

@@ -16,6 +16,7 @@ Norm = Literal["sequence", "token", "batch", "masked"]
 Commit = Literal["confidence", "random", "margin", "entropy", "origin", "threshold", "remdm"]
 Eos = Literal["free", "last", "never"]
 Ties = Literal["random", "lowest"]
+Cache = Literal["none", "prompt", "block", "dual", "delayed"]
 COUNTED = ("confidence", "random", "margin", "entropy")
 """Rules that commit a number of tokens which is known before the pass."""
 BLIND = ("random", "origin", "remdm")
@@ -62,6 +63,11 @@ class SamplerSettings(Checked):
         eos: an end of sequence may be committed as any token (free), after all others (last), or not at all (never).
         ties: equal predictions and positions are told apart by a seeded draw, or the lowest is taken.
         remask: when remdm masks tokens again.
+        cache: approximate where it is not none: what is not read again in every pass though what it sees changes: the
+            question (prompt), blocks before the active one too (block), those after it as well (dual), or tokens from
+            the second pass on in which they are there (delayed).
+        refresh: approximate caches are read anew every so many passes; none: at the beginning, and of each block in
+            which blocks are kept.
     """
 
     counts: ClassVar[Literal["even", "grid"]] = "even"
@@ -77,6 +83,8 @@ class SamplerSettings(Checked):
     eos: Eos = "free"
     ties: Ties = "random"
     remask: RemaskSettings = RemaskSettings()
+    cache: Cache = "none"
+    refresh: Count | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.remask, Mapping):
@@ -100,16 +108,20 @@ class SamplerSettings(Checked):
                 self.remask != RemaskSettings() and self.commit != "remdm",
                 "sampler.remask is for commit=remdm: set that, or leave remask out",
             ),
+            (
+                self.refresh is not None and self.cache == "none",
+                "sampler.refresh is for approximate caches: set sampler.cache, or leave refresh out",
+            ),
         )
 
-    def check(self, gen_length: int) -> None:
+    def check(self, gen_length: int, block: int) -> None:
         """Refuse a canvas that does not fall into blocks, or whose passes do not."""
-        block = self.block_length or gen_length
-        n_blocks = gen_length // max(block, 1)
+        name = "block_length" if self.block_length is None else "sampler.block_length"
+        n_blocks = gen_length // block
         refuse(
             (
-                block < 1 or gen_length % block != 0,
-                f"gen_length is {gen_length}, which is no multiple of sampler.block_length, {block}: change either",
+                gen_length % block != 0,
+                f"gen_length is {gen_length}, which is no multiple of {name}, {block}: change either",
             ),
             (
                 self.steps is not None and self.steps % max(n_blocks, 1) != 0,
