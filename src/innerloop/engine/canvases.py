@@ -25,6 +25,7 @@ from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
 from innerloop.engine.soft_canvases import SoftCanvases
 from innerloop.errors import InputError, refuse
+from innerloop.loop.trace import HIDDEN, Frame
 from innerloop.methods.denoise.canvas import ALIKE, Canvas, Ints
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.settings import SamplerSettings
@@ -149,6 +150,24 @@ class CanvasEngine(Engine):
             canvas.commit(part_2A[0].astype(np.int64), part_2A[1])
         if soft is not None:
             soft.keep(canvases, before, read, own_AV)
+        if self.options.trace:
+            self._record(requests, canvases, asked, before, logits_AV)
+
+    def _record(
+        self,
+        requests: Sequence[Request],
+        canvases: Sequence[Canvas],
+        asked: Sequence[Ints],
+        before: Sequence[Ints],
+        logits_AV: Tensor,
+    ) -> None:
+        """Add a pass to the trace of each canvas."""
+        parts = logits_AV.split([len(own) for own in asked])
+        for request, canvas, places, was, own_AV in zip(requests, canvases, asked, before, parts):
+            request.record = request.record or (self.model.new_trace(), 0)
+            was, now = (np.where(tokens == self.mask_id, HIDDEN, tokens).tolist() for tokens in (was, canvas.tokens_G))
+            trace = request.record[0]
+            trace.frames.append(Frame(places.tolist(), trace.read(own_AV[None]), was, now))
 
     def _predict(self, requests: Sequence[Request], canvases: Sequence[Canvas], asked: Sequence[Ints]) -> Tensor:
         """Return the logits (A, V) of places, canvas by canvas, in one pass; (2A, V) with guidance, for `lean`."""

@@ -47,9 +47,14 @@ def _cell(
     if after == before != HIDDEN:
         return Cell(known or ((visible(tokenizer, after), 1.0),), state="kept")
     if at is None:
+        if after == before:
+            return None
         word = visible(tokenizer, before if after == HIDDEN else after)
-        again = after == HIDDEN != before
-        return Cell(known or ((word, 1.0),), state="masked again") if again else None
+        return (
+            Cell(known or ((word, 1.0),), state="masked again")
+            if after == HIDDEN
+            else Cell(((word, 1.0),), state="committed")
+        )
     ids, probs = frame.shown.top_ids[0, at], frame.shown.top_probs[0, at]
     top = words_of(tokenizer, ids, probs)
     if after == HIDDEN:

@@ -193,7 +193,7 @@
     if (current().grid.some((line) => line.cells.some((cell) => cell && cell.gold !== null))) {
       keys.push(make("span", {}, make("span", { class: "mark-good", text: "✓" }), " the gold token is the likeliest; ", make("span", { class: "mark-bad", text: "✗" }), " it is not"));
     }
-    if (isFilm) keys.push(...Object.entries(MARKS).map(([state, mark]) => make("span", {}, mark ? `${mark} ${state} in this pass` : `unmarked: ${state} from an earlier one`)));
+    if (isFilm) keys.push(...["● committed in this pass", "? still hidden", "↺ masked again", "unmarked: kept from an earlier pass"].map((text) => make("span", { text })));
     fill($("map-legend"), ...keys);
   }
 

@@ -176,11 +176,12 @@ def film_view(frames: Sequence[Frame], tokenizer: PreTrainedTokenizerBase) -> Ta
     for number, frame in enumerate(frames, 1):
         line = Text()
         for before, after in zip(frame.before, frame.after):
-            word = visible(tokenizer, before if after == HIDDEN else after).strip("␣")
-            if after != before:
-                told = (f"~{word}~", "red") if after == HIDDEN else (f"[{word}]", "bold green")
+            known = before if after == HIDDEN else after
+            word = "·" if known == HIDDEN else visible(tokenizer, known).strip("␣")
+            if after == before:
+                told = (word, "dim" if known == HIDDEN else "")
             else:
-                told = ("·", "dim") if after == HIDDEN else (word, "")
+                told = (f"~{word}~", "red") if after == HIDDEN else (f"[{word}]", "bold green")
             line.append(*told).append(" ")
         table.add_row(str(number), line, str(sum(b != a != HIDDEN for b, a in zip(frame.before, frame.after))))
     return table
