@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     suite = load_suite(RECIPE, out=str(options.suite))
     recipes = {name: suite.jobs[name, 0] for name in VARIANTS}
-    start = options.suite / "warm_up/0"
+    start = sorted(options.suite.glob("warm_up/*/checkpoint"))[0]
     models = {name: LatentModel.from_pretrained(start, method=r.method).train() for name, r in recipes.items()}
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-5) for name, model in models.items()}
     examples = recipes["plain"].task.examples("train", 10 * SIZE)
