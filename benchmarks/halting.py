@@ -2,7 +2,8 @@
 
 Stop times are given: SLR's rule `random` draws them from a histogram, and the runs of its rows say what was drawn. The
 others run a fixed number of iterations; the time at the mean, which is no whole number, lies between those of the whole
-numbers around it. Thinking is what a run takes on top of one with the same rows and no iterations. Runs take turns.
+numbers around it. Thinking is what a run takes on top of one with the same rows and no iterations. Runs take turns, and
+all of them are told a number of iterations, so that they are asked alike.
 
     python benchmarks/halting.py --out benchmarks/results/halting.json
     python benchmarks/halting.py --smoke --out /tmp/halting.json                                  # seconds
@@ -57,7 +58,7 @@ def measure(options, name: str, shares: Sequence[float], repeats: int) -> dict:
 
     def ask_drawn() -> list[Generation]:
         drawn.loop.stop.n_drawn = 0  # rows are numbered anew: the same draws in each turn
-        return ask(drawn)
+        return ask(drawn, loops=MOST)
 
     draws = [one.cost.loops for one in ask_drawn()]
     mean = sum(draws) / len(draws)
@@ -67,7 +68,7 @@ def measure(options, name: str, shares: Sequence[float], repeats: int) -> dict:
         NONE: partial(ask, fixed, loops=0),
         LOW: partial(ask, fixed, loops=below),
         HIGH: partial(ask, fixed, loops=above),
-        MAXIMUM: partial(ask, fixed),
+        MAXIMUM: partial(ask, fixed, loops=MOST),
     }
     turns = take_turns(runs, repeats, clock_of(options.device))
     loops = {side: [[one.cost.loops for one in turn.result] for turn in turns[side]] for side in (SPREAD, LOW)}

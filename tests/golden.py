@@ -59,7 +59,7 @@ N_TOKENS, N_FEW = 14, 4
 USUAL_STOPS = ("delta", "kl")
 GRID = [round(-1 + 0.1 * i, 2) for i in range(70)]  # thresholds to choose from where no scores are traced
 NEVER = 99.0
-NOT_RECORDED = ("seconds", "streams")  # of a cost: the clock, and what the method says
+NOT_RECORDED = ("seconds", "streams", "written")  # of a cost: the clock, what the method says, how many ids
 MARGIN = 0.001  # by which a threshold may be changed without any row's stopping elsewhere
 
 Values = dict[str, Any]

@@ -12,12 +12,14 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from innerloop.disk.files import NO_LINKS, is_running, told, try_to_unlink
 from innerloop.errors import InputError
 
 MARK = ".run.lock"
+INSIDE = ("checkpoint", "checkpoint-*", "stages")  # folders that a run writes, and replaces
 _own: set[tuple[int, Path]] = set()  # folders that a process, not one that it forks, holds
 
 
@@ -31,8 +33,8 @@ def locked(folder: str | Path, written: Sequence[str] = ()) -> Iterator[None]:
             are another's.
 
     Raises:
-        InputError: another process holds it, it lies inside another run, others' files are in the way, or it cannot be
-            written to.
+        InputError: another process holds it, it lies inside what another run writes, others' files are in the way, or
+            it cannot be written to.
     """
     folder = Path(folder).resolve()
     own = (os.getpid(), folder)
@@ -40,9 +42,12 @@ def locked(folder: str | Path, written: Sequence[str] = ()) -> Iterator[None]:
         yield
         return
     mark = folder / MARK
-    others = (path for path in folder.parents if (path / MARK).exists() and (os.getpid(), path) not in _own)
-    if around := next(others, None):
-        raise InputError(f"{folder} lies inside the run {around}: choose another folder with --out")
+    for run in folder.parents:
+        first = folder.relative_to(run).parts[0]
+        if any(fnmatch(first, name) for name in INSIDE) and (run / MARK).exists() and (os.getpid(), run) not in _own:
+            raise InputError(
+                f"{folder} lies inside {run / first}, which the run {run} writes: choose another with --out"
+            )
     if not mark.exists() and (found := sorted(path for name in written for path in folder.glob(name))):
         raise InputError(
             f"{found[0]} was not written by a run of innerloop, and would be written over: choose another folder with "
