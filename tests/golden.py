@@ -258,6 +258,7 @@ def _norm(parameters: list[nn.Parameter]) -> float:
 def greedy(model: LatentModel, questions: list[str], case: Case) -> Values:
     """Return what is answered, fewer rows at a time than there are questions, and what that costs."""
     found = model.generate(questions, max_new_tokens=N_TOKENS, batch_size=4, **case.options)
+    assert all(one.cost.written == len(one.ids) for one in found)
     costs = [{name: value for name, value in vars(one.cost).items() if name not in NOT_RECORDED} for one in found]
     values: Values = {
         "ids": ids(found),

@@ -17,6 +17,7 @@ from tests.close import assert_close
 from tests.methods import reference_blocks as reference
 from tests.methods.test_block_sampling import by_layout
 from tests.methods.test_denoise_training import EXAMPLES, G
+from tests.methods.tools import learn
 from tests.models import ARCHS, answers_of, left_pad, moved, random_ids, saved, tiny_backbone, tiny_model
 from tests.test_trainer import copies, logged, make_trainer, trained_names
 
@@ -298,11 +299,6 @@ def test_eight_examples_are_learnt_by_heart(origin):
     model = tiny_model(
         blocks(block_origin=origin, sampler={"steps": 10}), "gpt2", num_hidden_layers=2, initializer_range=0.1
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    for step in range(500):
-        optimizer.zero_grad()
-        model.loss(EXAMPLES, seed=str(step)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    learn(model, EXAMPLES, 500, seed="{}")
     answers = [one.answer for one in model.generate([example.question for example in EXAMPLES])]
     assert answers == [example.answer for example in EXAMPLES]

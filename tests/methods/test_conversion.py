@@ -18,6 +18,7 @@ from tests.close import assert_close
 from tests.fields import change
 from tests.methods import reference_denoise as reference
 from tests.methods.test_denoise_sampling import assert_equal
+from tests.methods.tools import learn
 from tests.models import ARCHS, SLIDING, chain_examples, moved, saved, tiny_model
 from tests.test_trainer import make_trainer
 
@@ -246,12 +247,7 @@ def test_a_converted_decoder_learns_eight_rows_and_says_them_in_one_pass(changes
     """6."""
     eight = list(chain_examples(8))
     model = tiny_model(change(SHIFTED, **changes), "gpt2", num_hidden_layers=2, initializer_range=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    for step in range(500):
-        optimizer.zero_grad()
-        model.loss(eight, seed=f"0/{step}/0/0").loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    learn(model, eight, 500, seed="0/{}/0/0")
     for loops in (None, 1):
         found = [one.answer for one in model.generate([example.question for example in eight], loops=loops)]
         assert found == [example.answer for example in eight]

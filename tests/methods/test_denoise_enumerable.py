@@ -80,11 +80,14 @@ def test_one_token_a_pass_in_random_order_draws_from_the_exact_distribution():
 
 
 @pytest.mark.slow
-def test_confidence_narrows_what_is_drawn():
-    distinct = [
-        len({tuple(c.tokens_G.tolist()) for c in fill(SamplerSettings(**rule), 1000)}) for rule in (RANDOM, BEST)
-    ]
-    assert distinct[0] == pytest.approx(478, abs=20) and distinct[1] < distinct[0] - 100
+def test_confidence_narrows_what_is_drawn_where_the_lowest_of_equals_is_taken():
+    """The card's 284 squares of 1000 are with ties to the lowest; seeded ties give back most of what that costs."""
+    rules = (RANDOM, {"ties": "lowest"}, BEST)
+    random, lowest, seeded = (
+        len({tuple(c.tokens_G.tolist()) for c in fill(SamplerSettings(**rule), 1000)}) for rule in rules
+    )
+    assert random == pytest.approx(478, abs=20) and lowest == pytest.approx(284, abs=30)
+    assert lowest + 100 < seeded < random
     assert len(SQUARES) == 576
 
 

@@ -6,6 +6,7 @@ import torch
 from innerloop import BlockDiffusion, Dream, InputError, Llada
 from innerloop.text.examples import Example
 from tests.close import assert_close
+from tests.methods.tools import learn
 from tests.models import chain_examples, tiny_model
 from tests.test_engine_limits import Scarce
 from tests.test_trainer import copies, logged, make_trainer, trained_names, weights
@@ -79,11 +80,6 @@ def test_where_memory_runs_out_fewer_canvases_run_together_and_nobody_notices(me
 @pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(method):
     model = tiny_model(method, "gpt2", num_hidden_layers=2, initializer_range=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    for step in range(500):
-        optimizer.zero_grad()
-        model.loss(EIGHT, seed=str(step)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    learn(model, EIGHT, 500, seed="{}")
     answers = [one.answer for one in model.generate([example.question for example in EIGHT])]
     assert answers == [example.answer for example in EIGHT]

@@ -310,13 +310,22 @@ def lean_towards(model: LatentModel, by: dict[str, float]) -> LatentModel:
     return model
 
 
-def learn(model: LatentModel, examples: Sequence[Example], n_steps: int = 200, learning_rate: float = 5e-3) -> float:
-    """Train on a handful of examples, all of them at every step; return the last loss."""
+def learn(
+    model: LatentModel,
+    examples: Sequence[Example],
+    n_steps: int = 200,
+    learning_rate: float = 5e-3,
+    seed: str = "",
+) -> float:
+    """Train on a handful of examples, all of them at every step; return the last loss.
+
+    ``seed`` is that of a step's draws, such as ``0/{}/0/0``; by default nothing is drawn.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     loss = torch.tensor(torch.inf)
-    for _ in range(n_steps):
+    for step in range(n_steps):
         optimizer.zero_grad()
-        loss = model.loss(examples).loss
+        loss = model.loss(examples, seed=seed.format(step)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

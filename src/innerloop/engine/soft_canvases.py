@@ -29,7 +29,7 @@ class SoftCanvases:
         """Return the places (A,) whose predictions may be fed back: masks, and tokens that may be masked again."""
         is_watched = canvas.tokens_G == canvas.mask_id
         if self.soft.settings.remasked == "raw" and not canvas.keeps:
-            is_watched[canvas.start : canvas.start + canvas.block] = True
+            is_watched[canvas.start : canvas.end] = True
         return np.flatnonzero(is_watched)
 
     def embeds(self, canvases: Sequence[Canvas], tokens_RG: Tensor) -> Tensor:
