@@ -354,11 +354,9 @@ def test_a_folder_with_jobs_of_another_recipe_is_refused_and_one_that_was_moved_
         jobs.check_jobs(parse_suite({**raw, "train": {"max_stepz": 1}}))
 
 
-def test_one_suite_has_all_methods_but_those_that_denoise():
-    """These are trained for longer, on tasks of their own (docs/denoise.md)."""
+def test_one_suite_has_all_methods():
     suite = load_suite("recipes/suites/chain-all.yaml", seeds=[0])
-    others = {name for name, method in METHODS.items() if method.family != "denoise"}
-    assert {recipe.method.name for recipe in suite.jobs.values()} == others
+    assert {recipe.method.name for recipe in suite.jobs.values()} == set(METHODS)
     assert suite.test.controls
 
 
