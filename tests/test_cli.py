@@ -306,8 +306,8 @@ def test_eval_draws_several_answers_or_searches_and_says_so(run: Path, tmp_path:
     assert code == 0 and "slr, vote of 4 at temperature 1.5 on chain/test" in out and result["asked"] == asked
     drawn = [p["samples"] for p in lines_of(tmp_path / "predictions.jsonl")]
     assert [len(samples) for samples in drawn] == [4, 4, 4] and result["cost"]["loops"] == 2
-    assert result["distinct"] == pytest.approx(sum(len(set(samples)) for samples in drawn) / 12)
-    assert f"; {result['distinct']:.0%} of a question's samples are unlike" in out
+    assert result["diversity"] == pytest.approx(sum(len(set(samples)) - 1 for samples in drawn) / 9)
+    assert f"; diversity of its samples {result['diversity']:.0%}" in out
     assert 0 < result["cost"]["written"] <= 4 * 3
     assert innerloop(capsys, "eval", run, *few, "--beams", 3)[0] == 0
     result = json.loads((tmp_path / "result.json").read_text())

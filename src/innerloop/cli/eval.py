@@ -266,7 +266,7 @@ class Evaluation:
         (low, high), cost = result["ci95"], result["cost"]
         fills = self.model.method.family == "denoise"
         per_pass = f" ({cost['written'] / max(cost['passes'], 1):.1f} tokens a pass)" if fills else ""
-        unlike = f"; {result['distinct']:.0%} of a question's samples are unlike" if "distinct" in result else ""
+        unlike = f"; diversity of its samples {result['diversity']:.0%}" if "diversity" in result else ""
         console.print(
             f"{self.model.method.name}{self.attempts.told} on {self.task.name}/{self.options.split}: accuracy "
             f"{result['accuracy']:.1%} (95 % {low:.1%} to {high:.1%}, n = {result['n']}, unparsable "

@@ -130,7 +130,8 @@ def accuracy_of(predictions: Sequence[Prediction]) -> float:
 
 def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Return what result.json says of predictions alone: accuracy and its interval, what failed or took too long to be
-    compared, the share of samples that are unlike those of the same question before them, the mean cost.
+    compared, the mean cost; of several samples also their diversity, 0 where all of a question have one answer, and 1
+    where no two have.
 
     A question that could not be answered counts as wrong, but has no part in the cost, which is that of an answer.
     """
@@ -140,7 +141,7 @@ def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
         sum(p.timed_out for p in predictions),
     )
     costs = [p.cost for p in predictions if p.error is None]
-    distinct = [len(set(p.samples)) / len(p.samples) for p in predictions if p.samples]
+    unlike = [(len(set(p.samples)) - 1) / (len(p.samples) - 1) for p in predictions if p.samples]
     return {
         "n": n,
         "accuracy": accuracy_of(predictions),
@@ -148,7 +149,7 @@ def scores_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
         "unparsable": sum(p.predicted is None for p in predictions),
         **({"failed": n - len(costs)} if len(costs) < n else {}),
         **({"timed_out": timed_out} if timed_out else {}),
-        **({"distinct": statistics.mean(distinct)} if distinct else {}),
+        **({"diversity": statistics.mean(unlike)} if unlike else {}),
         "cost": mean_cost(costs),
     }
 
