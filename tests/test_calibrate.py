@@ -16,6 +16,7 @@ from innerloop.calibrate.oracles import first_showing
 from innerloop.calibrate.settings import CalibrationSettings
 from innerloop.calibrate.threshold_search import ThresholdSearch, thresholds_between
 from innerloop.methods import Method
+from innerloop.methods.latent.slr_settings import SlrStop
 from innerloop.model.run_folder import PARTS, SETTINGS
 from innerloop.model.stopping import ruled_by, use_rule
 from innerloop.tasks import Chain
@@ -56,6 +57,17 @@ def quick(model: LatentModel, rule: str, *, check=(), progress=lambda told: None
 
 def searching(model: LatentModel, **how) -> ThresholdSearch:
     return ThresholdSearch(model, EVEN, CalibrationSettings(max_new_tokens=3, min_rows=3, **how))
+
+
+# Where it starts
+
+
+def test_a_rule_that_the_model_stops_by_keeps_the_settings_that_are_not_named():
+    own = SlrStop(rule="kl", threshold=0.5, site="answer", patience=2)
+    kept = quick(model_of(replace(SLR, stop=own)), "kl", stop={"patience": 3}).model.method.stop
+    assert (kept.site, kept.patience) == ("answer", 3)
+    other = quick(model_of(replace(SLR, stop=own)), "delta").model.method.stop
+    assert (other.site, other.patience) == (SlrStop().site, SlrStop().patience)
 
 
 # Searching

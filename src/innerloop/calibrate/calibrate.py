@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ def calibrate(
         check: further examples, on which what was chosen is measured once more.
         progress: told what has been done.
         cache: where answers are kept as soon as they are known, and taken from if they are there.
-        options: further settings of stopping, such as patience, min_loops, check_every or features.
+        options: further settings of stopping, such as patience, min_loops, check_every or features; those not named are
+            the model's own, if it stops by this rule already, or else the usual ones.
     """
     check_rule(rule)
     settings, start = settings or CalibrationSettings(), time.perf_counter()
@@ -100,7 +101,9 @@ def calibrate(
         (rule in GATES and gate is None, f"stop.rule={rule} is learned with the model: train it with that rule first"),
         (len(examples) < FEWEST, f"calibrating needs at least {FEWEST} examples"),
     )
-    use_rule(model, rule=rule, threshold=math.inf, **options)
+    stop = getattr(model.method, "stop", None)
+    own = asdict(stop) if stop is not None and stop.rule == rule else {}
+    use_rule(model, **{**own, **options, "rule": rule, "threshold": math.inf})
     search, n_fit = ThresholdSearch(model, task, settings, progress, ResultCache() if cache is None else cache), 0
     if rule in ("classifier", "mlp_probe"):
         n_fit = min(max(round(settings.fit_share * len(examples)), 1), len(examples) - 1)
