@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing
 import os
 import queue
 import signal
@@ -7,6 +8,7 @@ import warnings
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import pytest
@@ -379,6 +381,14 @@ def test_a_job_that_was_interrupted_goes_on_from_its_checkpoint(path: Path, monk
     jobs.run_job(("plain", 0), recipe, suite.test, messages)
     assert log == [1, 2, 3] and jobs.known_result(suite, ("plain", 0))["n"] == 5
     assert not list(Path(recipe.out).rglob("checkpoint-*"))
+
+
+def test_nobody_is_heard_where_the_queue_has_gone():
+    with SyncManager(ctx=multiprocessing.get_context("spawn")) as manager:
+        messages = manager.Queue()
+        messages.put("one")
+        assert jobs._next(messages) == "one"
+    assert jobs._next(messages) is None
 
 
 def test_passes_over_a_canvas_are_swept_as_loops_are():

@@ -155,6 +155,14 @@ def _sections(recipe: Recipe) -> dict[str, str]:
     return {k: json.dumps(v).replace(folder, "{suite}") for k, v in written.items() if k != "out"}
 
 
+def _next(messages: Any) -> Any:
+    """Return the next thing that a worker reports; None at the end, also where this process was asked twice to end."""
+    try:
+        return messages.get()
+    except (EOFError, OSError):  # the queue's process has gone
+        return None
+
+
 def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any) -> dict[Key, str]:
     """Run what is missing with a bar for each job; return why those that failed did."""
     rows = _warm_ups(suite, missing) | {key: suite.jobs[key] for key in missing}
@@ -171,7 +179,7 @@ def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any
     begun = set[Key]()
 
     def listen() -> None:
-        while (message := workers.messages.get()) is not None:
+        while (message := _next(workers.messages)) is not None:
             key, done, note = message
             if key is None:
                 warnings.warn(note, InputNote, stacklevel=2)  # of many jobs alike, and told once
