@@ -10,7 +10,7 @@ import pytest
 
 from innerloop.calibrate.threshold_search import ThresholdSearch
 from innerloop.cli.main import main
-from innerloop.experiments import jobs
+from innerloop.experiments import jobs, testing
 from innerloop.experiments.suite import parse_suite
 from innerloop.measure import result_cache, subject
 from innerloop.measure.result_cache import PARTS, ResultCache
@@ -140,8 +140,8 @@ def test_the_test_of_a_job_goes_on_where_it_was_interrupted(tmp_path: Path, monk
     counted(monkeypatch, stops_at=3)
     with pytest.raises(KeyboardInterrupt):
         jobs.run_job(key, recipe, suite.test, messages)
-    kept = json.loads((Path(recipe.out) / jobs.TEST_CACHE).read_text())[0]["parts"]
-    monkeypatch.setattr(jobs, "evaluate", lambda *_, **__: pytest.fail("answered again"))
+    kept = json.loads((Path(recipe.out) / testing.TEST_CACHE).read_text())[0]["parts"]
+    monkeypatch.setattr(testing, "evaluate", lambda *_, **__: pytest.fail("answered again"))
     jobs.run_job(key, recipe, suite.test, messages)
     result = jobs.known_result(suite, key)
     assert result is not None and list(result["loops"]) == ["1", "3"] and set(result["also"]["longer"]) == {
@@ -149,7 +149,7 @@ def test_the_test_of_a_job_goes_on_where_it_was_interrupted(tmp_path: Path, monk
     }  # fmt: skip
     assert {"accuracy", "latents", "shuffled", "zeroed"} < set(kept) and "mean" not in kept
     assert (key, 1, "test: mean") in list(messages.queue)
-    assert not (Path(recipe.out) / jobs.TEST_CACHE).exists() and (Path(recipe.out) / "controls.json").exists()
+    assert not (Path(recipe.out) / testing.TEST_CACHE).exists() and (Path(recipe.out) / "controls.json").exists()
 
 
 @pytest.mark.parametrize(

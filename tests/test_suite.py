@@ -5,8 +5,6 @@ import os
 import queue
 import signal
 import warnings
-from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -17,18 +15,19 @@ import yaml
 
 from innerloop.bench import latency
 from innerloop.errors import InputError
-from innerloop.experiments import jobs
+from innerloop.experiments import jobs, testing
 from innerloop.experiments.compare import suite_rows, timed
 from innerloop.experiments.jobs import run_suite
 from innerloop.experiments.suite import EvalConfig, load_suite, parse_suite, suite_report
 from innerloop.experiments.summary import by_variant, summary_table
-from innerloop.experiments.workers import Workers, local_workers
+from innerloop.experiments.workers import local_workers
 from innerloop.measure.result_cache import ResultCache
 from innerloop.methods import METHODS, Cot, Llada, Slr
 from innerloop.tasks import Chain
 from innerloop.text.codec import to_json
 from innerloop.text.examples import write_examples
 from innerloop.train.recipe import Recipe
+from tests.here import here
 from tests.models import tiny_model, trained_on
 from tests.test_typed import Aux, Inject, Loop, Summed
 
@@ -156,6 +155,7 @@ def test_jobs_of_a_seed_start_from_its_warm_up_but_for_those_with_a_decoder_of_t
         ({"variants": {"a": {}, "b": {"of": "c", "test": {"beams": 2}}}}, "variant 'b' is of 'c', no variant that is"),
         ({"variants": {"a": {}, "b": {"of": "a"}}}, "variant 'b' is the same as 'a'"),
         ({"variants": {"a": {}, "b": {"of": "a", "train": {}}}}, "so it cannot set train"),
+        ({"variants": {"a": {}, "b": {"of": "a", "method": "cot"}}}, "variant 'b' answers with a run of '"),
         (
             {"variants": {"a": {"test": {"limit": 3}}}},
             "its test may set samples, pick, temperature, beams, starts, not limit",
@@ -195,10 +195,10 @@ def in_this_process(suite, skip=()) -> list[dict]:
 def test_the_change_of_a_state_leaves_out_what_is_too_long_and_is_json_where_it_diverges():
     model = tiny_model(Slr(n_slots=2, max_loops=2))
     asked = ["1 ; + 1", " ".join(["1"] * 1000)]
-    assert all(0 < change < 9 for change in jobs.change_by_loop(model, asked, 3))
+    assert all(0 < change < 9 for change in testing.change_by_loop(model, asked, 3))
     with torch.no_grad():
         model.backbone.lm.get_input_embeddings().weight.fill_(math.nan)
-    assert jobs.change_by_loop(model, asked, 3) == [None, None, None]
+    assert testing.change_by_loop(model, asked, 3) == [None, None, None]
 
 
 def test_jobs_are_trained_tested_and_never_run_twice(path: Path, monkeypatch):
@@ -244,21 +244,6 @@ def test_a_worker_that_is_killed_fails_its_own_job_alone():
         assert handed[0].result() != os.getpid() and handed[2].result() == 2
         with pytest.raises(InputError, match="killed, as happens where memory runs out"):
             handed[1].result()
-
-
-@contextmanager
-def here():
-    """Workers that do everything at once, in this process."""
-
-    def submit(function, *arguments):
-        done: Future = Future()
-        try:
-            done.set_result(function(*arguments))
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-    yield Workers(submit, queue.Queue())
 
 
 def test_other_ways_of_answering_are_rows_that_train_nothing(raw: dict, monkeypatch):
@@ -393,7 +378,7 @@ def test_nobody_is_heard_where_the_queue_has_gone():
 
 def test_passes_over_a_canvas_are_swept_as_loops_are():
     model, task = tiny_model(Llada(gen_length=40, sampler={"block_length": 20})), Chain(n_ops=2)
-    asking = jobs._Asking(model, EvalConfig(loops=(2, 3, 4)), 0, ResultCache())
+    asking = testing._Asking(model, EvalConfig(loops=(2, 3, 4)), 0, ResultCache())
     found, refused = asking.by_loops("accuracy", task, task.examples("test", 2))
     assert asking.iterates and list(found) == [2, 4] and "cannot be shared evenly among 2 blocks" in refused[3]
-    assert not jobs._Asking(tiny_model(Cot()), EvalConfig(loops=(2,)), 0, ResultCache()).iterates
+    assert not testing._Asking(tiny_model(Cot()), EvalConfig(loops=(2,)), 0, ResultCache()).iterates

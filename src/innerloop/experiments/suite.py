@@ -20,6 +20,7 @@ A variant may answer with another's run, in another way (`innerloop.engine.test_
 as well:
 
       cot, vote of 4: {of: cot, test: {samples: 4, temperature: 0.7}}
+      llada, random: {of: llada, method: {sampler: {commit: random}}}      # the same weights, other settings
 
 A job is one variant with one seed, in OUT/VARIANT/SEED: a run of its own, but for those. Jobs that are done are not
 run again; one that fails is listed and stops no other. In fields of a method, ``{warm_up}`` is the folder of the
@@ -164,10 +165,20 @@ def parse_suite(raw: Mapping[str, Any], trials: Sequence[Mapping[str, Any]] | No
     jobs = {}
     for seed in seeds:
         for name in variants:
-            changes = {k: v for k, v in variants[runs.get(name, name)].items() if k not in ("of", "test")}
+            changes = _changes(variants, name, runs.get(name))
             start = warm_ups[seed].out if seed in warm_ups else None
             jobs[name, seed] = _recipe(raw, name, changes, seed, start, settings.get(name, {}))
+    for name, other in runs.items():
+        _check_reasons_alike(name, jobs[name, seeds[0]], jobs[other, seeds[0]])
     return Suite(raw["out"], warm_ups, jobs, test, tests, runs)
+
+
+def _changes(variants: Mapping[str, Mapping[str, Any]], name: str, other: str | None) -> dict[str, Any]:
+    """Return the sections that a variant overrides, after those of the variant whose run it answers with."""
+    changes = {k: v for k, v in variants[other or name].items() if k not in ("of", "test")}
+    if other is not None and "method" in variants[name]:
+        changes["method"] = overridden("method", changes.get("method"), variants[name]["method"])
+    return changes
 
 
 def _variants(listed: Any) -> Mapping[str, dict[str, Any]]:
@@ -196,11 +207,21 @@ def _runs(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             raise InputError(
                 f"variant '{name}' is of '{other}', no variant that is trained{nearest(str(other), trained)}"
             )
-        if more := set(variants[name]) - {"of", "test"}:
+        if more := set(variants[name]) - {"of", "test", "method"}:
             raise InputError(f"variant '{name}' answers with the run of '{other}', so it cannot set {sorted(more)[0]}")
-        if not variants[name].get("test"):
-            raise InputError(f"variant '{name}' is the same as '{other}': say under test how else it answers")
+        if not (variants[name].get("test") or variants[name].get("method")):
+            raise InputError(f"variant '{name}' is the same as '{other}': say under test or method how else it answers")
     return runs
+
+
+def _check_reasons_alike(name: str, asked: Recipe, trained: Recipe) -> None:
+    """Refuse another method than that of the run that answers."""
+    if asked.method.name != trained.method.name:
+        raise InputError(
+            f"variant '{name}' answers with a run of '{trained.method.name}', not of '{asked.method.name}'"
+        )
+    if trained.stages and asked.method != trained.method:
+        raise InputError(f"variant '{name}' answers with a run of several stages: it cannot set method")
 
 
 def _test(common: EvalConfig, changed: Mapping[str, Any], name: str) -> EvalConfig:
