@@ -70,12 +70,31 @@ def llada(folder: Path, **changes: object) -> dict[str, Tensor]:
     w.norm("model.transformer.ln_f.weight")
     w.add("model.transformer.ff_out.weight", n_rows, WIDTH)
     config = {
-        **{"architectures": ["LLaDAModelLM"], "model_type": "llada", "d_model": WIDTH, "n_heads": HEADS},
-        **{"n_kv_heads": KV_HEADS, "n_layers": LAYERS, "mlp_hidden_size": FF, "mlp_ratio": 4, "block_type": "llama"},
-        **{"embedding_size": n_rows, "vocab_size": n_rows, "max_sequence_length": 512, "rms_norm_eps": 1e-5},
-        **{"rope": True, "rope_theta": 500.0, "alibi": False, "activation_type": "silu", "layer_norm_type": "rms"},
-        **{"include_bias": False, "include_qkv_bias": False, "weight_tying": False, "scale_logits": False},
-        **{"mask_token_id": len(LETTERS) + 2, "eos_token_id": len(LETTERS) + 1, "pad_token_id": len(LETTERS) + 1},
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "d_model": WIDTH,
+        "n_heads": HEADS,
+        "n_kv_heads": KV_HEADS,
+        "n_layers": LAYERS,
+        "mlp_hidden_size": FF,
+        "mlp_ratio": 4,
+        "block_type": "llama",
+        "embedding_size": n_rows,
+        "vocab_size": n_rows,
+        "max_sequence_length": 512,
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_theta": 500.0,
+        "alibi": False,
+        "activation_type": "silu",
+        "layer_norm_type": "rms",
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "weight_tying": False,
+        "scale_logits": False,
+        "mask_token_id": len(LETTERS) + 2,
+        "eos_token_id": len(LETTERS) + 1,
+        "pad_token_id": len(LETTERS) + 1,
         "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
     }
     write_json(folder, "config.json", **{**config, **changes})
@@ -106,9 +125,18 @@ def add_qwen(w: Weights, n_rows: int, bias: bool, head_norms: bool = False, head
 
 
 QWEN = {
-    **{"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-6},
-    **{"num_hidden_layers": LAYERS, "intermediate_size": FF, "hidden_act": "silu", "rope_theta": 700.0},
-    **{"max_position_embeddings": 512, "rope_scaling": None, "attention_dropout": 0.0, "torch_dtype": "float32"},
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "rms_norm_eps": 1e-6,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": FF,
+    "hidden_act": "silu",
+    "rope_theta": 700.0,
+    "max_position_embeddings": 512,
+    "rope_scaling": None,
+    "attention_dropout": 0.0,
+    "torch_dtype": "float32",
 }
 
 

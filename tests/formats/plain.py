@@ -82,7 +82,7 @@ def fill(predict: Predict, prompt: list[int], n: int, mask: int, block: int, ran
             logits[:, mask] = -torch.inf
             p = softmax(logits.double(), -1)
             sure = p.amax(-1) if rank == "confidence" else torch.special.xlogy(p, p).sum(-1)
-            for best in sorted(left, key=lambda i: -float(sure[i]))[:count]:  # noqa: B023
+            for best in sorted(left, key=lambda i: -float(sure[i]))[:count]:
                 x[best] = int(logits[best].argmax())
     return x[len(prompt) :]
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from innerloop import LatentModel, Llada
+from innerloop import LatentModel
 from tests.formats import authors, plain
-from tests.formats.proved import QUESTIONS, check_canvases, check_logits
+from tests.formats.proved import check_canvases, check_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
 

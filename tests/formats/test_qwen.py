@@ -1,5 +1,6 @@
 """Dream and A2D as released, against a Qwen written out from the authors' tensors."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -47,7 +48,7 @@ def test_dream_predicts_from_the_place_before_and_ranks_by_entropy(made):
     method, grid = opened(made, "dream").method, torch.linspace(1, 1e-3, N + 1)
     assert (method.shift, method.mask_token, method.sampler.commit) == (True, "<|mask|>", "entropy")
     left, counts = N, []
-    for t, s in zip(grid[:-1], grid[1:]):
+    for t, s in itertools.pairwise(grid):
         counts.append(left if s is grid[-1] or len(counts) == N - 1 else math.floor(left * (1 - s / t)))
         left -= counts[-1]
 
@@ -62,9 +63,7 @@ def test_dream_predicts_from_the_place_before_and_ranks_by_entropy(made):
 def test_mdlm_fills_the_whole_answer(made):
     assert isinstance(opened(made, "mdlm").method, Llada)
     predict = lambda ids: slow_logits(made["mdlm"][1], ids)  # noqa: E731
-    check_canvases(
-        opened(made, "mdlm", gen_length=N), lambda p, mask: plain.fill(predict, p, N, mask, N, "confidence")
-    )
+    check_canvases(opened(made, "mdlm", gen_length=N), lambda p, mask: plain.fill(predict, p, N, mask, N, "confidence"))
 
 
 def test_bd3lm_fills_blocks_that_see_those_before(made):

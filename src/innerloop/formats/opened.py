@@ -50,7 +50,7 @@ class Format:
 
 
 def by_layer(once: Mapping[str, str], each: Mapping[str, str], n_layers: int) -> dict[str, str]:
-    """Return the names of a stock class by those of the authors: some that stand once, and some for each layer ``N``."""
+    """Return the names of a stock class by the authors': some that stand once, and some for each layer ``N``."""
     layers = {a.replace("N", str(i)): b.replace("N", str(i)) for i in range(n_layers) for a, b in each.items()}
     return {**once, **layers}
 

@@ -1,8 +1,8 @@
 """Decoders that others made denoise, under the names of the stock class: Dream-v0 (DreamLM), and dllm's A2D models.
 
 Dream is a Qwen2 that predicts the token after each place. A2D models, ``a2d-llama``, ``a2d-qwen2`` and ``a2d-qwen3``,
-predict at the place itself; of their two kinds, by masks of the whole answer (mdlm) or of blocks (bd3lm), nothing but the
-name of the release tells.
+predict at the place itself; of their two kinds, by masks of the whole answer (mdlm) or of blocks (bd3lm), nothing but
+the name of the release tells.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokenizers as they were released: read by the class that their files need, with the authors' markers under our names."""
+"""Tokenizers as they were released: read by the class that their files need, with markers under our names."""
 
 from __future__ import annotations
 
