@@ -323,7 +323,7 @@ def ask(
     """
     if not question.strip():
         raise InputError("the question is empty")
-    if model.method is None and not run_folder.is_run(run):
+    if model.method is None and not run_folder.says_method(run):
         model = replace(model, method="cot")
     loaded = model.load_model(run)
     from innerloop.lens.latents import names_of_columns
@@ -361,7 +361,7 @@ def lens(
         terminal: show the first example in the terminal, and write no file.
     """
     task = split.load_task(run)
-    if model.method is None and not run_folder.is_run(run):
+    if model.method is None and not run_folder.says_method(run):
         raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
     asked = task.examples(split.split, 1 if terminal else examples)
     from innerloop.lens import look, page_path, terminal_view, write_page

@@ -30,6 +30,7 @@ VERBS = {  # each with its function and what it does
     "eval": ("eval:eval_", "measure accuracy with its 95 % interval, and the cost per example"),
     "ask": ("eval:ask", "answer one question, and show what the latents held at each loop"),
     "lens": ("eval:lens", "look inside a run's answers, in one HTML file"),
+    "convert": ("convert:convert", "write released weights of a known format as a folder of ours"),
     "compare": ("compare:compare", "compare a suite's variants, or runs"),
     "sweep": ("compare:sweep", "train a recipe over a grid of values, or over points that a search draws"),
     "calibrate": ("calibrate_bench:calibrate", "choose the threshold of a stop rule on validation data"),

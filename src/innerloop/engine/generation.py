@@ -16,6 +16,7 @@ from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.row import IGNORE, Row, ShownBlock
+from innerloop.text.tokenizer import token_names
 
 
 @dataclass
@@ -70,7 +71,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         marker = ANSWER_PREFIX.strip()
         answer = text.rsplit(marker, 1)[1].strip() if marker in text else None
         own = depths[request.slot][: len(request.row) + len(ids) - 1]  # a row that has ended may ride along for a while
-        tokens = model.tokenizer.convert_ids_to_tokens([*request.row.ids(), *ids]) if own else []
+        tokens = token_names(model.tokenizer, [*request.row.ids(), *ids]) if own else []
         one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
         one.log_likelihood, one.change = request.log_likelihood, request.change
         results.append(traced(model, request, one))

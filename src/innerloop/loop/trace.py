@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from innerloop.loop.hooks import LoopHook, Step
 from innerloop.loop.stabilize import rms
 from innerloop.text.row import ANSWER_PASS, ShownBlock
+from innerloop.text.tokenizer import token_names
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Trace:
             best, probs = reading.top_ids[0, column].tolist(), reading.top_probs[0, column].tolist()
             rank = -1 if reading.ranks is None else int(reading.ranks[0, column])
             ids.append(best[0])
-            words.append(tuple(zip(tokenizer.convert_ids_to_tokens(best), probs)))
+            words.append(tuple(zip(token_names(tokenizer, best), probs)))
             ranks.append(None if rank < 0 else rank)
         text = tokenizer.decode(ids)
         return ShownStep(text.partition("\n")[0] if text.strip() else "", tuple(words), tuple(ranks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.errors import InputError
 from innerloop.model.losses import site_logits
 from innerloop.text.examples import Example
+from innerloop.text.tokenizer import token_names
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def shown_steps(
             own = log_p.gather(1, sites.targets_F[:, None])
             ranks = (log_p > own).sum(1).tolist()
             top = log_p.topk(min(top_k, log_p.shape[1]), dim=-1)
-            decode = model.tokenizer.convert_ids_to_tokens
+            decode = partial(token_names, model.tokenizer)
             columns = zip(
                 sites.rows_F.tolist(),
                 (sites.columns_F - batch.bounds[0]).tolist(),

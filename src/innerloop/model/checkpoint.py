@@ -117,20 +117,25 @@ def load_parts(model: Stored, folder: Path, strict: bool = True) -> None:
         stored = load_file(folder / PARTS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {folder / PARTS}: {first_line(error)}") from None
-    parts = torch.nn.ModuleDict(model.trained_modules())
-    check_finite(stored, folder / PARTS, unbounded=[name for name, _ in parts.named_buffers()])
     if adapted(model.backbone.lm):
         _load_adapters(model, {n.removeprefix("lm."): t for n, t in stored.items() if n.startswith("lm.")}, folder)
-    own = {name: tensor for name, tensor in stored.items() if not name.startswith("lm.")}
+    put_parts(model, {n: t for n, t in stored.items() if not n.startswith("lm.")}, folder / PARTS, strict)
+
+
+def put_parts(model: Stored, parts: Mapping[str, Tensor], source: str | Path, strict: bool = True) -> None:
+    """Put stored weights into the method's parts; ``strict`` as in `load_parts`."""
+    modules = torch.nn.ModuleDict(model.trained_modules())
+    check_finite(parts, source, unbounded=[name for name, _ in modules.named_buffers()])
+    own = dict(parts)
     own |= {name: own[first] for name, (_, first) in _tensors(model).items() if first in own}
     if not strict:
-        own = {name: _fitted(tensor, own.get(name)) for name, tensor in parts.state_dict().items()}
+        own = {name: _fitted(tensor, own.get(name)) for name, tensor in modules.state_dict().items()}
     try:
-        parts.load_state_dict(own)
+        modules.load_state_dict(own)
     except RuntimeError as error:  # missing, unexpected or of another shape
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{folder / PARTS} does not fit the method '{model.method.name}' with these settings: {reason}"
+            f"{source} does not fit the method '{model.method.name}' with these settings: {reason}"
         ) from None
 
 

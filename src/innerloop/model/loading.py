@@ -6,13 +6,13 @@ import copy
 import json
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,7 +32,17 @@ from innerloop.errors import InputError, few, nearest
 from innerloop.methods import method_named, name_of
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.depth.method import DepthMethod
-from innerloop.model.checkpoint import Stored, check_finite, first_line, load_parts, without_bars, without_words
+from innerloop.model.checkpoint import (
+    Stored,
+    check_finite,
+    first_line,
+    load_parts,
+    method_settings,
+    put_parts,
+    without_bars,
+    without_words,
+)
+from innerloop.model.released import fill, open_released
 from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
@@ -100,19 +110,8 @@ def load(
         InputError: the folder or model does not exist, or is no innerloop run and no method is given.
     """
     place, path, dtype = device_named(device), resolve(path), dtype_named(dtype)
-    folder = Path(path)
-    saved = read_settings(folder) if (folder / SETTINGS).exists() else None
-    if folder.is_dir() and saved is None and method is None:
-        raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
-    source = {**hub, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = _tokenizer_of(path, **{name: value for name, value in source.items() if name != KERNELS})
-        lm = load_lm(path, dtype=dtype, is_own=saved is not None, **source)
-    except Exception as error:
-        if (reason := _reason(error, trust_remote_code)) is None:
-            raise
-        raise InputError(f"cannot load a model from '{path}': {reason}") from error
-    backbone = Backbone(lm)
+    folder, found = Path(path), _find(path, method is None, dtype, trust_remote_code, hub)
+    backbone, tokenizer, saved = Backbone(found.lm), found.tokenizer, found.saved
     is_same = saved is not None and (method is None or name_of(method) == saved["method"]["name"])
     stored = _method_of(saved, folder) if saved is not None and is_same else None
     chosen = method or stored
@@ -130,7 +129,7 @@ def load(
     add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = make(backbone, tokenizer, chosen)
     if stored is not None:
-        load_parts(model, folder, strict=chosen == stored)
+        found.put_parts(model, path, strict=chosen == stored)
     elif start:
         parts = torch.nn.ModuleDict(model.trained_modules())
         parts.load_state_dict({**parts.state_dict(), **start})
@@ -139,6 +138,44 @@ def load(
     assert isinstance(model, nn.Module)
     model.to(place).eval()
     return model
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at a path: a decoder with its tokenizer, and of a run or a released model what innerloop.json says."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    saved: Mapping[str, Any] | None
+    parts: Mapping[str, Tensor] | None = None  # None: they lie in innerloop.safetensors
+
+    def put_parts(self, model: Stored, path: str | Path, strict: bool) -> None:
+        """Give a model the parts of its method."""
+        if self.parts is None:
+            load_parts(model, Path(path), strict)
+        else:  # nobody else's weights have what the loop measures of the embeddings
+            measured = dict(nn.ModuleDict(model.trained_modules()).named_buffers())
+            put_parts(model, {**measured, **self.parts}, path, strict)
+
+
+def _find(path: str | Path, needs_method: bool, dtype: torch.dtype | str, trust_remote_code: bool, hub: Hub) -> Found:
+    """Load what lies at a path: released weights of a known format, a saved run, or any model."""
+    folder, kernels = Path(path), {name: value for name, value in hub.items() if name == KERNELS}
+    saved = read_settings(folder) if (folder / SETTINGS).exists() else None
+    opened = None if saved is not None or trust_remote_code else open_released(path, {**hub})
+    if opened is not None:
+        settings = {"format": FORMAT, "method": method_settings(opened.method)}
+        return Found(fill(opened, path, dtype, **kernels), opened.tokenizer, settings, opened.parts)
+    if folder.is_dir() and saved is None and needs_method:
+        raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
+    source = {**hub, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = _tokenizer_of(path, **{name: value for name, value in source.items() if name != KERNELS})
+        return Found(load_lm(path, dtype=dtype, is_own=saved is not None, **source), tokenizer, saved)
+    except Exception as error:
+        if (reason := _reason(error, trust_remote_code)) is None:
+            raise
+        raise InputError(f"cannot load a model from '{path}': {reason}") from error
 
 
 def load_beside(model: M, path: str | Path) -> M:

@@ -354,7 +354,7 @@ class LatentCore(RowLayout):
     def _load_frozen(self, folder: str, dtype: torch.dtype | str = "auto") -> LatentCore:
         """Load a run, or any decoder as a plain one, to be looked at."""
         with torch.random.fork_rng(devices=[]):  # making it draws weights, which no one else should notice
-            method = None if run_folder.is_run(folder) else Cot()
+            method = None if run_folder.says_method(folder) else Cot()
             model = loading.load(LatentCore, folder, method, device=self.device, dtype=dtype)
         return model.requires_grad_(False).eval()
 

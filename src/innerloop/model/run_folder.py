@@ -11,6 +11,7 @@ from innerloop.disk.files import told
 from innerloop.disk.folders import MANIFEST, is_unsettled, settle
 from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
+from innerloop.formats.recognise import released
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
 FORMAT = 2  # of innerloop.json: how settings are spelled
@@ -54,7 +55,7 @@ def resolve(path: str | Path) -> str | Path:
     if (folder / RUN_CHECKPOINT / SETTINGS).exists():
         return folder / RUN_CHECKPOINT
     if folder.is_dir():
-        if not (folder / "config.json").exists():
+        if not (folder / "config.json").exists() and released(folder) is None:
             raise InputError(
                 f"{folder} holds no model and no finished run: it has neither config.json nor {RUN_CHECKPOINT}/"
             )
@@ -70,6 +71,11 @@ def resolve(path: str | Path) -> str | Path:
 def is_run(path: str | Path) -> bool:
     """Tell whether a folder was saved by innerloop, itself or as a run."""
     return (Path(resolve(path)) / SETTINGS).exists()
+
+
+def says_method(path: str | Path) -> bool:
+    """Tell whether a folder or a Hub model says itself how it reasons: a run, or released weights of a known format."""
+    return is_run(path) or released(resolve(path)) is not None
 
 
 def recorded(path: str | Path, name: str, default: Any = None) -> Any:

@@ -18,6 +18,7 @@ from innerloop.engine.generation import Generation
 from innerloop.loop.trace import HIDDEN, Frame, Iteration, ShownStep, TopTokens, Trace
 from innerloop.terminal.wide_table import Bands
 from innerloop.text.row import ANSWER_PASS, Kind, Row
+from innerloop.text.tokenizer import token_names
 
 COLOURS = {
     Kind.QUESTION: "cyan",
@@ -74,7 +75,7 @@ def _cells(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
 def visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """Return a token as it can be seen: spaces and line breaks have signs of their own."""
     text = tokenizer.decode([token_id])
-    return text.replace("\n", "⏎").replace(" ", "␣") or tokenizer.convert_ids_to_tokens(token_id)
+    return text.replace("\n", "⏎").replace(" ", "␣") or token_names(tokenizer, [token_id])[0]
 
 
 def trace_view(

@@ -1,6 +1,6 @@
-"""A small word-level tokenizer trained on a task's own text, for backbones made from scratch."""
+"""A small word-level tokenizer trained on a task's own text, for backbones made from scratch; names of tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -11,6 +11,11 @@ from innerloop.text.examples import ANSWER_PREFIX, Example
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 # A word, one digit, a run of '#', or one other sign, each with the space before it; a newline stands alone.
 PIECES = r" ?[^\W\d_]+| ?\d| ?#+| ?[^\w\s]| ?_|\s"
+
+
+def token_names(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Return the tokens of ids; tables may have more rows than there are tokens, and such a row is its number."""
+    return [f"<{i}>" if name is None else name for i, name in zip(ids, tokenizer.convert_ids_to_tokens([*ids]))]
 
 
 def train_tokenizer(examples: Iterable[Example], vocab_size: int = 8192) -> PreTrainedTokenizerBase:

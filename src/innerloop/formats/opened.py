@@ -1,0 +1,100 @@
+"""What opening a format gives: a stock decoder's configuration and weights, its tokenizer, the method and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from innerloop.config.method import Method
+from innerloop.errors import InputError, few
+from innerloop.formats.source import Source
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass
+class Opened:
+    """Released weights, as the library holds them.
+
+    Attributes:
+        config: of the stock class of transformers that computes the same.
+        weights: under that class's names.
+        tokenizer: with the method's markers in it, where the authors have such.
+        method: with the values that the weights or their paper fix.
+        parts: the weights of the method's own parts, under the names of innerloop.safetensors.
+    """
+
+    config: PreTrainedConfig
+    weights: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form in which weights were released.
+
+    Attributes:
+        name: whose, and of what.
+        recognises: tells from settings, files and names of tensors alone whether a source has this form.
+        open: reads one.
+    """
+
+    name: str
+    recognises: Callable[[Source], bool]
+    open: Callable[[Source], Opened]
+
+
+def by_layer(once: Mapping[str, str], each: Mapping[str, str], n_layers: int) -> dict[str, str]:
+    """Return the names of a stock class by the authors': some that stand once, and some for each layer ``N``."""
+    layers = {a.replace("N", str(i)): b.replace("N", str(i)) for i in range(n_layers) for a, b in each.items()}
+    return {**once, **layers}
+
+
+def renamed(
+    source: Source, tensors: Mapping[str, Tensor], names: Mapping[str, str], spare: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Return tensors under other names.
+
+    Args:
+        source: where they lie, for messages.
+        tensors: by the authors' names.
+        names: the new name of each.
+        spare: the authors' names that may be missing, such as a head that is tied.
+
+    Raises:
+        InputError: some are missing, or there are others.
+    """
+    check_names(source, tensors, names, spare)
+    return {new: tensors[old] for old, new in names.items() if old in tensors}
+
+
+def check_names(source: Source, found: Iterable[str], wanted: Iterable[str], spare: Iterable[str] = ()) -> None:
+    """Refuse weights of which some are missing, or that are more than their configuration has a place for."""
+    found, wanted = set(found), set(wanted)
+    if missing := sorted(wanted - found - set(spare)):
+        raise InputError(f"the weights in {source.folder} lack {few(missing)}: copy the model's files again")
+    if extra := sorted(found - wanted):
+        raise InputError(
+            f"the weights in {source.folder} hold {few(extra)}, for which config.json has no place: restore config.json"
+        )
+
+
+def expect(source: Source, wanted: Mapping[str, Any]) -> None:
+    """Refuse a configuration with other values than those that a format can be opened with; absent ones are these."""
+    for name, value in wanted.items():
+        if (found := source.config.get(name, value)) != value:
+            raise InputError(
+                f"{source.folder / 'config.json'} has {name}={found}, and such models can only be opened with {value}"
+            )
+
+
+def needed(source: Source, name: str) -> Any:
+    """Return a value of config.json that must be there."""
+    if (found := source.config.get(name)) is None:
+        raise InputError(f"{source.folder / 'config.json'} has no {name}: restore it")
+    return found

@@ -1,0 +1,127 @@
+"""What lies where weights were released: settings, names of tensors, tensors. Nothing that lies there is run.
+
+Names are read from the heads of safetensors files and need no torch; a pickle is read as tensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from innerloop.errors import InputError
+
+if TYPE_CHECKING:  # slow to import
+    from torch import Tensor
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are preferred
+LONGEST_HEAD = 100_000_000  # bytes, as safetensors itself limits them
+
+
+class Source:
+    """A folder of released weights.
+
+    Args:
+        folder: where the files lie.
+        name: what the model is called where it was released; by default the folder's name.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None):
+        self.folder = folder
+        self.name = folder.resolve().name if name is None else name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; empty where there is none, or where it holds no settings."""
+        return self.settings("config.json")
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return what a JSON file says; nothing where there is none, or where it is no mapping."""
+        try:
+            found = json.loads((self.folder / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def model_type(self) -> str:
+        """What config.json calls the model's architecture."""
+        return str(self.config.get("model_type", ""))
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens that were added to the tokenizer's own, with their ids."""
+        listed = self.settings("tokenizer_config.json").get("added_tokens_decoder", {})
+        found = {one["content"]: int(i) for i, one in listed.items() if isinstance(one, dict) and "content" in one}
+        whole = self.settings("tokenizer.json").get("added_tokens", [])
+        found |= {one["content"]: one["id"] for one in whole if isinstance(one, dict) and "id" in one}
+        return found | self.settings("added_tokens.json")
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights; none where there are none."""
+        for name in WEIGHTS:
+            listed = self.settings(f"{name}.index.json").get("weight_map")
+            if isinstance(listed, dict):
+                return [self.folder / part for part in sorted({str(part) for part in listed.values()})]
+            if (self.folder / name).is_file():
+                return [self.folder / name]
+        return []
+
+    @property
+    def pickles(self) -> list[str]:
+        """The names of the files of weights that are pickles."""
+        return [path.name for path in self.weight_files if path.suffix != ".safetensors"]
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of all tensors."""
+        return frozenset(name for path in self.weight_files for name in names_in(path))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name.
+
+        Raises:
+            InputError: there are none, a file is damaged, or a pickle holds more than tensors.
+        """
+        if not self.weight_files:
+            raise InputError(f"{self.folder} holds no {' or '.join(WEIGHTS)}: copy the weights there")
+        return {name: tensor for path in self.weight_files for name, tensor in read_tensors(path).items()}
+
+
+def names_in(path: Path) -> frozenset[str]:
+    """Return the names of the tensors of a file."""
+    if path.suffix != ".safetensors":
+        return frozenset(read_tensors(path))
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(size)) if size <= LONGEST_HEAD else {}
+    except (OSError, ValueError):
+        return frozenset()  # whoever reads the tensors will say what is wrong
+    return frozenset(head) - {"__metadata__"} if isinstance(head, dict) else frozenset()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; of a pickle, nothing but tensors is made."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read {path}: {str(error).partition(chr(10))[0]}") from None
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or malicious file leads to
+        raise InputError(
+            f"{path} is a pickle that cannot be read as tensors alone ({type(error).__name__}), and nothing in it was "
+            "run: ask for the weights as safetensors"
+        ) from None
+    if not isinstance(found, dict) or not all(isinstance(one, torch.Tensor) for one in found.values()):
+        raise InputError(f"{path} is a pickle that holds more than tensors by name: ask for the weights as safetensors")
+    return found

@@ -1,0 +1,64 @@
+"""Released weights put together: the stock decoder that a format names, filled with what it found."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from innerloop.errors import InputError, InputNote, few
+from innerloop.formats.opened import Opened
+from innerloop.formats.recognise import released
+from innerloop.model.checkpoint import check_finite, without_bars, without_words
+
+SIZED = ("revision", "token", "cache_dir", "local_files_only")  # what finding a Hub model is told
+
+
+def open_released(path: str | Path, hub: dict[str, Any]) -> Opened | None:
+    """Open a folder or a Hub model of a known format, and say in one line what it is; None: it is of none."""
+    found = released(path, **{name: value for name, value in hub.items() if name in SIZED})
+    if found is None:
+        return None
+    known, source = found
+    opened = known.open(source)
+    read = f"; {', '.join(source.pickles)} is a pickle, of which tensors alone were read" if source.pickles else ""
+    kind = type(opened.config).__name__.removesuffix("Config")
+    warnings.warn(
+        f"{path} is {known.name}: opened as {kind} with method '{opened.method.name}'{read}", InputNote, stacklevel=2
+    )
+    return opened
+
+
+def fill(opened: Opened, path: str | Path, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
+    """Make the stock decoder of a format and fill it; "auto" keeps the type that most of the weights have."""
+    if dtype == "auto":
+        dtype = _dtype_of(opened.weights)
+    with without_bars(), without_words():
+        lm, report = AutoModelForCausalLM.from_config(opened.config).__class__.from_pretrained(
+            None,
+            config=opened.config,
+            state_dict=opened.weights,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"the weights do not have the shapes that config.json says ({name} is {tuple(stored)}, and would have to "
+            f"be {tuple(wanted)}): restore config.json"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"the weights lack {few(missing)}")
+    check_finite(lm.state_dict(), path)
+    opened.weights = {}
+    return lm
+
+
+def _dtype_of(weights: dict[str, Tensor]) -> torch.dtype:
+    """Return the type of the largest weight."""
+    return max((one for one in weights.values() if one.is_floating_point()), key=Tensor.numel).dtype
