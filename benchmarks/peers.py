@@ -9,7 +9,11 @@ apart: rows end at unlike tokens, as their end of sequence is a token that the m
     `generate_batch`, let waiting rows in where others have ended.
 
     python benchmarks/peers.py --model models/smollm2-135m --threads 1 --out benchmarks/results/peers.json
+    python benchmarks/peers.py --shape llama-1b --static --dtype bfloat16 --device cuda --out FILE
     python benchmarks/peers.py --smoke --out /tmp/peers.json                                      # seconds
+
+``--static`` adds a rival where rows end together: `generate` with a static cache, whose passes transformers compiles on
+a GPU.
 """
 
 import copy
@@ -27,32 +31,37 @@ from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Cot
 
 Ids = list[list[int]]
-ENGINE, GENERATE, CONTINUOUS = "engine", "generate", "generate_batch"
+ENGINE, GENERATE, STATIC, CONTINUOUS = "engine", "generate", "generate_static", "generate_batch"
 
 
 def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--model", help="a pretrained model, such as models/smollm2-135m")
+    parser.add_argument("--shape", default="smoke", choices=list(subjects.SHAPES), help="without --model")
+    parser.add_argument("--static", action="store_true", help="also against generate with a static cache")
     parser.add_argument("--questions", type=int, default=48, help="where rows end apart")
     options = record.begin(parser)
     length, n_apart, repeats = 40, options.questions, options.repeats or 5
     together, apart = [(1, 17), (1, 64), (8, 17), (32, 17)], [(8, 32), (32, 32)]
     if options.smoke:
+        options.shape = "smoke"
         length, n_apart, repeats, together, apart = 8, 6, 2, [(1, 3), (4, 3)], [(4, 8)]
     if options.model is None:
-        model = subjects.random_model(subjects.SMOKE, Cot(), options.seed, options.device, options.dtype)
+        model = subjects.random_model(
+            subjects.SHAPES[options.shape], Cot(), options.seed, options.device, options.dtype
+        )
     else:
         model = LatentModel.from_pretrained(options.model, Cot(), device=options.device, dtype=options.dtype)
         subjects.never_ending(model)
     peers = Peers(model, options.device)
     asked = subjects.questions(model, max(n_apart, 32), length, options.seed)
-    jobs = []
+    jobs, rivals = [], [GENERATE, STATIC] if options.static else [GENERATE]
     for size, n in together:
-        jobs.append(measure(peers, asked[:size], n, size, [ENGINE, GENERATE], repeats))
+        jobs.append(measure(peers, asked[:size], n, size, [ENGINE, *rivals], repeats))
     peers.end_at_common_token(asked[:n_apart], max(n for _, n in apart))
     for size, n in apart:
         jobs.append(measure(peers, asked[:n_apart], n, size, [ENGINE, GENERATE, CONTINUOUS], repeats))
-    name = "random" if options.model is None else str(options.model).rstrip("/").rsplit("/", 1)[-1]
+    name = f"random, {options.shape}" if options.model is None else str(options.model).rstrip("/").rsplit("/", 1)[-1]
     record.write(options, "peers", {"model": name, "question_tokens": length, "repeats": repeats, "jobs": jobs})
 
 
@@ -76,13 +85,17 @@ class Peers:
         found = self.model.generate(asked, max_new_tokens=n_tokens, batch_size=size)
         return [self._cut(one.ids) for one in found]
 
-    def generate(self, asked: Sequence[str], n_tokens: int, size: int) -> Ids:
+    def generate_static(self, asked: Sequence[str], n_tokens: int, size: int) -> Ids:
+        return self.generate(asked, n_tokens, size, cache_implementation="static")
+
+    def generate(self, asked: Sequence[str], n_tokens: int, size: int, **options: str) -> Ids:
         order = list(range(len(asked))) if self.end is None else self.order
         written: dict[int, list[int]] = {}
         for first in range(0, len(order), size):
             part = order[first : first + size]
             ids = torch.tensor(self._prompts([asked[i] for i in part]), device=self.device)
-            out = self.lm.generate(ids, generation_config=self._config(n_tokens), attention_mask=torch.ones_like(ids))
+            config = self._config(n_tokens, **options)
+            out = self.lm.generate(ids, generation_config=config, attention_mask=torch.ones_like(ids))
             written |= {i: self._cut(row) for i, row in zip(part, out[:, ids.shape[1] :].tolist())}
         return [written[i] for i in range(len(asked))]
 
@@ -100,13 +113,14 @@ class Peers:
     def _prompts(self, asked: Sequence[str]) -> Ids:
         return [self.model.encoder.question(question).ids for question in asked]
 
-    def _config(self, n_tokens: int) -> GenerationConfig:
+    def _config(self, n_tokens: int, **options: str) -> GenerationConfig:
         return GenerationConfig(
             max_new_tokens=n_tokens,
             do_sample=False,
             eos_token_id=self.end,
             pad_token_id=self.model.encoder.pad_id,
             suppress_tokens=self.never or None,
+            **options,
         )
 
     def _cut(self, ids: Sequence[int]) -> list[int]:

@@ -58,6 +58,23 @@ def test_a_script_runs_and_its_table_can_be_written(script: str, tmp_path: Path,
         assert len(widths) == 1 and len(lines) >= 5 and f"results/{script}.json" in lines[-1]
 
 
+@pytest.mark.slow
+def test_all_that_is_for_a_gpu_runs_in_one_call_and_goes_on_where_it_ended(tmp_path: Path):
+    out = tmp_path / "gpu.json"
+    asked = ("--device", "cpu", "--dtype", "float32")
+    report = run("gpu", out, *asked)
+    points = report["points"]
+    assert set(points) == {
+        *("peers", "compiled", "latent_against_text", "canvases", "halting", "training", "shared_prefix")
+    }
+    assert all(point["kind"] == name and point["smoke"] for name, point in points.items())
+    by_name = {point["method"]: point for point in points["canvases"]["points"]}
+    assert by_name["llada, 4 passes"]["passes"] == 4 and by_name["text"]["passes"] == 8
+    out.write_text(json.dumps({**report, "points": {**points, "halting": {"failed": "no time was left"}}}))
+    again = run("gpu", out, *asked)["points"]
+    assert again["halting"]["kind"] == "halting" and {**again, "halting": points["halting"]} == points
+
+
 def check(script: str, report: dict, picture: Path) -> None:
     """Look at what is particular to a script."""
     match script:
