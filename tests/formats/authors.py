@@ -171,7 +171,3 @@ def a2d(folder: Path, **changes: object) -> dict[str, Tensor]:
     write_json(folder, "config.json", **{**QWEN, **own, **changes})
     save_file(w.tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return w.tensors
-
-
-RELEASED = {"LLaDA-8B": llada, "Dream-v0": dream, "mdlm": a2d, "bd3lm": a2d}
-"""What writes each layout, by a name of a folder."""

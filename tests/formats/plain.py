@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softmax
+from torch.nn.functional import gelu, layer_norm, silu, softmax
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,6 +63,27 @@ def qwen_layer(w, at: str, x: Tensor, n_heads: int, theta: float, sees_LL: Tenso
     x = x + read @ w[f"{at}.self_attn.o_proj.weight"].T
     mlp = [w[f"{at}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")]
     return x + gated(rms(x, w[f"{at}.post_attention_layernorm.weight"], eps), *mlp)
+
+
+def gpt2(w: dict[str, Tensor], x: Tensor, n_heads: int, sees_LL: Tensor) -> Tensor:
+    """Return the states (L, D) after the final norm of input embeddings (L, D): a GPT-2 by its own names."""
+    n_layers = 1 + max(int(name.split(".")[2]) for name in w if name.startswith("transformer.h."))
+    x = x + w["transformer.wpe.weight"][: len(x)]
+    for i in range(n_layers):
+        at = lambda name, i=i: w[f"transformer.h.{i}.{name}"]  # noqa: E731
+        norm = lambda x, name: layer_norm(x, x.shape[-1:], at(f"{name}.weight"), at(f"{name}.bias"))  # noqa: B023, E731
+        linear = lambda x, name: x @ at(f"{name}.weight") + at(f"{name}.bias")  # noqa: B023, E731
+        q, k, v = (one.unflatten(-1, (n_heads, -1)) for one in linear(norm(x, "ln_1"), "attn.c_attn").chunk(3, -1))
+        x = x + linear(attend(q, k, v, sees_LL), "attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, "ln_2"), "mlp.c_fc"), approximate="tanh"), "mlp.c_proj")
+    return layer_norm(x, x.shape[-1:], w["transformer.ln_f.weight"], w["transformer.ln_f.bias"])
+
+
+def projected(w: dict[str, Tensor], names: tuple[str, str, str], x: Tensor) -> Tensor:
+    """Linear, GELU, Linear, LayerNorm."""
+    first, second, norm = ({end: w[f"{name}.{end}"] for end in ("weight", "bias")} for name in names)
+    x = gelu(x @ first["weight"].T + first["bias"]) @ second["weight"].T + second["bias"]
+    return layer_norm(x, x.shape[-1:], norm["weight"], norm["bias"])
 
 
 Predict = Callable[[list[int]], Tensor]

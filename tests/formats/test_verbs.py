@@ -5,14 +5,15 @@ import pytest
 from innerloop import LatentModel
 from innerloop.cli.main import main
 from tests.formats import authors
+from tests.formats.released import RELEASED
 
-EACH = pytest.mark.parametrize("name", authors.RELEASED)
+EACH = pytest.mark.parametrize("name", RELEASED)
 QUESTION = "How many?"
 
 
 @EACH
 def test_ask_opens_it_and_says_what_it_is(name, tmp_path, capsys):
-    authors.RELEASED[name](tmp_path / name)
+    RELEASED[name](tmp_path / name)
     assert main(["ask", str(tmp_path / name), QUESTION, "--max-new-tokens", "2"]) == 0
     assert f"{tmp_path / name} is " in capsys.readouterr().err
 
@@ -20,7 +21,7 @@ def test_ask_opens_it_and_says_what_it_is(name, tmp_path, capsys):
 @EACH
 @pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
 def test_what_is_converted_answers_as_before(name, tmp_path):
-    authors.RELEASED[name](tmp_path / name)
+    RELEASED[name](tmp_path / name)
     assert main(["convert", str(tmp_path / name), str(tmp_path / "ours")]) == 0
     models = [LatentModel.from_pretrained(tmp_path / one, device="cpu") for one in (name, "ours")]
     assert models[0].method == models[1].method

@@ -27,7 +27,6 @@ from innerloop.errors import InputError, refuse
 from innerloop.model import run_folder
 from innerloop.tasks import Task
 from innerloop.tasks.task import warn_of_overlap
-from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 
 if TYPE_CHECKING:  # slow to import
@@ -329,7 +328,7 @@ def ask(
     from innerloop.lens.latents import names_of_columns
     from innerloop.terminal.views import answer_view, starts_view
 
-    loaded.encoder = PromptEncoder(loaded.tokenizer, run_folder.recorded(run, "running_text", False))
+    loaded.encoder = loaded.encoder.reading(run_folder.recorded(run, "running_text", False))
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "starts": starts}
     tried = loaded.generate([question], **asked, trace=True)
     answer = min(tried, key=lambda one: one.change or 0.0)
@@ -369,7 +368,7 @@ def lens(
 
     path = None if terminal else page_path(run, out)
     loaded = model.load_model(run)
-    loaded.encoder = PromptEncoder(loaded.tokenizer, task.running_text)
+    loaded.encoder = loaded.encoder.reading(task.running_text)
     if path is None:
         console.print(terminal_view(loaded, task, asked[0], loops, max_new_tokens))
         return

@@ -14,7 +14,6 @@ from innerloop.loop.trace import ShownStep, Trace
 from innerloop.model.model import LatentCore
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
-from innerloop.text.encoder import ANSWER_PREFIX
 from innerloop.text.row import IGNORE, Row, ShownBlock
 from innerloop.text.tokenizer import token_names
 
@@ -68,7 +67,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         cost.loops, cost.streams, cost.written = request.n_loops, model.method.streams, len(ids)
         cost.seconds["thought"] += sum(request.ticks[:n_marked])
         cost.seconds["answer"] += sum(request.ticks[n_marked:])
-        marker = ANSWER_PREFIX.strip()
+        marker = model.encoder.wording.mark
         answer = text.rsplit(marker, 1)[1].strip() if marker in text else None
         own = depths[request.slot][: len(request.row) + len(ids) - 1]  # a row that has ended may ride along for a while
         tokens = token_names(model.tokenizer, [*request.row.ids(), *ids]) if own else []
@@ -90,7 +89,7 @@ def traced(model: LatentCore, request: Request, generation: Generation) -> Gener
 
 def n_step_tokens(model: LatentCore, ids: list[int], text: str) -> tuple[int, int]:
     """Return how many tokens were written before the answer's marker and up to its end; all, if it never came."""
-    marker = ANSWER_PREFIX.strip()
+    marker = model.encoder.wording.mark
     if marker not in text:
         return len(ids), len(ids)
     low, high = 0, len(ids)

@@ -29,7 +29,7 @@ from innerloop.passes.context import Context
 from innerloop.passes.region import join
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
-from innerloop.text.encoder import ANSWER_PREFIX
+from innerloop.text.examples import ANSWER_PREFIX
 
 
 class Slots:

@@ -71,9 +71,6 @@ def opened(source: Source) -> Opened:
         rms_norm_eps=config.get("rms_norm_eps", 1e-5),
         rope_parameters={"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)},
         tie_word_embeddings=is_tied,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     mask = token_of(tokenizer, needed(source, "mask_token_id"), "mask_token_id")
     method = Llada(gen_length=GEN_LENGTH, mask_token=mask, sampler=SamplerSettings(block_length=BLOCK))

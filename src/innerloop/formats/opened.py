@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from innerloop.config.method import Method
 from innerloop.errors import InputError, few
 from innerloop.formats.source import Source
+from innerloop.text.wording import Wording
 
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
@@ -25,6 +26,7 @@ class Opened:
         tokenizer: with the method's markers in it, where the authors have such.
         method: with the values that the weights or their paper fix.
         parts: the weights of the method's own parts, under the names of innerloop.safetensors.
+        wording: the signs between questions and answers that it was trained with.
     """
 
     config: PreTrainedConfig
@@ -32,6 +34,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     method: Method
     parts: dict[str, Tensor] = field(default_factory=dict)
+    wording: Wording = Wording()
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,22 @@ def check_names(source: Source, found: Iterable[str], wanted: Iterable[str], spa
         raise InputError(
             f"the weights in {source.folder} hold {few(extra)}, for which config.json has no place: restore config.json"
         )
+
+
+def stock_names(config: PreTrainedConfig) -> list[str]:
+    """Return the names of the weights of a stock model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return list(AutoModelForCausalLM.from_config(config).state_dict())
+
+
+def checked(source: Source, config: PreTrainedConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights that have a stock model's own names, all of which must be there; a tied head may be left out."""
+    is_tied = config.tie_word_embeddings
+    check_names(source, weights, stock_names(config), ["lm_head.weight"] if is_tied else [])
+    return weights
 
 
 def expect(source: Source, wanted: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from innerloop.errors import InputError
-from innerloop.formats.opened import Format, Opened, check_names, needed
+from innerloop.formats.opened import Format, Opened, checked, needed
 from innerloop.formats.source import Source
 from innerloop.formats.tokens import token_of, tokenizer_of
 from innerloop.methods import BlockDiffusion, Dream, Llada, Method
@@ -29,18 +29,7 @@ def stock(source: Source, model_type: str) -> tuple[Any, dict[str, Any]]:
 
     fields = {name: value for name, value in source.config.items() if name not in NOT_FIELDS}
     config = AutoConfig.for_model(model_type, **fields)
-    weights = source.tensors()
-    check_names(source, weights, names_of(config), ["lm_head.weight"] if config.tie_word_embeddings else [])
-    return config, weights
-
-
-def names_of(config: Any) -> list[str]:
-    """Return the names of the weights of a stock model."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return list(AutoModelForCausalLM.from_config(config).state_dict())
+    return config, checked(source, config, source.tensors())
 
 
 def is_dream(source: Source) -> bool:

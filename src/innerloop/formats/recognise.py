@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from innerloop.formats import llada, qwen
+from innerloop.formats import codi, latent_tts, llada, lotus, qwen, simcot
 from innerloop.formats.opened import Format
 from innerloop.formats.source import Source
 
-FORMATS: tuple[Format, ...] = (llada.FORMAT, qwen.DREAM, qwen.A2D_MODELS)
+FORMATS: tuple[Format, ...] = (
+    *(llada.FORMAT, qwen.DREAM, qwen.A2D_MODELS),
+    *(latent_tts.FORMAT, codi.FORMAT, simcot.FORMAT, lotus.FORMAT),
+)
 SETTINGS = ["config.json", "tokenizer_config.json", "added_tokens.json", "tah_config.json", "*.index.json"]
-FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]  # what may be needed, and no code
+FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "checkpoint_*"]  # what may be needed, and no code
 OWN = "innerloop.json"
 
 

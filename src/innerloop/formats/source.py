@@ -9,6 +9,7 @@ import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 from innerloop.errors import InputError
 
@@ -67,17 +68,21 @@ class Source:
                 return [self.folder / part for part in sorted({str(part) for part in listed.values()})]
             if (self.folder / name).is_file():
                 return [self.folder / name]
-        return []
+            stem, end = name.split(".")
+            if shards := sorted(self.folder.glob(f"{stem}-*-of-*.{end}")):
+                return shards
+        numbered = [path for path in self.folder.glob("checkpoint_*") if path.name[11:].isdigit() and path.is_file()]
+        return sorted(numbered, key=lambda path: int(path.name[11:]))[-1:]  # Coconut's code counts epochs so
 
     @property
     def pickles(self) -> list[str]:
         """The names of the files of weights that are pickles."""
         return [path.name for path in self.weight_files if path.suffix != ".safetensors"]
 
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """The names of all tensors."""
-        return frozenset(name for path in self.weight_files for name in names_in(path))
+    def mentions(self, *beginnings: str) -> bool:
+        """Tell whether tensors with each of some beginnings of names are there; of pickles, by their letters alone."""
+        heads = [_letters(path) for path in self.weight_files]
+        return bool(heads) and all(any(beginning.encode() in head for head in heads) for beginning in beginnings)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name.
@@ -90,17 +95,17 @@ class Source:
         return {name: tensor for path in self.weight_files for name, tensor in read_tensors(path).items()}
 
 
-def names_in(path: Path) -> frozenset[str]:
-    """Return the names of the tensors of a file."""
-    if path.suffix != ".safetensors":
-        return frozenset(read_tensors(path))
+def _letters(path: Path) -> bytes:
+    """Return the part of a file of weights that spells the names of tensors, without reading it as anything."""
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            head = json.loads(file.read(size)) if size <= LONGEST_HEAD else {}
-    except (OSError, ValueError):
-        return frozenset()  # whoever reads the tensors will say what is wrong
-    return frozenset(head) - {"__metadata__"} if isinstance(head, dict) else frozenset()
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                return file.read(min(int.from_bytes(file.read(8), "little"), LONGEST_HEAD))
+        with ZipFile(path) as packed:
+            name = next(name for name in packed.namelist() if name.endswith("data.pkl"))
+            return packed.read(name)
+    except (OSError, StopIteration, BadZipFile):
+        return path.read_bytes()[:LONGEST_HEAD] if path.is_file() else b""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -16,12 +16,13 @@ WORDS = ("vocab.json", "merges.txt")  # of tokenizers by bytes, as GPT-2's and Q
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def tokenizer_of(source: Source, pattern: str = "qwen2") -> PreTrainedTokenizerBase:
+def tokenizer_of(source: Source, pattern: str = "qwen2", base: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer, whatever class its settings name: those that come with code are ordinary ones underneath.
 
     Args:
         source: where it lies.
         pattern: whose pattern cuts text into pieces, where there are words and merges alone: gpt2 or qwen2.
+        base: whose tokenizer on the Hub it is, where none was released with the weights.
     """
     from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -30,15 +31,46 @@ def tokenizer_of(source: Source, pattern: str = "qwen2") -> PreTrainedTokenizerB
         kind = PreTrainedTokenizerFast
     elif all((source.folder / name).exists() for name in WORDS):
         kind = {"gpt2": GPT2Tokenizer, "qwen2": Qwen2Tokenizer}[pattern]
-    if kind is None:
+    if kind is None and base is None:
         raise InputError(
             f"{source.folder} has no tokenizer.json, and no {' and '.join(WORDS)}: copy the tokenizer's files there"
         )
+    if kind is None:
+        return _of_hub(source, str(base))
     try:
         return kind.from_pretrained(source.folder)
     except Exception as error:  # a file with other contents than a tokenizer's
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the tokenizer's files in {source.folder} cannot be read ({reason}); restore them") from error
+
+
+def _of_hub(source: Source, base: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model that was trained on, which the authors left out."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # no network, or no leave to read it
+        raise InputError(
+            f"{source.folder} has no tokenizer, and that of {base} cannot be loaded: copy its files there"
+        ) from error
+
+
+def added(tokenizer: PreTrainedTokenizerBase, first: int, *names: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with markers at the ids from ``first`` on: under our names where it has them, else new.
+
+    Raises:
+        InputError: its tokens end elsewhere.
+    """
+    n_known = min(max(len(tokenizer) - first, 0), len(names))
+    tokenizer = with_names(tokenizer, {first + i: names[i] for i in range(n_known)})
+    if len(tokenizer) < first + n_known:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, and the model's markers begin after {first}: copy the "
+            "tokenizer of the model that it was trained on"
+        )
+    tokenizer.add_tokens([*names[n_known:]], special_tokens=True)
+    return tokenizer
 
 
 def token_of(tokenizer: PreTrainedTokenizerBase, i: Any, what: str) -> str:

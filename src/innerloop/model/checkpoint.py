@@ -37,6 +37,7 @@ from innerloop.methods import Method, name_of
 from innerloop.model.run_folder import FORMAT, PARTS, SETTINGS
 from innerloop.phases.phase import phase
 from innerloop.text.encoder import PromptEncoder
+from innerloop.text.wording import OURS
 
 
 class Stored(Protocol):
@@ -73,6 +74,8 @@ def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) 
     settings |= record or {}
     if model.encoder.running_text:
         settings["running_text"] = True
+    if model.encoder.wording != OURS:
+        settings["wording"] = asdict(model.encoder.wording)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
@@ -46,6 +46,8 @@ from innerloop.model.released import fill, open_released
 from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
+from innerloop.text.encoder import PromptEncoder
+from innerloop.text.wording import Wording
 
 KERNELS = "attn_implementation"
 REMOTE_CODE = "transformers_modules"  # where transformers puts it
@@ -128,6 +130,7 @@ def load(
     start = chosen.convert(backbone, tokenizer) if is_new and isinstance(chosen, DepthMethod) else None
     add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = make(backbone, tokenizer, chosen)
+    model.encoder = PromptEncoder(tokenizer, wording=Wording(**(saved or {}).get("wording", {})))
     if stored is not None:
         found.put_parts(model, path, strict=chosen == stored)
     elif start:
@@ -164,7 +167,7 @@ def _find(path: str | Path, needs_method: bool, dtype: torch.dtype | str, trust_
     saved = read_settings(folder) if (folder / SETTINGS).exists() else None
     opened = None if saved is not None or trust_remote_code else open_released(path, {**hub})
     if opened is not None:
-        settings = {"format": FORMAT, "method": method_settings(opened.method)}
+        settings = {"format": FORMAT, "method": method_settings(opened.method), "wording": asdict(opened.wording)}
         return Found(fill(opened, path, dtype, **kernels), opened.tokenizer, settings, opened.parts)
     if folder.is_dir() and saved is None and needs_method:
         raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")

@@ -332,7 +332,9 @@ class LatentCore(RowLayout):
         assert folder is not None
         if "teacher" not in self._frozen:
             teacher = self._load_frozen(folder)
-            teacher.encoder = PromptEncoder(teacher.tokenizer, self.encoder.running_text)  # it reads this model's rows
+            teacher.encoder = PromptEncoder(
+                teacher.tokenizer, self.encoder.running_text, self.encoder.wording
+            )  # it reads this model's rows
             if self.method.has_latent_teacher:
                 check_teacher(self, teacher, folder)
             else:

@@ -35,6 +35,8 @@ def open_released(path: str | Path, hub: dict[str, Any]) -> Opened | None:
 
 def fill(opened: Opened, path: str | Path, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
     """Make the stock decoder of a format and fill it; "auto" keeps the type that most of the weights have."""
+    for role in ("bos", "eos", "pad"):  # a base's own are not those of a tokenizer with markers
+        setattr(opened.config, f"{role}_token_id", getattr(opened.tokenizer, f"{role}_token_id"))
     if dtype == "auto":
         dtype = _dtype_of(opened.weights)
     with without_bars(), without_words():

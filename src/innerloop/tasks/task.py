@@ -19,6 +19,7 @@ from innerloop.text.examples import ANSWER_PREFIX, Example, n_shared, read_examp
 
 SPLITS = ("train", "valid", "test")
 MARK = re.compile(r"(?:^|\n)[ \t]*#{3,}")  # where a line begins, so that an answer may hold signs of its own
+SAID = re.compile(r"[Tt]he answer is:?[ \t]")  # as CODI's models end
 MOST_COMPARED = 1000  # letters of an answer that is more than text to be compared: no right one is as long
 MOST_SHOWN = 60  # letters of an answer in a message
 
@@ -135,9 +136,13 @@ def warn_of_overlap(task: Task, known: Mapping[str, list[Example]]) -> None:
 def after_mark(text: str) -> str | None:
     """Return the first line after the last ``###`` that begins a line, or else after the last '#'; or None.
 
+    Where there is neither, it is what comes after "The answer is:".
+
     So ``### C#`` is read as ``C#``, and ``### a ### b`` as ``a ### b``.
     """
     marks = list(MARK.finditer(text))
+    if not marks and "#" not in text and (said := SAID.search(text)):
+        return first_line(text[said.end() :]) or None
     return first_line(text[marks[-1].end() :] if marks else text.rpartition("#")[2] if "#" in text else "") or None
 
 

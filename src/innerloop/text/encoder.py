@@ -7,8 +7,9 @@ import warnings
 from typing import TYPE_CHECKING
 
 from innerloop.errors import InputError, InputNote
-from innerloop.text.examples import ANSWER_PREFIX, Example
+from innerloop.text.examples import Example
 from innerloop.text.row import LAT, Kind, Span
+from innerloop.text.wording import OURS, Wording
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
@@ -28,10 +29,12 @@ class PromptEncoder:
         tokenizer: the tokenizer.
         running_text: question and answer are a text and how it goes on: there is no newline, mark or end between and
             after them, and the question's tokens are learned too, all but the first.
+        wording: the signs between the parts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, running_text: bool = False):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, running_text: bool = False, wording: Wording = OURS):
         self.tokenizer = tokenizer
+        self.wording = wording
         self.running_text = running_text
         known = set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
         self._special = re.compile("|".join(map(re.escape, sorted(known, reverse=True))) or "(?!)")
@@ -39,6 +42,10 @@ class PromptEncoder:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token before using it")
         self.eos_id: int = tokenizer.eos_token_id
+
+    def reading(self, running_text: bool) -> PromptEncoder:
+        """Return an encoder of the same words that reads running text, or questions with answers."""
+        return PromptEncoder(self.tokenizer, running_text, self.wording)
 
     @property
     def pad_id(self) -> int:
@@ -60,7 +67,7 @@ class PromptEncoder:
                 InputNote,
                 stacklevel=2,
             )
-        ids = self._ids(text if self.running_text else text + "\n", special=True)
+        ids = self._ids(text if self.running_text else text + self.wording.question_end, special=True)
         ids = ids[:-1] if ids and ids[-1] == self.eos_id else ids
         return Span(ids, Kind.QUESTION, supervised=self.running_text)
 
@@ -73,16 +80,16 @@ class PromptEncoder:
         return [self.step(text, i) for i, text in enumerate(example.steps) if i >= first]
 
     def answer(self, text: str) -> Span:
-        """Encode the answer: ``### A`` and the end-of-sequence token; or what a text goes on with."""
+        """Encode the answer, ``### A`` or as the wording says, and the end of sequence; or what a text goes on with."""
         if self.running_text:
             before, whole = (self._ids(words, special=False) for words in (A_WORD, A_WORD + text))
             return Span(whole[len(before) :], Kind.ANSWER, supervised=True)
-        ids = self._ids(ANSWER_PREFIX + text, special=False)
+        ids = self._ids(self.wording.answer_prefix + text, special=False)
         return Span((*ids, self.eos_id), Kind.ANSWER, supervised=True)
 
     def answer_prefix_ids(self) -> tuple[int, ...]:
         """Encode what every answer begins with."""
-        return () if self.running_text else self._ids(ANSWER_PREFIX.strip(), special=False)
+        return () if self.running_text else self._ids(self.wording.mark, special=False)
 
     def aux_target(self, text: str) -> tuple[int, ...]:
         """Encode what an auxiliary decoder must tell, with the end of sequence; nothing for no text."""
@@ -90,7 +97,8 @@ class PromptEncoder:
 
     def n_before_answer(self, text: str) -> int:
         """Return how many tokens of an encoded answer come before what is the answer's own, such as its digits."""
-        stem, whole = self._ids(ANSWER_PREFIX, special=False), self._ids(ANSWER_PREFIX + text, special=False)
+        prefix = self.wording.answer_prefix
+        stem, whole = self._ids(prefix, special=False), self._ids(prefix + text, special=False)
         return next((i for i, (a, b) in enumerate(zip(stem, whole)) if a != b), min(len(stem), len(whole)))
 
     def _ids(self, text: str, special: bool) -> tuple[int, ...]:

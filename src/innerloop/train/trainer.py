@@ -29,7 +29,6 @@ from innerloop.model.loading import load_lm
 from innerloop.phases.phase import phase
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
-from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import Row
 from innerloop.train import checkpoints
@@ -80,7 +79,7 @@ class LatentTrainer(ResumableTrainer):
         self.task = task
         self.curriculum = model.method.curriculum
         if task is not None and task.running_text != model.encoder.running_text:
-            model.encoder = PromptEncoder(model.tokenizer, task.running_text)
+            model.encoder = model.encoder.reading(task.running_text)
         if model.encoder.running_text:
             check_text(model, eval_dataset)
         train, self.n_left_out = training_examples(model, train_dataset, args.max_length)

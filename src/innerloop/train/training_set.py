@@ -16,8 +16,7 @@ from innerloop.errors import InputError, refuse
 from innerloop.model.teacher_cache import TeacherCache
 from innerloop.phases.phase import phase
 from innerloop.tasks import Task
-from innerloop.text.encoder import ANSWER_PREFIX
-from innerloop.text.examples import Example, from_rows
+from innerloop.text.examples import ANSWER_PREFIX, Example, from_rows
 from innerloop.train.training_arguments import LatentTrainingArguments
 
 NORMALISED = 33
