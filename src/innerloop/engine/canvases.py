@@ -50,8 +50,8 @@ class CanvasEngine(Engine):
             ),
             (
                 options.likelihoods or options.replayable,
-                f"what '{method.name}' fills in has no likelihood that is known exactly: leave likelihoods and replayable "
-                "out",
+                f"what '{method.name}' fills in has no likelihood that is known exactly: leave likelihoods and "
+                "replayable out",
             ),
         )
         self.method, self.live = method, list[tuple[Request, Canvas]]()
