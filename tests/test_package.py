@@ -47,7 +47,7 @@ def test_the_wheel_says_what_it_is(metadata: Message):
 
 def test_every_extra_is_explained(metadata: Message):
     page = (ROOT / "docs/getting_started.md").read_text()
-    explained = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    explained = set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE))
     assert set(metadata.get_all("Provides-Extra")) <= explained
 
 

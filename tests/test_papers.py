@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from innerloop.methods import METHODS
+from innerloop.train.algorithms import arguments_of
 from innerloop.train.recipe import Recipe, load_recipe
-from innerloop.train.training_arguments import training_arguments
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("gpt2", "llama-3.2-1b", "llama-3.2-3b")
@@ -193,7 +193,7 @@ def found(recipe: Recipe, place: str, tmp_path: Path) -> set[Any]:
     values = set()
     for stage in (stages[int(number) - 1],) if number.isdigit() else stages:
         if section == "train":
-            args = training_arguments(tmp_path, stage.train)
+            args = arguments_of(tmp_path, stage.train)
             batch = args.batch_size * args.gradient_accumulation_steps
             value = batch if names == ["batch"] else getattr(args, names[0])
         else:

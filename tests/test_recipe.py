@@ -9,6 +9,7 @@ import yaml
 from innerloop.errors import InputError
 from innerloop.methods import METHODS, Coconut, Slr
 from innerloop.tasks import Chain
+from innerloop.train.algorithms import arguments_of
 from innerloop.train.recipe import load_recipe, parse_recipe
 from innerloop.train.training_arguments import training_arguments
 from tests.fields import change
@@ -36,7 +37,7 @@ STAGED = {
 def test_every_recipe_loads_with_training_arguments_that_exist(path: Path, tmp_path: Path):
     recipe = load_recipe(path)
     for stage in recipe.stages or (recipe,):
-        assert training_arguments(tmp_path, stage.train).learning_rate > 0
+        assert arguments_of(tmp_path, stage.train).learning_rate > 0
     assert recipe.out.startswith("runs/")
 
 

@@ -43,6 +43,8 @@ from innerloop.text.examples import Example, read_examples, write_examples
 
 if TYPE_CHECKING:  # slow to import: they need torch, which is imported when one of them is first asked for
     from innerloop.engine.latent_model import LatentModel
+    from innerloop.train.grpo import GrpoTrainer
+    from innerloop.train.grpo_arguments import GrpoArguments
     from innerloop.train.trainer import LatentTrainer
     from innerloop.train.training_arguments import LatentTrainingArguments
 
@@ -57,6 +59,8 @@ __all__ = [
     "Dream",
     "Example",
     "ExitSettings",
+    "GrpoArguments",
+    "GrpoTrainer",
     "Gsm8k",
     "HiddenSettings",
     "Icot",
@@ -93,6 +97,8 @@ __all__ = [
 ]
 
 _SLOW = {
+    "GrpoArguments": "train.grpo_arguments",
+    "GrpoTrainer": "train.grpo",
     "LatentModel": "engine.latent_model",
     "LatentTrainer": "train.trainer",
     "LatentTrainingArguments": "train.training_arguments",

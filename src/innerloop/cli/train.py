@@ -38,20 +38,21 @@ def train(recipe: str, resume: bool = False, overrides: Sequence[str] = ()) -> N
 def fields_help(recipe: str, path: str = "", overrides: Sequence[str] = ()) -> str:
     """Return the fields that a recipe takes: those of its method, or of the section or group at a dotted path."""
     loaded = load_recipe(recipe, overrides)
+    from innerloop.train.algorithms import arguments_class
     from innerloop.train.training_arguments import LatentTrainingArguments
 
     sections: dict[str, Any] = {"task": loaded.task, "backbone": loaded.backbone, "method": loaded.method}
-    sections["train"] = LatentTrainingArguments
+    sections["train"] = arguments_class(loaded.train)
     name, *inner = (path or "method").split(".")
     if name not in sections:
         raise InputError(f"--help {path}: a recipe has no section '{name}'{nearest(name, sections)}")
-    at = _class_of(sections[name])
+    at: Any = _class_of(sections[name])
     for group in inner:
         if group not in groups(at):
             raise InputError(f"--help {path}: '{at.__name__}' has no group '{group}'{nearest(group, groups(at))}")
         at = groups(at)[group]
-    if at is LatentTrainingArguments:
-        return _train_help()
+    if issubclass(at, LatentTrainingArguments):
+        return _train_help(at)
     lines = [field_parser(at, f"{path or 'method'}.").format_help().rstrip()]
     lines += [_line(f"{path or 'method'}.{group}", cls) for group, cls in groups(at).items()]
     if not path:
@@ -61,14 +62,14 @@ def fields_help(recipe: str, path: str = "", overrides: Sequence[str] = ()) -> s
     return "\n".join(lines)
 
 
-def _train_help() -> str:
+def _train_help(arguments: type) -> str:
     """Return what the train section takes: our own fields with what they say, transformers' by name and default."""
     from innerloop.train.training_arguments import LatentTrainingArguments
 
-    own = parse_docstring(getdoc(LatentTrainingArguments) or "").params
+    own = [param for cls in (LatentTrainingArguments, arguments) for param in parse_docstring(getdoc(cls) or "").params]
     said = {param.arg_name: " ".join((param.description or "").split()) for param in own}
     lines, theirs = ["train:"], []
-    for field in fields(LatentTrainingArguments):
+    for field in fields(arguments):
         default = "null" if field.default is None else "" if field.default is MISSING else str(field.default)
         if field.name in said:
             told = f"--train.{field.name}  {said[field.name].rstrip('.')} (default: {default})"

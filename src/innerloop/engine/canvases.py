@@ -49,8 +49,9 @@ class CanvasEngine(Engine):
                 f"'{method.name}' has no latents that could begin elsewhere: take samples, or one start",
             ),
             (
-                options.likelihoods,
-                f"what '{method.name}' fills in has no likelihood that is known exactly: leave likelihoods out",
+                options.likelihoods or options.replayable,
+                f"what '{method.name}' fills in has no likelihood that is known exactly: leave likelihoods and "
+                "replayable out",
             ),
         )
         self.method, self.live = method, list[tuple[Request, Canvas]]()

@@ -55,11 +55,11 @@ class DecodeBatch:
         self.first_states = self.context.read(*pending)
         self.logits_RV = self.show(self.first_states)
 
-    def choose(self, suppressed: Tensor, temperature: float, with_likelihoods: bool = False) -> None:
+    def choose(self, suppressed: Tensor, temperature: float, likely_at: float | None = None) -> None:
         """Choose the next token of each row; NOTHING where a row waits.
 
-        Log-probabilities are those at temperature 1 among the tokens that may be written; of a token that had to be
-        written it is 0.
+        Log-probabilities are those at temperature ``likely_at`` (None: none) among the tokens that may be written; of a
+        token that had to be written it is 0.
         """
         drawn_R, allowed_RV = None, self.allowed()
         if self.uniforms is not None:
@@ -69,8 +69,9 @@ class DecodeBatch:
         forced_R = self.forced(free_R)
         ids_R = self.settle(free_R if forced_R is None else torch.where(forced_R, self.forced_id, free_R))
         is_written = ids_R != NOTHING
-        if with_likelihoods:
-            likely_R = without(allowed_RV, suppressed).float().log_softmax(-1).gather(1, free_R[:, None])[:, 0]
+        if likely_at is not None:
+            logits_RV = without(allowed_RV, suppressed).float() / likely_at
+            likely_R = logits_RV.log_softmax(-1).gather(1, free_R[:, None])[:, 0]
             is_free = is_written if forced_R is None else is_written & ~forced_R
             self.likely_R = torch.where(is_free, likely_R, 0.0)
         if self.context.meter is not None:

@@ -116,7 +116,7 @@ class Engine:
             yield refused
             packed = PackedWeights(parts if self.waiting and self.model.backbone.compiled is None else [])
             while self.is_at_work:
-                with _evaluating(parts), packed.used():
+                with evaluating(parts), packed.used():
                     found = self.step(strict)
                 yield found
         finally:  # whatever ended the run, the next one begins afresh
@@ -228,7 +228,7 @@ class Engine:
         batch, unseen = self.decode_batch, self.unseen
         if batch is None:
             return
-        batch.choose(self.suppressed, self.options.temperature, self.options.likelihoods)
+        batch.choose(self.suppressed, self.options.temperature, self.options.likely_at)
         unseen.tokens.append(batch.chosen_R)
         if batch.likely_R is not None:
             unseen.likely.append(batch.likely_R)
@@ -334,7 +334,7 @@ def check_every(device: torch.device) -> int:
 
 
 @contextmanager
-def _evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Have modules in evaluation mode in the block; each goes back to the mode it was in."""
     training = [part for part in parts if part.training]
     for part in training:

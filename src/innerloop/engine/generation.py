@@ -33,7 +33,7 @@ class Generation:
         depths: each token of the question, and each written one that was read, with the number of its iterations
             inside the model; empty for methods without.
         ids: the tokens written, the ends of sequence among them.
-        log_likelihood: the sum of their log-probabilities, where asked for; see `DecodeBatch.choose`.
+        log_likelihood: the sum of their log-probabilities ``log_probs``, where asked for; see `DecodeBatch.choose`.
         change: the mean relative change of the latents in their last iterations, where several starts were asked for.
         error: why nothing was written, where the question could not be answered.
     """
@@ -47,6 +47,7 @@ class Generation:
     depths: tuple[tuple[str, int], ...] = ()
     ids: list[int] = field(default_factory=list)
     log_likelihood: float | None = None
+    log_probs: list[float] = field(default_factory=list)
     change: float | None = None
     error: str | None = None
 
@@ -72,7 +73,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         own = depths[request.slot][: len(request.row) + len(ids) - 1]  # a row that has ended may ride along for a while
         tokens = token_names(model.tokenizer, [*request.row.ids(), *ids]) if own else []
         one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
-        one.log_likelihood, one.change = request.log_likelihood, request.change
+        one.log_likelihood, one.log_probs, one.change = request.log_likelihood, request.log_probs, request.change
         results.append(traced(model, request, one))
     return results
 

@@ -44,8 +44,8 @@ class LatentModel(LatentCore):
             progress: called with the number of questions answered since the last call.
             strict: refuse them all if one cannot be answered; otherwise that one alone fails, with its reason in
                 ``error``.
-            options: max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions, samples, beams
-                and likelihoods; see `innerloop.engine.options.EngineOptions`.
+            options: max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions, samples, beams,
+                likelihoods and replayable; see `innerloop.engine.options.EngineOptions`.
         """
         return generate(self, questions, steps=steps, progress=progress, strict=strict, **options)
 

@@ -27,6 +27,7 @@ class Answering(TypedDict, total=False):
     starts: Many
     beams: Many
     likelihoods: bool
+    replayable: bool
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class EngineOptions(Checked):
             others are random (`innerloop.loop.starts`); each has an answer of its own.
         beams: how many texts a search for the likeliest one follows (`innerloop.engine.beams`); 1 searches for nothing.
         likelihoods: also tell the log-likelihood of what is written.
+        replayable: also keep what `innerloop.engine.rollouts` needs to go through it again: the log-probability of each
+            token in the distribution that it was drawn from, and what was fed where that was not its embedding.
     """
 
     max_new_tokens: Count = 64
@@ -63,6 +66,7 @@ class EngineOptions(Checked):
     starts: Many = 1
     beams: Many = 1
     likelihoods: bool = False
+    replayable: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +83,10 @@ class EngineOptions(Checked):
                 self.beams > 1 and self.temperature > 0,
                 "a beam search draws nothing: give either beams, or samples with a temperature",
             ),
+            (
+                self.replayable and (self.likelihoods or self.temperature == 0 or max(self.starts, self.beams) > 1),
+                "what is replayable is drawn, at a temperature above 0: leave likelihoods, starts and beams out",
+            ),
             (self.beams > 1 and self.trace, "a beam search records no trace: leave trace out, or take one beam"),
         )
 
@@ -86,3 +94,8 @@ class EngineOptions(Checked):
     def n_answers(self) -> int:
         """How many answers each question gets."""
         return self.samples * self.starts
+
+    @property
+    def likely_at(self) -> float | None:
+        """The temperature of the log-probabilities that are asked for; None: none are."""
+        return self.temperature if self.replayable else 1.0 if self.likelihoods else None

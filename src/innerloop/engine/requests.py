@@ -32,7 +32,7 @@ class Request:
         n_ends: ends of sequence among them.
         n_loops: iterations of its latents.
         n_latents: latents read while writing.
-        log_likelihood: of what is written, where asked for.
+        log_probs: of each token that is written, where asked for, and ``log_likelihood``, of all.
         change: of its latents in their last iterations, where several starts are asked for.
         record: the trace of its batch, and its row there.
         opened: the same of each block that it has opened while writing.
@@ -52,6 +52,7 @@ class Request:
     n_ends: int = 0
     n_loops: int = 0
     n_latents: int = 0
+    log_probs: list[float] = field(default_factory=list)
     log_likelihood: float | None = None
     change: float | None = None
     record: tuple[Trace, int] | None = None
@@ -87,6 +88,7 @@ class Request:
             self.ticks.append(seconds + self.waited)
             self.written.append(token)
             if log_probs is not None:
+                self.log_probs.append(log_probs[i])
                 self.log_likelihood = (self.log_likelihood or 0.0) + log_probs[i]
             self.waited = 0.0
             self.n_ends += token == eos

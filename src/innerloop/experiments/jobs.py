@@ -27,10 +27,10 @@ from innerloop.phases.phase import heard_by
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.text.codec import to_json
+from innerloop.train.algorithms import arguments_of
 from innerloop.train.checkpoints import remove_all
 from innerloop.train.recipe import CONFIG, Recipe, load_recipe
 from innerloop.train.run import FINISHED, run_recipe
-from innerloop.train.training_arguments import training_arguments
 
 MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training arguments that change no weight
 INTERRUPTED = "interrupted; run the suite again to go on"
@@ -82,7 +82,7 @@ def check_jobs(suite: Suite) -> None:
     for (variant, _), recipe in {**warm_ups, **suite.jobs}.items():
         try:
             for stage in recipe.stages or (recipe,):
-                training_arguments(recipe.out, stage.train)
+                arguments_of(recipe.out, stage.train)
         except InputError as error:
             raise InputError(f"'{variant}': {error}") from None
         config = Path(recipe.out) / CONFIG

@@ -5,7 +5,7 @@ What users have is `innerloop.LatentModel`, which also answers and is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,26 @@ class LatentCore(RowLayout):
 
     # Loss
 
-    def forward(self, batch: Batch, n_items: dict[str, Any] | None = None, trace: Trace | None = None) -> Output:
+    def forward(
+        self,
+        batch: Batch,
+        n_items: dict[str, Any] | None = None,
+        trace: Trace | None = None,
+        instead: Callable[[LatentCore, Batch], Any] | None = None,
+    ) -> Any:
         """Compute the whole loss of a batch.
 
         Args:
             batch: laid-out examples.
             n_items: what each term's sum is divided by: the counts of the global batch. None: this batch's own.
             trace: filled with the loop's iterations.
+            instead: what is computed in place of the loss, and returned: whoever trains in parallel wraps this call.
+
+        Returns:
+            An `Output`, or what ``instead`` returns.
         """
+        if instead is not None:
+            return instead(self, batch)
         terms = Terms(n_items or batch.counts())
         every_pass = self.method.learns_every_pass
         context, measured, taught = None, dict[str, Tensor](), tuple[Tensor, ...]()

@@ -20,7 +20,14 @@ from innerloop.terminal.progress import bar
 from innerloop.train.checkpoints import INTERRUPTED, folder_of, log_entries
 
 METRICS = "metrics.jsonl"
-SHOWN = {"loss": "loss", "loss_answer": "answer", "loss_step": "step", "stage": "stage", "eval_accuracy": "accuracy"}
+SHOWN = {
+    "loss": "loss",
+    "loss_answer": "answer",
+    "loss_step": "step",
+    "stage": "stage",
+    "reward": "reward",
+    "eval_accuracy": "accuracy",
+}
 
 
 class LiveProgress(TrainerCallback):
@@ -88,9 +95,14 @@ class Begun(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C, or SIGTERM, ends the step at hand, saves a checkpoint and stops; Ctrl-C again stops at once."""
+    """The first Ctrl-C, or SIGTERM, ends the step at hand, saves a checkpoint and stops; Ctrl-C again stops at once.
 
-    def __init__(self) -> None:
+    Args:
+        every: steps that belong together, and are ended together.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
         self.asked = False
         self.saves_early = False
         self.before: dict[int, Any] = {}
@@ -112,7 +124,7 @@ class StopOnInterrupt(TrainerCallback):
             asked = torch.tensor(int(self.asked), device=args.device)
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
             self.asked = bool(asked)
-        if self.asked:
+        if self.asked and state.global_step % self.every == 0:
             ends_epoch = args.save_strategy == SaveStrategy.EPOCH and float(state.epoch or 0).is_integer()
             self.saves_early = not (control.should_save or ends_epoch)
             control.should_save = control.should_training_stop = True

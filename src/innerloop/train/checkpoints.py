@@ -30,6 +30,12 @@ def saved(run: str | Path) -> list[Path]:
     return [path for path in sorted(steps, key=steps.__getitem__) if path.is_dir()]
 
 
+def last_kept(run: str | Path) -> str:
+    """Say which checkpoint training that has gone wrong leaves."""
+    found = saved(run)
+    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been saved yet"
+
+
 def newest_whole(run: str | Path) -> tuple[Path, str]:
     """Return the newest checkpoint that is whole, and a line that says so, with what is damaged in newer ones.
 

@@ -200,9 +200,9 @@ def _nearest_field(raw: Mapping[str, Any], name: str) -> str:
     first, dot, rest = name.partition(".")
     if near := nearest(first, SECTIONS) if dot else "":
         return near
-    from innerloop.train.training_arguments import LatentTrainingArguments  # slow to import
+    from innerloop.train.grpo_arguments import GrpoArguments  # slow to import
 
-    known = {field.name: f"--train.{field.name}" for field in reversed(fields(LatentTrainingArguments))}
+    known = {field.name: f"--train.{field.name}" for field in reversed(fields(GrpoArguments))}
     classes: list[tuple[str, type]] = []
     for part in (raw, *(raw.get("stages") or ())):
         for section, find in (("task", task_named), ("method", method_named)):

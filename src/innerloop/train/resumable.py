@@ -32,6 +32,11 @@ class ResumableTrainer(Trainer, ABC):
     def steps_per_epoch(self) -> int:
         """Return the number of optimizer steps in an epoch."""
 
+    @property
+    @abstractmethod
+    def is_good_enough(self) -> bool:
+        """Whether training may end before its last step."""
+
     @abstractmethod
     def _check_weights(self) -> None:
         """Refuse to save weights that have gone wrong."""
@@ -96,7 +101,7 @@ class ResumableTrainer(Trainer, ABC):
     def _run_epoch(self, **given: Any) -> None:
         """Run an epoch; none where a run that had made its last step is resumed."""
         self._evaluate_what_is_due(given["trial"])
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.is_good_enough:
             super()._run_epoch(**given)
         else:
             self.control.should_training_stop = True

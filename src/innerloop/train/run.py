@@ -26,12 +26,13 @@ from innerloop.model import loading
 from innerloop.tasks.task import warn_of_overlap
 from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
+from innerloop.train.algorithms import arguments_of, trainer_for
 from innerloop.train.callbacks import Begun
 from innerloop.train.checkpoints import remove_interrupted, saved
 from innerloop.train.recipe import CONFIG, BackboneChoice, Recipe, load_recipe
 from innerloop.train.resumable import WRITTEN as OF_TRAINING
 from innerloop.train.trainer import LatentTrainer
-from innerloop.train.training_arguments import check_libraries, training_arguments
+from innerloop.train.training_arguments import check_libraries
 
 FINISHED = "finished"  # an empty file: this stage need not run again
 WRITTEN = (CONFIG, FINISHED, "stages", *OF_TRAINING)  # what a run writes into its folder
@@ -58,7 +59,7 @@ def run_recipe(
     stages = recipe.stages or (recipe,)
     is_begun = (out / CONFIG).exists()
     for stage in stages:
-        args = training_arguments(out, stage.train)  # wrong arguments are found before anything is trained or written
+        args = arguments_of(out, stage.train)  # wrong arguments are found before anything is trained or written
         check_libraries(args)
     with locked(out, () if is_begun else WRITTEN) if args.process_index == 0 else nullcontext():
         return _run_stages(recipe, stages, resume, callbacks)
@@ -108,13 +109,13 @@ def prepare_stage(
 
     A scratch backbone's tokenizer learns from ``words``, or without from the training examples.
     """
-    args = training_arguments(folder, stage.train)
+    args = arguments_of(folder, stage.train)
     backbone = stage.backbone
     if start is not None:
         backbone = replace(backbone, model=str(start), scratch=None)
     set_seed(args.seed)  # what the method and LoRA add is drawn too
     model = build(backbone, stage.method, train if words is None else words, args.seed)
-    return LatentTrainer(model, args, train, valid, stage.task, callbacks=callbacks)
+    return trainer_for(args)(model, args, train, valid, stage.task, callbacks=callbacks)
 
 
 def train_stage(trainer: LatentTrainer, resume: bool) -> bool:

@@ -26,6 +26,7 @@ from innerloop.errors import InputError
 from innerloop.measure.accuracy import accuracy_of, evaluate
 from innerloop.model import checkpoint, run_folder
 from innerloop.model.loading import load_lm
+from innerloop.model.teacher_cache import TeacherCache
 from innerloop.phases.phase import phase
 from innerloop.tasks import Task
 from innerloop.text.batch import Batch, added, collate
@@ -82,7 +83,8 @@ class LatentTrainer(ResumableTrainer):
             model.encoder = model.encoder.reading(task.running_text)
         if model.encoder.running_text:
             check_text(model, eval_dataset)
-        train, self.n_left_out = training_examples(model, train_dataset, args.max_length)
+        self.args = args
+        train, self.n_left_out = self._training_examples(model, train_dataset)
         valid = validation_examples(model, eval_dataset, task, args)
         check_libraries(args)
         model.loss_chunk = cast(AtOnce, args.loss_chunk)
@@ -92,17 +94,25 @@ class LatentTrainer(ResumableTrainer):
             data_collator=_as_they_are,
             train_dataset=train,  # type: ignore[arg-type]
             eval_dataset=valid,  # type: ignore[arg-type]
-            callbacks=[MetricsFile(), StopOnInterrupt(), *callbacks],
+            callbacks=[MetricsFile(), StopOnInterrupt(args.steps_together), *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
         self._measured: dict[str, tuple[Tensor, int]] = {}  # the sums of what is only reported, and of how many
         self._n_logged_steps: int | None = None  # set when the first step begins
-        self._taught = taught_states(model, train, args)
+        self._taught = self._taught_states(model, train)
         self._finite = torch.ones((), dtype=torch.bool, device=args.device)
 
     # Data: examples become rows when their step begins.
+
+    def _training_examples(self, model: LatentModel, source: Any) -> tuple[list[Example], int]:
+        """Return the examples that are trained on, and how many are left out."""
+        return training_examples(model, source, self.args.max_length)
+
+    def _taught_states(self, model: LatentModel, examples: Sequence[Example]) -> TeacherCache | None:
+        """Return the teacher's states on disk, if they are wanted there."""
+        return taught_states(model, examples, self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Return the order of the examples; with train_sampling_strategy=group_by_length like lengths go together."""
@@ -252,7 +262,7 @@ class LatentTrainer(ResumableTrainer):
             logs |= self._means()
             if self.model.method.last_stage:
                 logs["stage"] = self.stage_at(max(self.state.global_step - 1, 0))
-            self._check_health(logs.get("loss_masked", logs["loss_answer"]))
+            self._check_health(self._loss_of_text(logs))
         super().log(logs, start_time)
 
     def _means(self) -> dict[str, float]:
@@ -274,13 +284,16 @@ class LatentTrainer(ResumableTrainer):
             logs |= {f"{name}_{i}" if len(means) > 1 else name: mean for i, mean in enumerate(means, 1)}
         return logs
 
+    def _loss_of_text(self, logs: dict[str, float]) -> float | None:
+        """Return the mean loss of written tokens, which guessing has a value for."""
+        return logs.get("loss_masked", logs["loss_answer"])
+
     def _check_health(self, loss: float | None = None) -> None:
         finite = bool(self._finite) and (loss is None or math.isfinite(loss))
         guess = math.log(self.model.backbone.config.vocab_size)  # other terms have other scales
         if finite and (loss is None or loss <= DIVERGED * guess):
             return
-        saved = checkpoints.saved(self.args.output_dir)
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        kept = checkpoints.last_kept(self.args.output_dir)
         what = "is not a finite number" if not finite else f"of text is {loss:.3g}, far above guessing ({guess:.3g})"
         raise DivergedError(
             f"training stopped at step {self.state.global_step}: the loss {what}; {kept}; "
@@ -309,6 +322,7 @@ class LatentTrainer(ResumableTrainer):
         if stage == self.model.method.last_stage:
             self._keep_if_best(accuracy, stage)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_training_stop |= self.is_good_enough
         return metrics
 
     def _kept_validation(self) -> dict[str, Any] | None:
@@ -339,7 +353,13 @@ class LatentTrainer(ResumableTrainer):
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended training early."""
-        return self.state.global_step < self.state.max_steps
+        return self.state.global_step < self.state.max_steps and not self.is_good_enough
+
+    @property
+    def is_good_enough(self) -> bool:
+        """Whether a validation was accurate enough to end training."""
+        wanted = self.args.stop_at_accuracy
+        return wanted is not None and any(log.get("eval_accuracy", 0) >= wanted for log in self.state.log_history)
 
     def _check_weights(self) -> None:
         self._finite &= torch.stack([torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad]).all()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
@@ -68,12 +68,14 @@ class LatentTrainingArguments(Checked, TrainingArguments):
     """transformers' TrainingArguments with the field's usual defaults, and a few of our own.
 
     Args:
+        algorithm: how to learn: supervised, or grpo, which has fields of its own.
         batch_size: examples per device and forward pass.
         parts_learning_rate: of what the method adds to the backbone (loop, LoRA, time, gates); None: learning_rate.
         unfreeze_after: with a frozen backbone, train all of it from this step on; None: never.
         loss_norm: divide the loss by the supervised tokens of the global batch, or of each micro-batch.
         max_length: leave out examples longer than this many positions (counted); None: refuse them.
         eval_limit: validation examples to answer at each evaluation.
+        stop_at_accuracy: end training at the first validation that is so accurate; None: go on to the end.
         max_new_tokens: the most tokens to write per validation example; None: as the task says.
         teacher_cache: file for the teacher's states, computed once before training and read from then on; None: the
             teacher is run in every step.
@@ -94,6 +96,7 @@ class LatentTrainingArguments(Checked, TrainingArguments):
     disable_tqdm: bool | None = field(default=True)
     dataloader_pin_memory: bool = field(default=False)  # examples are laid out later; there is no tensor to pin
 
+    algorithm: Literal["supervised"] = field(default="supervised", metadata={"help": "how to learn"})
     batch_size: Count = field(default=32, metadata={"help": "examples per device and forward pass"})
     parts_learning_rate: Weight | None = field(
         default=None, metadata={"help": "learning rate of the method's own parts"}
@@ -104,6 +107,7 @@ class LatentTrainingArguments(Checked, TrainingArguments):
     loss_norm: Literal["global", "micro"] = field(default="global", metadata={"help": "what the loss is the mean over"})
     max_length: Count | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
     eval_limit: Count = field(default=200, metadata={"help": "validation examples to answer at each evaluation"})
+    stop_at_accuracy: Share | None = field(default=None, metadata={"help": "validation accuracy to end training at"})
     max_new_tokens: Count | None = field(default=None, metadata={"help": "most tokens to write per validation example"})
     teacher_cache: str | None = field(default=None, metadata={"help": "file for the teacher's states"})
     loss_chunk: Count | Literal["fused"] | None = field(
@@ -117,7 +121,7 @@ class LatentTrainingArguments(Checked, TrainingArguments):
         return super().__new__(cls, *given, **named)
 
     def __post_init__(self) -> None:
-        for name, kind in argument_kinds().items():
+        for name, kind in argument_kinds(cast(Any, type(self))).items():
             fitted(name, getattr(self, name), kind)
         for name in LOOSE:
             value = getattr(self, name)
@@ -136,17 +140,31 @@ class LatentTrainingArguments(Checked, TrainingArguments):
                 "save_strategy is best, but metric_for_best_model does not say by what: name it, as accuracy",
             ),
             (
+                self.stop_at_accuracy is not None and self.eval_strategy == "no",
+                "stop_at_accuracy is of a validation: set eval_strategy to steps or epoch",
+            ),
+            (
                 self.use_liger_kernel,
                 "use_liger_kernel is called loss_chunk=fused here: it fuses the head with the loss",
             ),
         )
-        self.per_device_train_batch_size = self.batch_size
+        self.per_device_train_batch_size = self.questions_per_batch
         try:
             super(Checked, self).__post_init__()
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"these training arguments cannot be used: {' '.join(str(error).split())}") from error
         _check_loggers(self.report_to or ())
         self._check_schedule()
+
+    @property
+    def questions_per_batch(self) -> int:
+        """Examples that are drawn for one forward pass."""
+        return self.batch_size
+
+    @property
+    def steps_together(self) -> int:
+        """Optimizer steps between two places at which training may be cut."""
+        return 1
 
     def _check_schedule(self) -> None:
         """Refuse a schedule of the learning rate that lacks what it needs, or is given what it does not know."""
@@ -166,15 +184,17 @@ class LatentTrainingArguments(Checked, TrainingArguments):
 
 
 @cache
-def argument_kinds() -> dict[str, Any]:
+def argument_kinds(cls: Any = LatentTrainingArguments) -> dict[str, Any]:
     """Return what each training argument may be."""
-    kinds = {**kinds_of(LatentTrainingArguments), **INHERITED}
+    kinds = {**kinds_of(cls), **INHERITED}
     return {name: kind for name, kind in kinds.items() if name not in (*LOOSE, BATCH_SIZE)}
 
 
-def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> LatentTrainingArguments:
+def training_arguments(
+    output_dir: str | Path, settings: dict[str, Any], cls: type[LatentTrainingArguments] = LatentTrainingArguments
+) -> LatentTrainingArguments:
     """Make training arguments from a recipe's ``train:`` section, naming the nearest field for an unknown one."""
-    known, values = {f.name: f for f in fields(LatentTrainingArguments) if f.init}, dict[str, Any]()
+    known, values = {f.name: f for f in fields(cls) if f.init}, dict[str, Any]()
     for name, value in settings.items():
         if name not in known:
             raise InputError(f"train.{name} is not a training argument{nearest(str(name), known)}")
@@ -184,10 +204,10 @@ def training_arguments(output_dir: str | Path, settings: dict[str, Any]) -> Late
             raise InputError(f"train.{BATCH_SIZE} is called train.batch_size here")
         if name.endswith("_strategy") and value is False:
             value = "no"  # what YAML makes of a bare no
-        found = fitted(f"train.{name}", value, argument_kinds().get(name, Any), is_text=True)
+        found = fitted(f"train.{name}", value, argument_kinds(cast(Any, cls)).get(name, Any), is_text=True)
         is_whole = isinstance(found, float) and isinstance(known[name].default, int) and found == int(found)
         values[name] = int(found) if is_whole else found
-    return LatentTrainingArguments(output_dir=str(output_dir), **values)
+    return cls(output_dir=str(output_dir), **values)
 
 
 def _check_loggers(names: str | Sequence[str]) -> None:
