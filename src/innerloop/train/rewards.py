@@ -19,8 +19,7 @@ from torch import Tensor
 from innerloop.engine.rollouts import Rollout
 from innerloop.errors import InputError, nearest
 from innerloop.tasks import Task
-from innerloop.text.encoder import ANSWER_PREFIX
-from innerloop.text.examples import Example
+from innerloop.text.examples import ANSWER_PREFIX, Example
 
 Reward = Callable[..., Sequence[float | None]]
 MARK = ANSWER_PREFIX.strip()
