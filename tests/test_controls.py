@@ -13,7 +13,7 @@ from innerloop.errors import InputError
 from innerloop.loop.hooks import hooked
 from innerloop.measure.accuracy import Prediction, evaluate
 from innerloop.measure.control_verdict import Controls, Effect
-from innerloop.measure.controls import _effect, _following, controls
+from innerloop.measure.controls import controls, effect_of, following
 from innerloop.measure.latents import Recorder, Replacement
 from innerloop.measure.statistics import verdict
 from innerloop.measure.subject import Subject
@@ -134,7 +134,7 @@ def test_answers_that_follow_the_latents_are_seen_to_even_where_they_are_wrong()
     found = controls(Subject(model, TASK, wrong))
     assert found.kind == "carried" and "The answers come from the latents, right or wrong." in found.sentence
     right, none = evaluate(model, TASK, examples), evaluate(model, TASK, examples, loops=0)
-    gain = _effect(right, none, 0)  # an effect that helps
+    gain = effect_of(right, none, 0)  # an effect that helps
     assert not gain.costs and "gains 90.0 points" in gain.sentence("Thinking")
 
 
@@ -160,10 +160,10 @@ def judged(answers: str, shuffled: str, hidden: str, gold: str) -> str:
         return [Prediction(str(i), "", f"### {a}", a, g, a == g, Cost()) for i, (a, g) in rows]
 
     plain, changed = predicted(answers), predicted(shuffled)
-    share, p = _following(changed, plain, [*plain[1:], plain[0]], 0)
+    share, p = following(changed, plain, [*plain[1:], plain[0]], 0)
     effects = {
-        "shuffled": dataclasses.replace(_effect(changed, plain, 0), donor_answers=share, donor_p=p),
-        "hidden": _effect(predicted(hidden), plain, 0),
+        "shuffled": dataclasses.replace(effect_of(changed, plain, 0), donor_answers=share, donor_p=p),
+        "hidden": effect_of(predicted(hidden), plain, 0),
     }
     commonest = max(Counter(gold).values()) / len(gold)
     return Controls(plain, commonest, n_latents=2, spread=1.0, effects=effects).kind

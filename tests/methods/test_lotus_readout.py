@@ -101,7 +101,7 @@ def test_without_gold_steps_or_another_method_nothing_is_claimed():
     assert model.generate(QUESTIONS[:1], max_new_tokens=1)[0].blocks == ()
     other = on("gpt2", Slr()).generate(QUESTIONS[:1], max_new_tokens=1, trace=True, steps=[("2",)])[0]
     assert other.blocks == () and other.trace.iterations
-    with pytest.raises(InputError, match="steps are of 1 questions, but 2 are asked"):
+    with pytest.raises(InputError, match="steps: of 1 questions, but 2 are asked"):
         model.generate(QUESTIONS[:2], steps=[()])
 
 

@@ -94,11 +94,16 @@ class Engine:
             yield from found
 
     def groups(
-        self, questions: Sequence[str], steps: Sequence[Sequence[str]] | None = None, strict: bool = True
+        self,
+        questions: Sequence[str],
+        steps: Sequence[Sequence[str]] | None = None,
+        strict: bool = True,
+        begun: Sequence[Sequence[str]] | None = None,
     ) -> Iterator[Answered]:
         """Yield what `run` yields, those together that were answered at once."""
-        if steps is not None and len(steps) != len(questions):
-            raise InputError(f"steps are of {len(steps)} questions, but {len(questions)} are asked")
+        for name, of_each in (("steps", steps), ("begun", begun)):
+            if of_each is not None and len(of_each) != len(questions):
+                raise InputError(f"{name}: of {len(of_each)} questions, but {len(questions)} are asked")
         if self.is_busy:
             raise InputError("this engine is still answering other questions; close that run first, or make another")
         self.is_busy, parts = True, list(self.model.modules())
@@ -107,7 +112,8 @@ class Engine:
             refused: Answered = []
             for i, question in enumerate(questions):
                 try:
-                    self.admit(i, question, () if steps is None else steps[i])
+                    known = () if steps is None else steps[i]
+                    self.admit(i, question, known, None if begun is None else begun[i])
                 except Exception as error:  # a tokenizer names no errors of its own
                     if strict:
                         raise
@@ -125,14 +131,17 @@ class Engine:
             self._reset()
             self.is_busy = False
 
-    def admit(self, index: int, question: str, steps: Sequence[str] = ()) -> None:
+    def admit(self, index: int, question: str, steps: Sequence[str] = (), begun: Sequence[str] | None = None) -> None:
         """Take in a question, whose samples wait from now on; ``steps`` are the gold ones, where known.
+
+        An answer goes on from what it has ``begun`` with.
 
         Raises:
             InputError: it cannot be answered. A tokenizer may raise errors of its own.
         """
         options = self.options
-        row, blocks = lay_out(self.model, question, options.stage, options.loops, steps if options.trace else None)
+        shown = steps if options.trace else None
+        row, blocks = lay_out(self.model, question, options.stage, options.loops, shown, begun)
         budget = self._budget(row)
         most, limit = self.most_positions(row, budget), options.max_positions
         if limit is not None and most > limit:

@@ -27,6 +27,7 @@ def generate(
     questions: Annotated[Sequence[str], ONE_BY_ONE],
     *,
     steps: Sequence[Sequence[str]] | None = None,
+    begun: Sequence[Sequence[str]] | None = None,
     progress: Callable[[int], None] | None = None,
     strict: bool = True,
     **options: Unpack[Answering],
@@ -37,6 +38,8 @@ def generate(
         model: the model; it is put into evaluation mode for the time being.
         questions: the questions.
         steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
+        begun: what each answer has begun with and goes on from: steps as if it had written them, and the mark ``###``
+            last where the answer is to come at once. It is not told again in what is written.
         progress: called with the number of questions answered since the last call.
         strict: refuse them all if one cannot be answered (it is too long, empty, no text, or does not fit into memory
             or ``max_positions`` by itself); otherwise that one alone fails, with its reason in ``error``.
@@ -48,7 +51,7 @@ def generate(
     else:
         engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
     results: list[Generation | None] = [None] * (chosen.n_answers * len(questions))
-    for found in engine.groups(questions, steps, strict):
+    for found in engine.groups(questions, steps, strict, begun):
         for index, generation in found:
             results[index] = generation
         if progress is not None and found:

@@ -32,6 +32,7 @@ class LatentModel(LatentCore):
         questions: Annotated[Sequence[str], ONE_BY_ONE],
         *,
         steps: Sequence[Sequence[str]] | None = None,
+        begun: Sequence[Sequence[str]] | None = None,
         progress: Callable[[int], None] | None = None,
         strict: bool = True,
         **options: Unpack[Answering],
@@ -41,13 +42,15 @@ class LatentModel(LatentCore):
         Args:
             questions: the questions.
             steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
+            begun: what each answer has begun with and goes on from: steps, and ``###`` last where the answer is to come
+                at once.
             progress: called with the number of questions answered since the last call.
             strict: refuse them all if one cannot be answered; otherwise that one alone fails, with its reason in
                 ``error``.
             options: max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions, samples, beams,
                 likelihoods and replayable; see `innerloop.engine.options.EngineOptions`.
         """
-        return generate(self, questions, steps=steps, progress=progress, strict=strict, **options)
+        return generate(self, questions, steps=steps, begun=begun, progress=progress, strict=strict, **options)
 
     @classmethod
     @checked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from innerloop.errors import InputError, refuse
 from innerloop.loop.trace import Trace
@@ -95,12 +95,17 @@ class Request:
 
 
 def lay_out(
-    model: LatentCore, question: str, stage: int | None, loops: int | None, steps: Sequence[str] | None
+    model: LatentCore,
+    question: str,
+    stage: int | None,
+    loops: int | None,
+    steps: Sequence[str] | None,
+    begun: Sequence[str] | None = None,
 ) -> tuple[Row, Sequence[ShownBlock]]:
     """Lay out a question, and the blocks of latents that show its steps; ``steps`` are None where nobody looks.
 
     Raises:
-        InputError: it is no text, is empty, or leaves no room for an answer.
+        InputError: it is no text, is empty, or leaves no room for an answer; or no answer of the method can have begun.
     """
     if not isinstance(question, str):
         raise InputError(f"a question is text, but this one is a {type(question).__name__}: {str(question)[:40]}")
@@ -113,6 +118,9 @@ def lay_out(
             f"the question holds characters that no encoding has ({error.reason}); take them out"
         ) from None
     (row,) = model.prompts([question], stage, loops)
+    if begun is not None:
+        check_begun(model, row)
+        row = replace(row, prefix=[*row.spans, *model.encoder.begun(begun)], suffix=[])
     check_length(model, question, row)
     return row, () if steps is None else model.shown_blocks([row], [steps], loops)[0]
 
@@ -127,6 +135,18 @@ def check_starts(model: LatentCore, row: Row, block: Block | None) -> None:
             f"several starts are for latents that are refined together before the answer, which '{method.name}' with "
             "these settings does not do: leave starts out",
         )
+    )
+
+
+def check_begun(model: LatentCore, row: Row) -> None:
+    """Refuse rows whose answers cannot go on from what they have begun with: those of one batch end alike."""
+    method, name = model.method, model.method.name
+    refuse(
+        (method.family == "denoise", f"'{name}' fills a canvas, which does not begin at its left: leave begun out"),
+        (bool(row.region) or row.next is not None, f"'{name}' thinks before it writes: leave begun out"),
+        (model.block() is not None, f"'{name}' opens latents between what it writes: leave begun out"),
+        (method.decoder.kind != "lm_head", f"'{name}' answers by a decoder of its own: leave begun out"),
+        (model.encoder.running_text, "running text goes on as it is: add what it has begun with to the question"),
     )
 
 

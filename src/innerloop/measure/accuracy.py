@@ -14,6 +14,7 @@ import torch
 from innerloop.checks.arguments import checked
 from innerloop.checks.values import Count, Loops, Seed
 from innerloop.decoder.cost import Cost, mean_cost, total_cost
+from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.options import Many
 from innerloop.engine.test_time import ONCE, TestTimeCompute
@@ -59,6 +60,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     attempts: TestTimeCompute = ONCE,
     seed: Seed = 0,
+    begun: Sequence[Sequence[str]] | None = None,
 ) -> list[Prediction]:
     """Answer examples, by default greedily, and check the answers.
 
@@ -73,6 +75,7 @@ def evaluate(
         progress: called with the number of examples answered since the last call.
         attempts: how often each is tried, and which answer counts.
         seed: of what is drawn.
+        begun: what each answer has begun with, and is told to begin with: see `innerloop.engine.generate`.
 
     Raises:
         InputError: the task is running text, or not one example could be answered.
@@ -91,30 +94,39 @@ def evaluate(
         batch_size=batch_size,
         stage=stage,
         loops=loops,
+        begun=begun,
         strict=False,
     )
+    if begun is not None:
+        mark = model.encoder.wording.mark
+        found = [
+            [replace(one, text=_joined(texts, mark) + one.text) for one in tried] for texts, tried in zip(begun, found)
+        ]
     if found and all(one.error is not None for tried in found for one in tried):
         raise InputError(f"not one example could be answered: {found[0][0].error}")
-    predictions = []
-    for example, tried in zip(examples, found):
-        generation, samples = attempts.choose(task, tried)
-        predicted = task.extract(generation.text)
-        correct = predicted is not None and task.compare(predicted, example.answer)
-        predictions.append(
-            Prediction(
-                example.id,
-                example.question,
-                generation.text,
-                predicted,
-                example.answer,
-                correct is True,
-                total_cost([one.cost for one in tried]) if len(tried) > 1 else generation.cost,
-                generation.error,
-                samples if len(tried) > 1 else None,
-                correct is None,
-            )
-        )
-    return predictions
+    return [_predicted(task, example, tried, attempts) for example, tried in zip(examples, found)]
+
+
+def _predicted(task: Task, example: Example, tried: Sequence[Generation], attempts: TestTimeCompute) -> Prediction:
+    generation, samples = attempts.choose(task, tried)
+    predicted = task.extract(generation.text)
+    correct = predicted is not None and task.compare(predicted, example.answer)
+    return Prediction(
+        example.id,
+        example.question,
+        generation.text,
+        predicted,
+        example.answer,
+        correct is True,
+        total_cost([one.cost for one in tried]) if len(tried) > 1 else generation.cost,
+        generation.error,
+        samples if len(tried) > 1 else None,
+        correct is None,
+    )
+
+
+def _joined(begun: Sequence[str], mark: str) -> str:
+    return "".join(f"{text} " if text == mark else f"{text}\n" for text in begun)
 
 
 def answered(examples: Sequence[Example], predictions: Sequence[Prediction]) -> tuple[list[Example], list[Prediction]]:

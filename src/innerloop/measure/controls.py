@@ -54,17 +54,17 @@ def controls(subject: Subject) -> Controls:
     def effect(name: str, edit: Replacement | None = None, loops: int | None = None) -> Effect:
         def measure() -> Effect:
             edited = subject.answer(edits()[name] if name in names else edit, loops)
-            found = _effect(edited, unedited, subject.seed)
+            found = effect_of(edited, unedited, subject.seed)
             if name != "shuffled":
                 return found
             plain = dict(zip(subject.keys, unedited))
             donors = [plain[subject.donors[key]] for key in subject.keys]
-            share, p = _following(edited, unedited, donors, subject.seed)
+            share, p = following(edited, unedited, donors, subject.seed)
             return replace(found, donor_answers=share, donor_p=p)
 
         return subject.cache.value(Effect, name, measure)
 
-    nothing = _effect(unedited, unedited, subject.seed)
+    nothing = effect_of(unedited, unedited, subject.seed)
     found.effects = {name: effect(name) for name in names}
     found.loops = {t: nothing if t == trained else effect(f"loops {t}", loops=t) for t in loops}
     found.kept = {k: effect(f"kept {k}", Replacement(kept=k)) for k in kept}
@@ -73,7 +73,8 @@ def controls(subject: Subject) -> Controls:
     return found
 
 
-def _effect(edited: Sequence[Prediction], unedited: Sequence[Prediction], seed: int) -> Effect:
+def effect_of(edited: Sequence[Prediction], unedited: Sequence[Prediction], seed: int) -> Effect:
+    """Compare answers after an edit with those of the same questions without."""
     names, n = ("the edited run", "the unedited run"), max(len(edited), 1)
     compared = verdict([p.correct for p in edited], [p.correct for p in unedited], names, seed)
     same = sum(same_answer(a, b) for a, b in zip(edited, unedited, strict=True)) / n
@@ -82,7 +83,7 @@ def _effect(edited: Sequence[Prediction], unedited: Sequence[Prediction], seed: 
     return Effect(compared, same, agreement=(same - by_chance) / (1 - by_chance) if by_chance < 1 else 0.0)
 
 
-def _following(
+def following(
     edited: Sequence[Prediction], unedited: Sequence[Prediction], donors: Sequence[Prediction], seed: int
 ) -> tuple[float | None, float]:
     """Return how many answers become the donor's where that is another, and the p-value of a permutation test.

@@ -31,6 +31,7 @@ from innerloop.measure.controls import controls
 from innerloop.measure.latents import keys_of, unseen
 from innerloop.measure.stability import Spread, Stability, check_loop, stability
 from innerloop.measure.subject import Subject
+from innerloop.measure.written import WrittenSteps, writes_steps, written_steps
 from innerloop.tasks import Task
 from innerloop.terminal.progress import bar
 from innerloop.terminal.wide_table import Bands
@@ -75,7 +76,11 @@ class Measurement:
     def _controls(self) -> dict[str, Any]:
         with self._telling("controls"):
             found = controls(self.subject)
-        return self._show(controls_view(found), "controls.json", {"n": len(self.subject.examples)} | found.as_dict())
+            steps = written_steps(self.subject) if writes_steps(self.subject.model) else None
+        views, report = [controls_view(found)], {"n": len(self.subject.examples)} | found.as_dict()
+        if steps is not None:
+            views, report = [*views, steps_view(steps)], report | {"written_steps": steps.as_dict()}
+        return self._show(Group(*views), "controls.json", report)
 
     def _stability(self) -> None:
         of, n = self.subject, len(self.subject.examples)
@@ -193,6 +198,16 @@ def controls_view(found: Controls) -> RenderableType:
     if found.kind != "none":
         lines += [f"left out: {one['control'].replace('_', ' ')}; {one['why']}" for one in report["left_out"]]
     return Group(*parts, Text("\n".join(lines)))
+
+
+def steps_view(found: WrittenSteps) -> RenderableType:
+    """Return what written steps do as a table, and in words."""
+    report, numbers = found.as_dict(), ("accuracy", "95 %", "change", "95 %", "p", "same answers")
+    rows = [(f"{float(share):.0%} of its steps", *_cells(one)) for share, one in report["early"].items()]
+    rows += [("a wrong step, and more", *_cells(report["mistaken"]))]
+    rows += [("another's steps", *_cells(report["exchanged"]))]
+    title = f"are the written steps used? (n = {found.n}, {found.n_steps:.1f} steps)"
+    return Group(_table(title, ("answered after", *numbers), rows, n_left=1), Text(found.sentence))
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 0) -> Table:

@@ -99,10 +99,15 @@ class Subject:
         """Tell how many answers the parts that are not known yet will take."""
         self.planned(len(self.cache.missing(names)) * len(self.rows[0]))
 
-    def answer(self, edit: Replacement | None = None, loops: int | None = None) -> list[Prediction]:
-        """Answer the examples by the ordinary engine, with an edit if there is one."""
+    def answer(
+        self,
+        edit: Replacement | None = None,
+        loops: int | None = None,
+        begun: Sequence[Sequence[str]] | None = None,
+    ) -> list[Prediction]:
+        """Answer the examples by the ordinary engine, with an edit, or going on from what was begun."""
         with nullcontext() if edit is None else hooked(self.model.loop, edit):
-            return self._evaluate(self.rows[0], loops=loops, progress=self.progress)
+            return self._evaluate(self.rows[0], loops=loops, begun=begun, progress=self.progress)
 
     @torch.no_grad()
     def record(self, examples: Sequence[Example], then: Callable[[Thought], None] = lambda thought: None) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from innerloop.errors import InputError, InputNote
@@ -90,6 +91,18 @@ class PromptEncoder:
     def answer_prefix_ids(self) -> tuple[int, ...]:
         """Encode what every answer begins with."""
         return () if self.running_text else self._ids(self.wording.mark, special=False)
+
+    def begun(self, texts: Sequence[str]) -> list[Span]:
+        """Encode what an answer has begun with: steps, and at most the mark of the answer, which ends them.
+
+        Raises:
+            InputError: something comes after the mark.
+        """
+        if self.wording.mark in texts[:-1]:
+            raise InputError(f"an answer that has begun ends with {self.wording.mark}, where it holds that")
+        is_marked = bool(texts) and texts[-1] == self.wording.mark
+        steps = [self.step(text, i) for i, text in enumerate(texts[:-1] if is_marked else texts)]
+        return [*steps, Span(self.answer_prefix_ids(), Kind.ANSWER)] if is_marked else steps
 
     def aux_target(self, text: str) -> tuple[int, ...]:
         """Encode what an auxiliary decoder must tell, with the end of sequence; nothing for no text."""
