@@ -66,3 +66,21 @@ def check_thoughts(model: LatentModel, begin: Callable[[list[int]], Tensor], sta
     assert_close(found, expected, TOLERANCE)
     assert [one.ids for one in model.generate(QUESTIONS, max_new_tokens=8)] == answers
     assert [model.generate([question], max_new_tokens=8)[0].ids for question in QUESTIONS] == answers
+
+
+@torch.no_grad()
+def check_decoder(model: LatentModel, slow: Slow) -> None:
+    """Compare logits of answers and greedy answers of a model that only writes with those of a slow one."""
+    examples = [Example(question, (), answer) for question, answer in zip(QUESTIONS, ANSWERS)]
+    end, expected, answers = model.encoder.eos_id, [], []
+    for row in model.rows(examples):
+        asked = [i for span in row.prefix for i in span.ids]
+        written = [i for span in row.suffix for i in span.ids]
+        expected.append(slow([*asked, *written])[len(asked) - 1 : -1])
+        ids: list[int] = []
+        while len(ids) < 8 and end not in ids:
+            ids.append(int(slow([*asked, *ids])[-1].argmax()))
+        answers.append(ids)
+    assert_close(model.answer_logits(examples), expected, TOLERANCE)
+    assert [one.ids for one in model.generate(QUESTIONS, max_new_tokens=8)] == answers
+    assert [model.generate([question], max_new_tokens=8)[0].ids for question in QUESTIONS] == answers

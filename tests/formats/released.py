@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.formats import authors, authors_latent
+from tests.formats import authors, authors_depth, authors_latent
 
 RELEASED = {
     "LLaDA-8B": authors.llada,
@@ -20,6 +20,10 @@ RELEASED = {
     "SIM_COT-GPT2-CODI": authors_latent.simcot_codi,
     "SIM_COT-GPT2-Coconut": authors_latent.simcot_coconut,
     "gsm-lotus-llama3b": authors_latent.lotus,
+    "Ouro-1.4B": authors_depth.ouro,
+    "huginn-0125": authors_depth.huginn,
+    "ParScale-1.8B-P2": authors_depth.parscale,
+    "TaH-plus-1.7B": authors_depth.tah,
 }
 
 

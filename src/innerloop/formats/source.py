@@ -31,6 +31,7 @@ class Source:
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
         self.name = folder.resolve().name if name is None else name
+        self.pickles: list[str] = []  # that have been read
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -74,11 +75,6 @@ class Source:
         numbered = [path for path in self.folder.glob("checkpoint_*") if path.name[11:].isdigit() and path.is_file()]
         return sorted(numbered, key=lambda path: int(path.name[11:]))[-1:]  # Coconut's code counts epochs so
 
-    @property
-    def pickles(self) -> list[str]:
-        """The names of the files of weights that are pickles."""
-        return [path.name for path in self.weight_files if path.suffix != ".safetensors"]
-
     def mentions(self, *beginnings: str) -> bool:
         """Tell whether tensors with each of some beginnings of names are there; of pickles, by their letters alone."""
         heads = [_letters(path) for path in self.weight_files]
@@ -92,7 +88,33 @@ class Source:
         """
         if not self.weight_files:
             raise InputError(f"{self.folder} holds no {' or '.join(WEIGHTS)}: copy the weights there")
-        return {name: tensor for path in self.weight_files for name, tensor in read_tensors(path).items()}
+        return {name: tensor for path in self.weight_files for name, tensor in self.tensors_in(path).items()}
+
+    def tensors_in(self, path: Path) -> dict[str, Tensor]:
+        """Return the tensors of one file."""
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
+        import torch
+
+        found = self.unpickled(path)
+        if not isinstance(found, dict) or not all(isinstance(one, torch.Tensor) for one in found.values()):
+            raise InputError(
+                f"{path} is a pickle that holds more than tensors by name: ask for the weights as safetensors"
+            )
+        return found
+
+    def unpickled(self, path: Path) -> Any:
+        """Return what a pickle holds, of which nothing but tensors, numbers, text and lists of them is made."""
+        import torch
+
+        self.pickles.append(path.name)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged or malicious file leads to
+            raise InputError(
+                f"{path} is a pickle that cannot be read as tensors alone ({type(error).__name__}), and nothing in it "
+                "was run: ask for the weights as safetensors"
+            ) from None
 
 
 def _letters(path: Path) -> bytes:
@@ -108,25 +130,12 @@ def _letters(path: Path) -> bytes:
         return path.read_bytes()[:LONGEST_HEAD] if path.is_file() else b""
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file; of a pickle, nothing but tensors is made."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read {path}: {str(error).partition(chr(10))[0]}") from None
-    import torch
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or malicious file leads to
-        raise InputError(
-            f"{path} is a pickle that cannot be read as tensors alone ({type(error).__name__}), and nothing in it was "
-            "run: ask for the weights as safetensors"
-        ) from None
-    if not isinstance(found, dict) or not all(isinstance(one, torch.Tensor) for one in found.values()):
-        raise InputError(f"{path} is a pickle that holds more than tensors by name: ask for the weights as safetensors")
-    return found
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {str(error).partition(chr(10))[0]}") from None

@@ -6,13 +6,13 @@ import copy
 import json
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,11 +38,10 @@ from innerloop.model.checkpoint import (
     first_line,
     load_parts,
     method_settings,
-    put_parts,
     without_bars,
     without_words,
 )
-from innerloop.model.released import fill, open_released
+from innerloop.model.released import Found, fill, open_released
 from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
@@ -141,24 +140,6 @@ def load(
     assert isinstance(model, nn.Module)
     model.to(place).eval()
     return model
-
-
-@dataclass(frozen=True)
-class Found:
-    """What lies at a path: a decoder with its tokenizer, and of a run or a released model what innerloop.json says."""
-
-    lm: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    saved: Mapping[str, Any] | None
-    parts: Mapping[str, Tensor] | None = None  # None: they lie in innerloop.safetensors
-
-    def put_parts(self, model: Stored, path: str | Path, strict: bool) -> None:
-        """Give a model the parts of its method."""
-        if self.parts is None:
-            load_parts(model, Path(path), strict)
-        else:  # nobody else's weights have what the loop measures of the embeddings
-            measured = dict(nn.ModuleDict(model.trained_modules()).named_buffers())
-            put_parts(model, {**measured, **self.parts}, path, strict)
 
 
 def _find(path: str | Path, needs_method: bool, dtype: torch.dtype | str, trust_remote_code: bool, hub: Hub) -> Found:

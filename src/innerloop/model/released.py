@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from innerloop.errors import InputError, InputNote, few
 from innerloop.formats.opened import Opened
 from innerloop.formats.recognise import released
-from innerloop.model.checkpoint import check_finite, without_bars, without_words
+from innerloop.model.checkpoint import Stored, check_finite, load_parts, put_parts, without_bars, without_words
 
 SIZED = ("revision", "token", "cache_dir", "local_files_only")  # what finding a Hub model is told
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at a path: a decoder with its tokenizer, and of a run or a released model what innerloop.json says."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    saved: Mapping[str, Any] | None
+    parts: Mapping[str, Tensor] | None = None  # None: they lie in innerloop.safetensors
+
+    def put_parts(self, model: Stored, path: str | Path, strict: bool) -> None:
+        """Give a model the parts of its method."""
+        if self.parts is None:
+            load_parts(model, Path(path), strict)
+        else:  # what the loop measures of the embeddings is ours; a gate that nobody asks for is left out
+            modules = nn.ModuleDict(model.trained_modules())
+            known = {**dict(modules.named_buffers()), **self.parts}
+            put_parts(model, {name: known[name] for name in modules.state_dict() if name in known}, path, strict)
 
 
 def open_released(path: str | Path, hub: dict[str, Any]) -> Opened | None:

@@ -42,6 +42,7 @@ class BlockLoop(DepthMethod):
     max_loops: SomeLoops
     loop_sampling: LoopSampling = "fixed"
     input_injection: bool = False
+    sandwich: bool = False
     kv_missing: KvMissing = "share_step"
     kv_share: KvShare = "none"
     loop: LoopSettings = BlockStates()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.block_loop import BlockLoop
 from innerloop.methods.depth.exits import exit_terms
 from innerloop.methods.depth.kv_sharing import SharedKv, stopped_earlier
+from innerloop.methods.depth.sandwich import SandwichNorms
 from innerloop.passes.loss_inputs import LossInputs, PassTerms
 from innerloop.passes.ragged import BlockPass, DepthForward, TokenPass
 from innerloop.passes.tokens import PassInput, PassOutput, Tokens, read_layers
@@ -38,6 +39,8 @@ class LoopedDepth(DepthForward):
         self.block = range(method.n_prelude, n - method.n_coda)
         self.coda = range(n - method.n_coda, n)
         self.gamma = nn.Parameter(torch.zeros(())) if method.input_injection else None
+        self.norms = SandwichNorms(backbone, "outputs") if method.sandwich else None
+        self.is_normed = method.loop.site == "post_norm"
         if loop.lora is not None:
             loop.lora.keep_layers(self.block)
         if method.exits.gate == "improvement":
@@ -57,16 +60,23 @@ class LoopedDepth(DepthForward):
 
     def read_out(self, states: Tensor) -> Tensor:
         """Return the logits that what an iteration gives back shows."""
-        return self.backbone.head(self.backbone.norm(states))
+        return self.backbone.head(states if self.is_normed else self.backbone.norm(states))
 
     def leave(self, reading: PassInput, state_BLD: Tensor, key: Hashable = "coda") -> Tensor:
         """Return the states after coda and final norm."""
         if self.coda:
             state_BLD = self.run(reading, reading.tokens.with_states(state_BLD), self.coda, key)
+        elif self.is_normed and reading.loops != 0:
+            return state_BLD
         return self.backbone.norm(state_BLD)
 
     def forward(self, reading: PassInput) -> PassOutput:
-        """Make one pass; where tokens may stop by themselves, each goes its own number of times round."""
+        """Make one pass."""
+        with nullcontext() if self.norms is None else self.norms.on():
+            return self.go_round(reading)
+
+    def go_round(self, reading: PassInput) -> PassOutput:
+        """Run the loop; where tokens may stop by themselves, each goes its own number of times round."""
         tokens, method = reading.tokens, self.method
         n_loops = method.max_loops if reading.loops is None else reading.loops
         if self.prelude:
@@ -138,7 +148,7 @@ class LoopedPass(BlockPass):
         else:
             slot = self.reading.cache.slot(iteration, self.layers, self.reading.tokens.positions_RN)
             states = read_layers(depth.backbone, tokens, slot, self.also(tokens, iteration), cost_scope=cost_scope)
-        return states
+        return depth.backbone.norm(states) if depth.is_normed else states
 
     def also(self, tokens: Tokens, iteration: int) -> Sequence[Slot]:
         """Return further slots that are attended to."""

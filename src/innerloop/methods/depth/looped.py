@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from innerloop.checks.values import Natural, SomeLoops
-from innerloop.config.loop import AlphaLearn, BankKind, LoopSampling, ResidualKind, TimeKind
+from innerloop.config.loop import AlphaLearn, BankKind, LoopSampling, ResidualKind, Site, TimeKind
 from innerloop.config.losses import ExitSettings
 from innerloop.config.stopping import GATED, CommonStop
 from innerloop.errors import refuse
@@ -26,8 +26,9 @@ if TYPE_CHECKING:  # slow to import
 
 @dataclass(frozen=True)
 class LoopedLoop(BlockStates):
-    """How the block's output becomes its next input."""
+    """How the block's output becomes its next input: site=post_norm norms it first, as in Ouro."""
 
+    site: Site = "pre_norm"
     residual: ResidualKind = "none"
     alpha: float = 0.7
     alpha_learn: AlphaLearn = "fixed"
@@ -63,6 +64,7 @@ class Looped(BlockLoop):
         n_coda: layers after it.
         max_loops: L.
         loop_sampling: iterations of a training batch: L (fixed), uniform in 1..L, or log-normal Poisson around L.
+        sandwich: norms of what attention and MLP add to the state, as in Ouro.
         input_injection: learn gamma, by which the block's first input is added to that of every iteration.
         kv_missing: tokens that stopped earlier than another are not attended to in later iterations (restrict), or as
             they were in their last (share_step).
@@ -83,6 +85,7 @@ class Looped(BlockLoop):
     max_loops: SomeLoops = 2
     loop_sampling: LoopSampling = "fixed"
     input_injection: bool = False
+    sandwich: bool = False
     kv_missing: KvMissing = "share_step"
     kv_share: KvShare = "none"
     init: Literal["middle_dup", "first_k", "stepwise", "average"] = "middle_dup"

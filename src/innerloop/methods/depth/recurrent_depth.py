@@ -78,6 +78,7 @@ class RecurrentDepth(DepthMethod):
         state_seed: of s_0 when answering: it depends on this and the position; training draws it anew.
         chains_state: when answering, s_0 of a new token is the last state of the token before. Approximate: tokens read
             together begin with noise.
+        sandwich: norms of the sums of the state and what attention or MLP adds to it, as in Huginn.
         double_norm: the final norm also before the coda, as in Huginn; off: as in pretrained decoders made so.
         kv_lookup: which keys are found of tokens that ended before: their last (latest, exact), none (skip, exact), the
             last of all, even a later one (always_last, approximate; Huginn's code only where a token lacks its keys), m
@@ -106,6 +107,7 @@ class RecurrentDepth(DepthMethod):
     state_std: Weight | None = None
     state_seed: Seed = 0
     chains_state: bool = False
+    sandwich: bool = False
     double_norm: bool = False
     kv_lookup: LookupKind = "latest"
     kv_slots: SomeLoops | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +18,7 @@ from innerloop.loop.loop import InnerLoop
 from innerloop.methods.depth.initial_state import mean_cosine, noise_at
 from innerloop.methods.depth.key_lookup import ENDED, Lookup, LookupPass, LookupTokenPass
 from innerloop.methods.depth.recurrent_depth import SPLIT, AdapterInit, RecurrentDepth
+from innerloop.methods.depth.sandwich import SandwichNorms
 from innerloop.passes.ragged import DepthForward
 from innerloop.passes.tokens import PassInput, PassOutput, Tokens
 
@@ -50,6 +52,7 @@ class RecurrentDecoder(DepthForward):
         self.prelude, self.core = range(first), range(first, first + core)
         self.coda = range(first + core, first + core + last)
         self.adapter = make_adapter(method.adapter_init, backbone.width) if method.injection == "concat" else None
+        self.norms = SandwichNorms(backbone, "sums") if method.sandwich else None
         if loop.lora is not None:
             loop.lora.keep_layers(self.core)
 
@@ -58,7 +61,12 @@ class RecurrentDecoder(DepthForward):
         return ChainCache() if self.method.chains_state else DepthCache()
 
     def forward(self, reading: PassInput) -> PassOutput:
-        """Make one pass; where tokens may stop by themselves, each goes its own number of times round."""
+        """Make one pass."""
+        with nullcontext() if self.norms is None else self.norms.on():
+            return self.go_round(reading)
+
+    def go_round(self, reading: PassInput) -> PassOutput:
+        """Run the core; where tokens may stop by themselves, each goes its own number of times round."""
         tokens, method, limit = reading.tokens, self.method, reading.loops
         limit = method.max_loops if limit is None else limit
         told = self.run(reading, tokens, self.prelude, "prelude", inner=False)
