@@ -16,7 +16,7 @@ from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
 from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context
-from innerloop.text.encoder import ANSWER_PREFIX
+from innerloop.text.examples import ANSWER_PREFIX
 
 MARK = ANSWER_PREFIX.strip()
 NEVER = -1
