@@ -48,7 +48,7 @@ from innerloop.model.step_decoder import StepDecoder, aux_loss
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.halves import read_halves
-from innerloop.passes.hybrid import HybridFeed
+from innerloop.passes.hybrid import HybridFeed, as_fed
 from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.noised import noised
 from innerloop.passes.region import Masked, join
@@ -290,10 +290,8 @@ class LatentCore(RowLayout):
             context.read(*join(pending))
             context.next_position_B = context.next_position_B + batch.skipped_B
             pending, start = [], columns.start
-        written = self.backbone.embed(batch.ids_BS[:, columns])
-        if batch.fed is not None and self.hybrid is not None:
-            written = self.hybrid(written, batch.fed.latents_BLD, batch.fed.is_fed_BL)
-        embeds, mask = join([*pending, (written, mask)])
+        fed = as_fed(self.hybrid, batch.fed, self.backbone.embed(batch.ids_BS[:, columns]))
+        embeds, mask = join([*pending, (fed, mask)])
         follows = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets)
         options: dict[str, Any] = {"all_states": follows, "sees": self.method.plan.sees}
         if batch.is_noised:

@@ -130,6 +130,11 @@ class HybridFeed(nn.Module):
         return latents_RD.roll(1, 0) if hybrid.control == "swap" else latents_RD
 
 
+def as_fed(feed: HybridFeed | None, fed: Fed | None, embeds_BLD: Tensor) -> Tensor:
+    """Return what is fed in the place of tokens with some embeddings (B, L, D)."""
+    return embeds_BLD if feed is None or fed is None else feed(embeds_BLD, fed.latents_BLD, fed.is_fed_BL)
+
+
 def perturbed(
     shares_RK: Tensor, ids_RK: Tensor, p_RV: Tensor, ids_R: Tensor, drawn_RK: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
