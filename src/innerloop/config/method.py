@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 from innerloop.checks.settings import Checked, check_fields, kinds_of
 from innerloop.checks.values import fitted
 from innerloop.config.curriculum import Schedule
+from innerloop.config.hybrid import Hybrid
 from innerloop.config.loop import FixedPointSettings, LoopSettings
 from innerloop.config.losses import (
     AuxSettings,
@@ -225,6 +226,11 @@ class Method(Checked, ABC):
         """How much of a state, and of the words that it shows, is fed back (simcot.md, section 5)."""
         return 1.0, 0.0
 
+    @property
+    def hybrid(self) -> Hybrid | None:
+        """What is fed beside or instead of written tokens; None: nothing."""
+        return None
+
     def sampled(self, seed: str) -> Method:
         """Return the method as one training batch uses it: with its number of iterations drawn, if it draws one."""
         return self
@@ -290,6 +296,22 @@ def _changed(default: Any, changes: Mapping[str, Any], name: str) -> Any:
         else:
             fitted(f"{name}.{key}", value, kinds_of(default.__class__)[key])
     return replace(default, **made)
+
+
+class WritingMethod(Method):
+    """A method that writes all steps, then the answer: ``[Q][T_1]..[T_m][### A][eos]``."""
+
+    family: ClassVar[str] = "text"
+
+    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int = 0) -> Row:
+        """Return ``[Q] | | [T_1]..[T_m][### A][eos]``."""
+        row = self.prompt(example.question, encoder, stage)
+        row.suffix += [*encoder.steps(example), encoder.answer(example.answer)]
+        return row
+
+    def prompt(self, question: str, encoder: PromptEncoder, stage: int = 0) -> Row:
+        """Return ``[Q]``."""
+        return Row([encoder.question(question)])
 
 
 class LatentMethod(Method):

@@ -57,6 +57,8 @@ class Engine:
         options = options or EngineOptions()
         by_class = isinstance(model.decoder, Classifier)
         several = options.samples > 1 or options.beams > 1
+        searches = model.hybrid is not None and options.beams > 1
+        refuse((searches, f"'{model.method.name}' is fed more than a text, so beams cannot be compared: take one beam"))
         refuse((several and by_class, "this model answers by a class, and writes no text: take one sample, one beam"))
         model.method.stage_or_last(options.stage)
         self.model, self.options, self.batch_size = model, options, options.batch_size

@@ -34,6 +34,7 @@ class Generation:
             inside the model; empty for methods without.
         ids: the tokens written, the ends of sequence among them.
         log_likelihood: the sum of their log-probabilities ``log_probs``, where asked for; see `DecodeBatch.choose`.
+        fed: the latents (n, D) that were fed beside its first n tokens, where it is replayable and they are fed more.
         change: the mean relative change of the latents in their last iterations, where several starts were asked for.
         error: why nothing was written, where the question could not be answered.
     """
@@ -48,6 +49,7 @@ class Generation:
     ids: list[int] = field(default_factory=list)
     log_likelihood: float | None = None
     log_probs: list[float] = field(default_factory=list)
+    fed: Tensor | None = None
     change: float | None = None
     error: str | None = None
 
@@ -74,6 +76,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         tokens = token_names(model.tokenizer, [*request.row.ids(), *ids]) if own else []
         one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
         one.log_likelihood, one.log_probs, one.change = request.log_likelihood, request.log_probs, request.change
+        one.fed = torch.stack(request.fed[: len(ids) - 1]) if request.fed[: len(ids) - 1] else None
         results.append(traced(model, request, one))
     return results
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from innerloop.decoder.cost import CostMeter
 from innerloop.engine.decoding import DecodeBatch, LatentBlockBatch, RaggedDecodeBatch, SeparateDecoderBatch
 from innerloop.engine.generation import Generation, gold_of, read_last, traced
+from innerloop.engine.hybrid import HybridDecodeBatch
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
 from innerloop.engine.shared_prefix import begin, n_shared
@@ -145,6 +146,8 @@ class Prefill:
             return SeparateDecoderBatch(model, context, requests, model.memory(thought), ids_RS)
         if self.block is not None:
             return LatentBlockBatch(model, context, requests, self.block)
+        if model.hybrid is not None:
+            return HybridDecodeBatch(model, context, requests, self.options)
         return (RaggedDecodeBatch if model.depth is not None and model.depth.waits else DecodeBatch)(
             model, context, requests
         )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from numpy.random import Generator
+from torch import Tensor
+
 from innerloop.errors import InputError, refuse
 from innerloop.loop.trace import Trace
 from innerloop.model.model import LatentCore
@@ -34,6 +37,8 @@ class Request:
         n_latents: latents read while writing.
         log_probs: of each token that is written, where asked for, and ``log_likelihood``, of all.
         change: of its latents in their last iterations, where several starts are asked for.
+        said: the tokens that have been read, ``noise``, what draws its latents' noise, and ``fed``, those latents (D,),
+            where rows are fed more than tokens.
         record: the trace of its batch, and its row there.
         opened: the same of each block that it has opened while writing.
     """
@@ -55,6 +60,9 @@ class Request:
     log_probs: list[float] = field(default_factory=list)
     log_likelihood: float | None = None
     change: float | None = None
+    said: list[int] = field(default_factory=list)
+    noise: Generator | None = None
+    fed: list[Tensor] = field(default_factory=list)
     record: tuple[Trace, int] | None = None
     opened: list[tuple[Trace, int]] = field(default_factory=list)
 

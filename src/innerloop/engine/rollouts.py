@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from innerloop.decoder.token_losses import token_losses
@@ -26,6 +27,7 @@ from innerloop.engine.generation import Generation
 from innerloop.errors import refuse
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.model.model import LatentCore
+from innerloop.passes.hybrid import Fed
 from innerloop.text.batch import Batch
 from innerloop.text.row import Kind, Row, Span
 
@@ -91,10 +93,9 @@ class WritingPolicy:
         InputError: the model's answers cannot be gone through again in one pass.
     """
 
-    depends = False
-
     def __init__(self, model: LatentCore, temperature: float = 1.0, batch_size: int = 64):
         check_replay(model)
+        self.depends = model.hybrid is not None
         self.model, self.temperature, self.batch_size = model, temperature, batch_size
 
     def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
@@ -121,11 +122,15 @@ class WritingPolicy:
 
     def batch(self, rollouts: Sequence[Rollout]) -> Batch:
         """Return rollouts as one batch, whose supervised tokens are those written."""
-        return self.model.batch([_written(one.row, one.ids) for one in rollouts])
+        batch = self.model.batch([_written(one.row, one.ids) for one in rollouts])
+        if self.depends:
+            batch.fed = _fed(batch, rollouts, self.model.backbone.width)
+        return batch
 
     def replay(self, model: LatentCore, batch: Batch, is_reference: bool = False) -> Tensor:
         """Return the log-probability of each written token (U,), with a gradient, from one teacher-forced pass."""
         suppressed = model.suppressed_ids()
+        batch = replace(batch, fed=None) if is_reference else batch
         with evaluating(list(model.modules())):
             show = model.writing(batch, model.think(batch))
             return -token_losses(
@@ -133,6 +138,25 @@ class WritingPolicy:
                 batch.targets_U,
                 model.loss_chunk,
             )
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """What a replay has measured: the mean share of latents in what was fed."""
+        gate = None if self.model.hybrid is None else self.model.hybrid.gate
+        return {} if gate is None or gate.hidden_ratio is None else {"hidden_ratio": gate.hidden_ratio.detach()}
+
+
+def _fed(batch: Batch, rollouts: Sequence[Rollout], width: int) -> Fed:
+    """Return what the rollouts were fed, at the columns of the batch's suffix."""
+    columns, _ = batch.columns(2)
+    latents_BLD = torch.zeros(len(batch), columns.stop - columns.start, width, device=batch.ids_BS.device)
+    is_fed_BL = torch.zeros(latents_BLD.shape[:2], dtype=torch.bool, device=latents_BLD.device)
+    for r, one in enumerate(rollouts):
+        if (fed := one.generation.fed) is not None:
+            first = sum(len(span.ids) for span in one.row.suffix)
+            latents_BLD[r, first : first + len(fed)] = fed.float()
+            is_fed_BL[r, first : first + len(fed)] = True
+    return Fed(latents_BLD, is_fed_BL)
 
 
 def _written(row: Row, ids: tuple[int, ...]) -> Row:
@@ -150,6 +174,10 @@ def check_replay(model: LatentCore) -> None:
         (
             method.decoder.kind != "lm_head",
             f"{name} has a decoder of its own, which draws nothing: set decoder.kind to lm_head",
+        ),
+        (
+            method.hybrid is not None and method.hybrid.stop_after > 0,
+            f"'{method.name}' stops thinking by a rule, which is not drawn: set stop_after to 0",
         ),
         (model.block() is not None, f"{name} thinks between words, which cannot be gone through again in one pass"),
         (model.encoder.running_text, "running text has no right answers to learn from: choose a task that has"),

@@ -24,8 +24,10 @@ from innerloop.methods.latent.simcot import SimCot, SimCotCodi
 from innerloop.methods.latent.slr import Slr
 from innerloop.methods.latent.spiralthinker import SpiralThinker
 from innerloop.methods.text.cot import Cot, NoCot
+from innerloop.methods.text.hrpo import Hrpo
 from innerloop.methods.text.icot import Icot
 from innerloop.methods.text.pause import Pause
+from innerloop.methods.text.soft_thinking import SoftThinking
 
 _ALL = (
     NoCot,
@@ -52,6 +54,8 @@ _ALL = (
     Llada,
     Dream,
     BlockDiffusion,
+    Hrpo,
+    SoftThinking,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 
@@ -90,6 +94,7 @@ __all__ = [
     "Codi",
     "Cot",
     "Dream",
+    "Hrpo",
     "Icot",
     "LatentMethod",
     "Llada",
@@ -108,6 +113,7 @@ __all__ = [
     "SimCot",
     "SimCotCodi",
     "Slr",
+    "SoftThinking",
     "SpiralThinker",
     "Tah",
     "method_named",

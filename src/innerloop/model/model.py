@@ -48,6 +48,7 @@ from innerloop.model.step_decoder import StepDecoder, aux_loss
 from innerloop.passes.context import Context
 from innerloop.passes.depth_run import DepthRun
 from innerloop.passes.halves import read_halves
+from innerloop.passes.hybrid import HybridFeed, as_fed
 from innerloop.passes.loss_inputs import LossInputs
 from innerloop.passes.noised import noised
 from innerloop.passes.region import Masked, join
@@ -76,6 +77,7 @@ class LatentCore(RowLayout):
         self.encoder = PromptEncoder(tokenizer)
         add_markers(backbone, tokenizer, method.markers)
         aux = method.aux
+        self.hybrid = None if method.hybrid is None else HybridFeed(method.hybrid, backbone)
         self.step_decoder = None
         self.soft: SoftMask | None = None
         if isinstance(method, DenoisingMethod):
@@ -121,10 +123,7 @@ class LatentCore(RowLayout):
             batch: laid-out examples.
             n_items: what each term's sum is divided by: the counts of the global batch. None: this batch's own.
             trace: filled with the loop's iterations.
-            instead: what is computed in place of the loss, and returned: whoever trains in parallel wraps this call.
-
-        Returns:
-            An `Output`, or what ``instead`` returns.
+            instead: computes what is returned in place of an `Output`; who trains in parallel wraps this call alone.
         """
         if instead is not None:
             return instead(self, batch)
@@ -291,7 +290,8 @@ class LatentCore(RowLayout):
             context.read(*join(pending))
             context.next_position_B = context.next_position_B + batch.skipped_B
             pending, start = [], columns.start
-        embeds, mask = join([*pending, (self.backbone.embed(batch.ids_BS[:, columns]), mask)])
+        fed = as_fed(self.hybrid, batch.fed, self.backbone.embed(batch.ids_BS[:, columns]))
+        embeds, mask = join([*pending, (fed, mask)])
         follows = any(sites.iteration == ANSWER_PASS for sites in batch.hidden_targets)
         options: dict[str, Any] = {"all_states": follows, "sees": self.method.plan.sees}
         if batch.is_noised:

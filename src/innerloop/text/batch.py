@@ -96,6 +96,7 @@ class Batch:
         halves: of rows that are denoised block by block.
         soft_at_U: flat index into (B, S) of the masks that are fed what a first pass predicts; None: there is one pass.
         ahead: the chance that a later position is seen, and the seed of that draw; None: what the method says is seen.
+        fed: what the suffix was fed where that is not the embeddings of its tokens (`innerloop.passes.hybrid.Fed`).
         next: what the rows go on with.
     """
 
@@ -126,6 +127,7 @@ class Batch:
     halves: Halves | None = None
     soft_at_U: Tensor | None = None
     ahead: tuple[float, str] | None = None
+    fed: Any = None
     next: Batch | None = None
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ depend on nothing but the step and the seed, and a resumed run sees what an unin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,7 +151,7 @@ class LatentTrainer(ResumableTrainer):
                 owner = next((owner for owner, _ in named if name.startswith(f"{owner}.")), None)
                 part = owner or ("backbone" if name.startswith("backbone.") else "parts")
                 groups.setdefault((part, name in decays), []).append(parameter)
-        own = {owner: module.group for owner, module in named}
+        own = {owner: own_group(module.group, rate) for owner, module in named}
         own["backbone"], own["parts"] = {"lr": rate}, {"lr": rate}
         if own_rate is not None:
             own |= {part: {**settings, "lr": own_rate} for part, settings in own.items() if part != "backbone"}
@@ -375,6 +375,12 @@ class LatentTrainer(ResumableTrainer):
         if not adapted(lm):
             lm.load_state_dict(load_lm(folder, is_own=True, dtype=lm.dtype).state_dict())
         checkpoint.load_parts(self.model, folder)
+
+
+def own_group(group: Mapping[str, float], rate: float) -> dict[str, float]:
+    """Return the settings of a module's group of the optimizer; ``times``: a multiple of the learning rate."""
+    settings = {name: value for name, value in group.items() if name != "times"}
+    return {**settings, "lr": rate * group["times"]} if "times" in group else settings
 
 
 def _as_they_are(examples: list[Example]) -> list[Example]:

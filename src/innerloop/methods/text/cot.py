@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from innerloop.config.method import Method
+from innerloop.config.method import Method, WritingMethod
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import BOT, EOT, Row
@@ -28,7 +28,7 @@ class NoCot(Method):
 
 
 @dataclass(frozen=True)
-class Cot(Method):
+class Cot(WritingMethod):
     """All steps are written, then the answer: ``[Q][T_1]..[T_m][### A][eos]``.
 
     Args:
@@ -36,7 +36,6 @@ class Cot(Method):
     """
 
     name: ClassVar[str] = "cot"
-    family: ClassVar[str] = "text"
     paper: ClassVar[str] = "arXiv 2201.11903"
     summary: ClassVar[str] = "writes every step, then the answer"
     needs: ClassVar[str] = "question, steps, answer"
@@ -52,12 +51,6 @@ class Cot(Method):
     def markers(self) -> tuple[str, ...]:
         """<bot> and <eot>, if asked for."""
         return (BOT, EOT) if self.with_markers else ()
-
-    def lay_out(self, example: Example, encoder: PromptEncoder, stage: int = 0) -> Row:
-        """Return ``[Q] | | [T_1]..[T_m][### A][eos]``."""
-        row = self.prompt(example.question, encoder, stage)
-        row.suffix += [*encoder.steps(example), encoder.answer(example.answer)]
-        return row
 
     def prompt(self, question: str, encoder: PromptEncoder, stage: int = 0) -> Row:
         """Return ``[Q]``, followed by the markers if there are any."""
