@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from innerloop.checks.imported import imported
 from innerloop.engine.rollouts import Rollout
 from innerloop.errors import InputError, nearest
 from innerloop.tasks import Task
@@ -105,15 +105,11 @@ class Rewards:
 
 
 def _imported(name: str, built_in: dict[str, Reward]) -> Reward:
-    module, _, last = name.rpartition(".")
-    if not module:
+    if "." not in name:
         raise InputError(f"there is no reward '{name}'{nearest(name, built_in)}; there are {', '.join(built_in)}")
-    try:
-        found = getattr(import_module(module), last, None)
-    except ImportError as error:
-        raise InputError(f"reward '{name}': cannot import {module} ({error}); is it on PYTHONPATH?") from None
+    found: Reward = imported(f"reward '{name}'", name)
     if not callable(found):
-        raise InputError(f"reward '{name}': {module} has no function '{last}'")
+        raise InputError(f"reward '{name}' is no function")
     return found
 
 
