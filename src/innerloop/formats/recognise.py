@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from innerloop.formats import codi, huginn, latent_tts, llada, lotus, ouro, parscale, qwen, simcot, tah
+from innerloop.formats import codi, huginn, latent_tts, llada, lotus, ouro, parscale, qwen, retrofit, simcot, tah
 from innerloop.formats.opened import Format
 from innerloop.formats.source import Source
 
 FORMATS: tuple[Format, ...] = (
     *(llada.FORMAT, qwen.DREAM, qwen.A2D_MODELS),
     *(latent_tts.FORMAT, codi.FORMAT, simcot.FORMAT, lotus.FORMAT),
-    *(ouro.FORMAT, huginn.FORMAT, parscale.FORMAT, tah.FORMAT),
+    *(ouro.FORMAT, huginn.FORMAT, retrofit.FORMAT, parscale.FORMAT, tah.FORMAT),
 )
 SETTINGS = ["config.json", "tokenizer_config.json", "added_tokens.json", "tah_config.json", "*.index.json"]
 FILES = [
