@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from innerloop.errors import InputError, InputNote, few
 from innerloop.formats.opened import Opened
@@ -61,7 +61,7 @@ def fill(opened: Opened, path: str | Path, dtype: torch.dtype | str, **options: 
     if dtype == "auto":
         dtype = _dtype_of(opened.weights)
     with without_bars(), without_words():
-        lm, report = AutoModelForCausalLM.from_config(opened.config).__class__.from_pretrained(
+        lm, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(opened.config)].from_pretrained(
             None,
             config=opened.config,
             state_dict=opened.weights,
