@@ -23,7 +23,10 @@ from tests.formats.released import RELEASED, read, write
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 listed = importlib.import_module("released")
-pytestmark = pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote"),
+    pytest.mark.usefixtures("short_canvases"),
+]
 
 
 @pytest.fixture

@@ -45,7 +45,13 @@ def open_released(path: str | Path, hub: dict[str, Any]) -> Opened | None:
     if found is None:
         return None
     known, source = found
-    opened = known.open(source)
+    try:
+        opened = known.open(source)
+    except InputError:
+        raise
+    except Exception as error:  # settings of another type or size than any such model's end in any error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{path} is {known.name}, and its settings do not fit ({reason}): restore them") from error
     read = f"; {', '.join(source.pickles)} is a pickle, of which tensors alone were read" if source.pickles else ""
     kind = type(opened.config).__name__.removesuffix("Config")
     warnings.warn(
