@@ -2,8 +2,9 @@
 
     def polite(prompts, completions, **columns) -> list[float | None]: ...
 
-``columns`` are lists, one item a sample: answer, steps and id of its example, what its ``meta`` holds, and
-completion_ids. None means that a reward says nothing of a sample.
+``columns`` are lists, one item a sample: answer, steps and id of its example, what its ``meta`` holds, completion_ids,
+and n_loops, how often its latents were refined, where that is drawn (else 0). None says nothing of
+a sample.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Rewards:
             "prompts": [example.question for example in asked],
             "completions": [one.generation.text for one in rollouts],
             "completion_ids": [list(one.ids) for one in rollouts],
+            "n_loops": [one.n_loops or 0 for one in rollouts],
         }
         return torch.stack([self._by(i, columns, len(rollouts)) for i in range(len(self.functions))], dim=1)
 
@@ -133,4 +135,7 @@ def _built_in(task: Task | None, longest: int) -> dict[str, Reward]:
     def length(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         return [-len(ids) / longest for ids in completion_ids]
 
-    return {"answer": answer, "format": one_mark, "strict_answer": strict_answer, "length": length}
+    def loops(n_loops: Sequence[int], **_: Any) -> list[float]:
+        return [-float(n) for n in n_loops]
+
+    return {"answer": answer, "format": one_mark, "strict_answer": strict_answer, "length": length, "loops": loops}
