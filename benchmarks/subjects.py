@@ -15,7 +15,7 @@ from innerloop.decoder.backbone import Backbone
 from innerloop.engine.generation import Generation
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Method
-from innerloop.text.encoder import ANSWER_PREFIX
+from innerloop.text.examples import ANSWER_PREFIX
 
 SPECIAL = ("<pad>", "<unk>", "<eos>", "\n", "###")
 ROOM = 8  # of the vocabulary, for markers

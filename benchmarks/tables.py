@@ -401,6 +401,35 @@ def shared_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, f"{what}, {results['answer_tokens']} written")
 
 
+def rollout_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what rollouts of a batch save, and of their share of a training step."""
+    head = [
+        "method",
+        "tokens / s",
+        "one by one, tokens / s",
+        "times as fast",
+        "rows with the same tokens",
+        "replay, ms",
+    ]
+    rows = [
+        [
+            f"`{p['method']}`",
+            wide(p["tokens_per_second"]),
+            wide(p["alone_tokens_per_second"]),
+            wide(p["speedup"], 2),
+            f"{p['same_rows']} of {p['rows']}",
+            wide(p["replay_ms"]),
+            wide(p["rollout_share"], 2),
+        ]
+        for p in results["points"]
+    ]
+    what = f"model `{results['shape']['name']}`, {results['repeats']} turns; {results['questions']} questions of "
+    what += f"{results['question_tokens']} tokens with {results['samples']} samples each of at most "
+    return [[*head, "rollout / (rollout + replay)"], *rows], made(
+        results, f"{what}{results['answer_tokens']}, batch 64"
+    )
+
+
 def loss_memory_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of what logits cost a training step."""
     head = ["rows of logits at a time", "peak MiB", "ms", "time / time of all at once", "gradients differ by"]
@@ -601,6 +630,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("startup", ""): startup_lines,
     ("compiled", "pass"): thought_pass_lines,
     ("shared_prefix", ""): shared_lines,
+    ("rollouts", ""): rollout_lines,
     ("loss_memory", ""): loss_memory_lines,
     ("breakdown", ""): breakdown_lines,
     ("families", "supported"): lambda results: family_lines(results, lambda one: "loads" in one["can"], True),

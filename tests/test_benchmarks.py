@@ -21,6 +21,7 @@ SCRIPTS = [
     "compiled",
     "packed",
     "shared_prefix",
+    "rollouts",
     "loss_memory",
     "breakdown",
 ]
@@ -121,6 +122,8 @@ def check(script: str, report: dict, picture: Path) -> None:
             assert all(point["same_tokens"] and point["n_packed"] > 0 for point in report["points"])
         case "shared_prefix":
             assert [point["spared"] for point in report["points"]] == [48, 64] * 2
+        case "rollouts":
+            assert all(point["same_rows"] == point["rows"] == 64 for point in report["points"])
         case "loss_memory":
             assert [point["loss_chunk"] for point in report["points"]] == [None, 256, 64, 16]
             assert all(point["gradients"]["relative_gap"] <= 1e-5 for point in report["points"])

@@ -22,7 +22,7 @@ def test_the_python_of_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: p
     method = Slr(n_slots=5, max_loops=5, slots_per_step=1, step_weight=1.0)  # what the demo leaves there, untrained
     tiny_model(method).save_pretrained(tmp_path / "runs/demo/slr")
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    code, *_ = blocks("python")
     assert len(code.strip().splitlines()) <= 10
     exec(compile(code, "README.md", "exec"), {})
     out = capsys.readouterr().out

@@ -40,7 +40,7 @@ from innerloop.methods import (
     SpiralThinker,
     Tah,
 )
-from innerloop.tasks import Chain, Gsm8k, ProsQA
+from innerloop.tasks import Chain, FileTask, Gsm8k, ProsQA, Task
 from innerloop.text.examples import Example, read_examples, write_examples
 
 if TYPE_CHECKING:  # slow to import: they need torch, which is imported when one of them is first asked for
@@ -61,6 +61,7 @@ __all__ = [
     "Dream",
     "Example",
     "ExitSettings",
+    "FileTask",
     "GrpoArguments",
     "GrpoTrainer",
     "Gsm8k",
@@ -95,6 +96,7 @@ __all__ = [
     "SpiralThinker",
     "StopSettings",
     "Tah",
+    "Task",
     "TestTimeCompute",
     "read_examples",
     "write_examples",

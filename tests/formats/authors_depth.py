@@ -163,3 +163,60 @@ def tah(folder: Path, threshold: float = 0.5) -> dict[str, Tensor]:
     save(folder, w)
     beside = {f"lora/{name}": one for name, one in lora.tensors.items()}
     return w.tensors | beside | {f"decider/{name}": one for name, one in decider.tensors.items()}
+
+
+def retrofit(folder: Path, norms: bool = False, **changes: object) -> dict[str, Tensor]:
+    """smcleish's: Huginn's parts with a Llama's layers, or with those of OLMo 2, which norm queries and keys."""
+    write_tokenizer(folder, END, bos_token=END, eos_token=END)
+    w, sizes, size = Weights(), {"prelude": 1, "core_block": 2, "coda": 1}, WIDTH // HEADS
+    w.add("transformer.wte.weight", ROWS, WIDTH)
+    w.add("lm_head.weight", ROWS, WIDTH)
+    for at in (f"transformer.{part}.{i}" for part, n in sizes.items() for i in range(n)):
+        for k in (1, 2):
+            w.norm(f"{at}.norm_{k}.weight")
+        w.add(f"{at}.attn.Wqkv.weight", WIDTH + 2 * KV_HEADS * size, WIDTH)
+        if norms:
+            w.norm(f"{at}.attn.q_norm.weight")
+            w.norm(f"{at}.attn.k_norm.weight", KV_HEADS * size)
+        w.add(f"{at}.attn.proj.weight", WIDTH, WIDTH)
+        w.add(f"{at}.mlp.fc.weight", 2 * FF, WIDTH)
+        w.add(f"{at}.mlp.proj.weight", WIDTH, FF)
+    w.add("transformer.adapter.weight", WIDTH, 2 * WIDTH)
+    w.norm("transformer.ln_f.weight")
+    std = (2 / (5 * WIDTH)) ** 0.5
+    config = {
+        "architectures": ["RavenForCausalLM"],
+        "model_type": "huginn_raven",
+        "n_embd": WIDTH,
+        "n_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": size,
+        "n_layers": 4,
+        "n_layers_in_prelude": 1,
+        "n_layers_in_recurrent_block": 2,
+        "n_layers_in_coda": 1,
+        "block_size": 512,
+        "vocab_size": ROWS,
+        "intermediate_size": FF,
+        "bias": False,
+        "qk_bias": False,
+        "tie_embeddings": False,
+        "norm_eps": 1e-6,
+        "rope_base": 500000.0,
+        "rope_theta": 700.0,
+        "mean_recurrence": 4,
+        "mean_backprop_depth": 8,
+        "injection_type": "linear",
+        "block_class_name": "SandwichBlock",
+        "nonlin_name": "SiLU",
+        "test_time_noise": 0,
+        "max_position_embeddings": 512,
+        "torch_dtype": "float32",
+        "init_values": {"std": std, "out_proj": std, "embedding": std, "embed_scale": 1.0},
+    }
+    write_json(folder, "config.json", **{**config, **changes})
+    return save(folder, w)
+
+
+def retrofit_olmo(folder: Path) -> dict[str, Tensor]:
+    return retrofit(folder, norms=True)

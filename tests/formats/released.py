@@ -22,6 +22,8 @@ RELEASED = {
     "gsm-lotus-llama3b": authors_latent.lotus,
     "Ouro-1.4B": authors_depth.ouro,
     "huginn-0125": authors_depth.huginn,
+    "Recurrent-Llama-3.2-train-recurrence-32": authors_depth.retrofit,
+    "Recurrent-OLMo-2-0425-train-recurrence-32": authors_depth.retrofit_olmo,
     "ParScale-1.8B-P2": authors_depth.parscale,
     "TaH-plus-1.7B": authors_depth.tah,
 }

@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from innerloop import LatentModel, Looped, ParScale, RecurrentDepth
 from tests.formats import authors_depth, plain
-from tests.formats.authors import HEADS, LAYERS, WIDTH
+from tests.formats.authors import HEADS, KV_HEADS, LAYERS, WIDTH
 from tests.formats.proved import check_decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
@@ -131,3 +131,47 @@ def test_parscale_of_one_stream_is_a_qwen2(tmp_path):
     table = w["model.embed_tokens.weight"]
     slow = lambda ids: plain.qwen(w, table[ids], HEADS, 700.0, plain.sees_past(len(ids))) @ table.T  # noqa: E731
     check_decoder(LatentModel.from_pretrained(tmp_path / "model", device="cpu"), slow)
+
+
+def retrofit_logits(w, ids, n_loops=4):
+    own = {name.removeprefix("transformer."): one for name, one in w.items()}
+    sees, norm = plain.sees_past(len(ids)), lambda x, name: plain.rms(x, own[f"{name}.weight"], 1e-6)
+    is_olmo = "coda.0.attn.q_norm.weight" in own
+
+    def attention(x, at):
+        size = WIDTH // HEADS
+        q, k, v = (x @ own[f"{at}.Wqkv.weight"].T).split([WIDTH, KV_HEADS * size, KV_HEADS * size], -1)
+        if is_olmo:
+            q, k = norm(q, f"{at}.q_norm"), norm(k, f"{at}.k_norm")
+        q, k, v = (one.unflatten(-1, (-1, size)) for one in (q, k, v))
+        read = plain.attend(plain.turned(q, 700.0), plain.turned(k, 700.0), v, sees)
+        return read @ own[f"{at}.proj.weight"].T
+
+    def mlp(x, at):
+        gate, up = (x @ own[f"{at}.fc.weight"].T).chunk(2, -1)
+        return (silu(gate) * up) @ own[f"{at}.proj.weight"].T
+
+    def layer(x, at):
+        for part, name, k in ((attention, "attn", 1), (mlp, "mlp", 2)):
+            if is_olmo:
+                x = x + norm(part(x, f"{at}.{name}"), f"{at}.norm_{k}")
+            else:
+                x = x + part(norm(x, f"{at}.norm_{k}"), f"{at}.{name}")
+        return x
+
+    told = layer(own["wte.weight"][ids], "prelude.0")
+    state = torch.zeros_like(told)
+    for _ in range(n_loops):
+        state = torch.cat([state, told], -1) @ own["adapter.weight"].T
+        for i in range(2):
+            state = layer(state, f"core_block.{i}")
+    return norm(layer(state, "coda.0"), "ln_f") @ own["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("norms", [False, True], ids=["llama", "olmo2"])
+def test_retrofits_have_huginns_parts_and_their_bases_layers(norms, tmp_path):
+    w = authors_depth.retrofit(tmp_path / "model", norms)
+    method = LatentModel.from_pretrained(tmp_path / "model", device="cpu").method
+    assert (method.double_norm, method.sandwich, method.state_std**2) == (False, False, pytest.approx(2 / 5 / WIDTH))
+    still = LatentModel.from_pretrained(tmp_path / "model", method=replace(method, state_std=0.0), device="cpu")
+    check_decoder(still, lambda ids: retrofit_logits(w, ids))

@@ -1,5 +1,7 @@
 """Coconut, CODI, SIM-CoT and LOTUS as released, against a GPT-2 and a Llama written out from the authors' tensors."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,8 +9,8 @@ from innerloop import Coconut, Codi, InputError, LatentModel, Lotus, SimCot, Sim
 from innerloop.formats import bases
 from tests.formats import authors_latent, plain
 from tests.formats.authors import HEADS, LETTERS
-from tests.formats.proved import check_thoughts
-from tests.formats.released import RELEASED
+from tests.formats.proved import check_decoder, check_thoughts
+from tests.formats.released import RELEASED, read, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
 PRJ, PROJECTOR = ("prj.1", "prj.3", "prj.ln"), ("projector.1", "projector.3", "projector.4")
@@ -143,3 +145,34 @@ def test_a_llama_that_nobody_knows_needs_its_config(tmp_path):
     (tmp_path / "model/config.json").unlink()
     with pytest.raises(InputError, match=r"2 layers of width 32, .* copy the config"):
         LatentModel.from_pretrained(tmp_path / "model", device="cpu")
+
+
+def test_a_first_stage_of_lotus_writes_its_chain_of_thought(tmp_path):
+    w = authors_latent.lotus(tmp_path / "gsm-cot-llama3b")
+    model = LatentModel.from_pretrained(tmp_path / "gsm-cot-llama3b", device="cpu")
+    states, table = llama_of(w)
+    check_decoder(model, lambda ids: states(table[ids]) @ table.T)
+
+
+@pytest.mark.parametrize("ids", [{}, dict.fromkeys(("latent_id", "latent_start_id", "latent_end_id"), -100)])
+def test_markers_that_config_json_does_not_say_are_the_tokenizers(ids, tmp_path):
+    authors_latent.latent_tts(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("latent_")}
+    authors_latent.write_json(tmp_path / "model", "config.json", **{**config, **ids})
+    model = LatentModel.from_pretrained(tmp_path / "model", device="cpu")
+    assert model.method == Coconut()
+    assert model.tokenizer.convert_tokens_to_ids(["<bot>", "<eot>", "<lat>"]) == [START, STOP, LATENT]
+
+
+def test_two_markers_of_one_id_are_refused(tmp_path):
+    authors_latent.latent_tts(tmp_path / "model", latent_end_id=START)
+    with pytest.raises(InputError, match="give no three markers"):
+        LatentModel.from_pretrained(tmp_path / "model", device="cpu")
+
+
+def test_buffers_that_earlier_versions_saved_are_no_weights(tmp_path):
+    authors_latent.latent_tts(tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    write(path, {**read(path), "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)})
+    assert LatentModel.from_pretrained(tmp_path / "model", device="cpu").method == Coconut()

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from innerloop import InputError, LatentModel
+from innerloop.formats.recognise import released
 from tests.formats import authors
 from tests.formats.released import RELEASED, read, weight_files, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
 EACH = pytest.mark.parametrize("name", RELEASED)
-GONE = ("h.1.ln_2.weight", "core_block.1.norm_2.weight")
+GONE = ("h.1.ln_2.weight", "core_block.1.norm_2.weight", "lora_B.weight")
 
 
 def made(tmp_path, name):
@@ -104,3 +105,37 @@ def test_what_config_json_does_not_say_is_asked_for(tmp_path):
     (tmp_path / "llada/config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"config\.json has no n_layers: restore it"):
         LatentModel.from_pretrained(tmp_path / "llada", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("LLaDA-8B", {"d_model": 16}, r"do not have the shapes that config\.json says .* restore"),
+        ("LLaDA-8B", {"d_model": "wide"}, "its settings do not fit"),
+        ("LLaDA-8B", {"n_layers": 3}, r"lack model\.transformer\.blocks\.2\."),
+        ("LLaDA-8B", {"n_layers": 1}, r"hold model\.transformer\.blocks\.1\..* has no place"),
+        ("Dream-v0", {"mask_token_id": None}, "has no mask_token_id"),
+        ("mdlm", {"model_type": "a2d-bert"}, "only llama, qwen2, qwen3 are known"),
+        ("Ouro-1.4B", {"hidden_act": "gelu"}, "can only be opened with silu"),
+        ("huginn-0125", {"tie_embeddings": False}, "can only be opened with True"),
+        ("ParScale-1.8B-P2", {"parscale_n": 4}, "shapes|Prefixes|size mismatch"),
+        ("Recurrent-Llama-3.2-train-recurrence-32", {"init_values": {"embed_scale": 2.0}}, "opened with 1"),
+        ("latent-tts-coconut", {"latent_id": 9999}, "no such token"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_sentence(name, changes, told, tmp_path):
+    folder = made(tmp_path, name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=told) as caught:
+        LatentModel.from_pretrained(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_of_any_form_are_no_known_format(tmp_path):
+    wrong = {"architectures": None, "model_type": "gpt2"}
+    authors.write_json(tmp_path, "config.json", **wrong)
+    authors.write_json(tmp_path, "tokenizer_config.json", added_tokens_decoder=[1], x=None)
+    authors.write_json(tmp_path, "added_tokens.json", a="b")
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    assert released(tmp_path) is None

@@ -110,7 +110,7 @@ def changed_decider(folder, change):
     [
         (lambda saved: saved["state_dict"].pop("logits_projection.bias"), r"lack logits_projection\.bias"),
         (lambda saved: saved["state_dict"].update(more=torch.ones(1)), "hold more"),
-        (lambda saved: saved.update({"class": "IterLabelDecider"}), "take a checkpoint of stage 2"),
+        (lambda saved: saved.update({"class": "IterLabelDecider"}), "only MLPIterDecider is known"),
         (lambda saved: saved["init_args"].update(hidden_dims=[16, 32]), "unlike width"),
         (lambda saved: saved["init_args"].update(topk=7), "must be as many"),
         (lambda saved: saved.pop("class"), "copy it again"),

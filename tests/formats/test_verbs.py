@@ -1,5 +1,7 @@
 """The verbs on released weights: asked as they are, converted into a folder of ours, and asked again."""
 
+import json
+
 import pytest
 
 from innerloop import LatentModel
@@ -9,6 +11,7 @@ from tests.formats.released import RELEASED
 
 EACH = pytest.mark.parametrize("name", RELEASED)
 QUESTION = "How many?"
+pytestmark = pytest.mark.usefixtures("short_canvases")
 
 
 @EACH
@@ -38,3 +41,15 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path, capsys):
     authors.llada(tmp_path / "llada")
     assert main(["convert", str(tmp_path / "llada"), str(tmp_path)]) == 2
     assert "is not empty: give another OUT" in capsys.readouterr().err
+
+
+@EACH
+@pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
+def test_a_released_model_is_measured_and_looked_into(name, tmp_path, capsys):
+    RELEASED[name](tmp_path / name)
+    rows = [{"id": str(i), "question": text, "answer": "7", "steps": []} for i, text in enumerate(("How many?", "?"))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ["--task", "gsm8k", "--data", str(tmp_path / "rows.jsonl"), "--split", "test", "--max-new-tokens", "4"]
+    assert main(["eval", str(tmp_path / name), *asked, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/result.json").read_text())["n"] == 2
+    assert main(["lens", str(tmp_path / name), *asked, "--out", str(tmp_path / "lens.html")]) == 0

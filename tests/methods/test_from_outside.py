@@ -1,5 +1,8 @@
-"""A method of one's own: one file anywhere, a recipe that names it, and nothing in the package is touched."""
+"""A method or task of one's own: one file anywhere, a recipe that names it, and nothing in the package is touched."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from innerloop import InputError, LatentModel
 from innerloop.cli.main import main
 from innerloop.methods import method_named
+from innerloop.tasks import task_named
 from innerloop.train.recipe import load_recipe
 
 METHOD = '''
@@ -37,6 +41,25 @@ class Breath(il.LatentMethod):
 
     def n_loops(self, stage: int) -> int:
         return self.max_loops
+'''
+TASK = '''
+from dataclasses import dataclass
+import innerloop as il
+
+@dataclass(frozen=True)
+class Twice(il.Task):
+    """Says a word twice.
+
+    Args:
+        n: examples of each split.
+    """
+    name, summary = "twice", "a word, twice"
+    n: int = 8
+
+    def examples(self, split: str, limit: int | None = None):
+        word = {"train": "a", "valid": "b", "test": "c"}[split]
+        found = [il.Example(f"{word} {i}", (), f"{word} {i}", f"twice-{split}-{i}") for i in range(self.n)]
+        return found[:limit]
 '''
 RECIPE = """
 task: {name: chain, n_ops: 2, modulus: 5, n_train: 16, n_valid: 4, n_test: 4}
@@ -68,8 +91,8 @@ def test_it_is_trained_by_a_recipe_loaded_again_and_answers(recipe, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_breath.Breaht", "has no class 'Breaht' derived from innerloop.Method"),
-        ("my_breath.Gate", "has no class 'Gate' derived from innerloop.Method"),
+        ("my_breath.Breaht", "method 'my_breath.Breaht': my_breath has no 'Breaht'"),
+        ("my_breath.Gate", "method 'my_breath.Gate' is no class derived from innerloop.Method"),
         ("nowhere.Breath", "cannot import nowhere"),
         ("breath", "there is no method 'breath'"),
     ],
@@ -77,3 +100,34 @@ def test_it_is_trained_by_a_recipe_loaded_again_and_answers(recipe, capsys):
 def test_what_is_no_method_is_refused_in_one_sentence(recipe, name, message):
     with pytest.raises(InputError, match=message):
         method_named(name)
+
+
+def test_a_task_of_ones_own_is_found_again_in_another_process(recipe: Path, monkeypatch, capsys):
+    (recipe.parent / "my_task.py").write_text(TASK)
+    task, run = recipe.read_text().splitlines()[1], recipe.parent / "run"
+    recipe.write_text(recipe.read_text().replace(task, "task: {name: my_task.Twice, n: 6}"))
+    assert main(["train", str(recipe)]) == 0
+    assert "name: my_task.Twice" in (run / "config.yaml").read_text()
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(recipe.parent), *sys.path])}
+    command = [sys.executable, "-m", "innerloop", "eval", str(run)]
+    found = subprocess.run(command, capture_output=True, text=True, env=place)
+    assert found.returncode == 0, found.stderr
+    assert json.loads((run / "result.json").read_text())["task"] == {"name": "twice", "version": 1, "n": 6}
+
+    (recipe.parent / "my_task.py").rename(run / "my_task.py")  # a run's folder holds no code
+    monkeypatch.delitem(sys.modules, "my_task")
+    assert main(["eval", str(run), "--out", str(recipe.parent / "other")]) != 0
+    assert "task 'my_task.Twice': cannot import my_task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_breath.Breath", "task 'my_breath.Breath' is no class derived from innerloop.Task"),
+        ("nowhere.Twice", "cannot import nowhere"),
+        ("twice", "no task 'twice'"),
+    ],
+)
+def test_what_is_no_task_is_refused_in_one_sentence(recipe, name, message):
+    with pytest.raises(InputError, match=message):
+        task_named(name)

@@ -12,9 +12,9 @@ Where memory runs out, rows go back to those that wait and fewer run together fr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 import torch
@@ -63,6 +63,7 @@ class Engine:
         model.method.stage_or_last(options.stage)
         self.model, self.options, self.batch_size = model, options, options.batch_size
         self.suppressed = model.suppressed_ids()
+        self.n_loops_of: Mapping[tuple[int, int], int] | None = None  # of samples, where they differ
         self.is_busy = False
         self._reset()
 
@@ -156,8 +157,9 @@ class Engine:
             check_starts(self.model, row, self.prefill.block)
         for s in range(n):
             apart = (index, s) if options.starts > 1 and s > 0 else ()  # begins at a state of its own
-            prompt = self.prompts.setdefault((tuple(row.ids()), apart), len(self.prompts))
-            heappush(self.waiting, Request(index * n + s, row, budget, blocks, (index, s), prompt))
+            own = row if self.n_loops_of is None else replace(row, n_loops=self.n_loops_of[index, s])
+            prompt = self.prompts.setdefault((tuple(row.ids()), (*apart, own.n_loops)), len(self.prompts))
+            heappush(self.waiting, Request(index * n + s, own, budget, blocks, (index, s), prompt))
 
     def _budget(self, row: Row) -> int:
         """Return how many tokens may be written for a row."""

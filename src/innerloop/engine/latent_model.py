@@ -57,7 +57,7 @@ class LatentModel(LatentCore):
     def from_pretrained(
         cls, path: str | Path, method: Method | None = None, **options: Unpack[loading.Loading]
     ) -> Self:
-        """Load a saved run, or put a method on any Hugging Face model.
+        """Load a saved run, open released weights of a known format, or put a method on any Hugging Face model.
 
         Args:
             path: a folder or a Hub name.

@@ -28,6 +28,7 @@ from innerloop.errors import refuse
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.model.model import LatentCore
 from innerloop.passes.hybrid import Fed
+from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
 from innerloop.text.row import Kind, Row, Span
 
@@ -40,11 +41,15 @@ class Rollout:
         question: the place of its question among those that were asked.
         row: what was read before it.
         generation: what was written, with the log-probability of each token in the distribution that it was drawn from.
+        before: the log-probabilities of what was drawn before the first token.
+        n_loops: how often the latents were refined, where that was drawn.
     """
 
     question: int
     row: Row
     generation: Generation
+    before: tuple[float, ...] = ()
+    n_loops: int | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -53,8 +58,8 @@ class Rollout:
 
     @property
     def log_probs(self) -> list[float]:
-        """The log-probability of each."""
-        return self.generation.log_probs
+        """The log-probability of each action: of each token, and of what was drawn before them."""
+        return [*self.before, *self.generation.log_probs]
 
 
 class Policy(Protocol):
@@ -129,15 +134,16 @@ class WritingPolicy:
 
     def replay(self, model: LatentCore, batch: Batch, is_reference: bool = False) -> Tensor:
         """Return the log-probability of each written token (U,), with a gradient, from one teacher-forced pass."""
-        suppressed = model.suppressed_ids()
         batch = replace(batch, fed=None) if is_reference else batch
         with evaluating(list(model.modules())):
-            show = model.writing(batch, model.think(batch))
-            return -token_losses(
-                lambda part: without(show(part), suppressed).float() / self.temperature,
-                batch.targets_U,
-                model.loss_chunk,
-            )
+            return self._written(model, batch, model.think(batch))
+
+    def _written(self, model: LatentCore, batch: Batch, thought: Thought) -> Tensor:
+        """Return the log-probability of each written token (U,)."""
+        suppressed, show = model.suppressed_ids(), model.writing(batch, thought)
+        return -token_losses(
+            lambda part: without(show(part), suppressed).float() / self.temperature, batch.targets_U, model.loss_chunk
+        )
 
     @property
     def measured(self) -> dict[str, Tensor]:

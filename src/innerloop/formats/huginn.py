@@ -1,4 +1,4 @@
-"""huginn-0125 (tomg-group-umd, arXiv 2502.05171) and models of its code: prelude, core and coda of sandwich layers.
+"""huginn-0125 (tomg-group-umd, arXiv 2502.05171): prelude, core and coda of sandwich layers.
 
     transformer.wte, prelude.N, adapter (D, 2 D), core_block.N, coda.N, ln_f (used twice), lm_head (the table)
     of a layer: norm_1 .. norm_4, attn.{Wqkv, qk_bias (2, 1, H, E), proj}, mlp.{fc (gate and up), proj}, without biases
@@ -20,6 +20,7 @@ from innerloop.methods import RecurrentDepth
 if TYPE_CHECKING:  # slow to import
     from torch import Tensor
 
+MODEL_TYPE = "huginn_raven"
 ONCE = ("wte.weight", "adapter.weight", "ln_f.weight")
 LAYER = (
     *("norm_1.weight", "norm_2.weight", "norm_3.weight", "norm_4.weight"),
@@ -38,8 +39,27 @@ AS_OPENED = {
 
 
 def recognises(source: Source) -> bool:
-    """Tell it by the architecture's name."""
-    return source.model_type == "huginn_raven"
+    """Tell it by the architecture's name, which retrofits have too, and by its third norm, which they have not."""
+    return source.model_type == MODEL_TYPE and source.mentions(".norm_3.")
+
+
+def folders_of(source: Source) -> list[str]:
+    """Return where layers lie, from the first to the last."""
+    counts = [needed(source, f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda")]
+    return [f"{part}.{i}" for part, n in zip(("prelude", "core_block", "coda"), counts) for i in range(n)]
+
+
+def method_of(source: Source, scale: float, **changes: bool) -> RecurrentDepth:
+    """Return the method; ``scale`` is what embeddings, and with them the first state, are multiplied by."""
+    return RecurrentDepth(
+        n_prelude=needed(source, "n_layers_in_prelude"),
+        n_coda=needed(source, "n_layers_in_coda"),
+        max_loops=needed(source, "mean_recurrence"),
+        bptt=source.config.get("mean_backprop_depth", 8),
+        adapter_init="default",
+        state_std=scale * math.sqrt(2 / (5 * needed(source, "n_embd"))),
+        **changes,  # type: ignore[arg-type]
+    )
 
 
 def opened(source: Source) -> Opened:
@@ -49,9 +69,7 @@ def opened(source: Source) -> Opened:
 
     expect(source, AS_OPENED)
     config, width, n_heads = source.config, needed(source, "n_embd"), needed(source, "n_heads")
-    sizes = [needed(source, f"n_layers_in_{part}") for part in ("prelude", "recurrent_block", "coda")]
-    folders = [f"{p}.{i}" for p, n in zip(("prelude", "core_block", "coda"), sizes) for i in range(n)]
-    found = source.tensors()
+    folders, found = folders_of(source), source.tensors()
     wanted = [f"transformer.{name}" for name in (*ONCE, *(f"{at}.{name}" for at in folders for name in LAYER))]
     check_names(source, found, [*wanted, HEAD, ROTATIONS], [HEAD, ROTATIONS])
     own = {name.removeprefix("transformer."): one for name, one in found.items()}
@@ -79,16 +97,7 @@ def opened(source: Source) -> Opened:
         rope_parameters={"rope_type": "default", "rope_theta": config.get("rope_base", 50000.0)},
         tie_word_embeddings=False,
     )
-    method = RecurrentDepth(
-        n_prelude=sizes[0],
-        n_coda=sizes[2],
-        max_loops=needed(source, "mean_recurrence"),
-        bptt=config.get("mean_backprop_depth", 8),
-        adapter_init="default",
-        state_std=math.sqrt(2 / 5),
-        sandwich=True,
-        double_norm=True,
-    )
+    method = method_of(source, math.sqrt(width), sandwich=True, double_norm=True)
     return Opened(qwen, weights, tokenizer_of(source), method, parts)
 
 

@@ -18,12 +18,27 @@ from innerloop.methods import Coconut, Codi
 from innerloop.text.row import BOT, EOT, LAT
 
 MARKERS = {"latent_start_id": BOT, "latent_id": LAT, "latent_end_id": EOT}
+TOKENS = {"latent_start_id": "<|start-latent|>", "latent_id": "<|latent|>", "latent_end_id": "<|end-latent|>"}
+CLASSES = {"COCONUTGPT2", "CODIGPT2"}
 PROJECTOR = "projector."
 
 
 def recognises(source: Source) -> bool:
-    """Tell it by the markers in config.json."""
-    return source.model_type == "gpt2" and all(isinstance(source.config.get(name), int) for name in MARKERS)
+    """Tell it by the markers in config.json, or by the name of its class."""
+    has_ids = all(isinstance(source.config.get(name), int) for name in MARKERS)
+    return source.model_type == "gpt2" and (has_ids or bool(CLASSES & {*(source.config.get("architectures") or ())}))
+
+
+def ids_of(source: Source) -> dict[int, str]:
+    """Return our markers by their ids: config.json's, or where it has none those of the tokenizer's."""
+    found = {name: source.config.get(name, -1) for name in MARKERS}
+    found = {name: source.added_tokens.get(TOKENS[name], -1) if i < 0 else i for name, i in found.items()}
+    if len({*found.values()}) < len(MARKERS) or min(found.values()) < 0:
+        told = ", ".join(f"{name}={i}" for name, i in found.items())
+        raise InputError(
+            f"{source.folder / 'config.json'} and the tokenizer give no three markers ({told}): restore them"
+        )
+    return {i: MARKERS[name] for name, i in found.items()}
 
 
 def opened(source: Source) -> Opened:
@@ -31,11 +46,7 @@ def opened(source: Source) -> Opened:
     found = source.tensors()
     own = {name: one for name, one in found.items() if not name.startswith(PROJECTOR)}
     config: Any = config_of(source, own)
-    ids = {source.config[name]: marker for name, marker in MARKERS.items()}
-    tokenizer = tokenizer_of(source, "gpt2")
-    if len(ids) < len(MARKERS):
-        raise InputError(f"{source.folder / 'config.json'} gives two markers one id: restore it")
-    tokenizer = with_names(tokenizer, ids)
+    tokenizer = with_names(tokenizer_of(source, "gpt2"), ids_of(source))
     weights = checked(source, config, own)
     if not source.config.get("projector") and len(own) == len(found):
         return Opened(config, weights, tokenizer, Coconut())

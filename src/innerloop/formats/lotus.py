@@ -1,6 +1,7 @@
 """LOTUS (yingfanbot: gsm-lotus-llama3b, -codi): an ordinary folder whose tokenizer has markers of latents.
 
-K, R and c are in none of its files: six blocks and as many loops, of 25 latents for Llama, 13 for GPT-2 (lotus.md, 2).
+Their first stages, gsm-cot-..., write the chain of thought. K, R and c are in none of the files: six blocks and as many
+loops, of 25 latents for Llama and 13 for GPT-2 (lotus.md, 2).
 """
 
 from __future__ import annotations
@@ -9,23 +10,26 @@ from innerloop.formats.bases import HUB, config_of, kind_of
 from innerloop.formats.opened import Format, Opened, checked
 from innerloop.formats.source import Source
 from innerloop.formats.tokens import tokenizer_of, with_names
-from innerloop.methods import Lotus
+from innerloop.methods import Cot, Lotus
 from innerloop.text.row import BOT, EOT, LAT
 
 MARKERS = {"<|start-latent|>": BOT, "<|latent|>": LAT, "<|end-latent|>": EOT}
+FIRST_STAGE = "gsm-cot-"
 BLOCK_LENGTH = {"llama": 25, "gpt2": 13}
 
 
 def recognises(source: Source) -> bool:
-    """Tell it by its markers; those of LatentTTS are in config.json, too."""
+    """Tell it by its markers, those of LatentTTS being in config.json too; a first stage by the name of the release."""
     is_known = source.model_type in HUB and "latent_id" not in source.config
-    return is_known and source.added_tokens.keys() >= MARKERS.keys()
+    return is_known and (FIRST_STAGE in source.name or source.added_tokens.keys() >= MARKERS.keys())
 
 
 def opened(source: Source) -> Opened:
     """Open it as it is, with the blocks of the paper."""
     weights = source.tensors()
     kind, config = kind_of(source, weights), config_of(source, weights)
+    if FIRST_STAGE in source.name:
+        return Opened(config, checked(source, config, weights), tokenizer_of(source, "gpt2"), Cot())
     ids = {source.added_tokens[name]: marker for name, marker in MARKERS.items()}
     tokenizer = with_names(tokenizer_of(source, "gpt2"), ids)
     return Opened(config, checked(source, config, weights), tokenizer, Lotus(latents_per_block=BLOCK_LENGTH[kind]))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # that earlier transformers saved with weights
+
+
 @dataclass
 class Opened:
     """Released weights, as the library holds them.
@@ -78,7 +81,7 @@ def renamed(
 
 def check_names(source: Source, found: Iterable[str], wanted: Iterable[str], spare: Iterable[str] = ()) -> None:
     """Refuse weights of which some are missing, or that are more than their configuration has a place for."""
-    found, wanted = set(found), set(wanted)
+    found, wanted = {name for name in found if not name.endswith(BUFFERS)}, set(wanted)
     if missing := sorted(wanted - found - set(spare)):
         raise InputError(f"the weights in {source.folder} lack {few(missing)}: copy the model's files again")
     if extra := sorted(found - wanted):

@@ -5,26 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from innerloop.formats import codi, huginn, latent_tts, llada, lotus, ouro, parscale, qwen, simcot, tah
+from innerloop.formats import codi, huginn, latent_tts, llada, lotus, ouro, parscale, qwen, retrofit, simcot, tah
+from innerloop.formats.bases import HUB
 from innerloop.formats.opened import Format
 from innerloop.formats.source import Source
 
 FORMATS: tuple[Format, ...] = (
     *(llada.FORMAT, qwen.DREAM, qwen.A2D_MODELS),
     *(latent_tts.FORMAT, codi.FORMAT, simcot.FORMAT, lotus.FORMAT),
-    *(ouro.FORMAT, huginn.FORMAT, parscale.FORMAT, tah.FORMAT),
+    *(ouro.FORMAT, huginn.FORMAT, retrofit.FORMAT, parscale.FORMAT, tah.FORMAT),
 )
 SETTINGS = ["config.json", "tokenizer_config.json", "added_tokens.json", "tah_config.json", "*.index.json"]
-FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.bin",
-    "*.txt",
-    "*.model",
-    "checkpoint_*",
-    "lora/*",
-]  # what may be needed, and no code
-OWN = "innerloop.json"
+FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "checkpoint_*"]  # what may be needed, and no code
+OWN, PICKLE = "innerloop.json", "pytorch_model.bin"
 
 
 def format_of(source: Source) -> Format | None:
@@ -60,8 +53,18 @@ def _downloaded(name: str, hub: dict[str, Any]) -> Path | None:
     try:
         small = Path(snapshot_download(name, allow_patterns=SETTINGS, **hub))
         source = Source(small, name)
-        if source.model_type and format_of(source) is None:
+        if source.model_type and format_of(source) is None and not _may_be_a_pickle(source, hub):
             return None
         return Path(snapshot_download(name, allow_patterns=FILES, **hub))
     except Exception:  # no such model, no network: whoever loads it as any other model says so
         return None
+
+
+def _may_be_a_pickle(source: Source, hub: dict[str, Any]) -> bool:
+    """Tell whether a Hub model whose settings are those of a base has its weights in a pickle alone, as CODI's."""
+    from huggingface_hub import list_repo_files
+
+    if source.model_type not in HUB or hub.get("local_files_only"):
+        return False
+    files = list_repo_files(source.name, revision=hub.get("revision"), token=hub.get("token"))
+    return PICKLE in files and not any(name.endswith(".safetensors") for name in files)

@@ -30,7 +30,9 @@ class Source:
 
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
-        self.name = folder.resolve().name if name is None else name
+        whole = folder.resolve()
+        whole = whole.parent.parent if whole.parent.name == "snapshots" else whole  # as the Hub's cache has them
+        self.name = whole.name if name is None else name
         self.pickles: list[str] = []  # that have been read
 
     @cached_property
@@ -54,11 +56,13 @@ class Source:
     @cached_property
     def added_tokens(self) -> dict[str, int]:
         """The tokens that were added to the tokenizer's own, with their ids."""
-        listed = self.settings("tokenizer_config.json").get("added_tokens_decoder", {})
-        found = {one["content"]: int(i) for i, one in listed.items() if isinstance(one, dict) and "content" in one}
-        whole = self.settings("tokenizer.json").get("added_tokens", [])
-        found |= {one["content"]: one["id"] for one in whole if isinstance(one, dict) and "id" in one}
-        return found | self.settings("added_tokens.json")
+        listed = self.settings("tokenizer_config.json").get("added_tokens_decoder")
+        if isinstance(listed, dict):
+            tokens = [{**one, "id": int(i)} for i, one in listed.items() if i.isdigit() and isinstance(one, dict)]
+        else:  # large, so only where need be
+            tokens = [one for one in self.settings("tokenizer.json").get("added_tokens") or () if isinstance(one, dict)]
+        found = {str(one.get("content")): one["id"] for one in tokens if isinstance(one.get("id"), int)}
+        return found | {name: i for name, i in self.settings("added_tokens.json").items() if isinstance(i, int)}
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -77,8 +81,11 @@ class Source:
 
     def mentions(self, *beginnings: str) -> bool:
         """Tell whether tensors with each of some beginnings of names are there; of pickles, by their letters alone."""
-        heads = [_letters(path) for path in self.weight_files]
-        return bool(heads) and all(any(beginning.encode() in head for head in heads) for beginning in beginnings)
+        return all(any(beginning.encode() in head for head in self._heads) for beginning in beginnings)
+
+    @cached_property
+    def _heads(self) -> list[bytes]:
+        return [_letters(path) for path in self.weight_files]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name.
@@ -125,9 +132,15 @@ def _letters(path: Path) -> bytes:
                 return file.read(min(int.from_bytes(file.read(8), "little"), LONGEST_HEAD))
         with ZipFile(path) as packed:
             name = next(name for name in packed.namelist() if name.endswith("data.pkl"))
-            return packed.read(name)
+            with packed.open(name) as file:
+                return file.read(LONGEST_HEAD)
     except (OSError, StopIteration, BadZipFile):
-        return path.read_bytes()[:LONGEST_HEAD] if path.is_file() else b""
+        pass  # an older pickle, or damaged
+    try:
+        with path.open("rb") as file:
+            return file.read(LONGEST_HEAD)
+    except OSError:
+        return b""
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def recognises(source: Source) -> bool:
-    """Tell it by its settings and its decider."""
-    return bool(source.settings(SETTINGS)) and (source.folder / DECIDER).exists()
+    """Tell it by its settings."""
+    return bool(source.settings(SETTINGS))
 
 
 def opened(source: Source) -> Opened:
@@ -54,7 +54,7 @@ def opened(source: Source) -> Opened:
     refuse(
         (
             kind != "MLPIterDecider",
-            f"{where} is a {kind}, which decides nothing by itself: take a checkpoint of stage 2",
+            f"{where} is a {kind}, and only MLPIterDecider is known: take a checkpoint of TaH's stage 2",
         ),
         (bool(init.get("normalize_input")), f"{where} has normalize_input, which no released one has"),
         (init.get("expansion_factor", EXPANSION) != EXPANSION, f"{where} has expansion_factor other than {EXPANSION}"),

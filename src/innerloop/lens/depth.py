@@ -34,7 +34,10 @@ def read_tokens(model: LatentModel, answer: Generation) -> list[tuple[str, int]]
     if answer.ended and depths[-1][0] == model.tokenizer.eos_token:
         depths.pop()
     ids = model.tokenizer.convert_tokens_to_ids([token for token, _ in depths])
-    return [(visible(model.tokenizer, token_id), depth) for token_id, (_, depth) in zip(ids, depths)]
+    return [
+        (token if token_id is None else visible(model.tokenizer, token_id), depth)  # a row of the table may be no token
+        for token_id, (token, depth) in zip(ids, depths)
+    ]
 
 
 def depth_grid(

@@ -1,7 +1,6 @@
 """The methods, one file each."""
 
-from importlib import import_module
-
+from innerloop.checks.imported import imported
 from innerloop.config.method import LatentMethod, Method
 from innerloop.errors import InputError, nearest
 from innerloop.methods.denoise.block_diffusion import BlockDiffusion
@@ -68,15 +67,11 @@ def method_named(name: str) -> type[Method]:
     """
     if name in METHODS:
         return METHODS[name]
-    module, _, last = name.rpartition(".")
-    if not module:
+    if "." not in name:
         raise InputError(f"there is no method '{name}'{nearest(name, METHODS)}; the methods are {', '.join(METHODS)}")
-    try:
-        found = getattr(import_module(module), last, None)
-    except ImportError as error:
-        raise InputError(f"method '{name}': cannot import {module} ({error}); is it on PYTHONPATH?") from None
+    found = imported(f"method '{name}'", name)
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise InputError(f"method '{name}': {module} has no class '{last}' derived from innerloop.Method")
+        raise InputError(f"method '{name}' is no class derived from innerloop.Method")
     return found
 
 

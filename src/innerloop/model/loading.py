@@ -92,18 +92,19 @@ def load(
     trust_remote_code: bool = False,
     **hub: Unpack[Hub],
 ) -> M:
-    """Load a saved run, or put a method on any Hugging Face model.
+    """Load a saved run, open released weights of a known format, or put a method on any Hugging Face model.
 
     Args:
         make: puts a decoder, a tokenizer and a method together: the class of the model.
         path: a folder or a Hub name.
         method: how to reason. None: as the folder says. With a saved folder, another method starts from its weights.
+            Released weights say it themselves, in values that they or their paper fix.
         lora: fields of peft's LoraConfig; trains low-rank updates instead of the backbone.
         dtype: the backbone's type, as torch names it or fp32, bf16 or fp16; "auto" keeps the file's. What the method
             adds stays in fp32, as do losses, scores of stop rules and drawing tokens.
         device: where to put the model; None chooses a GPU if there is one.
         marker_init: what new rows of the embeddings start from; see `add_markers`.
-        trust_remote_code: let the model's own code run; off unless you say so.
+        trust_remote_code: let the model's own code run; off unless you say so. Then no format is recognised.
         hub: attn_implementation: which kernels compute attention, such as sdpa or eager. Of models on the Hub:
             revision (a branch, tag or commit), token, cache_dir, local_files_only (download nothing).
 

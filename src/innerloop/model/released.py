@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from innerloop.errors import InputError, InputNote, few
 from innerloop.formats.opened import Opened
@@ -45,7 +45,13 @@ def open_released(path: str | Path, hub: dict[str, Any]) -> Opened | None:
     if found is None:
         return None
     known, source = found
-    opened = known.open(source)
+    try:
+        opened = known.open(source)
+    except InputError:
+        raise
+    except Exception as error:  # settings of another type or size than any such model's end in any error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{path} is {known.name}, and its settings do not fit ({reason}): restore them") from error
     read = f"; {', '.join(source.pickles)} is a pickle, of which tensors alone were read" if source.pickles else ""
     kind = type(opened.config).__name__.removesuffix("Config")
     warnings.warn(
@@ -61,7 +67,7 @@ def fill(opened: Opened, path: str | Path, dtype: torch.dtype | str, **options: 
     if dtype == "auto":
         dtype = _dtype_of(opened.weights)
     with without_bars(), without_words():
-        lm, report = AutoModelForCausalLM.from_config(opened.config).__class__.from_pretrained(
+        lm, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(opened.config)].from_pretrained(
             None,
             config=opened.config,
             state_dict=opened.weights,

@@ -3,6 +3,7 @@
 task_named("chain")(n_ops=3).examples("train", limit=10)
 """
 
+from innerloop.checks.imported import imported
 from innerloop.errors import InputError, nearest
 from innerloop.tasks.arithmetic import GsmHard, MultiArith, Svamp
 from innerloop.tasks.chain import Chain
@@ -74,7 +75,22 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in _CLASSES}
 
 
 def task_named(name: str) -> type[Task]:
-    """Return the task class of that name."""
-    if name not in TASKS:
+    """Return the task class of that name; ``my_package.module.Class`` is one of one's own.
+
+    Raises:
+        InputError: there is none, or what has that name is no task.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if "." not in name:
         raise InputError(f"no task '{name}'{nearest(name, TASKS)}: choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+    found = imported(f"task '{name}'", name)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise InputError(f"task '{name}' is no class derived from innerloop.Task")
+    return found
+
+
+def named_as(task: Task) -> str:
+    """Return the name by which a recipe or a saved run finds a task's class again."""
+    cls = type(task)
+    return cls.name if TASKS.get(cls.name) is cls else f"{cls.__module__}.{cls.__qualname__}"

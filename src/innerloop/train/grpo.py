@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from innerloop.checks.arguments import checked
+from innerloop.config.stopping import GATED
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
 from innerloop.engine.rollouts import Policy, Rollout, WritingPolicy
+from innerloop.engine.stopping_rollouts import StoppingPolicy
 from innerloop.errors import InputError
 from innerloop.phases.phase import phase
 from innerloop.tasks import Task
@@ -104,7 +106,7 @@ class GrpoTrainer(LatentTrainer):
         self.longest = longest
         names = args.reward_names if reward_funcs is None else list(reward_funcs)
         self.rewards = Rewards(names, args.reward_weights, task, longest)
-        self.policy = WritingPolicy(model, args.temperature, args.batch_size) if policy is None else policy
+        self.policy = policy_for(model, args) if policy is None else policy
         if self.policy.depends and args.num_iterations > 1:
             raise InputError(
                 f"what '{model.method.name}' is fed depends on its weights, so a rollout serves one step: "
@@ -221,6 +223,8 @@ class GrpoTrainer(LatentTrainer):
             "completion_length": torch.tensor([float(len(one.ids)) for one in rollouts]).mean(),
             "clipped_completions": torch.tensor([float(not one.generation.ended) for one in rollouts]).mean(),
         }
+        if any(one.n_loops is not None for one in rollouts):
+            found["n_loops"] = torch.tensor([float(one.n_loops or 0) for one in rollouts]).mean()
         if len(self.rewards.names) > 1:
             found |= {f"reward/{name}": rewards_NF[:, i].nanmean() for i, name in enumerate(self.rewards.names)}
         self._note({name: value.nan_to_num(0.0) for name, value in found.items()})
@@ -255,6 +259,12 @@ class GrpoTrainer(LatentTrainer):
     def _loss_of_text(self, logs: dict[str, float]) -> float | None:
         """There is none: the loss is of no text."""
         return None
+
+
+def policy_for(model: LatentModel, args: GrpoArguments) -> Policy:
+    """Return what draws a model's rollouts: where a gate says when its loop stops, their numbers of iterations too."""
+    decides = model.method.stop.rule in GATED
+    return (StoppingPolicy if decides else WritingPolicy)(model, args.temperature, args.batch_size)
 
 
 def _frozen(model: LatentModel) -> LatentModel:

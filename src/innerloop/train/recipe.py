@@ -34,7 +34,7 @@ from innerloop.disk.files import write_text
 from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named, name_of
-from innerloop.tasks import Task, task_named
+from innerloop.tasks import Task, named_as, task_named
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
 NAMED = ("task", "method")
@@ -93,7 +93,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it would be written, every field spelled out."""
         sections: dict[str, Any] = {
-            "task": {"name": self.task.name, **asdict(self.task)},
+            "task": {"name": named_as(self.task), **asdict(self.task)},
             "backbone": asdict(self.backbone),
             "method": {"name": name_of(self.method), **asdict(self.method)},
             "train": dict(self.train),

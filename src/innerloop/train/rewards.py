@@ -2,20 +2,21 @@
 
     def polite(prompts, completions, **columns) -> list[float | None]: ...
 
-``columns`` are lists, one item a sample: answer, steps and id of its example, what its ``meta`` holds, and
-completion_ids. None means that a reward says nothing of a sample.
+``columns`` are lists, one item a sample: answer, steps and id of its example, what its ``meta`` holds, completion_ids,
+and n_loops, how often its latents were refined, where that is drawn (else 0). None says nothing of
+a sample.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from innerloop.checks.imported import imported
 from innerloop.engine.rollouts import Rollout
 from innerloop.errors import InputError, nearest
 from innerloop.tasks import Task
@@ -78,6 +79,7 @@ class Rewards:
             "prompts": [example.question for example in asked],
             "completions": [one.generation.text for one in rollouts],
             "completion_ids": [list(one.ids) for one in rollouts],
+            "n_loops": [one.n_loops or 0 for one in rollouts],
         }
         return torch.stack([self._by(i, columns, len(rollouts)) for i in range(len(self.functions))], dim=1)
 
@@ -105,15 +107,11 @@ class Rewards:
 
 
 def _imported(name: str, built_in: dict[str, Reward]) -> Reward:
-    module, _, last = name.rpartition(".")
-    if not module:
+    if "." not in name:
         raise InputError(f"there is no reward '{name}'{nearest(name, built_in)}; there are {', '.join(built_in)}")
-    try:
-        found = getattr(import_module(module), last, None)
-    except ImportError as error:
-        raise InputError(f"reward '{name}': cannot import {module} ({error}); is it on PYTHONPATH?") from None
+    found: Reward = imported(f"reward '{name}'", name)
     if not callable(found):
-        raise InputError(f"reward '{name}': {module} has no function '{last}'")
+        raise InputError(f"reward '{name}' is no function")
     return found
 
 
@@ -137,4 +135,7 @@ def _built_in(task: Task | None, longest: int) -> dict[str, Reward]:
     def length(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         return [-len(ids) / longest for ids in completion_ids]
 
-    return {"answer": answer, "format": one_mark, "strict_answer": strict_answer, "length": length}
+    def loops(n_loops: Sequence[int], **_: Any) -> list[float]:
+        return [-float(n) for n in n_loops]
+
+    return {"answer": answer, "format": one_mark, "strict_answer": strict_answer, "length": length, "loops": loops}
