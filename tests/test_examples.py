@@ -150,11 +150,18 @@ def test_all_bad_lines_are_reported_at_once(tmp_path):
 
 
 def test_long_lists_of_problems_are_cut(tmp_path):
-    path = write_lines(tmp_path / "bad.jsonl", *["nothing"] * 50)
+    path = write_lines(tmp_path / "bad.jsonl", *["nothing"] * 50, row(answer=None))
     lines = problems_of(path).splitlines()
-    assert lines[0].startswith("50 bad lines")
+    assert lines[0].startswith("51 bad lines")
     assert len(lines) == 22
-    assert lines[-1].strip() == "... and 30 more"
+    assert lines[-1].strip() == "... and 31 more"
+
+
+def test_what_is_wrong_with_every_line_is_told_once(tmp_path):
+    path = write_lines(tmp_path / "bad.jsonl", *["nothing"] * 50)
+    assert problems_of(path).splitlines()[1:] == [
+        "  each line: broken JSON (Expecting value: line 1 column 1 (char 0))"
+    ]
 
 
 def test_one_bad_row_of_a_data_set_names_its_origin():
@@ -168,14 +175,14 @@ def test_missing_and_unreadable_files(tmp_path):
     packed = (tmp_path / "valid.jsonl.gz").read_bytes()
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "folder.jsonl").mkdir()
-    write_lines(tmp_path / "empty.jsonl"), write_lines(tmp_path / "rows.csv", "a,b")
+    write_lines(tmp_path / "empty.jsonl"), write_lines(tmp_path / "rows.xlsx", "a,b")
     write_lines(tmp_path / "plain.jsonl.gz", row())
     for name, problem in {
         "vaild.jsonl.gz": f"no such file: {tmp_path / 'vaild.jsonl.gz'} (did you mean 'valid.jsonl.gz'?)",
         "none/valid.jsonl": "there is no folder",
         "valid": "did you mean 'valid.jsonl.gz'?",
         "empty.jsonl": "holds no examples",
-        "rows.csv": "cannot tell what",
+        "rows.xlsx": "cannot tell what",
         "plain.jsonl.gz": "cannot read",
         "cut.jsonl.gz": "cannot read",
         "folder.jsonl": "cannot read",
@@ -199,7 +206,7 @@ def test_json_list_and_text_lines(tmp_path):
 
     text = write_lines(tmp_path / "rows.txt", "why so", "", "when now")
     assert [e.answer for e in read_examples(text, parse_row=parse)] == ["so", "now"]
-    assert "line 1: no 'question'" in problems_of(text)
+    assert "each line: no 'question'" in problems_of(text)
     assert "line 2: no space" in problems_of(write_lines(tmp_path / "bad.txt", "a b", "c"), parse_row=parse)
 
 

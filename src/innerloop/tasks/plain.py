@@ -11,7 +11,8 @@ class Plain(FileTask):
     """Examples as they are.
 
     Args:
-        train: file (.jsonl, .json or .txt, also .gz) or Hub data set (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)
+        train: file (.jsonl, .json, .csv, .txt, also .gz, .parquet) or a data set on the
+            Hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)
         valid: the same for validation
         test: the same for testing
     """

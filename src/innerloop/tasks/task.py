@@ -9,15 +9,17 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, ClassVar
 
 from innerloop.checks.settings import Checked
-from innerloop.errors import InputError, InputNote, nearest
-from innerloop.text.examples import ANSWER_PREFIX, Example, n_shared, read_examples
+from innerloop.checks.values import fitted
+from innerloop.errors import InputError, InputNote, nearest, refuse
+from innerloop.text.examples import ANSWER_PREFIX, FIELDS, Example, n_shared, read_examples
 
 SPLITS = ("train", "valid", "test")
+COLUMNS = (*FIELDS, "text")  # what a column map may name; text is a row of the original forms
 MARK = re.compile(r"(?:^|\n)[ \t]*#{3,}")  # where a line begins, so that an answer may hold signs of its own
 SAID = re.compile(r"[Tt]he answer is:?[ \t]")  # as CODI's models end
 MOST_COMPARED = 1000  # letters of an answer that is more than text to be compared: no right one is as long
@@ -79,9 +81,12 @@ class FileTask(Task):
     """A task whose examples are read from a file or from a data set on the Hub.
 
     Args:
-        train: file (.jsonl, .json or .txt, also .gz) or Hub data set (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)
+        train: file (.jsonl, .json, .csv, .txt, also .gz, .parquet) or a data set on the
+            Hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)
         valid: the same for validation
         test: the same for testing
+        columns: what the data call ours: {question: prompt, steps: reasoning, answer: target}; steps: null for none
+        steps_split: what stands between steps that are one text, such as a newline
     """
 
     hub: ClassVar[str] = ""  # a data set on the Hub that parse_row can read
@@ -89,6 +94,18 @@ class FileTask(Task):
     train: str | None = None
     valid: str | None = None
     test: str | None = None
+    columns: dict[str, str | None] = field(default_factory=dict, hash=False)
+    steps_split: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for ours, theirs in self.columns.items():
+            if ours not in COLUMNS:
+                raise InputError(f"columns has no '{ours}'{nearest(str(ours), COLUMNS)}; it maps {', '.join(COLUMNS)}")
+            if theirs is None and ours != "steps":
+                raise InputError(f"columns.{ours} is empty: name the column that the data have; only steps may be null")
+            fitted(f"columns.{ours}", theirs, str | None)
+        refuse((self.steps_split == "", 'steps_split is empty: write what stands between two steps, such as "\\n"'))
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Read the examples of a split."""
@@ -96,7 +113,7 @@ class FileTask(Task):
         if source is None:
             example = f" or a Hub data set such as {self.hub}" if self.hub else ""
             raise InputError(f"task '{self.name}' has no {split} split: give task.{split}=FILE (.jsonl){example}")
-        return read_examples(source, split, limit, self._checked_row)
+        return read_examples(source, split, limit, self._checked_row, self.columns, self.steps_split)
 
     def overlap(self, known: Mapping[str, list[Example]]) -> str | None:
         """Say what is shared; splits that are not known are read where they are files that are there."""

@@ -24,7 +24,8 @@ class Text(FileTask):
     """Chunks of running text. A .txt file is one text, without its blank lines; else every row is one.
 
     Args:
-        train: file (.txt, .jsonl or .json, also .gz) or Hub data set (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)
+        train: file (.txt, .jsonl, .json, .csv, also .gz, .parquet) or a data set on the
+            Hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT)
         valid: the same for validation
         test: the same for testing
         column: what rows call their text

@@ -1,4 +1,4 @@
-"""Examples (question, steps, answer): reading and writing them as JSONL, and as rows of a Hugging Face data set.
+"""Examples (question, steps, answer): reading and writing them, and as rows of a Hugging Face data set.
 
 examples = read_examples("valid.jsonl")
 write_examples(examples, "copy.jsonl.gz")
@@ -7,32 +7,30 @@ write_examples(examples, "copy.jsonl.gz")
 import gzip
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any
 
 from innerloop.checks.arguments import checked
 from innerloop.checks.values import Count, fitted
 from innerloop.disk.files import check_writable, replacing
 from innerloop.disk.names import check_folder
-from innerloop.errors import InputError, nearest
+from innerloop.errors import InputError
 from innerloop.phases.phase import says
+from innerloop.text.sources import Row, Rows, check_columns, listed, open_rows, renamed
 
 if TYPE_CHECKING:
     import datasets
 
-Row = Mapping[str, Any]
-
 ANSWER_PREFIX = "### "  # what an answer is written behind, on a line of its own
 FIELDS = ("id", "question", "steps", "answer", "meta")
 MAX_PROBLEMS_SHOWN = 20
+SPLIT_HINT = "; steps_split says what stands between steps that are one text"
 HALF = re.compile("[\\ud800-\\udfff]")  # of a surrogate pair
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[^:]+)?)?")
-HUB_SPLITS = {"valid": ("valid", "validation", "val", "dev")}  # what data sets on the Hub call a split
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,30 +64,35 @@ def read_examples(
     split: str | None = None,
     limit: Count | None = None,
     parse_row: Callable[[Row], Row] = dict,
+    columns: Mapping[str, str | None] | None = None,
+    steps_split: str | None = None,
 ) -> list[Example]:
     """Read examples from a file or from a data set on the Hub.
 
-    A file is ``.jsonl`` (one object a line), ``.json`` (one list of objects) or ``.txt`` (each line a row
-    ``{"text": line}``), each possibly with ``.gz``. Anything else names a Hub data set: ``NAME``, ``NAME:CONFIG`` or
-    ``NAME:CONFIG:SPLIT``, where a split written in the name goes before ``split``. ``parse_row`` turns rows of a
-    foreign format into ``{"id", "question", "steps", "answer", "meta"}`` and raises InputError for a bad one.
-    With ``limit`` only the first rows are read. All bad rows are reported in one InputError.
+    A file is ``.jsonl`` (one object a line), ``.json`` (one list of objects), ``.csv`` (with a line of names, cells
+    apart by commas, semicolons or tabs), ``.parquet`` or ``.txt`` (each line a row ``{"text": line}``), each but
+    ``.parquet`` possibly with ``.gz``. Anything else names a Hub data set: ``NAME``, ``NAME:CONFIG`` or
+    ``NAME:CONFIG:SPLIT``, where a split written in the name goes before ``split``.
+
+    Args:
+        source: the file or data set.
+        split: which split of a data set.
+        limit: only the first rows are read.
+        parse_row: turns rows of a foreign format, after ``columns``, into ``{"id", "question", "steps", "answer",
+            "meta"}`` and raises InputError for a bad one.
+        columns: what rows call ours, as ``{"question": "prompt"}``; ``{"steps": None}`` where there are none.
+        steps_split: what stands between the steps where they are one text; the steps around it are stripped.
+
+    Raises:
+        InputError: all bad rows are reported in one.
     """
-    path = check_folder(source, "the data's file")
-    unpacked = Path(path.name.removesuffix(".gz"))
-    if unpacked.suffix in (".jsonl", ".txt"):
-        load = _load_json if unpacked.suffix == ".jsonl" else _load_text
-        return _collect(islice(_lines(path), limit), load, parse_row, str(path), unpacked.stem, "line")
-    if unpacked.suffix == ".json":
-        rows = islice(enumerate(_json_list(path), 1), limit)
-        return _collect(rows, _check_object, parse_row, str(path), unpacked.stem, "row")
-    if path.is_file():
-        raise InputError(f"cannot tell what {path} holds: name it .jsonl, .json or .txt (with or without .gz)")
-    if not path.is_dir() and (not HUB_NAME.fullmatch(str(source)) or (path.parts[1:] and path.parent.is_dir())):
-        _raise_missing(path)
-    name = str(source).partition(":")[0]
-    rows = islice(enumerate(_hub_rows(str(source), split), 1), limit)
-    return _collect(rows, _check_object, parse_row, str(source), name.split("/")[-1], "row")
+    rows = open_rows(source, split)
+    if columns and rows.columns is not None:
+        check_columns(rows.origin, columns, rows.columns)
+    if columns or steps_split is not None:
+        own_names = partial(renamed, columns=columns or {}, steps_split=steps_split)
+        return _collect(rows, limit, lambda row: parse_row(own_names(row)))
+    return _collect(rows, limit, parse_row)
 
 
 def check_limit(limit: int | None) -> None:
@@ -100,7 +103,7 @@ def check_limit(limit: int | None) -> None:
 
 def from_rows(rows: Iterable[Row], origin: str) -> list[Example]:
     """Return the examples in ``rows`` (of a data set, say); ``origin`` names them in messages and default ids."""
-    return _collect(enumerate(rows, 1), _check_object, dict, origin, origin, "row")
+    return _collect(Rows(origin, origin, enumerate(rows, 1)), None, dict)
 
 
 def n_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
@@ -161,35 +164,30 @@ def _to_json(value: Any) -> str:
 # From entries (lines, rows) to examples, collecting what is wrong with each.
 
 
-def _collect(
-    entries: Iterable[tuple[int, Any]],
-    load: Callable[[Any], Row],
-    parse_row: Callable[[Row], Row],
-    origin: str,
-    id_prefix: str,
-    unit: str,
-) -> list[Example]:
+def _collect(rows: Rows, limit: int | None, parse_row: Callable[[Row], Row]) -> list[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     taken: dict[str, int] = {}  # id -> number of the entry that has it
-    for number, entry in entries:
+    for number, entry in islice(rows.entries, limit):
         try:
-            example = _to_example(parse_row(load(entry)), f"{id_prefix}-{number}")
+            example = _to_example(parse_row(rows.load(entry)), f"{rows.stem}-{number}")
             if example.id in taken:
-                raise InputError(f"id '{example.id}' is already that of {unit} {taken[example.id]}")
+                raise InputError(f"id '{example.id}' is already that of {rows.unit} {taken[example.id]}")
         except InputError as problem:
-            problems.append(f"{unit} {number}: {problem}")
+            problems.append(f"{rows.unit} {number}: {problem}")
             continue
         taken[example.id] = number
         examples.append(example)
     if problems:
         shown = problems[:MAX_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
+        if not examples and len(told := {problem.partition(": ")[2] for problem in problems}) == 1 < len(problems):
+            shown = [f"each {rows.unit}: {told.pop()}"]
+        elif len(problems) > len(shown):
             shown.append(f"... and {len(problems) - len(shown)} more")
-        count = f"{len(problems)} bad {unit}{'s' if len(problems) > 1 else ''}"
-        raise InputError(f"{count} in {origin}:\n  " + "\n  ".join(shown))
+        count = f"{len(problems)} bad {rows.unit}{'s' if len(problems) > 1 else ''}"
+        raise InputError(f"{count} in {rows.origin}:\n  " + "\n  ".join(shown))
     if not examples:
-        raise InputError(f"{origin} holds no examples")
+        raise InputError(f"{rows.origin} holds no examples")
     return examples
 
 
@@ -203,13 +201,16 @@ def _to_example(row: Row, default_id: str) -> Example:
     if steps is None:
         problems.append("no 'steps' (write [] where there are none)")
     elif not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
-        problems.append("'steps' is not a list of strings")
+        problems.append("'steps' is not a list of strings" + SPLIT_HINT * isinstance(steps, str))
     if isinstance(identity, bool) or not isinstance(identity, str | int | None):
         problems.append("'id' is not text")
     if not isinstance(meta, Mapping | None):
         problems.append("'meta' is not an object")
     problems += [f"'{name}' holds half of a surrogate pair, which is no text" for name in row if _has_half(row[name])]
     if any(problems):
+        others = [name for name in row if name not in FIELDS]
+        if others and any(row.get(name) is None for name in ("question", "steps", "answer")):
+            problems.append(f"it has {listed(row)}: say which is which, as columns: {{question: {others[0]}}}")
         raise InputError("; ".join(filter(None, problems)))
     return Example(
         question=row["question"],
@@ -238,98 +239,3 @@ def _what_is_wrong(name: str, value: Any) -> str:
     if not isinstance(value, str):
         return f"'{name}' is not text"
     return "" if value.strip() else f"'{name}' is empty"
-
-
-def _check_object(value: Any) -> Row:
-    if not isinstance(value, Mapping):
-        raise InputError("not an object {...}")
-    return value
-
-
-def _load_json(line: bytes) -> Row:
-    return _check_object(_parse_json(line))
-
-
-def _load_text(line: bytes) -> Row:
-    return {"text": _decode(line).strip()}
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _parse_json(data: bytes) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON value")
-
-    text = _decode(data)
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"broken JSON ({error})") from None
-
-
-# Where entries come from.
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield cast(IO[bytes], file)
-    except FileNotFoundError:
-        _raise_missing(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank, numbered from 1."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
-
-
-def _json_list(path: Path) -> list[Any]:
-    with _opened(path) as file:
-        content = file.read()
-    try:
-        rows = _parse_json(content)
-    except InputError as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(rows, list):
-        raise InputError(f"cannot read {path}: a .json file must hold one list of objects; use .jsonl for one a line")
-    return rows
-
-
-def _raise_missing(path: Path) -> NoReturn:
-    if not path.parent.is_dir():
-        raise InputError(f"no such file: {path} (there is no folder {path.parent} either)") from None
-    near = nearest(path.name, (other.name for other in path.parent.iterdir()))
-    raise InputError(f"no such file: {path}{near}") from None
-
-
-def _hub_rows(source: str, split: str | None) -> "datasets.Dataset":
-    """Return the rows of one split of ``NAME[:CONFIG[:SPLIT]]``."""
-    import datasets
-
-    name, _, rest = source.partition(":")
-    config, _, own_split = rest.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, config or None, split=own_split or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot load data set '{source}' ({reason}); give a .jsonl file or a Hub name") from None
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if split is None and len(loaded) == 1:
-        return next(iter(loaded.values()))
-    for known_as in HUB_SPLITS.get(split or "", (split,)):
-        if known_as in loaded:
-            return loaded[known_as]
-    asked = "several splits" if split is None else f"no split '{split}'"
-    raise InputError(f"data set '{source}' has {asked}: name one of {', '.join(loaded)} as '{name}:{config}:SPLIT'")
