@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = Gsm8k(**{split: str(options.data / name) for split, name in FILES.items()}, steps="text")
-    model = LatentModel.from_pretrained(options.model, AdaInfer(layers=tuple(options.exits)), device="cpu")
+    model = LatentModel.from_pretrained(options.model, AdaInfer(layers=tuple(options.exits)), device="cpu", chat=False)
     seen, seconds = {}, {}
     for split in FILES:
         start = time.perf_counter()

@@ -66,7 +66,7 @@ def main() -> None:
 def made(source: str, method: Llada, is_decoder: bool, seed: int) -> LatentModel:
     """Return a model with the weights of a decoder, or of its shape alone."""
     if is_decoder:
-        return LatentModel.from_pretrained(source, method, device="cpu", dtype=torch.float32)
+        return LatentModel.from_pretrained(source, method, device="cpu", dtype=torch.float32, chat=False)
     torch.manual_seed(seed)
     lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
     return LatentModel(Backbone(lm), load_tokenizer(source), method)

@@ -99,7 +99,7 @@ def against_bare(options: argparse.Namespace) -> dict:
         model = subjects.random_model(subjects.SMOKE, BARE, options.seed, options.device, options.dtype)
         n_tokens, length, sizes, repeats = 3, 10, (1, 4), 2
     else:
-        model = LatentModel.from_pretrained(options.model, BARE, device=options.device, dtype=options.dtype)
+        model = LatentModel.from_pretrained(options.model, BARE, device=options.device, dtype=options.dtype, chat=False)
         subjects.never_ending(model)
     asked = subjects.questions(model, max(sizes), length, options.seed)
     shapes = shapes_of(model, asked[0], n_tokens)

@@ -35,7 +35,7 @@ def main() -> None:
 def measured(options, method: Method, n: int) -> dict[str, float]:
     """Return the accuracy and the loss of a run's decoder under a method whose parts are fresh."""
     torch.manual_seed(options.seed)
-    model = LatentModel.from_pretrained(options.model, method, device=options.device)
+    model = LatentModel.from_pretrained(options.model, method, device=options.device, chat=False)
     task = Chain(n_ops=3, modulus=5, n_train=5000, n_valid=100, n_test=500)
     examples = task.examples("test", n)
     found = evaluate(model, task, examples)

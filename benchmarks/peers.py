@@ -51,7 +51,9 @@ def main() -> None:
             subjects.SHAPES[options.shape], Cot(), options.seed, options.device, options.dtype
         )
     else:
-        model = LatentModel.from_pretrained(options.model, Cot(), device=options.device, dtype=options.dtype)
+        model = LatentModel.from_pretrained(
+            options.model, Cot(), device=options.device, dtype=options.dtype, chat=False
+        )
         subjects.never_ending(model)
     peers = Peers(model, options.device)
     asked = subjects.questions(model, max(n_apart, 32), length, options.seed)

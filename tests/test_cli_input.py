@@ -49,12 +49,12 @@ def test_ask_a_plain_model_writes_freely_but_no_verb_takes_it_for_a_run_or_a_rec
 def test_a_chat_model_and_a_templated_question_are_noted_once_and_answered(tmp_path: Path, capsys):
     folder = plain_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.chat_template = "{% for m in messages %}U {{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     code, _, err = innerloop(capsys, "ask", folder, "3 ; <eos> 4", "--max_new_tokens", 4)
     notes = err.splitlines()
     assert code == 0 and len(notes) == 2 and all(note.startswith("note: ") for note in notes)
-    assert f"{folder} is a chat model, but chat templates are not supported" in notes[0]
+    assert f"{folder} is asked through its chat template; chat: false" in notes[0]
     assert "a question has <eos>, which is read letter by letter" in notes[1]
     model = tiny_model(Cot())
     with pytest.warns(InputNote, match="give the bare question"):

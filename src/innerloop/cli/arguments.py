@@ -17,6 +17,7 @@ from innerloop.model import run_folder
 from innerloop.tasks import Task, task_named
 from innerloop.terminal.plain import plain_console
 from innerloop.text.examples import Example
+from innerloop.text.wording import Chat
 
 if TYPE_CHECKING:  # slow to import
     import torch
@@ -88,17 +89,24 @@ class ModelArguments:
         method: reason by another method than the run was trained with: its name, or {name: ..., field: value}.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
         dtype: the type of the weights; auto keeps the file's, which is fp32 for what was trained so.
+        chat: ask a model that is no run through its chat template, or not; auto: if it has one.
     """
 
     method: str | None = None
     device: str | None = None
     dtype: Dtype = "auto"
+    chat: Literal["auto", "true", "false"] = "auto"
 
     def read_method(self) -> Method | None:
         """Return the method that was written."""
         from innerloop.train.recipe import parse_value
 
         return None if self.method is None else named(parse_value(self.method, "--method"), "method", method_named)
+
+    @property
+    def asked_as(self) -> Chat:
+        """Whether questions are turns of a chat, as loading takes it."""
+        return "auto" if self.chat == "auto" else self.chat == "true"
 
     def find_device(self) -> torch.device | None:
         """Return the device, if it is there."""
@@ -120,7 +128,9 @@ class ModelArguments:
         method = self.read_method()  # refused before what is slow to import
         from innerloop.engine.latent_model import LatentModel
 
-        model = LatentModel.from_pretrained(run, method, device=self.find_device(), dtype=self.dtype)
+        model = LatentModel.from_pretrained(
+            run, method, device=self.find_device(), dtype=self.dtype, chat=self.asked_as
+        )
         if compile:
             model.backbone.compile_passes()
         return model

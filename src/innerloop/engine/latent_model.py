@@ -63,7 +63,7 @@ class LatentModel(LatentCore):
             path: a folder or a Hub name.
             method: how to reason. None: as the folder says. With a saved folder, another method starts from its
                 weights.
-            options: lora, dtype, device, marker_init, trust_remote_code, attn_implementation, revision, token,
+            options: lora, dtype, device, marker_init, trust_remote_code, chat, attn_implementation, revision, token,
                 cache_dir and local_files_only; see `innerloop.model.loading.load`.
         """
         return loading.load(cls, path, method, **options)

@@ -46,7 +46,7 @@ from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
 from innerloop.text.encoder import PromptEncoder
-from innerloop.text.wording import Wording
+from innerloop.text.wording import OURS, Chat, Wording, wording_of
 
 KERNELS = "attn_implementation"
 REMOTE_CODE = "transformers_modules"  # where transformers puts it
@@ -77,6 +77,7 @@ class Loading(Hub, total=False):
     device: str | torch.device | None
     marker_init: MarkerInit
     trust_remote_code: bool
+    chat: Chat
 
 
 @says(lambda make, path, *_, **__: f"loading {path}")
@@ -90,6 +91,7 @@ def load(
     device: str | torch.device | None = None,
     marker_init: MarkerInit = "token",
     trust_remote_code: bool = False,
+    chat: Chat = "auto",
     **hub: Unpack[Hub],
 ) -> M:
     """Load a saved run, open released weights of a known format, or put a method on any Hugging Face model.
@@ -105,6 +107,8 @@ def load(
         device: where to put the model; None chooses a GPU if there is one.
         marker_init: what new rows of the embeddings start from; see `add_markers`.
         trust_remote_code: let the model's own code run; off unless you say so. Then no format is recognised.
+        chat: ask a model that is no run yet through its chat template (True), with bare questions (False), or as a chat
+            if it has a template (auto). A run is asked as it was trained.
         hub: attn_implementation: which kernels compute attention, such as sdpa or eager. Of models on the Hub:
             revision (a branch, tag or commit), token, cache_dir, local_files_only (download nothing).
 
@@ -130,7 +134,7 @@ def load(
     start = chosen.convert(backbone, tokenizer) if is_new and isinstance(chosen, DepthMethod) else None
     add_markers(backbone, tokenizer, chosen.markers, marker_init)
     model = make(backbone, tokenizer, chosen)
-    model.encoder = PromptEncoder(tokenizer, wording=Wording(**(saved or {}).get("wording", {})))
+    model.encoder = PromptEncoder(tokenizer, wording=_wording(path, found, chat))
     if stored is not None:
         found.put_parts(model, path, strict=chosen == stored)
     elif start:
@@ -141,6 +145,20 @@ def load(
     assert isinstance(model, nn.Module)
     model.to(place).eval()
     return model
+
+
+def _wording(path: str | Path, found: Found, chat: Chat) -> Wording:
+    """Return what is written around questions: as a run was trained or a release says, or as a fresh model is asked."""
+    is_run, saved = (Path(path) / SETTINGS).exists(), found.saved or {}
+    kept = Wording(**saved.get("wording", {}))
+    if is_run and chat != "auto" and chat != kept.chat:
+        raise InputError(f"{path} was trained {'in' if kept.chat else 'without'} a chat: leave chat out")
+    if is_run or kept != OURS:
+        return kept
+    chosen = wording_of(found.tokenizer, chat)
+    if chosen.chat:
+        tell_chat(path)
+    return chosen
 
 
 def _find(path: str | Path, needs_method: bool, dtype: torch.dtype | str, trust_remote_code: bool, hub: Hub) -> Found:
@@ -376,5 +394,4 @@ def _tokenizer_of(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     except Exception as error:  # a file with other contents than a tokenizer's: a KeyError, a bare Exception, ...
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the tokenizer's files cannot be read ({reason}); restore them") from error
-    tell_chat(path, tokenizer, is_own=(Path(path) / SETTINGS).exists())
     return tokenizer

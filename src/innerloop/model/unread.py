@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from innerloop.disk.folders import MANIFEST, is_changed, manifest
 from innerloop.errors import UnreadWarning, few
 
@@ -48,12 +46,7 @@ def tell_unread(path: str | Path, tensors: Iterable[str]) -> None:
         warnings.warn(f"{path} also holds {' and '.join(parts)}, not read by innerloop", UnreadWarning, stacklevel=2)
 
 
-def tell_chat(path: str | Path, tokenizer: PreTrainedTokenizerBase, is_own: bool) -> None:
-    """Warn of a model that is used to chats, and is not a run of ours: its chat template is not read."""
-    if not is_own and getattr(tokenizer, "chat_template", None):
-        warnings.warn(
-            f"{path} is a chat model, but chat templates are not supported: it reads bare questions, and may answer "
-            "worse than in a chat until it has been trained on them",
-            UnreadWarning,
-            stacklevel=2,
-        )
+def tell_chat(path: str | Path) -> None:
+    """Say that a model is asked through its chat template."""
+    told = f"{path} is asked through its chat template; chat: false asks bare questions"
+    warnings.warn(told, UnreadWarning, stacklevel=2)

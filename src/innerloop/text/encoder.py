@@ -60,14 +60,17 @@ class PromptEncoder:
         return Span((marker_id,) * n, Kind.LATENT if text == LAT else Kind.MARKER)
 
     def question(self, text: str) -> Span:
-        """Encode a question, with the beginning-of-sequence token if the tokenizer adds one."""
+        """Encode a question, with the beginning-of-sequence token if the tokenizer adds one, or as a turn of a chat."""
         if not self.running_text and (marked := self._special.search(text)):
             warnings.warn(
-                f"a question has {marked[0]}, which is read letter by letter and not as the special token: chat "
-                "templates are not supported, give the bare question",
+                f"a question has {marked[0]}, which is read letter by letter and not as the special token: give the "
+                "bare question",
                 InputNote,
                 stacklevel=2,
             )
+        if self.wording.chat and not self.running_text:
+            start, end = (self._around(part) for part in (self.wording.question_start, self.wording.question_end))
+            return Span((*start, *self._ids(text, special=False), *end), Kind.QUESTION)
         ids = self._ids(text if self.running_text else text + self.wording.question_end, special=True)
         ids = ids[:-1] if ids and ids[-1] == self.eos_id else ids
         return Span(ids, Kind.QUESTION, supervised=self.running_text)
@@ -113,6 +116,10 @@ class PromptEncoder:
         prefix = self.wording.answer_prefix
         stem, whole = self._ids(prefix, special=False), self._ids(prefix + text, special=False)
         return next((i for i, (a, b) in enumerate(zip(stem, whole)) if a != b), min(len(stem), len(whole)))
+
+    def _around(self, text: str) -> tuple[int, ...]:
+        """Encode what a chat writes around a question: its special tokens are read as such."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _ids(self, text: str, special: bool) -> tuple[int, ...]:
         key = (text, special)

@@ -35,6 +35,7 @@ from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, nearest
 from innerloop.methods import Method, method_named, name_of
 from innerloop.tasks import Task, named_as, task_named
+from innerloop.text.wording import Chat
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
 NAMED = ("task", "method")
@@ -55,6 +56,8 @@ class BackboneChoice(Checked):
         marker_init: what the rows of new markers start from: the row of << (token), the mean row, or normal draws.
         vocab_size: the most words of the tokenizer that a scratch backbone gets from the training data.
         trust_remote_code: let the model's own code run.
+        chat: ask the model through its chat template (true), with bare questions (false), or as a chat if it has a
+            template (auto). A run goes on as it was trained.
     """
 
     scratch: dict[str, Any] | None = None
@@ -66,6 +69,7 @@ class BackboneChoice(Checked):
     marker_init: MarkerInit = "token"
     vocab_size: Count = 8192
     trust_remote_code: bool = False
+    chat: Chat = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -177,6 +177,7 @@ def build(backbone: BackboneChoice, method: Method, train: Sequence[Example], se
             marker_init=backbone.marker_init,
             device="cpu",  # the trainer moves it
             trust_remote_code=backbone.trust_remote_code,
+            chat=backbone.chat,
         )
     if backbone.attention is not None:
         try:
