@@ -9,9 +9,11 @@ import transformers.dynamic_module_utils as dynamic
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import innerloop as il
+from innerloop.errors import UnreadWarning
 from innerloop.model.exported import lacking
 from innerloop.tasks import Chain
 from tests.models import moved, saved, tiny_model
+from tests.test_chat import TEMPLATE
 
 FEW = {"max_new_tokens": 6}
 SLR = {"time": "sinusoidal", "alpha_learn": "per_iter"}
@@ -151,3 +153,20 @@ def test_weights_of_another_folder_are_no_guess(tmp_path):
     lm.name_or_path = str(tmp_path)
     with pytest.raises(ValueError, match="load the model from its own folder"):
         lm.generate(torch.ones(1, 2).long(), custom_generate=str(folder), trust_remote_code=True)
+
+
+def test_a_chat_is_asked_by_its_template(tmp_path):
+    first = tiny_model(il.Codi(n_latents_total=2))
+    first.tokenizer.chat_template = TEMPLATE
+    first.tokenizer.save_pretrained(tmp_path)
+    first.backbone.lm.save_pretrained(tmp_path)
+    with pytest.warns(UnreadWarning, match="is asked through its chat template"):
+        model = moved(il.LatentModel.from_pretrained(tmp_path, il.Codi(n_latents_total=2)))
+    folder, (question,) = saved(model, tmp_path / "run"), questions(1)
+    lm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    turn = [{"role": "user", "content": question}]
+    inputs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    out = lm.generate(**inputs, **FEW)[:, inputs["input_ids"].shape[1] :]
+    assert same(out, model.generate([question], **FEW), model.encoder.eos_id)

@@ -3,9 +3,10 @@ r"""Answers with the latents that this model was trained to think in, in plain t
     inputs = tokenizer(["How many legs have 3 cats?" + "\n"], return_tensors="pt")
     model.generate(**inputs, max_new_tokens=64, custom_generate=FOLDER, trust_remote_code=True)
 
-A question ends as those did in training (``question_end`` in thought.json); several are padded. The thought is read
-into the cache, then transformers' own ``generate`` writes, with all its options. This file stands alone: it is copied
-into the folder of every model that answers so, beside the settings and weights that it reads.
+A question ends as those did in training (``question_end`` in thought.json), or is a turn of a chat, written by the
+tokenizer's template (``chat``); several are padded. The thought is read into the cache, then transformers' own
+``generate`` writes, with all its options. This file stands alone: it is copied into the folder of every model that
+answers so, beside the settings and weights that it reads.
 
 Shapes: `B` rows, `S` columns, `N` latents, `D` width.
 """

@@ -138,13 +138,15 @@ def _around(row: Row) -> tuple[list[int], list[int], int | None, int]:
 
 def thought_settings(model: Answering) -> dict[str, Any]:
     """Return thought.json."""
-    method, loop, plan, row = model.method, model.method.loop, model.method.plan, model.prompts(ASKED[:1])[0]
+    method, loop, plan, (row,) = model.method, model.method.loop, model.method.plan, model.prompts(ASKED[:1])
+    wording = model.encoder.wording
     before, after, n_region, n_suffix = _around(row)
     makes_first = plan.first_state == "forward" and n_region != 0
     return {
         "method": method.name,
-        "question_end": "" if model.encoder.running_text else model.encoder.wording.question_end,
-        "answer_mark": model.encoder.wording.mark,
+        "chat": wording.chat,
+        "question_end": "" if model.encoder.running_text or wording.chat else wording.question_end,
+        "answer_mark": wording.mark,
         "before": before,
         "after": after,
         "n_region": n_region,
