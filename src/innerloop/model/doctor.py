@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 from innerloop.disk.folders import MANIFEST, damage, is_unsettled, manifest
@@ -62,7 +63,7 @@ def examine(path: str | Path) -> Findings:
         _own(found)
     elif (known := _format_of(found.folder)) is not None:
         found.kind = f"released weights: {known}"
-        found.tools = ["innerloop, as it is", f"innerloop convert {folder} OUT writes a folder that other tools read"]
+        found.tools = ["innerloop, as it is", f"{join(['innerloop', 'convert', str(folder), 'OUT'])} writes a folder for other tools"]
     elif (found.folder / "adapter_config.json").exists():
         found.kind, found.tools = "a PEFT adapter", ["peft, on its base model; innerloop once it has been merged"]
     elif (found.folder / "config.json").exists():
@@ -70,7 +71,8 @@ def examine(path: str | Path) -> Findings:
         found.tools = [f"{HAS_ALL}", "innerloop, with a method: --method NAME"]
     elif (folder / RECIPE).exists():
         found.kind = "a run that has not finished"
-        found.problems.append(f"it has no {RUN_CHECKPOINT}/ yet: innerloop train {folder / RECIPE} --resume true")
+        go_on = join(["innerloop", "train", str(folder / RECIPE), "--resume", "true"])
+        found.problems.append(f"it has no {RUN_CHECKPOINT}/ yet: {go_on}")
         return found
     else:
         found.kind = "no model"
