@@ -417,7 +417,7 @@ def rollout_lines(results: dict) -> tuple[Lines, str]:
             wide(p["tokens_per_second"]),
             wide(p["alone_tokens_per_second"]),
             wide(p["speedup"], 2),
-            f"{p['same_rows']} of {p['rows']}",
+            f"{p['same_rows']} of {p['rows']} (as timed: {p['same_rows_as_timed']})",
             wide(p["replay_ms"]),
             wide(p["rollout_share"], 2),
         ]
