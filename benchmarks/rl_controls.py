@@ -31,7 +31,7 @@ def main() -> None:
         recipe = load_recipe(config)
         if isinstance(recipe.method, Hrpo | SoftThinking):
             points += measure(config.parent, recipe.task, options.smoke)
-        else:
+        elif recipe.train.get("algorithm") == "grpo":
             points.append(
                 {"variant": config.parent.parent.name, "seed": int(config.parent.name), **trained(config.parent)}
             )
