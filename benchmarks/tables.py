@@ -12,6 +12,7 @@ what was run with --smoke is refused.
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -417,7 +418,7 @@ def rollout_lines(results: dict) -> tuple[Lines, str]:
             wide(p["tokens_per_second"]),
             wide(p["alone_tokens_per_second"]),
             wide(p["speedup"], 2),
-            f"{p['same_rows']} of {p['rows']}",
+            f"{p['same_rows']} of {p['rows']} (as timed: {p['same_rows_as_timed']})",
             wide(p["replay_ms"]),
             wide(p["rollout_share"], 2),
         ]
@@ -428,6 +429,38 @@ def rollout_lines(results: dict) -> tuple[Lines, str]:
     return [[*head, "rollout / (rollout + replay)"], *rows], made(
         results, f"{what}{results['answer_tokens']}, batch 64"
     )
+
+
+def control_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of what latents beside written tokens are worth, and of how long reinforcement took."""
+    head = [
+        "variant",
+        "fed",
+        "accuracy by seed",
+        "p against as trained",
+        "training, s",
+        "rollouts' share",
+        "latents' share",
+    ]
+    rows, fed = [], {"none": "as trained", "shut": "tokens alone", "argmax": "the likeliest token", "swap": "another's"}
+    for key in dict.fromkeys((p["variant"], p.get("control", "")) for p in results["points"]):
+        found = [p for p in results["points"] if (p["variant"], p.get("control", "")) == key]
+        first = key[1] in ("", "none")
+        rows.append(
+            [
+                key[0],
+                fed.get(key[1], "as trained"),
+                ", ".join(f"{100 * p['accuracy']:.1f}" for p in found) if "accuracy" in found[0] else "",
+                "" if first else ", ".join(f"{p['p']:.2g}" for p in found),
+                ", ".join(f"{p['seconds']:.0f}" for p in found) if first else "",
+                f"{statistics.mean(p['rollout_share'] for p in found):.0%}" if "rollout_share" in found[0] else "",
+                " to ".join(f"{statistics.mean(p['hidden_ratio'][i] for p in found):.2f}" for i in (0, 1))
+                if first and "hidden_ratio" in found[0]
+                else "",
+            ]
+        )
+    n = next(p["n"] for p in results["points"] if "n" in p)
+    return [head, *rows], made(results, f"n = {n} test questions, seeds in order; p of McNemar's test, seed by seed")
 
 
 def loss_memory_lines(results: dict) -> tuple[Lines, str]:
@@ -631,6 +664,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("compiled", "pass"): thought_pass_lines,
     ("shared_prefix", ""): shared_lines,
     ("rollouts", ""): rollout_lines,
+    ("rl_controls", ""): control_lines,
     ("loss_memory", ""): loss_memory_lines,
     ("breakdown", ""): breakdown_lines,
     ("families", "supported"): lambda results: family_lines(results, lambda one: "loads" in one["can"], True),

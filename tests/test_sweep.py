@@ -16,6 +16,7 @@ from innerloop.experiments.search import combinations, search
 from innerloop.experiments.suite import Suite, parse_suite
 from innerloop.experiments.sweep import read_sweep, run_sweep, sweep_page, sweep_table, write_sweep
 from tests.browser import needs_browser, screenshot
+from tests.ray_cluster import two_nodes
 from tests.test_cli import innerloop, refused
 from tests.test_report import parsed, read
 from tests.test_suite import RAW, in_this_process
@@ -217,18 +218,10 @@ def test_a_browser_shows_the_page_without_complaint(recipe: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_jobs_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, monkeypatch, capsys):
-    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    try:
-        cluster.add_node(**node)
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    with two_nodes(monkeypatch):
         monkeypatch.chdir(tmp_path)  # relative folders are the same on every node
         grid = ["--grid", "method.max_loops=1,2", "--grid=train.max_length=1,64"]
         code, _, err = innerloop(capsys, "sweep", recipe, *grid, "--limit", 3, "--on", "ray", "--out", "swept")
-    finally:
-        cluster.shutdown()
     assert code == 2 and "2 of 4 jobs failed" in err and "longer than max_length=1" in err
     found = json.loads((tmp_path / "swept" / "results.json").read_text())["points"]
     assert sum("accuracy" in job for job in found) == 2

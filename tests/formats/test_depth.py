@@ -172,6 +172,14 @@ def retrofit_logits(w, ids, n_loops=4):
 def test_retrofits_have_huginns_parts_and_their_bases_layers(norms, tmp_path):
     w = authors_depth.retrofit(tmp_path / "model", norms)
     method = LatentModel.from_pretrained(tmp_path / "model", device="cpu").method
-    assert (method.double_norm, method.sandwich, method.state_std**2) == (False, False, pytest.approx(2 / 5 / WIDTH))
+    assert (method.double_norm, method.sandwich, method.state_std) == (False, False, 0.0087)
     still = LatentModel.from_pretrained(tmp_path / "model", method=replace(method, state_std=0.0), device="cpu")
     check_decoder(still, lambda ids: retrofit_logits(w, ids))
+
+
+def test_huginns_scales_are_those_of_config_json_where_it_has_them(tmp_path):
+    values = {"std": 0.5, "embed_scale": 3.0}
+    w = authors_depth.huginn(tmp_path / "model", init_values=values)
+    model = LatentModel.from_pretrained(tmp_path / "model", device="cpu")
+    assert model.method.state_std == 1.5
+    assert torch.equal(model.backbone.lm.get_input_embeddings().weight, w["transformer.wte.weight"] * 3)

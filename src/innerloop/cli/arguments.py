@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,10 +111,13 @@ class ModelArguments:
 
     def find_device(self) -> torch.device | None:
         """Return the device, if it is there."""
-        if self.device is None:
+        own = os.environ.get("LOCAL_RANK")  # of several processes each has a GPU
+        if self.device is None and own is None:
             return None
         import torch
 
+        if self.device is None:
+            return torch.device("cuda", int(own or 0)) if torch.cuda.device_count() > int(own or 0) else None
         try:
             device = torch.device(self.device)
         except RuntimeError:

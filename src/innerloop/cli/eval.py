@@ -1,25 +1,27 @@
-"""Verbs that answer and look: eval, ask, lens."""
+"""The verb eval: accuracy, its cost, and what is measured besides."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 
-from innerloop.checks.values import Bounds, Count, Loops, Natural, Seed, Weight
+from innerloop.checks.values import Bounds, Count, Loops, Natural, Seed
 from innerloop.cli.arguments import (
     ModelArguments,
     SplitArguments,
-    askable,
     console,
     going_on,
     progress_of,
     writable,
 )
+from innerloop.cli.main import is_first_process
 from innerloop.disk.files import write_text
 from innerloop.engine.options import Many
 from innerloop.engine.test_time import TestTimeCompute
@@ -31,6 +33,8 @@ from innerloop.text.examples import Example
 
 if TYPE_CHECKING:  # slow to import
     from innerloop.engine.latent_model import LatentModel
+    from innerloop.measure.accuracy import Prediction
+    from innerloop.measure.result_cache import ResultCache
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class EvalArguments(SplitArguments, ModelArguments):
         bound: also bound the likelihood of the right answers by so many draws; of methods that denoise, 128 are usual.
         probes: also read step results off the latents, and swap latents between examples; writes probes.json.
         fresh: start over; by default what was measured before of the same weights, data and options is taken as it is.
+        on: answer in this process, or processes that torchrun started; or in parts on the Ray cluster that is there.
         compile: compile short passes, as CUDA graphs on a GPU; the first answers wait for it.
         backend: lm-eval answers tasks of lm-evaluation-harness instead, and writes lm_eval.json.
         tasks: of lm-eval, names of tasks with commas between them.
@@ -69,6 +74,7 @@ class EvalArguments(SplitArguments, ModelArguments):
     bound: Count | None = None
     probes: bool = False
     fresh: bool = False
+    on: Literal["local", "ray"] = "local"
     compile: bool = False
     backend: Literal["innerloop", "lm-eval"] = "innerloop"
     tasks: str | None = None
@@ -82,6 +88,10 @@ class EvalArguments(SplitArguments, ModelArguments):
             (
                 self.backend != "lm-eval" and of_harness,
                 "--tasks, --tasks_dir and --shots are of --backend lm-eval; a task of ours is named by --task",
+            ),
+            (
+                self.on == "ray" and (self.backend == "lm-eval" or "LOCAL_RANK" in os.environ),
+                "--on ray answers a task of ours, from one process: leave lm-eval, torchrun and accelerate out",
             ),
         )
 
@@ -110,7 +120,8 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
         from innerloop.measure.harness import check_harness
 
         check_harness()
-        _eval_harness(options.load_model(run, options.compile), run, options)
+        if is_first_process():
+            _eval_harness(options.load_model(run, options.compile), run, options)
         return
     if options.method is not None and options.out is None and run_folder.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
@@ -126,10 +137,10 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
     model = options.load_model(run, options.compile)
     _check_stage(run, model, options)
     evaluation = Evaluation(run, model, task, examples, options, attempts, folder)
-    if task.running_text:
-        evaluation.read_text()
-    else:
+    if not task.running_text:
         evaluation.answer()
+    elif is_first_process():
+        evaluation.read_text()
 
 
 def _check_stage(run: str, model: LatentModel, options: EvalArguments) -> None:
@@ -155,11 +166,11 @@ class Evaluation:
 
     def answer(self) -> None:
         """Answer the examples, then measure what is asked for besides."""
-        from innerloop.measure.accuracy import Prediction, answered, evaluate, result_of
+        from innerloop.measure.accuracy import Prediction
         from innerloop.measure.bound import check_bound
-        from innerloop.measure.reports import Measurement, check_asked
+        from innerloop.measure.reports import check_asked
         from innerloop.measure.result_cache import PARTS, ResultCache, made_of
-        from innerloop.measure.subject import Subject
+        from innerloop.measure.shards import processes
 
         model, task, examples, options = self.model, self.task, self.examples, self.options
         split = options.split
@@ -169,24 +180,53 @@ class Evaluation:
         if options.bound is not None:
             check_bound(model, examples)
         decides = {**options.answering, "loops": options.loops, **self.attempts.asked(options.seed)}
-        parts = ResultCache(self.folder / PARTS, made_of(model, task, split, examples, decides), options.fresh)
-        with going_on(parts, ", ".join(parts.known)):
-            with progress_of(f"eval {task.name}", len(examples)) as advance:
-                how = {**options.answering, "loops": options.loops, "attempts": self.attempts, "seed": options.seed}
-                predictions = parts.value(
-                    list[Prediction], "accuracy", lambda: evaluate(model, task, examples, **how, progress=advance)
-                )
-            result = result_of(model, task, split, predictions, run_folder.recorded(self.run, "seed"), self.run)
-            lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
-            write_text(self.folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-            asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
-            self._write(result, asked | self._asked | self.attempts.asked(options.seed))
-            self._print(result)
-            self._tell_agreement()
-            if options.bound is not None:
-                self._bound(result, options.bound)
-            subject = Subject(model, task, *answered(examples, predictions), **options.answering, cache=parts)
-            Measurement(subject, split, self.run, result["seed"], self.folder, console).run(*options.besides)
+        how = {**options.answering, "loops": options.loops, "attempts": self.attempts, "seed": options.seed}
+        with processes(model.device.type == "cpu") as all_of_us:
+            is_first = all_of_us.rank == 0
+            path = self.folder / PARTS if is_first else None
+            parts = ResultCache(path, made_of(model, task, split, examples, decides), options.fresh)
+            if all_of_us.told("accuracy" in parts) and not is_first:
+                return
+            with going_on(parts, ", ".join(parts.known)):
+                with progress_of(f"eval {task.name}", len(examples)) as advance:
+                    share = self._on_ray if options.on == "ray" else all_of_us.evaluate
+                    measure = partial(share, model, task, examples, how, advance)
+                    predictions = parts.value(list[Prediction], "accuracy", measure)
+                if is_first:
+                    self._report(predictions, parts)
+
+    def _on_ray(
+        self,
+        model: LatentModel,
+        task: Task,
+        examples: Sequence[Example],
+        how: dict[str, Any],
+        progress: Callable[[int], None],
+    ) -> list[Prediction]:
+        """Answer examples on a Ray cluster."""
+        from innerloop.experiments.ray import evaluate_on_ray
+
+        who = self.run, self.options.read_method(), self.options.dtype
+        return evaluate_on_ray(who, task, examples, how, progress, self.options.device == "cpu")
+
+    def _report(self, predictions: Sequence[Prediction], parts: ResultCache) -> None:
+        """Write and print the result, then measure what is asked for besides, in this process."""
+        from innerloop.measure.accuracy import answered, result_of
+        from innerloop.measure.reports import Measurement
+        from innerloop.measure.subject import Subject
+
+        model, task, split, options = self.model, self.task, self.options.split, self.options
+        result = result_of(model, task, split, predictions, run_folder.recorded(self.run, "seed"), self.run)
+        lines = (json.dumps(asdict(p), ensure_ascii=False) for p in predictions)
+        write_text(self.folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        asked = {"max_new_tokens": options.max_new_tokens, "stage": options.stage}
+        self._write(result, asked | self._asked | self.attempts.asked(options.seed))
+        self._print(result)
+        self._tell_agreement()
+        if options.bound is not None:
+            self._bound(result, options.bound)
+        subject = Subject(model, task, *answered(self.examples, predictions), **options.answering, cache=parts)
+        Measurement(subject, split, self.run, result["seed"], self.folder, console).run(*options.besides)
 
     def _tell_agreement(self) -> None:
         """Tell how much of the first batch an approximate cache leaves as it would be without."""
@@ -221,6 +261,7 @@ class Evaluation:
         of_answers = (
             any(options.besides) or options.bound is not None or (options.stage, options.max_new_tokens) != (None, None)
         )
+        refuse((options.on == "ray", "--on ray answers examples in parts, and of running text none is answered"))
         if of_answers or not self.attempts.is_plain:
             raise InputError(
                 "of running text nothing is answered: leave controls, stability, probes, bound, stage, samples, "
@@ -300,87 +341,3 @@ def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
                 table.add_row(task, name.removesuffix(",none"), f"{value:.4f}", shown)
     console.print(table)
     console.print(f"{folder / RESULT}", soft_wrap=True)
-
-
-def ask(
-    run: str,
-    question: str,
-    model: ModelArguments,
-    max_new_tokens: Count = 128,
-    temperature: Weight = 0.0,
-    starts: Many = 1,
-) -> None:
-    """Answer one question, and show what the latents held at each loop.
-
-    Args:
-        run: a run's folder, or any model; a plain model writes freely.
-        question: the question.
-        model: who answers.
-        max_new_tokens: the most tokens to write.
-        temperature: 0 writes the likeliest tokens.
-        starts: states that the latents begin at; the answer of those that come to rest is shown whole.
-    """
-    if not question.strip():
-        raise InputError("the question is empty")
-    if model.method is None and not run_folder.says_method(run):
-        model = replace(model, method="cot")
-    loaded = model.load_model(run)
-    from innerloop.lens.latents import names_of_columns
-    from innerloop.terminal.views import answer_view, starts_view
-
-    loaded.encoder = loaded.encoder.reading(run_folder.recorded(run, "running_text", False))
-    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "starts": starts}
-    tried = loaded.generate([question], **asked, trace=True)
-    answer = min(tried, key=lambda one: one.change or 0.0)
-    if starts > 1:
-        console.print(starts_view(tried))
-    console.print(answer_view(answer, loaded.tokenizer, *names_of_columns(loaded, question)))
-
-
-def lens(
-    run: str,
-    split: SplitArguments,
-    model: ModelArguments,
-    examples: Count = 8,
-    loops: Loops | None = None,
-    out: str | None = None,
-    max_new_tokens: Count | None = None,
-    terminal: bool = False,
-) -> None:
-    """Look inside a run's answers: one HTML file with what every latent and loop shows, or a view in the terminal.
-
-    Args:
-        run: a run's folder, or any model with --method.
-        split: what is answered.
-        model: who answers.
-        examples: how many examples the page holds.
-        loops: another number of loops than the model was trained with.
-        out: the file; by default RUN/lens.html for a run, and lens.html here for another model.
-        max_new_tokens: the most tokens to write per example; by default as the task says.
-        terminal: show the first example in the terminal, and write no file.
-    """
-    task = split.load_task(run)
-    if model.method is None and not run_folder.says_method(run):
-        raise InputError(f"{run} is no run, so say how it shall reason: --method NAME")
-    asked = task.examples(split.split, 1 if terminal else examples)
-    from innerloop.lens import look, page_path, terminal_view, write_page
-    from innerloop.measure.result_cache import ResultCache, made_of
-
-    path = None if terminal else page_path(run, out)
-    loaded = model.load_model(run)
-    loaded.encoder = loaded.encoder.reading(task.running_text)
-    if path is None:
-        console.print(terminal_view(loaded, task, asked[0], loops, max_new_tokens))
-        return
-    asked = askable([loaded], asked) or asked  # what it says of a question that it cannot be asked tells why
-    decides: dict[str, Any] = {"loops": loops, "max_new_tokens": max_new_tokens}
-    parts = ResultCache(path.with_suffix(".parts.json"), made_of(loaded, task, split.split, [], decides))
-    with (
-        going_on(parts, f"{len(parts.known)} examples", ""),
-        progress_of(f"lens {loaded.method.name}", len(asked)) as advance,
-    ):
-        record = look(loaded, task, asked, split.split, run, loops, max_new_tokens, progress=advance, parts=parts)
-    write_page(record, path)
-    parts.forget()
-    n_right = sum(one.is_right for one in record.looks)
-    console.print(f"{path}: {len(asked)} examples, {n_right} right; open it in a browser", soft_wrap=True)

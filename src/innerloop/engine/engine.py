@@ -102,9 +102,10 @@ class Engine:
         steps: Sequence[Sequence[str]] | None = None,
         strict: bool = True,
         begun: Sequence[Sequence[str]] | None = None,
+        places: Sequence[int] | None = None,
     ) -> Iterator[Answered]:
         """Yield what `run` yields, those together that were answered at once."""
-        for name, of_each in (("steps", steps), ("begun", begun)):
+        for name, of_each in (("steps", steps), ("begun", begun), ("places", places)):
             if of_each is not None and len(of_each) != len(questions):
                 raise InputError(f"{name}: of {len(of_each)} questions, but {len(questions)} are asked")
         if self.is_busy:
@@ -116,7 +117,8 @@ class Engine:
             for i, question in enumerate(questions):
                 try:
                     known = () if steps is None else steps[i]
-                    self.admit(i, question, known, None if begun is None else begun[i])
+                    place = i if places is None else places[i]
+                    self.admit(i, question, known, None if begun is None else begun[i], place)
                 except Exception as error:  # a tokenizer names no errors of its own
                     if strict:
                         raise
@@ -134,10 +136,17 @@ class Engine:
             self._reset()
             self.is_busy = False
 
-    def admit(self, index: int, question: str, steps: Sequence[str] = (), begun: Sequence[str] | None = None) -> None:
+    def admit(
+        self,
+        index: int,
+        question: str,
+        steps: Sequence[str] = (),
+        begun: Sequence[str] | None = None,
+        place: int | None = None,
+    ) -> None:
         """Take in a question, whose samples wait from now on; ``steps`` are the gold ones, where known.
 
-        An answer goes on from what it has ``begun`` with.
+        An answer goes on from what it has ``begun`` with. Draws depend on its ``place``, by default its index.
 
         Raises:
             InputError: it cannot be answered. A tokenizer may raise errors of its own.
@@ -159,7 +168,8 @@ class Engine:
             apart = (index, s) if options.starts > 1 and s > 0 else ()  # begins at a state of its own
             own = row if self.n_loops_of is None else replace(row, n_loops=self.n_loops_of[index, s])
             prompt = self.prompts.setdefault((tuple(row.ids()), (*apart, own.n_loops)), len(self.prompts))
-            heappush(self.waiting, Request(index * n + s, own, budget, blocks, (index, s), prompt))
+            draw = (index if place is None else place, s)
+            heappush(self.waiting, Request(index * n + s, own, budget, blocks, draw, prompt))
 
     def _budget(self, row: Row) -> int:
         """Return how many tokens may be written for a row."""

@@ -28,6 +28,7 @@ def generate(
     *,
     steps: Sequence[Sequence[str]] | None = None,
     begun: Sequence[Sequence[str]] | None = None,
+    places: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
     strict: bool = True,
     **options: Unpack[Answering],
@@ -40,6 +41,7 @@ def generate(
         steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
         begun: what each answer has begun with and goes on from: steps as if it had written them, and the mark ``###``
             last where the answer is to come at once. It is not told again in what is written.
+        places: the place of each question among all, where these are a part of them, as draws depend on it.
         progress: called with the number of questions answered since the last call.
         strict: refuse them all if one cannot be answered (it is too long, empty, no text, or does not fit into memory
             or ``max_positions`` by itself); otherwise that one alone fails, with its reason in ``error``.
@@ -51,7 +53,7 @@ def generate(
     else:
         engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
     results: list[Generation | None] = [None] * (chosen.n_answers * len(questions))
-    for found in engine.groups(questions, steps, strict, begun):
+    for found in engine.groups(questions, steps, strict, begun, places):
         for index, generation in found:
             results[index] = generation
         if progress is not None and found:

@@ -14,6 +14,7 @@ from torch import Tensor
 from innerloop.engine.decoding import DecodeBatch, without
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
+from innerloop.loop.stabilize import at_least_fp32
 from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context
 from innerloop.text.examples import ANSWER_PREFIX
@@ -51,7 +52,7 @@ class HybridDecodeBatch(DecodeBatch):
     @property
     def drawn_from(self) -> Tensor:
         """The logits (R, V) of the distribution that tokens are drawn from, the temperature in them."""
-        return without(self.allowed(), self.suppressed).float() / self.temperature
+        return at_least_fp32(without(self.allowed(), self.suppressed)) / self.temperature
 
     def forced(self, ids_R: Tensor) -> Tensor | None:
         """Return which rows have thought enough, and must write the next token of the answer's mark."""

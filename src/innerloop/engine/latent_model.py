@@ -33,6 +33,7 @@ class LatentModel(LatentCore):
         *,
         steps: Sequence[Sequence[str]] | None = None,
         begun: Sequence[Sequence[str]] | None = None,
+        places: Sequence[int] | None = None,
         progress: Callable[[int], None] | None = None,
         strict: bool = True,
         **options: Unpack[Answering],
@@ -44,13 +45,16 @@ class LatentModel(LatentCore):
             steps: the gold steps of each question, where known: a trace then has the ranks of their tokens.
             begun: what each answer has begun with and goes on from: steps, and ``###`` last where the answer is to come
                 at once.
+            places: the place of each question among all, where these are a part of them, as draws depend on it.
             progress: called with the number of questions answered since the last call.
             strict: refuse them all if one cannot be answered; otherwise that one alone fails, with its reason in
                 ``error``.
             options: max_new_tokens, batch_size, temperature, seed, trace, stage, loops, max_positions, samples, beams,
                 likelihoods and replayable; see `innerloop.engine.options.EngineOptions`.
         """
-        return generate(self, questions, steps=steps, begun=begun, progress=progress, strict=strict, **options)
+        return generate(
+            self, questions, steps=steps, begun=begun, places=places, progress=progress, strict=strict, **options
+        )
 
     @classmethod
     @checked

@@ -160,7 +160,7 @@ def _fed(batch: Batch, rollouts: Sequence[Rollout], width: int) -> Fed:
     for r, one in enumerate(rollouts):
         if (fed := one.generation.fed) is not None:
             first = sum(len(span.ids) for span in one.row.suffix)
-            latents_BLD[r, first : first + len(fed)] = fed.float()
+            latents_BLD[r, first : first + len(fed)] = fed.to(latents_BLD.dtype)
             is_fed_BL[r, first : first + len(fed)] = True
     return Fed(latents_BLD, is_fed_BL)
 

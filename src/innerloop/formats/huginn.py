@@ -49,15 +49,22 @@ def folders_of(source: Source) -> list[str]:
     return [f"{part}.{i}" for part, n in zip(("prelude", "core_block", "coda"), counts) for i in range(n)]
 
 
-def method_of(source: Source, scale: float, **changes: bool) -> RecurrentDepth:
-    """Return the method; ``scale`` is what embeddings, and with them the first state, are multiplied by."""
+def scales_of(source: Source, usual: float) -> tuple[float, float]:
+    """Return what embeddings are multiplied by, and the deviation of the first state, itself multiplied by that."""
+    values = source.config.get("init_values") or {}
+    scale = float(values.get("embed_scale", usual))
+    return scale, scale * float(values.get("std", math.sqrt(2 / (5 * needed(source, "n_embd")))))
+
+
+def method_of(source: Source, state_std: float, **changes: bool) -> RecurrentDepth:
+    """Return the method, with the sizes of config.json."""
     return RecurrentDepth(
         n_prelude=needed(source, "n_layers_in_prelude"),
         n_coda=needed(source, "n_layers_in_coda"),
         max_loops=needed(source, "mean_recurrence"),
         bptt=source.config.get("mean_backprop_depth", 8),
         adapter_init="default",
-        state_std=scale * math.sqrt(2 / (5 * needed(source, "n_embd"))),
+        state_std=state_std,
         **changes,  # type: ignore[arg-type]
     )
 
@@ -73,9 +80,9 @@ def opened(source: Source) -> Opened:
     wanted = [f"transformer.{name}" for name in (*ONCE, *(f"{at}.{name}" for at in folders for name in LAYER))]
     check_names(source, found, [*wanted, HEAD, ROTATIONS], [HEAD, ROTATIONS])
     own = {name.removeprefix("transformer."): one for name, one in found.items()}
-    table = own["wte.weight"]
+    table, (scale, std) = own["wte.weight"], scales_of(source, math.sqrt(width))
     weights = {
-        "model.embed_tokens.weight": (table.float() * math.sqrt(width)).to(table.dtype),
+        "model.embed_tokens.weight": (table.float() * scale).to(table.dtype),
         "lm_head.weight": table,
         "model.norm.weight": own["ln_f.weight"],
     }
@@ -97,7 +104,7 @@ def opened(source: Source) -> Opened:
         rope_parameters={"rope_type": "default", "rope_theta": config.get("rope_base", 50000.0)},
         tie_word_embeddings=False,
     )
-    method = method_of(source, math.sqrt(width), sandwich=True, double_norm=True)
+    method = method_of(source, std, sandwich=True, double_norm=True)
     return Opened(qwen, weights, tokenizer_of(source), method, parts)
 
 

@@ -3,7 +3,8 @@
     of a layer: norm_1, norm_2, attn.{Wqkv, proj}, mlp.{fc, proj}; of OLMo 2 attn.{q_norm, k_norm} besides
 
 Norms stand where the base has them: before attention and MLP in a Llama, behind them in OLMo 2. The table is read as it
-is, the head has its own, and the final norm comes once.
+is, the head has its own, and the final norm comes once. The first state has the deviation of Huginn's, whatever the
+width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from innerloop.errors import refuse
-from innerloop.formats.huginn import HEAD, MODEL_TYPE, ONCE, folders_of, method_of
+from innerloop.formats.huginn import HEAD, MODEL_TYPE, ONCE, folders_of, method_of, scales_of
 from innerloop.formats.opened import Format, Opened, check_names, expect, needed
 from innerloop.formats.source import Source
 from innerloop.formats.tokens import tokenizer_of
@@ -73,10 +74,10 @@ def opened(source: Source) -> Opened:
         rope_parameters={**rope, "rope_theta": config.get("rope_theta") or needed(source, "rope_base")},
         tie_word_embeddings=False,
     )
-    scale = (config.get("init_values") or {}).get("embed_scale", 1.0)
+    scale, std = scales_of(source, 1.0)
     refuse((scale != 1, f"{source.folder / 'config.json'} has embed_scale={scale}, and retrofits are opened with 1"))
     parts = {"depth.adapter.weight": own["adapter.weight"].float()}
-    return Opened(base, weights, tokenizer_of(source), method_of(source, scale), parts)
+    return Opened(base, weights, tokenizer_of(source), method_of(source, std), parts)
 
 
 def _all(folders: list[str], names: tuple[str, ...]) -> list[str]:

@@ -61,6 +61,7 @@ def evaluate(
     attempts: TestTimeCompute = ONCE,
     seed: Seed = 0,
     begun: Sequence[Sequence[str]] | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[Prediction]:
     """Answer examples, by default greedily, and check the answers.
 
@@ -76,6 +77,8 @@ def evaluate(
         attempts: how often each is tried, and which answer counts.
         seed: of what is drawn.
         begun: what each answer has begun with, and is told to begin with: see `innerloop.engine.generate`.
+        places: the place of each example among all, where these are a part of them (`innerloop.measure.shards`), none
+            of which need be answered.
 
     Raises:
         InputError: the task is running text, or not one example could be answered.
@@ -95,6 +98,7 @@ def evaluate(
         stage=stage,
         loops=loops,
         begun=begun,
+        places=places,
         strict=False,
     )
     if begun is not None:
@@ -102,9 +106,15 @@ def evaluate(
         found = [
             [replace(one, text=_joined(texts, mark) + one.text) for one in tried] for texts, tried in zip(begun, found)
         ]
-    if found and all(one.error is not None for tried in found for one in tried):
-        raise InputError(f"not one example could be answered: {found[0][0].error}")
-    return [_predicted(task, example, tried, attempts) for example, tried in zip(examples, found)]
+    predictions = [_predicted(task, example, tried, attempts) for example, tried in zip(examples, found)]
+    return predictions if places is not None else check_answered(predictions)
+
+
+def check_answered(predictions: list[Prediction]) -> list[Prediction]:
+    """Refuse predictions none of which is an answer."""
+    if predictions and all(p.error is not None for p in predictions):
+        raise InputError(f"not one example could be answered: {predictions[0].error}")
+    return predictions
 
 
 def _predicted(task: Task, example: Example, tried: Sequence[Generation], attempts: TestTimeCompute) -> Prediction:

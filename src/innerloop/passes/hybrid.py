@@ -16,10 +16,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, softplus
 
 from innerloop.config.hybrid import Hybrid
 from innerloop.decoder.backbone import Backbone
+from innerloop.loop.stabilize import at_least_fp32
 
 SHARPNESS = 8.0  # c
 MOST_OPEN = 1 - 1e-6  # a share of 1 would need an infinite Lambda
@@ -38,6 +39,10 @@ class GateLinear(nn.Linear):
     """A gate that looks at a token's embedding; it learns faster than the backbone, by the published ratio."""
 
     group: ClassVar[dict[str, float]] = {"times": 20.0}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what is asked of embeddings (..., D), in their precision whatever that of the weights."""
+        return linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class Openness(nn.Module):
@@ -63,22 +68,22 @@ class Gate(nn.Module):
         assert hybrid.gate is not None
         self.eps = hybrid.gate_eps
         self.keeps, self.lets = GateLinear(width, width), GateLinear(width, width)
-        for linear in (self.keeps, self.lets):
-            for weight in (linear.weight, linear.bias):
+        for part in (self.keeps, self.lets):
+            for weight in (part.weight, part.bias):
                 nn.init.uniform_(weight, -1 / math.sqrt(width), 1 / math.sqrt(width))
         self.openness = Openness(*hybrid.gate, width)
         self.hidden_ratio: Tensor | None = None  # of the last pass
 
     def forward(self, embeds: Tensor, latents: Tensor, is_fed: Tensor) -> Tensor:
         """Return what is fed (..., D); the mean share of the latent where ``is_fed`` (...) is noted."""
-        e = embeds.float()
+        e = at_least_fp32(embeds)
         log_a = self.openness() * self.keeps(e).sigmoid()
         rest = self.eps - torch.expm1(2 * log_a)  # 1 - a^2 + eps
         share = torch.where(rest > 0, rest.clamp(min=LEAST).sqrt(), 0.0)
         a = log_a.exp()
         ratio = (1 - a.detach().mean(-1).square()).clamp(min=0).sqrt()
         self.hidden_ratio = (ratio * is_fed).sum() / is_fed.sum().clamp(min=1)
-        return (a * e + share * (self.lets(e).sigmoid() * latents.float())).to(embeds.dtype)
+        return (a * e + share * (self.lets(e).sigmoid() * latents.to(e.dtype))).to(embeds.dtype)
 
 
 class HybridFeed(nn.Module):
@@ -103,7 +108,7 @@ class HybridFeed(nn.Module):
 
     @torch.no_grad()
     def latents(self, backbone: Backbone, logits_RV: Tensor, ids_R: Tensor, drawn_RK: Tensor | None = None) -> Tensor:
-        """Return a latent for each row (R, D), in fp32.
+        """Return a latent for each row (R, D), at least in fp32.
 
         Args:
             backbone: whose embeddings are mixed.
@@ -113,19 +118,19 @@ class HybridFeed(nn.Module):
         """
         hybrid = self.hybrid
         if hybrid.control == "argmax":
-            return backbone.embed(logits_RV.argmax(-1)[:, None])[:, 0].float()
-        p_RV = logits_RV.float().softmax(-1)
+            return at_least_fp32(backbone.embed(logits_RV.argmax(-1)[:, None])[:, 0])
+        p_RV = at_least_fp32(logits_RV).softmax(-1)
         k = p_RV.shape[1] if hybrid.top_k is None else min(hybrid.top_k, p_RV.shape[1])
         shares_RK, ids_RK = p_RV.topk(k, dim=-1)
         if hybrid.top_k is not None:
             shares_RK = shares_RK / shares_RK.sum(-1, keepdim=True)
         if hybrid.noise > 0 and drawn_RK is not None:
             shares_RK, ids_RK = perturbed(shares_RK, ids_RK, p_RV, ids_R, drawn_RK, hybrid.noise)
-        latents_RD = backbone.embed_mix(ids_RK, shares_RK).float()
+        latents_RD = at_least_fp32(backbone.embed_mix(ids_RK, shares_RK))
         if hybrid.norm == "l2p":
             latents_RD = latents_RD / shares_RK.norm(dim=-1, keepdim=True)
         elif hybrid.norm == "match_token":
-            wanted_R1 = backbone.embed(ids_R[:, None])[:, 0].float().norm(dim=-1, keepdim=True)
+            wanted_R1 = at_least_fp32(backbone.embed(ids_R[:, None])[:, 0]).norm(dim=-1, keepdim=True)
             latents_RD = latents_RD * wanted_R1 / latents_RD.norm(dim=-1, keepdim=True).clamp(min=LEAST)
         return latents_RD.roll(1, 0) if hybrid.control == "swap" else latents_RD
 
