@@ -63,7 +63,10 @@ def examine(path: str | Path) -> Findings:
         _own(found)
     elif (known := _format_of(found.folder)) is not None:
         found.kind = f"released weights: {known}"
-        found.tools = ["innerloop, as it is", f"{join(['innerloop', 'convert', str(folder), 'OUT'])} writes a folder for other tools"]
+        found.tools = [
+            "innerloop, as it is",
+            f"{join(['innerloop', 'convert', str(folder), 'OUT'])} writes a folder for other tools",
+        ]
     elif (found.folder / "adapter_config.json").exists():
         found.kind, found.tools = "a PEFT adapter", ["peft, on its base model; innerloop once it has been merged"]
     elif (found.folder / "config.json").exists():

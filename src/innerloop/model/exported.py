@@ -35,10 +35,10 @@ WAY = f"generate(**inputs, custom_generate=FOLDER, trust_remote_code=True), or {
 
 REFUSAL = '''"""Refuses: plain transformers cannot answer as this model was trained to."""
 
-import logging
+import warnings
 
 REASON = {reason!r}
-logging.getLogger("transformers").warning(REASON)
+warnings.warn(REASON, stacklevel=2)
 
 
 def generate(*args, **options):
