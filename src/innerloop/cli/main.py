@@ -31,6 +31,7 @@ VERBS = {  # each with its function and what it does
     "ask": ("look:ask", "answer one question, and show what the latents held at each loop"),
     "lens": ("look:lens", "look inside a run's answers, in one HTML file"),
     "convert": ("convert:convert", "write released weights of a known format as a folder of ours"),
+    "doctor": ("doctor:doctor", "tell what a folder is, whether it is whole, and what can use it"),
     "compare": ("compare:compare", "compare a suite's variants, or runs"),
     "sweep": ("compare:sweep", "train a recipe over a grid of values, or over points that a search draws"),
     "calibrate": ("calibrate_bench:calibrate", "choose the threshold of a stop rule on validation data"),

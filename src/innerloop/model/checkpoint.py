@@ -3,6 +3,7 @@
     config.json, model.safetensors, tokenizer.json ...   plain `transformers` loads these
     innerloop.json                                        method, settings, versions
     innerloop.safetensors                                 the method's parts, and LoRA weights if any
+    custom_generate/                                      how plain transformers answers with the thought
 
     manifest.json                                         what was written, with sizes and checksums
 
@@ -30,23 +31,19 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from innerloop.decoder.adapters import ADAPTER, adapted, merged_state
-from innerloop.decoder.backbone import Backbone
 from innerloop.disk.folders import replacing_folder
 from innerloop.errors import InputError, few
 from innerloop.methods import Method, name_of
+from innerloop.model.exported import Answering, export
 from innerloop.model.run_folder import FORMAT, PARTS, SETTINGS
 from innerloop.phases.phase import phase
-from innerloop.text.encoder import PromptEncoder
 from innerloop.text.wording import OURS
 
 
-class Stored(Protocol):
+class Stored(Answering, Protocol):
     """A model that can be written to a folder and read back."""
 
-    backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
-    method: Method
-    encoder: PromptEncoder
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return what the method trains besides the backbone, by name."""
@@ -77,6 +74,7 @@ def write(model: Stored, folder: Path, record: Mapping[str, Any] | None = None) 
     if model.encoder.wording != OURS:
         settings["wording"] = asdict(model.encoder.wording)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    export(model, folder)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ KNOWN = re.compile(
     r"(model|pytorch_model|consolidated|adapter_model|innerloop)(-\d+-of-\d+|\.\d+)?\.(safetensors|bin|pth)|"
     r"(tf_model\.h5|flax_model\.msgpack|rust_model\.ot|training_args\.bin)|"
     r"(config|adapter_config|generation_config|tokenizer_config|processor_config|preprocessor_config)\.json|"
-    r"onnx|original|coreml|openvino|metal"
+    r"custom_generate|onnx|original|coreml|openvino|metal"
 )
 OF_A_MODEL = re.compile(r".*(\.(safetensors|bin|pt|pth|ckpt|npz|h5|msgpack|pkl|pickle|gguf)|_config\.json)")
 
