@@ -176,3 +176,23 @@ def test_buffers_that_earlier_versions_saved_are_no_weights(tmp_path):
     path = tmp_path / "model/model.safetensors"
     write(path, {**read(path), "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)})
     assert LatentModel.from_pretrained(tmp_path / "model", device="cpu").method == Coconut()
+
+
+TEMPLATE = "{% for turn in messages %}[{{ turn.content }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("name", ["gsm-lotus-llama3b", "gsm-cot-llama3b", "CODI-llama3.2-1b-Instruct"])
+def test_what_was_trained_on_bare_questions_is_asked_them_whatever_its_base_is_used_to(name, tmp_path):
+    RELEASED.get(name, authors_latent.lotus)(tmp_path / name)
+    (tmp_path / name / "chat_template.jinja").write_text(TEMPLATE)
+    model = LatentModel.from_pretrained(tmp_path / name, device="cpu")
+    assert not model.encoder.wording.chat
+    assert model.prompts(["?"])[0].ids()[:1] == model.tokenizer.encode("?")
+
+
+def test_others_are_asked_as_a_chat_where_they_have_one(tmp_path):
+    RELEASED["Ouro-1.4B"](tmp_path / "Ouro-1.4B-Thinking")
+    (tmp_path / "Ouro-1.4B-Thinking/chat_template.jinja").write_text(TEMPLATE)
+    model = LatentModel.from_pretrained(tmp_path / "Ouro-1.4B-Thinking", device="cpu")
+    assert model.encoder.wording.chat
+    assert model.prompts(["?"])[0].ids() == model.tokenizer.encode("[?]")

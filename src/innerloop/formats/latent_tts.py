@@ -16,6 +16,7 @@ from innerloop.formats.source import Source
 from innerloop.formats.tokens import tokenizer_of, with_names
 from innerloop.methods import Coconut, Codi
 from innerloop.text.row import BOT, EOT, LAT
+from innerloop.text.wording import OURS
 
 MARKERS = {"latent_start_id": BOT, "latent_id": LAT, "latent_end_id": EOT}
 TOKENS = {"latent_start_id": "<|start-latent|>", "latent_id": "<|latent|>", "latent_end_id": "<|end-latent|>"}
@@ -49,7 +50,7 @@ def opened(source: Source) -> Opened:
     tokenizer = with_names(tokenizer_of(source, "gpt2"), ids_of(source))
     weights = checked(source, config, own)
     if not source.config.get("projector") and len(own) == len(found):
-        return Opened(config, weights, tokenizer, Coconut())
+        return Opened(config, weights, tokenizer, Coconut(), wording=OURS)
     method = Codi(loop={"width": source.config.get("projector_hidden_size", 0)})  # type: ignore[arg-type]
     parts = projection(source, found, (PROJECTOR + "1", PROJECTOR + "3", PROJECTOR + "4"), found.keys() - own.keys())
     return Opened(config, weights, tokenizer, method, parts, WORDING)

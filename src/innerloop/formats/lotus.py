@@ -10,8 +10,9 @@ from innerloop.formats.bases import HUB, config_of, kind_of
 from innerloop.formats.opened import Format, Opened, checked
 from innerloop.formats.source import Source
 from innerloop.formats.tokens import tokenizer_of, with_names
-from innerloop.methods import Cot, Lotus
+from innerloop.methods import Cot, Lotus, Method
 from innerloop.text.row import BOT, EOT, LAT
+from innerloop.text.wording import OURS
 
 MARKERS = {"<|start-latent|>": BOT, "<|latent|>": LAT, "<|end-latent|>": EOT}
 FIRST_STAGE = "gsm-cot-"
@@ -26,13 +27,13 @@ def recognises(source: Source) -> bool:
 
 def opened(source: Source) -> Opened:
     """Open it as it is, with the blocks of the paper."""
-    weights = source.tensors()
+    weights, tokenizer = source.tensors(), tokenizer_of(source, "gpt2")
     kind, config = kind_of(source, weights), config_of(source, weights)
-    if FIRST_STAGE in source.name:
-        return Opened(config, checked(source, config, weights), tokenizer_of(source, "gpt2"), Cot())
-    ids = {source.added_tokens[name]: marker for name, marker in MARKERS.items()}
-    tokenizer = with_names(tokenizer_of(source, "gpt2"), ids)
-    return Opened(config, checked(source, config, weights), tokenizer, Lotus(latents_per_block=BLOCK_LENGTH[kind]))
+    method: Method = Cot()
+    if FIRST_STAGE not in source.name:
+        tokenizer = with_names(tokenizer, {source.added_tokens[name]: marker for name, marker in MARKERS.items()})
+        method = Lotus(latents_per_block=BLOCK_LENGTH[kind])
+    return Opened(config, checked(source, config, weights), tokenizer, method, wording=OURS)
 
 
 FORMAT = Format("LOTUS (yingfanbot)", recognises, opened)

@@ -29,7 +29,8 @@ class Opened:
         tokenizer: with the method's markers in it, where the authors have such.
         method: with the values that the weights or their paper fix.
         parts: the weights of the method's own parts, under the names of innerloop.safetensors.
-        wording: the signs between questions and answers that it was trained with.
+        wording: the signs between questions and answers that it was trained with, which no chat template changes;
+            None: any, so that a model with such a template is asked through it.
     """
 
     config: PreTrainedConfig
@@ -37,7 +38,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     method: Method
     parts: dict[str, Tensor] = field(default_factory=dict)
-    wording: Wording = Wording()
+    wording: Wording | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from innerloop.formats.source import Source
 from innerloop.formats.tokens import added, tokenizer_of
 from innerloop.methods import Coconut, SimCot
 from innerloop.text.row import BOT, EOT, LAT
+from innerloop.text.wording import OURS
 
 MODEL, TOLD, TABLE = "base_causallm.", "expainable_llm.", "embedding.weight"
 STAGES = 5  # the paper's: five groups of two latents
@@ -35,7 +36,7 @@ def opened(source: Source) -> Opened:
     tokenizer = added(tokenizer_of(source, "gpt2", base=HUB[kind]), first, BOT, EOT, LAT)
     told = any(name.startswith(TOLD) for name in found)
     method = SimCot(aux={"weight": 0.0}, curriculum={"max_stage": STAGES}) if told else Coconut()  # type: ignore[arg-type]
-    return Opened(config, checked(source, config, weights), tokenizer, method)
+    return Opened(config, checked(source, config, weights), tokenizer, method, wording=OURS)
 
 
 FORMAT = Format("Coconut's code (SIM-CoT)", recognises, opened)

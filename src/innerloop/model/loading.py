@@ -46,7 +46,7 @@ from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
 from innerloop.text.encoder import PromptEncoder
-from innerloop.text.wording import OURS, Chat, Wording, wording_of
+from innerloop.text.wording import Chat, Wording, wording_of
 
 KERNELS = "attn_implementation"
 REMOTE_CODE = "transformers_modules"  # where transformers puts it
@@ -153,7 +153,7 @@ def _wording(path: str | Path, found: Found, chat: Chat) -> Wording:
     kept = Wording(**saved.get("wording", {}))
     if is_run and chat != "auto" and chat != kept.chat:
         raise InputError(f"{path} was trained {'in' if kept.chat else 'without'} a chat: leave chat out")
-    if is_run or kept != OURS:
+    if is_run or ("wording" in saved and chat is not True):
         return kept
     chosen = wording_of(found.tokenizer, chat)
     if chosen.chat:
@@ -167,7 +167,8 @@ def _find(path: str | Path, needs_method: bool, dtype: torch.dtype | str, trust_
     saved = read_settings(folder) if (folder / SETTINGS).exists() else None
     opened = None if saved is not None or trust_remote_code else open_released(path, {**hub})
     if opened is not None:
-        settings = {"format": FORMAT, "method": method_settings(opened.method), "wording": asdict(opened.wording)}
+        settings: dict[str, Any] = {"format": FORMAT, "method": method_settings(opened.method)}
+        settings |= {} if opened.wording is None else {"wording": asdict(opened.wording)}
         return Found(fill(opened, path, dtype, **kernels), opened.tokenizer, settings, opened.parts)
     if folder.is_dir() and saved is None and needs_method:
         raise InputError(f"{folder} has no {SETTINGS}, so it is not a saved innerloop run; give a method to put on it")
