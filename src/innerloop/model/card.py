@@ -81,7 +81,9 @@ def _loading(repo: str, told: Mapping[str, Any] | None, reason: str) -> str:
     asked = f"tokenizer([question + {told['question_end']!r}], return_tensors='pt')"
     if told["chat"]:
         turn = "[{'role': 'user', 'content': question}]"
-        asked = f"tokenizer.apply_chat_template({turn}, add_generation_prompt=True, return_dict=True, return_tensors='pt')"
+        asked = (
+            f"tokenizer.apply_chat_template({turn}, add_generation_prompt=True, return_dict=True, return_tensors='pt')"
+        )
     plain = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer, lm = (kind.from_pretrained("{repo}") for kind in (AutoTokenizer, AutoModelForCausalLM))\n'
@@ -120,7 +122,9 @@ def _results(result: Mapping[str, Any]) -> str:
 def _controls(found: Mapping[str, Any]) -> str:
     if not found:
         return "## Controls\n\nWhether the answers come from the thought has not been measured (`--controls true`)."
-    lines = [f"| {one['title']} | {one['accuracy']:.1%} | {100 * one['difference']:+.1f} |" for one in found["controls"]]
+    lines = [
+        f"| {one['title']} | {one['accuracy']:.1%} | {100 * one['difference']:+.1f} |" for one in found["controls"]
+    ]
     table = ["", "| with latents | accuracy | points |", "|---|---|---|", *lines] if lines else []
     return "\n".join(["## Controls\n", found["verdict"]["sentence"], *table])
 
@@ -148,8 +152,8 @@ def _shown(value: Any) -> Any:
 def _sources(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Hub's names of what the model was made from."""
     task, backbone = recipe.get("task") or {}, recipe.get("backbone") or {}
-    data = [str(task.get(split)).partition(":")[0] for split in ("train",) if isinstance(task, Mapping)]
-    names = {"base_model": [backbone.get("model")], "datasets": data}
+    data = str(task.get("train")).partition(":")[0] if isinstance(task, Mapping) else ""
+    names: dict[str, list[Any]] = {"base_model": [backbone.get("model")], "datasets": [data]}
     found = {key: [name for name in named if _is_hub_name(name)] for key, named in names.items()}
     return {key: named[0] if key == "base_model" else named for key, named in found.items() if named}
 

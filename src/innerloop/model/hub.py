@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from innerloop.disk.folders import damage, own_files
+from innerloop.disk.folders import damage, manifest, own_files
 from innerloop.errors import InputError
 from innerloop.model.card import card
 from innerloop.model.run_folder import RUN_CHECKPOINT, SETTINGS, resolve
 from innerloop.phases.phase import says
 
+AGAIN = "run the same again, and it goes on with what is missing"
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 CARD = "README.md"
 
@@ -67,6 +68,8 @@ def push(
 
     check_repo(repo)
     folder = pushable(run)
+    if told_of is not None and _weights(folder) != _weights(Path(resolve(told_of))):
+        raise InputError(f"the card would tell of {told_of}, whose weights are not this model's: leave run out")
     own = folder / CARD if (folder / CARD).is_file() else card(told_of or _run_of(run, folder), repo).encode()
     files = [CommitOperationAdd(name, folder / name) for name in own_files(folder) if name != CARD]
     files.append(CommitOperationAdd(CARD, own))
@@ -82,10 +85,15 @@ def _run_of(run: str | Path, folder: Path) -> Path:
     return folder.parent if folder.name == RUN_CHECKPOINT else Path(run)
 
 
+def _weights(folder: Path) -> dict[str, str]:
+    """Return the checksums of the weights of a folder."""
+    files = (manifest(folder) or {}).items()
+    return {name: str(facts.get("sha256")) for name, facts in files if name.endswith(".safetensors")}
+
+
 @contextmanager
 def _told(repo: str) -> Iterator[None]:
     """Turn what the Hub refuses, and what the way to it does, into one sentence."""
-    from httpx import HTTPError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -96,11 +104,8 @@ def _told(repo: str) -> Iterator[None]:
             way = "log in with hf auth login, or set HF_TOKEN to a token that may write there"
             raise InputError(f"the Hub does not let you write to {repo} ({status}): {way}") from None
         raise InputError(f"the Hub refused {repo} ({_line(error)}): {AGAIN}") from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # as many kinds as there are ways for a network to fail
         raise InputError(f"{repo} could not be uploaded ({_line(error)}): {AGAIN}") from None
-
-
-AGAIN = "run the same again, and it goes on with what is missing"
 
 
 def _line(error: BaseException) -> str:
