@@ -5,10 +5,40 @@ import hashlib
 import json
 import re
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
+import pytest
+from huggingface_hub import constants
+from transformers import dynamic_module_utils
+
+from innerloop.model import run_folder
+
 LARGE = ".safetensors"
+
+
+@contextmanager
+def standing_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Let huggingface_hub take a stand-in for the Hub."""
+    server = Hub()
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_TOKEN", "hf_a_token")
+    run_folder._shared.cache_clear()
+    yield server
+    server.shutdown()
+    server.server_close()
+    run_folder._shared.cache_clear()
 
 
 class Hub(ThreadingHTTPServer):

@@ -12,7 +12,7 @@ from innerloop.cli.main import main
 from innerloop.errors import InputError
 from innerloop.model import run_folder
 from innerloop.model.card import card
-from tests.hub import Hub
+from tests.hub import standing_in
 from tests.models import moved, saved, tiny_model
 from tests.test_checkpoint import contents
 
@@ -23,21 +23,9 @@ QUESTION = "3 ; + 1 ; * 2"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in that huggingface_hub takes for the Hub, over plain HTTP."""
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "hf_a_token")
-    run_folder._shared.cache_clear()
-    yield server
-    server.shutdown()
-    server.server_close()
+    """A stand-in of the Hub."""
+    with standing_in(tmp_path, monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture
@@ -95,10 +83,7 @@ def test_what_was_measured_of_other_weights_is_not_told(run):
     assert "Not measured yet" in card(run, REPO) and "42.5%" not in card(run, REPO)
 
 
-def test_the_python_of_a_card_runs_as_printed(hub, run, monkeypatch, tmp_path, capsys):
-    import transformers.dynamic_module_utils as dynamic
-
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_the_python_of_a_card_runs_as_printed(hub, run, capsys):
     main(["push", str(run), REPO])
     own, plain = re.findall(r"```python\n(.*?)```", hub.repos[REPO]["README.md"].decode(), re.DOTALL)
     said = []
