@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, gelu
 
 from innerloop import Example, InputError, LatentModel, Slr
 from innerloop.config.losses import DecoderSettings
-from innerloop.engine import decoding, engine
+from innerloop.engine import batching, decoding
 from innerloop.model.answer_decoder import AnswerDecoder
 from innerloop.text.row import Kind, Span
 from tests.methods.reference import Reference
@@ -129,7 +129,7 @@ def test_generated_tokens_are_the_likeliest_when_the_answer_is_read_whole(reads,
 
     together = model.generate(QUESTIONS, max_new_tokens=12)
     monkeypatch.setattr(decoding, "choose", note)
-    monkeypatch.setattr(engine, "CHECK_EVERY", 1)
+    monkeypatch.setattr(batching, "CHECK_EVERY", 1)
     rows = model.prompts(QUESTIONS)
     for row, question, one in zip(rows, QUESTIONS, together):
         chosen.clear()
@@ -149,7 +149,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged(check_ever
     model = taught(change(APART, decoder={"reads": "state_and_prompt"}))
     found = []
     for every in (1000, check_every):
-        monkeypatch.setattr(engine, "CHECK_EVERY", every)
+        monkeypatch.setattr(batching, "CHECK_EVERY", every)
         found.append([(g.text, g.ended, g.cost.flops) for g in model.generate(QUESTIONS, max_new_tokens=12)])
     assert found[0] == found[1] and len({text for text, _, _ in found[0]}) > 1
 

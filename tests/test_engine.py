@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from innerloop import Coconut, Cot, InputError, NoCot, Pause, Slr
-from innerloop.engine import decoding, engine
+from innerloop.engine import batching, decoding
 from innerloop.engine.generation import n_step_tokens
 from tests.methods.reference import Reference
 from tests.methods.tools import MIXED, QUESTIONS, halting, lean_towards_end, on, passes, sharp_model, under
@@ -42,9 +42,9 @@ def texts_of(model, asked=QUESTIONS, n=12, **options):
 @pytest.mark.parametrize("check_every", [1, 3, 8])
 def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged(method, check_every, monkeypatch):
     model = ending_model(method)
-    monkeypatch.setattr(engine, "CHECK_EVERY", 1000)
+    monkeypatch.setattr(batching, "CHECK_EVERY", 1000)
     kept = [comparable(generation) for generation in model.generate(QUESTIONS, max_new_tokens=20)]
-    monkeypatch.setattr(engine, "CHECK_EVERY", check_every)
+    monkeypatch.setattr(batching, "CHECK_EVERY", check_every)
     with passes(model) as seen:
         compacted = [comparable(generation) for generation in model.generate(QUESTIONS, max_new_tokens=20)]
     n_rows = [embeds.shape[0] for embeds in seen]
@@ -102,7 +102,7 @@ def test_a_model_that_never_ends_writes_exactly_max_new_tokens(method, n):
 
 
 def test_passes_counted_by_a_hook_are_those_charged_when_a_row_ends(method, monkeypatch):
-    monkeypatch.setattr(engine, "CHECK_EVERY", 1)  # otherwise an ended row rides along for a while, uncharged
+    monkeypatch.setattr(batching, "CHECK_EVERY", 1)  # otherwise an ended row rides along for a while, uncharged
     model = ending_model(method)
     for question in QUESTIONS:
         with passes(model) as seen:
@@ -235,7 +235,7 @@ def test_the_answer_follows_the_last_hash_signs_and_thought_comes_before_the_fir
 ):
     model = sharp_model(Coconut())
     monkeypatch.setattr(decoding, "choose", script(model, *pieces))
-    monkeypatch.setattr(engine, "CHECK_EVERY", 1)
+    monkeypatch.setattr(batching, "CHECK_EVERY", 1)
     (generation,) = model.generate(QUESTIONS[:1])
     assert (generation.text.replace("\n ", "\n"), generation.answer) == ("".join(pieces), answer)
     assert generation.ended
@@ -244,7 +244,7 @@ def test_the_answer_follows_the_last_hash_signs_and_thought_comes_before_the_fir
 
 def test_thought_tokens_are_latents_and_written_steps(monkeypatch):
     model = sharp_model(Slr())
-    monkeypatch.setattr(engine, "CHECK_EVERY", 1)
+    monkeypatch.setattr(batching, "CHECK_EVERY", 1)
     for method, latents in ((Cot(), 0), (NoCot(), 0), (Pause(n_pauses=3), 3), (Coconut(), 6), (Slr(n_slots=5), 5),
                             (Slr(loop_scope="append", max_loops=3), 4)):  # fmt: skip
         monkeypatch.setattr(decoding, "choose", script(model, "### 3"))

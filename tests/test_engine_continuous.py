@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from innerloop import AdaInfer, Coconut, Codi, Cot, Icot, InputError, Lotus, Mod, Mor, Pause, Pccot, RecurrentDepth, Slr
-from innerloop.engine import engine
+from innerloop.engine import batching
 from innerloop.engine.engine import Engine
 from innerloop.engine.options import EngineOptions
 from innerloop.methods import Looped, ParScale, SpiralThinker
@@ -102,8 +102,8 @@ quiet = {"deadline": None, "derandomize": True, "suppress_health_check": list(He
 def longest(model):
     """Return the positions that the longest question of the pool may come to take."""
     at_work = engine_of(model)
-    for i, question in enumerate(POOL):
-        at_work.admit(i, question)
+    for question in POOL:
+        at_work.submit(question)
     return max(at_work.most_positions(request.row, request.budget) for request in at_work.waiting)
 
 
@@ -111,7 +111,7 @@ def assert_company_does_not_matter(name, asked, n, batch_size, room, check_every
     model, alone = made(name)
     chosen, options = list(asked[:n]), {"batch_size": batch_size, "max_positions": room and room * longest(model)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "CHECK_EVERY", check_every)
+        patch.setattr(batching, "CHECK_EVERY", check_every)
         found = model.generate([POOL[i] for i in chosen], max_new_tokens=N, **options)
     assert list(map(told, found)) == [alone[i] for i in chosen]
 
@@ -195,7 +195,7 @@ def test_rows_that_wait_join_those_that_write_and_answers_come_as_soon_as_they_a
 @pytest.mark.parametrize("n_seen", [1, 2, 3, 7])
 @pytest.mark.parametrize("check_every", [1, 8])
 def test_an_engine_left_early_leaves_the_model_as_it_was_and_answers_again(n_seen, check_every, monkeypatch):
-    monkeypatch.setattr(engine, "CHECK_EVERY", check_every)
+    monkeypatch.setattr(batching, "CHECK_EVERY", check_every)
     model, alone = made("slots")
     used = engine_of(model, batch_size=2)
     model.train()
@@ -289,7 +289,7 @@ def test_what_makes_the_host_wait_is_noticed():
 @pytest.mark.parametrize("name", ["cot", "slots", "append", "coconut", "lotus", "pccot", "looped", "recurrent_depth"])
 def test_the_host_never_waits_for_the_device_between_two_looks(name, arch, monkeypatch):
     """Neither in a loop nor in a step of writing, whatever is padded (style.md, section 4)."""
-    monkeypatch.setattr(engine, "CHECK_EVERY", 100)
+    monkeypatch.setattr(batching, "CHECK_EVERY", 100)
     model = tiny_model(METHODS[name], arch).eval()
     at_work = engine_of(model, batch_size=3)
     groups = at_work.groups([POOL[0], POOL[3], POOL[7]])

@@ -52,7 +52,7 @@ def write_three(model, batch: Batch) -> DecodeBatch:
     decode_batch = DecodeBatch(model, thought.context, [None] * len(batch))
     decode_batch.start(join([*thought.pending, *suffix]))
     for _ in range(3):
-        decode_batch.choose(model.suppressed_ids(), 0.0)
+        decode_batch.choose(model.suppressed_ids())
         decode_batch.write()
     return decode_batch
 
@@ -107,12 +107,11 @@ def test_a_pass_over_canvases_waits_once(method, temperature, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda t: looks.append(t) or torch.full(t.shape, 5, dtype=t.dtype))
     options = EngineOptions(batch_size=3, temperature=temperature)
     engine = (CachedEngine if has_cache(method) else CanvasEngine)(model, options)
-    for index, question in enumerate(QUESTIONS):
-        if index < 2:
-            engine.admit(index, question)
+    for question in QUESTIONS[:2]:
+        engine.submit(question)
     for i in range(8):
         if i == 3:
-            engine.admit(2, QUESTIONS[2])
+            engine.submit(QUESTIONS[2])
         engine._advance()
     assert len(looks) == 8 and len(engine.live) == 3
 

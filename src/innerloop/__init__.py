@@ -44,6 +44,7 @@ from innerloop.tasks import Chain, FileTask, Gsm8k, ProsQA, Task
 from innerloop.text.examples import Example, read_examples, write_examples
 
 if TYPE_CHECKING:  # slow to import: they need torch, which is imported when one of them is first asked for
+    from innerloop.engine.incremental import IncrementalEngine
     from innerloop.engine.latent_model import LatentModel
     from innerloop.train.grpo import GrpoTrainer
     from innerloop.train.grpo_arguments import GrpoArguments
@@ -68,6 +69,7 @@ __all__ = [
     "HiddenSettings",
     "Hrpo",
     "Icot",
+    "IncrementalEngine",
     "InputError",
     "LatentMethod",
     "LatentModel",
@@ -105,6 +107,7 @@ __all__ = [
 _SLOW = {
     "GrpoArguments": "train.grpo_arguments",
     "GrpoTrainer": "train.grpo",
+    "IncrementalEngine": "engine.incremental",
     "LatentModel": "engine.latent_model",
     "LatentTrainer": "train.trainer",
     "LatentTrainingArguments": "train.training_arguments",

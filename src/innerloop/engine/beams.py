@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from innerloop.engine.decoding import DecodeBatch, without
-from innerloop.engine.engine import Engine, check_every
+from innerloop.engine.batching import check_every
+from innerloop.engine.decoding import DecodeBatch
+from innerloop.engine.drawing import without
+from innerloop.engine.engine import Engine
 from innerloop.engine.generation import finish
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import NOTHING, Request
@@ -35,6 +37,11 @@ from innerloop.text.row import Row
 
 class BeamEngine(Engine):
     """Answers questions, some at a time, by the best of ``options.beams`` texts."""
+
+    @classmethod
+    def per_request(cls, model: LatentCore) -> frozenset[str]:
+        """Return the options in which the requests of one engine may differ."""
+        return frozenset({"max_new_tokens"})
 
     def __init__(self, model: LatentCore, options: EngineOptions):
         super().__init__(model, options)
@@ -49,7 +56,9 @@ class BeamEngine(Engine):
     @torch.no_grad()
     def _advance(self) -> None:
         """Answer some questions."""
-        self.thinking = done = self._next()
+        self.thinking = done = self._next(max(1, self.batch_size - self.elsewhere[0] // self.options.beams))
+        if not done:
+            return
         batch = self.prefill(done)
         assert isinstance(batch, DecodeBatch)
         self._search(done, batch)

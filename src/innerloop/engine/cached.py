@@ -57,7 +57,7 @@ class CachedEngine(CanvasEngine):
         self.context = self._rows(self.context, kept) if self.context is not None and kept else None
 
     def _canvas(self, request: Request) -> CachedCanvas:
-        seed, method = [self.options.seed, *request.draw], self.method
+        seed, method = [request.options.seed, *request.draw], self.method
         given = request.row.ids(), self.mask_id, self.model.encoder.eos_id, seed
         canvas = BlockCanvas(method, *given) if isinstance(method, BlockDiffusion) else StaleCanvas(method, *given)
         return self._begun(canvas)

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from innerloop.engine.decoding import choose, without
+from innerloop.engine.drawing import choose, without
 from innerloop.engine.engine import Engine
+from innerloop.engine.events import Event
 from innerloop.engine.generation import finish
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
@@ -38,6 +39,11 @@ C = TypeVar("C", bound=Canvas)
 
 class CanvasEngine(Engine):
     """Fills canvases, one for each sample of a question."""
+
+    @classmethod
+    def per_request(cls, model: LatentCore) -> frozenset[str]:
+        """Return the options in which the requests of one engine may differ."""
+        return frozenset({"max_new_tokens", "seed", "samples"})
 
     def __init__(self, model: LatentCore, options: EngineOptions):
         method = model.method if options.loops is None else model.method.with_loops(options.loops)
@@ -68,9 +74,9 @@ class CanvasEngine(Engine):
     @property
     def is_at_work(self) -> bool:
         """Whether any canvas is not full."""
-        return bool(self.waiting or self.live)
+        return bool(self.waiting or self.live or self.events)
 
-    def _budget(self, row: Row) -> int:
+    def _budget(self, row: Row, options: EngineOptions) -> int:
         """Return how many tokens of a row's canvas are told; what is longer is cut."""
         room, n = self.model.backbone.context_length, len(row) + self.method.gen_length
         if room is not None and n > room:
@@ -78,7 +84,7 @@ class CanvasEngine(Engine):
                 f"a question takes {len(row)} positions and its canvas {self.method.gen_length}, but the model reads "
                 f"at most {room}: shorten the question"
             )
-        return min(self.options.max_new_tokens, self.method.gen_length)
+        return min(options.max_new_tokens, self.method.gen_length)
 
     def most_positions(self, row: Row, budget: int) -> int:
         """Return how many positions a row occupies."""
@@ -95,7 +101,8 @@ class CanvasEngine(Engine):
     def _advance(self) -> None:
         """Let canvases in if there is room, then make one pass over all of them."""
         self.mark = time.perf_counter()
-        joining = self._next(self.batch_size - len(self.live)) if len(self.live) < self.batch_size else []
+        free = self.batch_size - self.elsewhere[0] - len(self.live)
+        joining = self._next(free) if free > 0 else []
         if joining:
             self.prefill.slots.take(joining)
             self.live += [(request, self._canvas(request)) for request in joining]
@@ -103,6 +110,7 @@ class CanvasEngine(Engine):
         if not requests:
             return
         self._fill_in(requests, canvases)
+        self._tell_canvases(requests, canvases)
         share = (time.perf_counter() - self.mark) / len(requests)
         done = [i for i, canvas in enumerate(canvases) if canvas.is_done]
         for request in requests:
@@ -116,12 +124,26 @@ class CanvasEngine(Engine):
             self._stay([i for i, canvas in enumerate(canvases) if not canvas.is_done])
             self._answer([requests[i] for i in done], found)
 
+    def _tell_canvases(self, requests: Sequence[Request], canvases: Sequence[Canvas]) -> None:
+        """Tell what canvases are after a pass."""
+        for request, canvas in zip(requests, canvases) if self.tells_all else ():
+            shown = tuple(np.where(canvas.tokens_G == self.mask_id, HIDDEN, canvas.tokens_G).tolist())
+            self.events.append(Event(request.id, request.draw[1], canvas=shown, n_final=canvas.n_final))
+
+    @property
+    def n_writing(self) -> int:
+        """How many canvases are filled."""
+        return len(self.live)
+
+    def _leave(self, gone: Sequence[Request]) -> None:
+        self._stay([i for i, (request, _) in enumerate(self.live) if request not in gone])
+
     def _stay(self, kept: Sequence[int]) -> None:
         """Let all canvases go but some."""
         self.live = [self.live[i] for i in kept]
 
     def _canvas(self, request: Request) -> Canvas:
-        seed = [self.options.seed, *request.draw]
+        seed = [request.options.seed, *request.draw]
         eos_id = self.model.encoder.eos_id
         return self._begun(Canvas(self.method.sampler, self.method.gen_length, self.mask_id, eos_id, seed))
 

@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from innerloop.decoder.ragged_cache import DepthCache
+from innerloop.engine.drawing import Drawing, choose, without
 from innerloop.engine.requests import NOTHING, Request
 from innerloop.model.answer_decoder import AnswerDecoder
 from innerloop.model.model import LatentCore
@@ -33,17 +33,19 @@ class DecodeBatch:
         requests: the rows.
 
     Attributes:
-        uniforms: numbers in [0, 1) for the tokens that each row may write (R, budget), where tokens are drawn.
+        drawing: how tokens are chosen.
         likely_R: the log-probability of the token that was last chosen, where asked for.
+        others_2RK: the likeliest tokens in its place and their log-probabilities, where asked for.
     """
 
     per_row: ClassVar[tuple[str, ...]] = ("logits_RV", "chosen_R", "ends_R", "n_written_R")
     likely_R: Tensor | None = None
-    uniforms: Tensor | None = None
+    others_2RK: Tensor | None = None
     forced_id = NOTHING
 
     def __init__(self, model: LatentCore, context: Context, requests: Sequence[Request]):
         self.model, self.backbone, self.context, self.requests = model, model.backbone, context, list(requests)
+        self.drawing = Drawing()
         self.first_states: Tensor | None = None  # of all that was read in the pass of the first token
         zeros = torch.zeros(len(self.requests), dtype=torch.long, device=model.device)
         self.logits_RV = zeros[:, None]  # of the token that follows
@@ -55,25 +57,23 @@ class DecodeBatch:
         self.first_states = self.context.read(*pending)
         self.logits_RV = self.show(self.first_states)
 
-    def choose(self, suppressed: Tensor, temperature: float, likely_at: float | None = None) -> None:
+    def choose(self, suppressed: Tensor) -> None:
         """Choose the next token of each row; NOTHING where a row waits.
 
-        Log-probabilities are those at temperature ``likely_at`` (None: none) among the tokens that may be written; of a
-        token that had to be written it is 0.
+        Log-probabilities are those among the tokens that may be written; of a token that had to be written it is 0.
         """
-        drawn_R, allowed_RV = None, self.allowed()
-        if self.uniforms is not None:
-            at_R = self.n_written_R.clamp(max=self.uniforms.shape[1] - 1)
-            drawn_R = self.uniforms.gather(1, at_R[:, None])[:, 0]
-        free_R = choose(allowed_RV, suppressed, temperature, drawn_R)
+        drawing, allowed_RV = self.drawing, self.allowed()
+        free_R = choose(allowed_RV, suppressed, drawing.temperature, drawing.numbers(self.n_written_R))
         forced_R = self.forced(free_R)
         ids_R = self.settle(free_R if forced_R is None else torch.where(forced_R, self.forced_id, free_R))
         is_written = ids_R != NOTHING
-        if likely_at is not None:
-            logits_RV = without(allowed_RV, suppressed).float() / likely_at
-            likely_R = logits_RV.log_softmax(-1).gather(1, free_R[:, None])[:, 0]
+        if drawing.likely_at is not None:
+            log_probs_RV = (without(allowed_RV, suppressed).float() / drawing.likely_at).log_softmax(-1)
             is_free = is_written if forced_R is None else is_written & ~forced_R
-            self.likely_R = torch.where(is_free, likely_R, 0.0)
+            self.likely_R = torch.where(is_free, log_probs_RV.gather(1, free_R[:, None])[:, 0], 0.0)
+            if n := min(drawing.n_alternatives, log_probs_RV.shape[1]):
+                best = log_probs_RV.topk(n)
+                self.others_2RK = torch.stack([best.indices.double(), best.values.double()])
         if self.context.meter is not None:
             self.context.meter.count_logits(self.context.rows, (self.ends_R > 0) & is_written)
         self.n_written_R = self.n_written_R + is_written
@@ -115,12 +115,13 @@ class DecodeBatch:
         self.take_rows(torch.tensor(list(kept), dtype=torch.long, device=self.chosen_R.device))
         self.context = self.context.trim()
         self.requests = [self.requests[i] for i in kept]
+        self.drawing = self.drawing.asked_by(self.requests, self.chosen_R.device)
 
     def take_rows(self, index: Tensor) -> None:
         """Let the rows be others of the same rows (R,); requests and padding stay as they are."""
         for name in self.per_row:
             setattr(self, name, getattr(self, name)[index])
-        self.uniforms = None if self.uniforms is None else self.uniforms[index]
+        self.drawing = self.drawing.keep_rows(index)
         self.context = self.context.keep_rows(index)
         self.first_states = None
 
@@ -136,11 +137,9 @@ class DecodeBatch:
         n, m = len(self.requests), len(other.requests)
         for name in self.per_row:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
-        if self.uniforms is not None and other.uniforms is not None:
-            width = max(self.uniforms.shape[1], other.uniforms.shape[1])
-            self.uniforms = torch.cat([pad(u, (0, width - u.shape[1])) for u in (self.uniforms, other.uniforms)])
         self.context = merge([(list(range(n)), self.context), (list(range(n, n + m)), other.context)])
         self.requests = [*self.requests, *other.requests]
+        self.drawing = self.drawing.join(other.drawing, n, m).asked_by(self.requests, self.chosen_R.device)
 
 
 class WaitingDecodeBatch(DecodeBatch):
@@ -310,23 +309,3 @@ class SeparateDecoderBatch(DecodeBatch):
         super().take_rows(index)
         states, mask = self.memory
         self.memory = states[index], None if mask is None else mask[index]
-
-
-def without(logits_RV: Tensor, suppressed: Tensor) -> Tensor:
-    """Return logits in which some tokens are impossible."""
-    return logits_RV.index_fill(1, suppressed, -torch.inf) if len(suppressed) else logits_RV
-
-
-def choose(logits_RV: Tensor, suppressed: Tensor, temperature: float, drawn_R: Tensor | None) -> Tensor:
-    """Return the next token of each row (R,): the likeliest, or at a temperature the one that a number points at.
-
-    ``drawn_R`` are numbers in [0, 1); a row's token is where its cumulative probability passes them, so that it depends
-    on nothing but the row.
-    """
-    logits_RV = without(logits_RV, suppressed)
-    if temperature == 0:
-        return logits_RV.argmax(-1)
-    assert drawn_R is not None
-    sums_RV = (logits_RV.double() / temperature).softmax(-1).cumsum(-1)
-    ids_R = torch.searchsorted(sums_RV, drawn_R[:, None] * sums_RV[:, -1:], right=True)[:, 0]
-    return ids_R.clamp(max=logits_RV.shape[1] - 1)

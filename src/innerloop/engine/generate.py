@@ -11,13 +11,9 @@ from typing import Annotated, Unpack
 
 from innerloop.checks.arguments import checked
 from innerloop.checks.values import ONE_BY_ONE
-from innerloop.engine.beams import BeamEngine
-from innerloop.engine.cached import CachedEngine, has_cache
-from innerloop.engine.canvases import CanvasEngine
-from innerloop.engine.engine import Engine
 from innerloop.engine.generation import Generation
+from innerloop.engine.incremental import engine_class
 from innerloop.engine.options import Answering, EngineOptions
-from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.model.model import LatentCore
 
 
@@ -48,10 +44,7 @@ def generate(
         options: the fields of `EngineOptions`.
     """
     chosen = EngineOptions(**options)
-    if isinstance(model.method, DenoisingMethod):
-        engine: Engine = (CachedEngine if has_cache(model.method) else CanvasEngine)(model, chosen)
-    else:
-        engine = (Engine if chosen.beams == 1 else BeamEngine)(model, chosen)
+    engine = engine_class(model, chosen)(model, chosen)
     results: list[Generation | None] = [None] * (chosen.n_answers * len(questions))
     for found in engine.groups(questions, steps, strict, begun, places):
         for index, generation in found:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from innerloop.decoder.cost import Cost, CostMeter
-from innerloop.engine.requests import Request
+from innerloop.engine.requests import Alternatives, Request
 from innerloop.loop.trace import ShownStep, Trace
 from innerloop.model.model import LatentCore
 from innerloop.passes.thought import Thought
@@ -35,6 +35,7 @@ class Generation:
         ids: the tokens written, the ends of sequence among them.
         log_likelihood: the sum of their log-probabilities ``log_probs``, where asked for; see `DecodeBatch.choose`.
         fed: the latents (n, D) that were fed beside its first n tokens, where it is replayable and they are fed more.
+        alternatives: the likeliest tokens in place of each, where asked for, with their log-probabilities.
         change: the mean relative change of the latents in their last iterations, where several starts were asked for.
         error: why nothing was written, where the question could not be answered.
     """
@@ -50,6 +51,7 @@ class Generation:
     log_likelihood: float | None = None
     log_probs: list[float] = field(default_factory=list)
     fed: Tensor | None = None
+    alternatives: list[Alternatives] = field(default_factory=list)
     change: float | None = None
     error: str | None = None
 
@@ -77,6 +79,7 @@ def finish(model: LatentCore, requests: Sequence[Request], meter: CostMeter) -> 
         one = Generation(text, answer, cost, ended=ended, depths=tuple(zip(tokens, own)), ids=list(ids))
         one.log_likelihood, one.log_probs, one.change = request.log_likelihood, request.log_probs, request.change
         one.fed = torch.stack(request.fed[: len(ids) - 1]) if request.fed[: len(ids) - 1] else None
+        one.alternatives = request.alternatives
         results.append(traced(model, request, one))
     return results
 

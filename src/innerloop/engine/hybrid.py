@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from innerloop.engine.decoding import DecodeBatch, without
+from innerloop.engine.decoding import DecodeBatch
+from innerloop.engine.drawing import without
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.requests import Request
 from innerloop.loop.stabilize import at_least_fp32
@@ -97,5 +98,5 @@ class HybridDecodeBatch(DecodeBatch):
     def _noise_of(self, request: Request) -> np.random.Generator:
         """Return what draws the noise of a row, which depends on the seed, its question and its sample alone."""
         if request.noise is None:
-            request.noise = np.random.default_rng([self.options.seed, *request.draw, 1])
+            request.noise = np.random.default_rng([request.options.seed, *request.draw, 1])
         return request.noise

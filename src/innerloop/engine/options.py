@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from innerloop.checks.settings import Checked
 from innerloop.checks.values import Bounds, Count, Loops, Seed, Weight
 from innerloop.errors import refuse
 
 Many = Annotated[int, Bounds(1, 100_000)]
+Few = Annotated[int, Bounds(0, 20)]
 
 
 class Answering(TypedDict, total=False):
@@ -28,6 +30,8 @@ class Answering(TypedDict, total=False):
     beams: Many
     likelihoods: bool
     replayable: bool
+    stop: Mapping[str, Any] | None
+    alternatives: Few
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class EngineOptions(Checked):
         likelihoods: also tell the log-likelihood of what is written.
         replayable: also keep what `innerloop.engine.rollouts` needs to go through it again: the log-probability of each
             token in the distribution that it was drawn from, and what was fed where that was not its embedding.
+        stop: other settings of the method's ``stop``, such as ``{"rule": "delta", "threshold": 2}``; None: its own.
+        alternatives: with likelihoods, also tell so many of the likeliest tokens in place of each that is written.
     """
 
     max_new_tokens: Count = 64
@@ -67,6 +73,8 @@ class EngineOptions(Checked):
     beams: Many = 1
     likelihoods: bool = False
     replayable: bool = False
+    stop: Mapping[str, Any] | None = None
+    alternatives: Few = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +94,10 @@ class EngineOptions(Checked):
             (
                 self.replayable and (self.likelihoods or self.temperature == 0 or max(self.starts, self.beams) > 1),
                 "what is replayable is drawn, at a temperature above 0: leave likelihoods, starts and beams out",
+            ),
+            (
+                self.alternatives > 0 and not self.likelihoods,
+                "alternatives come with likelihoods: give likelihoods=True too",
             ),
             (self.beams > 1 and self.trace, "a beam search records no trace: leave trace out, or take one beam"),
         )

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from innerloop.decoder.cost import CostMeter
 from innerloop.engine.decoding import DecodeBatch, LatentBlockBatch, RaggedDecodeBatch, SeparateDecoderBatch
+from innerloop.engine.drawing import Drawing
 from innerloop.engine.generation import Generation, gold_of, read_last, traced
 from innerloop.engine.hybrid import HybridDecodeBatch
 from innerloop.engine.options import EngineOptions
-from innerloop.engine.requests import Request
+from innerloop.engine.requests import Prompt, Request
 from innerloop.engine.shared_prefix import begin, n_shared
 from innerloop.loop.hooks import hooked
 from innerloop.loop.starts import RandomStarts
@@ -73,7 +73,7 @@ class Prefill:
     def __call__(self, requests: list[Request]) -> DecodeBatch | list[Generation]:
         """Return those who write, with the logits of their first tokens; or their answers, where these are classes."""
         model, is_traced = self.model, self.options.trace
-        first: dict[int, int] = {}
+        first: dict[Prompt, int] = {}
         same = [i if is_traced else first.setdefault(request.prompt, len(first)) for i, request in enumerate(requests)]
         read = [requests[same.index(i)] for i in range(len(set(same)))]
         self._bill(requests)
@@ -104,7 +104,7 @@ class Prefill:
             decode_batch.keep_rows(same)
             decode_batch.requests, decode_batch.context.rows = list(requests), self.slots.of(requests)
         decode_batch.context = decode_batch.context.trim()
-        decode_batch.uniforms = self._uniforms(requests) if self.options.temperature > 0 else None
+        decode_batch.drawing = Drawing.of(requests, model.device)
         return decode_batch
 
     def _think(self, read: Sequence[Request], batch: Batch, record: Trace | None, context: Context) -> Thought:
@@ -112,7 +112,7 @@ class Prefill:
         options = self.options
         if options.starts == 1:
             return self.model.think(batch, record, context)
-        starts = RandomStarts([(options.seed, *one.draw) if one.draw[1] > 0 else None for one in read])
+        starts = RandomStarts([(one.options.seed, *one.draw) if one.draw[1] > 0 else None for one in read])
         with hooked(self.model.loop, starts):
             thought = self.model.think(batch, record, context)
         for request, change in zip(read, starts.settled()):
@@ -124,10 +124,10 @@ class Prefill:
 
         In a trace each is read by itself, and so is each start.
         """
-        firsts = {request.draw[0]: request for request in reversed(requests)}
+        firsts = {request.id: request for request in reversed(requests)}
         for request in requests:
             apart = self.options.trace or self.options.starts > 1
-            request.billed = apart or request is firsts[request.draw[0]]
+            request.billed = apart or request is firsts[request.id]
 
     def _trace(self, requests: list[Request]) -> Trace:
         """Begin a trace, with a meter of its own: both speak of rows by their place among the requests."""
@@ -157,12 +157,6 @@ class Prefill:
         depths = self.slots.meter.token_depths()
         for request, other in zip(requests, read):
             depths[request.slot] = list(depths[other.slot])
-
-    def _uniforms(self, requests: Sequence[Request]) -> Tensor:
-        """Return the numbers that draw each row's tokens (R, budget)."""
-        n = max(request.budget for request in requests)
-        drawn = np.stack([np.random.default_rng([self.options.seed, *request.draw]).random(n) for request in requests])
-        return torch.from_numpy(drawn).to(self.model.device)
 
     def _classify(self, requests: list[Request], same: list[int], thought: Thought) -> list[Generation]:
         """Answer by the class of the largest logit."""

@@ -8,12 +8,22 @@ from dataclasses import dataclass, field, replace
 from numpy.random import Generator
 from torch import Tensor
 
+from innerloop.engine.options import EngineOptions
 from innerloop.errors import InputError, refuse
 from innerloop.loop.trace import Trace
 from innerloop.model.model import LatentCore
 from innerloop.text.row import Block, Row, ShownBlock
 
 NOTHING = -1  # in place of a token, where a row waits
+Alternatives = tuple[tuple[int, float], ...]
+"""Tokens that might have been written in place of one, with their log-probabilities, the likeliest first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What duplicates have in common: by its number they come after each other."""
+
+    number: int
 
 
 @dataclass
@@ -21,17 +31,21 @@ class Request:
     """A question, or one of its samples, while it is answered.
 
     Attributes:
-        index: which of the answers it will be.
+        id: of the question.
         row: its layout.
         budget: how many tokens may be written.
+        options: how it is answered.
         blocks: the steps that its latents should show.
         draw: what its draws depend on besides the seed: which question it is, and which of its samples.
-        prompt: a number that it has in common with its duplicates, whose rows are the same.
+        prompt: what it has in common with its duplicates, whose rows are the same.
+        turn: those of an earlier turn are read before it, however long they are.
+        n_told: how many of its tokens have been told.
         slot: its row of the meter.
         billed: whether its question's loops and latents are billed to it, not to another sample of the question.
         written: the tokens so far.
         ticks: the seconds of each, its share of the batch's.
         waited: the seconds since the last token in which the row waited.
+        alternatives: the likeliest tokens in place of each, where asked for.
         n_ends: ends of sequence among them.
         n_loops: iterations of its latents.
         n_latents: latents read while writing.
@@ -43,12 +57,15 @@ class Request:
         opened: the same of each block that it has opened while writing.
     """
 
-    index: int
+    id: int
     row: Row
     budget: int
+    options: EngineOptions
     blocks: Sequence[ShownBlock] = ()
-    draw: tuple[int, ...] = ()
-    prompt: int = 0
+    draw: tuple[int, ...] = (0, 0)
+    prompt: Prompt = field(default_factory=lambda: Prompt(0))
+    turn: int = 0
+    n_told: int = 0
     slot: int = 0
     billed: bool = True
     written: list[int] = field(default_factory=list)
@@ -58,6 +75,7 @@ class Request:
     n_loops: int = 0
     n_latents: int = 0
     log_probs: list[float] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
     log_likelihood: float | None = None
     change: float | None = None
     said: list[int] = field(default_factory=list)
@@ -68,11 +86,16 @@ class Request:
 
     def __lt__(self, other: Request) -> bool:
         """Whether it is read before another: the shortest first, and duplicates after each other."""
-        return (len(self.row), self.prompt, self.index) < (len(other.row), other.prompt, other.index)
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.turn, len(self.row), self.prompt.number, self.id, self.draw[1]
 
     def anew(self, budget: int) -> Request:
         """Return it as it was before it was read."""
-        return Request(self.index, self.row, budget, self.blocks, self.draw, self.prompt)
+        how = self.options, self.blocks, self.draw, self.prompt, self.turn, self.n_told
+        return Request(self.id, self.row, budget, *how)
 
     def is_done(self, n_ends: int) -> bool:
         """Return whether it may write no more."""
@@ -85,6 +108,7 @@ class Request:
         eos: int,
         n_ends: int,
         log_probs: Sequence[float] | None = None,
+        alternatives: Sequence[Alternatives] = (),
     ) -> None:
         """Take over tokens that were chosen for it, up to where it ends."""
         for i, (token, seconds) in enumerate(zip(ids, ticks)):
@@ -98,6 +122,7 @@ class Request:
             if log_probs is not None:
                 self.log_probs.append(log_probs[i])
                 self.log_likelihood = (self.log_likelihood or 0.0) + log_probs[i]
+            self.alternatives += alternatives[i : i + 1]
             self.waited = 0.0
             self.n_ends += token == eos
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from innerloop.decoder.token_losses import token_losses
-from innerloop.engine.decoding import without
-from innerloop.engine.engine import evaluating
+from innerloop.engine.at_work import evaluating
+from innerloop.engine.drawing import without
 from innerloop.engine.generate import generate
 from innerloop.engine.generation import Generation
 from innerloop.errors import refuse

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from innerloop.engine.engine import Engine, evaluating
+from innerloop.engine.at_work import evaluating
+from innerloop.engine.engine import Engine
 from innerloop.engine.options import EngineOptions
 from innerloop.engine.rollouts import Rollout, WritingPolicy
 from innerloop.errors import refuse

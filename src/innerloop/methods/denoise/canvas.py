@@ -113,6 +113,14 @@ class Canvas:
         ends, masks = (np.flatnonzero(self.tokens_G == i) for i in (self.eos_id, self.mask_id))
         return len(masks) == 0 or (len(ends) > 0 and ends[0] < masks[0])
 
+    @property
+    def n_final(self) -> int:
+        """How many tokens at the beginning no pass can change: what is committed, or finished blocks if it may go."""
+        if not self.keeps:
+            return self.start
+        masks = np.flatnonzero(self.tokens_G == self.mask_id)
+        return int(masks[0]) if len(masks) else len(self.tokens_G)
+
     def written(self) -> list[int]:
         """Return the tokens up to the first end of sequence, that included."""
         ends = np.flatnonzero(self.tokens_G == self.eos_id)
