@@ -32,6 +32,7 @@ VERBS = {  # each with its function and what it does
     "lens": ("look:lens", "look inside a run's answers, in one HTML file"),
     "convert": ("convert:convert", "write released weights of a known format as a folder of ours"),
     "doctor": ("doctor:doctor", "tell what a folder is, whether it is whole, and what can use it"),
+    "push": ("push:push", "share a run on the Hugging Face Hub, with a card"),
     "compare": ("compare:compare", "compare a suite's variants, or runs"),
     "sweep": ("compare:sweep", "train a recipe over a grid of values, or over points that a search draws"),
     "calibrate": ("calibrate_bench:calibrate", "choose the threshold of a stop rule on validation data"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Self, Unpack
 
 from innerloop.checks.arguments import checked
@@ -18,7 +19,9 @@ from innerloop.engine.generate import generate
 from innerloop.engine.generation import Generation
 from innerloop.engine.options import Answering
 from innerloop.model import loading
+from innerloop.model.hub import check_repo, push
 from innerloop.model.model import LatentCore
+from innerloop.model.run_folder import RUN_CHECKPOINT
 from innerloop.text.examples import Example
 from innerloop.text.tokenizer import train_tokenizer
 
@@ -71,6 +74,26 @@ class LatentModel(LatentCore):
                 cache_dir and local_files_only; see `innerloop.model.loading.load`.
         """
         return loading.load(cls, path, method, **options)
+
+    @checked
+    def push_to_hub(
+        self, repo: str, *, private: bool | None = None, token: str | None = None, run: str | Path | None = None
+    ) -> str:
+        """Share the model on the Hugging Face Hub with a card, in one commit; return its address.
+
+        Args:
+            repo: OWNER/NAME; made if it is not there.
+            private: make it private where it is made; None: as the Hub does.
+            token: of the Hub; None: the one that ``hf auth login`` or HF_TOKEN has given.
+            run: the folder of the run that this model is, whose results, controls and recipe the card tells.
+
+        Raises:
+            InputError: the Hub refuses it, or the way there broke; what was uploaded is not sent again.
+        """
+        check_repo(repo)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / RUN_CHECKPOINT)
+            return push(Path(folder) / RUN_CHECKPOINT, repo, private=private, token=token, told_of=run)
 
     def beside(self, path: str | Path) -> Self:
         """Load a run that has frozen this model's decoder onto it, so that both are at hand; see `load_beside`.

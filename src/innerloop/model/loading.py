@@ -115,7 +115,7 @@ def load(
     Raises:
         InputError: the folder or model does not exist, or is no innerloop run and no method is given.
     """
-    place, path, dtype = device_named(device), resolve(path), dtype_named(dtype)
+    place, path, dtype = device_named(device), resolve(path, **hub), dtype_named(dtype)
     folder, found = Path(path), _find(path, method is None, dtype, trust_remote_code, hub)
     backbone, tokenizer, saved = Backbone(found.lm), found.tokenizer, found.saved
     is_same = saved is not None and (method is None or name_of(method) == saved["method"]["name"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from innerloop.formats.recognise import released
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
 FORMAT = 2  # of innerloop.json: how settings are spelled
+OF_HUB = ("revision", "token", "cache_dir", "local_files_only")  # what downloads are told
+SHARED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "custom_generate/*"]  # of a run on the Hub
 RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
 
 
@@ -41,8 +44,12 @@ def identity(path: str | Path) -> str | None:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 
-def resolve(path: str | Path) -> str | Path:
-    """Return the checkpoint folder of a run, a model folder as it is, or a Hub name.
+def resolve(path: str | Path, **hub: Any) -> str | Path:
+    """Return the checkpoint folder of a run, a model folder as it is, or a Hub name; a run on the Hub is downloaded.
+
+    Args:
+        path: a folder or a Hub name.
+        hub: revision, token, cache_dir, local_files_only; others are passed over.
 
     Raises:
         InputError: it can only be a folder, and that does not exist or holds no model.
@@ -65,7 +72,21 @@ def resolve(path: str | Path) -> str | Path:
     is_path = folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith((".", "runs/", "models/"))
     if is_path or (hint and folder.parts[1:]):
         raise InputError(f"there is no folder {folder}{hint}")
-    return str(path)
+    wanted = {name: value for name, value in hub.items() if name in OF_HUB and value is not None}
+    shared = _shared(str(path), tuple(sorted(wanted.items()))) if len(folder.parts) == 2 else None
+    return str(path) if shared is None else shared
+
+
+@cache
+def _shared(name: str, hub: tuple[tuple[str, Any], ...]) -> Path | None:
+    """Download a run that was shared on the Hub; None: it is none, or cannot be reached, as whoever loads it says."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        hf_hub_download(name, SETTINGS, **dict(hub))
+        return Path(snapshot_download(name, allow_patterns=SHARED, **dict(hub)))
+    except Exception:  # as many kinds as there are ways for a network to fail
+        return None
 
 
 def is_run(path: str | Path) -> bool:

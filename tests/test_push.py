@@ -1,0 +1,145 @@
+"""Sharing on the Hub, against a stand-in of it: whole or not at all, interrupted and resumed, and loaded again."""
+
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import constants
+
+import innerloop as il
+from innerloop.cli.main import main
+from innerloop.errors import InputError
+from innerloop.model import run_folder
+from innerloop.model.card import card
+from tests.hub import standing_in
+from tests.models import moved, saved, tiny_model
+from tests.test_checkpoint import contents
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # in huggingface_hub itself
+REPO = "me/codi-chain"
+QUESTION = "3 ; + 1 ; * 2"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in of the Hub."""
+    with standing_in(tmp_path, monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run as training and `innerloop eval --controls true` leave it."""
+    folder = tmp_path / "run"
+    saved(moved(tiny_model(il.Codi(n_latents_total=2))), folder / "checkpoint")
+    task = {"name": "gsm8k", "train": "owner/words:main:train", "test": str(tmp_path / "secret.jsonl")}
+    recipe = {"task": task, "backbone": {"model": "owner/base"}, "method": {"name": "codi"}, "out": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    result = {"task": task, "split": "test", "n": 200, "accuracy": 0.425, "ci95": [0.3586, 0.4943], "seed": 3}
+    result |= {"cost": {"passes": 7.5, "positions": 40.0}, "versions": {"torch": "2.13.0"}, "device": "cpu"}
+    (folder / "result.json").write_text(json.dumps(result | {"saved": run_folder.identity(folder)}))
+    effect = {"title": "shuffled", "accuracy": 0.1, "difference": -0.325}
+    found = {"controls": [effect], "verdict": {"kind": "carried", "sentence": "The answers come from the latents."}}
+    (folder / "controls.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_a_run_is_shared_whole_and_loaded_again_by_its_name(hub, run, capsys):
+    assert main(["push", str(run), REPO]) == 0
+    assert f"{hub.url}/{REPO}: shared" in capsys.readouterr().out
+    shared = {name: data for name, data in hub.repos[REPO].items() if name != "README.md"}
+    assert shared == {name: data for name, data in contents(run / "checkpoint").items() if name != "manifest.json"}
+    assert hub.commits[REPO] == 1
+    model, again = il.LatentModel.from_pretrained(run), il.LatentModel.from_pretrained(REPO)
+    assert again.method == model.method
+    assert again.generate([QUESTION])[0].ids == model.generate([QUESTION])[0].ids
+
+
+def test_the_card_says_what_a_reader_needs(run, tmp_path):
+    text = card(run, REPO)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["tags"] == ["innerloop", "latent-reasoning", "reasoning", "codi", "custom_generate"]
+    assert (front["base_model"], front["datasets"]) == ("owner/base", ["owner/words"])
+    assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 42.5}]
+    for words in (
+        "# codi-chain",
+        "https://arxiv.org/abs/2502.21074",
+        f'il.LatentModel.from_pretrained("{REPO}")',
+        f'custom_generate="{REPO}", trust_remote_code=True',
+        "**42.5%** (95 % interval 35.9% to 49.4%) of 200 test questions of `gsm8k`, seed 3.",
+        "| passes of the decoder | 7.5 |",
+        "The answers come from the latents.",
+        "| shuffled | 10.0% | -32.5 |",
+        "n_latents_total: 2",
+        "test: secret.jsonl",
+    ):
+        assert words in text
+    assert str(tmp_path) not in text
+
+
+def test_what_was_measured_of_other_weights_is_not_told(run):
+    saved(moved(tiny_model(il.Codi(n_latents_total=2)), 1), run / "checkpoint")
+    assert "Not measured yet" in card(run, REPO) and "42.5%" not in card(run, REPO)
+
+
+def test_the_python_of_a_card_runs_as_printed(hub, run, capsys):
+    main(["push", str(run), REPO])
+    own, plain = re.findall(r"```python\n(.*?)```", hub.repos[REPO]["README.md"].decode(), re.DOTALL)
+    said = []
+    for code in (own, plain):
+        capsys.readouterr()
+        exec(code, {"question": QUESTION})
+        said.append(capsys.readouterr().out.strip())
+    assert said[0] == said[1] != ""
+
+
+def test_an_upload_that_is_interrupted_leaves_nothing_and_goes_on(hub, run, capsys):
+    hub.refuses = lambda kind: 400 if kind == "large" and hub.asked["large"] > 1 else None
+    assert main(["push", str(run), REPO]) == 2
+    assert "run the same again, and it goes on with what is missing" in capsys.readouterr().err
+    assert hub.repos[REPO] == {} and len(hub.objects) >= 1
+    kept, hub.refuses = len(hub.objects), lambda kind: None
+    hub.asked.clear()
+    assert main(["push", str(run), REPO]) == 0
+    assert hub.asked["large"] == 3 - kept
+    assert "model.safetensors" in hub.repos[REPO]
+
+
+def test_a_model_is_shared_from_python_too(hub, run):
+    model = il.LatentModel.from_pretrained(run)
+    assert model.push_to_hub(REPO, run=run) == f"{hub.url}/{REPO}"
+    assert "**42.5%**" in hub.repos[REPO]["README.md"].decode()
+    with pytest.raises(InputError, match="whose weights are not this model's: leave run out"):
+        moved(model).push_to_hub(REPO, run=run)
+    model.push_to_hub(REPO)
+    assert "Not measured yet" in hub.repos[REPO]["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, r"does not let you write to me/codi-chain \(401\): log in with hf auth login"), (400, "the Hub refused")],
+)
+def test_what_the_hub_refuses_is_one_sentence(hub, run, status, message):
+    hub.refuses = lambda kind: status if kind == "create" else None
+    with pytest.raises(InputError, match=message) as caught:
+        il.LatentModel.from_pretrained(run).push_to_hub(REPO)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(run, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"me/codi-chain could not be uploaded .* goes on with what is missing"):
+        il.LatentModel.from_pretrained(run).push_to_hub(REPO)
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "", "me/ codi", "/me", "me/" + "x" * 100])
+def test_a_name_that_is_none_is_refused_before_anything_is_done(repo, capsys):
+    assert main(["push", "no/such/run", repo]) == 2
+    assert "is no name on the Hub: write OWNER/NAME" in capsys.readouterr().err
+
+
+def test_what_is_not_whole_is_not_shared(run, capsys):
+    (run / "checkpoint/innerloop.safetensors").unlink()
+    assert main(["push", str(run), REPO]) == 2
+    assert "innerloop.safetensors is missing), so it is not shared" in capsys.readouterr().err
