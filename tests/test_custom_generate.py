@@ -46,6 +46,7 @@ METHODS = {
     "icot": il.Icot(),
     "slr_0": il.Slr(n_slots=3, max_loops=0, distinct_slots=True),
 }
+MAIN = ("cot", "pause", "coconut", "codi", "slr", "lotus")  # tried with a hundred questions, and on another decoder
 REFUSED = {
     "it repeats layers inside the token": il.Looped(),
     "it fills in a canvas of masks": il.Llada(),
@@ -89,11 +90,10 @@ def same(written, generations, eos):
     return rows == [one.ids for one in generations] and all(ended)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "arch"), [*((name, "llama") for name in METHODS), *((name, "gpt2") for name in MAIN)])
 def test_plain_transformers_writes_what_the_engine_writes(name, arch, tmp_path):
     model = moved(tiny_model(METHODS[name], arch))
-    folder, texts = saved(model, tmp_path / "run"), questions(100 if arch == "llama" else 9)
+    folder, texts = saved(model, tmp_path / "run"), questions(100 if arch == "llama" and name in MAIN else 9)
     expected = model.generate(texts, **FEW)
     assert len({tuple(one.ids) for one in expected}) > 1
     assert same(asked(folder, texts), expected, model.encoder.eos_id)
