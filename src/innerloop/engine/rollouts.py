@@ -57,6 +57,16 @@ class Rollout:
         return tuple(self.generation.ids)
 
     @property
+    def n_actions(self) -> int:
+        """How many actions it is made of: tokens, or choices of a policy that is learned."""
+        return len(self.ids)
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What rewards are told of it besides what was written."""
+        return {}
+
+    @property
     def log_probs(self) -> list[float]:
         """The log-probability of each action: of each token, and of what was drawn before them."""
         return [*self.before, *self.generation.log_probs]
@@ -176,7 +186,7 @@ def check_replay(model: LatentCore) -> None:
     method = model.method
     name = f"'{method.name}' with these settings"
     refuse(
-        (isinstance(method, DenoisingMethod), f"'{method.name}' fills canvases, which is not gone through again yet"),
+        (isinstance(method, DenoisingMethod), f"'{method.name}' fills canvases: take a policy of canvases"),
         (
             method.decoder.kind != "lm_head",
             f"{name} has a decoder of its own, which draws nothing: set decoder.kind to lm_head",

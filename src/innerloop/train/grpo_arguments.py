@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from innerloop.checks.values import MOST, Bounds, Count, Positive, Weight
+from innerloop.checks.values import MOST, Bounds, Count, Positive, Share, Weight
 from innerloop.errors import refuse
 from innerloop.train.training_arguments import LatentTrainingArguments
 
@@ -31,6 +31,8 @@ class GrpoArguments(LatentTrainingArguments):
             as there may be (dr_grpo).
         beta: what the divergence from the model before training (k3) counts in the loss; 0: no such model is kept.
         num_iterations: optimizer steps for each rollout; the model is saved after the last of them.
+        p_mask_prompt: of canvases whose likelihood is estimated in one pass, the share of the question that is masked
+            in it; None: 0.15.
         epsilon: how far a token's probability may move for a rollout before it is clipped, as a share.
         epsilon_high: the same upwards; None: epsilon.
     """
@@ -48,6 +50,7 @@ class GrpoArguments(LatentTrainingArguments):
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = field(default="dapo")
     beta: Weight = field(default=0.0)
     num_iterations: Count = field(default=1)
+    p_mask_prompt: Share | None = field(default=None)
     epsilon: Below1 = field(default=0.2)
     epsilon_high: Positive | None = field(default=None)
 

@@ -81,6 +81,7 @@ class Rewards:
             "completion_ids": [list(one.ids) for one in rollouts],
             "n_loops": [one.n_loops or 0 for one in rollouts],
         }
+        columns |= {name: [one.columns[name] for one in rollouts] for name in rollouts[0].columns}
         return torch.stack([self._by(i, columns, len(rollouts)) for i in range(len(self.functions))], dim=1)
 
     def total(self, rewards_NF: Tensor) -> Tensor:
