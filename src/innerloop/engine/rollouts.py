@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,10 +84,10 @@ class Policy(Protocol):
     def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
         """Return the samples of each question, one question after the other."""
 
-    def batch(self, rollouts: Sequence[Rollout]) -> Batch:
+    def batch(self, rollouts: Sequence[Rollout]) -> Any:
         """Return rollouts as tensors; ``n_targets`` says how many actions each has."""
 
-    def replay(self, model: LatentCore, batch: Batch, is_reference: bool = False) -> Tensor:
+    def replay(self, model: LatentCore, batch: Any, is_reference: bool = False) -> Tensor:
         """Return the log-probability of each action (U,), with a gradient.
 
         ``is_reference`` says that the model is a frozen one, from which the policy is not to go far.

@@ -25,7 +25,6 @@ from innerloop.engine.rollouts import Policy, Rollout
 from innerloop.errors import InputError
 from innerloop.phases.phase import phase
 from innerloop.tasks import Task
-from innerloop.text.batch import Batch
 from innerloop.text.examples import Example
 from innerloop.train import checkpoints
 from innerloop.train.grpo_arguments import GrpoArguments
@@ -67,7 +66,7 @@ class Repeated(Sampler):
 class Micro:
     """Samples of one forward pass: as they are gone through again, and what they are worth."""
 
-    batch: Batch
+    batch: Any  # as the policy makes it
     played: Played
 
 

@@ -23,8 +23,9 @@ class GrpoArguments(LatentTrainingArguments):
         max_completion_length: the most tokens of a sample; None: as the task says.
         temperature: at which samples are drawn, and scored.
         reward_funcs: what samples are rewarded for: answer (it is right), format (exactly one answer's mark),
-            strict_answer (both at once), length (minus its share of max_completion_length), loops (minus the iterations
-            of a learned stop), or one's own my_module.my_reward.
+            strict_answer (both at once), fast_answer (it is right, and its canvas took few passes), length (minus its
+            share of max_completion_length), loops (minus the iterations of a learned stop, or the passes over a
+            canvas), or one's own my_module.my_reward.
         reward_weights: what each counts; None: 1.
         scale_rewards: divide what is above a group's mean by the spread of the group, of the batch, or not (none).
         loss_type: a mean over samples of means over tokens (grpo), over all tokens of the step (dapo), or over as many

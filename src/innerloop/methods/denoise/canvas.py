@@ -153,6 +153,16 @@ class Canvas:
         self._go_on()
         return places
 
+    @property
+    def n_due(self) -> int:
+        """How many tokens the next step commits, where that is known before the pass."""
+        return self._count(len(self.masks()))
+
+    def take(self, places: Ints, tokens: Ints) -> None:
+        """Keep tokens at places that someone else has chosen."""
+        self.tokens_G[places] = tokens
+        self._go_on()
+
     def _go_on(self) -> None:
         """Count a pass, and find the next."""
         self.step, self.n_passes = self.step + 1, self.n_passes + 1

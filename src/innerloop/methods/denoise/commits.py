@@ -26,6 +26,7 @@ class Commit:
         bounds: the first place of the active block, and the one behind its last.
         log_prob: of the choice of places and tokens, where a policy that is learned makes it; otherwise 0.
         seen: what the policy saw of each place that was asked for, where that is all it saw.
+        is_fallback: whether a policy chose nothing, and one place was filled all the same.
     """
 
     asked: tuple[int, ...]
@@ -35,6 +36,7 @@ class Commit:
     bounds: tuple[int, int] = (0, 0)
     log_prob: float = 0.0
     seen: tuple[float, ...] = ()
+    is_fallback: bool = False
 
 
 def commit_between(
@@ -45,7 +47,7 @@ def commit_between(
     written = changed & (after_G != mask_id)
     places = [*order_A[written[order_A]]]
     again = np.flatnonzero(changed & (after_G == mask_id))
-    return Commit(_ints(asked), _ints(places), _ints(after_G[places]), _ints(again), bounds)
+    return Commit(ints(asked), ints(places), ints(after_G[places]), ints(again), bounds)
 
 
 def canvases_of(commits: Sequence[Commit], gen_length: int, mask_id: int) -> Iterator[Ints]:
@@ -58,5 +60,6 @@ def canvases_of(commits: Sequence[Commit], gen_length: int, mask_id: int) -> Ite
     yield tokens_G
 
 
-def _ints(values: Sequence[int] | Ints) -> tuple[int, ...]:
+def ints(values: Sequence[int] | Ints) -> tuple[int, ...]:
+    """Return numbers as plain ones."""
     return tuple(int(value) for value in values)
