@@ -9,7 +9,7 @@ from innerloop.engine.canvas_policies import CoinsPolicy, LearnedRollout, Rankin
 from innerloop.engine.generate import generate
 from innerloop.methods.denoise.commits import Commit
 from innerloop.text.row import Row
-from innerloop.train.policies import own_policy
+from innerloop.train.policies import policy_for
 from innerloop.train.rewards import RewardError, Rewards
 from tests.close import assert_close
 from tests.models import chain_examples, tiny_model
@@ -46,7 +46,7 @@ def test_it_learns_what_is_rewarded(tmp_path, method, reward):
     assert sum(rewards[-3:]) > sum(rewards[:3])
     assert torch.equal(before["backbone"], state(model, "backbone")) == (method is COINS)  # 9: the predictor is frozen
     assert not torch.equal(before["scorer"], state(model, "scorer"))
-    assert logged(tmp_path, "passes")[0] <= G
+    assert logged(tmp_path, "n_loops")[0] <= G
     assert logged(tmp_path, "clip_ratio")[0] == 0
 
 
@@ -63,7 +63,7 @@ def test_equal_rewards_teach_nothing(tmp_path, method):
 def finished(text, passes, alpha):
     one = Written(text)
     one.commits = [Commit((0,), (0,), (5,))] * passes
-    return LearnedRollout(0, Row([]), one, G, (), alpha)
+    return LearnedRollout(0, Row([]), one, gen_length=G, alpha=alpha)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_all_at_once_is_best_where_the_predictor_is_right(oracle):
 
 def test_a_policy_fits_its_method(tmp_path):
     args = arguments(tmp_path)
-    found = [type(own_policy(tiny_model(method), args)) for method in (RANKING, COINS)]
+    found = [type(policy_for(tiny_model(method), args)) for method in (RANKING, COINS)]
     assert found == [RankingPolicy, CoinsPolicy]
-    assert type(own_policy(tiny_model(Cot()), args)).__name__ == "WritingPolicy"
+    assert type(policy_for(tiny_model(Cot()), args)).__name__ == "WritingPolicy"
     by_confidence = Dcolt(gen_length=G, sampler={"commit": "confidence"})
-    assert type(own_policy(tiny_model(by_confidence), args)).__name__ == "OnePassPolicy"
+    assert type(policy_for(tiny_model(by_confidence), args)).__name__ == "OnePassPolicy"
 
 
 def test_the_likeliest_tokens_have_no_temperature(tmp_path):
     with pytest.raises(InputError, match="temperature has no effect"):
-        own_policy(tiny_model(COINS), arguments(tmp_path, temperature=0.7))
+        policy_for(tiny_model(COINS), arguments(tmp_path, temperature=0.7))

@@ -75,7 +75,7 @@ def test_checkpointed_passes_have_the_same_gradient():
 @pytest.mark.parametrize("cls, method", EVERY, ids=NAMES)
 def test_canvases_are_filled_whole_and_depend_on_nothing_else(cls, method):
     """unmasking_policy.md 9: masks shrink, committed tokens are never visited again."""
-    model, policy, rollouts = rolled_out(cls, method)
+    _, policy, rollouts = rolled_out(cls, method)
     mask_id = policy.mask_id
     for one in rollouts:
         places = [at for commit in one.commits for at in commit.places]

@@ -62,9 +62,8 @@ class LearnedRollout(CanvasRollout):
 
     @property
     def columns(self) -> dict[str, float]:
-        """The passes it took, and how much of a reward is left after them (unmasking_policy.md, 4)."""
-        passes = len(self.commits)
-        return {"passes": float(passes), "speed": (1 - passes / self.gen_length) ** self.alpha}
+        """How much of a reward is left after its passes (unmasking_policy.md, 4)."""
+        return {"speed": (1 - len(self.commits) / self.gen_length) ** self.alpha}
 
 
 @dataclass
@@ -130,14 +129,12 @@ class LearnedPolicy:
         assert isinstance(method, DenoisingMethod)
         self.model, self.method, self.temperature, self.batch_size = model, method, temperature, batch_size
         self.mask_id = method.mask_id(model.encoder)
-        self.measured: dict[str, Tensor] = {}
 
     def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
         """Return the samples of each question; a draw depends on the seed, the question's place and the sample's."""
         found = fill_canvases(self.model, questions, samples, seed, max_new_tokens, self.temperature, self.batch_size)
         alpha = self.method.alpha if isinstance(self.method, UnmaskingPolicy) else 1.0
-        kept = [LearnedRollout(one.question, one.row, one.generation, one.gen_length, (), alpha) for one in found]
-        self.measured = {"passes": torch.tensor([float(one.n_actions) for one in kept]).mean()}
+        kept = [LearnedRollout(**vars(one), alpha=alpha) for one in found]
         return list(kept)
 
     def batch(self, rollouts: Sequence[Rollout]) -> CanvasBatch:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -41,18 +41,13 @@ class CanvasRollout(Rollout):
         hidden: tokens of the question that are masked where its likelihood is estimated.
     """
 
-    gen_length: int
+    gen_length: int = 0
     hidden: tuple[int, ...] = ()
 
     @property
     def commits(self) -> Sequence[Commit]:
         """What each pass has changed, in order."""
         return self.generation.commits
-
-    @property
-    def columns(self) -> dict[str, float]:
-        """The passes it took, and their share of the most that there can be."""
-        return {"passes": float(len(self.commits)), "pass_share": len(self.commits) / self.gen_length}
 
 
 def fill_canvases(
@@ -77,7 +72,10 @@ def fill_canvases(
         replayable=True,
     )
     rows, n = model.prompts(questions), model.method.gen_length
-    return [CanvasRollout(i // samples, rows[i // samples], one, n) for i, one in enumerate(found)]
+    return [
+        CanvasRollout(i // samples, rows[i // samples], one, n_loops=len(one.commits), gen_length=n)
+        for i, one in enumerate(found)
+    ]
 
 
 class OnePassPolicy:
@@ -125,7 +123,7 @@ class OnePassPolicy:
         """Draw which tokens of the question are masked."""
         rng = random.Random(f"prompt/{seed}")
         hidden = tuple(k for k in range(len(rollout.row)) if rng.random() < self.share)
-        return CanvasRollout(rollout.question, rollout.row, rollout.generation, rollout.gen_length, hidden)
+        return replace(rollout, hidden=hidden)
 
     def batch(self, rollouts: Sequence[Rollout]) -> Batch:
         """Return rollouts as one batch, whose supervised tokens are those written."""

@@ -42,7 +42,7 @@ class Rollout:
         row: what was read before it.
         generation: what was written, with the log-probability of each token in the distribution that it was drawn from.
         before: the log-probabilities of what was drawn before the first token.
-        n_loops: how often the latents were refined, where that was drawn.
+        n_loops: how often the latents were refined, where that was drawn, or the passes over a canvas.
     """
 
     question: int
