@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from innerloop.engine.canvas_policies import CoinsPolicy, RankingPolicy
 from innerloop.engine.generate import generate
 from innerloop.methods.denoise.choices import coins_log_prob, ranking_log_prob
 from innerloop.methods.denoise.commits import canvases_of
-from tests.models import saved, tiny_model
+from tests.models import chain_examples, saved, tiny_model
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=0)
 QUESTIONS = ["3 ; + 4", "1 ; * 2 ; - 1 ; + 3", "2 ; + 1 ; - 4"]
@@ -242,6 +243,15 @@ def test_a_saved_scorer_answers_alike(method, tmp_path):
     assert [one.ids for one in generate(again, QUESTIONS)] == [one.ids for one in generate(model, QUESTIONS)]
     start = LatentModel.from_pretrained(tmp_path, Llada(gen_length=G))
     assert start.scorer is None
+
+
+@pytest.mark.parametrize("method", [DCOLT["random"], COINS["whole"]], ids=["dcolt", "coins"])
+def test_without_reinforcement_it_is_llada(method):
+    examples = list(chain_examples(4, 1))
+    model, plain = (tiny_model(replace(one, gen_length=20)) for one in (method, Llada()))
+    model.loss(examples, seed="0/0").loss.backward()
+    close(model.loss(examples, seed="0/0").loss, plain.loss(examples, seed="0/0").loss)
+    assert all(p.grad is None for p in model.scorer.parameters())
 
 
 @pytest.mark.parametrize(
