@@ -105,7 +105,7 @@ def oracle(monkeypatch):
             ]
             gold_RG = torch.tensor([answers[one] for one in ids])
             n, width = len(model.tokenizer), model.backbone.width
-            logits_AV = 50.0 * torch.nn.functional.one_hot(gold_RG[stage.asked_RG], n).float()
+            logits_AV = 50.0 * torch.nn.functional.one_hot(gold_RG[stage.at], n).float()
             return torch.zeros(*gold_RG.shape, width), logits_AV
 
         monkeypatch.setattr(learned_canvases, "predicted", predicted)

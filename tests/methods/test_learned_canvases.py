@@ -11,6 +11,7 @@ import torch
 from innerloop import Dcolt, InputError, LatentModel, Llada, UnmaskingPolicy
 from innerloop.engine.canvas_policies import CoinsPolicy, RankingPolicy
 from innerloop.engine.generate import generate
+from innerloop.engine.learned_canvases import predicted, ranked
 from innerloop.methods.denoise.choices import coins_log_prob, ranking_log_prob
 from innerloop.methods.denoise.commits import canvases_of
 from tests.models import chain_examples, saved, tiny_model
@@ -61,6 +62,15 @@ def test_replayed_log_probabilities_are_those_of_the_rollout_with_and_without_pa
     assert any(bool(p.grad.any()) for p in model.scorer.parameters() if p.grad is not None)
     learns = any(p.grad is not None for p in model.backbone.parameters())
     assert learns == (cls is RankingPolicy)
+
+
+def test_the_order_teaches_the_predictor_too():
+    """dcolt.md 3: h is not detached."""
+    model, policy, rollouts = rolled_out(RankingPolicy, DCOLT["random"], samples=1)
+    stage = policy.batch(rollouts).stage(slice(None))
+    states, logits = predicted(model, stage, model.suppressed_ids())
+    ranked(model, stage, states, logits, policy.mask_id).square().sum().backward()
+    assert all(bool(p.grad.any()) for p in model.backbone.lm.model.layers.parameters())
 
 
 def test_checkpointed_passes_have_the_same_gradient():

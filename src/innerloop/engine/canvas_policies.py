@@ -110,7 +110,9 @@ class CanvasBatch:
         rows = self.rows_U[part]
         ids, mask = self.ids_NP[rows], self.mask_NP[rows]
         prompts = Prompts(ids, None if bool(self.mask_NP.all()) else mask)
-        return Stage(prompts, self.tokens_UG[part], self.asked_UG[part], self.block_UG[part], self.time_U[part])
+        asked_UG, block_UG = self.asked_UG[part], self.block_UG[part]
+        rows, places = asked_UG.nonzero(as_tuple=True)
+        return Stage(prompts, self.tokens_UG[part], asked_UG, (rows, places), block_UG, self.time_U[part])
 
 
 class LearnedPolicy:

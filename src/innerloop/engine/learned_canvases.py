@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.decoder.cost import CostMeter
@@ -37,6 +38,7 @@ class Stage:
         prompts: their questions.
         tokens_RG: what they hold.
         asked_RG: the masks that may be filled.
+        at: their rows and their places (A,), row by row.
         block_RG: the places of the active block.
         time_R: the share of the passes made (ranking), or left (commits).
     """
@@ -44,6 +46,7 @@ class Stage:
     prompts: Prompts
     tokens_RG: Tensor
     asked_RG: Tensor
+    at: tuple[Tensor, Tensor]
     block_RG: Tensor
     time_R: Tensor
 
@@ -57,14 +60,14 @@ def predicted(
     states_RLD = read_whole(model.backbone, stage.prompts, stage.tokens_RG, meter, slots_R)
     first, n = stage.prompts.ids_RP.shape[1] - int(method.shift), stage.tokens_RG.shape[1]
     states_RGD = states_RLD[:, first : first + n]
-    return states_RGD, without(model.backbone.head(states_RGD[stage.asked_RG]).float(), never)
+    return states_RGD, without(model.backbone.head(states_RGD[stage.at]).float(), never)
 
 
 def ranked(model: LatentCore, stage: Stage, states_RGD: Tensor, logits_AV: Tensor, mask_id: int) -> Tensor:
     """Return by what masks are ranked (R, G)."""
     assert model.scorer is not None
     likeliest_RG = states_RGD.new_zeros(stage.asked_RG.shape, dtype=torch.float32)
-    likeliest_RG = likeliest_RG.masked_scatter(stage.asked_RG, logits_AV.log_softmax(-1).amax(-1))
+    likeliest_RG = likeliest_RG.index_put(stage.at, logits_AV.log_softmax(-1).amax(-1))
     return model.scorer(states_RGD, stage.tokens_RG == mask_id, stage.block_RG, stage.time_R, likeliest_RG)
 
 
@@ -112,12 +115,14 @@ class LearnedEngine(CanvasEngine):
     def _stage(self, requests: Sequence[Request], canvases: Sequence[Canvas], asked: Sequence[Ints]) -> Stage:
         """Return canvases as tensors."""
         asked_RG = torch.zeros(len(canvases), self.method.gen_length, dtype=torch.bool)
-        asked_RG[flat(asked)] = True
+        rows, places = flat(asked)
+        asked_RG[rows, places] = True
         tokens = np.stack([canvas.tokens_G for canvas in canvases])
         block_RG = blocks_of([(canvas.start, canvas.end) for canvas in canvases], self.method.gen_length)
         time_R = times_of(self.method, [canvas.n_passes for canvas in canvases])
-        parts = (part.to(self.model.device) for part in (asked_RG, block_RG, time_R))
-        return Stage(self._prompts(requests), self._sent(tokens), *parts)
+        asked_RG, block_RG, time_R = (part.to(self.model.device) for part in (asked_RG, block_RG, time_R))
+        at = self._sent(rows), self._sent(places)
+        return Stage(self._prompts(requests), self._sent(tokens), asked_RG, at, block_RG, time_R)
 
     def _choose(
         self,
@@ -148,13 +153,12 @@ class RankingEngine(LearnedEngine):
         drawn_R3G: Tensor,
     ) -> list[Commit]:
         score_RG = ranked(self.model, stage, states_RGD, logits_AV, self.mask_id)
-        temperature, by_place = self.options.temperature, drawn_R3G.transpose(1, 2)[stage.asked_RG]
+        temperature, by_place = self.options.temperature, drawn_R3G.transpose(1, 2)[stage.at]
         tokens_A, _ = propose(logits_AV, self.method.sampler, temperature, by_place[:, 0], by_place[:, 2])
-        keys_A = score_RG[stage.asked_RG].double()
+        keys_A = score_RG[stage.at].double()
         if temperature > 0:
             keys_A = keys_A - (-by_place[:, 1].clamp(min=1e-300).log()).log()
-        both = torch.stack([tokens_A.double(), keys_A]).cpu().numpy()
-        found = np.split(both, np.cumsum([len(own) for own in asked])[:-1], axis=1)
+        found = _apart(torch.stack([tokens_A.double(), keys_A]), asked)
         chosen = []
         for canvas, own, (tokens, keys) in zip(canvases, asked, found):
             order = np.argsort(-keys, kind="stable")[: canvas.n_due]
@@ -184,28 +188,28 @@ class CoinsEngine(LearnedEngine):
         method, scorer, is_mask_RG = self.method, self.model.scorer, stage.tokens_RG == self.mask_id
         assert isinstance(method, UnmaskingPolicy) and scorer is not None
         likely_A = logits_AV.softmax(-1).amax(-1)
-        seen_RG = torch.zeros(is_mask_RG.shape, device=likely_A.device).masked_scatter(stage.asked_RG, likely_A)
+        seen_RG = torch.zeros(is_mask_RG.shape, device=likely_A.device).index_put(stage.at, likely_A)
         logit_RG = scorer(seen_RG, is_mask_RG, stage.time_R) / method.tau
         beta = 1.0 if self.options.replayable else method.beta
-        chance_RG = (beta * logit_RG.sigmoid()).clamp(max=1.0)
-        drawn_RG = (drawn_R3G[:, 1] < chance_RG) & stage.asked_RG
-        tokens_A = likeliest(logits_AV, drawn_R3G[:, 2][stage.asked_RG] if method.sampler.ties == "random" else None)
-        best_R = logit_RG.masked_fill(~stage.asked_RG, -torch.inf).argmax(1)  # chances may all be 0
-        likely_R = coins_likelihood(logit_RG, stage.asked_RG, drawn_RG, method.fallback)
-        tokens_RG = torch.zeros_like(stage.tokens_RG).masked_scatter(stage.asked_RG, tokens_A)
-        is_drawn, tokens, best, seen, likely = (
-            part.cpu().numpy() for part in (drawn_RG, tokens_RG, best_R, seen_RG, likely_R)
-        )
+        drawn_RG = (drawn_R3G[:, 1] < (beta * logit_RG.sigmoid()).clamp(max=1.0)) & stage.asked_RG
+        tokens_A = likeliest(logits_AV, drawn_R3G[:, 2][stage.at] if method.sampler.ties == "random" else None)
+        parts = drawn_RG[stage.at], tokens_A, likely_A, logit_RG[stage.at]  # all chances may be 0, but not their logits
+        found = _apart(torch.stack([part.double() for part in parts]), asked)
+        likely = [0.0] * len(canvases)
+        if self.options.replayable:
+            likely = coins_likelihood(logit_RG, stage.asked_RG, drawn_RG, method.fallback).tolist()
         commits = []
-        for r, (canvas, own) in enumerate(zip(canvases, asked)):
-            places = np.flatnonzero(is_drawn[r]) if is_drawn[r].any() else best[r : r + 1]
-            bounds, log_prob = (canvas.start, canvas.end), float(likely[r])
-            told = tuple(seen[r, own].tolist())
-            is_fallback = not is_drawn[r].any()
-            commits.append(
-                Commit(ints(own), ints(places), ints(tokens[r, places]), (), bounds, log_prob, told, is_fallback)
-            )
+        for canvas, own, (is_drawn, tokens, seen, logits), log_prob in zip(canvases, asked, found, likely):
+            chosen = np.flatnonzero(is_drawn) if is_drawn.any() else np.array([logits.argmax()])
+            bounds, told = (canvas.start, canvas.end), tuple(seen.tolist())
+            places, filled = ints(own[chosen]), ints(tokens[chosen])
+            commits.append(Commit(ints(own), places, filled, (), bounds, log_prob, told, not is_drawn.any()))
         return commits
+
+
+def _apart(found_NA: Tensor, asked: Sequence[Ints]) -> list[NDArray[np.float64]]:
+    """Return what was found for the places that each canvas asked for; the device is waited for here."""
+    return np.split(found_NA.cpu().numpy(), np.cumsum([len(own) for own in asked])[:-1], axis=1)
 
 
 def canvas_engine(method: DenoisingMethod) -> type[CanvasEngine]:
