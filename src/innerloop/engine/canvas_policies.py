@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from innerloop.engine.at_work import evaluating
 from innerloop.engine.canvas_rollouts import CanvasRollout, fill_canvases
-from innerloop.engine.engine import evaluating
 from innerloop.engine.learned_canvases import (
     Stage,
     blocks_of,

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from innerloop.decoder.token_losses import token_losses
+from innerloop.engine.at_work import evaluating
 from innerloop.engine.decoding import without
-from innerloop.engine.engine import evaluating
 from innerloop.engine.generate import generate
 from innerloop.engine.rollouts import Rollout
 from innerloop.errors import refuse
