@@ -36,15 +36,20 @@ METHODS = {
     "slr_all": il.Slr(loop_scope="all", max_loops=2),
     "slr_last": il.Slr(loop_scope="last", max_loops=2),
     "slr_append": il.Slr(loop_scope="append", max_loops=3, h0="forward", answer_from="kv_last"),
+    "slr_lora": il.Slr(n_slots=3, max_loops=3, loop={"lora": "per_iter", "lora_rank": 2}, decode_lora=True),
+    "slr_lora_again": il.Slr(
+        n_slots=3, max_loops=2, prefix_kv="per_iter", answer_from="kv_last", loop={"lora": "shared", "lora_rank": 2}
+    ),
+    "slr_gates": il.Slr(n_slots=3, max_loops=2, loop={"residual": "C", "gate_shape": "channel"}),
+    "slr_attention": il.Slr(n_slots=3, max_loops=2, loop={"residual": "C", "gate_kind": "attention"}),
+    "icot": il.Icot(),
     "slr_0": il.Slr(n_slots=3, max_loops=0, distinct_slots=True),
 }
 REFUSED = {
     "it repeats layers inside the token": il.Looped(),
     "it fills in a canvas of masks": il.Llada(),
     "it thinks again while it writes": il.SpiralThinker(),
-    "its loop has low-rank weights of its own": il.Slr(loop={"lora": "per_iter"}),
     "its loop ends by itself": il.Slr(stop={"rule": "kl"}),
-    "its answers end twice": il.Icot(),
     "it feeds latents beside the tokens that it writes": il.Hrpo(),
 }
 
@@ -77,8 +82,9 @@ def told(folder):
 
 def same(written, generations, eos):
     """Whether rows hold what our engine wrote; behind the end there is padding."""
-    rows = [row[: row.index(eos) + 1] if eos in row else row for row in written.tolist()]
-    return rows == [one.ids for one in generations]
+    rows = [row[: len(one.ids)] for row, one in zip(written.tolist(), generations, strict=True)]
+    ended = [one.ids[-1] == eos or len(one.ids) == FEW["max_new_tokens"] for one in generations]
+    return rows == [one.ids for one in generations] and all(ended)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -95,6 +101,15 @@ def test_plain_transformers_writes_what_the_engine_writes(name, arch, tmp_path):
 def test_the_thought_matters(tmp_path):
     folder, texts = saved(moved(tiny_model(il.Coconut())), tmp_path / "run"), questions(9)
     assert not torch.equal(asked(folder, texts), asked(folder, texts, custom_generate=None))
+
+
+def test_an_answer_with_two_ends_has_both(tmp_path):
+    model, texts = moved(tiny_model(il.Icot(), seed=4)), questions(60)
+    expected, eos = model.generate(texts, max_new_tokens=30), model.encoder.eos_id
+    assert sum(len(one.ids) < 30 for one in expected) >= 5
+    written = asked(saved(model, tmp_path / "run"), texts, max_new_tokens=30)
+    ends = [one.ids + [model.encoder.pad_id] * (30 - len(one.ids)) for one in expected]
+    assert written.tolist() == ends and all(one.ids.count(eos) in (0, 1, 2) for one in expected)
 
 
 @pytest.mark.parametrize("arch", ["mistral", "gemma3", "qwen3"])

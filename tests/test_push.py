@@ -12,6 +12,7 @@ from innerloop.cli.main import main
 from innerloop.errors import InputError
 from innerloop.model import run_folder
 from innerloop.model.card import card
+from innerloop.model.doctor import examine
 from tests.hub import standing_in
 from tests.models import moved, saved, tiny_model
 from tests.test_checkpoint import contents
@@ -49,10 +50,11 @@ def test_a_run_is_shared_whole_and_loaded_again_by_its_name(hub, run, capsys):
     assert main(["push", str(run), REPO]) == 0
     assert f"{hub.url}/{REPO}: shared" in capsys.readouterr().out
     shared = {name: data for name, data in hub.repos[REPO].items() if name != "README.md"}
-    assert shared == {name: data for name, data in contents(run / "checkpoint").items() if name != "manifest.json"}
+    assert shared == contents(run / "checkpoint")
     assert hub.commits[REPO] == 1
     model, again = il.LatentModel.from_pretrained(run), il.LatentModel.from_pretrained(REPO)
     assert again.method == model.method
+    assert examine(run_folder.resolve(REPO)).problems == []
     assert again.generate([QUESTION])[0].ids == model.generate([QUESTION])[0].ids
 
 

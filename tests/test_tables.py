@@ -168,3 +168,9 @@ def test_data_make_converts(path, tmp_path, capsys):
     )
     assert "2 examples" in " ".join(capsys.readouterr().out.split())
     assert content(read_examples(Path(tmp_path, "train.jsonl"))) == EXAMPLES
+
+
+def test_data_show_lays_out_a_table(path, capsys):
+    names = "{question: prompt, steps: reasoning, answer: target}"
+    assert main(["data", "show", str(path), "--columns", names, "--steps_split", "\\n"]) == 0
+    assert "times" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from innerloop.checks.values import Count, Natural
+from innerloop.checks.values import Count, Natural, fitted
 from innerloop.cli.arguments import console
 from innerloop.config.typed import field_parser, named, typed
 from innerloop.disk.names import check_folder
@@ -70,16 +70,24 @@ def fields_help(name: str, overrides: Sequence[str] = ()) -> str:
 
 
 def data_show(
-    file: str, method: str = "cot", tokenizer: str | None = None, stage: Natural | None = None, n: Count = 2
+    file: str,
+    method: str = "cot",
+    tokenizer: str | None = None,
+    stage: Natural | None = None,
+    n: Count = 2,
+    columns: str | None = None,
+    steps_split: str | None = None,
 ) -> None:
     """Show how a method lays out examples: tokens, slots, labels and positions, in colour.
 
     Args:
-        file: a JSONL file of examples.
+        file: a file of examples, such as .jsonl, .csv or .parquet.
         method: a method's name, or {name: ..., field: value}.
         tokenizer: a model folder or Hub name; by default a word tokenizer is trained on the file.
         stage: the curriculum's stage; by default the last.
         n: how many examples.
+        columns: what the file calls ours, such as {question: prompt, steps: reasoning, answer: target}.
+        steps_split: what stands between steps that are one text, such as a newline.
     """
     from innerloop.text.encoder import PromptEncoder
     from innerloop.text.examples import read_examples
@@ -87,7 +95,11 @@ def data_show(
 
     chosen = named(parse_value(method, "--method"), "method", method_named)
     chosen.stage_or_last(stage)
-    examples = read_examples(file, limit=None if tokenizer is None else n)
+    renaming = (
+        None if columns is None else fitted("--columns", parse_value(columns, "--columns"), dict[str, str | None])
+    )
+    limit = None if tokenizer is None else n
+    examples = read_examples(file, limit=limit, columns=renaming, steps_split=steps_split)
     from innerloop.model.loading import load_tokenizer
     from innerloop.terminal.views import print_rows
     from innerloop.text.tokenizer import train_tokenizer

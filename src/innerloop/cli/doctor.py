@@ -16,7 +16,7 @@ def doctor(folder: str) -> None:
 
     found = examine(folder)
     lines = [f"{found.folder}: {found.kind}", *(f"  {name}: {value}" for name, value in found.facts.items())]
-    lines += [f"use it with {tool}" for tool in found.tools]
+    lines += ["it can be used with"] * bool(found.tools) + [f"  {tool}" for tool in found.tools]
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if found.problems:

@@ -13,7 +13,9 @@ Shapes: `B` rows, `S` columns, `N` latents, `D` width.
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, silu
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationMixin, StoppingCriteria
 from transformers.utils.hub import cached_file
 
 FILES = "custom_generate/thought.json", "custom_generate/thought.safetensors"
@@ -38,9 +40,10 @@ def generate(inputs=None, *, model, input_ids=None, attention_mask=None, **optio
     s, weights = load(model)
     ids_BS, mask_BS = laid_out(asked_BS, attention_mask, s)
     options = {name: value for name, value in options.items() if value is not None}
+    thought = Thought(model, s, weights, mask_BS)
     if s["thinks"]:
         copies = [options.get(name) or getattr(model.generation_config, name, 1) for name in COPIES]
-        cache = Thought(model, s, weights, mask_BS).of(ids_BS)
+        cache = thought.of(ids_BS)
         if (times := max(n or 1 for n in copies)) > 1:
             cache.batch_repeat_interleave(times)
         options["past_key_values"] = cache
@@ -49,7 +52,9 @@ def generate(inputs=None, *, model, input_ids=None, attention_mask=None, **optio
     if not {"generation_config", "max_length", "max_new_tokens"} & options.keys():
         options["max_new_tokens"] = s["max_new_tokens"]
     options.setdefault("pad_token_id", s["pad"])
-    written = GenerationMixin.generate(model, input_ids=ids_BS, attention_mask=mask_BS, **options)
+    n, start = s["n_loops"] if s["decode_lora"] else 0, ids_BS.shape[1]
+    with thought.weights_of(n), ending(model, options, s["n_ends"], start):
+        written = GenerationMixin.generate(model, input_ids=ids_BS, attention_mask=mask_BS, **options)
     new = written if torch.is_tensor(written) else written.sequences
     asked_BS = asked_BS.to(new.device).repeat_interleave(len(new) // len(asked_BS), 0)
     new = torch.cat([asked_BS, new[:, ids_BS.shape[1] :]], dim=1)
@@ -57,6 +62,32 @@ def generate(inputs=None, *, model, input_ids=None, attention_mask=None, **optio
         return new
     written.sequences = new
     return written
+
+
+class Ends(StoppingCriteria):
+    """Ends a row at its n-th end of sequence behind its prompt."""
+
+    def __init__(self, eos_token_id: Any, n: int, start: int):
+        self.eos_token_id, self.n, self.start = eos_token_id, n, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return which rows have ended."""
+        known = torch.as_tensor(self.eos_token_id, device=input_ids.device).flatten()
+        return torch.isin(input_ids[:, self.start :], known).sum(1) >= self.n
+
+
+@contextmanager
+def ending(model: Any, options: dict[str, Any], n: int, start: int) -> Iterator[None]:
+    """Let answers have ``n`` ends of sequence: in the block the model's own settings end them at none."""
+    config = model.generation_config
+    kept = config.eos_token_id
+    if n > 1:
+        options["stopping_criteria"] = [*options.get("stopping_criteria", ()), Ends(kept, n, start)]
+        config.eos_token_id = None
+    try:
+        yield
+    finally:
+        config.eos_token_id = kept
 
 
 def load(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -92,7 +123,7 @@ class Thought:
 
     def __init__(self, model: Any, s: Mapping[str, Any], weights: Mapping[str, Tensor], mask_BS: Tensor):
         self.model, self.s, self.weights, self.mask_BS = model, s, weights, mask_BS.to(model.device)
-        self.embed = model.get_input_embeddings()
+        self.embed, self.again = model.get_input_embeddings(), None
         self.takes_positions = "position_ids" in signature(model.get_decoder().forward).parameters
 
     def of(self, ids_BS: Tensor) -> DynamicCache:
@@ -112,11 +143,34 @@ class Thought:
             first = s["first_state"] == "forward"
             state = self.fed_back(self.read(region, cache), read) if first else region
             self.prefix = prefix
+            self.again = embeds[:, :start] if s["prefix_kv"] == "per_iter" and start else None
             state = self.refined(state, cache, read, appends=False)
             cache = self.cache if s["answer_context"] == "kv_last" else prefix
         if s["answer_context"] == "refeed":
-            self.read(state, cache)
+            with self.weights_of(s["n_loops"] if s["decode_lora"] else 0):
+                self.read(state, cache)
         return cache
+
+    @contextmanager
+    def weights_of(self, t: int) -> Iterator[None]:
+        """Add the low-rank weights of an iteration (1-based; 0: none) in the block."""
+        entry = self.s["lora"][t - 1] if t and self.s["lora"] else None
+        names = [name.removesuffix(".down") for name in self.weights if name.endswith(".down")]
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(partial(self.updated, name, entry))
+            for name in names
+            if entry is not None
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def updated(self, name: str, entry: int, module: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return the output of a linear with an iteration's update."""
+        down, up = self.weights[f"{name}.down"][entry], self.weights[f"{name}.up"][entry]
+        return output + (self.s["lora_scale"] * ((given[0].to(down.dtype) @ down.T) @ up.T)).to(output.dtype)
 
     def refined(self, state: Tensor, cache: DynamicCache, before: Tensor | None, appends: bool) -> Tensor:
         """Return z_T; every pass reads one latent more, or all latents anew on top of the prefix."""
@@ -124,7 +178,11 @@ class Thought:
         for t in range(self.s["n_loops"]):
             self.cache = cache if appends else copy.deepcopy(self.prefix)
             inputs = self.injected(state, t)
-            output = self.read(inputs, self.cache)[:, inputs.shape[1] - state.shape[1] :]
+            with self.weights_of(t + 1):
+                if self.again is not None:
+                    self.cache = DynamicCache(config=self.model.config)
+                    self.read(self.again, self.cache)
+                output = self.read(inputs, self.cache)[:, inputs.shape[1] - state.shape[1] :]
             state = self.mixed(self.fed_back(output, before), first, state, t)
         return state
 
@@ -193,8 +251,25 @@ class Thought:
         kind = self.s["residual"]
         if kind in ("none", "sum"):
             return new if kind == "none" else new + first
+        if kind == "C":
+            candidates = torch.stack([new, first, previous], dim=-2)
+            return (self.gates(candidates) * candidates).sum(-2).to(new.dtype)
         alpha = self.weights["alpha"][t]
         return (alpha * new + (1 - alpha) * (first if kind == "A" else previous)).to(new.dtype)
+
+    def gates(self, candidates_BN3D: Tensor) -> Tensor:
+        """Return the share (B, N, 3, 1 or D) of each of three candidates."""
+        w, kind = self.weights, self.s["gates"]
+        first = w["key.weight" if kind == "attention" else "hidden.weight"]
+        normed = layer_norm(candidates_BN3D, candidates_BN3D.shape[-1:]).to(first.dtype)
+        if kind == "attention":
+            keys = linear(normed, w["key.weight"], w["key.bias"])
+            query = linear(normed[..., :1, :], w["query.weight"], w["query.bias"])
+            scores = wide(keys @ query.transpose(-1, -2) / keys.shape[-1] ** 0.5)
+            return (scores + w["shares_logit"][:, None]).softmax(-2)
+        raw = linear(silu(linear(normed.flatten(-2), first, w["hidden.bias"])), w["gate.weight"], w["gate.bias"])
+        raw = wide(raw.unflatten(-1, (3, -1))) + w["shares_logit"][:, None]
+        return raw.sigmoid() if kind == "sigmoid" else raw.softmax(-2)
 
 
 def wide(values: Tensor) -> Tensor:

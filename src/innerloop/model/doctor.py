@@ -24,7 +24,7 @@ from innerloop.model.run_folder import PARTS, RUN_CHECKPOINT, SETTINGS, read_set
 RECIPE = "config.yaml"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-HAS_ALL = "transformers, vLLM, SGLang, lm-eval and whatever else opens Hugging Face folders"
+HAS_ALL = "transformers, vLLM, lm-eval and others that open Hugging Face folders"
 
 
 @dataclass
@@ -71,7 +71,7 @@ def examine(path: str | Path) -> Findings:
         found.kind, found.tools = "a PEFT adapter", ["peft, on its base model; innerloop once it has been merged"]
     elif (found.folder / "config.json").exists():
         found.kind = "a Hugging Face model"
-        found.tools = [f"{HAS_ALL}", "innerloop, with a method: --method NAME"]
+        found.tools = [HAS_ALL, "innerloop, with a method: --method NAME"]
     elif (folder / RECIPE).exists():
         found.kind = "a run that has not finished"
         go_on = join(["innerloop", "train", str(folder / RECIPE), "--resume", "true"])
@@ -126,9 +126,7 @@ def _plain_tools(folder: Path) -> Iterator[str]:
         return
     if thought:
         yield "transformers, with the thought: generate(..., custom_generate=FOLDER, trust_remote_code=True)"
-    elif told:
-        yield told
-    yield "other tools that open Hugging Face folders leave the thought out"
+    yield f"{HAS_ALL}: without the thought" + ("" if thought else f"; {told}" * bool(told))
 
 
 def _look_at_files(found: Findings) -> None:

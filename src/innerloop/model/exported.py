@@ -105,12 +105,9 @@ def lacking(model: Answering) -> str:
         (model.block() is not None, "it thinks again while it writes"),
         (method.stop.stops, "its loop ends by itself"),
         (method.fixed_point.solver != "none", "it iterates to a fixed point"),
-        (loop.lora != "none", "its loop has low-rank weights of its own"),
-        (loop.residual == "C", "its residual has gates"),
         (loop.noise_level != "none", "its loop is told how much its state changes"),
         (loop.time_inject == "token" and plan.answer_context == "kv_last", "its answer sees the timestep's token"),
         (method.soft_thinking[1] > 0 and (scale != 1 or cap is not None), "the words it feeds are of scaled logits"),
-        (method.n_ends > 1, "its answers end twice"),
         (not _is_alike(model), "its latents are laid out otherwise for each question"),
     )
     return next((text for is_there, text in problems if is_there), "")
@@ -159,11 +156,17 @@ def thought_settings(model: Answering) -> dict[str, Any]:
         "norm": model.backbone.anatomy.norm,
         "is_normed": plan.is_normed,
         "rescale": loop.rescale,
+        "prefix_kv": plan.prefix_kv,
         "residual": loop.residual,
+        "gates": loop.gate_kind,
+        "lora": [] if model.loop.lora is None else [model.loop.lora.index(t) for t in range(1, row.n_loops + 1)],
+        "lora_scale": 0.0 if model.loop.lora is None else model.loop.lora.scale,
+        "decode_lora": plan.decode_lora,
         "scale": loop.scale,
         "shift": loop.shift,
         "soft": list(method.soft_thinking),
         "time_inject": loop.time_inject,
+        "n_ends": method.n_ends,
         "suppressed": model.suppressed_ids().tolist(),
         "pad": model.encoder.pad_id,
         "max_new_tokens": BUDGET,
@@ -184,4 +187,10 @@ def thought_weights(model: Answering) -> dict[str, Tensor]:
         weights["time"] = torch.stack([loop.time.vector(t, None).detach() for t in times])
         if loop.time.mix is not None:
             weights["mix.weight"] = loop.time.mix.weight.detach()
+    if loop.residual.kind == "C":
+        weights |= {name: tensor.detach() for name, tensor in loop.residual.state_dict().items()}
+    if loop.lora is not None:
+        for name in loop.lora.modules_by_name:
+            key = name.replace(".", "/")
+            weights |= {f"{name}.down": loop.lora.down[key].detach(), f"{name}.up": loop.lora.up[key].detach()}
     return {name: tensor.contiguous().clone() for name, tensor in weights.items()}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from innerloop.disk.folders import damage, manifest, own_files
+from innerloop.disk.folders import MANIFEST, damage, manifest, own_files
 from innerloop.errors import InputError
 from innerloop.model.card import card
 from innerloop.model.run_folder import RUN_CHECKPOINT, SETTINGS, resolve
@@ -71,7 +71,7 @@ def push(
     if told_of is not None and _weights(folder) != _weights(Path(resolve(told_of))):
         raise InputError(f"the card would tell of {told_of}, whose weights are not this model's: leave run out")
     own = folder / CARD if (folder / CARD).is_file() else card(told_of or _run_of(run, folder), repo).encode()
-    files = [CommitOperationAdd(name, folder / name) for name in own_files(folder) if name != CARD]
+    files = [CommitOperationAdd(name, folder / name) for name in (*own_files(folder), MANIFEST) if name != CARD]
     files.append(CommitOperationAdd(CARD, own))
     api = HfApi(token=token)
     with _told(repo):
