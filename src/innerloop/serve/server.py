@@ -11,6 +11,7 @@ from innerloop.errors import InputError, check_installed
 from innerloop.model.model import LatentCore
 from innerloop.serve.settings import KEY, ServeSettings
 
+BACKLOG = 2048  # connections that wait to be accepted
 MODULES = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -44,12 +45,13 @@ def serve(model: LatentCore, name: str, settings: ServeSettings, tell: Callable[
 
 
 def _bound(settings: ServeSettings) -> socket.socket:
-    """Return a socket at the address asked for."""
+    """Return a socket that listens at the address asked for."""
     try:
         kind, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(kind)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)  # whoever comes before the app is ready waits
     except OSError as error:
         told = f"{settings.host}, port {settings.port}, cannot be listened at ({error.strerror}): give another --port"
         raise InputError(told) from None
