@@ -137,11 +137,13 @@ def test_a_cancelled_question_leaves_its_row_and_what_it_has_written():
 
 
 def test_what_cannot_be_answered_is_refused_at_once_and_leaves_nothing():
-    engine = IncrementalEngine(model_of("slots"), max_positions=40)
+    engine = IncrementalEngine(model_of("stops"), max_positions=60, max_new_tokens=4)
     for question, options in ((" ", {}), ("1", {"max_new_tokens": 100}), ("1", {"stop": {"rule": "dlta"}}),
-                              ("1", {"loops": -1}), ("1", {"tokens": 3}), ("1", {"samples": 2})):  # fmt: skip
+                              ("1", {"loops": -1}), ("1", {"tokens": 3}), ("1", {"samples": 2}),
+                              ("1", {"stop": {"treshold": 1}}), ("1", {"alternatives": 2})):  # fmt: skip
         with pytest.raises(InputError):
             engine.submit(question, **options)
+    engine.cancel(engine.submit("1"))
     assert not engine.is_at_work and not engine.owners
 
 

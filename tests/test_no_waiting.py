@@ -6,15 +6,15 @@ The meta device knows shapes alone: whatever would wait for a value (`item`, `to
 import pytest
 import torch
 
-from innerloop.engine.cached import CachedEngine, has_cache
-from innerloop.engine.canvases import CanvasEngine
 from innerloop.engine.decoding import DecodeBatch
+from innerloop.engine.learned_canvases import canvas_engine
 from innerloop.engine.options import EngineOptions
 from innerloop.methods import (
     BlockDiffusion,
     Coconut,
     Codi,
     Cot,
+    Dcolt,
     Dream,
     Icot,
     Llada,
@@ -91,6 +91,7 @@ CANVASES: dict[str, DenoisingMethod] = {
     "llada": Llada(gen_length=12, sampler={"eos": "never"}),
     "llada, guided": Llada(gen_length=12, sampler={"eos": "never", "guidance": 1.0, "top_p": 0.9}),
     "dream": Dream(gen_length=12, sampler={"eos": "never", "commit": "entropy"}),
+    "dcolt": Dcolt(gen_length=12, upm_init="confidence", sampler={"eos": "never"}),
     "dual": Llada(gen_length=12, sampler={"eos": "never", "block_length": 6, "cache": "dual"}),
     "block_diffusion": BlockDiffusion(gen_length=12, block_length=2, sampler={"eos": "never"}),
     "block_diffusion, guided": BlockDiffusion(
@@ -106,7 +107,7 @@ def test_a_pass_over_canvases_waits_once(method, temperature, monkeypatch):
     model, looks = tiny_model(method, "llama", num_hidden_layers=3).eval().to("meta"), []
     monkeypatch.setattr(torch.Tensor, "cpu", lambda t: looks.append(t) or torch.full(t.shape, 5, dtype=t.dtype))
     options = EngineOptions(batch_size=3, temperature=temperature)
-    engine = (CachedEngine if has_cache(method) else CanvasEngine)(model, options)
+    engine = canvas_engine(method)(model, options)
     for question in QUESTIONS[:2]:
         engine.submit(question)
     for i in range(8):

@@ -14,6 +14,7 @@ from tests.models import tiny_model
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=0)
 QUESTIONS = ["3 ; + 4", "1 ; * 2 ; - 1 ; + 3", "2 ; + 1 ; - 4"]
 ONLY = {"spiralthinker": "thinks between words", "llada": "fills canvases", "dream": "fills canvases"}
+ONLY |= {"dcolt": "fills canvases", "unmasking_policy": "fills canvases"}
 ONLY |= {"block_diffusion": "fills canvases", "soft_thinking": "stops thinking by a rule"}
 OTHERS = {"markers": Cot(with_markers=True), "looped regularly": LoopRegularised(block_size=1)}
 WRITING = {name: cls() for name, cls in METHODS.items() if name not in (*ONLY, "loop_regularised")} | OTHERS

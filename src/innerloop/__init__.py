@@ -18,6 +18,7 @@ from innerloop.methods import (
     Coconut,
     Codi,
     Cot,
+    Dcolt,
     Dream,
     Hrpo,
     Icot,
@@ -39,6 +40,7 @@ from innerloop.methods import (
     SoftThinking,
     SpiralThinker,
     Tah,
+    UnmaskingPolicy,
 )
 from innerloop.tasks import Chain, FileTask, Gsm8k, ProsQA, Task
 from innerloop.text.examples import Example, read_examples, write_examples
@@ -59,6 +61,7 @@ __all__ = [
     "Coconut",
     "Codi",
     "Cot",
+    "Dcolt",
     "Dream",
     "Example",
     "ExitSettings",
@@ -100,6 +103,7 @@ __all__ = [
     "Tah",
     "Task",
     "TestTimeCompute",
+    "UnmaskingPolicy",
     "read_examples",
     "write_examples",
 ]

@@ -266,7 +266,7 @@ def test_the_mask_is_never_written_and_loops_are_passes():
         (lambda: tiny_model(Llada(mask_token="<eos>")), "end-of-sequence token: choose another"),
         (lambda: tiny_model(Llada(gen_length=250)).generate(QUESTIONS), "canvas 250, but the model reads at most 256"),
         (lambda: tiny_model(Llada()).generate(QUESTIONS, beams=2), "follows no beams"),
-        (lambda: tiny_model(Llada()).generate(QUESTIONS, likelihoods=True), "leave likelihoods and"),
+        (lambda: tiny_model(Llada()).generate(QUESTIONS, likelihoods=True), "leave likelihoods out"),
         (lambda: tiny_model(Llada(gen_length=4)).prepared(chain_examples(2)), "raise it to .* or more"),
     ],
 )  # fmt: skip

@@ -30,6 +30,7 @@ VERBS = {  # each with its function and what it does
     "eval": ("eval:eval_", "measure accuracy with its 95 % interval, and the cost per example"),
     "ask": ("look:ask", "answer one question, and show what the latents held at each loop"),
     "lens": ("look:lens", "look inside a run's answers, in one HTML file"),
+    "serve": ("serve:serve_", "answer requests over HTTP, as OpenAI's clients send them"),
     "convert": ("convert:convert", "write released weights of a known format as a folder of ours"),
     "doctor": ("doctor:doctor", "tell what a folder is, whether it is whole, and what can use it"),
     "push": ("push:push", "share a run on the Hugging Face Hub, with a card"),

@@ -28,6 +28,7 @@ from innerloop.engine.soft_canvases import SoftCanvases
 from innerloop.errors import InputError, refuse
 from innerloop.loop.trace import HIDDEN, Frame
 from innerloop.methods.denoise.canvas import ALIKE, Canvas, Ints
+from innerloop.methods.denoise.commits import commit_between
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.settings import SamplerSettings
 from innerloop.model.model import LatentCore
@@ -55,9 +56,8 @@ class CanvasEngine(Engine):
                 f"'{method.name}' has no latents that could begin elsewhere: take samples, or one start",
             ),
             (
-                options.likelihoods or options.replayable,
-                f"what '{method.name}' fills in has no likelihood that is known exactly: leave likelihoods and "
-                "replayable out",
+                options.likelihoods,
+                f"what '{method.name}' fills in has no likelihood that is known exactly: leave likelihoods out",
             ),
         )
         self.method, self.live = method, list[tuple[Request, Canvas]]()
@@ -120,7 +120,7 @@ class CanvasEngine(Engine):
         if done:
             found = finish(self.model, [requests[i] for i in done], self.prefill.slots.meter)
             for i, generation in zip(done, found):
-                generation.cost.loops = canvases[i].n_passes
+                generation.cost.loops, generation.commits = canvases[i].n_passes, canvases[i].commits
             self._stay([i for i, canvas in enumerate(canvases) if not canvas.is_done])
             self._answer([requests[i] for i in done], found)
 
@@ -169,8 +169,13 @@ class CanvasEngine(Engine):
         logits_AV = without(logits_AV, self.never)
         tokens_A, scores_A = propose(logits_AV, sampler, self.options.temperature, numbers[:, 0], numbers[:, 2])
         found_2A = torch.stack([tokens_A.double(), scores_A.double()]).cpu().numpy()
-        for canvas, part_2A in zip(canvases, np.split(found_2A, np.cumsum([len(own) for own in asked])[:-1], axis=1)):
+        parts = np.split(found_2A, np.cumsum([len(own) for own in asked])[:-1], axis=1)
+        for canvas, own, was_G, part_2A in zip(canvases, asked, before, parts):
+            bounds = canvas.start, canvas.end
             canvas.commit(part_2A[0].astype(np.int64), part_2A[1])
+            if self.options.replayable:
+                order = own[np.argsort(-part_2A[1], kind="stable")]
+                canvas.commits.append(commit_between(was_G, canvas.tokens_G, own, order, self.mask_id, bounds))
         if soft is not None:
             soft.keep(canvases, before, read, own_AV)
         if self.options.trace:

@@ -23,6 +23,7 @@ from innerloop.engine.requests import check_starts, lay_out
 from innerloop.errors import InputError, refuse
 from innerloop.model.answer_decoder import Classifier
 from innerloop.model.model import LatentCore
+from innerloop.model.stopping import ruled_by
 
 Answered = list[tuple[int, Generation]]
 
@@ -50,6 +51,9 @@ class Engine(Batching):
         model.method.stage_or_last(options.stage)
         super().__init__(model, options)
         self.check(options)
+        if options.stop is not None:
+            with ruled_by(model, **options.stop):  # refused here, not in the first step
+                pass
         self.is_busy = False
         self.at_work: AtWork | None = None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from innerloop.decoder.cost import Cost, CostMeter
 from innerloop.engine.requests import Alternatives, Request
 from innerloop.loop.trace import ShownStep, Trace
+from innerloop.methods.denoise.commits import Commit
 from innerloop.model.model import LatentCore
 from innerloop.passes.thought import Thought
 from innerloop.text.batch import Batch
@@ -36,6 +37,7 @@ class Generation:
         log_likelihood: the sum of their log-probabilities ``log_probs``, where asked for; see `DecodeBatch.choose`.
         fed: the latents (n, D) that were fed beside its first n tokens, where it is replayable and they are fed more.
         alternatives: the likeliest tokens in place of each, where asked for, with their log-probabilities.
+        commits: what each pass over its canvas has changed, where it is replayable and a method denoises.
         change: the mean relative change of the latents in their last iterations, where several starts were asked for.
         error: why nothing was written, where the question could not be answered.
     """
@@ -52,6 +54,7 @@ class Generation:
     log_probs: list[float] = field(default_factory=list)
     fed: Tensor | None = None
     alternatives: list[Alternatives] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
     change: float | None = None
     error: str | None = None
 

@@ -21,11 +21,10 @@ from typing import Unpack
 
 from innerloop.checks.arguments import checked
 from innerloop.engine.beams import BeamEngine
-from innerloop.engine.cached import CachedEngine, has_cache
-from innerloop.engine.canvases import CanvasEngine
 from innerloop.engine.engine import Engine
 from innerloop.engine.events import Event
 from innerloop.engine.generation import Generation, failed
+from innerloop.engine.learned_canvases import canvas_engine
 from innerloop.engine.options import Answering, EngineOptions
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.model.model import LatentCore
@@ -34,7 +33,7 @@ from innerloop.model.model import LatentCore
 def engine_class(model: LatentCore, options: EngineOptions) -> type[Engine]:
     """Return what answers as a method does: token by token, by the best of several texts, or by canvases."""
     if isinstance(model.method, DenoisingMethod):
-        return CachedEngine if has_cache(model.method) else CanvasEngine
+        return canvas_engine(model.method)
     return Engine if options.beams == 1 else BeamEngine
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Rollout:
         row: what was read before it.
         generation: what was written, with the log-probability of each token in the distribution that it was drawn from.
         before: the log-probabilities of what was drawn before the first token.
-        n_loops: how often the latents were refined, where that was drawn.
+        n_loops: how often the latents were refined, where that was drawn, or the passes over a canvas.
     """
 
     question: int
@@ -55,6 +55,16 @@ class Rollout:
     def ids(self) -> tuple[int, ...]:
         """The tokens that were written, the end of sequence among them where it was reached."""
         return tuple(self.generation.ids)
+
+    @property
+    def n_actions(self) -> int:
+        """How many actions it is made of: tokens, or choices of a policy that is learned."""
+        return len(self.ids)
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What rewards are told of it besides what was written."""
+        return {}
 
     @property
     def log_probs(self) -> list[float]:
@@ -74,10 +84,10 @@ class Policy(Protocol):
     def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
         """Return the samples of each question, one question after the other."""
 
-    def batch(self, rollouts: Sequence[Rollout]) -> Batch:
+    def batch(self, rollouts: Sequence[Rollout]) -> Any:
         """Return rollouts as tensors; ``n_targets`` says how many actions each has."""
 
-    def replay(self, model: LatentCore, batch: Batch, is_reference: bool = False) -> Tensor:
+    def replay(self, model: LatentCore, batch: Any, is_reference: bool = False) -> Tensor:
         """Return the log-probability of each action (U,), with a gradient.
 
         ``is_reference`` says that the model is a frozen one, from which the policy is not to go far.
@@ -176,7 +186,7 @@ def check_replay(model: LatentCore) -> None:
     method = model.method
     name = f"'{method.name}' with these settings"
     refuse(
-        (isinstance(method, DenoisingMethod), f"'{method.name}' fills canvases, which is not gone through again yet"),
+        (isinstance(method, DenoisingMethod), f"'{method.name}' fills canvases: take a policy of canvases"),
         (
             method.decoder.kind != "lm_head",
             f"{name} has a decoder of its own, which draws nothing: set decoder.kind to lm_head",

@@ -4,8 +4,10 @@ from innerloop.checks.imported import imported
 from innerloop.config.method import LatentMethod, Method
 from innerloop.errors import InputError, nearest
 from innerloop.methods.denoise.block_diffusion import BlockDiffusion
+from innerloop.methods.denoise.dcolt import Dcolt
 from innerloop.methods.denoise.dream import Dream
 from innerloop.methods.denoise.llada import Llada
+from innerloop.methods.denoise.unmasking_policy import UnmaskingPolicy
 from innerloop.methods.depth.adainfer import AdaInfer
 from innerloop.methods.depth.loop_regularised import LoopRegularised
 from innerloop.methods.depth.looped import Looped
@@ -55,6 +57,8 @@ _ALL = (
     BlockDiffusion,
     Hrpo,
     SoftThinking,
+    Dcolt,
+    UnmaskingPolicy,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _ALL}
 

@@ -78,13 +78,13 @@ class LatentCore(RowLayout):
         add_markers(backbone, tokenizer, method.markers)
         aux = method.aux
         self.hybrid = None if method.hybrid is None else HybridFeed(method.hybrid, backbone)
-        self.step_decoder = None
+        self.step_decoder = self.scorer = None
         self.soft: SoftMask | None = None
         if isinstance(method, DenoisingMethod):
+            self.scorer = method.make_scorer(backbone)
             self.soft = soft_mask(method.soft, method.check_mask(self.encoder), backbone.device)
         if aux.weight > 0:
-            dtype = backbone.lm.dtype
-            other = None if aux.source is None else loading.load_decoder(aux.source, tokenizer, dtype)
+            other = None if aux.source is None else loading.load_decoder(aux.source, tokenizer, backbone.lm.dtype)
             self.step_decoder = StepDecoder(aux, backbone, other).to(backbone.device)
         options: dict[str, Any] = {"stop": method.stop, "fixed_point": method.fixed_point}
         options |= {"n_slots": method.n_distinct_slots, "soft": method.soft_thinking}

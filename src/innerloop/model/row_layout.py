@@ -26,6 +26,7 @@ class RowLayout(nn.Module):
     method: Method
     encoder: PromptEncoder
     step_decoder: StepDecoder | None
+    scorer: nn.Module | None  # of the masks of a canvas, where it is learned which are filled
     looped: tuple[Method, int, Method] | None = None  # a method, a number of loops, and the method with that many
 
     @property

@@ -64,16 +64,28 @@ def predict(
         tokens_RG, slots_R = tokens_RG.repeat(2, 1), None if slots_R is None else slots_R.repeat(2)
         rows_A, places_A = torch.cat([rows_A, rows_A + n_rows]), places_A.repeat(2)
         embeds_RGD = None if embeds_RGD is None else embeds_RGD.repeat(2, 1, 1)
-    ids_RL = torch.cat([ids_RP, tokens_RG], dim=1)
-    mask_RL = None if mask_RP is None else torch.cat([mask_RP, torch.ones_like(tokens_RG)], dim=1)
+    states_RLD = read_whole(backbone, Prompts(ids_RP, mask_RP), tokens_RG, meter, slots_R, embeds_RGD)
+    columns_A = ids_RP.shape[1] + places_A - int(shift)
+    return backbone.head(states_RLD[rows_A, columns_A]).float()
+
+
+def read_whole(
+    backbone: Backbone,
+    prompts: Prompts,
+    tokens_RG: Tensor,
+    meter: CostMeter | None = None,
+    slots_R: Tensor | None = None,
+    embeds_RGD: Tensor | None = None,
+) -> Tensor:
+    """Return the states of questions and canvases after the final norm (R, P + G, D), in one pass."""
+    ids_RL = torch.cat([prompts.ids_RP, tokens_RG], dim=1)
+    mask_RL = None if prompts.mask_RP is None else torch.cat([prompts.mask_RP, torch.ones_like(tokens_RG)], dim=1)
     context = Context(backbone, len(ids_RL), meter)
     context.rows = slots_R
     embeds_RLD = backbone.embed(ids_RL)
     if embeds_RGD is not None:
-        embeds_RLD = torch.cat([embeds_RLD[:, : ids_RP.shape[1]], embeds_RGD], dim=1)
-    states_RLD = context.read(embeds_RLD, mask_RL, sees="all", keeps=False)
-    columns_A = ids_RP.shape[1] + places_A - int(shift)
-    return backbone.head(states_RLD[rows_A, columns_A]).float()
+        embeds_RLD = torch.cat([embeds_RLD[:, : prompts.ids_RP.shape[1]], embeds_RGD], dim=1)
+    return context.read(embeds_RLD, mask_RL, sees="all", keeps=False)
 
 
 def lean(logits: Tensor, weight: float) -> Tensor:

@@ -19,18 +19,16 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from innerloop.checks.arguments import checked
-from innerloop.config.stopping import GATED
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import check_length
-from innerloop.engine.rollouts import Policy, Rollout, WritingPolicy
-from innerloop.engine.stopping_rollouts import StoppingPolicy
+from innerloop.engine.rollouts import Policy, Rollout
 from innerloop.errors import InputError
 from innerloop.phases.phase import phase
 from innerloop.tasks import Task
-from innerloop.text.batch import Batch
 from innerloop.text.examples import Example
 from innerloop.train import checkpoints
 from innerloop.train.grpo_arguments import GrpoArguments
+from innerloop.train.policies import policy_for
 from innerloop.train.policy_loss import Played, advantages, is_flat, policy_loss, spread_of, weights_of
 from innerloop.train.rewards import Reward, RewardError, Rewards
 from innerloop.train.trainer import LatentTrainer
@@ -68,7 +66,7 @@ class Repeated(Sampler):
 class Micro:
     """Samples of one forward pass: as they are gone through again, and what they are worth."""
 
-    batch: Batch
+    batch: Any  # as the policy makes it
     played: Played
 
 
@@ -184,7 +182,7 @@ class GrpoTrainer(LatentTrainer):
             kept = checkpoints.last_kept(args.output_dir)
             raise RewardError(f"training stopped at step {step}: {error}; {kept}") from error
         gains_N = self._advantages(self.rewards.total(rewards_NF).to(args.device))
-        n_tokens = float(self._over_processes(sum(len(one.ids) for one in rollouts), args.device))
+        n_tokens = float(self._over_processes(sum(one.n_actions for one in rollouts), args.device))
         self._measure(rewards_NF, rollouts)
         micros, first = list[Micro](), 0
         for batch in drawn:
@@ -259,12 +257,6 @@ class GrpoTrainer(LatentTrainer):
     def _loss_of_text(self, logs: dict[str, float]) -> float | None:
         """There is none: the loss is of no text."""
         return None
-
-
-def policy_for(model: LatentModel, args: GrpoArguments) -> Policy:
-    """Return what draws a model's rollouts: where a gate says when its loop stops, their numbers of iterations too."""
-    decides = model.method.stop.rule in GATED
-    return (StoppingPolicy if decides else WritingPolicy)(model, args.temperature, args.batch_size)
 
 
 def _frozen(model: LatentModel) -> LatentModel:

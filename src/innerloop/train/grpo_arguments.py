@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from innerloop.checks.values import MOST, Bounds, Count, Positive, Weight
+from innerloop.checks.values import MOST, Bounds, Count, Positive, Share, Weight
 from innerloop.errors import refuse
 from innerloop.train.training_arguments import LatentTrainingArguments
 
@@ -23,14 +23,17 @@ class GrpoArguments(LatentTrainingArguments):
         max_completion_length: the most tokens of a sample; None: as the task says.
         temperature: at which samples are drawn, and scored.
         reward_funcs: what samples are rewarded for: answer (it is right), format (exactly one answer's mark),
-            strict_answer (both at once), length (minus its share of max_completion_length), loops (minus the iterations
-            of a learned stop), or one's own my_module.my_reward.
+            strict_answer (both at once), fast_answer (it is right, and its canvas took few passes), length (minus its
+            share of max_completion_length), loops (minus the iterations of a learned stop, or the passes over a
+            canvas), or one's own my_module.my_reward.
         reward_weights: what each counts; None: 1.
         scale_rewards: divide what is above a group's mean by the spread of the group, of the batch, or not (none).
         loss_type: a mean over samples of means over tokens (grpo), over all tokens of the step (dapo), or over as many
             as there may be (dr_grpo).
         beta: what the divergence from the model before training (k3) counts in the loss; 0: no such model is kept.
         num_iterations: optimizer steps for each rollout; the model is saved after the last of them.
+        p_mask_prompt: of canvases whose likelihood is estimated in one pass, the share of the question that is masked
+            in it; None: 0.15.
         epsilon: how far a token's probability may move for a rollout before it is clipped, as a share.
         epsilon_high: the same upwards; None: epsilon.
     """
@@ -48,6 +51,7 @@ class GrpoArguments(LatentTrainingArguments):
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = field(default="dapo")
     beta: Weight = field(default=0.0)
     num_iterations: Count = field(default=1)
+    p_mask_prompt: Share | None = field(default=None)
     epsilon: Below1 = field(default=0.2)
     epsilon_high: Positive | None = field(default=None)
 

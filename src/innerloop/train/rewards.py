@@ -57,7 +57,7 @@ class Rewards:
         ]
         self.names = [one if isinstance(one, str) else getattr(one, "__name__", str(one)) for one in given]
         self.weights = torch.tensor(weights or [1.0] * len(given), dtype=torch.float64)
-        if task is None and (needs := {"answer", "strict_answer"} & set(self.names)):
+        if task is None and (needs := {"answer", "fast_answer", "strict_answer"} & set(self.names)):
             raise InputError(f"the reward {min(needs)} needs a task that checks answers: pass task=...")
 
     def __call__(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> Tensor:
@@ -81,6 +81,7 @@ class Rewards:
             "completion_ids": [list(one.ids) for one in rollouts],
             "n_loops": [one.n_loops or 0 for one in rollouts],
         }
+        columns |= {name: [one.columns[name] for one in rollouts] for name in rollouts[0].columns}
         return torch.stack([self._by(i, columns, len(rollouts)) for i in range(len(self.functions))], dim=1)
 
     def total(self, rewards_NF: Tensor) -> Tensor:
@@ -138,4 +139,18 @@ def _built_in(task: Task | None, longest: int) -> dict[str, Reward]:
     def loops(n_loops: Sequence[int], **_: Any) -> list[float]:
         return [-float(n) for n in n_loops]
 
-    return {"answer": answer, "format": one_mark, "strict_answer": strict_answer, "length": length, "loops": loops}
+    def fast_answer(
+        completions: Sequence[str], answer: Sequence[str], speed: Sequence[float] | None = None, **_: Any
+    ) -> list[float]:
+        if speed is None:
+            raise InputError("fast_answer counts passes over a canvas, as unmasking_policy does: choose answer")
+        return [fast * is_right(text, gold) for text, gold, fast in zip(completions, answer, speed)]
+
+    return {
+        "fast_answer": fast_answer,
+        "answer": answer,
+        "format": one_mark,
+        "strict_answer": strict_answer,
+        "length": length,
+        "loops": loops,
+    }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from innerloop.methods.denoise.commits import Commit
 from innerloop.methods.denoise.remasking import sigma_max, stay, weights
 from innerloop.methods.denoise.settings import BLIND, COUNTED, SamplerSettings
 
@@ -39,6 +40,7 @@ class Canvas:
         n_masks: masks of the active block when it became active.
         step: of the active block, which of its S / (G / K) steps is next.
         n_passes: passes made so far.
+        commits: what each pass has changed, where that is kept.
         fed: what its masks are read as in the next pass, where masks are soft.
         fillers_G: the tokens that its masks are read as; None: masks.
     """
@@ -61,6 +63,7 @@ class Canvas:
         self.start, self.end, self.step, self.n_passes = 0, min(first or self.block, gen_length), 0, 0
         self.n_masks = self.end
         self._numbers: tuple[int, Floats] | None = None
+        self.commits: list[Commit] = []
         self.fed: Any = None
         self.fillers_G: Ints | None = None
         self.likely_G: Floats = np.zeros(gen_length)  # the probability of each token when it was committed
@@ -149,6 +152,16 @@ class Canvas:
         self.tokens_G[again] = self.mask_id
         self._go_on()
         return places
+
+    @property
+    def n_due(self) -> int:
+        """How many tokens the next step commits, where that is known before the pass."""
+        return self._count(len(self.masks()))
+
+    def take(self, places: Ints, tokens: Ints) -> None:
+        """Keep tokens at places that someone else has chosen."""
+        self.tokens_G[places] = tokens
+        self._go_on()
 
     def _go_on(self) -> None:
         """Count a pass, and find the next."""

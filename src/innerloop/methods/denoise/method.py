@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from innerloop.config.method import Method
 from innerloop.config.plan import Plan
@@ -20,6 +20,11 @@ from innerloop.methods.denoise.settings import NoiseSettings, SamplerSettings
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.examples import Example
 from innerloop.text.row import MASK, Kind, Row, Span
+
+if TYPE_CHECKING:  # slow to import
+    from torch import nn
+
+    from innerloop.decoder.backbone import Backbone
 
 
 class DenoisingMethod(Method):
@@ -32,6 +37,7 @@ class DenoisingMethod(Method):
     write_steps: bool = True
     mask_token: str = MASK
     anneal_steps: int = 0
+    has_scorer: ClassVar[bool] = False  # a network of its own decides what is filled
     goes_on_with: ClassVar[tuple[str, ...]] = ("shift", "mask_token")  # fields that must stay as a run was trained
     noise: NoiseSettings = NoiseSettings()
     sampler: SamplerSettings = SamplerSettings()
@@ -42,6 +48,15 @@ class DenoisingMethod(Method):
         self.sampler.check(self.gen_length, self.canvas_block)
         is_random = self.noise.filler == "random"
         refuse(
+            (
+                self.sampler.commit == "learned" and not self.has_scorer,
+                f"'{self.name}' has no policy that is learned, as sampler.commit=learned asks for: choose another "
+                "rule, or the method dcolt or unmasking_policy",
+            ),
+            (
+                is_random and self.sampler.commit == "learned",
+                "sampler.commit=learned looks at masks, and with noise.filler=random none is read: set it to mask",
+            ),
             (
                 is_random and self.soft.is_on,
                 "soft masks mix the mask's embedding, and with noise.filler=random none is read: set soft.share to 0",
@@ -188,6 +203,10 @@ class DenoisingMethod(Method):
                     "or start from the decoder that it was made of",
                 )
             )
+
+    def make_scorer(self, backbone: Backbone) -> nn.Module | None:
+        """Return the network that decides what is filled, where it is learned."""
+        return None
 
     # The loop
 

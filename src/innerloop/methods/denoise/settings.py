@@ -13,7 +13,7 @@ from innerloop.methods.denoise.remasking import RemaskSettings
 
 TokenWeight = Literal["1/t", "linear", "uniform", "cart"]
 Norm = Literal["sequence", "token", "batch", "masked"]
-Commit = Literal["confidence", "random", "margin", "entropy", "origin", "threshold", "remdm"]
+Commit = Literal["confidence", "random", "margin", "entropy", "origin", "threshold", "remdm", "learned"]
 Eos = Literal["free", "last", "never"]
 Ties = Literal["random", "lowest"]
 Cache = Literal["none", "prompt", "block", "dual", "delayed"]
@@ -55,7 +55,8 @@ class SamplerSettings(Checked):
         block_length: K: blocks of so many tokens are filled from left to right; none: the canvas is one block.
         commit: which predictions are kept: those likeliest (confidence), with the largest lead over the second
             (margin) or the least entropy, some drawn (random), each with the probability of its time (origin), all that
-            are likely enough, and at least one (threshold), or as origin while tokens may be masked again (remdm).
+            are likely enough, and at least one (threshold), as origin while tokens may be masked again (remdm), or as
+            a policy says that is learned (learned: dcolt and unmasking_policy).
         threshold: the confidence that is likely enough.
         position_temperature: above 0 positions are drawn by their confidence in place of the best.
         top_p: tokens beyond this share of the probability cannot be drawn; the one that crosses it can.
@@ -109,6 +110,12 @@ class SamplerSettings(Checked):
                 "sampler.remask is for commit=remdm: set that, or leave remask out",
             ),
             (
+                self.commit == "learned"
+                and (self.guidance > 0 or self.top_p < 1 or self.eos == "last" or self.cache != "none"),
+                "sampler.commit=learned knows how likely plain predictions are: leave guidance, top_p, eos=last and "
+                "cache out",
+            ),
+            (
                 self.refresh is not None and self.cache == "none",
                 "sampler.refresh is for approximate caches: set sampler.cache, or leave refresh out",
             ),
@@ -129,3 +136,10 @@ class SamplerSettings(Checked):
                 f"multiple of {n_blocks}",
             ),
         )
+
+
+@dataclass(frozen=True)
+class LearnedSampler(SamplerSettings):
+    """Which tokens stay is learned; the other rules are there to be compared with."""
+
+    commit: Commit = "learned"

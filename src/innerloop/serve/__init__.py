@@ -1,0 +1,1 @@
+"""Requests over HTTP, by the protocol of OpenAI's clients."""

@@ -1,0 +1,58 @@
+"""`serve`: a model behind HTTP, until it is asked to end; then requests in flight are answered first."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+from innerloop.errors import InputError, check_installed
+from innerloop.model.model import LatentCore
+from innerloop.serve.settings import KEY, ServeSettings
+
+BACKLOG = 2048  # connections that wait to be accepted
+MODULES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def check_serve() -> None:
+    """Refuse where what serves is not installed."""
+    check_installed("serving needs FastAPI, uvicorn and prometheus-client", "serve", *MODULES)
+
+
+def serve(model: LatentCore, name: str, settings: ServeSettings, tell: Callable[[str], None]) -> None:
+    """Serve a model; ``tell`` is told where, once it listens."""
+    check_serve()
+    import uvicorn
+
+    from innerloop.serve.app import make_app
+    from innerloop.serve.worker import Worker
+
+    options = {"batch_size": settings.batch_size, "max_positions": settings.max_positions}
+    worker = Worker(model.eval(), settings.most_waiting, **options)
+    app = make_app(worker, name, settings, os.environ.get(KEY) or None)
+    listening = _bound(settings)
+    host, port = listening.getsockname()[:2]
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=int(settings.drain),
+        timeout_keep_alive=max(int(settings.patience), 1),
+    )
+    tell(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    with suppress(KeyboardInterrupt):  # uvicorn passes the signal on, after all is answered
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bound(settings: ServeSettings) -> socket.socket:
+    """Return a socket that listens at the address asked for."""
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)  # whoever comes before the app is ready waits
+    except OSError as error:
+        told = f"{settings.host}, port {settings.port}, cannot be listened at ({error.strerror}): give another --port"
+        raise InputError(told) from None
+    return bound
