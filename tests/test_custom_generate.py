@@ -11,6 +11,7 @@ import innerloop as il
 from innerloop.errors import UnreadWarning
 from innerloop.model.exported import lacking
 from innerloop.tasks import Chain
+from tests.formats import authors_latent
 from tests.models import moved, saved, tiny_model
 from tests.test_chat import TEMPLATE
 
@@ -45,6 +46,7 @@ METHODS = {
     "icot": il.Icot(),
     "slr_0": il.Slr(n_slots=3, max_loops=0, distinct_slots=True),
 }
+MAIN = ("cot", "pause", "coconut", "codi", "slr", "lotus")  # tried with a hundred questions, and on another decoder
 REFUSED = {
     "it repeats layers inside the token": il.Looped(),
     "it fills in a canvas of masks": il.Llada(),
@@ -65,10 +67,11 @@ def questions(n):
     return [e.question for ops in (2, 3, 5) for e in Chain(n_ops=ops, n_train=64).examples("train", -(-n // 3))][:n]
 
 
-def asked(folder, texts, **options):
+def asked(folder, texts, end="\n", **options):
     """Return the ids that plain transformers writes for questions."""
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer([text + "\n" for text in texts], return_tensors="pt", padding=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    inputs = tokenizer([text + end for text in texts], return_tensors="pt", padding=True)
     options = FEW | {"custom_generate": str(folder), "trust_remote_code": True} | options
     out = lm.generate(**inputs.to(lm.device), **options)
     assert torch.equal(out[:: len(out) // len(texts), : inputs.input_ids.shape[1]], inputs.input_ids)
@@ -87,11 +90,10 @@ def same(written, generations, eos):
     return rows == [one.ids for one in generations] and all(ended)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "arch"), [*((name, "llama") for name in METHODS), *((name, "gpt2") for name in MAIN)])
 def test_plain_transformers_writes_what_the_engine_writes(name, arch, tmp_path):
     model = moved(tiny_model(METHODS[name], arch))
-    folder, texts = saved(model, tmp_path / "run"), questions(100 if arch == "llama" else 9)
+    folder, texts = saved(model, tmp_path / "run"), questions(100 if arch == "llama" and name in MAIN else 9)
     expected = model.generate(texts, **FEW)
     assert len({tuple(one.ids) for one in expected}) > 1
     assert same(asked(folder, texts), expected, model.encoder.eos_id)
@@ -167,6 +169,17 @@ def test_weights_of_another_folder_are_no_guess(tmp_path):
     lm.name_or_path = str(tmp_path)
     with pytest.raises(ValueError, match="load the model from its own folder"):
         lm.generate(torch.ones(1, 2).long(), custom_generate=str(folder), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", ["codi", "codi_llama", "simcot_coconut", "latent_tts_codi", "lotus"])
+@pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
+def test_released_weights_that_were_converted_answer_in_plain_transformers(name, tmp_path):
+    getattr(authors_latent, name)(tmp_path / name)
+    model = il.LatentModel.from_pretrained(tmp_path / name, device="cpu")
+    folder, texts = saved(model, tmp_path / "ours"), ["two and two", "a", "what is it now"]
+    end = json.loads((folder / "custom_generate/thought.json").read_text())["question_end"]
+    written = asked(folder, texts, end=end)
+    assert same(written, model.generate(texts, **FEW), model.encoder.eos_id)
 
 
 def test_a_chat_is_asked_by_its_template(tmp_path):
