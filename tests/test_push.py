@@ -118,6 +118,22 @@ def test_a_model_is_shared_from_python_too(hub, run):
     assert "Not measured yet" in hub.repos[REPO]["README.md"].decode()
 
 
+def test_a_strangers_class_is_not_imported_because_a_run_on_the_hub_names_it(hub, run, tmp_path, monkeypatch):
+    (tmp_path / "their_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    il.LatentModel.from_pretrained(run).push_to_hub("they/wrote")
+    shared = hub.repos["they/wrote"]
+    settings = json.loads(shared["innerloop.json"])
+    settings["method"]["name"] = "their_module.Codi"
+    shared["innerloop.json"] = json.dumps(settings).encode()
+    with pytest.raises(InputError, match=r"a class of its author's own, their_module.Codi: have it on PYTHONPATH"):
+        il.LatentModel.from_pretrained("they/wrote")
+    with pytest.raises(SystemExit, match="imported"):
+        il.LatentModel.from_pretrained("they/wrote", trust_remote_code=True)
+    with pytest.raises(SystemExit, match="imported"):  # what lies on this machine is one's own
+        il.LatentModel.from_pretrained(run_folder.resolve("they/wrote"))
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [(401, r"does not let you write to me/codi-chain \(401\): log in with hf auth login"), (400, "the Hub refused")],

@@ -42,7 +42,7 @@ from innerloop.model.checkpoint import (
     without_words,
 )
 from innerloop.model.released import Found, fill, open_released
-from innerloop.model.run_folder import FORMAT, SETTINGS, read_settings, resolve
+from innerloop.model.run_folder import FORMAT, SETTINGS, check_own_code, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
 from innerloop.text.encoder import PromptEncoder
@@ -115,9 +115,11 @@ def load(
     Raises:
         InputError: the folder or model does not exist, or is no innerloop run and no method is given.
     """
-    place, path, dtype = device_named(device), resolve(path, **hub), dtype_named(dtype)
+    place, asked, path, dtype = device_named(device), path, resolve(path, **hub), dtype_named(dtype)
     folder, found = Path(path), _find(path, method is None, dtype, trust_remote_code, hub)
     backbone, tokenizer, saved = Backbone(found.lm), found.tokenizer, found.saved
+    if method is None and saved is not None and not trust_remote_code:
+        check_own_code(asked, saved["method"]["name"])
     is_same = saved is not None and (method is None or name_of(method) == saved["method"]["name"])
     stored = _method_of(saved, folder) if saved is not None and is_same else None
     chosen = method or stored

@@ -89,6 +89,20 @@ def _shared(name: str, hub: tuple[tuple[str, Any], ...]) -> Path | None:
         return None
 
 
+def check_own_code(asked: str | Path, method: str) -> None:
+    """Refuse a run from the Hub whose method is none of ours: a stranger would say which module is imported.
+
+    Args:
+        asked: the folder or Hub name that was asked for.
+        method: what innerloop.json calls the method.
+    """
+    if "." in method and not Path(asked).exists():
+        raise InputError(
+            f"{asked} reasons by a class of its author's own, {method}: have it on PYTHONPATH and give "
+            "trust_remote_code=True if you trust it, or give the method yourself"
+        )
+
+
 def is_run(path: str | Path) -> bool:
     """Tell whether a folder was saved by innerloop, itself or as a run."""
     return (Path(resolve(path)) / SETTINGS).exists()
