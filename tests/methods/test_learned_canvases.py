@@ -264,7 +264,7 @@ def test_a_trace_shows_every_pass(method):
 
 def test_the_number_of_passes_is_that_of_loops_where_no_policy_chooses_it():
     assert generate(tiny_model(DCOLT["random"]), QUESTIONS[:1], loops=2)[0].cost.loops == 2
-    with pytest.raises(InputError, match="leave sampler.steps out"):
+    with pytest.raises(InputError, match=r"leave sampler.steps and loops out"):
         generate(tiny_model(COINS["whole"]), QUESTIONS[:1], loops=2)
 
 
@@ -283,7 +283,7 @@ def test_without_reinforcement_it_is_llada(method):
         (lambda: Llada(sampler={"commit": "learned"}), "'llada' has no policy that is learned"),
         (lambda: Dcolt(sampler={"guidance": 1.0}), "leave guidance, top_p, eos=last and cache out"),
         (lambda: Dcolt(noise={"filler": "random"}), "commit=learned looks at masks"),
-        (lambda: UnmaskingPolicy(sampler={"steps": 4}), "leave sampler.steps out"),
+        (lambda: UnmaskingPolicy(sampler={"steps": 4}), "leave sampler.steps and loops out"),
         (lambda: UnmaskingPolicy(hidden=6), "give a multiple of 4"),
         (lambda: CoinsPolicy(tiny_model(COINS["whole"]), 0.5), "temperature has no effect"),
     ],
