@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop import Cot, Dcolt, InputError, UnmaskingPolicy
+from innerloop import Cot, Dcolt, InputError, Llada, UnmaskingPolicy
 from innerloop.engine import learned_canvases
 from innerloop.engine.canvas_policies import CoinsPolicy, LearnedRollout, RankingPolicy
 from innerloop.engine.generate import generate
@@ -14,7 +14,7 @@ from innerloop.train.rewards import RewardError, Rewards
 from tests.close import assert_close
 from tests.models import chain_examples, tiny_model
 from tests.test_grpo import EXAMPLE, RIGHT, TASK, WRONG, Written, arguments, make_trainer, rewarded
-from tests.test_trainer import logged
+from tests.test_trainer import logged, stop_at
 
 G = 8
 RANKING = Dcolt(gen_length=G, sampler={"steps": 4})
@@ -151,3 +151,30 @@ def test_a_policy_fits_its_method(tmp_path):
 def test_the_likeliest_tokens_have_no_temperature(tmp_path):
     with pytest.raises(InputError, match="temperature has no effect"):
         policy_for(tiny_model(COINS), arguments(tmp_path, temperature=0.7))
+
+
+@pytest.mark.parametrize("method", [RANKING, COINS, Llada(gen_length=G)], ids=["dcolt", "coins", "diffu-GRPO"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, method):
+    known = {"rewards": [few_ends], "beta": 0.1, "num_iterations": 2, "max_steps": 6}
+    whole, cut = tiny_model(method), tiny_model(method)
+    make_trainer(tmp_path / "whole", whole, **known).train()
+    make_trainer(tmp_path / "cut", tiny_model(method), callbacks=[stop_at(2)], **known).train()
+    make_trainer(tmp_path / "cut", cut, **known).train(resume_from_checkpoint=True)
+    assert torch.equal(state(whole), state(cut))
+    assert logged(tmp_path / "whole", "kl")[-1] > 0 or method is COINS  # which changes no token
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo"])
+@pytest.mark.parametrize("method", [RANKING, COINS], ids=["dcolt", "coins"])
+def test_micro_batches_add_up(tmp_path, method, kind):
+    found = []
+    for name, settings in {"one": {"batch_size": 16}, "two": {"gradient_accumulation_steps": 2}}.items():
+        known = {"rewards": [by_place], "loss_type": kind, "max_steps": 1, **settings}
+        make_trainer(tmp_path / name, tiny_model(method), **known).train()
+        found.append(logged(tmp_path / name, "grad_norm"))
+    assert_close(*found, 1e-4)
+    assert found[0][0] > 0
+
+
+def by_place(completions, **_):
+    return [float(i % 3) for i in range(len(completions))]

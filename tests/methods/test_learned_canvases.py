@@ -256,6 +256,19 @@ def test_a_saved_scorer_answers_alike(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [DCOLT["random"], COINS["whole"]], ids=["dcolt", "coins"])
+def test_a_trace_shows_every_pass(method):
+    (one,) = generate(tiny_model(method), QUESTIONS[:1], trace=True)
+    assert len(one.trace.frames) == one.cost.loops
+    assert one.trace.frames[-1].after[: len(one.ids)] == one.ids
+
+
+def test_the_number_of_passes_is_that_of_loops_where_no_policy_chooses_it():
+    assert generate(tiny_model(DCOLT["random"]), QUESTIONS[:1], loops=2)[0].cost.loops == 2
+    with pytest.raises(InputError, match=r"leave sampler.steps and loops out"):
+        generate(tiny_model(COINS["whole"]), QUESTIONS[:1], loops=2)
+
+
+@pytest.mark.parametrize("method", [DCOLT["random"], COINS["whole"]], ids=["dcolt", "coins"])
 def test_without_reinforcement_it_is_llada(method):
     examples = list(chain_examples(4, 1))
     model, plain = (tiny_model(replace(one, gen_length=20)) for one in (method, Llada()))
@@ -270,7 +283,7 @@ def test_without_reinforcement_it_is_llada(method):
         (lambda: Llada(sampler={"commit": "learned"}), "'llada' has no policy that is learned"),
         (lambda: Dcolt(sampler={"guidance": 1.0}), "leave guidance, top_p, eos=last and cache out"),
         (lambda: Dcolt(noise={"filler": "random"}), "commit=learned looks at masks"),
-        (lambda: UnmaskingPolicy(sampler={"steps": 4}), "leave sampler.steps out"),
+        (lambda: UnmaskingPolicy(sampler={"steps": 4}), "leave sampler.steps and loops out"),
         (lambda: UnmaskingPolicy(hidden=6), "give a multiple of 4"),
         (lambda: CoinsPolicy(tiny_model(COINS["whole"]), 0.5), "temperature has no effect"),
     ],

@@ -53,6 +53,7 @@ class Dcolt(DenoisingMethod):
         """Return what scores the masks of a canvas."""
         from innerloop.methods.denoise.scorers import RankingScorer
 
-        heads = backbone.lm.config.num_attention_heads
+        width, most = backbone.width, backbone.lm.config.num_attention_heads
+        heads = next(n for n in range(most, 0, -1) if width % (2 * n) == 0)  # those of a decoder may be wider than it
         starts_sure = self.upm_init == "confidence"
-        return RankingScorer(backbone.width, heads, starts_sure, self.upm_time_scale).to(backbone.device)
+        return RankingScorer(width, heads, starts_sure, self.upm_time_scale).to(backbone.device)

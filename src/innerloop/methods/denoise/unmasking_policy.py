@@ -64,7 +64,7 @@ class UnmaskingPolicy(DenoisingMethod):
         refuse(
             (
                 self.sampler.commit == "learned" and self.sampler.steps is not None,
-                "the policy makes as many passes as it needs: leave sampler.steps out",
+                "the policy makes as many passes as it needs: leave sampler.steps and loops out",
             ),
             (
                 self.hidden % (2 * self.heads) > 0,
