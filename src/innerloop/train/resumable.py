@@ -81,8 +81,7 @@ class ResumableTrainer(Trainer, ABC):
             except BaseException:
                 self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and signals are put away
                 raise
-            if self.args.should_save:
-                self._save_result()
+            self._save_result()
             self.accelerator.wait_for_everyone()  # whoever goes on reads what the first process has saved
         return output
 

@@ -35,6 +35,7 @@ from innerloop.text.row import Row
 from innerloop.train import checkpoints
 from innerloop.train.callbacks import MetricsFile, StopOnInterrupt
 from innerloop.train.resumable import ResumableTrainer
+from innerloop.train.sharding import check_sharded, gathered, kept_whole, whole
 from innerloop.train.training_arguments import LatentTrainingArguments, check_libraries
 from innerloop.train.training_set import (
     ByLength,
@@ -96,6 +97,7 @@ class LatentTrainer(ResumableTrainer):
             eval_dataset=valid,  # type: ignore[arg-type]
             callbacks=[MetricsFile(), StopOnInterrupt(args.steps_together), *callbacks],
         )
+        check_sharded(bool(args.fsdp), self.is_fsdp_enabled)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
@@ -183,7 +185,10 @@ class LatentTrainer(ResumableTrainer):
             self.model.backbone.requires_grad_(True)
         micro_batches = []
         for i, examples in zip(range(num_batches), epoch_iterator):
-            seed = f"{self.args.seed}/{step}/{self.args.process_index}/{i}"
+            place = (
+                i * self.args.world_size + self.args.process_index
+            )  # of the micro-batch among those of all processes
+            seed = f"{self.args.seed}/{step}/0/{place}"
             micro_batches.append(self._collate(self.model.rows(examples, stage, seed)))
         if not micro_batches or self.args.loss_norm == "micro":
             return [{"batch": batch, "n_items": None} for batch in micro_batches], None
@@ -246,7 +251,8 @@ class LatentTrainer(ResumableTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one micro-batch."""
         self.loss_is_scaled_for_ga = self.args.loss_norm == "global"
-        return super().training_step(*args, **kwargs)
+        with kept_whole(self.model, self.args.activation_checkpointing):
+            return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with each term of the loss, what the method measured and the stage; stop if training has gone wrong.
@@ -331,19 +337,20 @@ class LatentTrainer(ResumableTrainer):
         return run_folder.read_settings(self.best_folder).get("validation") if is_there else None
 
     def _keep_if_best(self, accuracy: float, stage: int) -> None:
-        best = self._kept_validation()
-        if self.args.should_save and (best is None or accuracy >= best["accuracy"]):
-            self._check_weights()
-            record = {"accuracy": accuracy, "n": len(self.eval_dataset), "step": self.state.global_step}
-            checkpoint.save(
-                self.model, self.best_folder, {"validation": record, "seed": self.args.seed, "stage": stage}
-            )
+        best = self._kept_validation() if self.args.should_save else None
+        with gathered(self.model):
+            if self.args.should_save and (best is None or accuracy >= best["accuracy"]):
+                self._check_weights()
+                record = {"accuracy": accuracy, "n": len(self.eval_dataset), "step": self.state.global_step}
+                told = {"validation": record, "seed": self.args.seed, "stage": stage}
+                checkpoint.save(self.model, self.best_folder, told)
 
     # Checkpoints
 
     def _save_result(self) -> None:
-        if not self.interrupted and self._kept_validation() is None:
-            checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed, "stage": self.reached_stage})
+        with gathered(self.model):
+            if self.args.should_save and not self.interrupted and self._kept_validation() is None:
+                checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed, "stage": self.reached_stage})
 
     @property
     def reached_stage(self) -> int:
@@ -362,19 +369,23 @@ class LatentTrainer(ResumableTrainer):
         return wanted is not None and any(log.get("eval_accuracy", 0) >= wanted for log in self.state.log_history)
 
     def _check_weights(self) -> None:
-        self._finite &= torch.stack([torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad]).all()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._finite &= torch.stack([whole(torch.isfinite(p).all()) for p in trained]).all()
         self._check_health()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        checkpoint.write(self.model, Path(output_dir or self.args.output_dir))
+        with gathered(self.model):
+            if self.args.should_save:
+                checkpoint.write(self.model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         run_folder.read_settings(folder)
         lm = self.model.backbone.lm
-        if not adapted(lm):
-            lm.load_state_dict(load_lm(folder, is_own=True, dtype=lm.dtype).state_dict())
-        checkpoint.load_parts(self.model, folder)
+        with gathered(self.model, changes=True):
+            if not adapted(lm):
+                lm.load_state_dict(load_lm(folder, is_own=True, dtype=lm.dtype).state_dict())
+            checkpoint.load_parts(self.model, folder)
 
 
 def own_group(group: Mapping[str, float], rate: float) -> dict[str, float]:
