@@ -268,18 +268,32 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
         assert httpx.post(f"{url}/v1/completions", content=slow()).status_code == 408
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_verb_serves_curl_and_ends_when_it_is_asked_to(tmp_path):
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+def curled(url, name):
+    """Return what curl prints of a streamed completion."""
+    body = json.dumps({"model": name, "prompt": "3 ; + 4", "stream": True})
+    header = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
+    return subprocess.run(["curl", "-sN", *header, f"{url}/v1/completions", "-d", body], capture_output=True, text=True)
+
+
+@needs_curl
+def test_curl_reads_server_sent_events(server):
+    events = curled(server[0], NAME).stdout.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert {json.loads(event[6:])["object"] for event in events[:-2]} == {"text_completion"}
+
+
+@needs_curl
+@pytest.mark.slow
+def test_the_verb_serves_and_ends_when_it_is_asked_to(tmp_path):
     sharp_model(Slr(n_slots=2, max_loops=2)).save_pretrained(tmp_path / "run")
     command = [sys.executable, "-m", "innerloop", "serve", str(tmp_path / "run"), "--port", "0"]
     environment = os.environ | {"INNERLOOP_API_KEY": KEY}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         url = next(line for line in process.stdout if "http" in line).split(": ")[1].split(",")[0]
-        body = json.dumps({"model": "run", "prompt": "3 ; + 4", "stream": True})
-        header = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
-        done = subprocess.run(
-            ["curl", "-sN", *header, f"{url}/v1/completions", "-d", body], capture_output=True, text=True
-        )
+        done = curled(url, "run")
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert url.startswith("http://127.0.0.1:") and done.stdout.endswith("data: [DONE]\n\n")

@@ -1,0 +1,204 @@
+"""Requests over HTTP against `generate` on the same questions: throughput, time to the first token, memory.
+
+The server is a process of its own, and clients stream from this one, so many at a time. Every answer must be the text
+that `generate` gives. Throughput is asked of a model at which a CPU takes milliseconds a pass (``--shape``), after a
+round that warms up; memory, the server's resident set, of a tiny one and many requests. With ``--peer``, plain text of
+the same model is also asked of transformers' own server.
+
+    python benchmarks/serve.py --threads 1 --out benchmarks/results/serve.json                    # minutes on a CPU
+    python benchmarks/serve.py --smoke --out /tmp/serve.json                                      # seconds
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import record
+import subjects
+import torch
+
+from innerloop.decoder.memory import MIB
+from innerloop.engine.latent_model import LatentModel
+from innerloop.methods import Cot, Method, Slr
+
+METHODS: dict[str, Method] = {"slr": Slr(n_slots=6, max_loops=3), "cot": Cot()}
+PEER = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--shape", default="small", choices=list(subjects.SHAPES))
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--timed", type=int, default=400, help="requests of a timed round")
+    parser.add_argument("--requests", type=int, default=10_000, help="requests to a tiny model while memory is watched")
+    parser.add_argument("--n_tokens", type=int, default=32)
+    parser.add_argument("--length", type=int, default=32, help="tokens of a question")
+    parser.add_argument("--peer", action="store_true", help="also ask transformers' own server")
+    options = record.begin(parser)
+    options.repeats = options.repeats or 3
+    if options.smoke:
+        options.shape, options.clients, options.timed, options.requests, options.n_tokens = "smoke", 4, 12, 40, 4
+        options.repeats = 1
+    names = ("shape", "clients", "timed", "requests", "n_tokens", "length", "repeats")
+    points = [throughput(options, name, method) for name, method in METHODS.items()]
+    memory = steadiness(options)
+    work = {name: getattr(options, name) for name in names}
+    record.write(options, "serve", {**work, "points": points, "memory": memory})
+
+
+def throughput(options, name: str, method: Method) -> dict:
+    """Return how fast the same questions are answered by `generate` and over HTTP, in turns."""
+    shape = subjects.SHAPES[options.shape]
+    model = subjects.random_model(shape, method, options.seed, options.device, options.dtype)
+    asked = subjects.questions(model, options.timed, options.length, options.seed)
+    with saved(model) as folder, served(folder, options) as (url, process):
+        turns, expected = [], []
+        for turn in range(options.repeats + 1):
+            start = time.perf_counter()
+            expected = [one.text for one in model.generate(asked, max_new_tokens=options.n_tokens)]
+            alone = time.perf_counter() - start
+            found = asyncio.run(ask(url, asked, options))
+            check(found["texts"], expected)
+            turns += [(alone, found)] if turn > 0 else []
+        del process
+        peer = None
+        if options.peer and name == "cot":
+            with peer_served(folder, options) as there:
+                asyncio.run(ask(there, asked[:8], options, folder))
+                peer = asyncio.run(ask(there, asked, options, folder))
+    best = min(turns, key=lambda turn: turn[1]["seconds"])
+    seconds = sorted(alone for alone, _ in turns)[len(turns) // 2]
+    http = sorted(found["seconds"] for _, found in turns)[len(turns) // 2]
+    point = {"method": name, "generate_per_s": options.timed / seconds, "http_per_s": options.timed / http}
+    point |= {"ratio": seconds / http, "first_ms": quantiles(best[1]["first"]), "whole_ms": quantiles(best[1]["whole"])}
+    if peer is not None:
+        told = {"per_s": options.timed / peer["seconds"], "first_ms": quantiles(peer["first"])}
+        point["transformers"] = told | {"whole_ms": quantiles(peer["whole"])}
+    print(json.dumps(point))
+    return point
+
+
+def steadiness(options) -> dict:
+    """Return how much memory the server takes while a tiny model answers many requests, all of them rightly."""
+    model = subjects.random_model(subjects.SMOKE, METHODS["slr"], options.seed, options.device, options.dtype)
+    lengths = [4 + i % 29 for i in range(options.requests)]
+    asked = [subjects.questions(model, 1, n, options.seed + i)[0] for i, n in enumerate(lengths)]
+    sizes, start = [], time.perf_counter()
+    part = max(len(asked) // 20, 1)
+    with saved(model) as folder, served(folder, options) as (url, process):
+        for first in range(0, len(asked), part):
+            some = asked[first : first + part]
+            found = asyncio.run(ask(url, some, options))
+            check(found["texts"], [one.text for one in model.generate(some, max_new_tokens=options.n_tokens)])
+            sizes.append(psutil.Process(process.pid).memory_info().rss / MIB)
+            print(f"{first + len(some)} answered, {sizes[-1]:.0f} MiB")
+    warm = len(sizes) // 4
+    growth = sizes[-1] - sizes[warm]
+    return {"mib": sizes, "growth_mib": growth, "growth": growth / sizes[warm], "seconds": time.perf_counter() - start}
+
+
+async def ask(url: str, asked: Sequence[str], options, peer: Path | None = None) -> dict:
+    """Ask all questions, so many clients at a time; return texts, and the seconds of all, of first tokens, of each."""
+    texts, first, whole, numbers = [""] * len(asked), [0.0] * len(asked), [0.0] * len(asked), itertools.count()
+
+    async def client(session: httpx.AsyncClient) -> None:
+        while (i := next(numbers)) < len(asked):
+            body = {"stream": True, "max_tokens": options.n_tokens, "temperature": 0}
+            if peer is None:
+                body, route = body | {"model": "served", "prompt": asked[i]}, "completions"
+            else:
+                turn = [{"role": "user", "content": asked[i]}]
+                body, route = body | {"model": str(peer), "messages": turn}, "chat/completions"
+            start = time.perf_counter()
+            async with session.stream("POST", f"{url}/v1/{route}", json=body) as answer:
+                if answer.status_code != 200:
+                    raise SystemExit(f"status {answer.status_code}: {(await answer.aread())[:300]!r}")
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        choices = json.loads(line[6:])["choices"]
+                        text = "".join(c.get("text") or (c.get("delta") or {}).get("content") or "" for c in choices)
+                        first[i] = first[i] or (time.perf_counter() - start if text else 0.0)
+                        texts[i] += text
+            whole[i] = time.perf_counter() - start
+
+    limits = httpx.Limits(max_connections=options.clients, max_keepalive_connections=options.clients)
+    start = time.perf_counter()
+    async with httpx.AsyncClient(timeout=600, limits=limits) as session:
+        await asyncio.gather(*(client(session) for _ in range(options.clients)))
+    return {"texts": texts, "seconds": time.perf_counter() - start, "first": first, "whole": whole}
+
+
+def check(found: Sequence[str], expected: Sequence[str]) -> None:
+    """End where an answer is not that of `generate`."""
+    wrong = [i for i, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other]
+    if wrong:
+        i = wrong[0]
+        raise SystemExit(f"{len(wrong)} answers differ, as number {i}: {found[i][:80]!r}, not {expected[i][:80]!r}")
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the median and the 99th percentile, in milliseconds."""
+    p50, p99 = torch.quantile(torch.tensor(seconds), torch.tensor([0.5, 0.99])).tolist()
+    return {"p50": 1000 * p50, "p99": 1000 * p99}
+
+
+@contextmanager
+def saved(model: LatentModel) -> Iterator[Path]:
+    """Yield a folder with a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "served")
+        yield Path(folder) / "served"
+
+
+@contextmanager
+def served(folder: Path, options) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Serve a folder in a process of its own; yield its address."""
+    command = [sys.executable, "-m", "innerloop", "serve", str(folder), "--port", "0", "--device", str(options.device)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | threads) as process:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if "http" in line).split(": ")[1].split(",")[0]
+        try:
+            yield url, process
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def peer_served(folder: Path, options) -> Iterator[str]:
+    """Serve a folder by transformers' own server, which asks for a chat template; yield its address."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*PEER, str(folder), "--continuous-batching", "--port", str(port), "--device", str(options.device)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, env=os.environ | threads) as process:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        try:
+            yield url
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    main()
