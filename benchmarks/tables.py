@@ -389,6 +389,34 @@ def soak_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, what)
 
 
+def serve_lines(results: dict) -> tuple[Lines, str]:
+    """Return the lines of requests over HTTP beside `generate`, and beside transformers' server where it was asked."""
+    head = [
+        "method",
+        "`generate`, requests/s",
+        "over HTTP",
+        "share",
+        "first token, ms: p50",
+        "p99",
+        "whole answer: p50",
+        "p99",
+    ]
+    rows = []
+    for point in results["points"]:
+        both = [f"{point[name]['p' + q]:.0f}" for name in ("first_ms", "whole_ms") for q in ("50", "99")]
+        speeds = [f"{point['generate_per_s']:.1f}", f"{point['http_per_s']:.1f}", f"{point['ratio']:.2f}"]
+        rows.append([f"`{point['method']}`", *speeds, *both])
+        if peer := point.get("transformers"):
+            both = [f"{peer[name]['p' + q]:.0f}" for name in ("first_ms", "whole_ms") for q in ("50", "99")]
+            rows.append([f"`{point['method']}` by `transformers serve`", "", f"{peer['per_s']:.1f}", "", *both])
+    held = results["memory"]
+    what = (
+        f"{results['clients']} clients; {results['n_tokens']} tokens an answer; all answers are those of `generate`; "
+    )
+    what += f"{results['requests']} requests of a tiny model: {held['mib'][-1]:.0f} MiB in the end, "
+    return [head, *rows], made(results, f"{what}{held['growth_mib']:+.1f} MiB since a quarter of them")
+
+
 def shared_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of what sharing the beginnings of questions saves."""
     head = ["method", "shared tokens", "rows", "read once, ms", "read for each, ms", "times as fast"]
@@ -657,6 +685,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("halting", ""): halting_lines,
     ("measuring", ""): measuring_lines,
     ("soak", ""): soak_lines,
+    ("serve", ""): serve_lines,
     ("compiled", ""): compiled_lines,
     ("packed", ""): packed_lines,
     ("peers", ""): peers_lines,

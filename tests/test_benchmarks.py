@@ -17,6 +17,7 @@ SCRIPTS = [
     "halting",
     "measuring",
     "soak",
+    "serve",
     "startup",
     "compiled",
     "packed",
@@ -111,6 +112,10 @@ def check(script: str, report: dict, picture: Path) -> None:
         case "soak":
             assert all(point["answered"] == 58 and point["failed"] == 6 for point in report["points"])
             assert all(point["checked_alone"] == 4 for point in report["points"])
+        case "serve":
+            assert [point["method"] for point in report["points"]] == ["slr", "cot"]
+            assert all(0 < p["first_ms"]["p50"] <= p["whole_ms"]["p99"] and p["ratio"] > 0 for p in report["points"])
+            assert len(report["memory"]["mib"]) == 20
         case "startup":
             light, ask = report["points"][1:5], report["points"][-1]
             assert [point["imports"] for point in light] == [[]] * 4 and ask["imports"] == ["torch", "transformers"]

@@ -22,6 +22,7 @@ from innerloop.serve.protocol import Asked, ChatAsked, CompletionAsked
 from innerloop.serve.settings import ServeSettings
 from innerloop.serve.worker import Full, Worker
 
+ANSWERING = ("/v1/completions", "/v1/chat/completions")
 AGAIN = "1"  # seconds after which a client may try again
 
 
@@ -132,7 +133,7 @@ def _tell_errors(app: FastAPI, metrics: Metrics) -> None:
     """Let errors be told in one sentence, as OpenAI's clients read them."""
 
     def told(request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-        route = request.url.path if request.url.path.startswith("/v1/c") else "other"
+        route = request.url.path if request.url.path in ANSWERING else "other"  # anybody can ask for any path
         metrics.requests.labels(route, str(status)).inc()
         return JSONResponse(error_of(message, status), status, headers)
 
