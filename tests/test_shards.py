@@ -102,3 +102,9 @@ def test_a_cluster_of_two_nodes_writes_the_result_of_one_process(run: Path, tmp_
                 code, out, err = innerloop(capsys, *asked, tmp_path / name / place, "--on", place)
                 assert code == 0 and "accuracy" in out, err
             assert results_of(tmp_path / name / "ray") == results_of(tmp_path / name / "local")
+        compared = {}
+        for place in ("ray", "local"):
+            asked = ["compare", *(run / name for name in METHODS), *ASKED[:2], "--timed", 0, "--on", place]
+            assert innerloop(capsys, *asked, "--out", tmp_path / place)[0] == 0
+            compared[place] = json.loads((tmp_path / place / "results.json").read_text())["points"]
+        assert list(map(without_times, compared["ray"])) == list(map(without_times, compared["local"]))
