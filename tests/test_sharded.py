@@ -6,6 +6,7 @@ that gloo's processes on a CPU are such, so that its own code and the trainer's 
 
 import json
 import os
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,13 +116,28 @@ def of_two(folder: Path) -> None:
             (folder / kind / f"{name}, resumed" / f"texts_{os.environ['RANK']}").write_text(json.dumps(texts))
 
 
+def killed_once(folder: Path) -> None:
+    """Train in parts; the first time one of the two is killed after the third step."""
+    as_gpus()
+    again = (folder / "begun").exists()
+    one = trainer(folder / "run", "slr", "fsdp", 2)
+    if not again and os.environ["RANK"] == "1":
+        one.add_callback(At(3, lambda *_: (folder / "begun").touch() or os.kill(os.getpid(), signal.SIGKILL)))
+    one.train(resume_from_checkpoint=again or None)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    code = f"from pathlib import Path\nfrom {__name__} import of_two\nof_two(Path(__file__).parent)"
-    (folder / "run.py").write_text(code)
-    launched(TORCHRUN, folder / "run.py")
+    launched(TORCHRUN, script(folder, "of_two"))
     return folder
+
+
+def script(folder: Path, function: str) -> Path:
+    """Write what calls a function of this file for its own folder."""
+    code = f"from pathlib import Path\nfrom {__name__} import {function}\n{function}(Path(__file__).parent)"
+    (folder / "run.py").write_text(code)
+    return folder / "run.py"
 
 
 def lines(folder: Path) -> list[dict]:
@@ -160,6 +176,16 @@ def test_a_run_is_resumed_to_the_same_weights_and_answers_meanwhile(name, kind, 
     saved = LatentModel.from_pretrained(folder / "checkpoint")
     texts = [one.text for one in saved.generate(QUESTIONS, max_new_tokens=4)]
     assert [json.loads((folder / f"texts_{rank}").read_text()) for rank in (0, 1)] == [texts, texts]
+
+
+@pytest.mark.slow
+def test_after_one_process_was_killed_both_go_on_to_the_same_weights(two: Path, tmp_path: Path):
+    run = script(tmp_path, "killed_once")
+    with pytest.raises(AssertionError, match="Signal 9"):
+        launched(TORCHRUN, run)
+    assert (tmp_path / "run" / "checkpoint-2").exists() and not (tmp_path / "run" / "checkpoint").exists()
+    launched(TORCHRUN, run)
+    torch.testing.assert_close(tensors(tmp_path / "run"), tensors(two / "fsdp" / "slr"), rtol=0, atol=0)
 
 
 @pytest.mark.slow

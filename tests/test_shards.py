@@ -19,7 +19,7 @@ from tests.ray_cluster import two_nodes
 from tests.test_cli import innerloop
 
 TASK = Chain(n_ops=2, n_train=64, n_valid=8, n_test=9)
-METHODS = {"slr": Slr(n_slots=3, max_loops=2), "llada": Llada(gen_length=8)}
+METHODS = {"slr": Slr(n_slots=3, max_loops=3), "llada": Llada(gen_length=8)}
 DRAWN = {"attempts": TestTimeCompute(samples=3, temperature=1.0), "seed": 5}
 
 
@@ -102,3 +102,17 @@ def test_a_cluster_of_two_nodes_writes_the_result_of_one_process(run: Path, tmp_
                 code, out, err = innerloop(capsys, *asked, tmp_path / name / place, "--on", place)
                 assert code == 0 and "accuracy" in out, err
             assert results_of(tmp_path / name / "ray") == results_of(tmp_path / name / "local")
+        for rule in ("delta", "mlp_probe"):  # the second has weights
+            reports = []
+            for place in ("ray", "local"):
+                asked = [*ASKED[:2], "--rule", rule, "--device", "cpu", "--out", tmp_path / rule / place, "--on", place]
+                assert innerloop(capsys, "calibrate", run / "slr", *asked)[0] == 0
+                report = json.loads((tmp_path / rule / place / "calibration.json").read_text())
+                reports.append({name: value for name, value in report.items() if name not in ("seconds", "device")})
+            assert reports[0] == reports[1]
+        compared = {}
+        for place in ("ray", "local"):
+            asked = ["compare", *(run / name for name in METHODS), *ASKED[:2], "--timed", 0, "--on", place]
+            assert innerloop(capsys, *asked, "--out", tmp_path / place)[0] == 0
+            compared[place] = json.loads((tmp_path / place / "results.json").read_text())["points"]
+        assert list(map(without_times, compared["ray"])) == list(map(without_times, compared["local"]))

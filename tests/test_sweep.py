@@ -222,6 +222,8 @@ def test_jobs_run_on_a_cluster_of_two_workers(recipe: Path, tmp_path: Path, monk
         monkeypatch.chdir(tmp_path)  # relative folders are the same on every node
         grid = ["--grid", "method.max_loops=1,2", "--grid=train.max_length=1,64"]
         code, _, err = innerloop(capsys, "sweep", recipe, *grid, "--limit", 3, "--on", "ray", "--out", "swept")
+        (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**RECIPE, "variants": {"a": {}, "b": {}}, "out": "suite"}))
+        assert innerloop(capsys, "compare", "suite.yaml", "--timed", 0, "--on", "ray")[0] == 0
     assert code == 2 and "2 of 4 jobs failed" in err and "longer than max_length=1" in err
     found = json.loads((tmp_path / "swept" / "results.json").read_text())["points"]
     assert sum("accuracy" in job for job in found) == 2

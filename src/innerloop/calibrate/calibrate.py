@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from innerloop.calibrate.fit import check_sklearn
 from innerloop.calibrate.settings import CalibrationSettings
-from innerloop.calibrate.threshold_search import ThresholdSearch, summary
+from innerloop.calibrate.threshold_search import Answers, ThresholdSearch, summary
 from innerloop.config.stopping import StopKind
 from innerloop.disk.files import write_text
 from innerloop.disk.folders import link, own_files, replacing_folder
@@ -78,6 +78,7 @@ def calibrate(
     check: Sequence[Example] = (),
     progress: Callable[[str], None] = lambda done: None,
     cache: ResultCache | None = None,
+    elsewhere: Answers | None = None,
     **options: Any,
 ) -> Calibration:
     """Choose the loosest threshold that loses no more than was said, and leave the model with it.
@@ -91,6 +92,7 @@ def calibrate(
         check: further examples, on which what was chosen is measured once more.
         progress: told what has been done.
         cache: where answers are kept as soon as they are known, and taken from if they are there.
+        elsewhere: answers examples in place of this process, as on a cluster.
         options: further settings of stopping, such as patience, min_loops, check_every or features; those not named are
             the model's own, if it stops by this rule already, or else the usual ones.
     """
@@ -104,7 +106,7 @@ def calibrate(
     stop = getattr(model.method, "stop", None)
     own = asdict(stop) if stop is not None and stop.rule == rule else {}
     use_rule(model, **{**own, **options, "rule": rule, "threshold": math.inf})
-    search, n_fit = ThresholdSearch(model, task, settings, progress, ResultCache() if cache is None else cache), 0
+    search, n_fit = ThresholdSearch(model, task, settings, progress, cache or ResultCache(), elsewhere), 0
     if rule in ("classifier", "mlp_probe"):
         n_fit = min(max(round(settings.fit_share * len(examples)), 1), len(examples) - 1)
         search.fit(examples[:n_fit])

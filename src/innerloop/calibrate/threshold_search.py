@@ -37,6 +37,9 @@ TARGETS = (1.0, 0.999, 0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 
 MOST_TRIED = 64  # thresholds of a score
 MOST_TOKENS = 20_000  # that are kept of a scan
 
+Answers = Callable[["ThresholdSearch", Sequence[Example]], dict[str, Any]]
+"""Answers examples by the rule that a search's model stops by now."""
+
 
 @dataclass
 class ThresholdSearch:
@@ -44,6 +47,7 @@ class ThresholdSearch:
 
     Attributes:
         cache: keeps the answers to each set of questions under each rule.
+        elsewhere: answers examples in place of this process; see `answers` for what it returns.
         full: the answers at full depth; set by `look`, as all that follow.
         seen: the scan of the examples' loops.
         depths: the answers after 1..T iterations, where whole rows stop.
@@ -57,6 +61,7 @@ class ThresholdSearch:
     settings: CalibrationSettings = field(default_factory=CalibrationSettings)
     progress: Callable[[str], None] = lambda done: None
     cache: ResultCache = field(default_factory=ResultCache)
+    elsewhere: Answers | None = None
     tried: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -78,7 +83,7 @@ class ThresholdSearch:
         asked = [digest_of(examples), self.settings.batch_size, self.settings.max_new_tokens]
         known: dict[str, Any] = self.cache(
             f"answers {digest([method, None if rule is None else fingerprint(rule), *asked])}",
-            lambda: self.answer(examples),
+            lambda: self.answer(examples) if self.elsewhere is None else self.elsewhere(self, examples),
         )
         return known
 

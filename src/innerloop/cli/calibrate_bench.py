@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from innerloop.checks.values import Bounds, Count, Natural, Seed, Share, SomeLoops, Weight
 from innerloop.cli.arguments import (
@@ -47,6 +48,7 @@ class CalibrateArguments(TaskArguments, ModelArguments):
         out: save the model, in the type of --dtype, with the chosen rule to this folder, which must be given where the
             run is a plain model.
         fresh: start over; by default what was answered before of the same weights and data is taken as it is.
+        on: answer in this process, or in parts on the Ray cluster that is there.
         seed: of draws in fitting.
     """
 
@@ -61,7 +63,16 @@ class CalibrateArguments(TaskArguments, ModelArguments):
     adopt: bool = False
     out: str | None = None
     fresh: bool = False
+    on: Literal["local", "ray"] = "local"
     seed: Seed = 0
+
+    def answering(self, run: str) -> AbstractContextManager[Any]:
+        """Return what, once entered, is where examples are answered; None: in this process."""
+        if self.on == "local":
+            return nullcontext()
+        from innerloop.experiments.ray_calibration import answering_on_ray
+
+        return answering_on_ray((run, self.read_method(), self.dtype), self.device == "cpu")
 
 
 def calibrate(run: str, options: CalibrateArguments) -> None:
@@ -73,6 +84,10 @@ def calibrate(run: str, options: CalibrateArguments) -> None:
     """
     if not run_folder.is_run(run) and (options.adopt or options.out is None):
         raise InputError(f"{run} is no run that could keep a rule: save the model with its rule by --out DIR")
+    if options.on == "ray":
+        from innerloop.experiments.ray import check_ray
+
+        check_ray()
     from innerloop.calibrate.calibrate import check_rule
 
     check_rule(options.rule)
@@ -93,8 +108,9 @@ def calibrate(run: str, options: CalibrateArguments) -> None:
     settings = CalibrationSettings(options.max_drop, options.agreement, options.mean_loops, seed=options.seed)
     about = made_of(model, task, "valid", examples, {}, options.seed)
     cache = ResultCache(folder / CALIBRATION_PARTS, about, options.fresh)
-    with going_on(cache, f"{len(cache.known)} sets of answers"):
+    with going_on(cache, f"{len(cache.known)} sets of answers"), options.answering(run) as elsewhere:
         how: dict[str, Any] = {"progress": lambda done: console.print(done, style="dim"), "cache": cache, **stopping}
+        how["elsewhere"] = elsewhere
         found = calibration(model, task, examples, options.rule, settings, checked, **how)
     if options.out is not None:
         found.model.save_pretrained(options.out)

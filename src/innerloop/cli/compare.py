@@ -26,6 +26,7 @@ def compare(
     split: str | None = None,
     limit: Count | None = None,
     timed: Natural = 64,
+    on: Literal["local", "ray"] = "local",
     overrides: Sequence[str] = (),
 ) -> None:
     """Compare a suite's variants, or runs: train and evaluate what is missing, print the table, write report.html.
@@ -42,16 +43,23 @@ def compare(
         split: of runs, train, valid or test; by default test. A suite says so itself, under test.
         limit: of runs, answer only the first examples.
         timed: examples that all answer in turns, for times and memory; 0: times are those of each evaluation.
+        on: train, or answer in parts, on this machine, or on the Ray cluster that is there.
         overrides: of a suite, fields that all variants share, written --section.field value.
     """
     from innerloop.experiments.suite import is_suite
 
+    place = None
+    if on == "ray":
+        from innerloop.experiments.ray import check_ray, ray_workers
+
+        check_ray()
+        place = ray_workers
     if len(subjects) == 1 and is_suite(subjects[0]):
         if (task, split, limit) != (None, None, None):
             raise InputError("--task, --split and --limit are of runs: a suite says under 'test' what is answered")
         from innerloop.experiments.compare import compare_suite
 
-        compare_suite(subjects[0], out, baseline, seeds, workers, results, overrides, console, timed)
+        compare_suite(subjects[0], out, baseline, seeds, workers, results, overrides, console, timed, place)
         return
     if overrides:
         raise InputError(f"runs take no {overrides[0]}: they are compared as they are")
@@ -64,10 +72,12 @@ def compare(
         raise InputError("compare takes a suite, or two runs or more")
     for run in subjects:
         run_folder.resolve(run)
-    from innerloop.experiments.compare import compare_folders
+    from innerloop.experiments.compare import compare_folders, evaluate_here, evaluate_on_cluster
 
     chosen = None if task is None else TaskArguments(task).task_of(subjects[0], split or "test")
-    compare_folders(subjects, Path(out or "runs/compare"), baseline, console, chosen, split or "test", limit, timed)
+    answer = evaluate_on_cluster if on == "ray" else evaluate_here
+    folder = Path(out or "runs/compare")
+    compare_folders(subjects, folder, baseline, console, chosen, split or "test", limit, timed, answer)
 
 
 def sweep(

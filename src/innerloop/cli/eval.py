@@ -123,6 +123,10 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
         if is_first_process():
             _eval_harness(options.load_model(run, options.compile), run, options)
         return
+    if options.on == "ray":
+        from innerloop.experiments.ray import check_ray
+
+        check_ray()
     if options.method is not None and options.out is None and run_folder.is_run(run):
         raise InputError("this would overwrite the run's own result: give --out DIR for another method's")
     run_folder.resolve(run)

@@ -19,7 +19,8 @@ from innerloop.disk.names import check_folder, folder_name
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
-from innerloop.experiments.jobs import check_tasks, run_suite
+from innerloop.experiments.jobs import On, check_tasks, run_suite
+from innerloop.experiments.ray import evaluate_on_ray
 from innerloop.experiments.report import write_report
 from innerloop.experiments.suite import Suite, load_suite, suite_report
 from innerloop.experiments.summary import (
@@ -36,7 +37,7 @@ from innerloop.experiments.summary import (
     write_answers,
 )
 from innerloop.lens.page import check_viz
-from innerloop.measure.accuracy import evaluate, result_of
+from innerloop.measure.accuracy import Prediction, evaluate, result_of
 from innerloop.measure.stability import diverged_rate
 from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
 from innerloop.methods import method_named
@@ -47,6 +48,8 @@ from innerloop.text.examples import Example
 from innerloop.train.recipe import CONFIG, load_recipe, read_recipe
 
 REPORT = "report.html"
+Answer = Callable[..., list[Prediction]]
+"""Answers what is asked of a run, given its name, the model, an `EvalSet`, and what is told the progress."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,25 @@ class EvalSet:
     examples: Sequence[Example]
 
 
+def evaluate_here(run: str, model: LatentModel, asked: EvalSet, progress: Callable[[int], None]) -> list[Prediction]:
+    """Answer what is asked in this process."""
+    return evaluate(model, asked.task, asked.examples, progress=progress)
+
+
+def evaluate_on_cluster(
+    run: str, model: LatentModel, asked: EvalSet, progress: Callable[[int], None]
+) -> list[Prediction]:
+    """Answer what is asked in parts on the Ray cluster that is there."""
+    return evaluate_on_ray((run, None, "auto"), asked.task, asked.examples, {}, progress)
+
+
 def compare_runs(
-    runs: Sequence[str], out: Path, console: Console, asked: EvalSet | None = None, n_timed: int = 64
+    runs: Sequence[str],
+    out: Path,
+    console: Console,
+    asked: EvalSet | None = None,
+    n_timed: int = 64,
+    answer: Answer = evaluate_here,
 ) -> list[MethodResult]:
     """Return how runs compare on the same test data. Results that cover it are taken as they are, others are made.
 
@@ -69,6 +89,7 @@ def compare_runs(
         console: where progress is shown.
         asked: what is answered; None: all test examples of what the runs were trained on, which must then be the same.
         n_timed: examples that all answer in turns for times and memory; 0: times are those of each evaluation.
+        answer: answers what is asked of a run: here, or on a cluster.
     """
     folders = [Path(run) for run in runs]
     asked = asked or eval_set(folders)
@@ -83,7 +104,7 @@ def compare_runs(
         for name, folder, place, found in zip(names, folders, places, known):
             if found is None:
                 row = progress.add_task(f"eval {name}", total=len(asked.examples), note="")
-                _evaluate(folder, place, asked, partial(progress.advance, row))
+                _evaluate(folder, place, asked, partial(answer, progress=partial(progress.advance, row)))
     rows = [
         MethodResult(name, [read_json(place / RESULT)], [folder], [place])
         for name, folder, place in zip(names, folders, (found or place for found, place in zip(known, places)))
@@ -103,10 +124,10 @@ def check_runs(folders: Sequence[Path], out: Path) -> None:
         raise InputError(f"{twice[0]} is named twice")
 
 
-def _evaluate(run: Path, place: Path, asked: EvalSet, advance: Callable[[int], Any]) -> None:
+def _evaluate(run: Path, place: Path, asked: EvalSet, answer: Callable[..., list[Prediction]]) -> None:
     """Answer what is asked and write result.json and predictions.jsonl to a place."""
     model = LatentModel.from_pretrained(run)
-    predictions = evaluate(model, asked.task, asked.examples, progress=advance)
+    predictions = answer(str(run), model, asked)
     result = result_of(model, asked.task, asked.split, predictions, run_folder.recorded(run, "seed"), str(run))
     write_answers(place, result, predictions)
 
@@ -195,13 +216,14 @@ def compare_folders(
     split: str = "test",
     limit: int | None = None,
     n_timed: int = 64,
+    answer: Answer = evaluate_here,
 ) -> None:
     """Compare runs, print the table and write OUT/report.html and OUT/results.json."""
     check_viz()
     folders = [Path(run) for run in runs]
     check_runs(folders, out)
     chosen, asked = chosen_baseline(run_names(folders), baseline), eval_set(folders, task, split, limit)
-    rows = compare_runs(runs, out, console, asked, n_timed)
+    rows = compare_runs(runs, out, console, asked, n_timed, answer)
     report = {"baseline": chosen, "points": [{"variant": row.name, **row.results[0]} for row in rows]}
     write_text(out / "results.json", json.dumps(report, indent=1) + "\n")
     sentences = verdicts(rows, chosen)
@@ -219,6 +241,7 @@ def compare_suite(
     overrides: Sequence[str],
     console: Console,
     n_timed: int = 64,
+    on: On | None = None,
 ) -> None:
     """Run what is missing of a suite, print the table and write OUT/report.html and OUT/results.json.
 
@@ -230,7 +253,7 @@ def compare_suite(
     suite = load_suite(path, out, seeds, overrides)
     chosen = chosen_baseline(suite.variants, baseline)
     check_tasks(suite)
-    found = run_suite(suite, workers, console)
+    found = run_suite(suite, workers, console, on)
     raw, folder = read_recipe(path, overrides), Path(suite.out)
     report = json.dumps(suite_report(raw, found), indent=1) + "\n"
     for file in [folder / "results.json", *([Path(results)] if results else [])]:

@@ -36,11 +36,15 @@ MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training argu
 INTERRUPTED = "interrupted; run the suite again to go on"
 
 
+On = Callable[[], AbstractContextManager[Workers]]
+"""Opens other workers than those of this machine."""
+
+
 def run_suite(
     suite: Suite,
     workers: int = 2,
     console: Console | None = None,
-    on: Callable[[], AbstractContextManager[Workers]] | None = None,
+    on: On | None = None,
 ) -> list[dict[str, Any]]:
     """Train and test what is missing, side by side; return the result of every job, in order.
 
