@@ -11,8 +11,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants, hf_api
 from transformers import dynamic_module_utils
+from transformers.utils import hub as transformers_hub
 
 from innerloop.model import run_folder
 
@@ -34,8 +35,11 @@ def standing_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("HF_TOKEN", "hf_a_token")
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # which it took from the constants once and for all
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)  # so does this one
     run_folder._shared.cache_clear()
     yield server
+    close_session()  # which keeps its connections
     server.shutdown()
     server.server_close()
     run_folder._shared.cache_clear()

@@ -27,6 +27,7 @@ from innerloop.serve.settings import ServeSettings  # noqa: E402
 from innerloop.serve.worker import Worker  # noqa: E402
 
 KEY = "a key"
+CLIENTS: list = []
 NAME = "tiny"
 STOPS = Slr(n_slots=3, max_loops=4, loop={"residual": "A", "rescale": "rms", "time": "lookup"}, stop={"rule": "delta"})
 
@@ -65,8 +66,17 @@ def client(server):
     return client_of(server[0])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hung_up():
+    """Close the connections of all clients."""
+    yield
+    for one in CLIENTS:
+        one.close()
+
+
 def client_of(url, key=KEY):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    CLIENTS.append(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
+    return CLIENTS[-1]
 
 
 def chat(client, question=QUESTIONS[0], **options):

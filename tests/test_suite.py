@@ -300,6 +300,7 @@ def test_a_job_that_fails_stops_no_other_but_what_answers_with_its_run(raw: dict
     assert [row.name for row in by_variant([short, vote, plain])] == ["plain"]
 
 
+@pytest.mark.slow
 def test_what_all_jobs_would_note_is_told_once(raw: dict, tmp_path: Path):
     write_examples(Chain(n_ops=2).examples("train", 40), tmp_path / "rows.jsonl")
     raw |= {"task": {"name": "plain", "train": f"{tmp_path}/rows.jsonl", "test": f"{tmp_path}/rows.jsonl"}}

@@ -102,6 +102,7 @@ def test_what_is_no_method_is_refused_in_one_sentence(recipe, name, message):
         method_named(name)
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_found_again_in_another_process(recipe: Path, monkeypatch, capsys):
     (recipe.parent / "my_task.py").write_text(TASK)
     task, run = recipe.read_text().splitlines()[1], recipe.parent / "run"
