@@ -2,33 +2,10 @@
 (() => {
   const about = JSON.parse(document.getElementById("about").textContent);
   const $ = (id) => document.getElementById(id);
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const { make, paint } = parts;
   const number = (value, digits = 3) => (value === null ? "–" : Number(value.toPrecision(digits)).toString());
   let lines = [], asking = null;
 
-  // Text only: nothing that is received is ever parsed as markup.
-  function make(tag, options = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(options)) {
-      if (value === null || value === undefined) continue;
-      if (name === "text") node.textContent = value;
-      else node.setAttribute(name, value);
-    }
-    node.append(...children);
-    return node;
-  }
-  const RAMPS = {
-    light: [[237, 242, 248], [175, 206, 236], [94, 155, 214], [27, 92, 165], [10, 48, 99]],
-    dark: [[34, 42, 54], [33, 68, 112], [41, 105, 176], [104, 162, 228], [186, 216, 250]],
-  };
-  function paint(node, amount) {
-    const stops = RAMPS[dark.matches ? "dark" : "light"];
-    const at = Math.min(Math.max(amount, 0), 1) * (stops.length - 1), low = Math.min(Math.floor(at), stops.length - 2);
-    const mix = stops[low].map((value, i) => Math.round(value + (stops[low + 1][i] - value) * (at - low)));
-    const linear = mix.map((value) => ((value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
-    node.style.background = `rgb(${mix.join(" ")})`;
-    node.style.color = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 ? "#0b1420" : "#ffffff";
-  }
 
   function cell(line, i, j) {
     const own = line.cells[j];

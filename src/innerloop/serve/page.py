@@ -20,7 +20,7 @@ def live_page(name: str, method: Method, has_key: bool) -> str:
     about = {"model": name, "method": method.name, "summary": method.summary, "hasKey": has_key}
     parts = {
         "STYLE": (lens / "page.css").read_text(encoding="utf-8") + (own / "live.css").read_text(encoding="utf-8"),
-        "SCRIPT": (own / "live.js").read_text(encoding="utf-8"),
+        "SCRIPT": (lens / "parts.js").read_text(encoding="utf-8") + (own / "live.js").read_text(encoding="utf-8"),
         "ABOUT": json.dumps(about).replace("<", "\\u003c"),
     }
     page = (own / "live.html").read_text(encoding="utf-8")
