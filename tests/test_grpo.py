@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from innerloop import Cot, GrpoTrainer, InputError, NoCot, Slr
+from innerloop.decoder.cost import Cost
+from innerloop.engine.generation import Generation
 from innerloop.engine.rollouts import Rollout
 from innerloop.tasks import Chain
 from innerloop.text.row import Row
@@ -32,6 +34,15 @@ def make_trainer(folder: Path, model=None, rewards=None, callbacks=(), valid=Non
     model = tiny_model(Cot()) if model is None else model
     args = arguments(folder, **settings)
     return GrpoTrainer(model, args, list(chain_examples(16, 3)), valid, TASK, callbacks, rewards)
+
+
+def test_the_answers_mark_is_that_of_the_models_wording():
+    rollouts = [
+        Rollout(0, Row([]), Generation(text, None, Cost())) for text in ("2 + 2 = 4\nThe answer is: 4", "### 4")
+    ]
+    asked, format_of = list(chain_examples(2))[:2], ["format"]
+    assert Rewards(format_of, None, TASK)(asked[:1], rollouts).flatten().tolist() == [0, 1]
+    assert Rewards(format_of, None, TASK, mark="The answer is:")(asked[:1], rollouts).flatten().tolist() == [1, 0]
 
 
 def by_length(completion_ids, **_):

@@ -66,6 +66,14 @@ def test_a_price_lowers_the_number_of_iterations(tmp_path):
     assert sum(found[-5:]) / 5 < 1.4
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_the_drawn_number_counts_as_an_action(tmp_path, loss_type):
+    args = arguments(tmp_path, reward_funcs="loops", loss_type=loss_type, batch_size=8)
+    trainer = GrpoTrainer(tiny_model(GATED), args, list(chain_examples(16, 3)), None, TASK)
+    micros = trainer._roll_out([trainer.train_dataset[:1], trainer.train_dataset[1:2]], 0)
+    assert sum(micro.played.weights_U.sum() for micro in micros).item() == pytest.approx(1.0)
+
+
 def test_what_refines_no_latents_together_has_no_number_to_draw():
     with pytest.raises(InputError, match="refines no latents together"):
         StoppingPolicy(tiny_model(Slr(n_slots=2, max_loops=3, loop_scope="last", stop={"rule": "halt"})))

@@ -57,11 +57,6 @@ class Rollout:
         return tuple(self.generation.ids)
 
     @property
-    def n_actions(self) -> int:
-        """How many actions it is made of: tokens, or choices of a policy that is learned."""
-        return len(self.ids)
-
-    @property
     def columns(self) -> dict[str, float]:
         """What rewards are told of it besides what was written."""
         return {}

@@ -8,6 +8,7 @@ pass. All else - checkpoints, resuming, validation by generation - is `LatentTra
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +104,7 @@ class GrpoTrainer(LatentTrainer):
             raise InputError("without a task nobody knows how long an answer is: set max_completion_length")
         self.longest = longest
         names = args.reward_names if reward_funcs is None else list(reward_funcs)
-        self.rewards = Rewards(names, args.reward_weights, task, longest)
+        self.rewards = Rewards(names, args.reward_weights, task, longest, model.encoder.wording.mark)
         self.policy = policy_for(model, args) if policy is None else policy
         if self.policy.depends and args.num_iterations > 1:
             raise InputError(
@@ -182,14 +183,12 @@ class GrpoTrainer(LatentTrainer):
             kept = checkpoints.last_kept(args.output_dir)
             raise RewardError(f"training stopped at step {step}: {error}; {kept}") from error
         gains_N = self._advantages(self.rewards.total(rewards_NF).to(args.device))
-        n_tokens = float(self._over_processes(sum(one.n_actions for one in rollouts), args.device))
         self._measure(rewards_NF, rollouts)
-        micros, first = list[Micro](), 0
-        for batch in drawn:
-            part = slice(first, first + len(batch) * args.num_generations)
-            micros.append(self._micro(rollouts[part], gains_N[part], self._n_asked * args.num_generations, n_tokens))
-            first = part.stop
-        return micros
+        sizes = [len(batch) * args.num_generations for batch in drawn]
+        ends = list(itertools.accumulate(sizes))
+        batches = [self.policy.batch(rollouts[end - n : end]).to(args.device) for n, end in zip(sizes, ends)]
+        n_actions = float(self._over_processes(sum(sum(batch.n_targets) for batch in batches), args.device))
+        return [self._micro(batch, gains, n_actions) for batch, gains in zip(batches, gains_N.split(sizes))]
 
     def _advantages(self, rewards_N: Tensor) -> Tensor:
         """Return the advantages of this process's samples; what they are divided by may be of all processes."""
@@ -199,11 +198,11 @@ class GrpoTrainer(LatentTrainer):
         every_N = self.accelerator.gather(rewards_N)
         return advantages(every_N, args.num_generations, "batch")[args.process_index * n :][:n]
 
-    def _micro(self, rollouts: Sequence[Rollout], gains_N: Tensor, n_samples: int, n_tokens: float) -> Micro:
-        """Return some samples as one forward pass goes through them."""
-        batch = self.policy.batch(rollouts).to(self.args.device)
+    def _micro(self, batch: Any, gains_N: Tensor, n_actions: float) -> Micro:
+        """Return some samples as one forward pass goes through them; ``n_actions`` are those of the global batch."""
         lengths_N = torch.tensor(batch.n_targets, device=self.args.device)
-        weights_U = weights_of(lengths_N, self.args.loss_type, n_samples, n_tokens, self.longest)
+        n_samples = self._n_asked * self.args.num_generations
+        weights_U = weights_of(lengths_N, self.args.loss_type, n_samples, n_actions, self.longest)
         played = Played(gains_N.repeat_interleave(lengths_N), weights_U)
         if self.reference is not None:
             with torch.no_grad():

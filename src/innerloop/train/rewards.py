@@ -20,10 +20,10 @@ from innerloop.checks.imported import imported
 from innerloop.engine.rollouts import Rollout
 from innerloop.errors import InputError, nearest
 from innerloop.tasks import Task
-from innerloop.text.examples import ANSWER_PREFIX, Example
+from innerloop.text.examples import Example
+from innerloop.text.wording import OURS
 
 Reward = Callable[..., Sequence[float | None]]
-MARK = ANSWER_PREFIX.strip()
 
 
 class RewardError(InputError):
@@ -38,6 +38,7 @@ class Rewards:
         weights: what each counts; None: 1.
         task: says which answers are right.
         longest: the most tokens that a sample may have.
+        mark: what an answer is written behind.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class Rewards:
         weights: Sequence[float] | None = None,
         task: Task | None = None,
         longest: int = 1,
+        mark: str = OURS.mark,
     ):
         if not given:
             raise InputError("there is nothing to be rewarded for: name a reward in reward_funcs, such as answer")
         if weights is not None and len(weights) != len(given):
             raise InputError(f"reward_weights are {len(weights)}, but reward_funcs {len(given)}: give one for each")
-        built_in = _built_in(task, longest)
+        built_in = _built_in(task, longest, mark)
         self.functions = [
             built_in.get(one) or _imported(one, built_in) if isinstance(one, str) else one for one in given
         ]
@@ -116,7 +118,7 @@ def _imported(name: str, built_in: dict[str, Reward]) -> Reward:
     return found
 
 
-def _built_in(task: Task | None, longest: int) -> dict[str, Reward]:
+def _built_in(task: Task | None, longest: int, mark: str) -> dict[str, Reward]:
     """Return the rewards that have a name."""
 
     def is_right(text: str, gold: str) -> bool:
@@ -128,10 +130,10 @@ def _built_in(task: Task | None, longest: int) -> dict[str, Reward]:
         return [float(is_right(text, gold)) for text, gold in zip(completions, answer)]
 
     def one_mark(completions: Sequence[str], **_: Any) -> list[float]:
-        return [float(text.count(MARK) == 1) for text in completions]
+        return [float(text.count(mark) == 1) for text in completions]
 
     def strict_answer(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-        return [float(text.count(MARK) == 1 and is_right(text, gold)) for text, gold in zip(completions, answer)]
+        return [float(text.count(mark) == 1 and is_right(text, gold)) for text, gold in zip(completions, answer)]
 
     def length(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         return [-len(ids) / longest for ids in completion_ids]
