@@ -393,13 +393,3 @@ def test_the_methods_own_parts_may_have_a_learning_rate_of_their_own(method, fro
         changed = trained_names(before, model)
         assert changed and any(name.split(".")[0] in own for name in changed) == (rate > 0)
         assert not frozen or all(name.split(".")[0] in own or "trainable_tokens" in name for name in changed)
-
-
-def test_training_ends_at_a_validation_that_is_accurate_enough(tmp_path):
-    known = {"eval_strategy": "steps", "eval_steps": 2, "stop_at_accuracy": 0.0}
-    trainer = make_trainer(tmp_path, tiny_model(Cot()), valid=list(chain_examples(4)), **known)
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert not trainer.interrupted
-    with pytest.raises(InputError, match="stop_at_accuracy is of a validation"):
-        make_trainer(tmp_path, tiny_model(Cot()), stop_at_accuracy=0.5)

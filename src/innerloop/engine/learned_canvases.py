@@ -8,6 +8,7 @@ Shapes: `R` canvases, `G` tokens of each, `A` places that are asked for, `K` pla
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,23 @@ class Stage:
     at: tuple[Tensor, Tensor]
     block_RG: Tensor
     time_R: Tensor
+
+
+@dataclass
+class Seen:
+    """What a scorer goes by in a pass.
+
+    Attributes:
+        stage: the canvases before it.
+        states_RGD: the states at the places that predict.
+        logits_AV: of the masks that may be filled.
+        drawn_R3G: three draws for each place.
+    """
+
+    stage: Stage
+    states_RGD: Tensor
+    logits_AV: Tensor
+    drawn_R3G: Tensor
 
 
 def predicted(
@@ -93,7 +111,7 @@ def coins_likelihood(logit_RG: Tensor, asked_RG: Tensor, is_drawn_RG: Tensor, fa
     return found_R if fallback == "zeros" else torch.where(is_drawn_RG.any(1), found_R, 0.0)
 
 
-class LearnedEngine(CanvasEngine):
+class LearnedEngine(CanvasEngine, ABC):
     """Fills canvases as a scorer says."""
 
     def _fill_in(self, requests: Sequence[Request], canvases: Sequence[Canvas]) -> None:
@@ -104,7 +122,7 @@ class LearnedEngine(CanvasEngine):
         slots.meter.count_logits(slots.of(requests), self._sent(np.array([len(own) for own in asked])))
         states_RGD, logits_AV = predicted(self.model, stage, self.never, slots.meter, slots.of(requests))
         drawn_R3G = self._sent(np.stack([canvas.drawn() for canvas in canvases]))
-        found = self._choose(canvases, asked, stage, states_RGD, logits_AV, drawn_R3G)
+        found = self._choose(canvases, asked, Seen(stage, states_RGD, logits_AV, drawn_R3G))
         for canvas, commit in zip(canvases, found):
             canvas.take(np.array(commit.places, dtype=np.int64), np.array(commit.tokens, dtype=np.int64))
             if self.options.replayable:
@@ -124,17 +142,9 @@ class LearnedEngine(CanvasEngine):
         at = self._sent(rows), self._sent(places)
         return Stage(self._prompts(requests), self._sent(tokens), asked_RG, at, block_RG, time_R)
 
-    def _choose(
-        self,
-        canvases: Sequence[Canvas],
-        asked: Sequence[Ints],
-        stage: Stage,
-        states_RGD: Tensor,
-        logits_AV: Tensor,
-        drawn_R3G: Tensor,
-    ) -> list[Commit]:
+    @abstractmethod
+    def _choose(self, canvases: Sequence[Canvas], asked: Sequence[Ints], seen: Seen) -> list[Commit]:
         """Return what each canvas keeps."""
-        raise NotImplementedError
 
 
 class RankingEngine(LearnedEngine):
@@ -143,17 +153,10 @@ class RankingEngine(LearnedEngine):
     Places drawn one after the other by softmax of their scores are the largest of scores with Gumbel's noise, in order.
     """
 
-    def _choose(
-        self,
-        canvases: Sequence[Canvas],
-        asked: Sequence[Ints],
-        stage: Stage,
-        states_RGD: Tensor,
-        logits_AV: Tensor,
-        drawn_R3G: Tensor,
-    ) -> list[Commit]:
-        score_RG = ranked(self.model, stage, states_RGD, logits_AV, self.mask_id)
-        temperature, by_place = self.options.temperature, drawn_R3G.transpose(1, 2)[stage.at]
+    def _choose(self, canvases: Sequence[Canvas], asked: Sequence[Ints], seen: Seen) -> list[Commit]:
+        stage, logits_AV = seen.stage, seen.logits_AV
+        score_RG = ranked(self.model, stage, seen.states_RGD, logits_AV, self.mask_id)
+        temperature, by_place = self.options.temperature, seen.drawn_R3G.transpose(1, 2)[stage.at]
         tokens_A, _ = propose(logits_AV, self.method.sampler, temperature, by_place[:, 0], by_place[:, 2])
         keys_A = score_RG[stage.at].double()
         if temperature > 0:
@@ -176,20 +179,13 @@ class RankingEngine(LearnedEngine):
 class CoinsEngine(LearnedEngine):
     """Learned unmasking: each mask by a coin, at least the one with the largest chance; the likeliest tokens."""
 
-    def _choose(
-        self,
-        canvases: Sequence[Canvas],
-        asked: Sequence[Ints],
-        stage: Stage,
-        states_RGD: Tensor,
-        logits_AV: Tensor,
-        drawn_R3G: Tensor,
-    ) -> list[Commit]:
+    def _choose(self, canvases: Sequence[Canvas], asked: Sequence[Ints], seen: Seen) -> list[Commit]:
+        stage, logits_AV, drawn_R3G = seen.stage, seen.logits_AV, seen.drawn_R3G
         method, scorer, is_mask_RG = self.method, self.model.scorer, stage.tokens_RG == self.mask_id
         assert isinstance(method, UnmaskingPolicy) and scorer is not None
         likely_A = logits_AV.softmax(-1).amax(-1)
-        seen_RG = torch.zeros(is_mask_RG.shape, device=likely_A.device).index_put(stage.at, likely_A)
-        logit_RG = scorer(seen_RG, is_mask_RG, stage.time_R) / method.tau
+        sure_RG = torch.zeros(is_mask_RG.shape, device=likely_A.device).index_put(stage.at, likely_A)
+        logit_RG = scorer(sure_RG, is_mask_RG, stage.time_R) / method.tau
         beta = 1.0 if self.options.replayable else method.beta
         drawn_RG = (drawn_R3G[:, 1] < (beta * logit_RG.sigmoid()).clamp(max=1.0)) & stage.asked_RG
         tokens_A = likeliest(logits_AV, drawn_R3G[:, 2][stage.at] if method.sampler.ties == "random" else None)
@@ -199,9 +195,9 @@ class CoinsEngine(LearnedEngine):
         if self.options.replayable:
             likely = coins_likelihood(logit_RG, stage.asked_RG, drawn_RG, method.fallback).tolist()
         commits = []
-        for canvas, own, (is_drawn, tokens, seen, logits), log_prob in zip(canvases, asked, found, likely):
+        for canvas, own, (is_drawn, tokens, sure, logits), log_prob in zip(canvases, asked, found, likely):
             chosen = np.flatnonzero(is_drawn) if is_drawn.any() else np.array([logits.argmax()])
-            bounds, told = (canvas.start, canvas.end), tuple(seen.tolist())
+            bounds, told = (canvas.start, canvas.end), tuple(sure.tolist())
             places, filled = ints(own[chosen]), ints(tokens[chosen])
             commits.append(Commit(ints(own), places, filled, (), bounds, log_prob, told, not is_drawn.any()))
         return commits

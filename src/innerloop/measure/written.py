@@ -91,7 +91,8 @@ def written_steps(subject: Subject) -> WrittenSteps | None:
         return None
     subject = replace(subject, examples=[examples[i] for i in told], known=[plain[i] for i in told])
     own, unedited = [own[i] for i in told], [plain[i] for i in told]
-    donors = _donors([example.question for example in subject.examples], subject.seed)
+    place = {key: i for i, key in enumerate(subject.keys)}
+    donors = [place[subject.donors[key]] for key in subject.keys]
     subject.plan([*(f"early {share}" for share in SHARES), "mistaken", "exchanged"])
 
     def effect(name: str, begun: Sequence[Sequence[str]]) -> Effect:
@@ -126,11 +127,3 @@ def _mistaken(draw: random.Random, steps: Sequence[str], others: Sequence[str]) 
     """Return an answer's steps up to one that is drawn, in whose place the other's is."""
     place = draw.randrange(len(steps))
     return [*steps[:place], others[min(place, len(others) - 1)]]
-
-
-def _donors(questions: Sequence[str], seed: int) -> list[int]:
-    """Draw for each question another one, the same for equal questions."""
-    different = list(dict.fromkeys(questions))
-    random.Random(f"donors-{seed}").shuffle(different)
-    after = dict(zip(different, [*different[1:], different[0]]))
-    return [questions.index(after[question]) for question in questions]

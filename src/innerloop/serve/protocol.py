@@ -6,6 +6,7 @@ What would change an answer and cannot be done is refused, never left out in sil
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,7 +35,7 @@ class StopRule(BaseModel):
     rule: str
 
 
-class Asked(BaseModel):
+class Asked(BaseModel, ABC):
     """What both kinds of requests have in common; ``loops``, ``stop_rule`` and ``trace`` are ours."""
 
     model_config = ConfigDict(extra="forbid")
@@ -55,9 +56,9 @@ class Asked(BaseModel):
     trace: bool | None = None
 
     @property
+    @abstractmethod
     def questions(self) -> list[str]:
         """What is asked."""
-        raise NotImplementedError
 
     @property
     def most_tokens(self) -> int | None:
@@ -65,9 +66,9 @@ class Asked(BaseModel):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def n_alternatives(self) -> int | None:
         """How many alternatives to each token are told beside its log-probability; None: not that either."""
-        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:
