@@ -113,7 +113,8 @@ def _own(found: Findings) -> None:
         found.problems.append(str(error))
     if not (found.folder / PARTS).exists():
         found.problems.append(f"{PARTS} is missing")
-    found.tools.append("innerloop: ask, eval, lens, bench, calibrate, serve, push; Python: innerloop.LatentModel.from_pretrained")
+    verbs = "ask, eval, lens, bench, calibrate, serve, push"
+    found.tools.append(f"innerloop: {verbs}; Python: innerloop.LatentModel.from_pretrained")
     found.tools += _plain_tools(found.folder)
 
 
