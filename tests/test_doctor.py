@@ -37,7 +37,10 @@ def test_a_run(run, capsys):
     assert out.startswith(f"{run / 'checkpoint'}: a run: the method codi\n") and out.endswith("it is whole\n")
     assert "paper: arXiv 2502.21074" in out and "architecture: llama" in out
     assert re.search(r"weights: [\d,]+ numbers as F32", out) and re.search(r"of the method: [\d,]+ numbers as F32", out)
-    assert "transformers, with the thought" in out and "open Hugging Face folders: without the thought\n" in out
+    assert (
+        "transformers, with the thought" in out
+        and "open Hugging Face folders: without the thought, and without a word of it\n" in out
+    )
 
 
 @pytest.mark.parametrize(

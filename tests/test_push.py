@@ -2,8 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 
@@ -13,6 +16,8 @@ from innerloop.errors import InputError
 from innerloop.model import run_folder
 from innerloop.model.card import card
 from innerloop.model.doctor import examine
+from innerloop.model.shared_files import without_machine
+from innerloop.train.recipe import load_recipe
 from tests.hub import standing_in
 from tests.models import moved, saved, tiny_model
 from tests.test_checkpoint import contents
@@ -49,7 +54,7 @@ def run(tmp_path):
 def test_a_run_is_shared_whole_and_loaded_again_by_its_name(hub, run, capsys):
     assert main(["push", str(run), REPO]) == 0
     assert f"{hub.url}/{REPO}: shared" in capsys.readouterr().out
-    shared = {name: data for name, data in hub.repos[REPO].items() if name != "README.md"}
+    shared = {name: data for name, data in hub.repos[REPO].items() if name not in ("README.md", "config.yaml")}
     assert shared == contents(run / "checkpoint")
     assert hub.commits[REPO] == 1
     model, again = il.LatentModel.from_pretrained(run), il.LatentModel.from_pretrained(REPO)
@@ -78,6 +83,81 @@ def test_the_card_says_what_a_reader_needs(run, tmp_path):
     ):
         assert words in text
     assert str(tmp_path) not in text
+
+
+def test_the_recipe_that_is_shared_says_what_was_trained(hub, run):
+    main(["push", str(run), REPO])
+    (run / "shared.yaml").write_bytes(hub.repos[REPO]["config.yaml"])
+    own, shared = load_recipe(run / "config.yaml"), load_recipe(run / "shared.yaml")
+    assert shared == replace(own, out="run", task=replace(own.task, test="secret.jsonl"))
+
+
+@pytest.mark.slow  # two runs of a recipe
+def test_a_shared_model_is_trained_again_by_its_recipe(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scratch = {"type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    recipe = {
+        "task": {"name": "chain", "n_ops": 2, "n_train": 8},
+        "backbone": {"scratch": scratch | {"num_attention_heads": 2}},
+        "method": {"name": "codi", "n_latents_total": 1},
+        "train": {"max_steps": 1, "batch_size": 2, "use_cpu": True},
+        "out": str(tmp_path / "first"),
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", "recipe.yaml"]) == 0
+    assert main(["push", "first", REPO]) == 0
+    shared = il.LatentModel.from_pretrained(REPO)
+    assert "innerloop train config.yaml" in hub.repos[REPO]["README.md"].decode()
+    Path("config.yaml").write_bytes(hub.repos[REPO]["config.yaml"])
+    assert main(["train", "config.yaml", "--out", "again"]) == 0
+    again = il.LatentModel.from_pretrained("again")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in shared.state_dict().items())
+    assert (
+        "again" in examine("again").facts["recipe"]
+        and "config.yaml" in examine(run_folder.resolve(REPO)).facts["recipe"]
+    )
+
+
+def test_nothing_of_the_machine_is_shared(hub, run, tmp_path):
+    method = il.SpiralThinker(hid={"weight": 1.0, "teacher": str(tmp_path / "teacher")})
+    saved(moved(tiny_model(method)), run / "checkpoint")
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["train"] = {"run_name": "of mine", "hub_token": "hf_secret", "teacher_cache": "~me/cache", "max_steps": 3}
+    recipe["stages"] = [{"train": {"teacher_cache": f"--file={Path.home()}/x/cache"}}]
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    main(["push", str(run), REPO])
+    files = {name: data for name, data in hub.repos[REPO].items() if not name.endswith(".safetensors")}
+    for secret in (tmp_path, Path.home(), "hf_secret", "of mine", "~me"):
+        assert [name for name, data in files.items() if str(secret).encode() in data] == []
+    found = yaml.safe_load(files["config.yaml"])
+    assert found["train"] == {"teacher_cache": "cache", "max_steps": 3} and found["out"] == "run"
+    assert found["stages"] == [{"train": {"teacher_cache": "--file=cache"}}]
+    told = next(line for line in files["config.yaml"].decode().splitlines() if "names alone" in line)
+    assert all(name in told for name in ("task.test", " train.teacher_cache", "stages.1.train.teacher_cache"))
+    assert il.LatentModel.from_pretrained(REPO).method.hid.teacher == "teacher"
+    assert examine(run_folder.resolve(REPO)).problems == []
+
+
+def test_what_was_downloaded_is_shared_again_with_its_recipe(hub, run):
+    main(["push", str(run), REPO])
+    assert main(["push", REPO, "you/codi-chain"]) == 0
+    first, again = (yaml.safe_load(hub.repos[repo]["config.yaml"]) for repo in (REPO, "you/codi-chain"))
+    assert first == again
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/", "owner/name", "runs/a", "{out}/stages/1", "https://host/a/b", "a / b", "\\n", "/ ", "m:cfg:train", "~"],
+)
+def test_what_is_no_path_of_the_machine_stays(text):
+    assert without_machine({"a": [text]}) == {"a": [text]}
+
+
+@pytest.mark.parametrize(
+    "path", ["/data/x.jsonl", "../x.jsonl", "~/x.jsonl", "C:\\me\\x.jsonl", "file:///d/x.jsonl", "/x.jsonl"]
+)
+def test_paths_of_the_machine_are_cut_to_names(path):
+    assert without_machine(path) == "x.jsonl"
 
 
 def test_what_was_measured_of_other_weights_is_not_told(run):

@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from innerloop.config.reading import read_yaml
 from innerloop.errors import InputError
 from innerloop.methods import method_named
 from innerloop.model.run_folder import RUN_CHECKPOINT, SETTINGS, identity, read_settings
+from innerloop.model.shared_files import recipe_of, without_machine
 
-RESULT, CONTROLS, RECIPE = "result.json", "controls.json", "config.yaml"  # of a run, beside its checkpoint
+RESULT, CONTROLS = "result.json", "controls.json"  # of a run, beside its checkpoint
+AGAIN = "It is trained again by\n\n    hf download {} config.yaml --local-dir .\n    innerloop train config.yaml\n\n"
 TAGS = ["innerloop", "latent-reasoning", "reasoning"]
 COSTS = {  # of result.json, with the words of the card
     "passes": "passes of the decoder",
@@ -37,7 +38,7 @@ def card(run: str | Path, repo: str) -> str:
     """
     run = Path(run)
     folder = run / RUN_CHECKPOINT if (run / RUN_CHECKPOINT / SETTINGS).exists() else run
-    settings, result, recipe = read_settings(folder), _measured(run, RESULT), _recipe(run / RECIPE)
+    settings, result, recipe = read_settings(folder), _measured(run, RESULT), recipe_of(run)
     name = str(settings["method"]["name"])
     thought = folder / "custom_generate/thought.json"
     told = json.loads(thought.read_text()) if thought.exists() else None
@@ -49,7 +50,7 @@ def card(run: str | Path, repo: str) -> str:
         _controls(_measured(run, CONTROLS) if result else {}),
         _data(recipe, result),
         _block("Method", "yaml", {"method": settings["method"]}),
-        _block("Recipe", "yaml", recipe),
+        _block("Recipe", "yaml", recipe, AGAIN.format(repo)),
     ]
     front = {
         "library_name": "innerloop",
@@ -131,22 +132,21 @@ def _controls(found: Mapping[str, Any]) -> str:
 
 def _data(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     task = recipe.get("task") or result.get("task")
-    return _block("Data", "yaml", {"task": _shown(task)}) if task else ""
+    return _block("Data", "yaml", {"task": task}) if task else ""
 
 
-def _block(title: str, language: str, content: Mapping[str, Any]) -> str:
+def _block(title: str, language: str, content: Mapping[str, Any], before: str = "") -> str:
     if not content:
         return ""
-    return f"## {title}\n\n```{language}\n{yaml.safe_dump(_shown(content), sort_keys=False)}```"
+    shown = yaml.safe_dump(_without_empty(without_machine(content)), sort_keys=False)
+    return f"## {title}\n\n{before}```{language}\n{shown}```"
 
 
-def _shown(value: Any) -> Any:
-    """Return settings without the folders of the machine they were used on, and without what is empty."""
+def _without_empty(value: Any) -> Any:
+    """Return settings without what is empty."""
     if isinstance(value, Mapping):
-        return {key: _shown(one) for key, one in value.items() if one not in (None, {}, [])}
-    if isinstance(value, list | tuple):
-        return [_shown(one) for one in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return {key: _without_empty(one) for key, one in value.items() if one not in (None, {}, [])}
+    return [_without_empty(one) for one in value] if isinstance(value, list) else value
 
 
 def _sources(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,10 +180,3 @@ def _measured(run: Path, file: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if "saved" not in found or found["saved"] == identity(run) else {}
-
-
-def _recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    found = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    return found if isinstance(found, dict) else {}

@@ -19,9 +19,8 @@ from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, few
 from innerloop.formats.recognise import released
 from innerloop.methods import method_named
-from innerloop.model.run_folder import PARTS, RUN_CHECKPOINT, SETTINGS, read_settings
+from innerloop.model.run_folder import PARTS, RECIPE, RUN_CHECKPOINT, SETTINGS, read_settings
 
-RECIPE = "config.yaml"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 HAS_ALL = "transformers, vLLM, lm-eval and others that open Hugging Face folders"
@@ -111,6 +110,9 @@ def _own(found: Findings) -> None:
         found.facts["paper"] = method.paper
     except InputError as error:
         found.problems.append(str(error))
+    run = found.folder.parent if found.folder.name == RUN_CHECKPOINT else found.folder
+    if (run / RECIPE).is_file():
+        found.facts["recipe"] = f"{join(['innerloop', 'train', str(run / RECIPE)])} --out OUT trains it again"
     if not (found.folder / PARTS).exists():
         found.problems.append(f"{PARTS} is missing")
     verbs = "ask, eval, lens, bench, calibrate, serve, push"
@@ -127,7 +129,7 @@ def _plain_tools(folder: Path) -> Iterator[str]:
         return
     if thought:
         yield "transformers, with the thought: generate(..., custom_generate=FOLDER, trust_remote_code=True)"
-    yield f"{HAS_ALL}: without the thought" + ("" if thought else f"; {told}" * bool(told))
+    yield f"{HAS_ALL}: without the thought, and without a word of it" + ("" if thought else f"; {told}" * bool(told))
 
 
 def _look_at_files(found: Findings) -> None:

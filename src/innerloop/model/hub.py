@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from innerloop.disk.folders import MANIFEST, damage, manifest, own_files
+from innerloop.disk.folders import damage, manifest
 from innerloop.errors import InputError
 from innerloop.model.card import card
-from innerloop.model.run_folder import RUN_CHECKPOINT, SETTINGS, resolve
+from innerloop.model.run_folder import RECIPE, RUN_CHECKPOINT, SETTINGS, resolve
+from innerloop.model.shared_files import recipe_text, shared_files
 from innerloop.phases.phase import says
 
 AGAIN = "run the same again, and it goes on with what is missing"
@@ -70,19 +71,22 @@ def push(
     folder = pushable(run)
     if told_of is not None and _weights(folder) != _weights(Path(resolve(told_of))):
         raise InputError(f"the card would tell of {told_of}, whose weights are not this model's: leave run out")
-    own = folder / CARD if (folder / CARD).is_file() else card(told_of or _run_of(run, folder), repo).encode()
-    files = [CommitOperationAdd(name, folder / name) for name in (*own_files(folder), MANIFEST) if name != CARD]
-    files.append(CommitOperationAdd(CARD, own))
+    told, files = _run_of(told_of or run), shared_files(folder)
+    files.setdefault(CARD, folder / CARD if (folder / CARD).is_file() else card(told, repo).encode())
+    if recipe := recipe_text(told):
+        files[RECIPE] = recipe.encode()
     api = HfApi(token=token)
     with _told(repo):
         made = api.create_repo(repo, private=private, exist_ok=True)
-        api.create_commit(made.repo_id, files, commit_message="Upload a model of innerloop")
+        adds = [CommitOperationAdd(*one) for one in files.items()]
+        api.create_commit(made.repo_id, adds, commit_message="Upload a model of innerloop")
     return str(made)
 
 
-def _run_of(run: str | Path, folder: Path) -> Path:
-    """Return the run of a checkpoint, in which its results lie."""
-    return folder.parent if folder.name == RUN_CHECKPOINT else Path(run)
+def _run_of(path: str | Path) -> Path:
+    """Return the folder in which the results and the recipe of a model lie; what was downloaded has them in its own."""
+    folder = Path(resolve(path))
+    return folder.parent if folder.name == RUN_CHECKPOINT else folder
 
 
 def _weights(folder: Path) -> dict[str, str]:

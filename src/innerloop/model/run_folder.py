@@ -15,9 +15,10 @@ from innerloop.errors import InputError, nearest
 from innerloop.formats.recognise import released
 
 SETTINGS, PARTS = "innerloop.json", "innerloop.safetensors"
+RECIPE = "config.yaml"  # how it was trained: of a run, beside its checkpoint; of what is shared, in it
 FORMAT = 2  # of innerloop.json: how settings are spelled
 OF_HUB = ("revision", "token", "cache_dir", "local_files_only")  # what downloads are told
-SHARED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "custom_generate/*"]  # of a run on the Hub
+SHARED = [RECIPE, "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "custom_generate/*"]  # of a run on the Hub
 RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
 
 
