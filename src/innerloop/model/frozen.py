@@ -5,16 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from innerloop.config.method import Method
+from innerloop.decoder.backbone import Backbone
+from innerloop.errors import InputError, refuse
+from innerloop.methods import method_named, name_of
 from innerloop.passes.thought import Thought
 from innerloop.phases.phase import phase
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import PromptEncoder
+
+NO_MODEL = {
+    "depth": "repeats or skips its layers",
+    "denoise": "fills canvases with it",
+}  # what else a decoder is used for
 
 
 class Reader(Protocol):
@@ -70,3 +79,46 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class Read(Protocol):
+    """A model whose decoder is read."""
+
+    backbone: Backbone
+    method: Method
+
+
+def check_bare(name: str, path: str | Path) -> None:
+    """Refuse a run whose decoder is no model without its method.
+
+    Args:
+        name: of the method; one's own is not looked at, as that would import it.
+        path: where the run lies.
+    """
+    does = None if "." in name else NO_MODEL.get(method_named(name).family)
+    refuse(
+        (
+            does is not None,
+            f"the decoder of {path} is no model by itself, as '{name}' {does}: choose one that writes text",
+        )
+    )
+
+
+def check_reader(method: Method, path: str | Path) -> None:
+    """Refuse a reference that does not read text as it is written."""
+    does = {"thought": "thinks in latents first", "denoise": "fills canvases"}.get(method.family)
+    way = "choose a run that writes text, or a plain model"
+    refuse((does is not None, f"{path} cannot read along what was written, as '{method.name}' {does}: {way}"))
+
+
+def check_states(student: Read, teacher: Read, path: str | Path) -> None:
+    """Refuse a teacher whose states are of another shape than the student's, or no model's."""
+    theirs, ours, hid = teacher.backbone, student.backbone, student.method.hid
+    check_bare(name_of(teacher.method), path)
+    width = hid.width or ours.width
+    if theirs.width != width or (theirs.n_layers != ours.n_layers and hid.layers != "last"):
+        raise InputError(
+            f"the teacher in {path} has {theirs.n_layers} layers of width {theirs.width}, this model "
+            f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
+            "another width hid.width to it, of another depth hid.layers to last"
+        )

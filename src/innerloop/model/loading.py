@@ -41,6 +41,7 @@ from innerloop.model.checkpoint import (
     without_bars,
     without_words,
 )
+from innerloop.model.frozen import check_bare
 from innerloop.model.released import Found, fill, open_released
 from innerloop.model.run_folder import FORMAT, SETTINGS, check_own_code, read_settings, resolve
 from innerloop.model.unread import tell_chat, tell_unread
@@ -312,23 +313,19 @@ def _method_of(saved: Mapping[str, Any], folder: Path) -> Method:
 
 
 def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a bare model that shares a vocabulary, such as another size of the same family.
+    """Load a bare model that shares a vocabulary, such as another size of the same family; a run's, or a released one.
 
     Raises:
-        InputError: it cannot be loaded or used, or its tokens have other ids.
+        InputError: it cannot be loaded or used, is no model without its method, or its tokens have other ids.
     """
     path = resolve(path)
-    try:
-        with phase(f"loading {path}"):
-            theirs = _tokenizer_of(path)
-            lm = load_lm(path, dtype=dtype, is_own=(Path(path) / SETTINGS).exists())
-    except Exception as error:
-        if (reason := _reason(error, False)) is None:
-            raise
-        raise InputError(f"cannot load a decoder from '{path}': {reason}") from error
-    check_tokens(theirs, tokenizer, path)
-    check_passes(Backbone(lm))
-    return lm
+    with phase(f"loading {path}"):
+        found = _find(path, False, dtype, False, {})
+    if found.saved is not None:
+        check_bare(str(found.saved["method"]["name"]), path)
+    check_tokens(found.tokenizer, tokenizer, path)
+    check_passes(Backbone(found.lm))
+    return found.lm
 
 
 def _reason(error: Exception, trust_remote_code: bool) -> str | None:

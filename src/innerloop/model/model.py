@@ -21,7 +21,6 @@ from innerloop.decoder.adapters import add_markers
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.cost import CostMeter
 from innerloop.decoder.token_losses import ALL, AtOnce, HeadInputs, LogitsFn, summed_loss, token_losses
-from innerloop.errors import InputError
 from innerloop.loop.loop import InnerLoop
 from innerloop.loop.trace import Trace
 from innerloop.methods import Method
@@ -31,7 +30,7 @@ from innerloop.methods.text.cot import Cot
 from innerloop.model import checkpoint, loading, run_folder
 from innerloop.model.answer_decoder import AnswerDecoder, Classifier, decoder_for
 from innerloop.model.distillation import check_teacher, latent_teacher_terms
-from innerloop.model.frozen import FrozenReference
+from innerloop.model.frozen import FrozenReference, check_reader, check_states
 from innerloop.model.losses import (
     Output,
     Terms,
@@ -350,20 +349,9 @@ class LatentCore(RowLayout):
             if self.method.has_latent_teacher:
                 check_teacher(self, teacher, folder)
             else:
-                self._check_states_of(teacher, folder)
+                check_states(self, teacher, folder)
             self._frozen["teacher"] = teacher
         return self._frozen["teacher"]
-
-    def _check_states_of(self, teacher: LatentCore, folder: str) -> None:
-        """Refuse a teacher whose states are of another shape than this model's."""
-        theirs, ours, hid = teacher.backbone, self.backbone, self.method.hid
-        width = hid.width or ours.width
-        if theirs.width != width or (theirs.n_layers != ours.n_layers and hid.layers != "last"):
-            raise InputError(
-                f"the teacher in {folder} has {theirs.n_layers} layers of width {theirs.width}, this model "
-                f"{ours.n_layers} of width {ours.width}: set teacher to a run of the same model, or for one of "
-                "another width hid.width to it, of another depth hid.layers to last"
-            )
 
     def _load_frozen(self, folder: str, dtype: torch.dtype | str = "auto") -> LatentCore:
         """Load a run, or any decoder as a plain one, to be looked at."""
@@ -378,6 +366,7 @@ class LatentCore(RowLayout):
         assert source is not None
         model = self._load_frozen(source, self.backbone.lm.dtype)
         loading.check_tokens(model.tokenizer, self.tokenizer, source)
+        check_reader(model.method, source)
         return model
 
     def prepared(self, examples: Sequence[Example]) -> list[Example]:
