@@ -18,6 +18,8 @@ from innerloop.train import trainer as training
 from innerloop.train.trainer import DivergedError
 from tests.models import tiny_model
 from tests.test_cli import RECIPE
+from tests.test_grpo import G, by_length
+from tests.test_grpo import make_trainer as reinforcing
 from tests.test_trainer import TOLD, At, logged, make_trainer, uneven_examples
 
 pytestmark = pytest.mark.slow
@@ -46,11 +48,19 @@ def train_all(folder: Path, batch_size: int, **settings) -> None:
         make_trainer(folder / name, model, examples, batch_size=batch_size, max_steps=3, **settings).train()
 
 
+def reinforce(folder: Path, batch_size: int) -> None:
+    """Reinforce a model for three steps of two micro-batches."""
+    settings = {"gradient_accumulation_steps": 2, "beta": 0.1, "max_steps": 3, "scale_rewards": "batch"}
+    model = tiny_model(Slr(n_slots=2, max_loops=3, stop={"rule": "halt"}))
+    reinforcing(folder, model, [by_length], batch_size=batch_size, **settings).train()
+
+
 def of_two(folder: Path) -> None:
     """What each of two processes does."""
     train_all(folder, 8)
     train_all(folder / "micro", 8, loss_norm="micro")
     rank = int(os.environ["RANK"])
+    reinforce(folder / "grpo", 2 * G)
     limit, training.DIVERGED = training.DIVERGED, 0.7  # of an untrained model the loss is about that of guessing
     told = "it went on"
     try:
@@ -89,6 +99,15 @@ def test_all_that_is_logged_is_that_of_one_process_with_twice_the_batch(two: Pat
             assert [line[t] for t in exact] == pytest.approx([expected[t] for t in exact], rel=1e-5), name
             assert line == pytest.approx(expected, rel=1e-2), name  # of micro-batches, whose tokens are not as many
     assert {"loss_answer", "loss_aux"} <= numbers(two / "simcot")[0].keys()
+
+
+def test_reinforcement_draws_and_learns_what_one_process_does(two: Path, tmp_path: Path):
+    reinforce(tmp_path, 4 * G)
+    of_micros = {"rollout_share", "kl", "clip_ratio"}  # times, and means of micro-batches, whose tokens are not as many
+    for line, expected in zip(numbers(two / "grpo"), numbers(tmp_path), strict=True):
+        known = [name for name in expected if name not in of_micros]
+        assert line["completion_length"] == expected["completion_length"] and line["n_loops"] == expected["n_loops"]
+        assert [line[name] for name in known] == pytest.approx([expected[name] for name in known], rel=1e-4)
 
 
 def test_the_means_of_micro_batches_are_of_both_processes(two: Path):

@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from innerloop import Cot, InputError, LoopRegularised, Slr
+from innerloop import Cot, Dcolt, Hrpo, InputError, Llada, LoopRegularised, Slr, SoftThinking, UnmaskingPolicy
 from innerloop.engine.rollouts import WritingPolicy
 from innerloop.methods import METHODS
+from innerloop.train.policies import policy_for
 from tests.models import tiny_model
+from tests.test_grpo import arguments
 
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=0)
 QUESTIONS = ["3 ; + 4", "1 ; * 2 ; - 1 ; + 3", "2 ; + 1 ; - 4"]
@@ -49,6 +51,31 @@ def test_samples_depend_on_the_seed_the_question_and_the_sample_and_not_on_their
     _, few = rolled_out(model, samples=2, batch_size=1)
     assert [one.ids for one in few] == [one.ids for i, one in enumerate(many) if i % 3 < 2]
     assert len({one.ids for one in many}) > 3
+
+
+DRAWING = {
+    "cot": Cot(),
+    "hrpo": Hrpo(),
+    "drawn mixtures": SoftThinking(noise=0.5, stop_after=0),
+    "stop": Slr(n_slots=2, max_loops=3, stop={"rule": "halt"}),
+    "llada": Llada(gen_length=8),
+    "dcolt": Dcolt(gen_length=8, sampler={"steps": 4}),
+    "coins": UnmaskingPolicy(gen_length=8, hidden=16),
+}
+
+
+@pytest.mark.parametrize("method", DRAWING.values(), ids=DRAWING)
+def test_a_part_of_the_questions_is_drawn_as_it_is_among_all(method, tmp_path):
+    """As each of several processes asks its own."""
+    policy = policy_for(tiny_model(method), arguments(tmp_path))
+    every, part, alone = (
+        [
+            (one.ids, one.n_loops, getattr(one, "hidden", ()))
+            for one in policy.roll_out(QUESTIONS[first:], 3, 1, 9, places)
+        ]
+        for first, places in ((0, None), (1, [1, 2]), (1, None))
+    )
+    assert part == every[3:] and alone != part
 
 
 def test_log_probabilities_are_those_of_the_temperature_among_what_may_be_written():

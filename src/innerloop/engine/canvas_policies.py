@@ -132,9 +132,17 @@ class LearnedPolicy:
         self.model, self.method, self.temperature, self.batch_size = model, method, temperature, batch_size
         self.mask_id = method.mask_id(model.encoder)
 
-    def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
+    def roll_out(
+        self,
+        questions: Sequence[str],
+        samples: int,
+        seed: int,
+        max_new_tokens: int,
+        places: Sequence[int] | None = None,
+    ) -> list[Rollout]:
         """Return the samples of each question; a draw depends on the seed, the question's place and the sample's."""
-        found = fill_canvases(self.model, questions, samples, seed, max_new_tokens, self.temperature, self.batch_size)
+        drawn = self.temperature, self.batch_size, places
+        found = fill_canvases(self.model, questions, samples, seed, max_new_tokens, *drawn)
         alpha = self.method.alpha if isinstance(self.method, UnmaskingPolicy) else 1.0
         kept = [LearnedRollout(**vars(one), alpha=alpha) for one in found]
         return list(kept)

@@ -58,12 +58,14 @@ def fill_canvases(
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
+    places: Sequence[int] | None = None,
 ) -> list[CanvasRollout]:
     """Return samples of each question, whose commits are kept; draws are those of `WritingPolicy.roll_out`."""
     assert isinstance(model.method, DenoisingMethod)
     found = generate(
         model,
         questions,
+        places=places,
         samples=samples,
         temperature=temperature,
         seed=seed,
@@ -114,10 +116,19 @@ class OnePassPolicy:
         self.model, self.method, self.temperature, self.batch_size = model, method, temperature, batch_size
         self.share = p_mask_prompt
 
-    def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
+    def roll_out(
+        self,
+        questions: Sequence[str],
+        samples: int,
+        seed: int,
+        max_new_tokens: int,
+        places: Sequence[int] | None = None,
+    ) -> list[Rollout]:
         """Return the samples of each question; a draw depends on the seed, the question's place and the sample's."""
-        found = fill_canvases(self.model, questions, samples, seed, max_new_tokens, self.temperature, self.batch_size)
-        return [self._hidden(one, f"{seed}/{i}") for i, one in enumerate(found)]
+        drawn = self.temperature, self.batch_size, places
+        found = fill_canvases(self.model, questions, samples, seed, max_new_tokens, *drawn)
+        at = range(len(questions)) if places is None else places
+        return [self._hidden(one, f"{seed}/{at[one.question] * samples + i % samples}") for i, one in enumerate(found)]
 
     def _hidden(self, rollout: CanvasRollout, seed: str) -> CanvasRollout:
         """Draw which tokens of the question are masked."""

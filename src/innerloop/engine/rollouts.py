@@ -76,8 +76,19 @@ class Policy(Protocol):
 
     depends: bool
 
-    def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
-        """Return the samples of each question, one question after the other."""
+    def roll_out(
+        self,
+        questions: Sequence[str],
+        samples: int,
+        seed: int,
+        max_new_tokens: int,
+        places: Sequence[int] | None = None,
+    ) -> list[Rollout]:
+        """Return the samples of each question, one question after the other.
+
+        A draw depends on the seed, the question's place and the sample's alone. ``places`` are those of the questions
+        among all that are asked, where these are a part of them.
+        """
 
     def batch(self, rollouts: Sequence[Rollout]) -> Any:
         """Return rollouts as tensors; ``n_targets`` says how many actions each has."""
@@ -108,7 +119,14 @@ class WritingPolicy:
         self.depends = model.hybrid is not None
         self.model, self.temperature, self.batch_size = model, temperature, batch_size
 
-    def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
+    def roll_out(
+        self,
+        questions: Sequence[str],
+        samples: int,
+        seed: int,
+        max_new_tokens: int,
+        places: Sequence[int] | None = None,
+    ) -> list[Rollout]:
         """Return the samples of each question; a draw depends on the seed, the question's place and the sample's alone.
 
         Args:
@@ -116,10 +134,12 @@ class WritingPolicy:
             samples: of each question.
             seed: another draws other samples.
             max_new_tokens: the most tokens of one.
+            places: the place of each question among all, where these are a part of them.
         """
         found = generate(
             self.model,
             questions,
+            places=places,
             samples=samples,
             temperature=self.temperature,
             seed=seed,

@@ -48,14 +48,21 @@ class StoppingPolicy(WritingPolicy):
         is_refined = plan.scope == "slots" and model.method.fixed_point.solver == "none"
         refuse((not is_refined, f"'{name}' with these settings refines no latents together: set stop.rule to none"))
 
-    def roll_out(self, questions: Sequence[str], samples: int, seed: int, max_new_tokens: int) -> list[Rollout]:
+    def roll_out(
+        self,
+        questions: Sequence[str],
+        samples: int,
+        seed: int,
+        max_new_tokens: int,
+        places: Sequence[int] | None = None,
+    ) -> list[Rollout]:
         """Return the samples of each question; their numbers of iterations depend on what tokens depend on."""
         rows = self.model.prompts(questions)
         logits_TB = self._gate_of(rows)
         found = list[Rollout]()
-        for i, row in enumerate(rows):
+        for i, (row, at) in enumerate(zip(rows, range(len(rows)) if places is None else places, strict=True)):
             for s in range(samples):
-                n = _drawn(logits_TB[:, i], np.random.default_rng([seed, i, s, 2]).random())
+                n = _drawn(logits_TB[:, i], np.random.default_rng([seed, at, s, 2]).random())
                 own = replace(row, n_loops=n)
                 likely = float(chosen(logits_TB[:, i : i + 1], [n]))
                 found.append(Rollout(i, own, None, (likely,), n))  # type: ignore[arg-type]
@@ -70,8 +77,9 @@ class StoppingPolicy(WritingPolicy):
         engine = Engine(self.model, options)
         engine.n_loops_of = {(one.question, k % samples): one.row.n_loops for k, one in enumerate(found)}
         with unstopped(self.model):
-            for index, generation in engine.run(questions):
-                found[index] = replace(found[index], generation=generation)
+            for answered in engine.groups(questions, places=places):
+                for index, generation in answered:
+                    found[index] = replace(found[index], generation=generation)
         return found
 
     @torch.no_grad()

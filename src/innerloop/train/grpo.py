@@ -174,9 +174,9 @@ class GrpoTrainer(LatentTrainer):
         """Let the model answer, and return the samples of each micro-batch with what they are worth."""
         args = self.args
         examples = [example for batch in drawn for example in batch]
-        seed = int.from_bytes(blake2b(f"{args.seed}/{step}/{args.process_index}".encode(), digest_size=4).digest())
-        questions = [example.question for example in examples]
-        rollouts = self.policy.roll_out(questions, args.num_generations, seed, self.longest)
+        seed = int.from_bytes(blake2b(f"{args.seed}/{step}/0".encode(), digest_size=4).digest())
+        questions, places = [example.question for example in examples], self._places([len(batch) for batch in drawn])
+        rollouts = self.policy.roll_out(questions, args.num_generations, seed, self.longest, places)
         try:
             rewards_NF = self.rewards(examples, rollouts)
         except RewardError as error:
@@ -189,6 +189,12 @@ class GrpoTrainer(LatentTrainer):
         batches = [self.policy.batch(rollouts[end - n : end]).to(args.device) for n, end in zip(sizes, ends)]
         n_actions = float(self._over_processes(sum(sum(batch.n_targets) for batch in batches), args.device))
         return [self._micro(batch, gains, n_actions) for batch, gains in zip(batches, gains_N.split(sizes))]
+
+    def _places(self, sizes: Sequence[int]) -> list[int]:
+        """Return the places of this process's questions, so many in each micro-batch, among those of all processes."""
+        args, n = self.args, self.args.questions_per_batch
+        starts = [(i * args.world_size + args.process_index) * n for i in range(len(sizes))]
+        return [start + k for start, size in zip(starts, sizes) for k in range(size)]
 
     def _advantages(self, rewards_N: Tensor) -> Tensor:
         """Return the advantages of this process's samples; what they are divided by may be of all processes."""
