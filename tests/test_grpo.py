@@ -1,17 +1,20 @@
 """Reinforcement: the loss in numbers, what stops it, and that runs are the same however they are cut up."""
 
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from innerloop import Cot, GrpoTrainer, InputError, NoCot, Slr
+from innerloop import Coconut, Cot, GrpoTrainer, InputError, NoCot, Slr
+from innerloop.decoder.adapters import add_lora
 from innerloop.decoder.cost import Cost
 from innerloop.engine.generation import Generation
 from innerloop.engine.rollouts import Rollout
 from innerloop.tasks import Chain
 from innerloop.text.row import Row
+from innerloop.train import grpo
 from innerloop.train.algorithms import arguments_of
 from innerloop.train.policy_loss import Played, advantages, policy_loss, weights_of
 from innerloop.train.rewards import Rewards
@@ -181,6 +184,7 @@ def test_a_reward_that_fails_stops_with_one_sentence_and_keeps_the_checkpoint(tm
         ({"reward_funcs": "anwser"}, "no reward 'anwser' .did you mean 'answer'"),
         ({"reward_funcs": ["no.such.thing"]}, "cannot import no.such"),
         ({"reward_funcs": ["answer", "format"], "reward_weights": [1.0]}, "reward_weights are 1, but reward_funcs 2"),
+        ({"unfreeze_after": 2}, "unfreeze_after has no effect with algorithm=grpo: leave it out"),
         ({"batch_size": 1024}, "a step asks 256 questions, but there are 16"),
     ],
 )
@@ -251,6 +255,28 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, n, at):
     make_trainer(tmp_path / "cut", again, **known).train(resume_from_checkpoint=True)
     assert torch.equal(weights(whole), weights(again))
     assert logged(tmp_path / "cut", "reward") == logged(tmp_path / "whole", "reward")
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["new", "trained"])
+def test_the_reference_of_adapters_is_the_model_before_and_holds_its_base_once(tmp_path, monkeypatch, is_trained):
+    def trained(name):
+        model = tiny_model(Coconut(latents_per_step=1))
+        torch.manual_seed(0)
+        add_lora(model.backbone, model.marker_ids(), {"r": 2, "init_lora_weights": not is_trained})
+        trainer = make_trainer(tmp_path / name, model, [by_length], beta=0.1, max_steps=2)
+        trainer.train()
+        return trainer
+
+    sharing = trained("sharing")
+    own = {id(p): p for p in sharing.reference.parameters()}
+    twice = sum(p.numel() for p in own.values()) - sum(p.numel() for p in sharing.model.parameters() if id(p) in own)
+    assert twice == sum(p.numel() for p in sharing.model.parameters() if p.requires_grad)
+    monkeypatch.setattr(grpo, "_frozen", lambda model: copy.deepcopy(model).requires_grad_(False).eval())
+    whole = trained("whole")
+    for name in ("kl", "reward", "grad_norm"):
+        assert logged(tmp_path / "sharing", name) == logged(tmp_path / "whole", name)
+    assert logged(tmp_path / "whole", "kl")[-1] > 0
+    assert torch.equal(weights(sharing.model), weights(whole.model))
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])

@@ -265,5 +265,6 @@ class GrpoTrainer(LatentTrainer):
 
 
 def _frozen(model: LatentModel) -> LatentModel:
-    """Return a copy of a model that learns no more."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    """Return a copy of a model that learns no more; weights that are not trained, as below adapters, are held once."""
+    held = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, held).requires_grad_(False).eval()

@@ -65,7 +65,10 @@ class GrpoArguments(LatentTrainingArguments):
                 "question: give a multiple",
             ),
             (self.loss_norm == "micro", "loss_norm has no effect with algorithm=grpo: loss_type says what is averaged"),
-            (self.teacher_cache is not None, "teacher_cache has no effect with algorithm=grpo: leave it out"),
+            *(
+                (getattr(self, name) is not None, f"{name} has no effect with algorithm=grpo: leave it out")
+                for name in ("teacher_cache", "unfreeze_after")
+            ),
             *(
                 (
                     not (name == "save_steps" and self.save_strategy != "steps") and value > 0 and value % n > 0,
