@@ -10,7 +10,7 @@ from innerloop.errors import InputError
 from innerloop.methods import METHODS, Coconut, Slr
 from innerloop.tasks import Chain
 from innerloop.train.algorithms import arguments_of
-from innerloop.train.recipe import load_recipe, parse_recipe
+from innerloop.train.recipe import BackboneChoice, load_recipe, parse_recipe
 from innerloop.train.training_arguments import training_arguments
 from tests.fields import change
 from tests.test_typed import Aux, Inject, Loop, Summed
@@ -154,6 +154,16 @@ def test_groups_of_a_method_reach_from_the_recipe_over_stages_to_the_command_lin
 def test_mistakes_are_named(change: dict, message: str):
     with pytest.raises(InputError, match=message):
         parse_recipe({**RAW, **change})
+
+
+@pytest.mark.parametrize("change", [["--backbone", "runs/cot"], ["--backbone.model", "runs/cot"]])
+def test_a_model_takes_the_place_of_one_from_scratch(change: list[str], tmp_path: Path):
+    lora = {"r": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RAW | {"backbone": {"scratch": {}, "lora": lora}}))
+    assert load_recipe(tmp_path / "recipe.yaml", change).backbone == BackboneChoice(model="runs/cot", lora=lora)
+    assert parse_recipe(RAW | {"backbone": "runs/cot"}).backbone == BackboneChoice(model="runs/cot")
+    stages = [{"method": "cot"}, {"method": "cot", "backbone": "runs/cot"}]
+    assert parse_recipe(RAW | {"stages": stages}).stages[1].backbone == BackboneChoice(model="runs/cot")
 
 
 @pytest.mark.parametrize("preset", Slr.presets)

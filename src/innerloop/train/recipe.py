@@ -39,6 +39,7 @@ from innerloop.text.wording import Chat
 
 SECTIONS = ("task", "backbone", "method", "train", "out", "stages")
 NAMED = ("task", "method")
+BARE = {"task": "name", "method": "name", "backbone": "model"}  # the field that a section is, where it is a bare name
 CONFIG = "config.yaml"  # the recipe of a run, in its folder
 
 
@@ -187,6 +188,9 @@ def set_field(raw: dict[str, Any], name: str, value: Any) -> None:
     else:
         targets = [raw, *(stage for stage in stages if section == "train" and "train" in stage)]
     for target in targets:
+        if section == "backbone" and (path == ["model"] or (not path and isinstance(value, str))):
+            target[section] = overridden(section, target.get(section), {"model": value})
+            continue
         if not path:
             target[section] = _with_name(section, value)
             continue
@@ -245,18 +249,23 @@ def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
 
 
 def overridden(name: str, before: Any, value: Any) -> Any:
-    """Return a section with the fields that a stage or variant gives it; of another task or method none stay."""
+    """Return a section with the fields that a stage or variant gives it.
+
+    Of another task or method none stay, and where a model takes the place of one from scratch, that goes.
+    """
     before, value = (_with_name(name, section) for section in (before or {}, value))
     if not isinstance(before, dict) or not isinstance(value, dict):
         return value
     if value.get("name", before.get("name")) != before.get("name"):
         return value
+    if name == "backbone" and value.get("model") is not None:
+        before = {field: one for field, one in before.items() if field != "scratch"}
     return merged(before, value) if name in NAMED else {**before, **value}
 
 
 def _with_name(name: str, section: Any) -> Any:
     """Return a section whose bare name is spelled out."""
-    return {"name": section} if name in NAMED and isinstance(section, str) else section
+    return {BARE[name]: section} if name in BARE and isinstance(section, str) else section
 
 
 def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
@@ -278,7 +287,7 @@ def _parse_stage(raw: Mapping[str, Any], stage: Mapping[str, Any]) -> Recipe:
         raise InputError("the train section must list training arguments, for example train: {max_steps: 1000}")
     return Recipe(
         task=named(sections["task"], "task", task_named),
-        backbone=typed(BackboneChoice, sections["backbone"], "backbone"),
+        backbone=typed(BackboneChoice, _with_name("backbone", sections["backbone"]), "backbone"),
         method=named(sections["method"], "method", method_named),
         train=train,
         out=str(sections["out"]),
