@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from innerloop import Coconut, Cot, GrpoTrainer, InputError, NoCot, Slr
+from innerloop import Coconut, Cot, GrpoTrainer, Hrpo, InputError, NoCot, Slr
 from innerloop.decoder.adapters import add_lora
 from innerloop.decoder.cost import Cost
 from innerloop.engine.generation import Generation
@@ -52,7 +52,7 @@ def by_length(completion_ids, **_):
     return [float(len(ids)) for ids in completion_ids]
 
 
-def test_advantages_of_the_card():
+def test_advantages_of_the_card():  # hrpo.md, test 8
     found = advantages(torch.tensor([1.0, 0, 0, 0]), 4, "group")
     assert_close(found, [1.4997, -0.4999, -0.4999, -0.4999], 1e-4)
     assert abs(found.sum()) < 1e-6
@@ -96,7 +96,20 @@ def test_the_loss_in_numbers(tmp_path):
     assert_close(lp.grad, [slope, 0.25 + slope, -2 * low / 4 + slope, slope])
 
 
-def test_no_divergence_from_oneself(tmp_path):
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_the_value_of_a_whole_group_says_nothing_but_its_gradient_does(tmp_path, kind):  # hrpo.md, test 9
+    lengths = torch.tensor([3, 3, 3, 3] if kind == "dr_grpo" else [1, 4, 2, 5])
+    lp = torch.linspace(-3, -1, int(lengths.sum())).requires_grad_()
+    gains = advantages(torch.tensor([1.0, 0, 1, 0.3]), 4, "group").repeat_interleave(lengths)
+    played = Played(gains, weights_of(lengths, kind, 4, len(lp), 8), reference_U=lp.detach() + torch.randn(len(lp)))
+    loss, measured = policy_loss(lp, played, arguments(tmp_path))
+    loss.backward()
+    assert abs(loss) < 1e-6
+    assert_close(lp.grad, -gains * played.weights_U)
+    assert measured["kl"] > 0
+
+
+def test_no_divergence_from_oneself(tmp_path):  # hrpo.md, test 9
     lp = torch.tensor([-1.0, -2.0], requires_grad=True)
     played = Played(torch.zeros(2), torch.ones(2), reference_U=lp.detach())
     loss, measured = policy_loss(lp, played, arguments(tmp_path, beta=1.0))
@@ -220,14 +233,15 @@ def test_what_is_logged(tmp_path):
     assert all(0 < share < 1 for share in logged(tmp_path, "rollout_share")[::2])
 
 
-def test_what_is_rewarded_becomes_likelier(tmp_path):  # hrpo.md, test 12
-    model = tiny_model(NoCot())
+@pytest.mark.parametrize("method", [NoCot(), Hrpo()], ids=["no_cot", "hrpo"])
+def test_what_is_rewarded_becomes_likelier(tmp_path, method):  # hrpo.md, test 12
+    model = tiny_model(method)
     wanted = model.encoder.eos_id
 
     def mine(completion_ids, **_):
         return [float(ids[0] == wanted) for ids in completion_ids]
 
-    settings = {"max_steps": 30, "batch_size": 16, "learning_rate": 3e-3, "max_completion_length": 1}
+    settings = {"max_steps": 16, "batch_size": 16, "learning_rate": 6e-3, "max_completion_length": 1}
     make_trainer(tmp_path, model, rewards=[mine], **settings).train()
     rewards = logged(tmp_path, "reward")
     assert rewards[0] < 0.3

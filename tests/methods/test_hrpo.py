@@ -136,6 +136,9 @@ def test_5_latents_of_one_token_and_of_many():
     sure = torch.full((1, len(model.tokenizer)), -1e9)
     sure[0, 5] = 0
     assert_close(model.hybrid.latents(model.backbone, sure, torch.tensor([5])), table[5:6])
+    e, gate = table[5:6], model.hybrid.gate
+    a, i = (gate.openness() * gate.keeps(e).sigmoid()).exp(), gate.lets(e).sigmoid()
+    assert_close(gate(e, e, torch.ones(1, dtype=torch.bool)), (a + (1 - a**2 + 1e-8).sqrt() * i) * e)
     with torch.no_grad():
         model.backbone.lm.get_input_embeddings().weight[:8] = torch.eye(8, 32)
     even = torch.full((1, len(model.tokenizer)), -1e9)
