@@ -18,6 +18,7 @@ from innerloop.model.card import card
 from innerloop.model.doctor import examine
 from innerloop.model.shared_files import without_machine
 from innerloop.train.recipe import load_recipe
+from tests.fields import change
 from tests.hub import standing_in
 from tests.models import moved, saved, tiny_model
 from tests.test_checkpoint import contents
@@ -136,6 +137,17 @@ def test_nothing_of_the_machine_is_shared(hub, run, tmp_path):
     assert all(name in told for name in ("task.test", " train.teacher_cache", "stages.1.train.teacher_cache"))
     assert il.LatentModel.from_pretrained(REPO).method.hid.teacher == "teacher"
     assert examine(run_folder.resolve(REPO)).problems == []
+
+
+def test_what_needs_a_model_of_this_machine_is_shared_without_it(hub, run, tmp_path, capsys):
+    source = saved(tiny_model(il.NoCot()), tmp_path / "source")
+    told = il.SimCot(latents_per_step=1, aux={"source": str(source), "embed": "own"})
+    saved(tiny_model(told), run / "checkpoint")
+    assert main(["push", str(run), REPO]) == 2
+    assert "which is on this machine: load it with aux.weight=0 and share that" in capsys.readouterr().err
+    untold = change(told, aux={"weight": 0.0, "source": None})
+    il.LatentModel.from_pretrained(run, untold).push_to_hub(REPO)
+    assert il.LatentModel.from_pretrained(REPO).method == untold
 
 
 def test_what_was_downloaded_is_shared_again_with_its_recipe(hub, run):

@@ -15,7 +15,7 @@ from pathlib import Path
 from innerloop.disk.folders import damage, manifest
 from innerloop.errors import InputError
 from innerloop.model.card import card
-from innerloop.model.run_folder import RECIPE, RUN_CHECKPOINT, SETTINGS, resolve
+from innerloop.model.run_folder import RECIPE, RUN_CHECKPOINT, SETTINGS, read_settings, resolve
 from innerloop.model.shared_files import recipe_text, shared_files
 from innerloop.phases.phase import says
 
@@ -41,6 +41,12 @@ def pushable(run: str | Path) -> Path:
         raise InputError(f"{run} was not saved by innerloop: give a run, or save the model with save_pretrained first")
     if problem := damage(folder):
         raise InputError(f"{folder} is not whole ({problem}), so it is not shared: innerloop doctor says more")
+    aux = read_settings(folder)["method"].get("aux") or {}
+    if aux.get("weight") and aux.get("source") and Path(aux["source"]).exists():
+        raise InputError(
+            f"{run} cannot be loaded without its aux.source, {aux['source']}, which is on this machine: load it with "
+            "aux.weight=0 and share that, or share the source and train with its name on the Hub"
+        )
     return folder
 
 
