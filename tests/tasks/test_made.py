@@ -3,10 +3,10 @@
 import pytest
 
 from innerloop.errors import InputError
-from innerloop.tasks import TASKS, Countdown, Latin, Reversal, Star, Tracking
+from innerloop.tasks import TASKS, Countdown, Latin, Multiplication, PHop, Reversal, Star, Tracking
 
 SMALL = {"n_train": 200, "n_valid": 40, "n_test": 40}
-MADE = [Latin(**SMALL), Star(**SMALL), Countdown(**SMALL), Tracking(**SMALL)]
+MADE = [Latin(**SMALL), Star(**SMALL), Countdown(**SMALL), Tracking(**SMALL), Multiplication(**SMALL), PHop(**SMALL)]
 
 
 @pytest.mark.parametrize("task", MADE, ids=lambda task: task.name)

@@ -10,14 +10,16 @@ from innerloop.tasks.chain import Chain
 from innerloop.tasks.competition_math import Math
 from innerloop.tasks.countdown import Countdown
 from innerloop.tasks.gsm8k import Gsm8k
+from innerloop.tasks.igsm import Igsm
 from innerloop.tasks.latin import Latin
+from innerloop.tasks.multiplication import Mult4x4, Mult5x5, Multiplication
+from innerloop.tasks.phop import PHop
 from innerloop.tasks.plain import Plain
 from innerloop.tasks.prontoqa import ProntoQA
 from innerloop.tasks.prosqa import ProsQA
 from innerloop.tasks.reversal import Reversal
 from innerloop.tasks.star import Star
 from innerloop.tasks.strategyqa import StrategyQA
-from innerloop.tasks.synthetic import Igsm, Mult4x4, Mult5x5, PHop
 from innerloop.tasks.task import FileTask, Task
 from innerloop.tasks.text import Text
 from innerloop.tasks.tracking import Tracking
@@ -35,6 +37,7 @@ __all__ = [
     "Mult4x4",
     "Mult5x5",
     "MultiArith",
+    "Multiplication",
     "PHop",
     "Plain",
     "ProntoQA",
@@ -55,6 +58,8 @@ _CLASSES: tuple[type[Task], ...] = (
     Tracking,
     Star,
     Countdown,
+    Multiplication,
+    PHop,
     Reversal,
     Plain,
     ProsQA,
@@ -68,7 +73,6 @@ _CLASSES: tuple[type[Task], ...] = (
     Mult4x4,
     Mult5x5,
     Igsm,
-    PHop,
     Text,
 )
 TASKS: dict[str, type[Task]] = {task.name: task for task in _CLASSES}

@@ -12,7 +12,7 @@ from typing import ClassVar
 from innerloop.checks.values import Count
 from innerloop.errors import refuse
 from innerloop.phases.phase import phase
-from innerloop.tasks.task import Task, check_split, split_of
+from innerloop.tasks.task import FileTask, Task, check_split, split_of
 from innerloop.text.examples import Example, check_limit
 
 MANY_DRAWS = 10_000  # without a new question: there are no more
@@ -75,6 +75,16 @@ class MadeTask(Task):
                 seen.add(example.question)
                 misses = 0
                 yield example
+
+
+@dataclass(frozen=True)
+class ReadOrMade(MadeTask, FileTask):
+    """A task that is made on the spot, unless files are named: then they are read."""
+
+    def examples(self, split: str, limit: int | None = None) -> list[Example]:
+        """Read the examples of a split, or make them where neither it nor train names a file."""
+        is_read = getattr(self, check_split(split)) is not None or self.train is not None
+        return (FileTask if is_read else MadeTask).examples(self, split, limit)
 
 
 def lettered(i: int) -> str:
