@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from innerloop.errors import InputError
 from innerloop.serve.exchange import Exchange, Failed
-from innerloop.serve.guard import Guard, error_of
+from innerloop.serve.guard import AGAIN, Doors, Guard, error_of
 from innerloop.serve.metrics import Metrics
 from innerloop.serve.page import live_page
 from innerloop.serve.protocol import Asked, ChatAsked, CompletionAsked
@@ -23,7 +23,6 @@ from innerloop.serve.settings import ServeSettings
 from innerloop.serve.worker import Full, Worker
 
 ANSWERING = ("/v1/completions", "/v1/chat/completions")
-AGAIN = "1"  # seconds after which a client may try again
 
 
 class Gone(Exception):
@@ -31,7 +30,7 @@ class Gone(Exception):
 
 
 def make_app(worker: Worker, name: str, settings: ServeSettings, key: str | None = None) -> FastAPI:
-    """Return the app of a worker, which it starts and ends.
+    """Return the app of a worker, which it starts and ends; its ``state.doors`` are closed before it is to end.
 
     Args:
         worker: answers.
@@ -39,18 +38,19 @@ def make_app(worker: Worker, name: str, settings: ServeSettings, key: str | None
         settings: how it is served.
         key: which clients must send; None: none.
     """
-    metrics, state = Metrics(worker), {"drains": False}
+    metrics, doors = Metrics(worker), Doors()
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
-        state["drains"] = True
+        doors.close()
         worker.end()
         await anyio.to_thread.run_sync(worker.join, 10)
 
     app = FastAPI(title="innerloop", lifespan=life, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, key=key, most_bytes=settings.most_bytes, patience=settings.patience)
+    app.state.doors = doors
+    app.add_middleware(Guard, doors=doors, key=key, most_bytes=settings.most_bytes, patience=settings.patience)
     _tell_errors(app, metrics)
 
     async def answered(asked: Asked, request: Request) -> Response:
@@ -76,7 +76,7 @@ def make_app(worker: Worker, name: str, settings: ServeSettings, key: str | None
         return await answered(asked, request)
 
     _show_models(app, name, worker)
-    _show_state(app, worker, metrics, state)
+    _show_state(app, worker, metrics, doors)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -108,7 +108,7 @@ def _show_models(app: FastAPI, name: str, worker: Worker) -> None:
         return known
 
 
-def _show_state(app: FastAPI, worker: Worker, metrics: Metrics, state: dict[str, bool]) -> None:
+def _show_state(app: FastAPI, worker: Worker, metrics: Metrics, doors: Doors) -> None:
     """Tell those that watch over servers how this one is."""
 
     @app.get("/health")
@@ -121,7 +121,7 @@ def _show_state(app: FastAPI, worker: Worker, metrics: Metrics, state: dict[str,
 
     @app.get("/ready")
     async def ready() -> Response:
-        is_ready = worker.is_alive() and not state["drains"]
+        is_ready = worker.is_alive() and doors.closed_at is None
         return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
 
     @app.get("/metrics")

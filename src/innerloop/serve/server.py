@@ -26,6 +26,7 @@ def serve(model: LatentCore, name: str, settings: ServeSettings, tell: Callable[
     import uvicorn
 
     from innerloop.serve.app import make_app
+    from innerloop.serve.draining import DrainingServer
     from innerloop.serve.worker import Worker
 
     options = {"batch_size": settings.batch_size, "max_positions": settings.max_positions}
@@ -40,8 +41,8 @@ def serve(model: LatentCore, name: str, settings: ServeSettings, tell: Callable[
         timeout_keep_alive=max(int(settings.patience), 1),
     )
     tell(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    with suppress(KeyboardInterrupt):  # uvicorn passes the signal on, after all is answered
-        uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # a second Ctrl-C, which is passed on
+        DrainingServer(config, app.state.doors, settings.drain).run(sockets=[listening])
 
 
 def _bound(settings: ServeSettings) -> socket.socket:
