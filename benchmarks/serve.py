@@ -3,7 +3,8 @@
 The server is a process of its own, and clients stream from this one, so many at a time. Every answer must be the text
 that `generate` gives. Throughput is asked of a model at which a CPU takes milliseconds a pass (``--shape``), after a
 round that warms up; memory, the server's resident set, of a tiny one and many requests. With ``--peer``, plain text of
-the same model is also asked of transformers' own server.
+the same model is also asked of transformers' own server. What has been measured is kept beside ``--out`` until all is,
+and a run that was broken off goes on from there.
 
     python benchmarks/serve.py --threads 1 --out benchmarks/results/serve.json                    # minutes on a CPU
     python benchmarks/serve.py --smoke --out /tmp/serve.json                                      # seconds
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -51,10 +53,30 @@ def main() -> None:
         options.shape, options.clients, options.timed, options.requests, options.n_tokens = "smoke", 4, 12, 40, 4
         options.repeats = 1
     names = ("shape", "clients", "timed", "requests", "n_tokens", "length", "repeats")
-    points = [throughput(options, name, method) for name, method in METHODS.items()]
-    memory = steadiness(options)
     work = {name: getattr(options, name) for name in names}
-    record.write(options, "serve", {**work, "points": points, "memory": memory})
+    parts = {name: partial(throughput, options, name, method) for name, method in METHODS.items()}
+    found = measured(options, work, parts | {"memory": partial(steadiness, options)})
+    record.write(options, "serve", {**work, "points": [found[name] for name in METHODS], "memory": found["memory"]})
+    kept(options).unlink()
+
+
+def measured(options, work: dict, parts: dict[str, Callable[[], dict]]) -> dict[str, dict]:
+    """Return what each part measures; what an earlier run of the same work and commit has measured is not again."""
+    same = work | {"commit": record.commit(), "threads": torch.get_num_threads(), "seed": options.seed}
+    same |= {"device": str(options.device), "dtype": str(options.dtype), "peer": options.peer}
+    known = json.loads(kept(options).read_text()) if kept(options).exists() else {}
+    found = known["found"] if known.get("of") == same else {}
+    for name, measure in parts.items():
+        if name not in found:
+            found[name] = measure()
+            kept(options).parent.mkdir(parents=True, exist_ok=True)
+            kept(options).write_text(json.dumps({"of": same, "found": found}))
+    return found
+
+
+def kept(options) -> Path:
+    """Return where parts are kept until all are there."""
+    return options.out.with_suffix(".part.json")
 
 
 def throughput(options, name: str, method: Method) -> dict:

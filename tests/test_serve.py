@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from innerloop import Llada, Slr
+from innerloop.engine.events import Event
 from tests.methods.tools import QUESTIONS, halting, lean_towards_end, sharp_model
 from tests.models import tiny_model
 
@@ -24,7 +25,7 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("fastapi")
 from innerloop.serve.app import make_app  # noqa: E402
 from innerloop.serve.settings import ServeSettings  # noqa: E402
-from innerloop.serve.worker import Worker  # noqa: E402
+from innerloop.serve.worker import PACE, Asked, Worker  # noqa: E402
 
 KEY = "a key"
 CLIENTS: list = []
@@ -307,3 +308,20 @@ def test_the_verb_serves_and_ends_when_it_is_asked_to(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert url.startswith("http://127.0.0.1:") and done.stdout.endswith("data: [DONE]\n\n")
+
+
+def test_tokens_of_an_answer_are_told_at_a_pace_and_all_of_them():
+    asked, end = Asked(2), Event(0, generation=object())
+    words = [Event(0, ids=(i,), log_probs=(-float(i),)) for i in range(4)]
+    assert asked.told(words[0], 0.0) == words[:1]
+    assert asked.told(words[1], PACE / 2) == asked.told(words[2], PACE / 2) == []
+    assert asked.told(Event(0, 1, ids=(7,)), PACE / 2) == [Event(0, 1, ids=(7,))]
+    assert asked.told(words[3], PACE) == [Event(0, ids=(1, 2, 3), log_probs=(-1.0, -2.0, -3.0))]
+    assert asked.told(end, PACE) == [end]
+    whole = Asked(1, is_paced=False)
+    assert [whole.told(event, 0.0) for event in (*words[:2], Event(0, canvas=(1,)), end)] == [
+        [],
+        [],
+        [],
+        [Event(0, ids=(0, 1), log_probs=(0.0, -1.0)), end],
+    ]

@@ -57,15 +57,15 @@ def ask(url):
 class Streaming(threading.Thread):
     """Asks for a long answer; what it is told is in ``texts`` and ``is_whole``."""
 
-    def __init__(self, url, n):
+    def __init__(self, url, times):
         super().__init__()
-        self.url, self.texts, self.is_whole, self.error = url, [""] * n, False, None
+        self.url, self.texts, self.is_whole, self.error = url, [""] * LONG["n"] * times, False, None
+        self.asked = {**LONG, "prompt": [LONG["prompt"]] * times, "stream": True}
         self.has_begun = threading.Event()
 
     def run(self):
         try:
-            asked = {**LONG, "stream": True, "n": len(self.texts)}
-            with httpx.stream("POST", f"{self.url}/v1/completions", json=asked, timeout=60) as answer:
+            with httpx.stream("POST", f"{self.url}/v1/completions", json=self.asked, timeout=60) as answer:
                 for line in answer.iter_lines():
                     self.is_whole |= line == "data: [DONE]"
                     if line.startswith("data: {"):
@@ -76,9 +76,9 @@ class Streaming(threading.Thread):
             self.error = error
 
     @classmethod
-    def begun(cls, url, n=LONG["n"]):
+    def begun(cls, url, times=1):
         """Return one that has been told something."""
-        one = cls(url, n)
+        one = cls(url, times)
         one.start()
         assert one.has_begun.wait(60)
         return one
@@ -102,7 +102,7 @@ def test_a_server_that_is_asked_to_end_answers_what_is_in_flight_first(how, run,
 @pytest.mark.slow
 def test_what_is_in_flight_is_waited_for_no_longer_than_was_said(run):
     with serving(run, 0, "--drain", "0") as (url, process):
-        stream = Streaming.begun(url, n=64)
+        stream = Streaming.begun(url, times=40)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         stream.join(30)

@@ -50,9 +50,10 @@ class Exchange:
             Full: as many wait as may.
             InputError: one cannot be answered.
         """
+        is_paced = bool(self.asked.stream or self.asked.stops)  # a stop text is looked for in what is told
         try:
             for question in self.questions:
-                self.handed.append(await self.worker.ask(question, self.options))
+                self.handed.append(await self.worker.ask(question, self.options, is_paced))
         except BaseException:
             self.leave()
             raise

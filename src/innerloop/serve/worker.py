@@ -12,13 +12,18 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from innerloop.engine.events import Event
 from innerloop.engine.generation import Generation
 from innerloop.engine.incremental import IncrementalEngine
 from innerloop.model.model import LatentCore
+
+PACE = 0.1
+"""Seconds between two tellings of one answer's tokens, after its first: each costs a turn of the event loop."""
 
 
 class Full(Exception):
@@ -32,11 +37,26 @@ class Asked:
         id: its id.
         n_answers: how many answers it gets, of which ``n_left`` are not there yet.
         n_read: the tokens of the question.
+        is_paced: whether its tokens are told as they are written, at a pace; otherwise with the answer alone.
     """
 
-    def __init__(self, n_answers: int):
+    def __init__(self, n_answers: int, is_paced: bool = True):
         self.id, self.n_answers, self.n_left, self.n_read = -1, n_answers, n_answers, 0
+        self.is_paced = is_paced
         self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.held: dict[int, list[Event]] = {}  # tokens of each answer that have not been told
+        self.due: dict[int, float] = {}  # when the next are
+
+    def told(self, event: Event, now: float) -> list[Event]:
+        """Return what is to be told at a time at which something has happened: tokens are held back for a while."""
+        s, is_tokens = event.sample, event.thought is None and event.canvas is None and event.generation is None
+        if is_tokens:
+            self.held.setdefault(s, []).append(event)
+        if event.generation is None and (not self.is_paced or (is_tokens and now < self.due.get(s, now))):
+            return []
+        self.due[s] = now + PACE
+        found = [joined(held)] if (held := self.held.pop(s, [])) else []
+        return found if is_tokens else [*found, event]
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Yield its events up to the last answer."""
@@ -45,6 +65,14 @@ class Asked:
             event = await self.events.get()
             n_seen += event.generation is not None
             yield event
+
+
+def joined(events: Sequence[Event]) -> Event:
+    """Return several tellings of tokens as one."""
+    ids = tuple(i for event in events for i in event.ids)
+    likely = tuple(p for event in events for p in event.log_probs)
+    others = tuple(more for event in events for more in event.alternatives)
+    return replace(events[0], ids=ids, log_probs=likely, alternatives=others)
 
 
 class Worker(threading.Thread):
@@ -67,8 +95,8 @@ class Worker(threading.Thread):
 
     # Called in the event loop
 
-    async def ask(self, question: str, options: dict[str, Any]) -> Asked:
-        """Hand over a question.
+    async def ask(self, question: str, options: dict[str, Any], is_paced: bool = True) -> Asked:
+        """Hand over a question; see `Asked` for ``is_paced``.
 
         Raises:
             Full: as many wait as may.
@@ -77,7 +105,7 @@ class Worker(threading.Thread):
         n, loop = options.get("samples", 1), asyncio.get_running_loop()
         if self.most_open is not None and self.n_open + n > self.most_open:
             raise Full
-        asked, taken = Asked(n), loop.create_future()
+        asked, taken = Asked(n, is_paced), loop.create_future()
         self.n_open += n
 
         def submit() -> None:
@@ -150,10 +178,12 @@ class Worker(threading.Thread):
     def _tell(self, events: list[Event]) -> None:
         """Hand events over."""
         told: dict[asyncio.AbstractEventLoop, list[tuple[Asked, Event]]] = {}
+        now = time.monotonic()
         for event in events:
             if event.id in self.open:
                 asked, loop = self.open[event.id]
-                told.setdefault(loop, []).append((asked, event))
+                if found := asked.told(event, now):
+                    told.setdefault(loop, []).extend((asked, one) for one in found)
         for id in {event.id for event in events if event.generation is not None}:
             if id not in self.engine.owners:
                 self.open.pop(id, None)
