@@ -12,6 +12,7 @@ from innerloop.engine import batching
 from innerloop.engine.engine import Engine
 from innerloop.engine.incremental import IncrementalEngine
 from innerloop.engine.waiting import BATCHES_A_TURN
+from innerloop.loop.hooks import LoopHook, hooked
 from innerloop.methods import BlockDiffusion, Llada
 from tests.models import tiny_model
 from tests.test_engine_continuous import POOL, engine_of, made, quiet, told
@@ -191,3 +192,31 @@ def test_an_engine_that_answers_one_by_one_answers_no_batch_meanwhile():
         next(engine.groups(POOL))
     engine.close()
     assert len(list(engine.run(POOL))) == len(POOL)
+
+
+class Counting(LoopHook):
+    """Counts the iterations that have begun."""
+
+    n = 0
+
+    def on_input(self, state, iteration, rows):
+        self.n += 1
+        return state
+
+
+@pytest.mark.parametrize("kind", ["slots", "append"])
+def test_iterations_are_told_as_they_run_and_answers_stay_the_same(kind):
+    model, heard, ran = model_of(kind), [], Counting()
+    expected = model.generate(SHORT, max_new_tokens=4, trace=True)
+    engine = IncrementalEngine(model, max_new_tokens=4, trace=True)
+    engine.on_loop = lambda event: heard.append((event.id, event.loop.iterations[0], ran.n))
+    for question in SHORT:
+        engine.submit(question)
+    with hooked(model.loop, ran):
+        events = drained(engine)
+    answers = {event.id: event.generation for event in events if event.generation is not None}
+    assert [answers[i].ids for i in sorted(answers)] == [one.ids for one in expected]
+    for event in (event for event in events if event.thought is not None):
+        own = [entry.top_probs.tolist() for id, entry, _ in heard if id == event.id]
+        assert own == [entry.top_probs.tolist() for entry in event.thought.iterations] and len(own) > 1
+    assert all(n == entry.loop for _, entry, n in heard)  # each before the next began

@@ -157,9 +157,13 @@ def test_thoughts_come_before_the_text_and_say_what_they_are(client):
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, extra_body={"trace": True}))
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     kinds = ["reasoning" if getattr(d, "reasoning", None) else "content" for d in deltas[1:-1]]
-    assert kinds[0] == "reasoning" and set(kinds[1:]) == {"content"}
-    assert deltas[1].reasoning.startswith("[read-outs of the latents, not what the model says]\nloop 1: ")
-    assert chunks[-1].usage.innerloop["loops"] == len(chunks[1].innerloop["thought"])
+    assert kinds == sorted(kinds, reverse=True) and set(kinds) == {"reasoning", "content"}
+    told = "".join(getattr(d, "reasoning", None) or "" for d in deltas)
+    assert told.startswith("[read-outs of the latents, not what the model says]\nloop 1: ") and told.count("[") == 1
+    ours = [chunk.model_extra.get("innerloop") or {} for chunk in chunks]
+    (thought,) = (one["thought"] for one in ours if "thought" in one)
+    assert [one["loop"] for one in ours if "loop" in one] == thought  # each by itself, before all together
+    assert chunks[-1].usage.innerloop["loops"] == len(thought) == told.count("\nloop ")
 
 
 WRONG = [

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from innerloop.engine.options import EngineOptions
 from innerloop.engine.prefill import Prefill
 from innerloop.engine.requests import Alternatives, Request
 from innerloop.engine.waiting import Waiting
+from innerloop.loop.trace import Iteration, Trace
 from innerloop.model.model import LatentCore
 from innerloop.text.row import Row
 
@@ -51,10 +52,12 @@ class Batching:
         elsewhere: rows of others that write on the same model, and positions that these may come to occupy; they count
             as its own.
         tells_all: whether events tell what happens to answers before they are there.
+        on_loop: called in the middle of a step with what an iteration of a traced thought shows.
     """
 
     elsewhere = (0, 0)
     tells_all = False
+    on_loop: Callable[[Event], None] | None = None
 
     def __init__(self, model: LatentCore, options: EngineOptions):
         self.model, self.options, self.batch_size = model, options, options.batch_size
@@ -64,7 +67,7 @@ class Batching:
     def _reset(self) -> None:
         """Forget all requests."""
         self.waiting, self.ids = Waiting(self.batch_size), itertools.count()
-        self.prefill = Prefill(self.model, self.options, 2 * self.batch_size)
+        self.prefill = Prefill(self.model, self.options, 2 * self.batch_size, self._tell_loop)
         self.thinking: list[Request] = []
         self.ready: DecodeBatch | None = None  # has thought, and written nothing yet
         self.joining: list[Request] = []  # rows on their way to those that write
@@ -250,6 +253,13 @@ class Batching:
             if request.record is not None:
                 record, row = request.record
                 self.events.append(Event(request.id, request.draw[1], thought=record.row(row)))
+
+    def _tell_loop(self, requests: Sequence[Request], entry: Iteration) -> None:
+        """Tell what latents show after an iteration, while they are thought about."""
+        if self.on_loop is not None:
+            for row in entry.rows:
+                one = requests[row]
+                self.on_loop(Event(one.id, one.draw[1], loop=Trace(iterations=[entry.of(row)])))
 
     def _look(self, batch: DecodeBatch) -> None:
         """Move chosen tokens to the host; rows that have ended leave."""

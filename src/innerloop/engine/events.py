@@ -18,6 +18,7 @@ class Event:
         sample: which of its answers.
         ids: tokens that were written since its last event, and ``log_probs`` and ``alternatives`` of each, where asked
             for.
+        loop: what its latents show after one iteration, while others follow; see `IncrementalEngine`.
         thought: what its latents show, once they are there and before anything is written, where a trace is asked for.
         canvas: all tokens of its canvas after a pass, `HIDDEN` where masks are.
         n_final: how many tokens at the beginning of the canvas can change no more.
@@ -29,6 +30,7 @@ class Event:
     ids: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
     alternatives: tuple[Alternatives, ...] = ()
+    loop: Trace | None = None
     thought: Trace | None = None
     canvas: tuple[int, ...] | None = None
     n_final: int = 0

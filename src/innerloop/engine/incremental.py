@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Unpack
 
@@ -43,7 +43,13 @@ class IncrementalEngine:
     Args:
         model: what answers.
         options: the options of requests that do not say otherwise; see `EngineOptions`.
+
+    Attributes:
+        on_loop: called in the middle of a step, with an event for each iteration of a thought of which a trace is asked
+            for: the read-out after it, before the next has run. None: they come together, as `Event.thought`.
     """
+
+    on_loop: Callable[[Event], None] | None = None
 
     @checked
     def __init__(self, model: LatentCore, **options: Unpack[Answering]):
@@ -92,7 +98,7 @@ class IncrementalEngine:
         kind, id = engine_class(self.model, own), next(self.ids)
         key = _key(own, kind.per_request(self.model))
         engine = self.engines[key] if key in self.engines else kind(self.model, own)
-        engine.tells_all = True
+        engine.tells_all, engine.on_loop = True, self.on_loop
         engine.submit(question, own, steps, begun, id)
         self.engines[key], self.owners[id] = engine, (key, own.n_answers)
         return id

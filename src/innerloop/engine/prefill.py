@@ -8,7 +8,8 @@ Shapes: `R` rows that write, `S` columns of what they have been given to write o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from innerloop.engine.requests import Prompt, Request
 from innerloop.engine.shared_prefix import begin, n_shared
 from innerloop.loop.hooks import hooked
 from innerloop.loop.starts import RandomStarts
-from innerloop.loop.trace import Trace
+from innerloop.loop.trace import Iteration, Trace
 from innerloop.model.answer_decoder import AnswerDecoder, Classifier
 from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context
@@ -56,6 +57,9 @@ class Slots:
         return torch.tensor([request.slot for request in requests], device=self.meter.passes.device)
 
 
+Told = Callable[[Sequence[Request], Iteration], None]
+
+
 class Prefill:
     """Reads requests and thinks about them.
 
@@ -63,10 +67,11 @@ class Prefill:
         model: what reads.
         options: how questions are answered.
         n_slots: how many requests may be read and not answered at a time.
+        told: called with what is thought about and each iteration, as soon as it has run, where a trace is asked for.
     """
 
-    def __init__(self, model: LatentCore, options: EngineOptions, n_slots: int):
-        self.model, self.options = model, options
+    def __init__(self, model: LatentCore, options: EngineOptions, n_slots: int, told: Told | None = None):
+        self.model, self.options, self.told = model, options, told
         self.block = model.block(options.loops)
         self.slots = Slots(n_slots, model.device)
 
@@ -86,7 +91,11 @@ class Prefill:
         # What is pending is read with the first answer token.
         columns, mask = batch.columns(2)
         suffix = [(model.backbone.embed(batch.ids_BS[:, columns]), mask)] if columns.start < columns.stop else []
+        if record is not None and self.told is not None and model.depth is None:  # whose iterations are of tokens
+            record.told = partial(self.told, requests)
         thought = self._think(read, batch, record, context)
+        if record is not None:
+            record.told = None
         if thought.loop is not None:
             for request, i in zip(requests, same):
                 request.n_loops = request.billed * thought.loop.n_loops[i]

@@ -47,6 +47,12 @@ class Iteration:
     top_probs: Tensor | None = None
     ranks: Tensor | None = None
 
+    def of(self, row: int) -> Iteration:
+        """Return what belongs to one of its rows."""
+        at = self.rows.index(row)
+        fields = {name: value[at : at + 1] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Iteration(self.loop, [row], **fields)
+
 
 @dataclass
 class TopTokens:
@@ -109,6 +115,7 @@ class Trace:
         top_k: how many alternatives a read-out keeps.
         gold: (B, 1 + N) the tokens that the position before the latents and the latents should show, below 0 where none
             is known; None: nothing is known.
+        told: called with each iteration as soon as it has run.
     """
 
     read_out: Callable[[Tensor], Tensor] | None = None
@@ -118,6 +125,7 @@ class Trace:
     gold: Tensor | None = None
     opened: list[Trace] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
+    told: Callable[[Iteration], None] | None = None
 
     def read(self, logits: Tensor, gold_AN: Tensor | None = None) -> TopTokens:
         """Return the likeliest tokens of logits (A, N, V), and the ranks of the gold ones."""
@@ -163,15 +171,15 @@ class Trace:
             reading = self.read(self.read_out(output), None if self.gold is None else self.gold[rows, 1:])
             entry.top_ids, entry.top_probs, entry.ranks = reading.top_ids, reading.top_probs, reading.ranks
         self.iterations.append(entry)
+        if self.told is not None:
+            self.told(entry)
 
     def row(self, row: int) -> Trace:
         """Return the trace of one row of the batch, as far as it went."""
         part = Trace(self.read_out, self.top_k)
         for entry in self.iterations:
             if row in entry.rows:
-                at = entry.rows.index(row)
-                fields = {name: value[at : at + 1] for name, value in vars(entry).items() if isinstance(value, Tensor)}
-                part.iterations.append(Iteration(entry.loop, [row], **fields))
+                part.iterations.append(entry.of(row))
         if self.last is not None:
             kept = {name: value[row : row + 1] for name, value in vars(self.last).items() if value is not None}
             part.last = TopTokens(**kept)

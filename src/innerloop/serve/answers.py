@@ -38,6 +38,7 @@ class Answers:
     def __init__(self, name: str, tokenizer: Any, is_chat: bool, n_alternatives: int | None, seed: int):
         self.name, self.tokenizer, self.is_chat, self.seed = name, tokenizer, is_chat, seed
         self.n_alternatives = n_alternatives
+        self.told: set[int] = set()  # answers of which some iteration has been told
         self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -60,12 +61,22 @@ class Answers:
         delta = {"role": "assistant", "content": ""}
         return self._body("chunk", [{"index": index, "delta": delta, "finish_reason": None}])
 
+    def loop(self, index: int, trace: Trace) -> dict[str, Any]:
+        """Return an event with what latents show after one iteration: as text, and cell by cell."""
+        is_first = index not in self.told
+        self.told.add(index)
+        return self._shown(index, reasoning(self.tokenizer, trace, is_first), {"loop": self._lines(trace)[0]})
+
     def thought(self, index: int, trace: Trace) -> dict[str, Any]:
-        """Return an event with what latents show: as text, and cell by cell."""
-        delta: dict[str, Any] = (
-            {"delta": {"reasoning": reasoning(self.tokenizer, trace)}} if self.is_chat else {"text": ""}
-        )
-        return self._body("chunk", [{"index": index, "finish_reason": None, **delta}], innerloop=self.shown(trace))
+        """Return an event with what latents show: cell by cell, and as text if that has not been told."""
+        text = "" if index in self.told else reasoning(self.tokenizer, trace)
+        return self._shown(index, text, self.shown(trace))
+
+    def _shown(self, index: int, text: str, ours: dict[str, Any]) -> dict[str, Any]:
+        delta: dict[str, Any] = {"text": ""}
+        if self.is_chat:
+            delta = {"delta": {"reasoning": text} if text else {}}
+        return self._body("chunk", [{"index": index, "finish_reason": None, **delta}], innerloop=ours)
 
     def canvas(self, index: int, event: Event) -> dict[str, Any]:
         """Return an event with a whole canvas; null stands where a mask is."""
@@ -82,8 +93,10 @@ class Answers:
 
     def shown(self, trace: Trace) -> dict[str, Any]:
         """Return what latents show, iteration by iteration, as the lens has it."""
-        lines = [{"loop": entry.loop, "cells": to_json(cells_of(self.tokenizer, entry))} for entry in trace.iterations]
-        return {"thought": lines, "statistics": to_json(loops_of(trace))}
+        return {"thought": self._lines(trace), "statistics": to_json(loops_of(trace))}
+
+    def _lines(self, trace: Trace) -> list[dict[str, Any]]:
+        return [{"loop": entry.loop, "cells": to_json(cells_of(self.tokenizer, entry))} for entry in trace.iterations]
 
     def whole(self, writings: Sequence[Writing], n_read: int, costs: Sequence[Cost]) -> dict[str, Any]:
         """Return all answers at once."""
@@ -142,13 +155,13 @@ def usage_of(n_read: int, costs: Sequence[Cost]) -> dict[str, Any]:
     }
 
 
-def reasoning(tokenizer: Any, trace: Trace) -> str:
+def reasoning(tokenizer: Any, trace: Trace, is_labelled: bool = True) -> str:
     """Return what latents show in words, a line for each iteration, labelled as what it is."""
     lines = []
     for entry in trace.iterations:
         words = [cell.top[0][0] for cell in cells_of(tokenizer, entry)]
         lines.append(f"loop {entry.loop}: {' '.join(words)}\n")
-    return LABEL + "".join(lines) if lines else ""
+    return (LABEL if is_labelled else "") + "".join(lines) if lines else ""
 
 
 def errors_of(generations: Iterable[Generation]) -> str | None:

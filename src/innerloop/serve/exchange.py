@@ -126,6 +126,8 @@ class Exchange:
         writing, found = self.writings[place], []
         if writing.is_over:
             return []
+        if event.loop is not None:
+            return [self.answers.loop(place, event.loop)]
         if event.thought is not None and event.thought.iterations:
             found.append(self.answers.thought(place, event.thought))
         if event.canvas is not None and self.asked.trace:

@@ -4,8 +4,8 @@
   const $ = (id) => document.getElementById(id);
   const { make, paint } = parts;
   const number = (value, digits = 3) => (value === null ? "–" : Number(value.toPrecision(digits)).toString());
+  const named = (line) => ({ name: `loop ${line.loop}`, noun: "latent", cells: line.cells });
   let lines = [], asking = null;
-
 
   function cell(line, i, j) {
     const own = line.cells[j];
@@ -51,8 +51,13 @@
   function take(chunk) {
     if (chunk.error) throw new Error(chunk.error.message);
     const ours = chunk.innerloop ?? {};
+    if (ours.loop) {
+      lines = [...lines.slice(0, ours.loop.loop - 1), named(ours.loop)]; // it may think anew, where memory has run out
+      draw();
+      select(lines.length - 1, 0);
+    }
     if (ours.thought) {
-      lines = ours.thought.map((line) => ({ name: `loop ${line.loop}`, noun: "latent", cells: line.cells }));
+      lines = ours.thought.map(named);
       draw();
       select(0, 0);
     }

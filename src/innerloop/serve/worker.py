@@ -49,7 +49,8 @@ class Asked:
 
     def told(self, event: Event, now: float) -> list[Event]:
         """Return what is to be told at a time at which something has happened: tokens are held back for a while."""
-        s, is_tokens = event.sample, event.thought is None and event.canvas is None and event.generation is None
+        others = event.loop, event.thought, event.canvas, event.generation
+        s, is_tokens = event.sample, all(other is None for other in others)
         if is_tokens:
             self.held.setdefault(s, []).append(event)
         if event.generation is None and (not self.is_paced or (is_tokens and now < self.due.get(s, now))):
@@ -87,6 +88,7 @@ class Worker(threading.Thread):
     def __init__(self, model: LatentCore, most_waiting: int | None = None, **options: Any):
         super().__init__(daemon=True, name="engine")
         self.model, self.engine = model, IncrementalEngine(model, **options)
+        self.engine.on_loop = lambda event: self._tell([event])
         self.most_open = None if most_waiting is None else most_waiting + self.engine.options.batch_size
         self.calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.open: dict[int, tuple[Asked, asyncio.AbstractEventLoop]] = {}
