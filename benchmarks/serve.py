@@ -1,10 +1,11 @@
 """Requests over HTTP against `generate` on the same questions: throughput, time to the first token, memory.
 
 The server is a process of its own, and clients stream from this one, so many at a time. Every answer must be the text
-that `generate` gives. Throughput is asked of a model at which a CPU takes milliseconds a pass (``--shape``), after a
-round that warms up; memory, the server's resident set, of a tiny one and many requests. With ``--peer``, plain text of
-the same model is also asked of transformers' own server. What has been measured is kept beside ``--out`` until all is,
-and a run that was broken off goes on from there.
+that `generate` gives. `generate` knows all questions beforehand; the engine alone, asked one by one as clients do, says
+what that is worth. Throughput is asked of a model at which a CPU takes milliseconds a pass (``--shape``), after a round
+that warms up; memory, the server's resident set, of a tiny one and many requests. With ``--peer``, plain text of the
+same model is also asked of transformers' own server. What has been measured is kept beside ``--out`` until all is, and
+a run that was broken off goes on from there.
 
     python benchmarks/serve.py --threads 1 --out benchmarks/results/serve.json                    # minutes on a CPU
     python benchmarks/serve.py --smoke --out /tmp/serve.json                                      # seconds
@@ -31,6 +32,7 @@ import subjects
 import torch
 
 from innerloop.decoder.memory import MIB
+from innerloop.engine.incremental import IncrementalEngine
 from innerloop.engine.latent_model import LatentModel
 from innerloop.methods import Cot, Method, Slr
 
@@ -90,9 +92,10 @@ def throughput(options, name: str, method: Method) -> dict:
             start = time.perf_counter()
             expected = [one.text for one in model.generate(asked, max_new_tokens=options.n_tokens)]
             alone = time.perf_counter() - start
+            engine = one_by_one(model, asked, options)
             found = asyncio.run(ask(url, asked, options))
             check(found["texts"], expected)
-            turns += [(alone, found)] if turn > 0 else []
+            turns += [(alone, found, engine)] if turn > 0 else []
         del process
         peer = None
         if options.peer and name == "cot":
@@ -100,15 +103,35 @@ def throughput(options, name: str, method: Method) -> dict:
                 asyncio.run(ask(there, asked[:8], options, folder))
                 peer = asyncio.run(ask(there, asked, options, folder))
     best = min(turns, key=lambda turn: turn[1]["seconds"])
-    seconds = sorted(alone for alone, _ in turns)[len(turns) // 2]
-    http = sorted(found["seconds"] for _, found in turns)[len(turns) // 2]
+    seconds, engine = (sorted(turn[i] for turn in turns)[len(turns) // 2] for i in (0, 2))
+    http = sorted(found["seconds"] for _, found, _ in turns)[len(turns) // 2]
     point = {"method": name, "generate_per_s": options.timed / seconds, "http_per_s": options.timed / http}
-    point |= {"ratio": seconds / http, "first_ms": quantiles(best[1]["first"]), "whole_ms": quantiles(best[1]["whole"])}
+    point |= {
+        "engine_per_s": options.timed / engine,
+        "ratio": seconds / http,
+        "first_ms": quantiles(best[1]["first"]),
+        "whole_ms": quantiles(best[1]["whole"]),
+    }
     if peer is not None:
         told = {"per_s": options.timed / peer["seconds"], "first_ms": quantiles(peer["first"])}
         point["transformers"] = told | {"whole_ms": quantiles(peer["whole"])}
     print(json.dumps(point))
     return point
+
+
+def one_by_one(model: LatentModel, asked: Sequence[str], options) -> float:
+    """Return the seconds of the engine alone, where questions come as clients send them: one as another is answered.
+
+    `generate` knows all of them from the beginning, and reads them in whole batches.
+    """
+    engine, left, start = IncrementalEngine(model, max_new_tokens=options.n_tokens), iter(asked), time.perf_counter()
+    for question in itertools.islice(left, options.clients):
+        engine.submit(question)
+    while engine.is_at_work:
+        n_done = sum(event.generation is not None for event in engine.step())
+        for question in itertools.islice(left, n_done):
+            engine.submit(question)
+    return time.perf_counter() - start
 
 
 def steadiness(options) -> dict:

@@ -394,6 +394,7 @@ def serve_lines(results: dict) -> tuple[Lines, str]:
     head = [
         "method",
         "`generate`, requests/s",
+        "the engine, one by one",
         "over HTTP",
         "share",
         "first token, ms: p50",
@@ -404,11 +405,12 @@ def serve_lines(results: dict) -> tuple[Lines, str]:
     rows = []
     for point in results["points"]:
         both = [f"{point[name]['p' + q]:.0f}" for name in ("first_ms", "whole_ms") for q in ("50", "99")]
-        speeds = [f"{point['generate_per_s']:.1f}", f"{point['http_per_s']:.1f}", f"{point['ratio']:.2f}"]
+        speeds = [f"{point[name + '_per_s']:.1f}" for name in ("generate", "engine", "http")]
+        speeds.append(f"{point['ratio']:.2f}")
         rows.append([f"`{point['method']}`", *speeds, *both])
         if peer := point.get("transformers"):
             both = [f"{peer[name]['p' + q]:.0f}" for name in ("first_ms", "whole_ms") for q in ("50", "99")]
-            rows.append([f"`{point['method']}` by `transformers serve`", "", f"{peer['per_s']:.1f}", "", *both])
+            rows.append([f"`{point['method']}` by `transformers serve`", "", "", f"{peer['per_s']:.1f}", "", *both])
     held = results["memory"]
     what = (
         f"{results['clients']} clients; {results['n_tokens']} tokens an answer; all answers are those of `generate`; "

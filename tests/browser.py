@@ -19,8 +19,12 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of
 def browse(page: str, folder: Path, *flags: str) -> tuple[str, list[str]]:
     """Open a page; return what the browser prints and the lines of its console."""
     (folder / "page.html").write_text(page, encoding="utf-8")
-    own = f"--user-data-dir={folder / 'profile'}"
-    command = [str(BROWSER), *FLAGS.split(), own, *flags, (folder / "page.html").resolve().as_uri()]
+    return visit((folder / "page.html").resolve().as_uri(), folder, *flags)
+
+
+def visit(address: str, folder: Path, *flags: str) -> tuple[str, list[str]]:
+    """Open an address; return what the browser prints and the lines of its console."""
+    command = [str(BROWSER), *FLAGS.split(), f"--user-data-dir={folder / 'profile'}", *flags, address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

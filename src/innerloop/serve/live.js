@@ -108,6 +108,7 @@
     if (event.key === "Escape") asking?.abort();
     if (event.key === "Enter" && event.ctrlKey) $("form").requestSubmit();
   });
-  const given = new URLSearchParams(location.search).get("q"); // a link may hold a question
+  const link = new URLSearchParams(location.search), given = link.get("q"); // a link may hold a question, and settings
+  for (const id of ["loops", "temperature", "most"]) if (link.has(id)) $(id).value = link.get(id);
   if (given) { $("question").value = given; ask(); } else $("question").focus();
 })();
