@@ -87,17 +87,17 @@ def throughput(options, name: str, method: Method) -> dict:
     model = subjects.random_model(shape, method, options.seed, options.device, options.dtype)
     asked = subjects.questions(model, options.timed, options.length, options.seed)
     with saved(model) as folder, served(folder, options) as (url, process):
-        turns, expected = [], []
+        turns, answers = [], []
         for turn in range(options.repeats + 1):
             start = time.perf_counter()
-            expected = [one.text for one in model.generate(asked, max_new_tokens=options.n_tokens)]
+            answers = model.generate(asked, max_new_tokens=options.n_tokens)
+            expected = [one.text for one in answers]
             alone = time.perf_counter() - start
             engine = one_by_one(model, asked, options)
             found = asyncio.run(ask(url, asked, options))
             check(found["texts"], expected)
             turns += [(alone, found, engine)] if turn > 0 else []
-        del process
-        peer = None
+        mib, peer = psutil.Process(process.pid).memory_info().rss / MIB, None
         if options.peer and name == "cot":
             with peer_served(folder, options) as there:
                 asyncio.run(ask(there, asked[:8], options, folder))
@@ -112,6 +112,7 @@ def throughput(options, name: str, method: Method) -> dict:
         "first_ms": quantiles(best[1]["first"]),
         "whole_ms": quantiles(best[1]["whole"]),
     }
+    point |= {"flops": sum(one.cost.flops for one in answers) / len(answers), "mib": mib}
     if peer is not None:
         told = {"per_s": options.timed / peer["seconds"], "first_ms": quantiles(peer["first"])}
         point["transformers"] = told | {"whole_ms": quantiles(peer["whole"])}

@@ -419,6 +419,19 @@ def serve_lines(results: dict) -> tuple[Lines, str]:
     return [head, *rows], made(results, f"{what}{held['growth_mib']:+.1f} MiB since a quarter of them")
 
 
+def replica_lines(results: dict) -> tuple[Lines, str]:
+    """Return a calculation: what several replicas would answer and hold, were each the one that was measured."""
+    head = ["replicas", "cores", "method", "rows/s", "GFLOP/s", "GiB"]
+    rows = []
+    for n in (1, 2, 4, 8, 16):
+        for point in results["points"]:
+            per_s = n * point["http_per_s"]
+            sizes = f"{per_s:.0f}", f"{per_s * point['flops'] / 1e9:.1f}", f"{n * point['mib'] / 1024:.1f}"
+            rows.append([str(n), str(n * results["threads"]), f"`{point['method']}`", *sizes])
+    what = "calculated: rows per second and memory measured of one, times replicas; FLOPs of a row by the cost model"
+    return [head, *rows], made(results, what)
+
+
 def shared_lines(results: dict) -> tuple[Lines, str]:
     """Return the lines of what sharing the beginnings of questions saves."""
     head = ["method", "shared tokens", "rows", "read once, ms", "read for each, ms", "times as fast"]
@@ -688,6 +701,7 @@ KINDS: dict[tuple[str, str], Callable[[dict], tuple[Lines, str]]] = {
     ("measuring", ""): measuring_lines,
     ("soak", ""): soak_lines,
     ("serve", ""): serve_lines,
+    ("serve", "replicas"): replica_lines,
     ("compiled", ""): compiled_lines,
     ("packed", ""): packed_lines,
     ("peers", ""): peers_lines,

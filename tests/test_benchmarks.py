@@ -26,7 +26,11 @@ SCRIPTS = [
     "loss_memory",
     "breakdown",
 ]
-PARTS = dict.fromkeys(SCRIPTS, ("",)) | {"engine": ("reference", "bare"), "compiled": ("", "pass")}
+PARTS = dict.fromkeys(SCRIPTS, ("",)) | {
+    "engine": ("reference", "bare"),
+    "serve": ("", "replicas"),
+    "compiled": ("", "pass"),
+}
 
 
 def run(script: str, out: Path, *arguments: object) -> dict:
