@@ -6,10 +6,14 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from innerloop.errors import InputError, check_installed
 from innerloop.model.model import LatentCore
 from innerloop.serve.settings import KEY, ServeSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 BACKLOG = 2048  # connections that wait to be accepted
 MODULES = ("fastapi", "uvicorn", "prometheus_client")
@@ -25,14 +29,10 @@ def serve(model: LatentCore, name: str, settings: ServeSettings, tell: Callable[
     check_serve()
     import uvicorn
 
-    from innerloop.serve.app import make_app
     from innerloop.serve.draining import DrainingServer
-    from innerloop.serve.worker import Worker
 
-    options = {"batch_size": settings.batch_size, "max_positions": settings.max_positions}
-    worker = Worker(model.eval(), settings.most_waiting, **options)
-    app = make_app(worker, name, settings, os.environ.get(KEY) or None)
-    listening = _bound(settings)
+    app = app_of(model, name, settings, os.environ.get(KEY) or None)
+    listening = bound(settings)
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
         app,
@@ -45,7 +45,16 @@ def serve(model: LatentCore, name: str, settings: ServeSettings, tell: Callable[
         DrainingServer(config, app.state.doors, settings.drain).run(sockets=[listening])
 
 
-def _bound(settings: ServeSettings) -> socket.socket:
+def app_of(model: LatentCore, name: str, settings: ServeSettings, key: str | None) -> FastAPI:
+    """Return the app of a model."""
+    from innerloop.serve.app import make_app
+    from innerloop.serve.worker import Worker
+
+    options = {"batch_size": settings.batch_size, "max_positions": settings.max_positions}
+    return make_app(Worker(model.eval(), settings.most_waiting, **options), name, settings, key)
+
+
+def bound(settings: ServeSettings) -> socket.socket:
     """Return a socket that listens at the address asked for."""
     try:
         kind, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
