@@ -88,13 +88,13 @@ class Streaming(threading.Thread):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_asked_to_end_answers_what_is_in_flight_first(how, run, expected):
     with serving(run) as (url, process):
-        stream = Streaming.begun(url)
+        stream = Streaming.begun(url, times=20)
         process.send_signal(how)
         httpx.get(f"{url}/health")  # answered after the signal has been taken
         refused, ready = ask(url), httpx.get(f"{url}/ready").status_code
         stream.join(60)
         assert process.wait(30) == 0
-    assert stream.is_whole and stream.texts == expected[0]
+    assert stream.is_whole and stream.texts == 20 * expected[0]
     assert (refused.status_code, ready, refused.headers["retry-after"]) == (503, 503, "1")
     assert "about to end" in refused.json()["error"]["message"]
 
@@ -116,7 +116,7 @@ def test_a_server_that_is_killed_loses_what_is_in_flight_alone(run, expected):
         port = free.getsockname()[1]
     with serving(run, port) as (url, process):
         assert ask(url).json()["choices"][0]["text"] == expected[1]
-        stream = Streaming.begun(url)
+        stream = Streaming.begun(url, times=20)
         process.kill()
         stream.join(30)
     assert isinstance(stream.error, httpx.TransportError) and not stream.is_whole
