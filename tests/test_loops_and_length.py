@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -66,3 +67,13 @@ def test_questions_are_of_one_length_and_of_the_split(length, n):
     asked = script("loops_and_length").questions(task, length, options)
     assert [len(example.steps) for example in asked] == [length] * n
     assert not {e.question for e in asked} & {e.question for e in task.examples("train", 3000)}
+
+
+def test_the_fit_of_width_and_depth_finds_the_form_that_made_the_losses(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    fit = script("width_depth")
+    made = {(p, r): [(0.8 / ((0.4 * math.log(p) + 1) * (2 * math.log(r) + 1))) ** 1.5] * 2 for p, r in fit.cells()}
+    k, m, alpha, log_a, rms, streams, loops = fit.fit(made)
+    assert (k, m, alpha, log_a) == pytest.approx((0.4, 2.0, 1.5, math.log(0.8)), rel=1e-3)
+    assert rms < 1e-4
+    assert (streams, loops) == pytest.approx((made[2, 1][0] / made[1, 1][0], made[1, 2][0] / made[1, 1][0]), rel=1e-3)
