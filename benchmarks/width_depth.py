@@ -1,4 +1,4 @@
-"""What a doubling of width and one of depth do to the loss: a fit over the runs of the suite width_depth, and a picture.
+"""What twice the width and twice the depth do to the loss: a fit over the runs of the suite width_depth, and a picture.
 
 The form is ParScale's (arXiv 2505.10475), L = E + (A / (N (k ln P + 1)))^alpha, with the factor m ln R + 1 for loops
 beside that for streams. N is the same in all runs and E is taken as 0: with one size of decoder neither can be told
