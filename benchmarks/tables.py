@@ -412,9 +412,11 @@ def serve_lines(results: dict) -> tuple[Lines, str]:
             both = [f"{peer[name]['p' + q]:.0f}" for name in ("first_ms", "whole_ms") for q in ("50", "99")]
             rows.append([f"`{point['method']}` by `transformers serve`", "", "", f"{peer['per_s']:.1f}", "", *both])
     held = results["memory"]
+    ties = held["ties"] + sum(point["ties"] for point in results["points"])
     what = (
-        f"{results['clients']} clients; {results['n_tokens']} tokens an answer; all answers are those of `generate`; "
+        f"{results['clients']} clients; {results['n_tokens']} tokens an answer; all answers are those of `generate`, "
     )
+    what += f"{ties} of them of `generate` among other questions (ties in the last bits); "
     what += f"{results['requests']} requests of a tiny model: {held['mib'][-1]:.0f} MiB in the end, "
     return [head, *rows], made(results, f"{what}{held['growth_mib']:+.1f} MiB since a quarter of them")
 
