@@ -197,7 +197,7 @@ def check(model: LatentModel, asked: Sequence[str], found: Sequence[str], expect
     for i in wrong:
         among = (asked[max(i + 1 - size, 0) : i + 1] for size in (1, 2, 3, 5, 8, 16, 32))
         if all(found[i] != model.generate(some, max_new_tokens=options.n_tokens)[-1].text for some in among):
-            same = len(os.path.commonprefix([found[i], expected[i]]))
+            same = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(found[i], expected[i])))
             told = f"{found[i][same:][:80]!r}, not {expected[i][same:][:80]!r}, behind {same} letters"
             raise SystemExit(f"{len(wrong)} answers differ, as number {i}: {told}")
     return len(wrong)
@@ -242,7 +242,8 @@ def peer_served(folder: Path, options) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [*PEER, str(folder), "--continuous-batching", "--port", str(port), "--device", str(options.device)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(command, env=os.environ | threads) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # it tells each request
+    with subprocess.Popen(command, env=os.environ | threads, **quiet) as process:
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
             try:
