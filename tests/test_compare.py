@@ -15,14 +15,12 @@ from innerloop.experiments.compare import (
     check_runs,
     compare_runs,
     compare_suite,
-    diverged_sentences,
     eval_set,
     run_names,
-    seeds_sentence,
-    verdicts,
 )
 from innerloop.experiments.suite import load_suite
 from innerloop.experiments.summary import MethodResult, summary_table
+from innerloop.experiments.verdicts import diverged_sentences, seeds_sentence, verdicts
 from innerloop.methods import Cot, NoCot, Pause
 from innerloop.tasks import Chain, Plain
 from innerloop.train.recipe import parse_recipe

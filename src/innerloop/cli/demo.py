@@ -59,7 +59,8 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
         show(console, seed)
         return
     from innerloop.engine.latent_model import LatentModel
-    from innerloop.experiments.compare import suite_rows, timed, verdicts
+    from innerloop.experiments.compare import suite_rows, timed
+    from innerloop.experiments.verdicts import verdicts
     from innerloop.experiments.jobs import known_result, run_suite
     from innerloop.experiments.report import write_report
     from innerloop.experiments.suite import EvalConfig, Suite

@@ -19,6 +19,7 @@ from innerloop.disk.names import check_folder, folder_name
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.test_time import TestTimeCompute
 from innerloop.errors import InputError, nearest
+from innerloop.experiments.committed import committed, committed_sentence, with_records
 from innerloop.experiments.jobs import On, check_tasks, run_suite
 from innerloop.experiments.ray import evaluate_on_ray
 from innerloop.experiments.report import write_report
@@ -36,10 +37,9 @@ from innerloop.experiments.summary import (
     summary_table,
     write_answers,
 )
+from innerloop.experiments.verdicts import diverged_sentences, verdicts
 from innerloop.lens.page import check_viz
 from innerloop.measure.accuracy import Prediction, evaluate, result_of
-from innerloop.measure.stability import diverged_rate
-from innerloop.measure.statistics import difference_noise, over_seeds, verdict_of_files
 from innerloop.methods import method_named
 from innerloop.model import run_folder
 from innerloop.tasks import Task
@@ -245,6 +245,8 @@ def compare_suite(
 ) -> None:
     """Run what is missing of a suite, print the table and write OUT/report.html and OUT/results.json.
 
+    Without ``out``, results that come with the suite count as run (`innerloop.experiments.committed`).
+
     Raises:
         InputError: before anything is trained, where it can be told that jobs would fail; otherwise after all else
             was written.
@@ -252,20 +254,22 @@ def compare_suite(
     check_viz()
     suite = load_suite(path, out, seeds, overrides)
     chosen = chosen_baseline(suite.variants, baseline)
-    check_tasks(suite)
-    found = run_suite(suite, workers, console, on)
     raw, folder = read_recipe(path, overrides), Path(suite.out)
-    report = json.dumps(suite_report(raw, found), indent=1) + "\n"
+    known = committed(suite, raw) if out is None else {}
+    check_tasks(suite, known)
+    found = run_suite(suite, workers, console, on, known)
+    report = json.dumps(suite_report(raw, with_records(suite, found)), indent=1) + "\n"
     for file in [folder / "results.json", *([Path(results)] if results else [])]:
         write_text(file, report)
     failed, rows = failures(found), suite_rows(suite, found)
-    if rows and n_timed:
+    if rows and n_timed and not known:
         task = next(iter(suite.jobs.values())).task
         examples = task.examples(suite.test.split, min(n_timed, suite.test.limit or n_timed))
         runs = {row.name: Path(suite.run_of(row.name, row.results[0]["seed"])) for row in rows}
         tried = {row.name: suite.test_of(row.name).attempts for row in rows}
         rows = timed(rows, task, [example.question for example in examples], folder, runs, tried)
     sentences = [*verdicts(rows, chosen), *diverged_sentences(found)]
+    sentences += [committed_sentence(suite, raw["results"], known)] if known else []
     shown = {name: value for name, value in raw.items() if name != "out"}
     write_report(folder / REPORT, f"Suite {Path(path).stem}", rows, sentences, failed, shown)
     _show(rows, failed, sentences, folder, console)
@@ -287,18 +291,6 @@ def _show(
     console.print(f"the report is in {folder / REPORT}, every job in {folder / 'results.json'}", soft_wrap=True)
 
 
-def diverged_sentences(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say of each variant of which a run has diverged, in training or in its loop, how many of its runs have."""
-    sentences = []
-    for variant in dict.fromkeys(result["variant"] for result in results):
-        rate = diverged_rate([result for result in results if result["variant"] == variant])
-        if rate["diverged"]:
-            low, high = (100 * end for end in rate["ci95"])
-            runs = f"{rate['diverged']} of {rate['n']} runs"
-            sentences.append(f"{variant}: {runs} diverged (95 % interval {low:.0f} to {high:.0f} %)")
-    return sentences
-
-
 def timed(
     rows: Sequence[MethodResult],
     task: Task,
@@ -318,46 +310,3 @@ def timed(
     return [
         replace(row, turns=tuple(measured[row.name]["seconds"]), memory=measured[row.name]["memory"]) for row in rows
     ]
-
-
-def verdicts(rows: Sequence[MethodResult], baseline: str) -> list[str]:
-    """Say of each row whether it is better than the baseline, and how sure that is.
-
-    With one seed the same rows are compared (McNemar's test, a paired bootstrap): that is about these two runs. With
-    several the differences of the seeds are, by their interval over seeds: that is about the methods.
-    """
-    base = next((row for row in rows if row.name == baseline), None)
-    if base is None:
-        return [f"{baseline} has no result, so nothing is set against it."] if rows else []
-    places = {result.get("seed"): place for result, place in zip(base.results, base.answers)}
-    sentences = []
-    for row in (row for row in rows if row is not base):
-        pairs = [
-            (place, places[result.get("seed")])
-            for result, place in zip(row.results, row.answers)
-            if result.get("seed") in places
-        ]
-        if len(row.results) == len(base.results) == 1:
-            pairs = [(row.answers[0], base.answers[0])]
-        names = (row.name, base.name)
-        found = [verdict_of_files(ours / PREDICTIONS, theirs / PREDICTIONS, names) for ours, theirs in pairs]
-        if len(found) > 1:
-            sentences.append(seeds_sentence(*names, [v.difference for v in found], difference_noise(found)))
-        else:
-            sentences += [v.sentence for v in found]
-    return sentences
-
-
-def seeds_sentence(name: str, other: str, differences: Sequence[float], noise: float = 0.0) -> str:
-    """Say how two rows compare over seeds, by the interval (`over_seeds`) of the differences of their accuracies."""
-    mean, half = over_seeds(differences, noise)
-    low, high = max(mean - half, -1.0), min(mean + half, 1.0)
-    if not any(differences):
-        return f"{name} and {other} are equally accurate in each of {len(differences)} seeds"
-    tail = f"({len(differences)} seeds)"
-    if low <= 0 <= high:
-        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
-        return f"{name} and {other} cannot be told apart: {100 * mean:+.1f} points, {interval} {tail}"
-    side, ends = ("above", (low, high)) if mean > 0 else ("below", (-high, -low))
-    interval = f"95 % interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
-    return f"{name} is {100 * abs(mean):.1f} points {side} {other}, {interval} {tail}"

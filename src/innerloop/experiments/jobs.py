@@ -36,6 +36,8 @@ MAY_DIFFER = ("logging_", "save_", "report_to", "disable_tqdm")  # training argu
 INTERRUPTED = "interrupted; run the suite again to go on"
 
 
+NOTHING: Mapping[Key, dict[str, Any]] = {}
+
 On = Callable[[], AbstractContextManager[Workers]]
 """Opens other workers than those of this machine."""
 
@@ -45,6 +47,7 @@ def run_suite(
     workers: int = 2,
     console: Console | None = None,
     on: On | None = None,
+    elsewhere: Mapping[Key, dict[str, Any]] = NOTHING,
 ) -> list[dict[str, Any]]:
     """Train and test what is missing, side by side; return the result of every job, in order.
 
@@ -53,6 +56,7 @@ def run_suite(
         workers: jobs trained at a time on this machine, each on one thread.
         console: where progress is shown.
         on: other workers, such as those of a cluster.
+        elsewhere: results of jobs that were trained elsewhere and are not to be trained here.
 
     Returns:
         For each job its result.json, with ``variant`` and where asked for ``loops``, accuracy and interval by number
@@ -63,13 +67,15 @@ def run_suite(
         InputError: before anything is trained, where a folder holds a job of another recipe.
     """
     check_jobs(suite)
-    missing = [key for key in suite.jobs if known_result(suite, key) is None]
+    missing = [key for key in suite.jobs if key not in elsewhere and known_result(suite, key) is None]
     failed: dict[Key, str] = {}
     if missing:
         with (on or (lambda: local_workers(workers)))() as chosen, bar(console) as progress:
             failed = _shown(suite, missing, chosen, progress)
     return [
-        {"variant": key[0], "seed": key[1], "error": failed[key]} if key in failed else known_result(suite, key) or {}
+        {"variant": key[0], "seed": key[1], "error": failed[key]}
+        if key in failed
+        else elsewhere.get(key) or known_result(suite, key) or {}
         for key in suite.jobs
     ]
 
@@ -100,13 +106,13 @@ def check_jobs(suite: Suite) -> None:
             )
 
 
-def check_tasks(suite: Suite) -> None:
+def check_tasks(suite: Suite, elsewhere: Mapping[Key, Any] = NOTHING) -> None:
     """Refuse tasks that cannot give the examples that missing jobs ask for, before anything is trained.
 
-    Of each split that is read it is the first example that is looked at.
+    Of each split that is read it is the first example that is looked at; jobs with a result ``elsewhere`` are left out.
     """
     asked: dict[str, tuple[Task, str, int | None, list[str]]] = {}
-    for variant, task, split, limit in _splits(suite):
+    for variant, task, split, limit in _splits(suite, elsewhere):
         asked.setdefault(repr((task, split, limit)), (task, split, limit, []))[-1].append(variant)
     reasons: dict[str, list[str]] = {}
     for task, split, limit, variants in asked.values():
@@ -119,9 +125,10 @@ def check_tasks(suite: Suite) -> None:
         raise InputError("nothing was trained: " + "; ".join(told))
 
 
-def _splits(suite: Suite) -> Iterator[tuple[str, Task, str, int | None]]:
+def _splits(suite: Suite, elsewhere: Mapping[Key, Any]) -> Iterator[tuple[str, Task, str, int | None]]:
     """Yield for each missing job, and the warm-ups they need, the variant's name, a task, a split and its limit."""
-    missing = {key: recipe for key, recipe in suite.jobs.items() if known_result(suite, key) is None}
+    wanted = {key: recipe for key, recipe in suite.jobs.items() if key not in elsewhere}
+    missing = {key: recipe for key, recipe in wanted.items() if known_result(suite, key) is None}
     for (variant, seed), recipe in {**_warm_ups(suite, list(missing)), **missing}.items():
         if not (Path(recipe.out) / FINISHED).exists() and variant not in suite.runs:
             for stage in recipe.stages or (recipe,):
@@ -164,7 +171,7 @@ def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any
     bars = {
         key: progress.add_task(
             f"{key[0]} {key[1]}" if has_seeds else key[0],
-            total=None if key[0] in suite.runs else _n_steps(r),
+            total=None if key[0] in suite.runs else n_steps(r),
             note="",
         )
         for key, r in rows.items()
@@ -192,8 +199,8 @@ def _shown(suite: Suite, missing: Sequence[Key], workers: Workers, progress: Any
         listener.join()
 
 
-def _n_steps(recipe: Recipe) -> int | None:
-    """Return the steps of training of all stages, None where they are not told in steps."""
+def n_steps(recipe: Recipe) -> int | None:
+    """Return the optimizer steps of all stages, None where they are not told in steps."""
     return sum(stage.train.get("max_steps", 0) for stage in recipe.stages or (recipe,)) or None
 
 
@@ -292,7 +299,7 @@ def run_job(key: Key, recipe: Recipe, test: EvalConfig, messages: Any, run: str 
         train_job(key, recipe, messages)
         if not (Path(recipe.out) / FINISHED).exists():
             raise InputError(INTERRUPTED)
-    steps = 0 if run is not None else _n_steps(recipe) or 0
+    steps = 0 if run is not None else n_steps(recipe) or 0
     tested(key, recipe, test, lambda name: messages.put((key, steps, f"test: {name}")), run)
 
 

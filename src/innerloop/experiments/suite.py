@@ -11,6 +11,7 @@
     seeds: [0, 1, 2]
     test: {split: test, loops: [1, 2, 4, 8], controls: true}    # also with other numbers of iterations, latents edited
     out: runs/suites/NAME
+    results: benchmarks/results/NAME.json                       # of jobs that were trained elsewhere (`committed.py`)
 
 In place of variants, a grid gives every combination of the values of fields (`innerloop.experiments.search`):
 
@@ -44,7 +45,7 @@ from innerloop.experiments.grid import axes_of, trial_folder, variant_name
 from innerloop.experiments.search import combinations
 from innerloop.train.recipe import SECTIONS, Recipe, overridden, parse_recipe, read_recipe, set_field
 
-SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test")
+SUITE_SECTIONS = (*SECTIONS, "warm_up", "variants", "grid", "seeds", "test", "results")
 TRIED = tuple(f.name for f in fields(TestTimeCompute))  # the fields of a test that a variant may set
 Key = tuple[str, int]
 """A job: a variant and a seed."""
@@ -156,6 +157,8 @@ def parse_suite(raw: Mapping[str, Any], trials: Sequence[Mapping[str, Any]] | No
     if not isinstance(raw.get("out"), str):
         raise InputError("the suite has no 'out' folder")
     check_folder(raw["out"], "out")
+    if not isinstance(raw.get("results", ""), str):
+        raise InputError(f"results is {raw['results']!r}, but must be the file of results that comes with the suite")
     test = typed(EvalConfig, raw.get("test") or {}, "test")
     runs = _runs(variants)
     tests = {name: _test(test, changed, name) for name, changed in variants.items() if "test" in changed}
@@ -288,7 +291,7 @@ def suite_report(raw: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -
     shared = ("task", "split", "n", "versions", "device")
     left_out = (*shared, "model", "method", "accuracy_by_match", "exam")
     return {
-        "suite": {name: value for name, value in raw.items() if name != "out"},
+        "suite": {name: value for name, value in raw.items() if name not in ("out", "results")},
         **{name: first[name] for name in shared if name in first},
         "points": [{name: value for name, value in r.items() if name not in left_out} for r in results],
     }
