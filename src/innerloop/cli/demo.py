@@ -60,11 +60,11 @@ def demo(out: str = "runs/demo", steps: Count = 800, seed: Seed = 0, workers: Co
         return
     from innerloop.engine.latent_model import LatentModel
     from innerloop.experiments.compare import suite_rows, timed
-    from innerloop.experiments.verdicts import verdicts
     from innerloop.experiments.jobs import known_result, run_suite
     from innerloop.experiments.report import write_report
     from innerloop.experiments.suite import EvalConfig, Suite
     from innerloop.experiments.summary import summary_table
+    from innerloop.experiments.verdicts import verdicts
     from innerloop.lens import look, write_page
     from innerloop.lens.page import check_viz
     from innerloop.train.recipe import BackboneChoice, Recipe
