@@ -36,6 +36,7 @@ CHECKPOINTED = ("lora", "mor")
 KINDS = ["ddp", "fsdp"]
 PARTS = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
 SETTINGS = {
+    "ema_decay": 0.5,
     "batch_size": 4,
     "max_steps": 4,
     "save_strategy": "steps",
@@ -112,7 +113,8 @@ def of_two(folder: Path) -> None:
             (folder / kind / name / "gathers").write_text(str(len(n)))
             again = trainer(folder / kind / f"{name}, resumed", name, kind, 2)
             again.train(resume_from_checkpoint=str(folder / kind / name / "checkpoint-2"))
-            texts = [one.text for one in again.model.generate(QUESTIONS, max_new_tokens=4)]  # as in validation
+            with again._averaged():  # as in validation
+                texts = [one.text for one in again.model.generate(QUESTIONS, max_new_tokens=4)]
             (folder / kind / f"{name}, resumed" / f"texts_{os.environ['RANK']}").write_text(json.dumps(texts))
 
 

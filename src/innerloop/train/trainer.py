@@ -8,7 +8,8 @@ depend on nothing but the step and the seed, and a resumed run sees what an unin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from innerloop.text.examples import Example
 from innerloop.text.row import Row
 from innerloop.train import checkpoints
 from innerloop.train.callbacks import MetricsFile, StopOnInterrupt
+from innerloop.train.parameter_groups import parameter_groups
 from innerloop.train.resumable import ResumableTrainer
 from innerloop.train.sharding import check_sharded, gathered, kept_whole, whole
 from innerloop.train.training_arguments import LatentTrainingArguments, check_libraries
@@ -45,6 +47,7 @@ from innerloop.train.training_set import (
     training_examples,
     validation_examples,
 )
+from innerloop.train.weight_average import WeightAverage
 
 DIVERGED = 3.0  # a loss this many times that of guessing uniformly means training has gone wrong
 
@@ -97,6 +100,9 @@ class LatentTrainer(ResumableTrainer):
             eval_dataset=valid,  # type: ignore[arg-type]
             callbacks=[MetricsFile(), StopOnInterrupt(args.steps_together), *callbacks],
         )
+        self._average = None if args.ema_decay is None else WeightAverage(model, args.ema_decay)
+        if self._average is not None:
+            self.add_callback(self._average)
         check_sharded(bool(args.fsdp), self.is_fsdp_enabled)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
@@ -146,30 +152,9 @@ class LatentTrainer(ResumableTrainer):
         if self.args.parts_learning_rate is None and self.args.unfreeze_after is None and not named:
             return super().create_optimizer(model)
         decays = set(self.get_decay_parameter_names(self.model))
-        own_rate, rate = self.args.parts_learning_rate, self.args.learning_rate
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad or self.args.unfreeze_after is not None:
-                owner = next((owner for owner, _ in named if name.startswith(f"{owner}.")), None)
-                part = owner or ("backbone" if name.startswith("backbone.") else "parts")
-                groups.setdefault((part, name in decays), []).append(parameter)
-        own = {owner: own_group(module.group, rate) for owner, module in named}
-        own["backbone"], own["parts"] = {"lr": rate}, {"lr": rate}
-        if own_rate is not None:
-            own |= {part: {**settings, "lr": own_rate} for part, settings in own.items() if part != "backbone"}
         cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        known = {name for name, value in settings.items() if isinstance(value, float)}  # not every one has an epsilon
-        self.optimizer = cls(
-            [
-                {
-                    **{name: value for name, value in own[part].items() if name in known},
-                    "params": found,
-                    "weight_decay": self.args.weight_decay if decay else 0.0,
-                }
-                for (part, decay), found in groups.items()
-            ],
-            **settings,
-        )
+        groups = parameter_groups(self.model, self.args, dict(named), decays, settings)
+        self.optimizer = cls(groups, **settings)
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -316,17 +301,17 @@ class LatentTrainer(ResumableTrainer):
         if not examples or self.task is None:
             raise InputError("there is nothing to validate on: pass eval_dataset=... and task=...")
         stage = self.stage_at(max(self.state.global_step - 1, 0))
-        predictions = evaluate(
-            self.model, self.task, examples, self.args.max_new_tokens, self.args.eval_batch_size, stage
-        )
-        accuracy = accuracy_of(predictions)
-        metrics = {
-            f"{metric_key_prefix}_accuracy": accuracy,
-            f"{metric_key_prefix}_unparsable": sum(p.predicted is None for p in predictions),
-        }
-        self.log(dict(metrics))
-        if stage == self.model.method.last_stage:
-            self._keep_if_best(accuracy, stage)
+        n_tokens, at_once = self.args.max_new_tokens, self.args.eval_batch_size
+        with self._averaged():
+            predictions = evaluate(self.model, self.task, examples, n_tokens, at_once, stage)
+            accuracy = accuracy_of(predictions)
+            metrics = {
+                f"{metric_key_prefix}_accuracy": accuracy,
+                f"{metric_key_prefix}_unparsable": sum(p.predicted is None for p in predictions),
+            }
+            self.log(dict(metrics))
+            if stage == self.model.method.last_stage:
+                self._keep_if_best(accuracy, stage)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control.should_training_stop |= self.is_good_enough
         return metrics
@@ -347,8 +332,12 @@ class LatentTrainer(ResumableTrainer):
 
     # Checkpoints
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Have the average of the weights in a block, where one is kept."""
+        return nullcontext() if self._average is None else self._average.used()
+
     def _save_result(self) -> None:
-        with gathered(self.model):
+        with self._averaged(), gathered(self.model):
             if self.args.should_save and not self.interrupted and self._kept_validation() is None:
                 checkpoint.save(self.model, self.best_folder, {"seed": self.args.seed, "stage": self.reached_stage})
 
@@ -377,6 +366,8 @@ class LatentTrainer(ResumableTrainer):
         with gathered(self.model):
             if self.args.should_save:
                 checkpoint.write(self.model, Path(output_dir or self.args.output_dir))
+        if self._average is not None:
+            self._average.save(Path(output_dir or self.args.output_dir), self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -386,12 +377,8 @@ class LatentTrainer(ResumableTrainer):
             if not adapted(lm):
                 lm.load_state_dict(load_lm(folder, is_own=True, dtype=lm.dtype).state_dict())
             checkpoint.load_parts(self.model, folder)
-
-
-def own_group(group: Mapping[str, float], rate: float) -> dict[str, float]:
-    """Return the settings of a module's group of the optimizer; ``times``: a multiple of the learning rate."""
-    settings = {name: value for name, value in group.items() if name != "times"}
-    return {**settings, "lr": rate * group["times"]} if "times" in group else settings
+        if self._average is not None:
+            self._average.load(folder)
 
 
 def _as_they_are(examples: list[Example]) -> list[Example]:

@@ -72,6 +72,8 @@ class LatentTrainingArguments(Checked, TrainingArguments):
         batch_size: examples per device and forward pass.
         parts_learning_rate: of what the method adds to the backbone (loop, LoRA, time, gates); None: learning_rate.
         unfreeze_after: with a frozen backbone, train all of it from this step on; None: never.
+        ema_decay: validate and save a moving average of the weights, of which so much stays in each step; the model in
+            memory goes on with the weights themselves. None: no average.
         loss_norm: divide the loss by the supervised tokens of the global batch, or of each micro-batch.
         max_length: leave out examples longer than this many positions (counted); None: refuse them.
         eval_limit: validation examples to answer at each evaluation.
@@ -103,6 +105,9 @@ class LatentTrainingArguments(Checked, TrainingArguments):
     )
     unfreeze_after: Natural | None = field(
         default=None, metadata={"help": "step from which a frozen backbone trains too"}
+    )
+    ema_decay: Momentum | None = field(
+        default=None, metadata={"help": "decay of a moving average of the weights; None: no average"}
     )
     loss_norm: Literal["global", "micro"] = field(default="global", metadata={"help": "what the loss is the mean over"})
     max_length: Count | None = field(default=None, metadata={"help": "leave out longer examples; None: refuse them"})
