@@ -19,7 +19,7 @@ from tests.here import here
 from tests.test_suite import RAW, SUITES, written
 
 WITH_RESULTS = [path for path in SUITES if "results" in read_recipe(path)]
-WHOLE = ("phop", "multiplication", "stability", "depth", "width_depth", "chain_rl", "chain_methods", "slr_stability")
+WHOLE = ("phop", "multiplication", "depth", "width_depth", "chain_rl", "chain_methods", "slr_stability")
 
 
 @given(st.lists(st.booleans(), max_size=30))

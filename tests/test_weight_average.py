@@ -66,7 +66,7 @@ def test_a_resumed_run_keeps_the_average_of_an_uninterrupted_one(tmp_path: Path)
 def test_a_checkpoint_without_an_average_is_not_gone_on_from_with_one(tmp_path: Path):
     make_trainer(tmp_path, tiny_model(METHOD), callbacks=[stop_at(3)]).train()
     again = make_trainer(tmp_path, tiny_model(METHOD), ema_decay=0.6)
-    with pytest.raises(InputError, match="has no weight_average.safetensors, as it was trained without ema_decay"):
+    with pytest.raises(InputError, match="as it was trained without ema_decay"):
         again.train(resume_from_checkpoint=True)
 
 
