@@ -4,7 +4,7 @@ python benchmarks/tables.py            # a test fails where a page differs from 
 
 A page has, around each table, <!-- table: FILE.json [PART] --> and <!-- end -->. FILE.json is in benchmarks/results. It
 was written by `innerloop compare SUITE --results` (with the parts `loops` and `also` the columns are numbers of
-iterations, on the suite's own or on other examples), by
+iterations, on the suite's own or on other examples, with `controls` what is answered when the thought is another), by
 `innerloop bench`, or by a benchmark beside this file, which says its kind. What is not there yet is said to be missing;
 what was run with --smoke is refused.
 """
@@ -74,6 +74,9 @@ def suite_lines(results: dict, part: str) -> tuple[Lines, str]:
         looped = [row for row in rows if any(result.get("loops") for result in row.results)]
         head = ["variant", *(f"{mark.name} loops" for mark in looped[0].loops)]
         lines = [[row.name, *by_loops(row, part == "worst")] for row in looped]
+    elif part == "controls":
+        head = ["variant", "as it is", "without it", "spoiled", "another's", "the answer is then the other's"]
+        lines = [edited_line(row) for row in rows if all(result.get("edited") for result in row.results)]
     else:
         head = ["variant", "accuracy", "95 % interval", "by seed", "passes", "positions", "thought", "MFLOPs"]
         lines = [suite_line(row) for row in rows]
@@ -104,6 +107,17 @@ def suite_line(row: MethodResult) -> list[str]:
         *(f"{row.cost(name):.1f}" for name in ("passes", "positions", "thought_tokens")),
         f"{row.cost('flops') / 1e6:.2f}",
     ]
+
+
+def edited_line(row: MethodResult) -> list[str]:
+    """Return the line of a variant whose thought is taken away, spoiled or another question's: means over seeds."""
+
+    def mean(edit: str, what: str = "accuracy") -> str:
+        found = [result["edited"].get(edit, {}).get(what) for result in row.results]
+        return "-" if None in found else f"{100 * sum(found) / len(found):.1f} %"
+
+    edits = [mean(edit) for edit in ("hidden", "noise", "shuffled")]
+    return [row.name, f"{100 * row.mark.share:.1f} %", *edits, mean("shuffled", "donor_answers")]
 
 
 def longer_lines(results: dict) -> tuple[Lines, str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from innerloop.errors import InputError
-from innerloop.experiments.committed import as_digits, committed, from_digits
+from innerloop.experiments.committed import as_digits, committed, edited, from_digits
 from innerloop.experiments.compare import compare_suite
 from innerloop.experiments.suite import load_suite
 from innerloop.train.recipe import read_recipe
@@ -34,6 +34,15 @@ def test_the_results_of_a_suite_are_of_its_settings(path: Path):
     assert found
     if path.stem in WHOLE:
         assert set(found) == set(suite.jobs)
+
+
+def test_the_controls_of_text_and_of_latents_are_kept_under_the_same_names():
+    one = {"accuracy": 0.5, "same_answers": 0.25, "donor_answers": None, "p": 0.1}
+    latents = {"controls": [{"control": "hidden", **one}, {"control": "shuffled", **one, "donor_answers": 0.75}]}
+    short = {"accuracy": 0.5, "same_answers": 0.25}
+    assert edited(latents) == {"hidden": short, "shuffled": {**short, "donor_answers": 0.75}}
+    text = {"controls": [], "written_steps": {"early": {"0.0": one, "1.0": {}}, "mistaken": one, "exchanged": one}}
+    assert edited(text) == {"hidden": short, "noise": short, "shuffled": short}
 
 
 def test_results_on_file_stand_for_jobs_and_say_what_those_took(tmp_path: Path, monkeypatch):

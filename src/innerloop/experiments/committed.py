@@ -16,7 +16,7 @@ from typing import Any
 from innerloop.errors import InputError
 from innerloop.experiments.jobs import known_result, n_steps
 from innerloop.experiments.suite import Key, Suite
-from innerloop.experiments.summary import PREDICTIONS, read_json
+from innerloop.experiments.summary import CONTROLS, PREDICTIONS, read_json
 from innerloop.measure.statistics import read_correct
 from innerloop.methods import name_of
 from innerloop.text.codec import read_lines, to_json
@@ -25,6 +25,7 @@ from innerloop.train.callbacks import METRICS
 OF_EACH = ("variants", "seeds")  # the sections that say which jobs there are
 NOT_OF_JOBS = (*OF_EACH, "out", "results")
 RIGHT, TRAINED = "right", "trained_seconds"  # which rows are right, as hexadecimal digits; how long training took
+EDITED = "edited"  # what is answered where the thought is another
 
 
 def committed(suite: Suite, raw: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
@@ -93,7 +94,7 @@ def committed_sentence(suite: Suite, file: str, found: Mapping[Key, Mapping[str,
 
 
 def with_records(suite: Suite, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results with which rows are right and how long training took, where the suite's folder says so."""
+    """Return the results with what else the suite's folder says: which rows are right, the controls, how long it took."""
     return [{**result, **dict(_records(suite, result))} for result in results]
 
 
@@ -104,8 +105,19 @@ def _records(suite: Suite, result: Mapping[str, Any]) -> Iterator[tuple[str, Any
     answers = Path(suite.jobs[key].out) / PREDICTIONS
     if answers.exists():
         yield RIGHT, as_digits(list(read_correct(answers).values()))
+    if (controls := Path(suite.jobs[key].out) / CONTROLS).exists():
+        yield EDITED, edited(read_json(controls))
     if key[0] not in suite.runs and (seconds := trained_seconds(Path(suite.jobs[key].out))) is not None:
         yield TRAINED, round(seconds, 1)
+
+
+def edited(controls: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return of controls.json the accuracy under each edit of the latents, or of the steps that a method writes."""
+    found = {one["control"]: one for one in controls["controls"]}
+    if (written := controls.get("written_steps")) is not None:
+        found = {"hidden": written["early"]["0.0"], "noise": written["mistaken"], "shuffled": written["exchanged"]}
+    kept = ("accuracy", "same_answers", "donor_answers")
+    return {name: {key: one[key] for key in kept if one.get(key) is not None} for name, one in found.items()}
 
 
 def trained_seconds(run: Path) -> float | None:
