@@ -94,7 +94,7 @@ def committed_sentence(suite: Suite, file: str, found: Mapping[Key, Mapping[str,
 
 
 def with_records(suite: Suite, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results with what else the suite's folder says: which rows are right, the controls, how long it took."""
+    """Return the results with what else the suite's folder says: rows that are right, controls, seconds of training."""
     return [{**result, **dict(_records(suite, result))} for result in results]
 
 
