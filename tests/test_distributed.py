@@ -103,11 +103,12 @@ def test_all_that_is_logged_is_that_of_one_process_with_twice_the_batch(two: Pat
 
 def test_reinforcement_draws_and_learns_what_one_process_does(two: Path, tmp_path: Path):
     reinforce(tmp_path, 4 * G)
-    of_micros = {"rollout_share", "kl", "clip_ratio"}  # times, and means of micro-batches, whose tokens are not as many
     for line, expected in zip(numbers(two / "grpo"), numbers(tmp_path), strict=True):
-        known = [name for name in expected if name not in of_micros]
+        known = [name for name in expected if name != "rollout_share"]  # which is of seconds
+        assert {"kl", "clip_ratio"} <= {*known}
         assert line["completion_length"] == expected["completion_length"] and line["n_loops"] == expected["n_loops"]
-        assert [line[name] for name in known] == pytest.approx([expected[name] for name in known], rel=1e-4)
+        for name in known:  # a norm of gradients in fp32, through loops, is rounded more
+            assert line[name] == pytest.approx(expected[name], rel=1e-3 if name == "grad_norm" else 1e-4), name
 
 
 def test_the_means_of_micro_batches_are_of_both_processes(two: Path):

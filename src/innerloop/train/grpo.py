@@ -232,10 +232,11 @@ class GrpoTrainer(LatentTrainer):
             found |= {f"reward/{name}": rewards_NF[:, i].nanmean() for i, name in enumerate(self.rewards.names)}
         self._note({name: value.nan_to_num(0.0) for name, value in found.items()})
 
-    def _note(self, found: dict[str, Tensor]) -> None:
+    def _note(self, found: dict[str, Tensor], n_of: int = 1) -> None:
+        """Add means, each of so many things, to those since the last log."""
         for name, value in found.items():
             total, n = self._measured.get(name, (torch.zeros_like(value), 0))
-            self._measured[name] = total + value, n + 1
+            self._measured[name] = total + value * n_of, n + n_of
 
     # Loss
 
@@ -249,7 +250,8 @@ class GrpoTrainer(LatentTrainer):
         if self.args.num_iterations > 1 and micro.played.old_U is None:
             micro.played = replace(micro.played, old_U=log_probs_U.detach())
         self._finite &= torch.isfinite(loss.detach())
-        self._note({**measured, **getattr(self.policy, "measured", {})})
+        self._note(measured, len(log_probs_U))
+        self._note(getattr(self.policy, "measured", {}))
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, log_probs_U) if return_outputs else loss
 
