@@ -336,6 +336,7 @@ def test_a_folder_with_jobs_of_another_recipe_is_refused_and_one_that_was_moved_
     with pytest.raises(InputError, match=r"wide.0 was trained with another recipe \(method differ\)"):
         jobs.check_jobs(parse_suite({**raw, "variants": {"wide": {"method": {"n_slots": 4}}}}))
     jobs.check_jobs(parse_suite({**raw, "train": {**raw["train"], "logging_steps": 7}}))
+    jobs.check_jobs(parse_suite({**raw, "train": dict(reversed(raw["train"].items()))}))  # the same, in another order
     Path(raw["out"]).rename(Path(raw["out"]).with_name("moved"))
     jobs.check_jobs(parse_suite({**raw, "out": str(Path(raw["out"]).with_name("moved"))}))
     with pytest.raises(InputError, match=r"train.max_stepz is not a training argument"):

@@ -153,7 +153,7 @@ def _sections(recipe: Recipe) -> dict[str, str]:
     written = recipe.as_dict()
     for part in (written, *written.get("stages", ())):
         part["train"] = {k: v for k, v in part["train"].items() if not k.startswith(MAY_DIFFER)}
-    return {k: json.dumps(v).replace(folder, "{suite}") for k, v in written.items() if k != "out"}
+    return {k: json.dumps(v, sort_keys=True).replace(folder, "{suite}") for k, v in written.items() if k != "out"}
 
 
 def _next(messages: Any) -> Any:
