@@ -6,7 +6,7 @@ A page has, around each table, <!-- table: FILE.json [PART] --> and <!-- end -->
 was written by `innerloop compare SUITE --results` (with the parts `loops` and `also` the columns are numbers of
 iterations, on the suite's own or on other examples, with `controls` what is answered when the thought is another), by
 `innerloop bench`, or by a benchmark beside this file, which says its kind. What is not there yet is said to be missing;
-what was run with --smoke is refused.
+what was run with --smoke is refused. <!-- table: overview --> is of several suites.
 """
 
 import json
@@ -24,6 +24,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 TABLE = re.compile(r"(<!-- table: (\S+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURES = {"breakdown": "performance.svg"}  # in docs/, shown above a table where they are there
 Lines = list[list[str]]
+COLUMNS = ("steps in text", "no steps", "latents (SLR)", "layer in a loop", "as many layers", "masks (LLaDA)")
+OVERVIEW = (  # of each task what a guess has, the suite, and the variant of each column
+    ("sums modulo seven, two steps", "14 %", "chain-all", ("cot", "no_cot", "slr", "looped", None, None)),
+    (
+        "state tracking, six swaps",
+        "25 %",
+        "depth",
+        ("text, 1 layer", "dense, 1 layer", "slr, 1 layer, 6 loops", "looped, 1 x 6", "dense, 6 layers", None),
+    ),
+    ("p-hop, two jumps", "25 %", "phop", (None, "dense, 1 layer", None, "looped, 1 x 4", "dense, 4 layers", None)),
+    ("two digits times two", "0 %", "multiplication", ("cot", "no_cot", "slr", None, None, "llada")),
+)
 DEAR = {  # kinds of measuring that need more than two plain evaluations by nature
     "the probes of a target": "two regressions for each latent and loop, whatever the model's size",
     "the states that probes learn from, of two splits": "twice the rows",
@@ -48,6 +60,8 @@ def filled(text: str, root: str = "../") -> str:
 
 def table(name: str, part: str, root: str) -> str:
     """Return the table of a file of results in Markdown, with where its numbers come from."""
+    if name == "overview":
+        return overview(root)
     path = ROOT / "benchmarks" / "results" / name
     if not path.exists():
         return f"*Not measured yet: there is no {name}.*\n"
@@ -64,6 +78,17 @@ def table(name: str, part: str, root: str) -> str:
     if kind in PICTURES and (ROOT / "docs" / PICTURES[kind]).exists():
         shown = [f"![{kind}]({'' if root else 'docs/'}{PICTURES[kind]})", "", *shown]
     return "\n".join([*shown, "", f"{note}[{name}]({root}benchmarks/results/{name})", ""])
+
+
+def overview(root: str) -> str:
+    """Return the table of what each way of thinking has on several tasks: the mean over seeds, and the worst seed."""
+    lines = [["task", "a guess", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    for task, guess, suite, variants in OVERVIEW:
+        results = json.loads((ROOT / "benchmarks" / "results" / f"{suite}.json").read_text())
+        found = {v: [p["accuracy"] for p in results["points"] if p["variant"] == v] for v in variants}
+        means = [f"{100 * statistics.mean(found[v]):.1f} % ({100 * min(found[v]):.1f})" if v else "-" for v in variants]
+        lines.append([f"[{task}]({root}benchmarks/results/{suite}.json)", guess, *means])
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), ""])
 
 
 def suite_lines(results: dict, part: str) -> tuple[Lines, str]:
