@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.methods.reference_denoise import Plain
+from tests.methods.reference_denoise import Plain, softened
 
 
 def blocks_of(n_prompt, n, method):
@@ -19,10 +19,10 @@ def blocks_of(n_prompt, n, method):
     return [(before + k) // size for k in range(n)]
 
 
-def states_of(model, ids, positions, seen):
+def states_of(model, ids, positions, seen, embeds=None):
     """Return the states of a row (L, D) in which place q sees place k where ``seen[q][k]``."""
     backbone = model.backbone
-    embeds = backbone.embed(torch.tensor([ids]))
+    embeds = backbone.embed(torch.tensor([ids])) if embeds is None else embeds[None]
     seen = torch.as_tensor(seen)[None, None]
     mask = torch.zeros(seen.shape, dtype=embeds.dtype).masked_fill(~seen, torch.finfo(torch.float32).min)
     kinds = set(getattr(backbone.config, "layer_types", None) or ())
@@ -43,13 +43,17 @@ def in_2l(model, row, method):
         ]
         for q in range(2 * n)
     ]
-    logits = model.backbone.head(states_of(model, noised + ids, [*range(n)] * 2, seen))
-    total = 0.0
-    for place, weight in zip(hidden, row.noise.weights):
-        at = place - method.shift
-        at = at if block[at] == block[place] else at + n  # the block before, as it was written
-        total = total + weight * cross_entropy(logits[at], torch.tensor(ids[place]))
-    return total
+    before = [place - method.shift for place in hidden]
+    at = [k if block[k] == block[place] else k + n for k, place in zip(before, hidden)]  # a block before, as written
+    table, embeds = model.backbone.lm.get_input_embeddings().weight, None  # padding has a gradient where it is fed
+    for _ in range(method.soft.unroll if row.noise.soft else 0):
+        with torch.no_grad():
+            logits = model.backbone.head(states_of(model, noised + ids, [*range(n)] * 2, seen, embeds))[at]
+        embeds = model.backbone.embed(torch.tensor(noised + ids))
+        fed = [softened(model.soft, table, own) for own in logits]
+        embeds = embeds.index_copy(0, torch.tensor(hidden), torch.stack(fed)) if fed else embeds
+    logits = model.backbone.head(states_of(model, noised + ids, [*range(n)] * 2, seen, embeds))[at]
+    return sum(w * cross_entropy(own, torch.tensor(ids[k])) for own, k, w in zip(logits, hidden, row.noise.weights))
 
 
 class Blocks(Plain):
@@ -68,9 +72,16 @@ class Blocks(Plain):
         n = len(self.prompt) + self.end
         blocks = blocks_of(len(self.prompt), n, self.method)
         seen = [[blocks[k] <= blocks[q] for k in range(n)] for q in range(n)]
-        logits = self.model.backbone.head(states_of(self.model, ids[:n], [*range(n)], seen))
+        embeds = self.soft(ids)
+        embeds = None if embeds is None else embeds[:n]
+        logits = self.model.backbone.head(states_of(self.model, ids[:n], [*range(n)], seen, embeds))
         logits = torch.cat([logits[:1], logits[:-1]]) if self.method.shift else logits
         return torch.cat([logits, torch.zeros(len(ids) - n, logits.shape[1])])  # the rest is not there yet
+
+    def predict(self, drawn):
+        found = super().predict(drawn)
+        self.seen = self.end
+        return found
 
     def blocks(self):
         """Yield the number, the places and the counts of each block, until an end of sequence is written."""
@@ -141,4 +152,25 @@ def editing(model, method, question, **options):
                 plain.x[g] = int(tokens[g])
             if not masks and not edits:
                 break
+    return plain
+
+
+def remdm(model, method, question, **options):
+    """Fill each block by ReMDM's cap; passes that commit nothing are not made."""
+    plain = Blocks(model, method, question, **options)
+    steps, cap = plain.steps or plain.most, method.sampler.remask.cap
+    for b, places, _ in plain.blocks():
+        for i in range(steps):
+            drawn, before, after = plain.numbers(b * steps + i), i / steps, (i + 1) / steps
+            sigma = min(cap, 1.0 if i == 0 else (1 - after) / before)
+            stay = ((1 - after) - sigma * before) / (1 - before)
+            masks = plain.masks(places)
+            kept = [g for g in masks if drawn[1][g] >= stay]
+            again = [g for g in places if g not in masks and drawn[1][g] < sigma]
+            if kept:
+                tokens, _ = plain.predict(drawn[0])
+            for g in kept:
+                plain.x[g] = int(tokens[g])
+            for g in again:
+                plain.x[g] = plain.mask
     return plain

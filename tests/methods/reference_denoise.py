@@ -30,6 +30,7 @@ class Plain:
             drawn = np.random.default_rng([*self.seed, 1, 1]).integers(0, len(model.tokenizer) - 1, len(self.x))
             self.fillers = [int(i) + (i >= self.mask) for i in drawn]
         self.fed = None  # with soft masks, the logits of the last pass and the tokens in it
+        self.seen = len(self.x)  # how many places that pass saw
 
     def numbers(self, at):
         return np.random.default_rng([*self.seed, at]).random((3, len(self.x)))
@@ -74,19 +75,26 @@ class Plain:
         table = self.model.backbone.embed(torch.arange(len(self.model.tokenizer)))
         embeds = table[ids].clone()
         for g, (row, old) in enumerate(zip(self.fed[0].clone(), self.fed[1])):
-            if self.x[g] != self.mask or (old != self.mask and soft.settings.remasked == "drop"):
+            was_token = old != self.mask
+            if self.x[g] != self.mask or g >= self.seen or (was_token and soft.settings.remasked == "drop"):
                 continue
-            row[self.mask] = -torch.inf
-            if old != self.mask and soft.settings.remasked == "carry":
+            if was_token and soft.settings.remasked == "carry":
                 row[:], row[old] = -torch.inf, 0.0
-            p = row.softmax(-1)
-            lam = soft.scale * torch.sigmoid(soft.steepness * ((p * (p + 1e-10).log()).sum() - soft.centre))
-            p[p.argsort(descending=True)[soft.settings.top_k :]] = 0
-            embeds[first + g] = (1 - lam) * table[self.mask] + lam * (p / p.sum()) @ table
+            embeds[first + g] = softened(soft, table, row)
         return embeds
 
     def text(self):
         return self.x[: self.x.index(self.eos) + 1] if self.eos in self.x else self.x
+
+
+def softened(soft, table, logits):
+    """Return what a mask is read as (D,) after a pass that gave it some logits (V,), of soft_masked.md, section 3."""
+    logits = logits.clone()
+    logits[soft.mask_id] = -torch.inf
+    p = logits.softmax(-1)
+    lam = soft.scale * torch.sigmoid(soft.steepness * ((p * (p + 1e-10).log()).sum() - soft.centre))
+    kept = torch.zeros_like(p).index_fill(0, p.topk(soft.settings.top_k or len(p)).indices, 1.0) * p
+    return (1 - lam) * table[soft.mask_id] + lam * (kept / kept.sum()) @ table
 
 
 def llada(model, method, question, **options):

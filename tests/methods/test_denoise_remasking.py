@@ -125,6 +125,16 @@ def test_a_planted_error_is_mended_only_where_tokens_are_masked_again():
     assert mended["loop"] / 100 >= 1 - 0.9**n_loop - 3 * math.sqrt(0.25 / 100)
 
 
+def test_a_block_that_is_over_is_masked_no_more_so_an_end_in_it_ends_the_canvas():
+    sampler = SamplerSettings(commit="remdm", steps=12, block_length=4, remask=RemaskSettings(cap=0.3))
+    canvas = Canvas(sampler, G, 0, 1, [0])
+    while not canvas.is_done:
+        asked = canvas.asked()
+        canvas.commit(np.where(asked == 5, 1, 7), np.ones(len(asked)))
+    assert canvas.written() == [7] * 5 + [1] and canvas.start == 8 < G
+    assert (canvas.tokens_G[8:] == 0).all()
+
+
 def test_weights_by_confidence():
     """11."""
     likely, is_token = np.array([0.9, 0.2, 0.2, 0.0]), np.array([True, True, True, False])

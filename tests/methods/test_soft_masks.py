@@ -30,9 +30,9 @@ by_method = pytest.mark.parametrize(
 )
 
 
-def model_of(method, arch="llama"):
-    """A model whose predictions are sure enough to open the gate."""
-    model = tiny_model(method, arch).double()
+def model_of(method, arch=None):
+    """A model whose predictions are sure enough to open the gate; of GPT-2's shape where it is shifted, or Llama's."""
+    model = tiny_model(method, arch or ("gpt2" if method.shift else "llama")).double()
     with torch.no_grad():
         model.backbone.lm.get_output_embeddings().weight.mul_(1.0 if method.shift else 4.0)
         if model.soft is not None:
@@ -163,9 +163,11 @@ def assert_no_graph(x):
     assert not x.requires_grad
 
 
+@pytest.mark.parametrize("unroll", [1, 2, 3])
 @by_method
-def test_training_is_two_passes_of_the_card(method):
-    """3: the loss is that of a second pass whose masks are mixed one by one from what the first predicts."""
+def test_training_is_two_passes_of_the_card_or_more(method, unroll):
+    """3: the loss is that of a last pass whose masks are mixed one by one from what the pass before it predicts."""
+    method = change(method, **{"soft.unroll": unroll})
     model = model_of(method)
     rows = model.rows(EXAMPLES, seed="s")
     total, count = 0.0, 0.0
@@ -173,7 +175,8 @@ def test_training_is_two_passes_of_the_card(method):
         plain = reference.Plain(model, method, example.question)
         ids, n = row.ids(), len(plain.prompt)
         plain.x = [plain.mask if k in row.noise.hidden else i for k, i in enumerate(ids)][n:]
-        plain.predict(torch.zeros(LONG))
+        for _ in range(unroll):
+            plain.predict(torch.zeros(LONG))
         assert len(plain.x) == LONG
         noisy = plain.prompt + plain.x
         log_p = reference.logits_of(model, noisy, method.shift, plain.soft(noisy)).log_softmax(-1)
@@ -182,7 +185,23 @@ def test_training_is_two_passes_of_the_card(method):
     assert model.loss(EXAMPLES, seed="s").loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def assert_soft_equal(method, by, temperature, arch="llama"):
+def test_more_passes_before_the_last_change_the_loss_and_no_gradient_flows_through_them():
+    method = Llada(gen_length=LONG, soft={**ON, "unroll": 2})
+    model, states = model_of(method), []
+    one = model_of(change(method, **{"soft.unroll": 1}))
+    assert not torch.allclose(model.loss(EXAMPLES, seed="s").loss, one.loss(EXAMPLES, seed="s").loss, rtol=1e-6)
+    own = model.backbone.forward
+    model.backbone.forward = lambda *a, **k: [out := own(*a, **k), states.append(out.requires_grad)][0]
+    own_mix, fed = model.soft.mixed, []
+    model.soft.mixed = lambda *a: [out := own_mix(*a), fed.append(out.requires_grad)][0]
+    model.loss(EXAMPLES).loss.backward()
+    assert (states, fed) == ([False, False, True], [False, True])
+    assert all(number.grad.abs() > 0 for number in model.soft.parameters())
+    with pytest.raises(InputError, match=r"unroll is 0, but must be a whole number, at least 1"):
+        change(method, **{"soft.unroll": 0})
+
+
+def assert_soft_equal(method, by, temperature, arch=None):
     """The engine equals the plain sampler, and soft masks do say something else than hard ones."""
     model = model_of(method, arch)
     assert_equal(model, method, by, temperature)
@@ -197,7 +216,7 @@ def test_the_engine_equals_lladas_plain_sampler(sampler, temperature):
 
 @pytest.mark.parametrize("sampler", BY_DREAM.values(), ids=BY_DREAM)
 def test_the_engine_equals_dreams_plain_sampler(sampler):
-    assert_soft_equal(Dream(gen_length=G, sampler=sampler, soft={**ON, "top_k": 1}), reference.dream, 0.7, "gpt2")
+    assert_soft_equal(Dream(gen_length=G, sampler=sampler, soft={**ON, "top_k": 1}), reference.dream, 0.7)
 
 
 @pytest.mark.parametrize("remasked", ["raw", "drop", "carry"])
@@ -278,21 +297,22 @@ def test_a_model_that_copies_what_it_reads_needs_one_more_pass():
     assert torch.equal(torch.cdist(read, table).argmin(-1), truth)
 
 
-@pytest.mark.parametrize("share, expected", [(0.0, 1.0), (0.5, 1.5), (0.8, 1.8), (1.0, 2.0)])
-def test_steps_make_as_many_passes_as_the_share_says(share, expected):
+@pytest.mark.parametrize("share, unroll, expected",
+                         [(0.0, 1, 1.0), (0.5, 1, 1.5), (0.8, 1, 1.8), (1.0, 1, 2.0), (0.5, 2, 2.0)])  # fmt: skip
+def test_steps_make_as_many_passes_as_the_share_says(share, unroll, expected):
     """10: decided by the step, so by the run's seed and the step's number alone, alike on all processes."""
-    model = tiny_model(Llada(gen_length=LONG, soft={"share": share}))
+    model = tiny_model(Llada(gen_length=LONG, soft={"share": share, "unroll": unroll}))
     rows = [[model.rows(EXAMPLES, seed=f"0/{step}/{process}/{i}") for process, i in ((0, 0), (1, 0), (0, 1))]
             for step in range(300)]  # fmt: skip
-    n_passes = [{1 + one.noise.soft for batch in step for one in batch} for step in rows]
+    n_passes = [{1 + unroll * one.noise.soft for batch in step for one in batch} for step in rows]
     assert all(len(n) == 1 for n in n_passes)
     mean = sum(n.pop() for n in n_passes) / 300
-    assert mean == pytest.approx(expected, abs=3 * math.sqrt(share * (1 - share) / 300))
+    assert mean == pytest.approx(expected, abs=3 * unroll * math.sqrt(share * (1 - share) / 300))
     passes, own = [], model.backbone.forward
     model.backbone.forward = lambda *a, **k: passes.append(1) or own(*a, **k)
     for step in range(6):
         model.loss(EXAMPLES, seed=f"0/{step}/0/0")
-    assert len(passes) == sum(1 + batch[0][0].noise.soft for batch in rows[:6])
+    assert len(passes) == sum(1 + unroll * batch[0][0].noise.soft for batch in rows[:6])
 
 
 def test_no_share_is_ordinary_training_bit_for_bit():

@@ -15,8 +15,10 @@ class SoftSettings(Checked):
     """A mask is read as a mixture of its own embedding and those of the likeliest tokens of the pass before.
 
     Args:
-        share: p_sm, the share of training steps that make two passes, of which the second is fed what the first
-            predicts and is learned from; 0: masks are hard. Answers and losses outside of training are always soft.
+        share: p_sm, the share of training steps whose pass is fed what a pass before it predicts, from which nothing
+            is learned; 0: masks are hard. Answers and losses outside of training are always soft.
+        unroll: how many passes a soft step makes before the one that is learned from, each fed by the one before it;
+            1 as published: what is fed comes from hard masks, while an answer's passes are fed by soft ones.
         top_k: k, how many tokens are mixed in; none: all of them, at a temperature that is learned too.
         mix: embeddings are mixed along a line (lerp), the same at the length of the mask's (lerp_norm), or along an arc
             of that length (slerp).
@@ -26,6 +28,7 @@ class SoftSettings(Checked):
     """
 
     share: Share = 0.0
+    unroll: Count = 1
     top_k: Count | None = 3
     mix: Mix = "lerp"
     remasked: Remasked = "raw"

@@ -110,9 +110,9 @@ class CachedEngine(CanvasEngine):
             context.rows = self.prefill.slots.of([requests[i] for i in chosen]).repeat_interleave(n_lines)
         after, sees = context.fork(), self.method.plan.sees
         halves_RL = numbers_RL if sees == "blocks" else None
-        states_RLD = after.read(
-            model.backbone.embed(ids_RL), real_RL, sees=sees, halves_BL=halves_RL, positions_BL=positions_RL
-        )
+        lines = [canvas for canvas in canvases for _ in range(n_lines)]
+        embeds_RLD = model.backbone.embed(ids_RL) if self.soft is None else self.soft.embeds(lines, ids_RL)
+        states_RLD = after.read(embeds_RLD, real_RL, sees=sees, halves_BL=halves_RL, positions_BL=positions_RL)
         self.reads.append((chosen, context, after))
         rows, columns = flat([canvas.predicting(places) for canvas, places in zip(canvases, asked)])
         of_lines = [np.stack([n_lines * rows + line, columns]) for line in range(n_lines)]

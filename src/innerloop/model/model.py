@@ -280,7 +280,7 @@ class LatentCore(RowLayout):
             read = self.decoder.read(batch.ids_BS[:, columns], self.memory(thought, state), self.backbone)
             return HeadInputs(partial(self.decoder.show, backbone=self.backbone), read[rows, at - columns.start])
         if batch.halves is not None:
-            return read_halves(thought, batch)
+            return read_halves(thought, batch, self.soft, self.loss_chunk)
         if state is not None and thought.fixed is not None:
             state = torch.where(*thought.fixed, state)
         pending = thought.pending if state is None else [(state, thought.region_mask)]

@@ -33,7 +33,7 @@ def noised(
     """Return what whole rows are read as (B, L, D), and with which options of `Context.read`.
 
     Args:
-        soft: what softens masks, in a pass of its own.
+        soft: what softens masks, in passes of its own.
         context: what was read before: nothing. It is left as it was.
         read: what would be read, masks hard, and its mask.
         batch: the rows.
@@ -51,7 +51,11 @@ def noised(
     if soft is not None and batch.soft_at_U is not None:
         rows_U, predict_at_U = batch.predict_at_U // n_columns, batch.predict_at_U % n_columns - first_column
         masks = rows_U, batch.soft_at_U % n_columns - first_column
-        embeds_BLD = soft.soften(context, embeds_BLD, mask_BL, masks, predict_at_U, options, chunk)
+
+        def predict(embeds_BLD: Tensor) -> Tensor:
+            return context.fork().read(embeds_BLD, mask_BL, **{**options, "all_states": False})[rows_U, predict_at_U]
+
+        embeds_BLD = soft.soften(context.backbone, embeds_BLD, masks, predict, chunk)
     return embeds_BLD, options
 
 

@@ -8,9 +8,9 @@ Shapes: `B` rows, `L` positions, `A` masks, `K` tokens mixed in, `D` width, `V` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.nn.functional import softplus
 from innerloop.config.soft_masks import Mix, SoftSettings
 from innerloop.decoder.backbone import Backbone
 from innerloop.decoder.token_losses import AtOnce
-from innerloop.passes.context import Context
 
 LEAST = 1e-6
 CENTRE, STEEPNESS = -0.75, 10 / 1.5
@@ -102,31 +101,40 @@ class SoftMask(nn.Module):
 
     def soften(
         self,
-        context: Context,
+        backbone: Backbone,
         embeds_BLD: Tensor,
-        mask_BL: Tensor | None,
         masks: tuple[Tensor, Tensor],
-        predict_at_A: Tensor,
-        options: Mapping[str, Any],
+        predict: Callable[[Tensor], Tensor],
         chunk: AtOnce = None,
     ) -> Tensor:
-        """Make a pass that nothing is learned from, and return the embeddings of the next, its masks softened.
+        """Make the passes that nothing is learned from, and return the embeddings of the next, its masks softened.
 
         Args:
-            context: what was read before; it is left as it was.
+            backbone: what embeds, and shows states.
             embeds_BLD: what would be read, masks hard.
-            mask_BL: 1 where real; None: all are.
             masks: the rows and columns (A,) of the masks.
-            predict_at_A: the columns that predict them.
-            options: of `Context.read`, such as what a position sees.
+            predict: makes a pass over embeddings (B, L, D), and returns the states (A, D) that predict the masks.
             chunk: how many rows of logits may exist together.
         """
-        backbone, rows_A = context.backbone, masks[0]
-        if not len(rows_A):
+        if not len(masks[0]):
             return embeds_BLD
-        with torch.no_grad():
-            states_BLD = context.fork().read(embeds_BLD, mask_BL, **{**options, "all_states": False})
-            states_AD = states_BLD[rows_A, predict_at_A]
+        soft_BLD = embeds_BLD
+        for n_left in reversed(range(self.settings.unroll)):
+            with torch.no_grad():
+                states_AD = predict(soft_BLD)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and n_left == 0):
+                soft_BLD = self._fed(backbone, embeds_BLD, masks, states_AD, chunk)
+        return soft_BLD
+
+    def _fed(
+        self,
+        backbone: Backbone,
+        embeds_BLD: Tensor,
+        masks: tuple[Tensor, Tensor],
+        states_AD: Tensor,
+        chunk: AtOnce,
+    ) -> Tensor:
+        """Return embeddings whose masks are fed what states show."""
         size = chunk if isinstance(chunk, int) and self.raw_temperature is None else len(states_AD)
         parts = []
         for part_AD in states_AD.split(size):

@@ -36,6 +36,11 @@ class BlockCanvas(CachedCanvas):
         """How many columns come before the active block."""
         return len(self.prompt) + (self.start or -self.n_before)
 
+    @property
+    def n_read(self) -> int:
+        """How many tokens of the canvas come before the end of the active block."""
+        return self.end
+
     def choose(self) -> None:
         """Read what is not in the cache up to the end of the active block.
 
@@ -62,9 +67,7 @@ class BlockCanvas(CachedCanvas):
     @property
     def is_done(self) -> bool:
         """Whether no pass can change the text."""
-        if self.edit is None:
-            return super().is_done
-        return self.start >= len(self.tokens_G) or self.eos_id in self.tokens_G[: self.start]
+        return super().is_done if self.edit is None else self.has_ended
 
     def asked(self) -> Ints:
         """Return the places (A,) that the next pass predicts: all of the block where tokens may be overwritten."""

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from innerloop.checks.values import Count, Places, Share, SomeShare
 from innerloop.config.plan import Plan
+from innerloop.config.soft_masks import SoftSettings
 from innerloop.errors import refuse
 from innerloop.methods.denoise.method import DenoisingMethod
 from innerloop.methods.denoise.noise import by_block, times
@@ -101,6 +102,7 @@ class BlockDiffusion(DenoisingMethod):
     mask_token: str = MASK
     noise: BlockNoise = BlockNoise()
     sampler: BlockSampler = BlockSampler()
+    soft: SoftSettings = SoftSettings()
 
     @property
     def canvas_block(self) -> int:

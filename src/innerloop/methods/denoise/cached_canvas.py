@@ -62,4 +62,8 @@ class CachedCanvas(Canvas, ABC):
 
     def predicting(self, places_A: Ints) -> Ints:
         """Return where among the columns that are read those are that predict some places of the canvas."""
-        return np.searchsorted(self.reading, len(self.prompt) + places_A - self.shift)
+        return self.columns(places_A - self.shift)
+
+    def columns(self, places_A: Ints) -> Ints:
+        """Return where among the columns that are read those of some places are."""
+        return np.searchsorted(self.reading, len(self.prompt) + places_A)

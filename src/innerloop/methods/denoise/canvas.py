@@ -88,6 +88,15 @@ class Canvas:
         hidden = self.tokens_G if self.fillers_G is None else self.fillers_G
         return np.where(self.tokens_G == self.mask_id, hidden, self.tokens_G)
 
+    @property
+    def n_read(self) -> int:
+        """How many of its tokens the next pass sees, the first of them."""
+        return len(self.tokens_G)
+
+    def columns(self, places_A: Ints) -> Ints:
+        """Return where among what the pass reads of it some places are."""
+        return places_A
+
     # What is asked
 
     def masks(self) -> Ints:
@@ -112,9 +121,14 @@ class Canvas:
     def is_done(self) -> bool:
         """Whether no pass can change the text: it is full up to its first end of sequence, and stays so."""
         if not self.keeps:
-            return self.start >= len(self.tokens_G)
+            return self.has_ended
         ends, masks = (np.flatnonzero(self.tokens_G == i) for i in (self.eos_id, self.mask_id))
         return len(masks) == 0 or (len(ends) > 0 and ends[0] < masks[0])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no block is left, or one that is over holds an end of sequence."""
+        return self.start >= len(self.tokens_G) or self.eos_id in self.tokens_G[: self.start]
 
     @property
     def n_final(self) -> int:
