@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from innerloop import Cot, Dream, InputError, Llada
-from innerloop.measure.bound import Bound, bounds, hidden_counts, summary
+from innerloop.measure.bound import Bound, bounds, hidden_counts, row_bounds, summary
 from innerloop.measure.likelihood import likelihood
 from innerloop.tasks import Chain
 from innerloop.text.examples import Example
@@ -95,6 +95,18 @@ def test_one_draw_is_exact_for_one_token_and_log_v_without_an_opinion():
     found = bounds(model, chain_examples(2), n_draws=3)
     assert [bound.nll for bound in found] == pytest.approx([24 * math.log(len(model.tokenizer))] * 2)
     assert found[0].error == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_one_draw_is_the_likelihood_of_an_answer_of_one_token(shift):
+    """Card 9, 3."""
+    model = tiny_model(Llada(shift=shift), "gpt2" if shift else "llama").double()
+    model.encoder.running_text = True
+    row = model.method.lay_out(Example("3", (), " 4", "a", {}), model.encoder)
+    ids, mask = row.ids(), model.method.mask_id(model.encoder)
+    (found,) = row_bounds(model, [row], n_draws=1)
+    log_probs = reference.logits_of(model, [*ids[:-1], mask], shift).log_softmax(-1)
+    assert found.n_tokens == 1 and found.nll == pytest.approx(-float(log_probs[-1, ids[-1]]), rel=1e-9)
 
 
 def test_running_text_has_a_bound_too():

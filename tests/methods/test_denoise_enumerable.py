@@ -1,6 +1,7 @@
 """What samplers do to a denoiser that is known exactly: the tables of llada.md, 7b, and remdm.md, 7b."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ RANDOM, BEST = {"commit": "random"}, {}
 FEW, MANY = 100, 400
 
 
-def within(share, n, expected):
-    """Whether a share of ``n`` draws is that of an expectation, itself of 400 draws, within three standard errors."""
+def within(share, n, expected, n_expected=MANY):
+    """Whether a share of ``n`` draws is an expectation, itself of so many draws, within three standard errors."""
     spread = max(expected * (1 - expected), 0.01)
-    return abs(share - expected) <= 3 * math.sqrt(spread / n + spread / MANY)
+    return abs(share - expected) <= 3 * math.sqrt(spread / n + spread / n_expected)
 
 
 def valid(sampler, n, **options):
@@ -34,7 +35,8 @@ def valid(sampler, n, **options):
         ({"steps": 4}, 0.25),
         ({**RANDOM, "steps": 8}, 0.61),
         ({"steps": 8}, 0.39),
-        ({"steps": 8, "ties": "lowest"}, 0.10),
+        ({"steps": 4, "ties": "lowest"}, 0.00),
+        ({"steps": 8, "ties": "lowest"}, 0.15),
         ({**RANDOM, "steps": 16}, 1.0),
         ({"steps": 16}, 1.0),
     ],
@@ -44,18 +46,54 @@ def test_validity_from_a_free_canvas(sampler, expected):
 
 
 @pytest.mark.parametrize(
-    "steps, random, best",
-    [(2, 0.37, 0.53), (3, 0.59, 0.42), (4, 0.72, 0.82), (6, 0.86, 0.60), (12, 1.0, 1.0)],
-)
-def test_validity_with_four_clues_is_not_monotone_in_the_passes(steps, random, best):
-    options = {"n": FEW, "temperature": 0.0, "clues": 4}
-    for rule, expected in ((RANDOM, random), (BEST, best)):
-        assert within(valid({**rule, "steps": steps}, **options), FEW, expected)
+    "steps, random, best, lowest",
+    [(2, 0.378, 0.450, 0.207), (3, 0.528, 0.412, None), (4, 0.652, 0.840, 0.502), (6, 0.813, 0.608, 0.147),
+     (12, 1.0, 1.0, 1.0)],
+)  # fmt: skip
+def test_validity_with_four_clues_is_not_monotone_in_the_passes_and_ties_matter(steps, random, best, lowest):
+    """Four cells of a square, all choices alike. Where the lowest of equals is taken nothing is drawn: those shares are
+    of all 1,820 choices in all squares; the others of 4,000 draws of a sampler that is written apart from ours."""
+    rules = (RANDOM, random), (BEST, best), ({"ties": "lowest"}, lowest)
+    for rule, expected in rules:
+        found = None if expected is None else valid({**rule, "steps": steps}, MANY, temperature=0.0, clues=4)
+        assert found is None or within(found, MANY, expected, 4000)
 
 
-def test_the_rule_for_ties_is_a_first_order_effect():
-    found = {ties: valid({"steps": 6, "ties": ties}, FEW, temperature=0.0, clues=4) for ties in ("random", "lowest")}
-    assert found["lowest"] < found["random"] - 0.25
+@pytest.mark.parametrize("ties", ["random", "lowest"])
+@pytest.mark.parametrize("rule", [RANDOM, BEST], ids=["random", "confidence"])
+def test_squares_are_filled_as_by_hand(rule, ties):
+    """Token by token: squares that fit are counted one by one, and what equals what is decided on fractions.
+
+    Which of several likeliest symbols is taken is drawn apart from which of several likeliest cells is.
+    """
+    given = []
+
+    def see(canvases, before):
+        given.append([tokens.tolist() for tokens in before])
+
+    for steps in (2, 4, 6):
+        given.clear()
+        found = fill(SamplerSettings(**rule, steps=steps, ties=ties), 12, 0.0, clues=4, seed=3, see=see)
+        for i, canvas in enumerate(found):
+            assert canvas.tokens_G.tolist() == by_hand(given[0][i], steps, rule == RANDOM, ties, [3, i])
+
+
+def by_hand(tokens, steps, is_random, ties, seed):
+    """Fill a canvas with clues by even counts at temperature 0."""
+    n_masks = tokens.count(0)
+    for step in range(steps):
+        numbers = np.random.default_rng([*seed, step]).random((3, 16))
+        fitting = [square for square in VALID if all(t in (0, s) for t, s in zip(tokens, square))] or list(VALID)
+        proposed = {}
+        for cell in (cell for cell in range(16) if tokens[cell] == 0):
+            counts = [sum(square[cell] == symbol for square in fitting) for symbol in range(2, 6)]
+            best = [symbol for symbol, n in zip(range(2, 6), counts) if n == max(counts)]
+            symbol = best[0] if ties == "lowest" else best[int(numbers[0, cell] * len(best))]
+            rank = (0, -numbers[1, cell]) if is_random else (-Fraction(max(counts), len(fitting)), numbers[2, cell])
+            proposed[cell] = (rank if is_random or ties == "random" else (rank[0], cell)), symbol
+        for cell in sorted(proposed, key=lambda cell: proposed[cell][0])[: n_masks // steps + (step < n_masks % steps)]:
+            tokens[cell] = proposed[cell][1]
+    return tokens
 
 
 def test_noise_is_mended_by_confidence_where_one_token_is_committed_at_a_time():
@@ -66,7 +104,7 @@ def test_noise_is_mended_by_confidence_where_one_token_is_committed_at_a_time():
 def test_a_threshold_gives_valid_squares_alone_in_fewer_passes():
     found = fill(SamplerSettings(commit="threshold", threshold=0.9), FEW, temperature=0.0, clues=4)
     assert all(map(is_valid, found))
-    assert np.mean([canvas.n_passes for canvas in found]) <= 8.5  # of 12
+    assert np.mean([canvas.n_passes for canvas in found]) <= 8  # of 12
 
 
 @pytest.mark.slow  # a chi-square over 576 classes
@@ -135,10 +173,10 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature):
     n, logits = 4000, torch.tensor([1.0, 0.0, -1.0, 0.5, 0.2])
     drawn = torch.from_numpy(np.random.default_rng(1).random(n))
     for sampler in (SamplerSettings(), Dream().sampler):
-        tokens, _ = propose(logits.expand(n, -1), sampler, temperature, drawn, drawn)
+        tokens, _ = propose(logits.expand(n, -1), sampler, temperature, drawn)
         expected = n * (logits / temperature).softmax(-1)
         assert ((torch.bincount(tokens, minlength=5) - expected) ** 2 / expected).sum() < 18.5  # p = .001
-        assert set(propose(logits.expand(n, -1), sampler, 1e-3, drawn, drawn)[0].tolist()) == {0}
+        assert set(propose(logits.expand(n, -1), sampler, 1e-3, drawn)[0].tolist()) == {0}
 
 
 def test_the_demo_shows_a_square_pass_by_pass_and_what_rules_make_of_many(capsys, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from innerloop import InputError, Llada
+from innerloop import BlockDiffusion, InputError, Llada
 from innerloop.methods.denoise.canvas import Canvas
 from innerloop.methods.denoise.remasking import RemaskSettings, sigma_max, stay, weights
 from innerloop.methods.denoise.settings import SamplerSettings
-from tests.methods.test_denoise_sampling import QUESTIONS, TRUTH, G, fill, is_flat, knows, model_of
+from tests.methods import reference_blocks as plain_blocks
+from tests.methods import reference_denoise as plain
+from tests.methods.test_denoise_sampling import QUESTIONS, TRUTH, G, assert_equal, fill, is_flat, knows, model_of
 from tests.models import tiny_model
 
 GRID = [(k / 16, (k + 1) / 16) for k in range(16)] + [(0.9, 0.9)]
@@ -107,6 +109,29 @@ def test_without_sigma_it_is_mdlm_token_by_token():
         slow += [np.flatnonzero(gone).tolist()] * bool(gone.any())
         x[gone] = 1
     assert committed == slow
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_the_engine_equals_the_plain_sampler(arch):
+    sampler = {"commit": "remdm", "steps": 24, "remask": {"cap": 0.3}}
+    method = Llada(gen_length=G, shift=arch == "gpt2", sampler=sampler)
+    assert_equal(model_of(method, arch), method, plain.remdm, 1.0)
+    blocks = BlockDiffusion(gen_length=G, block_length=4, shift=arch == "gpt2", sampler=sampler)
+    assert_equal(model_of(blocks, arch), blocks, plain_blocks.remdm, 1.0)
+
+
+@by_rule
+def test_no_token_becomes_another_without_being_a_mask(remask):
+    """10: a step masks it again, or leaves it."""
+    rng = np.random.default_rng(0)
+    canvas, n_again = Canvas(sampler_of(40, **remask), 32, 0, 1, [0]), 0
+    while not canvas.is_done:
+        before, asked = canvas.tokens_G.copy(), canvas.asked()
+        canvas.commit(rng.integers(2, 9, len(asked)), rng.random(len(asked)))
+        gone = (before != 0) & (canvas.tokens_G != before)
+        assert (canvas.tokens_G[gone] == 0).all()
+        n_again += gone.sum()
+    assert (n_again > 0) == RemaskSettings(**remask).remasks
 
 
 def test_a_planted_error_is_mended_only_where_tokens_are_masked_again():

@@ -1,5 +1,7 @@
 """Filling canvases: the engine against the cards' plain samplers, and what the cards ask of any sampler."""
 
+from itertools import permutations, product
+
 import numpy as np
 import pytest
 import torch
@@ -90,7 +92,7 @@ def fill(sampler, predictor, length=G, seed=0, mask=0, eos=1, temperature=0.0):
         asked, drawn = canvas.asked(), torch.from_numpy(canvas.drawn())
         logits = predictor(canvas.tokens_G)[asked].clone()
         logits[:, mask] = -torch.inf
-        tokens, scores = canvases.propose(logits, sampler, temperature, drawn[0, asked], drawn[2, asked])
+        tokens, scores = canvases.propose(logits, sampler, temperature, drawn[0, asked])
         committed.append(canvas.commit(tokens.numpy(), scores.numpy()).tolist())
     return canvas, committed
 
@@ -112,12 +114,65 @@ ANY = [
 ]
 
 
-@pytest.mark.parametrize("sampler", [*ANY, SamplerSettings(commit="threshold")])
+BY_GRID = [
+    Dream(sampler={"commit": c, "steps": s, "position_temperature": t}).sampler
+    for c, t in (("origin", 0.0), ("confidence", 0.0), ("margin", 0.3), ("entropy", 0.0))
+    for s in (1, 5, 12)
+]
+
+
+@pytest.mark.parametrize("sampler", [*ANY, *BY_GRID, SamplerSettings(commit="threshold")])
 def test_one_that_knows_the_answer_recovers_it(sampler):
-    """Card 9, 5: whatever the passes, blocks and rule."""
+    """Card 9, 5, and dream's: whatever the passes, blocks and rule; all masks of a canvas are committed, each once."""
     canvas, committed = fill(sampler, knows)
     assert canvas.tokens_G.tolist() == TRUTH.tolist()
     assert sorted(place for places in committed for place in places) == list(range(G))  # each once
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("sampler", [{"steps": 1}, {"guidance": 1.5, "steps": 1}, {"guidance": 4.0},
+                                     {"guidance": 0.5, "commit": "random", "block_length": 4, "steps": 6}])  # fmt: skip
+def test_so_it_does_in_the_engine_whatever_the_guidance(sampler, arch, monkeypatch):
+    """Card 9, 5."""
+    model, own = model_of(Llada(gen_length=G, sampler=sampler), arch), canvases.predict
+    words = [i for i in range(len(model.tokenizer)) if i not in (model.encoder.eos_id, *model.suppressed_ids())]
+    truth = torch.tensor((words * G)[:G])
+
+    def predict(backbone, prompts, tokens_RG, asked, *rest):
+        logits_AV = own(backbone, prompts, tokens_RG, asked, *rest)
+        rows = torch.arange(len(logits_AV))
+        known = truth[asked[1]].repeat(len(rows) // len(asked[1]))
+        return torch.zeros_like(logits_AV).index_put((rows, known), torch.tensor(30.0))
+
+    monkeypatch.setattr(canvases, "predict", predict)
+    for one in model.generate(QUESTIONS):
+        assert one.ids == truth.tolist()
+        assert one.cost.passes == (2 if "guidance" in sampler else 1) * sampler.get("steps", G)
+
+
+def test_random_order_is_the_mean_over_all_orders_of_what_a_table_says():
+    """Card 9, 9: three places, two symbols, conditionals that agree with no one joint; a chi-square over 8 classes."""
+    table, n = np.random.default_rng(0).dirichlet([1.0, 1.0], size=(3, 3, 3, 3)), 400  # place, then 0 or a symbol each
+
+    def shares(tokens, place):
+        return table[(place, *(max(t - 1, 0) for t in tokens))]
+
+    def logits(tokens):
+        return torch.tensor([[-np.inf, -np.inf, *np.log(shares(tokens.tolist(), place))] for place in range(3)])
+
+    expected = dict.fromkeys(product((2, 3), repeat=3), 0.0)
+    for order, canvas in product(permutations(range(3)), expected):
+        known, share = [0, 0, 0], 1 / 6
+        for place in order:
+            share *= shares(known, place)[canvas[place] - 2]
+            known[place] = canvas[place]
+        expected[canvas] += share
+    counts = dict.fromkeys(expected, 0)
+    sampler = SamplerSettings(commit="random")
+    for seed in range(n):
+        canvas, _ = fill(sampler, logits, length=3, seed=seed, temperature=1.0)
+        counts[tuple(canvas.tokens_G.tolist())] += 1
+    assert sum((counts[c] - n * p) ** 2 / (n * p) for c, p in expected.items()) < 24.3  # p = .001
 
 
 @pytest.mark.parametrize("steps, block", [(5, None), (12, None), (6, 4), (3, 4), (20, None)])
@@ -212,6 +267,11 @@ def test_a_canvas_whose_text_is_settled_leaves_and_another_joins():
 
 @pytest.mark.parametrize("method", [Llada(gen_length=G, sampler={"steps": 4}), Dream(gen_length=G),
                                     Llada(gen_length=G, sampler={"commit": "threshold", "threshold": 0.3}),
+                                    *(Llada(gen_length=G, sampler=sampler) for sampler in (
+                                        {"commit": "random", "steps": 4, "block_length": 6}, {"commit": "margin"},
+                                        {"ties": "lowest", "eos": "last"}, {"commit": "origin", "eos": "never"},
+                                        {"position_temperature": 0.5, "top_p": 0.8})),
+                                    Dream(gen_length=G, sampler={"commit": "entropy", "steps": 5, "top_p": 0.9}),
                                     Llada(gen_length=G, sampler={"guidance": 1.0, "steps": 4})])  # fmt: skip
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_answers_depend_on_no_company(method, temperature):

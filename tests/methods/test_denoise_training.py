@@ -1,15 +1,17 @@
 """What denoising learns from: which tokens are hidden, what each counts, and the loss over the global batch."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from innerloop import Dream, LatentModel, Llada
+from innerloop import Dream, InputError, LatentModel, Llada
 from innerloop.methods.denoise.noise import hide, times, weights_of
 from innerloop.methods.denoise.settings import NoiseSettings
+from innerloop.text.examples import Example
 from innerloop.text.row import Kind
 from tests.close import assert_close
 from tests.fields import change
@@ -118,6 +120,24 @@ def test_a_model_without_an_opinion_loses_log_v_a_token(weight):
         assert np.mean(sums) == pytest.approx(1.0, abs=4 * np.std(sums) / math.sqrt(len(sums)))
 
 
+@by_method
+def test_one_that_knows_loses_nothing_and_only_hidden_tokens_have_a_gradient(method):
+    """Card 9, 1: logits of other places change no loss, so their gradient is 0, not next to nothing."""
+    model = tiny_model(method, "gpt2" if method.shift else "llama")
+    rows, v = model.rows(EXAMPLES, seed="s"), len(model.tokenizer)
+    batch = model.batch(rows)
+    states_BSV = torch.zeros(*batch.ids_BS.shape, v, requires_grad=True)
+    model.backbone.forward, model.backbone.head = (lambda embeds, **known: states_BSV), (lambda states: states)
+    model.backbone.head_inputs = lambda states_UV: lambda part: states_UV[part]
+    assert batch.bounds[0] + batch.columns(2)[0].stop > 0
+    (gradient,) = torch.autograd.grad(model(batch).loss, states_BSV)
+    touched = gradient.flatten(0, 1).abs().sum(-1).nonzero()[:, 0]
+    assert touched.tolist() == sorted(batch.predict_at_U.tolist())
+    with torch.no_grad():
+        states_BSV.view(-1, v)[batch.predict_at_U, batch.targets_U] = 60.0
+    assert model(batch).loss.item() == 0
+
+
 def test_subsets_weighed_by_their_size_are_the_integral_over_t():
     """Card 9, 3: E[1/t sum of losses] = mean over l of L / l sum = mean over orders of the chain rule."""
     n = 3
@@ -152,6 +172,19 @@ def test_cart_counts_clean_tokens_by_their_distance():
     assert cart([0], 1000, q) == pytest.approx([0.5])
     assert cart(list(range(12)), 12, q) == [0.0] * 12
     assert cart([3, 4, 9], 12, 1.0) == [0.5, 0.5, 1.0]  # adjacent ones alone
+
+
+def test_cart_knows_places_alone_and_no_tokens():
+    """Rows of other tokens with the same places hidden count the same; the first token of a row cannot be hidden."""
+    model = tiny_model(Dream(gen_length=G))
+    a, b = (row_of(model, Example(q, (), "2", "a", {})) for q in ("3 ; + 4", "4 ; - 1"))
+    assert a.ids() != b.ids()
+    found = [hide(row, 0.5, model.method.noise, 9, True, "s").noise for row in (a, b)]
+    assert found[0].hidden == found[1].hidden and found[0].weights == found[1].weights
+    assert 0 < max(found[0].weights) <= 1
+    row = hide(replace(a, prefix=[]), 1.0, model.method.noise, 9, True, "s")
+    with pytest.raises(InputError, match="the first token of a row cannot be supervised: nothing comes before it"):
+        model.batch([row])
 
 
 @pytest.mark.parametrize("t, mean", [(0.1, 0.87), (0.5, 0.48), (0.9, 0.10)])

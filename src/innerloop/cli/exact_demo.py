@@ -74,8 +74,8 @@ def fill(
         shares = marginals(np.stack(before), noise)[rows, cells]
         logits = torch.full((len(rows), END + 1 + SYMBOLS), -torch.inf)
         logits[:, END + 1 :] = torch.from_numpy(shares).clamp(min=1e-30).log().float()
-        drawn = torch.from_numpy(np.stack([canvas.drawn() for canvas in live])[rows, :, cells])
-        tokens, scores = (x.numpy() for x in propose(logits, sampler, temperature, drawn[:, 0], drawn[:, 2]))
+        drawn = torch.from_numpy(np.stack([canvas.drawn() for canvas in live])[rows, 0, cells])
+        tokens, scores = (x.numpy() for x in propose(logits, sampler, temperature, drawn))
         for canvas, end, own in zip(live, np.cumsum([len(a) for a in asked]), asked):
             canvas.commit(tokens[end - len(own) : end], scores[end - len(own) : end])
         see(live, before)

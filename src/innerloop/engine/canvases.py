@@ -160,14 +160,14 @@ class CanvasEngine(Engine):
         read = asked if soft is None else [soft.watched(canvas) for canvas in canvases]
         rows, places = flat(asked)
         drawn = np.stack([canvas.drawn() for canvas in canvases])
-        numbers = self._sent(drawn[rows, :, places])
+        numbers_A = self._sent(drawn[rows, 0, places])
         slots.meter.count_logits(slots.of(requests), self._sent(np.array([len(one) for one in read])))
         logits_AV = self._predict(requests, canvases, read)
         own_AV, logits_AV = logits_AV[: sum(map(len, read))], lean(logits_AV, sampler.guidance)
         if soft is not None:
             logits_AV = logits_AV[self._sent(_within(asked, read))]
         logits_AV = without(logits_AV, self.never)
-        tokens_A, scores_A = propose(logits_AV, sampler, self.options.temperature, numbers[:, 0], numbers[:, 2])
+        tokens_A, scores_A = propose(logits_AV, sampler, self.options.temperature, numbers_A)
         found_2A = torch.stack([tokens_A.double(), scores_A.double()]).cpu().numpy()
         parts = np.split(found_2A, np.cumsum([len(own) for own in asked])[:-1], axis=1)
         for canvas, own, was_G, part_2A in zip(canvases, asked, before, parts):
@@ -233,17 +233,14 @@ def _within(asked: Sequence[Ints], read: Sequence[Ints]) -> Ints:
     return np.concatenate([start + np.searchsorted(own, a) for start, own, a in zip(first, read, asked)])
 
 
-def propose(
-    logits_AV: Tensor, sampler: SamplerSettings, temperature: float, drawn_A: Tensor, ties_A: Tensor
-) -> tuple[Tensor, Tensor]:
+def propose(logits_AV: Tensor, sampler: SamplerSettings, temperature: float, drawn_A: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is predicted for each place (A,), and the score by which it is ranked (A,).
 
     Args:
         logits_AV: of tokens that may be written.
         sampler: how canvases are filled.
         temperature: 0 takes the likeliest token, above it one is drawn.
-        drawn_A: the numbers in [0, 1) that draw tokens.
-        ties_A: the numbers in [0, 1) that choose among tokens that are equally likely.
+        drawn_A: the numbers in [0, 1) that draw tokens, at temperature 0 among those that are equally likely.
     """
     plain_AV = logits_AV
     if temperature > 0 and sampler.is_tempered:
@@ -253,7 +250,7 @@ def propose(
     if temperature > 0:
         tokens_A = choose(logits_AV, logits_AV.new_zeros(0, dtype=torch.long), temperature, drawn_A)
     else:
-        tokens_A = likeliest(logits_AV, ties_A if sampler.ties == "random" else None)
+        tokens_A = likeliest(logits_AV, drawn_A if sampler.ties == "random" else None)
     return tokens_A, scores_of(sampler.commit, logits_AV if sampler.is_tempered else plain_AV, tokens_A)
 
 
@@ -264,14 +261,13 @@ def nucleus(logits_AV: Tensor, top_p: float, temperature: float) -> Tensor:
     return logits_AV.masked_fill(torch.empty_like(is_beyond_AV).scatter(1, order_AV, is_beyond_AV), -torch.inf)
 
 
-def likeliest(logits_AV: Tensor, ties_A: Tensor | None) -> Tensor:
+def likeliest(logits_AV: Tensor, drawn_A: Tensor | None) -> Tensor:
     """Return the likeliest token of each place: of several the lowest, or the one that a number in [0, 1) points at."""
-    best_A1 = logits_AV.max(-1, keepdim=True).values
-    if ties_A is None:
-        return logits_AV.argmax(-1)
-    is_best_AV = logits_AV >= best_A1 - 10.0**-ALIKE
+    is_best_AV = logits_AV >= logits_AV.max(-1, keepdim=True).values - 10.0**-ALIKE
+    if drawn_A is None:
+        return is_best_AV.long().argmax(-1)
     n_A = is_best_AV.sum(-1)
-    which_A = (ties_A * n_A).long().clamp(max=n_A - 1)
+    which_A = (drawn_A * n_A).long().clamp(max=n_A - 1)
     return (is_best_AV.cumsum(-1) == which_A[:, None] + 1).long().argmax(-1)
 
 

@@ -157,7 +157,7 @@ class RankingEngine(LearnedEngine):
         stage, logits_AV = seen.stage, seen.logits_AV
         score_RG = ranked(self.model, stage, seen.states_RGD, logits_AV, self.mask_id)
         temperature, by_place = self.options.temperature, seen.drawn_R3G.transpose(1, 2)[stage.at]
-        tokens_A, _ = propose(logits_AV, self.method.sampler, temperature, by_place[:, 0], by_place[:, 2])
+        tokens_A, _ = propose(logits_AV, self.method.sampler, temperature, by_place[:, 0])
         keys_A = score_RG[stage.at].double()
         if temperature > 0:
             keys_A = keys_A - (-by_place[:, 1].clamp(min=1e-300).log()).log()
@@ -188,7 +188,7 @@ class CoinsEngine(LearnedEngine):
         logit_RG = scorer(sure_RG, is_mask_RG, stage.time_R) / method.tau
         beta = 1.0 if self.options.replayable else method.beta
         drawn_RG = (drawn_R3G[:, 1] < (beta * logit_RG.sigmoid()).clamp(max=1.0)) & stage.asked_RG
-        tokens_A = likeliest(logits_AV, drawn_R3G[:, 2][stage.at] if method.sampler.ties == "random" else None)
+        tokens_A = likeliest(logits_AV, drawn_R3G[:, 0][stage.at] if method.sampler.ties == "random" else None)
         parts = drawn_RG[stage.at], tokens_A, likely_A, logit_RG[stage.at]  # all chances may be 0, but not their logits
         found = _apart(torch.stack([part.double() for part in parts]), asked)
         likely = [0.0] * len(canvases)

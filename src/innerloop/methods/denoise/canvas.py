@@ -146,7 +146,7 @@ class Canvas:
     # What is drawn
 
     def drawn(self) -> Floats:
-        """Return the numbers in [0, 1) of the next step (3, G): for tokens, for positions, for ties."""
+        """Return the numbers in [0, 1) of the next step (3, G): for tokens, for positions, for ties of positions."""
         at = -(-self.start // self.block) * self.n_steps + self.step  # the first block may be shorter
         at = self.n_passes if self.settings.commit == "threshold" else at
         return self.draws_of(at)
@@ -211,9 +211,10 @@ class Canvas:
 
     def _ranked(self, scores_A: Floats, ties_A: Floats) -> Ints:
         """Return the order of scores, the largest first."""
+        scores_A = np.round(scores_A, ALIKE)
         if self.settings.ties == "lowest":
             return np.argsort(-scores_A, kind="stable")
-        return np.lexsort((ties_A, -np.round(scores_A, ALIKE)))
+        return np.lexsort((ties_A, -scores_A))
 
     def _skip(self) -> None:
         """Go on to the next step that commits anything, in the next block where this one is over."""
