@@ -57,6 +57,17 @@ def test_the_loop_is_in_balance():
     sigma, a_on = 0.02, 0.9
     assert sigma_max(a_on, a_on) == pytest.approx(0.1111, abs=1e-4)
     assert sigma * a_on == pytest.approx((1 - stay(a_on, a_on, sigma)) * (1 - a_on))
+    sampler, length, steps, counts = sampler_of(60, cap=sigma, when="loop"), 200, 60, np.zeros(2)
+    in_loop = sampler.remask.alphas(steps)[1]
+    for seed in range(20):
+        canvas = Canvas(sampler, length, 0, 1, [seed])
+        while not canvas.is_done:
+            step, before, asked = canvas.step, canvas.tokens_G.copy(), canvas.asked()
+            canvas.commit(np.full(len(asked), 5), np.full(len(asked), 0.5))
+            if in_loop[step] and canvas.step == step + 1:  # no step between that fills nothing
+                counts += (before == 0)[asked].sum(), ((before != 0) & (canvas.tokens_G == 0)).sum()
+    expected = 20 * in_loop.sum() * sigma * a_on * length
+    assert counts == pytest.approx([expected] * 2, abs=4 * math.sqrt(expected))
 
 
 @by_rule

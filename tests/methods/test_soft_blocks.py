@@ -66,6 +66,18 @@ def test_one_block_as_long_as_the_row_is_soft_llada_bit_for_bit(arch):
     assert all(torch.equal(x, y) for x, y in zip(*found) if x is not None)
 
 
+@pytest.mark.parametrize("method", [Llada(gen_length=LONG, soft=ON), blocks(LONG, SIZE)])
+def test_passes_differ_in_what_masks_are_read_as_alone(method):
+    """Card 9, 2: tokens are read as they are, to the last bit."""
+    model, read = model_of(method), []
+    batch, own = model.batch(model.rows(UNLIKE, seed="s")), model.backbone.forward
+    model.backbone.forward = lambda embeds, **known: read.append(embeds) or own(embeds, **known)
+    model(batch)
+    hard, soft = read[-2:]
+    is_mask = batch.ids_BS[:, -hard.shape[1] :] == method.mask_id(model.encoder)
+    assert torch.equal((hard != soft).any(-1), is_mask) and is_mask.any() and not is_mask.all()
+
+
 def test_steps_make_as_many_passes_as_the_share_says():
     """The clean half once, the noised one once more in a soft step."""
     model = model_of(blocks(LONG, SIZE, soft={"share": 0.5}))
