@@ -293,12 +293,10 @@ def test_the_trainer_trains_it_and_validates_it(tmp_path):
     assert "backbone.lm.model.layers.0.self_attn.q_proj.weight" in trained_names(before, model)
 
 
-@pytest.mark.parametrize("origin", ["answer", "row"])
+@pytest.mark.parametrize("changes", [{}, {"block_origin": "row"}, {"soft": {"share": 0.8, "unroll": 2}}], ids=str)
 @pytest.mark.slow
-def test_eight_examples_are_learnt_by_heart(origin):
-    model = tiny_model(
-        blocks(block_origin=origin, sampler={"steps": 10}), "gpt2", num_hidden_layers=2, initializer_range=0.1
-    )
+def test_eight_examples_are_learnt_by_heart(changes):
+    model = tiny_model(blocks(**changes, sampler={"steps": 10}), "gpt2", num_hidden_layers=2, initializer_range=0.1)
     learn(model, EXAMPLES, 500, seed="{}")
     answers = [one.answer for one in model.generate([example.question for example in EXAMPLES])]
     assert answers == [example.answer for example in EXAMPLES]
