@@ -94,6 +94,10 @@ CANVASES: dict[str, DenoisingMethod] = {
     "dcolt": Dcolt(gen_length=12, upm_init="confidence", sampler={"eos": "never"}),
     "dual": Llada(gen_length=12, sampler={"eos": "never", "block_length": 6, "cache": "dual"}),
     "block_diffusion": BlockDiffusion(gen_length=12, block_length=2, sampler={"eos": "never"}),
+    "soft": Llada(gen_length=12, sampler={"eos": "never"}, soft={"share": 1.0}),
+    "block_diffusion, soft": BlockDiffusion(
+        gen_length=12, block_length=4, sampler={"eos": "never"}, soft={"share": 1.0}
+    ),
     "block_diffusion, guided": BlockDiffusion(
         gen_length=12, block_length=2, shift=True, sampler={"eos": "never", "guidance": 1.0}
     ),
