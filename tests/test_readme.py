@@ -9,7 +9,7 @@ import yaml
 
 from innerloop import LatentModel
 from innerloop.cli.main import main
-from innerloop.methods import Slr
+from innerloop.methods import METHODS, Slr
 from innerloop.train.recipe import parse_recipe
 from tests.hub import standing_in
 from tests.models import tiny_model
@@ -73,3 +73,8 @@ def test_every_file_and_module_that_the_pages_name_exists():
         if "NAME" not in name and not (ROOT / name).exists() and not (ROOT / "src/innerloop" / name).exists()
     ]
     assert not missing
+
+
+def test_the_table_of_methods_has_them_all():
+    table = README.split("## The methods")[1].split("##")[0]
+    assert [name for name in METHODS if f"`{name}`" not in table] == []
