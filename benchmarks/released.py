@@ -25,7 +25,7 @@ class Released:
 
     Attributes:
         name: on the Hub.
-        published: accuracy on GSM8K in percent; None: the authors give none that we know.
+        published: accuracy on GSM8K in percent; None: none of theirs is known here.
         source: where that number stands, and how it was measured where that is said.
         asked: options of `innerloop eval`.
     """
@@ -52,8 +52,13 @@ RELEASED = (
     Released("internlm/SIM_COT-LLaMA3-CODI-8B", 64.1, "2509.20317"),
     Released("yingfanbot/gsm-lotus-llama3b", 70.05, "the repository yingfan-bot/lotus"),
     Released("yingfanbot/gsm-lotus-llama3b-codi", 70.58, "the repository yingfan-bot/lotus"),
+    Released("yingfanbot/gsm-cot-gpt2", None, "the first stage of the repository yingfan-bot/lotus"),
+    Released("yingfanbot/gsm-cot-llama1b", None, "the first stage of the repository yingfan-bot/lotus"),
+    Released("yingfanbot/gsm-cot-llama3b", 71.5, "2606.31779, as CoT; this release has no number of its own"),
     Released("ByteDance/Ouro-1.4B", 78.92, "2510.25741", HARNESS),
     Released("ByteDance/Ouro-2.6B", None, "2510.25741", HARNESS),
+    Released("ByteDance/Ouro-1.4B-Thinking", None, "2510.25741", HARNESS),
+    Released("ByteDance/Ouro-2.6B-Thinking", None, "2510.25741", HARNESS),
     Released("tomg-group-umd/huginn-0125", 42.1, "2502.05171: flexible match at 32 iterations", HARNESS),
     Released("smcleish/Recurrent-Llama-3.2-train-recurrence-32", 49.4, "2511.07384: 32 iterations", HARNESS),
     Released("smcleish/Recurrent-TinyLlama-3T-train-recurrence-32", 45.0, "2511.07384: 32 iterations", HARNESS),
@@ -63,9 +68,12 @@ RELEASED = (
     Released("GSAI-ML/LLaDA-8B-Instruct", 77.5, "the repository ML-GSAI/LLaDA: blocks of 32", HARNESS),
     Released("GSAI-ML/LLaDA-1.5", None, "the repository ML-GSAI/LLaDA-1.5", HARNESS),
     Released("Dream-org/Dream-v0-Base-7B", 77.2, "2508.15487, of a summary", HARNESS),
+    Released("Dream-org/Dream-v0-Instruct-7B", None, "2508.15487", HARNESS),
     Released("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", 29.8, "the repository ZHZisZZ/dllm: 256 passes", HARNESS),
     Released("dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1", 46.6, "the repository ZHZisZZ/dllm: blocks of 32", HARNESS),
     Released("ParScale/ParScale-1.8B-P1", 28.7, "2505.10475", HARNESS),
+    Released("ParScale/ParScale-1.8B-P2", None, "2505.10475, table 4", HARNESS),
+    Released("ParScale/ParScale-1.8B-P4", None, "2505.10475, table 4", HARNESS),
     Released("ParScale/ParScale-1.8B-P8", 38.4, "2505.10475", HARNESS),
 )
 

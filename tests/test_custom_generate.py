@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import innerloop as il
 from innerloop.errors import UnreadWarning
+from innerloop.methods import METHODS as ALL
 from innerloop.model.exported import lacking
 from innerloop.tasks import Chain
 from tests.formats import authors_latent
@@ -44,16 +45,22 @@ METHODS = {
     "slr_gates": il.Slr(n_slots=3, max_loops=2, loop={"residual": "C", "gate_shape": "channel"}),
     "slr_attention": il.Slr(n_slots=3, max_loops=2, loop={"residual": "C", "gate_kind": "attention"}),
     "icot": il.Icot(),
+    "simcot_codi": il.SimCotCodi(n_latents_total=3, aux={"weight": 0.0}),
+    "loop_regularised": il.LoopRegularised(block_size=1),
     "slr_0": il.Slr(n_slots=3, max_loops=0, distinct_slots=True),
 }
 MAIN = ("cot", "pause", "coconut", "codi", "slr", "lotus")  # tried with a hundred questions, and on another decoder
 REFUSED = {
-    "it repeats layers inside the token": il.Looped(),
+    "it runs several streams": il.ParScale(),
+    "it repeats or skips its layers": il.Looped(),
     "it fills in a canvas of masks": il.Llada(),
     "it thinks again while it writes": il.SpiralThinker(),
     "its loop ends by itself": il.Slr(stop={"rule": "kl"}),
     "it feeds latents beside the tokens that it writes": il.Hrpo(),
 }
+
+
+NEEDED = {"adainfer": {"layers": (1, 2)}}
 
 
 @pytest.fixture(autouse=True)
@@ -90,14 +97,30 @@ def same(written, generations, eos):
     return rows == [one.ids for one in generations] and all(ended)
 
 
-@pytest.mark.parametrize(("name", "arch"), [*((name, "llama") for name in METHODS), *((name, "gpt2") for name in MAIN)])
-def test_plain_transformers_writes_what_the_engine_writes(name, arch, tmp_path):
+CASES = [*((name, "llama") for name in METHODS), *((name, "gpt2") for name in MAIN)]
+HUNDREDS = [(name, "llama") for name in MAIN]
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "n"),
+    [
+        *((*case, 100 if case in HUNDREDS else 9) for case in CASES),
+        *(pytest.param(*case, 100, marks=pytest.mark.slow) for case in CASES if case not in HUNDREDS),
+    ],
+)
+def test_plain_transformers_writes_what_the_engine_writes(name, arch, n, tmp_path):
     model = moved(tiny_model(METHODS[name], arch))
-    folder, texts = saved(model, tmp_path / "run"), questions(100 if arch == "llama" and name in MAIN else 9)
+    folder, texts = saved(model, tmp_path / "run"), questions(n)
     expected = model.generate(texts, **FEW)
     assert len({tuple(one.ids) for one in expected}) > 1
     assert same(asked(folder, texts), expected, model.encoder.eos_id)
     assert same(asked(folder, texts[-1:]), expected[-1:], model.encoder.eos_id)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_method_is_tried_here_or_says_why_it_cannot_be(name):
+    if not any(method.name == name for method in METHODS.values()):
+        assert lacking(tiny_model(ALL[name](**NEEDED.get(name, {}))))
 
 
 def test_the_thought_matters(tmp_path):

@@ -11,6 +11,7 @@ import innerloop as il
 from innerloop.cli.main import main
 from innerloop.errors import InputError
 from innerloop.model.doctor import examine
+from tests.formats.released import RELEASED
 from tests.models import saved, tiny_lm, tiny_model
 
 
@@ -45,7 +46,7 @@ def test_a_run(run, capsys):
 
 @pytest.mark.parametrize(
     ("method", "tool"),
-    [(il.Cot(), "it writes its steps as text"), (il.Looped(), "it repeats layers inside the token")],
+    [(il.Cot(), "it writes its steps as text"), (il.Looped(), "it repeats or skips its layers")],
     ids=["cot", "looped"],
 )
 def test_what_can_use_a_folder_depends_on_its_method(method, tool, tmp_path):
@@ -83,6 +84,58 @@ def test_a_plain_model_and_released_weights(tmp_path):
 def test_what_is_broken_is_named(broken, problem, copy):
     broken(copy)
     assert any(problem in one for one in examine(copy).problems)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_weights_of_every_layout_are_whole(name, tmp_path, capsys):
+    RELEASED[name](tmp_path)
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert ": released weights: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SIM_COT-GPT2-CODI", "SIM_COT-GPT2-Coconut"])
+def test_what_a_release_lacks_and_its_base_has_is_no_fault(name, tmp_path):
+    RELEASED[name](tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    found = examine(tmp_path)
+    assert found.problems == [] and "that of the base" in found.facts["tokenizer"]
+    assert "says nothing" in found.facts["config.json"]
+    assert ("checkpoint_28" in found.facts.get("pickles", "")) == (name == "SIM_COT-GPT2-Coconut")
+
+
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        ("TaH-plus-1.7B", "iter_decider.bin"),
+        ("TaH-plus-1.7B", "lora/adapter_model.safetensors"),
+        ("gsm-lotus-llama3b", "model-00002-of-00002.safetensors"),
+        ("LLaDA-8B", "tokenizer.json"),
+        ("LLaDA-8B", "model.safetensors"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
+def test_a_file_of_a_release_that_is_missing_is_named_by_doctor_and_on_loading(name, gone, tmp_path):
+    RELEASED[name](tmp_path)
+    (tmp_path / gone).unlink()
+    named = "no weights" if gone == "model.safetensors" else gone
+    assert any(named in one for one in examine(tmp_path).problems)
+    with pytest.raises(InputError, match=re.escape(gone)) as caught:
+        il.LatentModel.from_pretrained(tmp_path, device="cpu")
+    assert "pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "is not valid JSON"), ("{}", "holds no settings")])
+def test_a_configuration_that_says_nothing_is_named(text, told, tmp_path):
+    tiny_lm().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert f"config.json {told}" in examine(tmp_path).problems
+
+
+def test_a_missing_shard_of_pickles_is_named(tmp_path):
+    tiny_lm().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
+    assert any("pytorch_model-1.bin is missing" in one for one in examine(tmp_path).problems)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -150,6 +150,7 @@ WINDOWED = {
     "all": Slr(loop_scope="all", max_loops=2),  # regions are as long as questions
     "spiral": SPIRAL,  # rows wait for others
     "restrict": Looped(max_loops=3, kv_missing="restrict", stop={"rule": "delta", "threshold": 0.3}),  # tokens leave
+    "run_on": Looped(max_loops=3, kv_missing="full_compute", stop={"rule": "delta", "threshold": 0.3}),
 }
 
 

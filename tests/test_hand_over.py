@@ -45,7 +45,7 @@ def test_a_folder_hands_over_what_its_model_does(tmp_path):
     ("method", "reason"),
     [
         (Llada(gen_length=8), "it fills in a canvas of masks"),
-        (Looped(max_loops=2), "it repeats layers inside the token"),
+        (Looped(max_loops=2), "it repeats or skips its layers"),
         (
             Slr(n_slots=2, max_loops=2, loop={"lora": "shared"}, decode_lora=True),
             "its answer is written with weights of",

@@ -26,6 +26,7 @@ from tests.test_checkpoint import contents
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # in huggingface_hub itself
 REPO = "me/codi-chain"
 QUESTION = "3 ; + 1 ; * 2"
+BESIDE = ("README.md", "config.yaml", "result.json")  # of what is shared, what is not of the checkpoint
 
 
 @pytest.fixture
@@ -45,17 +46,17 @@ def run(tmp_path):
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     result = {"task": task, "split": "test", "n": 200, "accuracy": 0.425, "ci95": [0.3586, 0.4943], "seed": 3}
     result |= {"cost": {"passes": 7.5, "positions": 40.0}, "versions": {"torch": "2.13.0"}, "device": "cpu"}
-    (folder / "result.json").write_text(json.dumps(result | {"saved": run_folder.identity(folder)}))
     effect = {"title": "shuffled", "accuracy": 0.1, "difference": -0.325}
     found = {"controls": [effect], "verdict": {"kind": "carried", "sentence": "The answers come from the latents."}}
-    (folder / "controls.json").write_text(json.dumps(found))
+    result |= {"saved": run_folder.identity(folder), "model": str(folder), "controls": found}
+    (folder / "result.json").write_text(json.dumps(result))
     return folder
 
 
 def test_a_run_is_shared_whole_and_loaded_again_by_its_name(hub, run, capsys):
     assert main(["push", str(run), REPO]) == 0
     assert f"{hub.url}/{REPO}: shared" in capsys.readouterr().out
-    shared = {name: data for name, data in hub.repos[REPO].items() if name not in ("README.md", "config.yaml")}
+    shared = {name: data for name, data in hub.repos[REPO].items() if name not in BESIDE}
     assert shared == contents(run / "checkpoint")
     assert hub.commits[REPO] == 1
     model, again = il.LatentModel.from_pretrained(run), il.LatentModel.from_pretrained(REPO)
@@ -150,11 +151,22 @@ def test_what_needs_a_model_of_this_machine_is_shared_without_it(hub, run, tmp_p
     assert il.LatentModel.from_pretrained(REPO).method == untold
 
 
-def test_what_was_downloaded_is_shared_again_with_its_recipe(hub, run):
+@pytest.mark.parametrize("at", [".", "teacher"], ids=["nothing to cut", "a path of the machine"])
+def test_what_was_downloaded_is_shared_again_with_its_recipe_and_results(hub, run, tmp_path, at):
+    if at != ".":  # innerloop.json is another one where it is shared
+        method = il.SpiralThinker(hid={"weight": 1.0, "teacher": str(tmp_path / at)})
+        saved(moved(tiny_model(method)), run / "checkpoint")
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps(result | {"saved": run_folder.identity(run)}))
     main(["push", str(run), REPO])
     assert main(["push", REPO, "you/codi-chain"]) == 0
-    first, again = (yaml.safe_load(hub.repos[repo]["config.yaml"]) for repo in (REPO, "you/codi-chain"))
-    assert first == again
+    first, again = hub.repos[REPO], hub.repos["you/codi-chain"]
+    assert again["README.md"].decode() == first["README.md"].decode().replace(REPO, "you/codi-chain")
+    for words in (b"**42.5%**", b"| shuffled | 10.0% | -32.5 |"):
+        assert words in again["README.md"]
+    assert {name: data for name, data in first.items() if name != "README.md"} == {
+        name: data for name, data in again.items() if name != "README.md"
+    }
 
 
 @pytest.mark.parametrize(
@@ -170,6 +182,35 @@ def test_what_is_no_path_of_the_machine_stays(text):
 )
 def test_paths_of_the_machine_are_cut_to_names(path):
     assert without_machine(path) == "x.jsonl"
+
+
+def test_controls_of_an_earlier_measurement_are_not_told(run):
+    result = json.loads((run / "result.json").read_text())
+    (run / "controls.json").write_text(json.dumps(result.pop("controls")))
+    (run / "result.json").write_text(json.dumps(result))
+    text = card(run, REPO)
+    assert "42.5%" in text and "has not been measured" in text and "| shuffled" not in text
+
+
+def test_the_card_of_a_model_of_running_text_tells_its_perplexity(run):
+    result = json.loads((run / "result.json").read_text())
+    for name in ("accuracy", "cost", "controls"):
+        del result[name]
+    result |= {"nll": 2.0, "ci95": [1.9, 2.1], "perplexity": 7.389}
+    (run / "result.json").write_text(json.dumps(result))
+    text = card(run, REPO)
+    assert "**7.389** (95 % interval 6.686 to 8.166) of 200 test chunks of `gsm8k`" in text
+    (told,) = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"][0]["metrics"]
+    assert told == {"type": "perplexity", "value": 7.389}
+
+
+@pytest.mark.parametrize("verb", [("eval",), ("calibrate", "--rule", "kl")], ids=lambda one: one[0])
+def test_results_of_a_model_on_the_hub_need_a_folder(hub, run, tmp_path, monkeypatch, verb, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["push", str(run), REPO])
+    assert main([verb[0], REPO, "--task", "{name: chain, n_ops: 5}", *verb[1:]]) == 2
+    assert "is a name on the Hub, where results cannot be kept: give a folder by --out DIR" in capsys.readouterr().err
+    assert not Path(REPO).exists()
 
 
 def test_what_was_measured_of_other_weights_is_not_told(run):

@@ -1,12 +1,14 @@
-"""Models that come with code of their own: they are tried as all are, and what fails in that code is one sentence."""
+"""Models that come with code of their own, in files or in pickles: it runs where it is let, and fails in a sentence."""
 
 import json
 
 import pytest
+import torch
 import transformers.dynamic_module_utils as dynamic
 
-from innerloop import Cot, InputError, LatentModel
-from tests.models import chain_tokenizer, tiny_lm
+from innerloop import Codi, Cot, InputError, LatentModel
+from tests.formats.test_refused import Malicious, pickled
+from tests.models import chain_tokenizer, saved, tiny_lm, tiny_model
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,3 +67,22 @@ def test_what_fails_in_that_code_is_one_sentence_that_names_the_option(folder, c
     with pytest.raises(InputError, match=told) as caught:
         load(folder, code, trust_remote_code=True)
     assert "trust_remote_code" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "cut short"])
+@pytest.mark.parametrize("own", [False, True], ids=["a plain model", "a run of ours"])
+def test_a_pickle_that_holds_more_than_tensors_is_refused_and_runs_nothing(own, kind, tmp_path):
+    folder, trace = tmp_path / "model", tmp_path / "was-run"
+    if own:
+        saved(tiny_model(Codi(n_latents_total=2)), folder)
+    else:
+        chain_tokenizer().save_pretrained(folder)
+        tiny_lm(vocab_size=len(chain_tokenizer())).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    path, content = folder / "pytorch_model.bin", {"x": torch.ones(9), "of.no.use": Malicious(trace)}
+    pickled(content, path, kind)
+    if kind == "cut short":
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle .* nothing in it was run") as caught:
+        LatentModel.from_pretrained(folder, method=Cot())
+    assert "\n" not in str(caught.value) and not trace.exists()

@@ -9,7 +9,7 @@ from torch.nn.functional import silu
 from innerloop import LatentModel, Looped, ParScale, RecurrentDepth
 from tests.formats import authors_depth, plain
 from tests.formats.authors import HEADS, KV_HEADS, LAYERS, WIDTH
-from tests.formats.proved import check_decoder
+from tests.formats.proved import QUESTIONS, check_decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
 
@@ -41,16 +41,31 @@ def test_ouro_runs_its_layers_and_norms_four_times(tmp_path):
     check_decoder(model, lambda ids: ouro_states(w, ids)[-1] @ w["lm_head.weight"].T)
 
 
-def test_ouros_gate_lets_tokens_stop_below_a_threshold_of_one(tmp_path):
-    w = authors_depth.ouro(tmp_path / "Ouro-1.4B", early_exit_threshold=0.5)
+def exits_of(w, states, threshold):
+    """The iteration, from 0, whose state each token shows."""
+    gate, bias = (w[f"model.early_exit_gate.{end}"] for end in ("weight", "bias"))
+    shown = torch.full((len(states[0]),), len(states) - 1)
+    for t in reversed(range(len(states) - 1)):
+        stays = torch.stack([1 - (one @ gate.T + bias)[:, 0].sigmoid() for one in states[: t + 1]]).prod(0)
+        shown[1 - stays >= threshold] = t
+    return shown
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_ouros_gate_shows_an_earlier_iteration_below_a_threshold_of_one(threshold, tmp_path):
+    w = authors_depth.ouro(tmp_path / "Ouro-1.4B", early_exit_threshold=threshold)
     model = LatentModel.from_pretrained(tmp_path / "Ouro-1.4B", device="cpu")
-    assert (model.method.stop.rule, model.method.stop.threshold) == ("halt", 0.5)
-    ids = model.prompts(["?"])[0].ids()
-    state, goes_on = ouro_states(w, list(ids))[0], torch.ones(len(ids))
-    rate = (state @ w["model.early_exit_gate.weight"].T + w["model.early_exit_gate.bias"])[:, 0].sigmoid()
+    assert (model.method.stop.rule, model.method.stop.threshold) == ("halt", threshold)
     assert torch.equal(model.loop.stop.gate.weight, w["model.early_exit_gate.weight"])
-    depths = [n for _, n in model.generate(["?"], max_new_tokens=1)[0].depths]
-    assert [n == 1 for n in depths] == (1 - goes_on * (1 - rate) >= 0.5).tolist()
+
+    def slow(ids):
+        states = ouro_states(w, ids)
+        return torch.stack(states)[exits_of(w, states, threshold), torch.arange(len(ids))] @ w["lm_head.weight"].T
+
+    check_decoder(model, slow)
+    ids = list(model.prompts(QUESTIONS[1:2])[0].ids())
+    depths = [n - 1 for _, n in model.generate(QUESTIONS[1:2], max_new_tokens=1)[0].depths]
+    assert depths == exits_of(w, ouro_states(w, ids), threshold).tolist() and len(set(depths)) > 1
 
 
 def huginn_logits(w, ids, n_loops=4):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from innerloop import Coconut, Codi, InputError, LatentModel, Lotus, SimCot, SimCotCodi
 from innerloop.formats import bases
@@ -188,6 +190,32 @@ def test_what_was_trained_on_bare_questions_is_asked_them_whatever_its_base_is_u
     model = LatentModel.from_pretrained(tmp_path / name, device="cpu")
     assert not model.encoder.wording.chat
     assert model.prompts(["?"])[0].ids()[:1] == model.tokenizer.encode("?")
+
+
+@pytest.mark.parametrize("name", ["gsm-lotus-llama3b", "CODI-gpt2", "latent-tts-codi", "SIM_COT-GPT2-Coconut"])
+def test_who_wants_a_chat_all_the_same_gets_it(name, tmp_path):
+    RELEASED[name](tmp_path / name)
+    (tmp_path / name / "chat_template.jinja").write_text(TEMPLATE)
+    model = LatentModel.from_pretrained(tmp_path / name, device="cpu", chat=True)
+    row = model.prompts(["?"])[0].ids()
+    assert row[: row.index(model.tokenizer.convert_tokens_to_ids("<bot>"))] == model.tokenizer.encode("[?]")
+
+
+@pytest.mark.parametrize("name", ["gsm-lotus-llama3b", "CODI-llama3.2-1b-Instruct"])
+def test_the_beginning_that_a_tokenizer_writes_stands_before_a_question(name, tmp_path):
+    """The authors' code lets Llama's tokenizer add its special tokens."""
+    RELEASED[name](tmp_path / name)
+    words = Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+    first = words.token_to_id(authors_latent.END)
+    words.post_processor = TemplateProcessing(
+        single=f"{authors_latent.END} $A", special_tokens=[(authors_latent.END, first)]
+    )
+    words.save(str(tmp_path / name / "tokenizer.json"))
+    model = LatentModel.from_pretrained(tmp_path / name, device="cpu")
+    ids = model.prompts(["?"])[0].ids()
+    assert ids[:2] == [first, words.encode("?", add_special_tokens=False).ids[0]] and ids.count(first) == 1
+    model.save_pretrained(tmp_path / "ours")
+    assert LatentModel.from_pretrained(tmp_path / "ours", device="cpu").prompts(["?"])[0].ids() == ids
 
 
 def test_others_are_asked_as_a_chat_where_they_have_one(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from innerloop import InputError, LatentModel
 from innerloop.formats.recognise import released
+from innerloop.model.doctor import examine
 from tests.formats import authors
 from tests.formats.released import RELEASED, read, weight_files, write
 
@@ -54,35 +55,75 @@ class Malicious:
         return open, (self.path, "w")
 
 
-PICKLES = pytest.mark.parametrize(
-    "name", ["LLaDA-8B", *(name for name in RELEASED if "CODI-" in name or "Coconut" in name)]
-)
+def pickled(content, path, kind):
+    """Write a pickle, in the form of today's torch.save or a bare one."""
+    path.write_bytes(pickle.dumps(content)) if kind == "pickle" else torch.save(content, path)
 
 
-@PICKLES
-@pytest.mark.parametrize("kind", ["pickle", "zip"])
-def test_a_malicious_pickle_is_refused_and_runs_nothing(name, kind, tmp_path):
+def as_pickle(folder, content, kind, shards=False):
+    """Put a pickle in the place of a layout's weights: under their name where they are one, else as torch names it."""
+    files = weight_files(folder)
+    for path in files:
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    path = files[-1] if files[-1].suffix != ".safetensors" else folder / "pytorch_model.bin"
+    if shards:
+        path = folder / "pytorch_model-00002-of-00002.bin"
+        torch.save({}, folder / "pytorch_model-00001-of-00002.bin")
+        parts = [path.name, "pytorch_model-00001-of-00002.bin"]
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict(enumerate(parts))}))
+    pickled(content, path, kind)
+    return path
+
+
+def weights_of(folder):
+    return {name: one for path in weight_files(folder) for name, one in read(path).items()}
+
+
+@EACH
+@pytest.mark.parametrize(("kind", "shards"), [("pickle", False), ("zip", False), ("zip", True)])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(name, kind, shards, tmp_path):
     folder, trace = made(tmp_path, name), tmp_path / "was-run"
-    path = weight_files(folder)[-1]
-    tensors = read(path)
-    path.unlink()
-    evil = path if path.suffix != ".safetensors" else folder / "pytorch_model.bin"
-    whole = {**tensors, "of.no.use": Malicious(trace)}
-    torch.save(whole, evil) if kind == "zip" else evil.write_bytes(pickle.dumps(whole))
-    with pytest.raises(InputError, match=rf"{evil.name} is a pickle .* nothing in it was run"):
+    path = as_pickle(folder, {**weights_of(folder), "of.no.use": Malicious(trace)}, kind, shards)
+    with pytest.raises(InputError, match=rf"{path.name} is a pickle .* nothing in it was run") as caught:
+        LatentModel.from_pretrained(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+    examine(folder)
+    assert not trace.exists()
+
+
+BESIDE = ("training_args.bin", "optimizer.pt", "rng_state.pth", "adapter_model.bin", "tokenizer.pkl", "spiece.model")
+
+
+@EACH
+def test_a_malicious_file_beside_the_weights_is_not_read(name, tmp_path):
+    folder, trace = made(tmp_path, name), tmp_path / "was-run"
+    for i, one in enumerate(BESIDE):
+        pickled(Malicious(trace), folder / one, ("pickle", "zip")[i % 2])
+    for own in [path for path in folder.iterdir() if path.is_dir()]:  # of an adapter
+        pickled(Malicious(trace), own / "adapter_model.bin", "zip")
+    LatentModel.from_pretrained(folder, device="cpu")
+    assert not trace.exists()
+
+
+@EACH
+def test_a_pickle_under_the_name_of_safetensors_runs_nothing(name, tmp_path):
+    folder, trace = made(tmp_path, name), tmp_path / "was-run"
+    tensors = weights_of(folder)
+    for path in weight_files(folder):
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    pickled({**tensors, "of.no.use": Malicious(trace)}, folder / "model.safetensors", "zip")
+    with pytest.raises(InputError):
         LatentModel.from_pretrained(folder, device="cpu")
     assert not trace.exists()
 
 
-@PICKLES
+@EACH
 def test_a_pickle_of_tensors_is_read_and_named(name, tmp_path):
     folder = made(tmp_path, name)
-    path = weight_files(folder)[-1]
-    tensors = read(path)
-    if path.suffix == ".safetensors":
-        path.unlink()
-        torch.save(tensors, path := folder / "pytorch_model.bin")
-    with pytest.warns(match=rf"{path.name} is a pickle, of which tensors alone were read"):
+    path = as_pickle(folder, weights_of(folder), "zip")
+    with pytest.warns(match=rf"{path.name}(, .*)? is a pickle, of which tensors alone were read"):
         LatentModel.from_pretrained(folder, device="cpu")
 
 

@@ -1,7 +1,5 @@
 """TaH as released, against a decoder written out from the authors' tensors that reads hard tokens twice."""
 
-import pickle
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +9,7 @@ from innerloop import InputError, LatentModel, Tah
 from tests.formats import authors_depth, plain
 from tests.formats.authors import HEADS, LAYERS, WIDTH
 from tests.formats.proved import QUESTIONS, check_decoder
-from tests.formats.test_refused import Malicious
+from tests.formats.test_refused import Malicious, pickled
 
 pytestmark = pytest.mark.filterwarnings("ignore::innerloop.errors.InputNote")
 THETA, EPS = 700.0, 1e-6
@@ -137,7 +135,7 @@ def test_a_lora_that_is_not_whole_is_refused_by_name(tmp_path):
 def test_a_malicious_decider_is_refused_and_runs_nothing(kind, tmp_path):
     authors_depth.tah(tmp_path / "model")
     evil, path = {"class": Malicious(tmp_path / "was-run")}, tmp_path / "model/iter_decider.bin"
-    torch.save(evil, path) if kind == "zip" else path.write_bytes(pickle.dumps(evil))
+    pickled(evil, path, kind)
     with pytest.raises(InputError, match=r"iter_decider\.bin is a pickle .* nothing in it was run"):
         LatentModel.from_pretrained(tmp_path / "model", device="cpu")
     assert not (tmp_path / "was-run").exists()

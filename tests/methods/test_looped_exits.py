@@ -119,7 +119,7 @@ def test_the_second_stage_trains_the_gate_alone():
 
 # Tokens that stop
 
-by_missing = pytest.mark.parametrize("kv_missing", ["share_step", "restrict"])
+by_missing = pytest.mark.parametrize("kv_missing", ["share_step", "restrict", "full_compute"])
 
 
 @by_arch
@@ -148,22 +148,23 @@ def slowly(model: LatentModel, ids: list[int]) -> tuple[Tensor, list[int]]:
     backbone, method, gate = model.backbone, model.method, model.loop.stop.gate
     at = torch.arange(len(ids))
     h = backbone.enter(backbone.embed(torch.tensor([ids])), at[None])[0]
-    depths, survival = torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids))
+    depths, survival, said = torch.zeros(len(ids), dtype=torch.long), torch.ones(len(ids)), h.clone()
     inputs = [torch.zeros_like(h) for _ in backbone.layers]  # what each layer last read of every token
     going = at
     for loop in range(1, method.max_loops + 1):
         depths[going] = loop
-        state = h.clone()
+        state, runs = h.clone(), at if method.kv_missing == "full_compute" else going
         for j, read in enumerate(inputs):
-            read[going] = state[going]
-            shown = at if method.kv_missing == "share_step" else going
+            read[runs] = state[runs]
+            shown = going if method.kv_missing == "restrict" else at
             mask = backbone.mask_4d(shown[None], shown[None], None, h.dtype)
             out = backbone(read[None, shown], mask=mask, positions_BL=shown[None], layers=range(j, j + 1), inner=True)
             state[shown] = out[0]
-        h[going] = state[going]
+        h[runs] = state[runs]
+        said[going] = h[going]
         survival[going] *= 1 - gate(h[going])[:, 0].sigmoid()
         going = going[1 - survival[going] < method.stop.threshold]
-    return backbone.head(backbone.norm(h)), depths.tolist()
+    return backbone.head(backbone.norm(said)), depths.tolist()
 
 
 @by_arch
@@ -180,7 +181,8 @@ def test_tokens_stop_one_by_one_as_the_card_says(arch, kv_missing):
         assert thought.deep[-1].depths_BL[0, :-1].tolist() == depths
         seen |= set(depths)
     assert seen == {1, 2, 3}
-    assert gap(model, other(model, kv_missing="restrict" if kv_missing == "share_step" else "share_step")) > 1e-3
+    for unlike in {"share_step", "restrict", "full_compute"} - {kv_missing}:
+        assert gap(model, other(model, kv_missing=unlike)) > 1e-3
     for question, generation in zip(QUESTIONS, model.generate(QUESTIONS[:2], max_new_tokens=6)):
         ids = model.tokenizer.encode(question + "\n")
         for token in generation.ids:
@@ -226,6 +228,33 @@ def test_what_is_spent_is_what_was_run():
     expected = 2 * weights * sum(map(len, runs)) + 4 * 32 * 3 * pairs  # three layers of width 32
     expected += 2 * 32 * (len(runs[0]) + len(runs[1])) + 2 * 32 * model.backbone.config.vocab_size
     assert len(set(depths)) > 1 and generation.cost.flops == expected
+
+
+def test_tokens_that_run_on_cost_as_if_none_had_stopped():
+    model = halting("llama", kv_missing="full_compute")
+    whole = other(model, stop=LoopedStop(), kv_missing="share_step")
+    ours, theirs = (one.generate(QUESTIONS[:1], max_new_tokens=1)[0] for one in (model, whole))
+    depths = [depth for _, depth in ours.depths]
+    looks = sum(min(depth, 2) for depth in depths)  # none after the last iteration
+    assert min(depths) < 3 and ours.cost.flops == theirs.cost.flops + 2 * 32 * looks
+
+
+@pytest.mark.parametrize("fields", [{"loop.residual": "B", "loop.time": "lookup"}, {"input_injection": True}], ids=str)
+def test_tokens_that_run_on_are_seen_as_if_none_had_stopped(fields):
+    """The word of a token that has run every iteration is then that of a model without a stop."""
+    model = halting("llama", kv_missing="full_compute", n_prelude=1, **{"stop.threshold": 0.85}, **fields)
+    for name, part in model.named_parameters():
+        if name in ("depth.gamma", "loop.time.table"):
+            part.data += 0.3
+    whole = other(model, stop=LoopedStop(), kv_missing="share_step")
+    (row,) = model.rows(MIXED[:1])
+    batch = model.batch([row])
+    model.written_logits(batch, thought := model.think(batch))
+    ours, theirs = (logits_of(one, [row])[0] for one in (model, whole))
+    last = thought.deep[-1].depths_BL[0, -len(ours) - 1 : -1] == 3  # of the tokens that are followed by those
+    assert 0 < last.sum() < len(last)
+    assert_close(ours[last], theirs[last])
+    assert (ours - theirs)[~last].abs().amax(1).min() > 1e-3
 
 
 def test_a_later_token_changes_no_earlier_depth():

@@ -166,6 +166,13 @@ def writable(folder: Path, hint: str = "give another folder by --out DIR") -> Pa
     return folder
 
 
+def results_folder(run: str, out: str | None) -> Path:
+    """Return where results of a model go, as `writable` does: OUT, or the model's own folder, if it has one here."""
+    if out is None and not Path(run).is_dir():
+        raise InputError(f"{run} is a name on the Hub, where results cannot be kept: give a folder by --out DIR")
+    return writable(Path(out or run))
+
+
 @contextmanager
 def going_on(parts: ResultCache, names: str, hint: str = " (--fresh true starts over)") -> Iterator[None]:
     """Say what is known from before (``names``), if anything is; after Ctrl-C, what is kept and where."""

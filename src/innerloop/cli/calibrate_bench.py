@@ -17,6 +17,7 @@ from innerloop.cli.arguments import (
     askable,
     console,
     going_on,
+    results_folder,
     writable,
 )
 from innerloop.config.stopping import StopKind
@@ -94,7 +95,7 @@ def calibrate(run: str, options: CalibrateArguments) -> None:
     task = options.task_of(run, "valid")
     examples = task.examples("valid", options.limit)
     checked = task.examples("test", options.check) if options.check else []
-    folder = writable(Path(options.out or run))
+    folder = results_folder(run, options.out)
     from innerloop.calibrate.calibrate import CALIBRATION_PARTS
     from innerloop.calibrate.calibrate import calibrate as calibration
     from innerloop.calibrate.settings import CalibrationSettings

@@ -19,7 +19,7 @@ from innerloop.cli.arguments import (
     console,
     going_on,
     progress_of,
-    writable,
+    results_folder,
 )
 from innerloop.cli.main import is_first_process
 from innerloop.disk.files import write_text
@@ -134,7 +134,7 @@ def eval_(run: str, options: EvalArguments, attempts: TestTimeCompute) -> None:
         from innerloop.measure.probes import check_sklearn
 
         check_sklearn()
-    folder = writable(Path(options.out or run))
+    folder = results_folder(run, options.out)
     task = options.load_task(run)
     examples = task.examples(options.split, options.limit)
     warn_of_overlap(task, {options.split: examples})
@@ -327,7 +327,7 @@ def _eval_harness(model: LatentModel, run: str, options: EvalArguments) -> None:
     from innerloop.measure.result_cache import ResultCache, of_model
     from innerloop.terminal.progress import bar
 
-    folder = writable(Path(options.out or run))
+    folder = results_folder(run, options.out)
     names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     parts = ResultCache(folder / PARTS, of_model(model) | {"batch_size": options.batch_size}, options.fresh)
     with going_on(parts, f"{len(parts.known)} parts"), bar(console) as progress:

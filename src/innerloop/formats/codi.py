@@ -68,4 +68,4 @@ def opened(source: Source) -> Opened:
     return Opened(config, checked(source, config, weights), tokenizer, method, parts, WORDING)
 
 
-FORMAT = Format("CODI", recognises, opened)
+FORMAT = Format("CODI", recognises, opened, is_mended=True)

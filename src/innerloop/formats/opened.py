@@ -49,11 +49,19 @@ class Format:
         name: whose, and of what.
         recognises: tells from settings, files and names of tensors alone whether a source has this form.
         open: reads one.
+        is_mended: config.json and tokenizer may be missing or another model's, as those of its base are known.
+        beside: what has to lie beside config.json, weights and tokenizer.
     """
 
     name: str
     recognises: Callable[[Source], bool]
     open: Callable[[Source], Opened]
+    is_mended: bool = False
+    beside: tuple[str, ...] = ()
+
+    def missing(self, source: Source) -> list[str]:
+        """Return which of the files beside the weights are not there."""
+        return [name for name in self.beside if not (source.folder / name).is_file()]
 
 
 def by_layer(once: Mapping[str, str], each: Mapping[str, str], n_layers: int) -> dict[str, str]:

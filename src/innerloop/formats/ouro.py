@@ -4,8 +4,8 @@
     model.layers.N.post_attention_layernorm_2  norm of what the MLP adds
     model.early_exit_gate                      lambda_t of each iteration's state, after the final norm that ends it
 
-Below a threshold of 1 tokens stop by the gate. There the authors' code runs all iterations all the same, and shows an
-earlier one; here a token that has stopped gives others its last keys.
+Below a threshold of 1 tokens stop by the gate: all iterations are run all the same, and an earlier one is shown, as the
+authors' code does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def opened(source: Source) -> Opened:
     import torch
     from transformers import LlamaConfig
 
-    expect(source, {"hidden_act": "silu", "use_sliding_window": False})
+    expect(source, {"hidden_act": "silu", "use_sliding_window": False, "early_exit_step": None})
     fields = {name: value for name, value in source.config.items() if name not in NOT_FIELDS}
     config, n = LlamaConfig(**fields), needed(source, "num_hidden_layers")
     norms = [f"model.layers.{i}.{name}.weight" for name in NORMS for i in range(n)]
@@ -45,7 +45,7 @@ def opened(source: Source) -> Opened:
     changes: dict[str, Any] = {"loop": {"site": "post_norm"}, "sandwich": True, "write_steps": True}
     threshold = source.config.get("early_exit_threshold", 1.0)
     if threshold is not None and threshold < 1:
-        changes["stop"] = {"rule": "halt", "threshold": threshold}
+        changes |= {"stop": {"rule": "halt", "threshold": threshold}, "kv_missing": "full_compute"}
     method = Looped(max_loops=needed(source, "total_ut_steps"), **changes)
     return Opened(config, weights, tokenizer_of(source), method, parts)
 

@@ -39,4 +39,4 @@ def opened(source: Source) -> Opened:
     return Opened(config, checked(source, config, weights), tokenizer, method, wording=OURS)
 
 
-FORMAT = Format("Coconut's code (SIM-CoT)", recognises, opened)
+FORMAT = Format("Coconut's code (SIM-CoT)", recognises, opened, is_mended=True)

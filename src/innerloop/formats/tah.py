@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # slow to import
     from torch import Tensor
 
 SETTINGS, DECIDER, ADAPTER = "tah_config.json", "iter_decider.bin", "lora"
+BESIDE = (DECIDER, f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors")
 OF_DECIDER = {
     "logits_projection": "of_logits",
     "combined_projection": "enter",
@@ -116,4 +117,4 @@ def low_rank(source: Source, n_layers: int, weights: Mapping[str, Tensor]) -> tu
     return parts, adapter
 
 
-FORMAT = Format("TaH (thu-nics)", recognises, opened)
+FORMAT = Format("TaH (thu-nics)", recognises, opened, beside=BESIDE)

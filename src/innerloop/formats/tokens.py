@@ -102,6 +102,8 @@ def with_names(tokenizer: PreTrainedTokenizerBase, names: Mapping[int, str]) -> 
         )
     whole["added_tokens"] = [own[i] for i in sorted(own)]
     roles = {role: str(token) for role in ROLES if (token := getattr(tokenizer, role, None)) is not None}
-    return PreTrainedTokenizerFast(
+    renamed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(whole)), clean_up_tokenization_spaces=False, **roles
     )
+    renamed.chat_template = getattr(tokenizer, "chat_template", None)  # for who asks in a chat all the same
+    return renamed

@@ -6,6 +6,7 @@ print(card("runs/chain/codi", "me/codi-chain"))
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from innerloop.methods import method_named
 from innerloop.model.run_folder import RUN_CHECKPOINT, SETTINGS, identity, read_settings
 from innerloop.model.shared_files import recipe_of, without_machine
 
-RESULT, CONTROLS = "result.json", "controls.json"  # of a run, beside its checkpoint
+RESULT = "result.json"  # of a run, beside its checkpoint; of what is shared, in it
 AGAIN = "It is trained again by\n\n    hf download {} config.yaml --local-dir .\n    innerloop train config.yaml\n\n"
 TAGS = ["innerloop", "latent-reasoning", "reasoning"]
 COSTS = {  # of result.json, with the words of the card
@@ -38,7 +39,7 @@ def card(run: str | Path, repo: str) -> str:
     """
     run = Path(run)
     folder = run / RUN_CHECKPOINT if (run / RUN_CHECKPOINT / SETTINGS).exists() else run
-    settings, result, recipe = read_settings(folder), _measured(run, RESULT), recipe_of(run)
+    settings, result, recipe = read_settings(folder), measured(run), recipe_of(run)
     name = str(settings["method"]["name"])
     thought = folder / "custom_generate/thought.json"
     told = json.loads(thought.read_text()) if thought.exists() else None
@@ -47,7 +48,7 @@ def card(run: str | Path, repo: str) -> str:
         _about(name),
         _loading(repo, told, _reason(folder)),
         _results(result),
-        _controls(_measured(run, CONTROLS) if result else {}),
+        _controls(result.get("controls") or {}),
         _data(recipe, result),
         _block("Method", "yaml", {"method": settings["method"]}),
         _block("Recipe", "yaml", recipe, AGAIN.format(repo)),
@@ -105,17 +106,19 @@ def _reason(folder: Path) -> str:
 def _results(result: Mapping[str, Any]) -> str:
     if not result:
         return "## Accuracy\n\nNot measured yet (`innerloop eval`)."
-    low, high = result["ci95"]
+    (low, high), cost = result["ci95"], result.get("cost", {})
+    if "accuracy" in result:
+        title, what = "Accuracy", "questions"
+        number = f"**{result['accuracy']:.1%}** (95 % interval {low:.1%} to {high:.1%})"
+    else:  # of running text
+        title, what = "Perplexity", "chunks"
+        number = f"**{result['perplexity']:,.4g}** (95 % interval {math.exp(low):,.4g} to {math.exp(high):,.4g})"
+    costs = [f"| {words} | {cost[key]:,.4g} |" for key, words in COSTS.items() if key in cost]
     lines = [
-        "## Accuracy\n",
-        f"**{result['accuracy']:.1%}** (95 % interval {low:.1%} to {high:.1%}) of {result['n']} {result['split']} "
-        f"questions of `{result['task']['name']}`, seed {result.get('seed')}.\n",
-        "| cost of an answer | mean |",
-        "|---|---|",
-        *(f"| {words} | {result['cost'][key]:,.4g} |" for key, words in COSTS.items() if key in result["cost"]),
-        f"\nMeasured on {result.get('device', 'an unnamed device')} with "
-        + ", ".join(f"{name} {version}" for name, version in (result.get("versions") or {}).items())
-        + ".",
+        f"## {title}\n",
+        f"{number} of {result['n']} {result['split']} {what} of `{result['task']['name']}`, seed {result['seed']}.\n",
+        *(["| cost of an answer | mean |", "|---|---|", *costs, ""] if costs else []),
+        f"Measured on {result['device']} with {', '.join(map(' '.join, result['versions'].items()))}.",
     ]
     return "\n".join(lines)
 
@@ -165,18 +168,20 @@ def _is_hub_name(name: Any) -> bool:
 
 
 def _index(repo: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the accuracy as the Hub lists it."""
+    """Return the accuracy, or the perplexity, as the Hub lists it."""
     if not result:
         return {}
-    name, metric = result["task"]["name"], {"type": "accuracy", "value": round(100 * result["accuracy"], 2)}
+    name, metric = result["task"]["name"], {"type": "perplexity", "value": result.get("perplexity")}
+    if "accuracy" in result:
+        metric = {"type": "accuracy", "value": round(100 * result["accuracy"], 2)}
     told = {"task": {"type": "text-generation"}, "dataset": {"name": name, "type": name, "split": result["split"]}}
     return {"model-index": [{"name": repo.rpartition("/")[2], "results": [{**told, "metrics": [metric]}]}]}
 
 
-def _measured(run: Path, file: str) -> dict[str, Any]:
+def measured(run: Path) -> dict[str, Any]:
     """Return what was measured of a run, if it was of the weights that lie there."""
     try:
-        found = json.loads((run / file).read_text(encoding="utf-8"))
+        found = json.loads((run / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if "saved" not in found or found["saved"] == identity(run) else {}
+    return found if isinstance(found, dict) and found.get("saved") == identity(run) else {}

@@ -17,7 +17,9 @@ from typing import Any
 from innerloop.disk.folders import MANIFEST, damage, is_unsettled, manifest
 from innerloop.disk.names import check_folder
 from innerloop.errors import InputError, few
+from innerloop.formats.opened import Format
 from innerloop.formats.recognise import released
+from innerloop.formats.source import Source
 from innerloop.methods import method_named
 from innerloop.model.run_folder import PARTS, RECIPE, RUN_CHECKPOINT, SETTINGS, read_settings
 
@@ -55,13 +57,14 @@ def examine(path: str | Path) -> Findings:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}: doctor looks at folders on this disk")
     own = folder / RUN_CHECKPOINT
-    found = Findings(own if (own / SETTINGS).exists() else folder)
+    found, known = Findings(own if (own / SETTINGS).exists() else folder), None
     if is_unsettled(found.folder.resolve()):
         found.problems.append("a save was killed while it was put in place: loading the folder finishes it")
     if (found.folder / SETTINGS).exists():
         _own(found)
     elif (known := _format_of(found.folder)) is not None:
-        found.kind = f"released weights: {known}"
+        found.kind = f"released weights: {known[0].name}"
+        found.problems += [f"{name} is missing" for name in known[0].missing(known[1])]
         found.tools = [
             "innerloop, as it is",
             f"{join(['innerloop', 'convert', str(folder), 'OUT'])} writes a folder for other tools",
@@ -80,15 +83,14 @@ def examine(path: str | Path) -> Findings:
         found.kind = "no model"
         found.problems.append(f"it has neither config.json nor {SETTINGS}")
         return found
-    _look_at_files(found)
+    _look_at_files(found, known is not None and known[0].is_mended)
     return found
 
 
-def _format_of(folder: Path) -> str | None:
-    """Return the name of the format of released weights; of a folder that cannot be read, none."""
+def _format_of(folder: Path) -> tuple[Format, Source] | None:
+    """Return the format of released weights, and where they lie; of a folder that cannot be read, none."""
     with suppress(InputError, OSError, ValueError):
-        known = released(folder)
-        return None if known is None else known[0].name
+        return released(folder)
     return None
 
 
@@ -132,20 +134,24 @@ def _plain_tools(folder: Path) -> Iterator[str]:
     yield f"{HAS_ALL}: without the thought, and without a word of it" + ("" if thought else f"; {told}" * bool(told))
 
 
-def _look_at_files(found: Findings) -> None:
+def _look_at_files(found: Findings, is_mended: bool) -> None:
     """Look at configuration, tokenizer, weights and what the manifest says of all."""
     folder = found.folder
     config = _json(folder / "config.json")
-    if not config and (folder / "config.json").exists():
-        found.problems.append("config.json is not valid JSON")
+    if is_mended and not config:
+        found.facts["config.json"] = "says nothing; sizes are read off the weights, the rest is known of the base"
+    elif not config and (folder / "config.json").exists():
+        found.problems.append(f"config.json {_wrong_json(folder / 'config.json')}")
     found.facts |= {"architecture": str(config["model_type"])} if "model_type" in config else {}
     if "auto_map" in config:
         found.facts["code"] = "it comes with code of its own, which runs with trust_remote_code alone"
-    if not any((folder / name).exists() for name in TOKENIZERS):
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
+    if is_mended and not has_tokenizer:
+        found.facts["tokenizer"] = "none here; that of the base is loaded by its name"
+    elif not has_tokenizer:
         found.problems.append(f"it has no tokenizer ({', '.join(TOKENIZERS[:2])}, ..)")
     _weights(found)
-    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES and file.is_file()]
-    if pickles:
+    if pickles := [file.name for file in _pickles(folder)]:
         found.facts["pickles"] = f"{few(pickles)}: not opened; innerloop reads them as plain weights, or not at all"
     if manifest(folder) is None and (folder / SETTINGS).exists():
         found.problems.append(f"it has no {MANIFEST}, which a save writes last")
@@ -158,12 +164,11 @@ def _look_at_files(found: Findings) -> None:
 def _weights(found: Findings) -> None:
     """Count the weights of the model and of the method by the headers of their files."""
     folder = found.folder
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    wanted = {name for index in indices for name in _json(index).get("weight_map", {}).values()}
     files = sorted(file for file in folder.glob("*.safetensors") if file.name != PARTS)
-    if missing := sorted(wanted - {file.name for file in files}):
-        found.problems.append(f"{few(missing)} is missing, which {indices[0].name} lists")
-    if not files and not any(file.suffix in PICKLES for file in folder.iterdir()):
+    listed = Source(folder).weight_files
+    if missing := [file.name for file in listed if not file.is_file()]:
+        found.problems.append(f"{few(missing)} is missing, which the index of the weights lists")
+    if not files and not listed and not _pickles(folder):
         found.problems.append("it has no weights")
     for title, group in (("weights", files), ("of the method", [p for p in [folder / PARTS] if p.exists()])):
         numbers, kinds = 0, set[str]()
@@ -179,6 +184,12 @@ def _weights(found: Findings) -> None:
             found.facts[title] = f"{numbers:,} numbers{' as ' + ', '.join(sorted(kinds)) if kinds else ''}"
 
 
+def _pickles(folder: Path) -> list[Path]:
+    """Return the files that are pickles by their names, those without an ending among them that hold weights."""
+    listed = [file for file in Source(folder).weight_files if file.suffix != ".safetensors" and file.is_file()]
+    return sorted({*listed, *(file for file in folder.iterdir() if file.suffix in PICKLES and file.is_file())})
+
+
 def _header(file: Path) -> dict[str, Any]:
     """Return what the header of a safetensors file says of each tensor; a file that is cut short is refused."""
     with file.open("rb") as opened:
@@ -190,6 +201,15 @@ def _header(file: Path) -> dict[str, Any]:
     if 8 + n + max((one["data_offsets"][1] for one in header.values()), default=0) != file.stat().st_size:
         raise ValueError("cut short")
     return dict(header)
+
+
+def _wrong_json(path: Path) -> str:
+    """Say what is wrong with a file that should hold settings."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "is not valid JSON"
+    return "holds no settings"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from innerloop.config.method import Method
 from innerloop.decoder.backbone import Backbone
 from innerloop.disk.files import write_text
 from innerloop.loop.loop import InnerLoop
+from innerloop.methods.depth.method import DepthMethod
 from innerloop.model import custom_generate
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.row import Block, Kind, Row
@@ -99,7 +100,7 @@ def lacking(model: Answering) -> str:
     cap = getattr(model.backbone.config, "final_logit_softcapping", None)
     problems = (
         (method.family == "denoise" or plan.sees != "past", "it fills in a canvas of masks"),
-        (model.depth is not None or method.family == "depth", "it repeats layers inside the token"),
+        (isinstance(method, DepthMethod) and bool(method.passes_do), f"it {getattr(method, 'passes_do', '')}"),
         (model.hybrid is not None, "it feeds latents beside the tokens that it writes"),
         (method.decoder.kind != "lm_head", "a decoder of its own answers"),
         (model.block() is not None, "it thinks again while it writes"),

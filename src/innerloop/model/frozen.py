@@ -15,15 +15,11 @@ from innerloop.config.method import Method
 from innerloop.decoder.backbone import Backbone
 from innerloop.errors import InputError, refuse
 from innerloop.methods import method_named, name_of
+from innerloop.methods.depth.method import DepthMethod
 from innerloop.passes.thought import Thought
 from innerloop.phases.phase import phase
 from innerloop.text.batch import Batch
 from innerloop.text.encoder import PromptEncoder
-
-NO_MODEL = {
-    "depth": "repeats or skips its layers",
-    "denoise": "fills canvases with it",
-}  # what else a decoder is used for
 
 
 class Reader(Protocol):
@@ -95,10 +91,13 @@ def check_bare(name: str, path: str | Path) -> None:
         name: of the method; one's own is not looked at, as that would import it.
         path: where the run lies.
     """
-    does = None if "." in name else NO_MODEL.get(method_named(name).family)
+    method = None if "." in name else method_named(name)
+    does = "fills canvases with it" if method is not None and method.family == "denoise" else ""
+    if method is not None and issubclass(method, DepthMethod):
+        does = method.passes_do
     refuse(
         (
-            does is not None,
+            does != "",
             f"the decoder of {path} is no model by itself, as '{name}' {does}: choose one that writes text",
         )
     )

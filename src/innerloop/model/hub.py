@@ -14,9 +14,9 @@ from pathlib import Path
 
 from innerloop.disk.folders import damage, manifest
 from innerloop.errors import InputError
-from innerloop.model.card import card
+from innerloop.model.card import RESULT, card, measured
 from innerloop.model.run_folder import RECIPE, RUN_CHECKPOINT, SETTINGS, read_settings, resolve
-from innerloop.model.shared_files import recipe_text, shared_files
+from innerloop.model.shared_files import recipe_text, result_text, shared_files
 from innerloop.phases.phase import says
 
 AGAIN = "run the same again, and it goes on with what is missing"
@@ -81,6 +81,8 @@ def push(
     files.setdefault(CARD, folder / CARD if (folder / CARD).is_file() else card(told, repo).encode())
     if recipe := recipe_text(told):
         files[RECIPE] = recipe.encode()
+    if result := measured(told):
+        files[RESULT] = result_text(result, files).encode()
     api = HfApi(token=token)
     with _told(repo):
         made = api.create_repo(repo, private=private, exist_ok=True)

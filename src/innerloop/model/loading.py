@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar, Unpack
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -44,13 +42,13 @@ from innerloop.model.checkpoint import (
 from innerloop.model.frozen import check_bare
 from innerloop.model.released import Found, fill, open_released
 from innerloop.model.run_folder import FORMAT, SETTINGS, check_own_code, read_settings, resolve
+from innerloop.model.unloadable import why
 from innerloop.model.unread import tell_chat, tell_unread
 from innerloop.phases.phase import phase, says
 from innerloop.text.encoder import PromptEncoder
 from innerloop.text.wording import Chat, Wording, wording_of
 
 KERNELS = "attn_implementation"
-REMOTE_CODE = "transformers_modules"  # where transformers puts it
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
     *("n_embd", "n_layer", "n_head", "n_positions", "num_key_value_heads", "head_dim"),
@@ -180,7 +178,7 @@ def _find(path: str | Path, needs_method: bool, dtype: torch.dtype | str, trust_
         tokenizer = _tokenizer_of(path, **{name: value for name, value in source.items() if name != KERNELS})
         return Found(load_lm(path, dtype=dtype, is_own=saved is not None, **source), tokenizer, saved)
     except Exception as error:
-        if (reason := _reason(error, trust_remote_code)) is None:
+        if (reason := why(error, path, trust_remote_code)) is None:
             raise
         raise InputError(f"cannot load a model from '{path}': {reason}") from error
 
@@ -326,18 +324,6 @@ def load_decoder(path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: to
     check_tokens(found.tokenizer, tokenizer, path)
     check_passes(Backbone(found.lm))
     return found.lm
-
-
-def _reason(error: Exception, trust_remote_code: bool) -> str | None:
-    """Say why a model cannot be loaded; None: it is nothing that whoever gave the model can mend."""
-    if not trust_remote_code and "trust_remote_code" in str(error):
-        return "it comes with code of its own; read that, and let it run with trust_remote_code: true"
-    cause = error.__cause__ if isinstance(error, InputError) and isinstance(error.__cause__, Exception) else error
-    frames = traceback.extract_tb(cause.__traceback__)
-    if trust_remote_code and (isinstance(cause, ImportError) or any(REMOTE_CODE in f.filename for f in frames)):
-        told = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
-        return f"the code that it comes with, which trust_remote_code let run, fails ({told})"
-    return first_line(error) if isinstance(error, (OSError, ValueError, SafetensorError)) else None
 
 
 def check_tokens(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, path: str | Path) -> None:

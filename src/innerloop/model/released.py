@@ -45,6 +45,8 @@ def open_released(path: str | Path, hub: dict[str, Any]) -> Opened | None:
     if found is None:
         return None
     known, source = found
+    if missing := known.missing(source):
+        raise InputError(f"{path} is {known.name}, and lacks {few(missing)}: copy the model's files again")
     try:
         opened = known.open(source)
     except InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ RECIPE = "config.yaml"  # how it was trained: of a run, beside its checkpoint; o
 FORMAT = 2  # of innerloop.json: how settings are spelled
 OF_HUB = ("revision", "token", "cache_dir", "local_files_only")  # what downloads are told
 SHARED = [RECIPE, "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "custom_generate/*"]  # of a run on the Hub
+TELLING = SETTINGS, MANIFEST  # of all files of a saved model
 RUN_CHECKPOINT = "checkpoint"  # the folder of the best model inside a run
 
 
@@ -41,7 +43,11 @@ def identity(path: str | Path) -> str | None:
     folder = next((folder for folder in folders if (folder / SETTINGS).exists()), None)
     if folder is None:
         return None
-    parts = [(folder / name).read_bytes() for name in (SETTINGS, MANIFEST) if (folder / name).exists()]
+    return identity_of((folder / name).read_bytes() for name in TELLING if (folder / name).exists())
+
+
+def identity_of(parts: Iterable[bytes]) -> str:
+    """Return the identity of a model by what is in the files TELLING, in that order."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
 
 

@@ -16,9 +16,10 @@ import yaml
 
 from innerloop.config.reading import read_yaml
 from innerloop.disk.folders import MANIFEST, manifest, own_files
-from innerloop.model.run_folder import RECIPE, SETTINGS
+from innerloop.model.run_folder import RECIPE, SETTINGS, TELLING, identity_of
 
 PATH = re.compile(r"(file://)?(/(?=[^/\s])|~[\w.-]*/|\.\./|[A-Za-z]:[\\/](?=[^\\/])|\\\\\w).*", re.DOTALL)
+NAMES_ALONE = "# Of the machine that did there are names alone"
 OF_PERSON = re.compile(r"(hub|push_to_hub|trackio)_.*|run_name|project")  # training arguments with names and secrets
 
 
@@ -44,13 +45,19 @@ def recipe_text(run: Path) -> str:
     """Return config.yaml of a run as it is shared; nothing where it has none."""
     if not (recipe := recipe_of(run)):
         return ""
-    found = read_yaml((run / RECIPE).read_text(encoding="utf-8"), RECIPE)
-    cut = [name for name in _changed(found, recipe) if name != "out"]
-    lines = ["# How this model was trained; innerloop train config.yaml trains it again."]
-    lines += [f"# Of the machine that did there are names alone: give {', '.join(cut)} as they are on yours."] * bool(
-        cut
-    )
+    text = (run / RECIPE).read_text(encoding="utf-8")
+    cut = [name for name in _changed(read_yaml(text, RECIPE), recipe) if name != "out"]
+    told = [line for line in text.splitlines() if line.startswith(NAMES_ALONE)]  # where it was shared before
+    told = [f"{NAMES_ALONE}: give {', '.join(cut)} as they are on yours."] if cut else told
+    lines = ["# How this model was trained; innerloop train config.yaml trains it again.", *told]
     return "\n".join(lines) + "\n" + yaml.safe_dump(recipe, sort_keys=False)
+
+
+def result_text(result: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> str:
+    """Return result.json as it is shared: as that of the model whose files these are."""
+    own = (files[name] for name in TELLING)
+    saved = identity_of(one if isinstance(one, bytes) else one.read_bytes() for one in own)
+    return json.dumps({**without_machine(result), "saved": saved}, indent=2) + "\n"
 
 
 def without_machine(value: Any, name: str = "") -> Any:

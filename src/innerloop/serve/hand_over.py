@@ -18,6 +18,7 @@ from innerloop.checks.arguments import checked
 from innerloop.engine.latent_model import LatentModel
 from innerloop.engine.requests import lay_out
 from innerloop.errors import InputError
+from innerloop.methods.depth.method import DepthMethod
 from innerloop.model.model import LatentCore
 from innerloop.passes.context import Context
 from innerloop.passes.region import join
@@ -80,7 +81,7 @@ def beyond(model: LatentCore) -> str:
     rereads = plan.answer_context == "refeed" and plan.scope != "append"
     problems = (
         (method.family == "denoise" or plan.sees != "past", "it fills in a canvas of masks"),
-        (model.depth is not None or method.family == "depth", "it repeats layers inside the token"),
+        (isinstance(method, DepthMethod) and bool(method.passes_do), f"it {getattr(method, 'passes_do', '')}"),
         (model.hybrid is not None, "it feeds latents beside the tokens that it writes"),
         (method.decoder.kind != "lm_head", "a decoder of its own answers"),
         (model.block() is not None, "it thinks again while it writes"),

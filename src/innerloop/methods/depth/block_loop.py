@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # slow to import
     from innerloop.decoder.backbone import Backbone
 
 KvShare = Literal["none", "last_loop", "first_loop", "mean"]
-KvMissing = Literal["restrict", "share_step"]
+KvMissing = Literal["restrict", "share_step", "full_compute"]
 
 
 class BlockStates(LoopSettings):

@@ -85,9 +85,11 @@ class LoopedDepth(DepthForward):
             first = self.backbone.enter(tokens.states_RND, tokens.positions_RN)
         deep = PassOutput(first, tokens.real.long() * n_loops)
         if self.loop.stop is not None and not self.training:
-            each = LoopedTokenPass(self, reading, first, n_loops)
+            runs_on = method.kv_missing == "full_compute"
+            each = (LoopedRunOnPass if runs_on else LoopedTokenPass)(self, reading, first, n_loops)
             lined = each.line_up(first)
             result = self.loop(each, lined, [n_loops] * len(lined), None, self.read_out)
+            each.finish()
             deep.depths_BL = each.place(result.n_loops, deep.depths_BL)
             deep.states_BLD = self.leave(reading, each.place(result.state[:, 0], first))
             return deep
@@ -163,3 +165,33 @@ class LoopedTokenPass(LoopedPass, TokenPass):
         if self.depth.method.kv_missing == "restrict":
             return ()
         return stopped_earlier(self.reading, tokens, iteration)
+
+    def finish(self) -> None:
+        """Do what is left once all tokens have stopped."""
+
+
+class LoopedRunOnPass(LoopedTokenPass):
+    """f: the block over all tokens in every iteration; those that have stopped go on, so that others see them whole."""
+
+    def __init__(self, depth: LoopedDepth, reading: PassInput, first_BLD: Tensor, n_loops: int):
+        super().__init__(depth, reading, first_BLD, n_loops)
+        self.state_BLD, self.n_ran = first_BLD, 0
+
+    def __call__(self, inputs_A1D: Tensor, iteration: int, active_B: Tensor | None = None, n_extra: int = 0) -> Tensor:
+        """Return the states (A, 1, D) after the block of the tokens that go on."""
+        loop, active_BL1 = self.depth.loop, self.active_BL[..., None]
+        inputs_BLD = torch.where(active_BL1, self.spread(inputs_A1D), loop.inject(self.state_BLD, iteration))
+        output_BLD = BlockPass.__call__(self, inputs_BLD, iteration)
+        self.state_BLD = loop.residual(loop.feed_back(output_BLD, None), self.first, self.state_BLD, iteration)
+        self.n_ran = iteration
+        return self.line_up(output_BLD)
+
+    def also(self, tokens: Tokens, iteration: int) -> Sequence[Slot]:
+        """Return no further slots: every one has all tokens."""
+        return ()
+
+    def finish(self) -> None:
+        """Run what is left of the iterations."""
+        self.flat_A, self.active_BL = self.flat_A[:0], torch.zeros_like(self.active_BL)
+        for iteration in range(self.n_ran + 1, self.n_loops + 1):
+            self(self.line_up(self.first), iteration)

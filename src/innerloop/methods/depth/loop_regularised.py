@@ -29,6 +29,7 @@ class LoopRegularised(DepthMethod):
     name: ClassVar[str] = "loop_regularised"
     paper: ClassVar[str] = "arXiv 2502.17416"
     summary: ClassVar[str] = "an ordinary model whose blocks of layers are drawn to like weights, as if it looped"
+    passes_do: ClassVar[str] = ""
     forward: ClassVar[str] = "innerloop.methods.depth.loop_regularised_forward:RegularisedDepth"
 
     block_size: Count = 4

@@ -67,7 +67,7 @@ class Looped(BlockLoop):
         sandwich: norms of what attention and MLP add to the state, as in Ouro.
         input_injection: learn gamma, by which the block's first input is added to that of every iteration.
         kv_missing: tokens that stopped earlier than another are not attended to in later iterations (restrict), or as
-            they were in their last (share_step).
+            they were in their last (share_step), or run on, though their word is known (full_compute, no saving).
         kv_share: while answering, attend to the keys and values that earlier tokens had in one iteration, or to their
             mean, and keep only those: a smaller cache. Approximate; none is exact.
         init: what becomes the block of a pretrained model: all layers between prelude and coda (middle_dup), the first

@@ -29,6 +29,9 @@ class DepthMethod(Method):
     forward: ClassVar[str] = ""
     """The class of its passes as ``module:Class``, imported when a model is made: settings alone need no torch."""
 
+    passes_do: ClassVar[str] = "repeats or skips its layers"
+    """What its passes do that the decoder's own do not, in words; empty where they are the same."""
+
     write_steps: bool = True
     """Off: the answer alone is written, so that all thinking happens inside the tokens."""
 

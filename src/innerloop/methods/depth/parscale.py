@@ -41,6 +41,7 @@ class ParScale(BlockLoop):
     name: ClassVar[str] = "parscale"
     paper: ClassVar[str] = "arXiv 2505.10475"
     summary: ClassVar[str] = "parallel streams told apart by learnt prefixes, mixed before the head"
+    passes_do: ClassVar[str] = "runs several streams"
     forward: ClassVar[str] = "innerloop.methods.depth.parscale_forward:StreamedDecoder"
 
     streams: Streams = 2
