@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from innerloop import InputError
-from innerloop.methods import Coconut, Codi, Cot, Llada, Looped, Lotus, Pause, Slr
+from innerloop.methods import Coconut, Codi, Cot, Llada, Looped, LoopRegularised, Lotus, Pause, Slr
 from innerloop.serve import embeds, never_written
 from tests.methods.tools import QUESTIONS, sharp_model
 from tests.models import tiny_model
@@ -20,7 +20,11 @@ METHODS = [
 ]
 
 
-CASES = [*((method, "llama") for method in METHODS), (METHODS[4], "gpt2"), (METHODS[4], "gemma2")]
+CASES = [
+    *((method, "llama") for method in (*METHODS, LoopRegularised(block_size=1))),
+    (METHODS[4], "gpt2"),
+    (METHODS[4], "gemma2"),
+]
 
 
 @pytest.mark.parametrize(("method", "arch"), CASES, ids=lambda one: one if isinstance(one, str) else one.name)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from innerloop import Cot, InputError, LatentModel, Lotus, SimCot, Tah
+from innerloop import Cot, InputError, LatentModel, LoopRegularised, Lotus, SimCot, Tah
 from innerloop.text.examples import Example
 from tests.formats.released import RELEASED
 from tests.models import tiny_model
@@ -39,6 +39,14 @@ def test_a_decoder_that_is_no_model_by_itself_tells_no_steps(released, name):
         InputError, match=r"is no model by itself, as '\w+' (repeats|fills).*: choose one that writes text"
     ):
         tiny_model(SimCot(latents_per_step=1, aux={"source": released(name), "embed": "own"}))
+
+
+def test_an_ordinary_decoder_tells_steps_however_it_was_trained(tmp_path):
+    model = tiny_model(LoopRegularised(block_size=1))
+    model.save_pretrained(tmp_path / "run")
+    told = tiny_model(SimCot(latents_per_step=1, aux={"source": str(tmp_path / "run"), "embed": "own"}))
+    theirs = model.backbone.lm.get_input_embeddings().weight
+    assert torch.equal(told.step_decoder.own.lm.get_input_embeddings().weight, theirs)
 
 
 def test_a_released_model_reads_along(released):
