@@ -47,7 +47,7 @@ def recipe_text(run: Path) -> str:
         return ""
     text = (run / RECIPE).read_text(encoding="utf-8")
     cut = [name for name in _changed(read_yaml(text, RECIPE), recipe) if name != "out"]
-    told = [line for line in text.splitlines() if line.startswith(NAMES_ALONE)]  # where it was shared before
+    told = [line for line in text.split("\n") if line.startswith(NAMES_ALONE)]  # where it was shared before
     told = [f"{NAMES_ALONE}: give {', '.join(cut)} as they are on yours."] if cut else told
     lines = ["# How this model was trained; innerloop train config.yaml trains it again.", *told]
     return "\n".join(lines) + "\n" + yaml.safe_dump(recipe, sort_keys=False)
